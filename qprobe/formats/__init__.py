@@ -1,0 +1,1 @@
+"""Storage formats of one weight, behind one small protocol (`qprobe.formats.protocol`)."""

@@ -1,0 +1,62 @@
+"""NF4 as bitsandbytes stores it: nearest of 16 normal-quantile values, one absmax a block.
+
+Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qprobe.errors import QprobeError
+from qprobe.formats.sizes import four_bit_bytes
+from qprobe.records import FormatSpec
+
+
+@dataclass(frozen=True)
+class PackedNf4:
+    """4-bit codes and their quantization state, on one device."""
+
+    codes: Tensor
+    state: Any  # bitsandbytes.functional.QuantState
+
+    def unpack(self) -> Tensor:
+        """The weight as bitsandbytes computes with it: (out_features, in_features), original dtype."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.codes, self.state)
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """bitsandbytes NF4; `double_quant` stores the block scales in 8 bit as well."""
+
+    blocksize: int = 64
+    double_quant: bool = True
+    name: str = "nf4"
+
+    def pack(self, weight: Tensor) -> PackedNf4:
+        from bitsandbytes.functional import quantize_4bit
+
+        codes, state = quantize_4bit(
+            weight.detach().contiguous(),
+            blocksize=self.blocksize,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+        )
+        return PackedNf4(codes, state)
+
+    def roundtrip(self, weight: Tensor) -> Tensor:
+        return self.pack(weight).unpack()
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return four_bit_bytes(shape, self.blocksize, self.double_quant)
+
+
+def format_from(spec: FormatSpec) -> Nf4:
+    """The format that `spec` names. Raises QprobeError for a name that is not known."""
+    if spec.name != "nf4":
+        raise QprobeError(f"Format {spec.name!r} is not known. Known formats: nf4.")
+    return Nf4(spec.blocksize, spec.double_quant)

@@ -1,0 +1,34 @@
+"""What a storage format must do; everything that measures or builds knows only this."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Packed(Protocol):
+    """One weight as a format stores it."""
+
+    def unpack(self) -> Tensor:
+        """The weight as the format reads it back: (out_features, in_features), original dtype."""
+        ...
+
+
+class Format(Protocol):
+    """A way to store a weight of a linear layer."""
+
+    @property
+    def name(self) -> str: ...
+
+    def pack(self, weight: Tensor) -> Packed:
+        """The stored form of `weight` (out_features, in_features), on the weight's device."""
+        ...
+
+    def roundtrip(self, weight: Tensor) -> Tensor:
+        """`weight` stored and read back: same shape, dtype and device."""
+        ...
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a stored weight of `shape`, see `qprobe.formats.sizes`."""
+        ...

@@ -1,0 +1,1 @@
+"""What is known of models: the catalogue, their towers, their linears, and how to load them."""

@@ -1,0 +1,182 @@
+"""Finding and loading the 16-bit reference model, its processor and its identity."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from qprobe.errors import MachineError, ModelError
+from qprobe.models.catalogue import ENTRIES, find
+from qprobe.models.inventory import fingerprint
+from qprobe.records import ModelIdentity
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: `location` is a folder or a hub id, `id` what we call it."""
+
+    id: str
+    location: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A loaded 16-bit model in eval mode with frozen parameters, and what belongs to it.
+
+    processor: a processor for image + text models, a tokenizer for text models, None where neither exists.
+    """
+
+    model: Any  # transformers.PreTrainedModel
+    processor: Any
+    identity: ModelIdentity
+    source: Source
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def resolve(model: str) -> Source:
+    """The source behind a catalogue alias, a local folder or a hub id.
+
+    Raises ModelError if it is none of them.
+    """
+    from qprobe import demo
+
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"Folder {model} holds no config.json, so it is no model. Pass the checkpoint's folder."
+            )
+        return Source(folder.resolve().name, str(folder))
+    entry = find(model)
+    if entry is not None and entry.hub_id is None:
+        embedded = {"demo": demo.demo_folder, "demo-outliers": demo.outliers_folder}
+        return Source(entry.alias, str(embedded[entry.alias]()))
+    if entry is not None and entry.hub_id is not None:
+        return Source(entry.hub_id, entry.hub_id)
+    if _HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
+        return Source(model, model)
+    known = ", ".join(e.alias for e in ENTRIES)
+    raise ModelError(
+        f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the known names ({known}). "
+        f"`qprobe models` lists what is known."
+    )
+
+
+def pick_device(device: str | None) -> torch.device:
+    """`device`, or the first CUDA device, or the CPU. Raises MachineError if it cannot be used here."""
+    if device is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise MachineError(f"Device {device!r} is not a device name. Use cpu, cuda or cuda:1.") from error
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise MachineError(
+            f"Device {device!r} is not here: this machine has {count} CUDA devices. Use --device cpu."
+        )
+    if picked.type not in ("cpu", "cuda"):
+        raise MachineError(f"Device {device!r} is not supported. Use cpu or cuda.")
+    return picked
+
+
+def load_reference(
+    model: str, device: str | None = None, dtype: Literal["bfloat16", "float16"] = "bfloat16"
+) -> Reference:
+    """The 16-bit model, processor and identity behind `model` (alias, folder or hub id).
+
+    Weights go straight to the device. Only safetensors are read, no pickle and no remote code.
+    Raises ModelError if it cannot be had, MachineError for a device that is not here.
+    """
+    source = resolve(model)
+    place = pick_device(device)
+    config = load_config(source)
+    cls = model_class(config)
+    with _explained(source):
+        loaded = cls.from_pretrained(
+            source.location,
+            revision=source.revision or "main",
+            dtype=DTYPES[dtype],
+            device_map={"": place},
+            use_safetensors=True,
+        )
+        processor = load_processor(source)
+    loaded.eval().requires_grad_(False)
+    revision = source.revision or getattr(loaded.config, "_commit_hash", None)
+    identity = ModelIdentity(source.id, revision, type(loaded).__name__, fingerprint(loaded))
+    return Reference(loaded, processor, identity, source)
+
+
+def load_config(source: Source) -> Any:
+    """The transformers config of `source`. Raises ModelError if it cannot be had."""
+    from transformers import AutoConfig
+
+    with _explained(source):
+        return AutoConfig.from_pretrained(source.location, revision=source.revision or "main")
+
+
+def model_class(config: Any) -> Any:
+    """The auto class that builds `config`: image + text to text, causal text, or a bare encoder."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    wanted = (getattr(config, "architectures", None) or [""])[0]
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        mapped = auto._model_mapping.get(type(config), None)  # the public API has no lookup by config
+        if mapped is not None and wanted in ("", mapped.__name__):
+            return auto
+    return AutoModel
+
+
+def meta_model(config: Any, dtype: str) -> nn.Module:
+    """The model of `config` without weights, on the meta device."""
+    with torch.device("meta"):
+        built = model_class(config).from_config(config, dtype=DTYPES[dtype])
+    built.tie_weights()
+    return built.eval()
+
+
+def load_processor(source: Source) -> Any:
+    """The processor of `source`, its tokenizer if it has no processor, None if it has neither."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    for auto in (AutoProcessor, AutoTokenizer):
+        try:
+            return auto.from_pretrained(source.location, revision=source.revision or "main")
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+class _explained:
+    """Turns what transformers raises for a model it cannot load into one sentence."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, json.JSONDecodeError)):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            is_local = Path(self.source.location).exists()
+            advice = (
+                "Check that the folder is a complete transformers checkpoint with safetensors files."
+                if is_local
+                else "Check the name and the network; for a gated model accept its licence on the hub and run "
+                "`hf auth login`, or pass a local folder."
+            )
+            raise ModelError(f"Model {self.source.id!r} cannot be loaded: {first} {advice}") from error

@@ -1,0 +1,195 @@
+"""The nouns every room shares: frozen dataclasses, standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from math import log10, nan
+from typing import Literal
+
+Precision = Literal["nf4", "bf16"]
+TokenKind = Literal["vision", "text", "answer"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing an answer must state: `name` says which ("angle"), `phrase` how it is said."""
+
+    name: str
+    phrase: str
+
+    def stated_in(self, answer: str) -> bool:
+        """True if the phrase stands in `answer` as whole words, upper and lower case alike."""
+        pattern = rf"(?<!\w){re.escape(self.phrase)}(?!\w)"
+        return re.search(pattern, answer, re.IGNORECASE) is not None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image (or none), one prompt, and the answer on whose tokens damage counts.
+
+    image: the bytes of an image file (PNG, JPEG, ...), or None for text only.
+    answer: None until it is known; then the reference's own greedy answer is used.
+    """
+
+    id: str
+    prompt: str
+    image: bytes | None = field(default=None, repr=False)
+    answer: str | None = None
+    facts: tuple[Fact, ...] = ()
+    kind: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over image, prompt and answer; names and facts do not enter it."""
+        parts = (self.image or b"", self.prompt.encode(), (self.answer or "").encode())
+        sha = hashlib.sha256()
+        for part in parts:
+            sha.update(len(part).to_bytes(8, "little"))
+            sha.update(part)
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class ErrorSums:
+    """Squared-error sums of a quantity against its reference; `+` is the merge.
+
+    n: pairs summed. signal, noise: sums of squares of the reference and of the error.
+    nonfinite: pairs left out because either side was NaN or infinite.
+    """
+
+    n: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    nonfinite: int = 0
+
+    def __add__(self, other: ErrorSums) -> ErrorSums:
+        return ErrorSums(
+            self.n + other.n,
+            self.signal + other.signal,
+            self.noise + other.noise,
+            self.nonfinite + other.nonfinite,
+        )
+
+    @property
+    def nmse(self) -> float:
+        """noise / signal; NaN (unknown) where nothing was summed or the signal is zero."""
+        return self.noise / self.signal if self.n and self.signal > 0 else nan
+
+    @property
+    def sqnr_db(self) -> float:
+        """-10 log10(nmse), in decibel; infinite for an exact copy."""
+        nmse = self.nmse
+        return float("inf") if nmse == 0 else -10 * log10(nmse)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One `nn.Linear` of a model, in execution order of its list.
+
+    name: module name in the running transformers. checkpoint_name: its name in the files.
+    tower: "vision", "projector", "cross_attention", "language" or "other".
+    group: layers that must change precision together (q/k/v, gate/up); the layer's own name if alone.
+    shape: (out_features, in_features). nf4_bytes, bf16_bytes: of the weight alone; a weight tied to an
+        embedding is counted here and not in the inventory's other_bytes.
+    fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied"), or None.
+    reads: the kind of tokens it reads.
+    """
+
+    name: str
+    checkpoint_name: str
+    tower: str
+    group: str
+    shape: tuple[int, int]
+    nf4_bytes: int
+    bf16_bytes: int
+    fixed: str | None = None
+    reads: Literal["vision", "text"] = "text"
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """A weight that 4-bit loading never touches though a reader may expect it to, and why."""
+
+    name: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model was measured; `fingerprint` hashes the architecture and every parameter's name, shape, dtype.
+
+    id: catalogue alias or hub id ("demo", "meta-llama/..."), never a local path; a local folder gives its name.
+    """
+
+    id: str
+    revision: str | None
+    architecture: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class FormatSpec:
+    """How 4-bit layers are stored; `compute_dtype` is the 16-bit dtype of all else."""
+
+    name: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every linear of a model, and the bytes around them.
+
+    layers: in execution order once the model ran, in module order before.
+    uncovered: weights that 4-bit loading leaves alone although they multiply (see `Uncovered`).
+    other_bytes: every parameter and persistent buffer that is no weight of `layers`
+        (embeddings, norms, biases, convolutions, uncovered weights); storage that two names share
+        counts once.
+    """
+
+    layers: tuple[Linear, ...]
+    uncovered: tuple[Uncovered, ...]
+    other_bytes: int
+
+    def total_bytes(self, kept: frozenset[str]) -> int:
+        """Bytes of the model with `kept` (names) and the fixed layers in 16-bit and the rest in NF4."""
+        return self.other_bytes + sum(
+            x.bf16_bytes if x.fixed or x.name in kept else x.nf4_bytes for x in self.layers
+        )
+
+    @property
+    def standard_4bit_bytes(self) -> int:
+        """Bytes with every linear but the fixed ones in NF4."""
+        return self.total_bytes(frozenset())
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What `scan.json` holds: the specification that decides every number, and what came of it.
+
+    spec: JSON values only; two runs with equal specs may share a folder and its units.
+    unmeasured: names of linears that never ran on the samples.
+    notes: sentences a reader must see (skipped files, measures that do not apply, warnings).
+    """
+
+    model: ModelIdentity
+    format: FormatSpec
+    inventory: Inventory
+    spec: dict
+    status: Literal["running", "finished"] = "running"
+    unmeasured: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
