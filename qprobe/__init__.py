@@ -1,0 +1,59 @@
+"""qprobe: which linear layers of a vision-language model must stay in 16-bit when the rest goes to 4-bit."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. It is imported on first use, so that `import qprobe` costs no torch.
+_HOMES = {
+    "CompareOptions": "qprobe.options",
+    "Manifest": "qprobe.manifest",
+    "QprobeError": "qprobe.errors",
+    "ScanOptions": "qprobe.options",
+    "compare": "qprobe.build.compare",
+    "layer_table": "qprobe.select.table",
+    "load_dynamic_4bit": "qprobe.build.load",
+    "load_standard_4bit": "qprobe.build.load",
+    "read_manifest": "qprobe.manifest",
+    "verify": "qprobe.build.verify",
+    "write_manifest": "qprobe.manifest",
+}
+
+if TYPE_CHECKING:
+    from qprobe.build.compare import compare
+    from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
+    from qprobe.build.verify import verify
+    from qprobe.errors import QprobeError
+    from qprobe.manifest import Manifest, read_manifest, write_manifest
+    from qprobe.options import CompareOptions, ScanOptions
+    from qprobe.select.table import layer_table
+
+__all__ = [
+    "CompareOptions",
+    "Manifest",
+    "QprobeError",
+    "ScanOptions",
+    "__version__",
+    "compare",
+    "layer_table",
+    "load_dynamic_4bit",
+    "load_standard_4bit",
+    "read_manifest",
+    "verify",
+    "write_manifest",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qprobe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

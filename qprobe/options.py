@@ -1,0 +1,69 @@
+"""What a user can ask of a command: frozen, torch-free, the same from Python and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total) whenever work moves on."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """The silent `Progress`."""
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """Everything `scan` can be asked.
+
+    model: catalogue alias, hub id or local folder.
+    images: folder of images; data: JSONL file of samples; at most one of the two, neither for the built-in ones.
+    prompt: asked of every image of `images`; samples: how many to measure; None for a sensible number.
+    budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB".
+    out: the run folder; None for runs/MODEL.
+    device: "cpu", "cuda", "cuda:1"; None for the best one there is. dtype: of the 16-bit reference.
+    by: the score column that chooses; None for the best one measured.
+    measures: which measures to take; None for all that apply. nodes: of the path attribution.
+    """
+
+    model: str
+    images: Path | None = None
+    data: Path | None = None
+    prompt: str | None = None
+    samples: int | None = None
+    format: str = "nf4"
+    budget: str = "+10%"
+    out: Path | None = None
+    device: str | None = None
+    dtype: str = "bfloat16"
+    seed: int = 0
+    batch_size: int = 4
+    max_new_tokens: int = 64
+    by: str | None = None
+    measures: tuple[str, ...] | None = None
+    nodes: int = 2
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Everything `compare` can be asked.
+
+    manifest: the skiplist.json of a scan.
+    model: where the 16-bit weights are; None for the id that the manifest names.
+    images, data, prompt, samples, seed: as in `ScanOptions`; the seed differs so that samples are held out.
+    dtype: of everything in 16-bit; None for the manifest's compute_dtype.
+    """
+
+    manifest: Path
+    model: str | None = None
+    images: Path | None = None
+    data: Path | None = None
+    prompt: str | None = None
+    samples: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    seed: int = 1
+    batch_size: int = 4
+    max_new_tokens: int = 64
