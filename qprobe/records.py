@@ -31,12 +31,14 @@ class Sample:
 
     image: the bytes of an image file (PNG, JPEG, ...), or None for text only.
     answer: None until it is known; then the reference's own greedy answer is used.
+    ends: True if the end-of-answer token belongs to the answer (False for one cut at a length limit).
     """
 
     id: str
     prompt: str
     image: bytes | None = field(default=None, repr=False)
     answer: str | None = None
+    ends: bool = True
     facts: tuple[Fact, ...] = ()
     kind: str | None = None
 

@@ -1,0 +1,190 @@
+"""Samples -> processor inputs, in batches in which every sample owns equal shares of the vision rows.
+
+Samples of one batch have images of one processed shape. Vision tensors are sample-major, so that
+rows can be told apart by sample; texts are padded on the right and pads are marked.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qprobe.errors import SampleError
+from qprobe.records import Sample
+
+PAD, VISION, TEXT, ANSWER = 0, 1, 2, 3
+KIND_NAMES = {VISION: "vision", TEXT: "text", ANSWER: "answer"}
+
+# Tensors with a token axis; all others belong to images and decide which samples fit one batch.
+_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs of B samples.
+
+    inputs: keyword arguments of the model's forward, sample-major along dimension 0.
+    kinds: (B, T) uint8 on the CPU: PAD, VISION, TEXT or ANSWER of each token.
+    answers: for each sample (start, end), its answer tokens in the sequence; start == end if it has none.
+    """
+
+    samples: tuple[Sample, ...]
+    inputs: dict[str, Tensor]
+    kinds: Tensor
+    answers: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.samples)
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(end - start for start, end in self.answers)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its inputs on `device`."""
+        return replace(self, inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()})
+
+    def repeated(self, times: int) -> Batch:
+        """The batch `times` times after itself: samples a, b become a, b, a, b."""
+        return Batch(
+            self.samples * times,
+            {k: torch.cat([v] * times) for k, v in self.inputs.items()},
+            torch.cat([self.kinds] * times),
+            self.answers * times,
+        )
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer inside a processor, or the processor itself if it is one."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def prompt_text(processor: Any, sample: Sample) -> str:
+    """The text a model reads before its answer: the chat template's, or image token and prompt."""
+    if getattr(processor, "chat_template", None):
+        text: dict[str, str] = {"type": "text", "text": sample.prompt}
+        is_plain = tokenizer_of(processor) is processor
+        parts = [{"type": "image"}, text] if sample.image is not None else [text]
+        messages = [{"role": "user", "content": sample.prompt if is_plain else parts}]
+        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    image_token = getattr(processor, "image_token", "") if sample.image is not None else ""
+    return f"{image_token}{sample.prompt}"
+
+
+def full_text(processor: Any, sample: Sample) -> str:
+    """Prompt, answer and end token (where the answer ends); the prompt alone without an answer."""
+    prompt = prompt_text(processor, sample)
+    if sample.answer is None:
+        return prompt
+    separator = "" if getattr(processor, "chat_template", None) or prompt[-1:].isspace() else " "
+    end = (tokenizer_of(processor).eos_token or "") if sample.ends else ""
+    return f"{prompt}{separator}{sample.answer}{end}"
+
+
+def process(
+    processor: Any, samples: Sequence[Sample], texts: list[str], side: Literal["left", "right"]
+) -> dict:
+    """What `processor` makes of the samples' images and of `texts`, padded on `side`.
+
+    Raises SampleError if a sample has an image and the model takes none.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    bos = tokenizer.bos_token
+    options = dict(return_tensors="pt", padding=True, padding_side=side)
+    options["add_special_tokens"] = not (bos and all(t.startswith(bos) for t in texts))
+    with_image = [s for s in samples if s.image is not None]
+    if tokenizer is processor:
+        if with_image:
+            raise SampleError(f"Sample {with_image[0].id!r} has an image, but the model reads text only.")
+        return dict(processor(texts, **options))
+    if not with_image:
+        return dict(processor(text=texts, **options))
+    return dict(processor(images=[[_decode(s)] for s in with_image], text=texts, **options))
+
+
+def _decode(sample: Sample) -> Any:
+    from PIL import Image
+
+    assert sample.image is not None
+    with Image.open(io.BytesIO(sample.image)) as image:
+        return image.convert("RGB")
+
+
+def encode(
+    processor: Any, samples: Sequence[Sample], dtype: torch.dtype, image_token_id: int | None = None
+) -> Batch:
+    """One batch of `samples` on the CPU, floating tensors in `dtype`, padded on the right.
+
+    image_token_id marks vision tokens in the sequence (the model config's; None if it has none).
+    Raises SampleError if the processor cannot read them.
+    """
+    texts = [full_text(processor, s) for s in samples]
+    inputs = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in process(processor, samples, texts, "right").items()
+        if isinstance(value, Tensor)
+    }
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    answers = tuple(
+        (length - _answer_length(processor, sample, inputs["input_ids"][i, :length].tolist()), length)
+        for i, (sample, length) in enumerate(zip(samples, lengths, strict=True))
+    )
+    kinds = torch.full(inputs["input_ids"].shape, TEXT, dtype=torch.uint8)
+    if image_token_id is not None:
+        kinds[inputs["input_ids"] == image_token_id] = VISION
+    for i, (start, end) in enumerate(answers):
+        kinds[i, start:end] = ANSWER
+        kinds[i, end:] = PAD
+    return Batch(tuple(samples), inputs, kinds, answers)
+
+
+def _answer_length(processor: Any, sample: Sample, ids: list[int]) -> int:
+    """How many of the last `ids` are the answer's (and its end token's)."""
+    if not sample.answer:
+        return 0
+    tail = full_text(processor, sample)[len(prompt_text(processor, sample)) :]
+    alone = tokenizer_of(processor)(tail, add_special_tokens=False)["input_ids"]
+    if ids[len(ids) - len(alone) :] == alone:
+        return len(alone)
+    # The tokenizer joins prompt and answer at the seam: count what follows the longest common prefix.
+    prompt = process(processor, [sample], [prompt_text(processor, sample)], "right")["input_ids"][0].tolist()
+    common = next(
+        (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids))
+    )
+    return len(ids) - common
+
+
+def image_token_id(config: Any) -> int | None:
+    """The id of the token that stands for (a patch of) an image in the text, None if there is none."""
+    for key in ("image_token_id", "image_token_index"):
+        value = getattr(config, key, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def batches(processor: Any, samples: Iterable[Sample], size: int) -> list[tuple[Sample, ...]]:
+    """`samples` cut into groups of at most `size` whose images have one processed shape, in stable order."""
+    by_shape: dict[tuple, list[Sample]] = {}
+    for sample in samples:
+        by_shape.setdefault(_image_shape(processor, sample), []).append(sample)
+    return [tuple(group[i : i + size]) for group in by_shape.values() for i in range(0, len(group), size)]
+
+
+def _image_shape(processor: Any, sample: Sample) -> tuple:
+    if sample.image is None:
+        return ()
+    inputs = process(processor, [sample], [prompt_text(processor, sample)], "right")
+    return tuple(
+        sorted(
+            (k, tuple(v.shape)) for k, v in inputs.items() if isinstance(v, Tensor) and k not in _TEXT_KEYS
+        )
+    )
