@@ -107,4 +107,4 @@ def draw(keys: Tensor) -> tuple[Tensor, Tensor]:
     return expose(image, dice, 0.06), torch.stack((product, hue, material, size, status), dim=1)
 
 
-ECOMMERCE = SceneStyle("e-commerce", "Which product is it, how does it look, and is it sold?", PARTS, draw)
+ECOMMERCE = SceneStyle("e-commerce", "Which product is this, of what size, and is it sold?", PARTS, draw)

@@ -55,7 +55,7 @@ def vocabulary() -> list[str]:
         words.update(_pieces(style.prompt))
         words.update(piece for part in style.parts for text in part.texts for piece in _pieces(text))
     words.update(SPACE + digit for digit in string.digits)
-    known = [*special, "\n\n", SPACE, *characters]
+    known = [*special, "\n", "\n\n", SPACE, *characters]
     return [*known, *sorted(words - set(known)), IMAGE]
 
 
