@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,12 +151,41 @@ def load_processor(source: Source) -> Any:
     """The processor of `source`, its tokenizer if it has no processor, None if it has neither."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    for auto in (AutoProcessor, AutoTokenizer):
-        try:
-            return auto.from_pretrained(source.location, revision=source.revision or "main")
-        except (OSError, ValueError, KeyError):
-            continue
-    return None
+    revision = source.revision or "main"
+    try:
+        return AutoProcessor.from_pretrained(source.location, revision=revision)
+    except ImportError as error:
+        if "VideoProcessor" not in str(error):
+            raise
+        return _without_video(source)
+    except (OSError, ValueError, KeyError):
+        pass
+    try:
+        return AutoTokenizer.from_pretrained(source.location, revision=revision)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _without_video(source: Source) -> Any:
+    """The processor of `source` without its video half, for machines without torchvision.
+
+    Qwen2-VL's processor insists on a video processor, which needs torchvision; images alone do not.
+    Can go when transformers ships a video processor on Pillow, as it does for images.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    full: Any = PROCESSOR_MAPPING[type(load_config(source))]
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        is_missing_video = argument is None and "video" in name
+        return None if is_missing_video else full.check_argument_for_proper_class(self, name, argument)
+
+    images_only = type(full.__name__, (full,), {"check_argument_for_proper_class": check})
+    revision = source.revision or "main"
+    tokenizer = AutoTokenizer.from_pretrained(source.location, revision=revision)
+    images = AutoImageProcessor.from_pretrained(source.location, revision=revision)
+    return images_only(images, tokenizer, None, chat_template=tokenizer.chat_template)
 
 
 class _explained:
@@ -170,7 +198,7 @@ class _explained:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, json.JSONDecodeError)):
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             is_local = Path(self.source.location).exists()
             advice = (

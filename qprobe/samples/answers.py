@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qprobe.options import Progress, no_progress
 from qprobe.records import Sample
 from qprobe.samples.inputs import batches, process, prompt_text, tokenizer_of
-
-Progress = Callable[[str, int, int], None]
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """The progress report of a caller that shows none."""
 
 
 def greedy_answers(

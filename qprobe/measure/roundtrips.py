@@ -1,0 +1,29 @@
+"""Every weight of a model in its 4-bit form, kept beside the 16-bit one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qprobe.formats.protocol import Format, Packed
+
+
+class RoundTrips:
+    """The packed weights of some linears; W-hat and D = W-hat - W are unpacked on demand.
+
+    Memory: the packed bytes of all weights, plus one unpacked weight while it is in use.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Linear], fmt: Format) -> None:
+        self.modules = dict(modules)
+        self._packed: dict[str, Packed] = {name: fmt.pack(m.weight) for name, m in self.modules.items()}
+
+    def weight(self, name: str) -> Tensor:
+        """W-hat: the 4-bit weight as it is read back, (out_features, in_features), in the model's dtype."""
+        return self._packed[name].unpack()
+
+    def difference(self, name: str, dtype: torch.dtype) -> Tensor:
+        """D = W-hat - W, subtracted in float32 and given in `dtype`."""
+        return (self.weight(name).float() - self.modules[name].weight.detach().float()).to(dtype)

@@ -1,0 +1,69 @@
+"""Which samples a command uses: the user's own, or the built-in ones that suit the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from qprobe.errors import SampleError
+from qprobe.records import Sample
+from qprobe.samples.sources import PHOTOGRAPHS, Samples, from_folder, from_jsonl, photographs
+from qprobe.samples.texts import QUESTIONS, questions
+
+DEMO_MODELS = ("demo", "demo-outliers")
+SCAN_SAMPLES = {
+    "demo": 48,
+    "given": 32,
+}  # defaults: enough for stable ranks on the demo; 32 images a user has at hand
+
+
+class Wanted(NamedTuple):
+    """What the user said about samples; all None for the built-in ones."""
+
+    images: Path | None = None
+    data: Path | None = None
+    prompt: str | None = None
+    count: int | None = None
+    seed: int = 0
+
+
+def choose_samples(
+    model_id: str, reads_images: bool, wanted: Wanted, purpose: Literal["scan", "compare"]
+) -> Samples:
+    """The samples of a scan, or held-out ones to compare on.
+
+    Built-in samples of the two purposes never overlap; the user's own are used as given.
+    Raises SampleError if none is usable.
+    """
+    if wanted.images is not None and wanted.data is not None:
+        raise SampleError("Both --images and --data are given. Pass one of them.")
+    if wanted.count is not None and wanted.count < 1:
+        raise SampleError(f"--samples {wanted.count} asks for no sample. Pass 1 or more.")
+    limit = wanted.count or SCAN_SAMPLES["given"]
+    if wanted.images is not None:
+        return from_folder(wanted.images, wanted.prompt, limit)
+    if wanted.data is not None:
+        return from_jsonl(wanted.data, wanted.prompt, limit)
+    if model_id in DEMO_MODELS:
+        return _scenes(wanted.count or SCAN_SAMPLES["demo"], wanted.seed, purpose)
+    builtin, total = (photographs, len(PHOTOGRAPHS)) if reads_images else (questions, len(QUESTIONS))
+    first_held_out = total * 2 // 3
+    if purpose == "scan":
+        return builtin(wanted.prompt, min(limit, first_held_out))
+    return builtin(wanted.prompt, limit, first_held_out)
+
+
+def _scenes(count: int, seed: int, purpose: Literal["scan", "compare"]) -> Samples:
+    from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
+
+    first = CALIBRATION_SEED if purpose == "scan" else HELD_OUT_SEED
+    return Samples(tuple(scenes(count, first + seed)))
+
+
+def split_held_out(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """(calibration, held out): every third sample is held out for the choice of the skip-list.
+
+    With fewer than three samples there is nothing to hold out, and the second part is empty.
+    """
+    held_out = samples[2::3]
+    return tuple(s for i, s in enumerate(samples) if i % 3 != 2), held_out
