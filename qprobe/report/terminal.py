@@ -1,0 +1,184 @@
+"""Plain text for the terminal: tables that fit its width, bytes people can read, spark lines."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from math import isfinite, nan
+from textwrap import fill, indent
+from typing import Any
+
+import pandas as pd
+
+from qprobe.report.names import short_names
+
+PIPED_WIDTH = 120  # columns where no terminal says how many it has
+_LEVELS = "▁▂▃▄▅▆▇█"
+_UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+# Column of the layer table -> its heading; shown in this order where anything of it was measured.
+_MEASURES = {
+    "sensitivity_kl": "sensitivity",
+    "activation_nmse": "act. nmse",
+    "activation_peak": "act. peak",
+    "propagated_nmse": "prop. nmse",
+    "weight_nmse": "weight nmse",
+    "weight_sqnr_db": "weight dB",
+    "activation_sqnr_db": "act. dB",
+    "weight_peak": "weight peak",
+    "sensitivity_kl_se": "sens. se",
+}
+_SHOWN_BESIDE = ("sensitivity_kl", "activation_nmse", "activation_peak", "propagated_nmse", "weight_nmse")
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; of `COLUMNS` or 120 where output is piped."""
+    return shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
+
+
+def readable_bytes(count: int) -> str:
+    """`count` in the largest binary unit that leaves at least one whole: 6.69 GiB, 512 B."""
+    for size, unit in _UNITS:
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def readable_number(value: float | None) -> str:
+    """Three significant digits; a dash for what was not measured."""
+    if value is None or value != value:
+        return "-"
+    if value == 0 or not isfinite(value):
+        return f"{value:g}"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+
+
+def readable_share(value: float | None) -> str:
+    """A share from 0 to 1 as per cent; a dash where it does not apply."""
+    return "-" if value is None or value != value else f"{100 * value:.1f} %"
+
+
+def spark_line(values: Sequence[float], width: int) -> str:
+    """`values` in order as one line of at most `width` block characters, linear from zero.
+
+    Neighbours that share a character show their maximum, so that no spike is lost. A space stands
+    where nothing was measured, the lowest block for zero and below.
+    """
+    cells = min(width, len(values))
+    if cells < 1:
+        return ""
+    tops = []
+    for cell in range(cells):
+        part = values[cell * len(values) // cells : (cell + 1) * len(values) // cells]
+        tops.append(max((v for v in part if isfinite(v)), default=nan))
+    highest = max((top for top in tops if top == top), default=0.0)
+    return "".join(" " if top != top else _level(top, highest) for top in tops)
+
+
+def _level(value: float, highest: float) -> str:
+    if highest <= 0:
+        return _LEVELS[0]
+    return _LEVELS[min(len(_LEVELS) - 1, max(0, int(value / highest * len(_LEVELS))))]
+
+
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: frozenset[int]) -> str:
+    """Columns two spaces apart, right-aligned but for the indices in `left`; a rule under the headings."""
+    widths = [max(len(line[i]) for line in (headings, *rows)) for i in range(len(headings))]
+
+    def line(cells: Sequence[str]) -> str:
+        placed = (
+            c.ljust(w) if i in left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(placed).rstrip()
+
+    return "\n".join([line(headings), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
+
+
+def shortened(text: str, width: int) -> str:
+    """`text`, with its middle left out where it is longer than `width`."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+def rank_text(ranked: pd.DataFrame, by: str, kept: frozenset[str], width: int) -> str:
+    """The ranking `ranked` (rows of the layer table, best first) with the score `by` as first number.
+
+    kept: layers that the manifest leaves in 16-bit, marked *. The bytes are what keeping a layer costs.
+    """
+    beside = [c for c in _SHOWN_BESIDE if c != by and c in ranked and ranked[c].notna().any()]
+    numbers = [by, *beside]
+    costs = [
+        readable_bytes(int(b) - int(a))
+        for a, b in zip(ranked["nf4_bytes"], ranked["bf16_bytes"], strict=True)
+    ]
+    while True:
+        headings = ["#", "layer", "tower", "16-bit costs", *(_MEASURES.get(c, c) for c in numbers)]
+        fixed = [
+            [str(i), "", str(row.tower), f"+{cost}", *(readable_number(getattr(row, c)) for c in numbers)]
+            for i, (row, cost) in enumerate(zip(ranked.itertuples(), costs, strict=True), start=1)
+        ]
+        room = width - len(text_table(headings, fixed, frozenset()).splitlines()[1]) + len("layer")
+        if room >= 30 or len(numbers) == 1:
+            break
+        numbers = numbers[:-1]
+    labels = _labels([f"{n} *" if n in kept else n for n in ranked["layer"]], max(room, 12))
+    rows = [[line[0], label, *line[2:]] for line, label in zip(fixed, labels, strict=True)]
+    return text_table(headings, rows, frozenset({1, 2}))
+
+
+def _labels(names: list[str], room: int) -> list[str]:
+    if all(len(name) <= room for name in names):
+        return names
+    return [shortened(label, room) for label in short_names(names).values()]
+
+
+def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> str:
+    """The comparison (the object of `compare --json`) as a table, and `shown` answers side by side."""
+    headings = ["model", "parameters", "with state", "KL / token", "top-1", "answers", "facts"]
+    rows = [
+        [
+            str(row["name"]),
+            readable_bytes(row["parameter_bytes"]),
+            readable_bytes(row["total_bytes"]),
+            _with_error(row["kl"], row["kl_se"]),
+            readable_share(row["top1_agreement"]),
+            readable_share(row["answer_agreement"]),
+            readable_share(row["facts"]),
+        ]
+        for row in comparison["rows"]
+    ]
+    blocks = [text_table(headings, rows, frozenset({0}))]
+    blocks += [_answers(sample, width) for sample in _telling(comparison["samples"])[:shown]]
+    return "\n\n".join(blocks)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None or error is None or error != error:
+        return readable_number(value)
+    return f"{readable_number(value)} ± {readable_number(error)}"
+
+
+def _telling(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Samples on which the models disagree first, otherwise in their order."""
+    return sorted(samples, key=lambda s: len(set(s["answers"].values())) == 1)
+
+
+def _answers(sample: Mapping[str, Any], width: int) -> str:
+    margin = max(len(name) for name in sample["answers"]) + 4
+    lines = [fill(f"{sample['id']}: {' '.join(str(sample['prompt']).split())}", width)]
+    for name, answer in sample["answers"].items():
+        text = " ".join(str(answer).split()) or "(nothing)"
+        lines.append(
+            fill(text, width, initial_indent=f"  {name}".ljust(margin), subsequent_indent=" " * margin)
+        )
+    return "\n".join(lines)
+
+
+def paragraphs(sentences: Sequence[str], width: int, mark: str = "- ") -> str:
+    """Each sentence wrapped to `width` behind `mark`."""
+    inner = max(width - len(mark), 20)
+    blocks = (indent(fill(s, inner), " " * len(mark)) for s in sentences)
+    return "\n".join(mark + block[len(mark) :] for block in blocks)
