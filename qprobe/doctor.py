@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import pairwise
 from threading import Thread
 from typing import Any
 
@@ -35,6 +35,7 @@ NF4_CODES = (
     1.0,
 )
 HUB_SECONDS = 3.0
+DECISIVE_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate")  # shown first
 OPTIONAL_PACKAGES = {
     "peft": "adapters for fine-tuning",
     "trl": "the fine-tuning loop",
@@ -144,7 +145,8 @@ def list_packages() -> tuple[Package, ...]:
     except metadata.PackageNotFoundError:  # run from a source tree that was never installed
         asked = []
     needed = {r.name: str(r.specifier) for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})}
-    found = [_package(name, wanted) for name, wanted in needed.items()]
+    order = sorted(needed, key=lambda name: (name not in DECISIVE_PACKAGES, name))
+    found = [_package(name, needed[name]) for name in order]
     return (*found, *(_package(name, None) for name in OPTIONAL_PACKAGES if name not in needed))
 
 
@@ -207,7 +209,7 @@ def roundtrip_bound(dtype: str) -> float:
     Rounding to the nearest code misses by at most half the widest gap between neighbours; reading the
     result back in `dtype` adds its unit roundoff (2^-8 for bf16, 2^-11 for fp16) of at most absmax.
     """
-    widest = max(high - low for low, high in zip(NF4_CODES, NF4_CODES[1:], strict=False))
+    widest = max(high - low for low, high in pairwise(NF4_CODES))
     return widest / 2 + _UNIT_ROUNDOFF[dtype]
 
 
@@ -297,13 +299,7 @@ def find_problems(
     packages: tuple[Package, ...], devices: tuple[Device, ...], hub: Hub
 ) -> tuple[Problem, ...]:
     """What is wrong with the findings, the gravest first, each with what to do about it."""
-    problems = [*_device_problems(devices), *_package_problems(packages), *_hub_problems(hub)]
-    if sys.version_info < (3, 11):
-        version = platform.python_version()
-        problems.insert(
-            0, Problem(f"Python {version} is too old.", "Use Python 3.11 or newer in a new environment.")
-        )
-    return tuple(problems)
+    return (*_device_problems(devices), *_package_problems(packages), *_hub_problems(hub))
 
 
 def _device_problems(devices: tuple[Device, ...]) -> list[Problem]:

@@ -19,7 +19,7 @@ class ScanOptions:
     """Everything `scan` can be asked.
 
     model: catalogue alias, hub id or local folder.
-    images: folder of images; data: JSONL file of samples; at most one of the two, neither for the built-in ones.
+    images: folder of images; data: JSONL file of samples; at most one of them, neither for the built-in ones.
     prompt: asked of every image of `images`; samples: how many to measure; None for a sensible number.
     budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB".
     out: the run folder; None for runs/MODEL.
@@ -52,7 +52,7 @@ class CompareOptions:
 
     manifest: the skiplist.json of a scan.
     model: where the 16-bit weights are; None for the id that the manifest names.
-    images, data, prompt, samples, seed: as in `ScanOptions`; the seed differs so that samples are held out.
+    images, data, prompt, samples, seed: as in `ScanOptions`; built-in samples are other ones than a scan's.
     dtype: of everything in 16-bit; None for the manifest's compute_dtype.
     """
 
@@ -64,6 +64,6 @@ class CompareOptions:
     samples: int | None = None
     device: str | None = None
     dtype: str | None = None
-    seed: int = 1
+    seed: int = 0
     batch_size: int = 4
     max_new_tokens: int = 64

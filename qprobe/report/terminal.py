@@ -182,3 +182,39 @@ def paragraphs(sentences: Sequence[str], width: int, mark: str = "- ") -> str:
     inner = max(width - len(mark), 20)
     blocks = (indent(fill(s, inner), " " * len(mark)) for s in sentences)
     return "\n".join(mark + block[len(mark) :] for block in blocks)
+
+
+def doctor_text(diagnosis: Mapping[str, Any], width: int) -> str:
+    """The diagnosis (the object of `doctor --json`) on one screen, what to do about problems last."""
+    versions = ", ".join(f"{p['name']} {p['version'] or 'missing'}" for p in diagnosis["packages"])
+    head = f"qprobe {diagnosis['qprobe']}, Python {diagnosis['python']}, {diagnosis['system']}"
+    headings = ["device", "", "memory", "free", "16-bit", "4-bit round trip", "4-bit product"]
+    rows = [_device_row(device) for device in diagnosis["devices"]]
+    hub = diagnosis["hub"]
+    login = "logged in" if hub["logged_in"] else "not logged in"
+    blocks = [
+        f"{head}\n{fill(versions, width)}",
+        text_table(headings, rows, frozenset({0, 1})) if rows else "no device",
+        fill(f"hub: {hub['status']} ({hub['detail']}), {login}", width),
+    ]
+    if diagnosis["problems"]:
+        sentences = [f"{p['what']} {p['advice']}" for p in diagnosis["problems"]]
+        blocks.append("To mend or to know:\n" + paragraphs(sentences, width))
+    verdict = (
+        "4-bit works on this machine." if diagnosis["ok"] else "4-bit works on no device of this machine."
+    )
+    return "\n\n".join([*blocks, verdict])
+
+
+def _device_row(device: Mapping[str, Any]) -> list[str]:
+    four_bit = device["four_bit"]
+    if four_bit["error"] is not None:
+        checks = ["fails", "fails"]
+    else:
+        error, bound, product = (four_bit[k] for k in ("roundtrip_error", "roundtrip_bound", "matmul_error"))
+        checks = [
+            f"{'ok' if error <= bound else 'WRONG'}, {error:.3f} of {bound:.3f}",
+            f"{'ok' if product <= 1 else 'WRONG'}, {product:.2f} of 1",
+        ]
+    memory = [readable_bytes(device["total_bytes"]), readable_bytes(device["free_bytes"])]
+    return [device["name"], device["title"], *memory, device["dtype"] or "none", *checks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from qprobe.errors import RunError
-from qprobe.manifest import read_manifest
+from qprobe.manifest import read_manifest, write_atomic
 from qprobe.measure.store import read_scan
 from qprobe.records import Scan
 from qprobe.report.figures import frontier_plot, spike_plot
@@ -54,9 +54,9 @@ def kept_layers(folder: Path, scan: Scan) -> frozenset[str]:
 
 def _save(figure: Figure, path: Path) -> Path:
     """Same figure, same bytes: no dates, and ids in the SVG that hash its content."""
+    drawn = BytesIO()
     metadata = {"Software": None} if path.suffix == ".png" else {"Date": None}
-    unfinished = path.with_name(f".{path.name}")
-    with matplotlib.rc_context({"svg.hashsalt": "qprobe", "svg.fonttype": "none"}):
-        figure.savefig(unfinished, format=path.suffix[1:], dpi=110, metadata=metadata)
-    os.replace(unfinished, path)
+    with matplotlib.rc_context({"svg.hashsalt": "qprobe"}):
+        figure.savefig(drawn, format=path.suffix[1:], dpi=110, metadata=metadata)
+    write_atomic(path, drawn.getvalue())
     return path

@@ -1,0 +1,27 @@
+"""The command line: parse, one library call, print. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import click
+
+from qprobe import __version__
+from qprobe.cli.choose import rank, report, select
+from qprobe.cli.compare import compare
+from qprobe.cli.machine import doctor, models
+from qprobe.cli.scan import scan
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="qprobe")
+def main() -> None:
+    """Find the linear layers of a vision-language model that must stay in 16-bit when the rest goes to
+    4-bit, prove it with numbers, and build that model.
+
+    Start with `qprobe doctor`, then `qprobe scan --model demo-outliers`.
+
+    Exit codes: 0 success, 1 an error that the message explains, 2 wrong usage.
+    """
+
+
+for _command in (doctor, models, scan, rank, select, compare, report):
+    main.add_command(_command)

@@ -1,0 +1,113 @@
+"""`qprobe rank`, `qprobe select`, `qprobe report`: everything after the measurement, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qprobe.cli import shared
+
+if TYPE_CHECKING:
+    from qprobe.manifest import Manifest
+
+_RUN = click.argument("run", type=shared.PATH)
+
+
+@shared.command("rank", short_help="List the layers that 4-bit hurts most.")
+@_RUN
+@click.option(
+    "--by",
+    metavar="COLUMN",
+    help="Column of layers.csv to rank by.  [default: sensitivity_kl, or activation_nmse]",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="How many layers to show.",
+)
+def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
+    """List the layers of the run folder RUN that 4-bit hurts most.
+
+    \b
+    --json prints: by, and rows [{rank, and the columns of layers.csv}].
+    """
+    from qprobe.cli.ranking import default_score, show_ranking
+    from qprobe.select.table import rank_table, read_table
+
+    if not as_json:
+        show_ranking(run, by, top)
+        return
+    score = by or default_score(run)
+    ranked = rank_table(read_table(run), score, top).to_dict("records")
+    shared.print_json({"by": score, "rows": [{"rank": i, **row} for i, row in enumerate(ranked, 1)]})
+
+
+@shared.command("select", short_help="Choose layers again for another budget.")
+@_RUN
+@click.option(
+    "--budget",
+    required=True,
+    metavar="B",
+    help="What the skip-list may cost: +10% of the standard 4-bit model, +690MiB, or a total such as 7.3GiB.",
+)
+@click.option(
+    "--by",
+    metavar="COLUMN",
+    help="Score of layers.csv that chooses.  [default: sensitivity_kl, or activation_nmse]",
+)
+@click.option(
+    "--out", type=shared.PATH, metavar="FILE", help="Where to write it.  [default: RUN/skiplist.json]"
+)
+def select(run: Path, budget: str, by: str | None, out: Path | None, as_json: bool) -> None:
+    """Choose again, for another budget or score, from what the run folder RUN holds; nothing is measured.
+
+    \b
+    --json prints the manifest that was written.
+    """
+    from qprobe.manifest import manifest_to_json, write_manifest
+    from qprobe.select import select as choose
+
+    manifest = choose(run, budget, by)
+    target = out if out is not None else run / "skiplist.json"
+    write_manifest(target, manifest)
+    if as_json:
+        shared.print_json(manifest_to_json(manifest))
+    else:
+        _show(manifest, target)
+
+
+def _show(manifest: Manifest, target: Path) -> None:
+    from qprobe.report.terminal import readable_bytes, text_table
+
+    kept = [layer for layer in manifest.layers if layer.precision != manifest.format.name]
+    rows = [[layer.name, readable_bytes(layer.bytes), layer.reason] for layer in kept]
+    if rows:
+        click.echo(text_table(["16-bit layer", "bytes", "why"], rows, frozenset({0, 2})) + "\n")
+    sizes = (manifest.budget.total_bytes, manifest.budget.limit_bytes, manifest.budget.standard_4bit_bytes)
+    total, limit, standard = map(readable_bytes, sizes)
+    click.echo(f"{len(kept)} of {len(manifest.layers)} layers stay in 16-bit.")
+    click.echo(f"{total} of the {limit} allowed; standard 4-bit takes {standard}.")
+    click.echo(f"Skip-list  {target}")
+
+
+@shared.command("report", short_help="Draw the pictures of a run.")
+@_RUN
+@click.option("--out", type=shared.PATH, metavar="DIR", help="Where to write it.  [default: RUN/report]")
+def report(run: Path, out: Path | None, as_json: bool) -> None:
+    """Draw the pictures of the run folder RUN: error spikes of every layer, and KL over the budget.
+
+    \b
+    --json prints: files [path].
+    """
+    from qprobe.report.write import write_report
+
+    files = write_report(run, out)
+    if as_json:
+        shared.print_json({"files": files})
+    else:
+        click.echo("\n".join(f"Picture  {path}" for path in files))

@@ -1,0 +1,49 @@
+"""`qprobe compare`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from qprobe.cli import shared
+from qprobe.options import CompareOptions
+
+
+@shared.command("compare", short_help="16-bit, standard and dynamic 4-bit, side by side.")
+@click.option(
+    "--manifest", type=shared.PATH, required=True, metavar="FILE", help="The skiplist.json of a scan."
+)
+@click.option(
+    "--model",
+    metavar="M",
+    help="Where the 16-bit weights are: name, hub id or folder.  [default: as the manifest says]",
+)
+@shared.sample_options
+@shared.device_option
+@shared.dtype_option(None, "that of the manifest")
+def compare(as_json: bool, **asked: Any) -> None:
+    """Run the 16-bit model, standard 4-bit and the dynamic 4-bit model on the same samples, side by side.
+
+    Shows bytes as stored, KL to the 16-bit model (nats per answer token, with its standard error), how
+    often the most likely token and the whole answer are the same, facts stated right where the samples
+    carry facts, and a few answers. The built-in samples are other ones than those of a scan.
+
+    \b
+    --json prints: rows [{name, parameter_bytes, total_bytes, kl, kl_se, top1_agreement, answer_agreement,
+    facts}] for 16-bit, nf4 and dynamic, and samples [{id, prompt, answers {name: text}}]; shares are
+    0 to 1, null for what does not apply.
+    """
+    from qprobe.build.compare import compare as run_compare
+
+    shared.refuse_two_sources(asked)
+    with shared.progress_bars() as progress:
+        comparison = run_compare(CompareOptions(**asked), progress)
+    if as_json:
+        shared.print_json(comparison.to_json())
+        return
+    from qprobe.report.terminal import compare_text, paragraphs, terminal_width
+
+    click.echo(compare_text(comparison.to_json(), terminal_width()))
+    if comparison.notes:
+        click.echo("\n" + paragraphs(comparison.notes, terminal_width()))

@@ -1,0 +1,32 @@
+"""The ranking of a run as `scan` and `rank` show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+def default_score(folder: Path) -> str:
+    """The score that chooses by default: sensitivity where it was measured, else activation error."""
+    from qprobe.select.table import read_table
+
+    table = read_table(folder)
+    return "sensitivity_kl" if table["sensitivity_kl"].notna().any() else "activation_nmse"
+
+
+def show_ranking(folder: Path, by: str | None, top: int) -> None:
+    """Print a spark line of the score over all layers, and the `top` layers of its ranking."""
+    from qprobe.measure.store import read_scan
+    from qprobe.report.terminal import rank_text, spark_line, terminal_width
+    from qprobe.report.write import kept_layers
+    from qprobe.select.table import rank_table, read_table
+
+    score, table, width = by or default_score(folder), read_table(folder), terminal_width()
+    ranked = rank_table(table, score, top)
+    kept = kept_layers(folder, read_scan(folder))
+    click.echo(f"{score} of {len(table)} layers in execution order:")
+    click.echo(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
+    click.echo(rank_text(ranked, score, kept, width))
+    if any(name in kept for name in ranked["layer"]):
+        click.echo("* stays in 16-bit in skiplist.json")

@@ -1,0 +1,98 @@
+"""`qprobe scan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qprobe.cli import shared
+from qprobe.options import ScanOptions
+
+if TYPE_CHECKING:
+    from qprobe.scan import ScanResult
+
+TOP = 10  # layers of the ranking that are shown
+
+
+@shared.command("scan", short_help="Measure every layer, choose those that stay in 16-bit.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="M",
+    help="Name from `qprobe models`, hub id, or folder of a 16-bit checkpoint.",
+)
+@shared.sample_options
+@click.option(
+    "--format",
+    type=click.Choice(["nf4"]),
+    default="nf4",
+    show_default=True,
+    help="4-bit format whose damage is measured.",
+)
+@click.option(
+    "--budget",
+    default="+10%",
+    show_default=True,
+    metavar="B",
+    help="What the skip-list may cost: +10% of the standard 4-bit model, +690MiB, or a total such as 7.3GiB.",
+)
+@click.option(
+    "--by",
+    metavar="COLUMN",
+    help="Score of layers.csv that chooses, e.g. activation_nmse.  [default: the best one measured]",
+)
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Gauss-Legendre nodes of the sensitivity; each costs a forward and a backward pass.",
+)
+@click.option(
+    "--out",
+    type=shared.PATH,
+    metavar="RUN",
+    help="Run folder; an interrupted scan continues in it.  [default: runs/MODEL]",
+)
+@shared.device_option
+@shared.dtype_option("bf16", "bf16")
+def scan(as_json: bool, **asked: Any) -> None:
+    """Measure what 4-bit costs every linear layer of a model, and choose which layers stay in 16-bit.
+
+    Leaves a run folder RUN with the layer table (layers.csv), the skip-list (skiplist.json) and pictures
+    (report/). The same command resumes an interrupted scan.
+
+    \b
+    --json prints: run, layers, samples, seconds {stage: s}, peak_bytes, kl_standard_4bit, kl_dynamic
+    (nats per answer token), attribution_residual, skiplist, verdict, notes; null for what does not apply.
+    """
+    from qprobe.scan import scan as run_scan
+
+    shared.refuse_two_sources(asked)
+    with shared.progress_bars() as progress:
+        result = run_scan(ScanOptions(**asked), progress)
+    if as_json:
+        shared.print_json(result.to_json())
+    else:
+        _show(result, ScanOptions(**asked).by)
+
+
+def _show(result: ScanResult, by: str | None) -> None:
+    from qprobe.cli.ranking import show_ranking
+    from qprobe.report.terminal import paragraphs, readable_bytes, terminal_width
+
+    width = terminal_width()
+    stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
+    click.echo(f"{result.layers} linear layers, {result.samples} samples")
+    click.echo(f"{stages}{peak}\n")
+    show_ranking(result.run, by, TOP)
+    if result.notes:
+        click.echo("\n" + paragraphs(result.notes, width))
+    click.echo(f"\nRun folder  {result.run}")
+    if result.skiplist is not None:
+        click.echo(f"Skip-list   {result.skiplist}")
+    click.echo()
+    click.secho(paragraphs([result.verdict], width, mark=""), bold=True)

@@ -1,0 +1,191 @@
+"""What every command shares: errors as one sentence, --json, progress bars, option groups."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qprobe.cli.quiet import quiet
+from qprobe.errors import MachineError, QprobeError
+from qprobe.options import Progress, no_progress
+
+Command = Callable[..., Any]
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+PATH = click.Path(path_type=Path)
+
+
+def command(name: str, **settings: Any) -> Callable[[Command], click.Command]:
+    """A click command with --json whose `QprobeError`s end as one sentence on stderr and exit code 1."""
+
+    def decorate(function: Command) -> click.Command:
+        as_command = click.command(name, **settings)(_explained(function))
+        as_command.params.append(
+            click.Option(
+                ["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, nothing else."
+            )
+        )
+        return as_command
+
+    return decorate
+
+
+def _explained(function: Command) -> Command:
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with quiet():
+                return function(*args, **kwargs)
+        except QprobeError as error:
+            raise click.ClickException(str(error)) from error
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            raise click.ClickException(str(_out_of_memory(error))) from error
+
+    return run
+
+
+def _out_of_memory(error: Exception) -> MachineError:
+    first = str(error).strip().splitlines()[0]
+    return MachineError(
+        f"The device ran out of memory: {first} Pass a smaller --batch-size, or another --device."
+    )
+
+
+_SAMPLE_OPTIONS = (
+    click.option(
+        "--images", type=PATH, metavar="DIR", help="Folder of images to look at.  [default: built-in samples]"
+    ),
+    click.option(
+        "--data",
+        type=PATH,
+        metavar="FILE",
+        help="JSONL file of samples, one a line: image, prompt and, where known, answer.",
+    ),
+    click.option(
+        "--prompt", metavar="TEXT", help="What to ask where the sample brings no prompt of its own."
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Number of samples.  [default: 48 scenes for the demo models, else up to 32]",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Which scenes are drawn for the demo models.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=4,
+        show_default=True,
+        metavar="N",
+        help="Samples that run at once; lower it when memory runs out.",
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        metavar="N",
+        help="Longest answer the model gives, in tokens, where a sample brings none.",
+    ),
+)
+
+
+def sample_options(function: Command) -> Command:
+    """Which samples, and how they run: the options that `scan` and `compare` share."""
+    for option in reversed(_SAMPLE_OPTIONS):
+        function = option(function)
+    return function
+
+
+def device_option(function: Command) -> Command:
+    """--device."""
+    return click.option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ...  [default: the first CUDA device, or else the CPU]",
+    )(function)
+
+
+def dtype_option(default: str | None, shown: str) -> Callable[[Command], Command]:
+    """--dtype, handed on as torch's name of it; `shown` says the default in words."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(list(DTYPES)),
+        default=default,
+        callback=lambda _context, _option, value: DTYPES.get(value),
+        help="16-bit type of what is not in 4-bit; fp16 for cards without bf16, such as V100.  "
+        f"[default: {shown}]",
+    )
+
+
+def refuse_two_sources(asked: Mapping[str, Any]) -> None:
+    """Raises UsageError where both --images and --data were passed."""
+    if asked["images"] is not None and asked["data"] is not None:
+        raise click.UsageError("--images and --data are two sources of samples; pass one of them.")
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A `Progress` that draws a bar a stage on stderr; silent where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield no_progress
+        return
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            _close(bars)
+            bars[stage] = tqdm(total=total, desc=stage, leave=False, dynamic_ncols=True, file=sys.stderr)
+        bar = bars[stage]
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        _close(bars)
+
+
+def _close(bars: dict[str, Any]) -> None:
+    for bar in bars.values():
+        bar.close()
+
+
+def print_json(value: Any) -> None:
+    """`value` as JSON on stdout; what does not apply (NaN, infinity) is null."""
+    click.echo(json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def plain(value: Any) -> Any:
+    """`value` made of what JSON has: dataclasses become objects, paths strings, NaN and infinity null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):  # numpy's scalars
+        return plain(value.item())
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
