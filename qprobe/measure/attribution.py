@@ -40,7 +40,7 @@ def slopes_at(
     round_trips: RoundTrips,
     alpha: float,
 ) -> dict[str, Tensor]:
-    """For each linear the slope <dKL/dW, D> at W + alpha D, (samples,) float64, nats summed over answer tokens.
+    """For each linear the slope <dKL/dW, D> at W + alpha D: (samples,) float64, nats over all answer tokens.
 
     reference: the 16-bit model's `answer_logits` of the batch. modules: the linears that are quantized.
     A linear that did not run, or whose rows cannot be told apart by sample, is missing.
@@ -87,7 +87,9 @@ def attribute(
     round_trips: RoundTrips,
     nodes: int,
 ) -> pd.DataFrame:
-    """a_l of each sample and linear, columns of the unit stage "sensitivity": sample, layer, answer_tokens, kl_sum.
+    """a_l of each sample and linear: the columns of the unit stage "sensitivity".
+
+    sample, layer, answer_tokens, kl_sum (nats summed over the sample's answer tokens).
 
     Cost: one forward and one backward pass, with the forward repeated inside it, for each node.
     """

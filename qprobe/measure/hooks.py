@@ -21,7 +21,7 @@ def replaced_forwards(modules: Mapping[str, nn.Linear], forward: LinearForward) 
     before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.forward = _bound(forward, name, module)
+            module.__dict__["forward"] = _bound(forward, name, module)
         yield
     finally:
         for name, module in modules.items():
@@ -49,7 +49,7 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = _checkpointed(block.forward)
+            block.__dict__["forward"] = _checkpointed(block.forward)
         yield
     finally:
         for block, old in zip(blocks, before, strict=True):

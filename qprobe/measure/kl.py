@@ -50,7 +50,7 @@ def answer_logits(model: Any, batch: Batch) -> list[Tensor]:
 
 
 def kl_per_sample(reference: list[Tensor], other: list[Tensor]) -> Tensor:
-    """(samples,) summed KL(reference || other) of answer logits in nats, float64, differentiable in `other`."""
+    """(samples,) KL(reference || other) summed over answer tokens, nats, float64; differentiable."""
     return torch.stack([_kl(p, q).double().sum() for p, q in zip(reference, other, strict=True)])
 
 

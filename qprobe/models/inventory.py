@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from torch import nn
 
@@ -52,7 +53,7 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
     architecture = type(model).__name__
     has_vision = any(tower_of(n, architecture, True) == VISION for n in names)
     shared = _shared_storage(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _output_embedding(model)
     layers = []
     for name, module in modules.items():
         shape = (module.out_features, module.in_features)
@@ -122,5 +123,10 @@ def _why_uncovered(model: nn.Module, parent_name: str) -> str | None:
 
 def has_language_head(model: nn.Module) -> bool:
     """True if the model turns hidden states into token logits."""
+    return _output_embedding(model) is not None
+
+
+def _output_embedding(model: Any) -> nn.Module | None:
+    """The layer that turns hidden states into token logits; None for a model without one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return isinstance(head, nn.Module)
+    return head if isinstance(head, nn.Module) else None

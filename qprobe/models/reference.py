@@ -50,8 +50,6 @@ def resolve(model: str) -> Source:
 
     Raises ModelError if it is none of them.
     """
-    from qprobe import demo
-
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -61,7 +59,9 @@ def resolve(model: str) -> Source:
         return Source(folder.resolve().name, str(folder))
     entry = find(model)
     if entry is not None and entry.hub_id is None:
-        embedded = {"demo": demo.demo_folder, "demo-outliers": demo.outliers_folder}
+        from qprobe.demo import demo_folder, outliers_folder
+
+        embedded = {"demo": demo_folder, "demo-outliers": outliers_folder}
         return Source(entry.alias, str(embedded[entry.alias]()))
     if entry is not None and entry.hub_id is not None:
         return Source(entry.hub_id, entry.hub_id)
@@ -133,7 +133,7 @@ def model_class(config: Any) -> Any:
 
     wanted = (getattr(config, "architectures", None) or [""])[0]
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        mapped = auto._model_mapping.get(type(config), None)  # the public API has no lookup by config
+        mapped: Any = auto._model_mapping.get(type(config), None)  # the public API has no lookup by config
         if mapped is not None and wanted in ("", mapped.__name__):
             return auto
     return AutoModel
@@ -164,6 +164,11 @@ def load_processor(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(source.location, revision=revision)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def reads_images(reference: Reference) -> bool:
+    """True if the model's processor takes images."""
+    return hasattr(reference.processor, "image_processor")
 
 
 def _without_video(source: Source) -> Any:
@@ -204,7 +209,7 @@ class _explained:
             advice = (
                 "Check that the folder is a complete transformers checkpoint with safetensors files."
                 if is_local
-                else "Check the name and the network; for a gated model accept its licence on the hub and run "
-                "`hf auth login`, or pass a local folder."
+                else "Check the name and the network; for a gated model accept its licence on the hub "
+                "and run `hf auth login`, or pass a local folder."
             )
             raise ModelError(f"Model {self.source.id!r} cannot be loaded: {first} {advice}") from error

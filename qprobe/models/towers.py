@@ -27,8 +27,8 @@ class Layout:
 # projector often sits inside the vision module ("visual.merger").
 GENERIC = Layout(
     towers=(
-        (PROJECTOR, r"(^|\.)(multi_modal_projector|mm_projector|projector|merger|connector|modality_projection|"
-                    r"aligner|visual_projection|embed_vision|mlp1|deepstack_merger_list)(\.|$)"),
+        (PROJECTOR, r"(^|\.)(multi_modal_projector|mm_projector|projector|merger|connector|"
+                    r"modality_projection|aligner|visual_projection|embed_vision|mlp1|deepstack_merger_list)(\.|$)"),
         (VISION, r"(^|\.)(vision_model|vision_tower|visual|vision_encoder|image_encoder|vit|vision)(\.|$)"),
         (CROSS, r"(^|\.)(cross_attn|crossattention|cross_attention|encoder_attn)(\.|$)"),
         (LANGUAGE, r"(^|\.)(language_model|text_model|lm_head|decoder|embed_out)(\.|$)"),

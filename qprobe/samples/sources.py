@@ -19,9 +19,10 @@ DEFAULT_PROMPT = "Describe this image in detail."
 # Varied kinds that lie in scikit-image's wheel (no download): people, animals, medicine, space, parts,
 # documents, textures, products.
 PHOTOGRAPHS = (
-    "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg", "ihc.png", "hubble_deep_field.jpg",
-    "motorcycle_left.png", "page.png", "coins.png", "camera.png", "clock_motion.png", "cell.png", "brick.png",
-    "grass.png", "gravel.png", "horse.png", "moon.png", "text.png", "microaneurysms.png",
+    "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg", "ihc.png",
+    "hubble_deep_field.jpg", "motorcycle_left.png", "page.png", "coins.png", "camera.png",
+    "clock_motion.png", "cell.png", "brick.png", "grass.png", "gravel.png", "horse.png", "moon.png",
+    "text.png", "microaneurysms.png",
 )  # fmt: skip
 
 

@@ -1,0 +1,66 @@
+"""What decides every number of a run: the specification in `scan.json`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from qprobe.measure.runner import Measures
+from qprobe.models.reference import Reference
+from qprobe.records import FormatSpec, Sample
+from qprobe.samples.inputs import Batch
+
+LIBRARIES = ("qprobe", "torch", "transformers", "bitsandbytes")
+_SAMPLED = 4096  # elements of each weight that enter the digest: enough to tell checkpoints apart, at no cost
+
+
+def run_spec(
+    reference: Reference,
+    fmt: FormatSpec,
+    measures: Measures,
+    calibration: list[tuple[Sample, ...]],
+    held_out: list[tuple[Sample, ...]],
+    first: Batch,
+    seed: int,
+) -> dict[str, Any]:
+    """The specification of a run: two runs with equal specifications give the same units."""
+    return {
+        "model": asdict(reference.identity),
+        "weights": weights_digest(reference.model),
+        "format": asdict(fmt),
+        "device": reference.device.type,
+        "measures": asdict(measures),
+        "processor": inputs_digest(first),
+        "calibration": [[_named(s) for s in group] for group in calibration],
+        "held_out": [[_named(s) for s in group] for group in held_out],
+        "seed": seed,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _named(sample: Sample) -> dict[str, str]:
+    return {"id": sample.id, "digest": sample.digest}
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 over up to 4,096 evenly spaced elements of every parameter."""
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED)
+        sha.update(name.encode())
+        sha.update(flat[::step][:_SAMPLED].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def inputs_digest(batch: Batch) -> str:
+    """SHA-256 over the tensors that the processor made of a batch: changes when the processor does."""
+    sha = hashlib.sha256()
+    for key, value in sorted(batch.inputs.items()):
+        sha.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        sha.update(value.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,207 @@
+"""The whole road of one scan: load, answer, measure, choose, write the manifest, draw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qprobe.errors import SampleError
+from qprobe.measure.answers import with_answers
+from qprobe.measure.choice import choose_list
+from qprobe.measure.identity import run_spec
+from qprobe.measure.memory import peak_bytes
+from qprobe.measure.runner import Measures, applicable_measures, observe
+from qprobe.measure.store import missing_units, open_run, read_scan, read_units, update_scan, write_unit
+from qprobe.measure.subject import Subject, subject_of
+from qprobe.measure.weights import weight_rows
+from qprobe.models.reference import load_reference, reads_images
+from qprobe.options import Progress, ScanOptions, no_progress
+from qprobe.records import FormatSpec, Inventory, Sample, Scan
+from qprobe.report.write import write_report
+from qprobe.sampling import Wanted, choose_samples, split_held_out
+from qprobe.select.table import attribution_residual, write_table
+from qprobe.select.verdict import verdict
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What a scan found, and where it lies.
+
+    seconds: by stage. peak_bytes: of the device (CUDA) or of the process (CPU). kl_*: nats per answer
+    token on held-out samples, None where they do not apply. attribution_residual: (sum of the sensitivities
+    - measured KL) / measured KL, on the calibration samples. verdict: one sentence.
+    """
+
+    run: Path
+    layers: int
+    samples: int
+    seconds: dict[str, float]
+    peak_bytes: int | None
+    kl_standard_4bit: float | None
+    kl_dynamic: float | None
+    attribution_residual: float | None
+    skiplist: Path | None
+    verdict: str
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented object of `scan --json`."""
+        skiplist = None if self.skiplist is None else str(self.skiplist)
+        return {**vars(self), "run": str(self.run), "skiplist": skiplist, "notes": list(self.notes)}
+
+
+@dataclass
+class Clock:
+    """Seconds by stage, added up when a stage is entered more than once."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The samples of a scan, cut into batches.
+
+    calibration: measured for the layer table. held_out: measured for the choice alone, maybe none.
+    """
+
+    calibration: list[tuple[Sample, ...]]
+    held_out: list[tuple[Sample, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(len(group) for group in (*self.calibration, *self.held_out))
+
+
+def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
+    """Measure every linear of a model, choose a skip-list within the budget, and leave a run folder.
+
+    A folder of the same specification is resumed: finished units are not measured again.
+    Raises QprobeError for anything a user can mend (see `qprobe.errors`).
+    """
+    clock = Clock()
+    with clock.stage("load"):
+        reference = load_reference(options.model, options.device, options.dtype)
+    folder = options.out or Path("runs") / reference.identity.id.replace("/", "--")
+    with clock.stage("weights"):
+        subject = subject_of(reference, FormatSpec(options.format, compute_dtype=options.dtype))
+    with clock.stage("answers"):
+        work = prepare_samples(subject, options, folder, progress)
+    with clock.stage("measure"):
+        measures = start_run(subject, work, options, folder)
+        measure_units(subject, work, measures, folder, progress)
+        order_layers(folder)
+        write_table(folder)
+    with clock.stage("choose"):
+        manifest = choose_list(subject, folder, work.held_out, options, progress)
+    with clock.stage("report"):
+        write_report(folder)
+    done = replace(
+        read_scan(folder),
+        status="finished",
+        seconds=clock.seconds,
+        peak_bytes=peak_bytes(reference.device),
+    )
+    update_scan(folder, done)
+    return ScanResult(
+        run=folder,
+        layers=len(done.inventory.layers),
+        samples=work.samples,
+        seconds=clock.seconds,
+        peak_bytes=done.peak_bytes,
+        kl_standard_4bit=manifest.quality.kl_standard_4bit,
+        kl_dynamic=manifest.quality.kl_dynamic,
+        attribution_residual=attribution_residual(folder),
+        skiplist=folder / "skiplist.json",
+        verdict=verdict(folder),
+        notes=done.notes,
+    )
+
+
+def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progress: Progress) -> Work:
+    """The scan's samples with answers, split and cut into batches.
+
+    Raises SampleError if no sample is usable.
+    """
+    wanted = Wanted(options.images, options.data, options.prompt, options.samples, options.seed)
+    reference = subject.reference
+    found = choose_samples(reference.identity.id, reads_images(reference), wanted, "scan")
+    notes = list(found.skipped)
+    samples = found.samples
+    if subject.has_head:
+        samples = with_answers(
+            subject, samples, options.max_new_tokens, options.batch_size, folder, progress
+        )
+        silent = [s.id for s in samples if not s.answer]
+        notes += [f"{name}: left out, the model answers nothing" for name in silent]
+        samples = tuple(s for s in samples if s.answer)
+    if not samples:
+        raise SampleError(f"The model answers none of the {len(found.samples)} samples. Pass other prompts.")
+    calibration, held_out = split_held_out(samples)
+    if subject.has_head and not held_out:
+        notes.append(f"{len(samples)} samples are too few to hold any out; the list is chosen by its score.")
+    size = options.batch_size
+    return Work(
+        subject.groups(calibration, size), subject.groups(held_out, size) if held_out else [], tuple(notes)
+    )
+
+
+def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) -> Measures:
+    """Open (or resume) the run folder; what can be measured on this model."""
+    first = subject.encode(work.calibration[0])
+    measures, notes = applicable_measures(subject, first, options.measures, options.nodes)
+    fmt = FormatSpec(options.format, compute_dtype=options.dtype)
+    spec = run_spec(
+        subject.reference, fmt, measures, work.calibration, work.held_out, first, options.seed
+    )
+    notes = (*work.notes, *notes)
+    open_run(folder, Scan(subject.reference.identity, fmt, subject.inventory, spec, notes=notes))
+    return measures
+
+
+def measure_units(
+    subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress
+) -> None:
+    """Run the units that are missing, one batch at a time."""
+    if missing_units(folder, "weights", 1):
+        write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
+    total = len(work.calibration)
+    todo = {u for stage in measures.stages for u in missing_units(folder, stage, total)}
+    for unit in sorted(todo):
+        for stage, frame in observe(subject, subject.encode(work.calibration[unit]), measures).items():
+            write_unit(folder, stage, unit, frame)
+        progress("measure", total - len([u for u in todo if u > unit]), total)
+
+
+def order_layers(folder: Path) -> None:
+    """Note in the run folder in which order the linears ran, and which never did."""
+    scan_record = read_scan(folder)
+    ran = list(dict.fromkeys(read_units(folder, "outputs")["layer"]))
+    position = {name: i for i, name in enumerate(ran)}
+    inventory = scan_record.inventory
+    ordered = sorted(inventory.layers, key=lambda x: position.get(x.name, len(ran)))
+    unmeasured = tuple(x.name for x in ordered if x.name not in position)
+    notes = scan_record.notes
+    if unmeasured and scan_record.status == "running":
+        shown = ", ".join(unmeasured[:3]) + (", ..." if len(unmeasured) > 3 else "")
+        text = f"{len(unmeasured)} linears never ran on these samples and stay unmeasured: {shown}."
+        notes = (*(n for n in notes if n != text), text)
+    update_scan(
+        folder,
+        replace(
+            scan_record,
+            inventory=Inventory(tuple(ordered), inventory.uncovered, inventory.other_bytes),
+            unmeasured=unmeasured,
+            notes=notes,
+        ),
+    )

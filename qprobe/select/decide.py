@@ -1,0 +1,101 @@
+"""Measurement decides: which of several candidate lists to take, from KL measured on held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import fsum, nan, sqrt
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One skip-list that was measured.
+
+    measured: one row for each held-out sample: sample, answer_tokens, kl_sum (nats), the same samples for all.
+    predicted_kl: what the scores say it leaves, nats a token; NaN where the scores are no KL.
+    """
+
+    name: str
+    kept: frozenset[str]
+    total_bytes: int
+    measured: pd.DataFrame
+    predicted_kl: float = nan
+
+    @property
+    def kl(self) -> float:
+        """Measured KL in nats per answer token."""
+        return _ratio(self.measured["kl_sum"], self.measured["answer_tokens"])
+
+    @property
+    def kl_se(self) -> float:
+        """Standard error of `kl` over samples; NaN for fewer than two."""
+        return ratio_se(self.measured["kl_sum"], self.measured["answer_tokens"])
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The candidate to take, and why; `tied` are others that could not be told from the best."""
+
+    chosen: Candidate
+    best: Candidate
+    tied: tuple[Candidate, ...]
+    why: str
+
+
+def ratio_se(numerators: Sequence[float] | pd.Series, weights: Sequence[float] | pd.Series) -> float:
+    """Standard error of sum(numerators) / sum(weights) over n >= 2 samples, else NaN.
+
+    Delta method for a ratio estimator (Cochran 1977, "Sampling Techniques", section 6.4):
+    se^2 = n / (n - 1) * sum((x_i - r w_i)^2) / (sum w_i)^2.
+    """
+    pairs = list(zip(numerators, weights, strict=True))
+    if len(pairs) < 2:
+        return nan
+    total = fsum(w for _, w in pairs)
+    ratio = fsum(x for x, _ in pairs) / total
+    return sqrt(len(pairs) / (len(pairs) - 1) * fsum((x - ratio * w) ** 2 for x, w in pairs)) / total
+
+
+def difference(a: Candidate, b: Candidate) -> tuple[float, float]:
+    """(KL of `a` - KL of `b`, its standard error), paired by sample, nats per answer token."""
+    joined = a.measured.merge(b.measured, on="sample", suffixes=("_a", "_b"), validate="one_to_one")
+    assert len(joined) == len(a.measured) == len(b.measured), "candidates were measured on different samples"
+    gaps = joined["kl_sum_a"] - joined["kl_sum_b"]
+    return _ratio(gaps, joined["answer_tokens_a"]), ratio_se(gaps, joined["answer_tokens_a"])
+
+
+def decide(candidates: Sequence[Candidate], standard: Candidate) -> Decision:
+    """The candidate to take: the lowest measured KL, or the smallest that cannot be told from it.
+
+    "Cannot be told apart": the paired difference is within one standard error. Nothing that measured
+    worse than `standard` (nothing kept) is ever taken.
+    """
+    everything = [standard, *candidates]
+    best = min(everything, key=lambda c: (c.kl, c.total_bytes))
+    tied = tuple(c for c in everything if c is not best and _is_tied(c, best))
+    allowed = [c for c in (best, *tied) if c.kl <= standard.kl]
+    chosen = min(allowed, key=lambda c: (c.total_bytes, c.kl))
+    return Decision(chosen, best, tied, _why(chosen, best, tied, standard))
+
+
+def _is_tied(candidate: Candidate, best: Candidate) -> bool:
+    if candidate.kept == best.kept:
+        return True
+    gap, error = difference(candidate, best)
+    return gap <= error  # False where the error is unknown (NaN)
+
+
+def _why(chosen: Candidate, best: Candidate, tied: tuple[Candidate, ...], standard: Candidate) -> str:
+    if chosen is standard:
+        return "No list measured better than keeping nothing, within its error; nothing is kept."
+    if chosen is best and not tied:
+        return f"{best.name} measured lowest, and no other list comes within its error."
+    others = ", ".join(c.name for c in (best, *tied) if c is not chosen)
+    return f"{chosen.name} cannot be told from {others} within the error, and is the smallest of them."
+
+
+def _ratio(numerators: pd.Series, weights: pd.Series) -> float:
+    total = fsum(weights)
+    return fsum(numerators) / total if total else nan

@@ -1,0 +1,41 @@
+"""The verdict of a scan in one sentence, from what was measured on held-out samples."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+from qprobe.select.decide import Candidate, difference
+
+GIB = 2**30
+
+
+def verdict(standard: Candidate | None, chosen: Candidate | None, standard_bytes: int, why: str) -> str:
+    """What standard 4-bit costs, what the chosen list costs in bytes and brings in KL, each with its error.
+
+    None for both where no KL was measured.
+    """
+    if standard is None or chosen is None:
+        return f"No KL was measured; the list is chosen by its score alone. {why}"
+    cost = f"Standard 4-bit costs a KL of {with_error(standard.kl, standard.kl_se)} nats per answer token"
+    if not chosen.kept:
+        return f"{cost}; no list within the budget measured better than keeping nothing, within the error."
+    extra = chosen.total_bytes - standard_bytes
+    gain, error = difference(standard, chosen)
+    share = f"{extra / standard_bytes:+.1%}"
+    sure = "" if isfinite(error) and abs(gain) > 2 * error else ", a difference within its error"
+    return (
+        f"{cost}; keeping {len(chosen.kept)} layers in 16-bit ({share}, {extra / 2**20:,.2f} MiB) leaves "
+        f"{with_error(chosen.kl, chosen.kl_se)}, {with_error(gain, error)} less{sure}."
+    )
+
+
+def with_error(value: float, error: float) -> str:
+    """A value with its standard error, to the digits that the error leaves: "0.0063 +- 0.0004"."""
+    if not isfinite(error) or error <= 0:
+        return f"{value:.4g} (error unknown)"
+    digits = max(0, 1 - _exponent(error))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _exponent(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2])

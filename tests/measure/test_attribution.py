@@ -1,0 +1,101 @@
+"""Sensitivity against full weight gradients, and KL against a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qprobe.measure.attribution import attribute, gauss_legendre, slopes_at
+from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
+from tests import reference
+from tests.measure.conftest import WITH_HEAD, Case
+
+CaseOf = Callable[[str], Case]
+
+
+def logits_of(case: Case, names: frozenset[str], count: int = 1) -> tuple[list, list]:
+    subject = case.subject
+    batch = subject.encode(case.samples[:count])
+    with torch.no_grad():
+        plain = answer_logits(subject.model, batch)
+        with in_four_bit(subject.modules, subject.round_trips, names):
+            return plain, answer_logits(subject.model, batch)
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+def test_kl_equals_a_plain_loop_over_a_hand_swapped_model(case: CaseOf, name: str) -> None:
+    found = case(name)
+    subject = found.subject
+    batch = subject.encode(found.samples[:1])
+    start, end = batch.answers[0]
+    assert end > start
+    twin = reference.quantized_copy(subject.model, subject.quantized)
+    with torch.no_grad():
+        wanted = subject.model(**batch.inputs).logits[0, start - 1 : end - 1]
+        got = twin(**batch.inputs).logits[0, start - 1 : end - 1]
+    (sums,) = kl_sums(*logits_of(found, subject.quantized))
+    assert sums.tokens == end - start
+    assert sums.kl == pytest.approx(reference.kl_nats(wanted, got), rel=1e-3)
+    assert sums.top1_agree == int((wanted.argmax(-1) == got.argmax(-1)).sum())
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+def test_one_layer_in_four_bit_equals_a_hand_made_swap_exactly(case: CaseOf, name: str) -> None:
+    found = case(name)
+    subject = found.subject
+    layer = next(n for n in subject.quantized_modules if n.endswith("down_proj"))
+    batch = subject.encode(found.samples[:1])
+    twin = reference.quantized_copy(subject.model, [layer])
+    with torch.no_grad():
+        expected = answer_logits(twin, batch)
+    _, got = logits_of(found, frozenset([layer]))
+    assert torch.equal(got[0], expected[0])
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize("alpha", [0.2, 0.8])
+def test_slopes_equal_full_weight_gradients(case: CaseOf, name: str, alpha: float) -> None:
+    found = case(name)
+    subject = found.subject
+    batch = subject.encode(found.samples[:1])
+    plain, _ = logits_of(found, frozenset())
+    expected = reference.weight_gradient_slopes(
+        subject.model, subject.quantized, batch.inputs, batch.answers[0], alpha
+    )
+    slopes = slopes_at(subject.model, batch, plain, subject.quantized_modules, subject.round_trips, alpha)
+    scale = max(abs(v) for v in expected.values())
+    assert set(slopes) == set(expected)
+    for layer, value in expected.items():
+        assert slopes[layer].item() == pytest.approx(value, rel=1e-4, abs=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", ["mllama", "llama"])
+def test_attributions_sum_to_the_measured_kl(case: CaseOf, name: str) -> None:
+    # Random tiny models break completely in 4-bit (KL of several nats), where two nodes are too few.
+    found = case(name)
+    subject = found.subject
+    batch = subject.encode(found.samples[:3])
+    plain, four_bit = logits_of(found, subject.quantized, 3)
+    rows = attribute(subject.model, batch, plain, subject.quantized_modules, subject.round_trips, nodes=24)
+    measured = {s.id: k.kl for s, k in zip(batch.samples, kl_sums(plain, four_bit), strict=True)}
+    for sample, value in rows.groupby("sample").kl_sum.sum().items():
+        assert value == pytest.approx(measured[sample], rel=0.02)
+
+
+def test_frozen_parameters_stay_frozen_and_hooks_go(case: CaseOf) -> None:
+    found = case("mllama")
+    subject = found.subject
+    plain, _ = logits_of(found, frozenset())
+    batch = subject.encode(found.samples[:1])
+    attribute(subject.model, batch, plain, subject.quantized_modules, subject.round_trips, nodes=1)
+    assert all(not p.requires_grad and p.grad is None for p in subject.model.parameters())
+    assert all("forward" not in m.__dict__ for m in subject.model.modules())
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_quadrature_is_exact_for_polynomials_of_its_degree(nodes: int) -> None:
+    # Gauss-Legendre with n nodes integrates degree 2n - 1 exactly: int_0^1 x^d dx = 1 / (d + 1).
+    for degree in range(2 * nodes):
+        assert sum(w * a**degree for a, w in gauss_legendre(nodes)) == pytest.approx(1 / (degree + 1))

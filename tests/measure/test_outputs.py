@@ -1,0 +1,149 @@
+"""Weight, activation and propagated error against oracles that run modules one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from qprobe.measure.hooks import replaced_forwards
+from qprobe.measure.outputs import halves_are_independent, split_by_sample
+from qprobe.measure.runner import Measures, output_rows
+from qprobe.measure.weights import error_sums, weight_rows
+from tests import reference
+from tests.measure.conftest import ALL, Case
+
+CaseOf = Callable[[str], Case]
+MEASURES = Measures(propagated=True, sensitivity=False)
+
+
+def rows_of(case: Case, count: int = 3) -> pd.DataFrame:
+    frames = [
+        output_rows(case.subject, case.subject.encode(group), MEASURES)
+        for group in case.subject.groups(case.samples[:count], 4)
+    ]
+    return pd.concat(frames)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weight_error_equals_an_independent_round_trip(case: CaseOf, name: str) -> None:
+    subject = case(name).subject
+    rows = weight_rows(subject.round_trips).set_index("layer")
+    assert set(rows.index) == set(subject.modules)
+    for layer, module in subject.modules.items():
+        error = reference.round_trip(module.weight).double() - module.weight.double()
+        expected = float(error.square().sum() / module.weight.double().square().sum())
+        assert rows.noise[layer] / rows.signal[layer] == pytest.approx(expected, rel=1e-6)
+        assert rows.peak[layer] == pytest.approx(float(error.abs().max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_activation_and_propagated_error_equal_the_oracle(case: CaseOf, name: str) -> None:
+    found = case(name)
+    sample = found.samples[:1]
+    batch = found.subject.encode(sample)
+    rows = rows_of(found, 1).set_index("layer")
+    activation = reference.activation_sums(found.subject.model, batch.inputs)
+    propagated = reference.propagated_sums(found.subject.model, found.subject.quantized, batch.inputs)
+    assert list(rows.index) == list(activation)  # execution order, and every linear that ran
+    for layer, (signal, noise, peak) in activation.items():
+        row = rows.loc[layer]
+        assert row.activation_signal == pytest.approx(signal, rel=1e-4)
+        assert row.activation_noise == pytest.approx(noise, rel=1e-4)
+        assert row.activation_peak == pytest.approx(peak, rel=1e-4)
+        assert row.propagated_noise == pytest.approx(propagated[layer][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "llama"])
+def test_a_batch_gives_each_sample_what_it_gives_alone(case: CaseOf, name: str) -> None:
+    found = case(name)
+    keys = ["sample", "layer"]
+    together = rows_of(found).set_index(keys).sort_index()
+    alone = pd.concat(output_rows(found.subject, found.subject.encode((s,)), MEASURES) for s in found.samples)
+    alone = alone.set_index(keys).sort_index()
+    assert (together.tokens == alone.tokens).all()
+    for column in ("activation_signal", "activation_noise", "propagated_noise", "activation_peak"):
+        pd.testing.assert_series_equal(together[column], alone[column], rtol=1e-3)
+    assert (together.peak_token == alone.peak_token).mean() > 0.99
+
+
+def test_peaks_say_whether_the_token_is_of_the_image_the_prompt_or_the_answer(case: CaseOf) -> None:
+    rows = rows_of(case("mllama"))
+    is_vision = rows.layer.str.contains(r"vision_model|projector|cross_attn\.[kv]_proj")
+    assert (rows[is_vision].peak_kind == "vision").all()
+    # The prompt's only image token is one of the text sequence; most peaks lie elsewhere.
+    assert set(rows[~is_vision].peak_kind) <= {"vision", "text", "answer"}
+    assert {"text", "answer"} <= set(rows[~is_vision].peak_kind)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_samples_of_a_batch_do_not_see_each_other(case: CaseOf, name: str) -> None:
+    found = case(name)
+    subject = found.subject
+    batch = subject.encode(found.samples[:1])
+    assert halves_are_independent(
+        subject.model, batch, subject.layers, subject.round_trips, subject.quantized
+    )
+
+
+def test_a_model_whose_samples_see_each_other_is_noticed(case: CaseOf) -> None:
+    found = case("llama")
+    subject = found.subject
+    first = subject.model.model.layers[0]
+
+    def leak(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output + output.mean(dim=0, keepdim=True)
+
+    handle = first.register_forward_hook(leak)
+    try:
+        batch = subject.encode(found.samples[:1])
+        assert not halves_are_independent(
+            subject.model, batch, subject.layers, subject.round_trips, subject.quantized
+        )
+    finally:
+        handle.remove()
+
+
+def test_nonfinite_pairs_are_counted_and_not_summed() -> None:
+    # pairs (1, 2), (2, 2), (nan, 1), (1, inf): two are finite; signal 1 + 4, noise 1 + 0
+    wanted = torch.tensor([1.0, 2.0, float("nan"), 1.0])
+    got = torch.tensor([2.0, 2.0, 1.0, float("inf")])
+    sums, peak = error_sums(wanted, got)
+    assert (sums.n, sums.signal, sums.noise, sums.nonfinite, peak) == (2, 5.0, 1.0, 2, 1.0)
+
+
+def test_a_token_with_a_nonfinite_activation_is_left_out_with_a_count(case: CaseOf) -> None:
+    found = case("llama")
+    embedding = found.subject.model.get_input_embeddings()
+    batch = found.subject.encode(found.samples[:1])
+    poisoned = int(batch.inputs["input_ids"][0, -1])  # the last token: causal attention keeps it to itself
+    others = int((batch.inputs["input_ids"][0] == poisoned).sum())
+    clean = output_rows(found.subject, batch, MEASURES).set_index("layer")
+    before = embedding.weight.data[poisoned].clone()
+    try:
+        embedding.weight.data[poisoned, 0] = float("nan")
+        rows = output_rows(found.subject, batch, MEASURES).set_index("layer")
+    finally:
+        embedding.weight.data[poisoned] = before
+    name = "model.layers.0.self_attn.q_proj"
+    features = found.subject.layers[name].out_features
+    assert others == 1
+    assert rows.activation_nonfinite[name] == others * features
+    assert rows.activation_n[name] == clean.activation_n[name] - others * features
+    assert 0 < rows.activation_noise[name] < clean.activation_noise[name]
+
+
+def test_forwards_are_restored_after_an_exception(case: CaseOf) -> None:
+    modules = case("llama").subject.modules
+    with pytest.raises(RuntimeError, match="inside"), replaced_forwards(modules, lambda n, m, x: x):
+        raise RuntimeError("inside")
+    assert all("forward" not in m.__dict__ for m in modules.values())
+
+
+def test_rows_that_no_sample_count_divides_are_not_split() -> None:
+    assert split_by_sample(torch.zeros(5, 3), 2) is None
+    parts = split_by_sample(torch.arange(12.0).reshape(2, 2, 3), 2)
+    assert parts is not None and parts.shape == (2, 2, 3)

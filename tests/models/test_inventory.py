@@ -1,0 +1,136 @@
+"""Inventories, sizes and names against figures computed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import MllamaConfig
+
+from qprobe.errors import ModelError
+from qprobe.formats.sizes import absmax_bytes, packed_bytes
+from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
+from qprobe.models.inventory import WHY_ATTENTION, WHY_SUBCLASS, fingerprint, linear_modules, list_layers
+from qprobe.models.reference import load_config, load_reference, meta_model, resolve
+from qprobe.records import FormatSpec, Inventory
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def llama_11b() -> Inventory:
+    config = MllamaConfig(architectures=["MllamaForConditionalGeneration"])
+    config.vision_config.image_size = 560
+    return list_layers(meta_model(config, "bfloat16"), FormatSpec())
+
+
+def test_llama_11b_has_the_published_sizes(llama_11b: Inventory) -> None:
+    # Published for Llama-3.2-11B-Vision: 522 linears, 21,340,441,670 bytes in 16-bit.
+    everything = frozenset(x.name for x in llama_11b.layers)
+    assert len(llama_11b.layers) == 522
+    assert llama_11b.total_bytes(everything) == 21_340_441_670
+    assert llama_11b.standard_4bit_bytes == 7_178_803_270
+
+
+def test_the_published_list_keeps_19_layers_by_checkpoint_names(llama_11b: Inventory) -> None:
+    kept = UNSLOTH_LLAMA_11B.kept(llama_11b)
+    assert len(kept) == 19
+    assert llama_11b.total_bytes(kept) == 7_907_505_158
+
+
+def test_absmax_of_a_weight_that_fills_no_block() -> None:
+    # 60 x 60 = 3,600 elements: 57 blocks of 64 (the last one short), one block of 256 scales.
+    assert packed_bytes((60, 60)) == 1_800
+    assert absmax_bytes((60, 60), 64, True) == 57 + 4
+    assert absmax_bytes((60, 60), 64, False) == 4 * 57
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_every_linear_has_a_tower_a_group_and_a_name_in_the_files(
+    name: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    folder = tiny_folder(name)
+    model = load_reference(str(folder), "cpu").model
+    inventory = list_layers(model, FormatSpec())
+    assert [x.name for x in inventory.layers] == list(linear_modules(model))
+    assert all(x.tower != "other" for x in inventory.layers)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    for layer in inventory.layers:
+        assert f"{layer.checkpoint_name}.weight" in stored or layer.fixed == "tied"
+
+
+def test_a_group_holds_all_its_members(tiny_folder: Callable[[str], Path]) -> None:
+    model = load_reference(str(tiny_folder("mllama")), "cpu").model
+    groups: dict[str, list[str]] = {}
+    for layer in list_layers(model, FormatSpec()).layers:
+        groups.setdefault(layer.group, []).append(layer.name.rpartition(".")[2])
+    assert sorted(map(tuple, {tuple(v) for v in groups.values() if len(v) > 1})) == [
+        ("gate_proj", "up_proj"),
+        ("k_proj", "v_proj"),
+        ("q_proj", "k_proj", "v_proj"),
+    ]
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_the_fingerprint_is_known_before_loading(name: str, tiny_folder: Callable[[str], Path]) -> None:
+    loaded = load_reference(str(tiny_folder(name)), "cpu")
+    assert fingerprint(meta_model(load_config(loaded.source), "bfloat16")) == loaded.identity.fingerprint
+
+
+def test_fingerprints_tell_models_apart(tiny_folder: Callable[[str], Path]) -> None:
+    prints = {load_reference(str(tiny_folder(n)), "cpu").identity.fingerprint for n in tiny.NAMES}
+    assert len(prints) == len(tiny.NAMES)
+
+
+def test_a_tied_head_is_fixed_and_counted_once(tiny_folder: Callable[[str], Path]) -> None:
+    model = load_reference(str(tiny_folder("llama_tied")), "cpu").model
+    inventory = list_layers(model, FormatSpec())
+    (head,) = [x for x in inventory.layers if x.fixed]
+    assert (head.name, head.fixed) == ("lm_head", "tied")
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())  # shared ones once
+    buffers = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n in model.state_dict())
+    assert inventory.total_bytes(frozenset(x.name for x in inventory.layers)) == parameters + buffers
+
+
+def test_what_no_4bit_loader_converts_is_named() -> None:
+    class Own(nn.Linear):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.Linear(64, 64)
+            self.own = Own(64, 64)
+            self.attention = nn.MultiheadAttention(64, 4)
+            self.experts = nn.Parameter(torch.zeros(2, 64, 64))
+
+    inventory = list_layers(Model(), FormatSpec())
+    assert [x.name for x in inventory.layers] == ["plain"]
+    why = {x.name: x.why for x in inventory.uncovered}
+    assert why["own.weight"] == WHY_SUBCLASS
+    assert why["attention.in_proj_weight"] == why["attention.out_proj.weight"] == WHY_ATTENTION
+    assert "experts" in why
+
+
+@pytest.mark.parametrize("model", ["no-such-model", "./nowhere", "/nowhere/at/all"])
+def test_no_such_model_is_one_sentence_with_the_known_names(model: str) -> None:
+    with pytest.raises(ModelError, match=r"llama-3\.2-11b-vision"):
+        resolve(model)
+
+
+def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_weights_only_in_pickles_are_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    for file in tiny_folder("llama").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_reference(str(tmp_path), "cpu")

@@ -1,0 +1,109 @@
+"""Folders, JSONL files and photographs become samples; what cannot be used is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qprobe.errors import SampleError
+from qprobe.samples.sources import DEFAULT_PROMPT, PHOTOGRAPHS, from_folder, from_jsonl, photographs
+from qprobe.sampling import Wanted, choose_samples, split_held_out
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name, colour in (("b.png", "red"), ("a.jpg", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    return tmp_path
+
+
+def test_a_folder_gives_its_images_in_name_order(pictures: Path) -> None:
+    found = from_folder(pictures)
+    assert [s.id for s in found.samples] == ["a.jpg", "b.png"]
+    assert all(s.prompt == DEFAULT_PROMPT and s.answer is None for s in found.samples)
+    assert found.samples[0].image == (pictures / "a.jpg").read_bytes()
+
+
+def test_a_file_that_is_no_image_is_skipped_and_named(pictures: Path) -> None:
+    (pictures / "notes.txt").write_text("no image")
+    (pictures / "short.png").write_bytes((pictures / "b.png").read_bytes()[:40])
+    found = from_folder(pictures)
+    assert len(found.samples) == 2
+    assert [note.partition(":")[0] for note in found.skipped] == ["notes.txt", "short.png"]
+
+
+def test_only_unreadable_files_are_an_error_that_names_one(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(SampleError, match=r"None of the 1 files .*notes\.txt"):
+        from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("make", "words"), [(False, "does not exist"), (True, "is empty")])
+def test_a_missing_or_empty_folder_is_an_error(tmp_path: Path, make: bool, words: str) -> None:
+    folder = tmp_path / "photos"
+    if make:
+        folder.mkdir()
+    with pytest.raises(SampleError, match=words):
+        from_folder(folder)
+
+
+def test_the_limit_counts_usable_images(pictures: Path) -> None:
+    (pictures / "0.txt").write_text("no image")
+    assert [s.id for s in from_folder(pictures, limit=1).samples] == ["a.jpg"]
+
+
+def test_jsonl_lines_of_three_forms_are_read_and_bad_ones_named(pictures: Path) -> None:
+    lines = [
+        {"image": "a.jpg", "prompt": "What colour?", "answer": "Blue."},
+        {"image": "b.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]},
+        {"messages": [
+            {"role": "user", "content": [
+                {"type": "image", "image": "b.png"}, {"type": "text", "text": "And?"}]},
+            {"role": "assistant", "content": "Red."}]},
+        {"prompt": "No image here."},
+        {"image": "missing.png", "prompt": "x"},
+        {"conversations": [{"from": "gpt", "value": "an answer without a question"}]},
+        {"image": ["a.jpg", "b.png"], "prompt": "two"},
+    ]  # fmt: skip
+    path = pictures / "data.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"image": "a.j', encoding="utf-8")
+    found = from_jsonl(path)
+    assert [(s.prompt, s.answer, s.image is not None) for s in found.samples] == [
+        ("What colour?", "Blue.", True),
+        ("What colour?", "Red.", True),
+        ("And?", "Red.", True),
+        ("No image here.", None, False),
+    ]
+    assert [note.partition(":")[0] for note in found.skipped] == [
+        f"data.jsonl line {n}" for n in (5, 6, 7, 8)
+    ]
+
+
+def test_photographs_need_no_download_and_those_to_compare_on_were_not_scanned() -> None:
+    assert len(photographs().samples) == len(PHOTOGRAPHS)
+    scanned = choose_samples("some/model", True, Wanted(), "scan").samples
+    compared = choose_samples("some/model", True, Wanted(), "compare").samples
+    assert scanned and compared
+    assert not {s.digest for s in scanned} & {s.digest for s in compared}
+
+
+def test_a_text_model_gets_questions_without_images() -> None:
+    found = choose_samples("some/model", False, Wanted(count=5), "scan").samples
+    assert len(found) == 5 and all(s.image is None for s in found)
+
+
+def test_images_and_data_together_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="Both"):
+        choose_samples("m", True, Wanted(images=tmp_path, data=tmp_path / "x.jsonl"), "scan")
+
+
+def test_every_third_sample_is_held_out_and_none_is_lost() -> None:
+    samples = photographs(limit=8).samples
+    calibration, held_out = split_held_out(samples)
+    assert len(held_out) == 2
+    assert {s.id for s in (*calibration, *held_out)} == {s.id for s in samples}
+    assert not set(calibration) & set(held_out)
