@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 SIZE = 140  # 10 x 10 patches of 14 pixels, the patch size of Llama 3.2 Vision
+DRAWS = 64  # random numbers a scene may use; the busiest style takes about half
+NOISE = 0.06  # amplitude of the uniform pixel noise
 
 Number = Tensor | float
 Colour = Tensor | tuple[float, float, float]
@@ -23,7 +25,6 @@ Colour = Tensor | tuple[float, float, float]
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
-_FIRST_NOISE_STREAM = 1 << 20  # far above the number of draws any scene makes
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -47,28 +48,27 @@ def scene_keys(seed: int, numbers: Tensor) -> Tensor:
     return _mix(_mix(numbers * _GOLDEN) + _step(seed))
 
 
-class Dice:
-    """Random draws for a batch of scenes: functions of a scene's key and of the draws before it."""
+def uniforms(keys: Tensor) -> Tensor:
+    """(N, DRAWS) float32 in [0, 1): all the random draws that a scene may make, from its key."""
+    streams = torch.arange(1, DRAWS + 1, device=keys.device) * _GOLDEN
+    return ((_mix(keys[:, None] + streams) >> 40) & 0xFFFFFF).float() * 2.0**-24
 
-    def __init__(self, keys: Tensor) -> None:
-        self.keys = keys
-        self._draws = 0
+
+class Dice:
+    """The random draws of a batch of scenes, taken one after the other from `uniforms`."""
+
+    def __init__(self, draws: Tensor) -> None:
+        self._draws = draws
+        self._taken = 0
 
     def uniform(self, low: float, high: float) -> Tensor:
         """(N,) float32 in [low, high)."""
-        self._draws += 1
-        bits = (_mix(self.keys + _step(self._draws)) >> 40) & 0xFFFFFF
-        return low + (high - low) * (bits.float() * 2.0**-24)
+        self._taken += 1
+        return low + (high - low) * self._draws[:, self._taken - 1]
 
     def integer(self, low: int, high: int) -> Tensor:
         """(N,) int64 from low to high, both included."""
         return (low + self.uniform(0, high - low + 1).floor().clamp(max=high - low)).long()
-
-    def noise(self) -> Tensor:
-        """(N, SIZE, SIZE) pixel noise, uniform in [-1, 1)."""
-        stream = _FIRST_NOISE_STREAM + torch.arange(SIZE * SIZE, device=self.keys.device)
-        bits = (_mix(self.keys[:, None] + stream * _GOLDEN) >> 40) & 0xFFFFFF
-        return (bits.float() * 2.0**-23 - 1).view(-1, SIZE, SIZE)
 
 
 def field(value: Number) -> Tensor | float:
@@ -82,16 +82,22 @@ def pixels(like: Tensor) -> tuple[Tensor, Tensor]:
     return line.view(1, 1, SIZE).expand(1, SIZE, SIZE), line.view(1, SIZE, 1).expand(1, SIZE, SIZE)
 
 
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A tensor of fixed values, copied to the device once: a copy for every stroke would stall a GPU."""
+    return torch.tensor(values, device=device)
+
+
 def blank(count: int, colour: Colour, device: torch.device) -> Tensor:
     """(N, 3, SIZE, SIZE) image of one colour."""
-    rgb = colour if isinstance(colour, Tensor) else torch.tensor(colour, device=device).expand(count, 3)
+    rgb = colour if isinstance(colour, Tensor) else constant(colour, device)[None]
     return rgb[:, :, None, None].expand(count, 3, SIZE, SIZE)
 
 
 def paint(image: Tensor, distance: Tensor, colour: Colour, opacity: Number = 1.0) -> Tensor:
     """The image with `colour` where the signed distance is negative, blended over one pixel of edge."""
     mask = ((0.5 - distance).clamp(0, 1) * field(opacity))[:, None]
-    rgb = colour if isinstance(colour, Tensor) else image.new_tensor(colour)[None]
+    rgb = colour if isinstance(colour, Tensor) else constant(colour, image.device)[None]
     return torch.lerp(image, rgb[:, :, None, None].expand_as(image), mask.expand_as(image))
 
 
@@ -161,7 +167,7 @@ def digit(value: Tensor, x: Number, y: Number, height: float) -> Tensor:
 
 def hsv(hue_degrees: Tensor, saturation: Number, value: Number) -> Tensor:
     """(N, 3) RGB of a hue in degrees; saturation and value in 0 to 1, floats or (N,)."""
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=hue_degrees.device)
+    offsets = constant((5.0, 3.0, 1.0), hue_degrees.device)
     k = (offsets + hue_degrees[:, None] / 60) % 6
     wave = torch.minimum(k, 4 - k).clamp(0, 1)
     s = saturation[:, None] if isinstance(saturation, Tensor) else saturation
@@ -169,16 +175,18 @@ def hsv(hue_degrees: Tensor, saturation: Number, value: Number) -> Tensor:
     return v * (1 - s * wave)
 
 
-def expose(image: Tensor, dice: Dice, noise: float) -> Tensor:
-    """The finished photograph: contrast and brightness vary a little, then pixel noise of that amplitude."""
-    contrast, brightness = dice.uniform(0.9, 1.1), dice.uniform(-0.04, 0.04)
+def photograph(image: Tensor, keys: Tensor) -> Tensor:
+    """uint8 pixels of drawn scenes: contrast and brightness vary a little, then comes pixel noise.
+
+    image: (N, 3, SIZE, SIZE) in 0 to 1. The draws come after those of the scene itself.
+    """
+    stream = torch.arange(DRAWS + 1, DRAWS + 3 + SIZE * SIZE, device=keys.device) * _GOLDEN
+    bits = (_mix(keys[:, None] + stream) >> 40) & 0xFFFFFF
+    draws = bits.float() * 2.0**-23 - 1
+    contrast, brightness = 1 + 0.1 * draws[:, 0], 0.04 * draws[:, 1]
+    noise = NOISE * draws[:, 2:].view(-1, 1, SIZE, SIZE)
     lit = (image - 0.5) * contrast[:, None, None, None] + 0.5 + brightness[:, None, None, None]
-    return (lit + noise * dice.noise()[:, None]).clamp(0, 1)
-
-
-def to_bytes(image: Tensor) -> Tensor:
-    """uint8 pixels of an image in 0 to 1."""
-    return (image * 255).round().to(torch.uint8)
+    return ((lit + noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def radians(degrees: Number) -> Number:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qprobe.demo.draw import Dice, blank, box, capsule, digit, expose, field, paint, pixels, radians
+from qprobe.demo.draw import Dice, blank, box, capsule, constant, digit, field, paint, pixels, radians
 from qprobe.demo.kinds import Part, SceneStyle
 
 COLOURS = ("red", "blue", "green", "orange", "black")
-RGB = ((0.85, 0.12, 0.12), (0.12, 0.25, 0.85), (0.10, 0.60, 0.20), (0.95, 0.60, 0.10), (0.08, 0.08, 0.10))
-COORDINATES = tuple(2 + n / 2 for n in range(13))  # crossing points, in units of the axes (0 to 10)
+RGB = (
+    *(0.85, 0.12, 0.12),
+    *(0.12, 0.25, 0.85),
+    *(0.10, 0.60, 0.20),
+    *(0.95, 0.60, 0.10),
+    *(0.08, 0.08, 0.10),
+)
+STEPS = 5  # readings a unit of the axes, which run from 0 to 10
+COORDINATES = tuple(2 + n / STEPS for n in range(31))  # of crossing points
 BARS = 4
-BAR_VALUES = tuple(range(1, 21))
+BAR_VALUES = tuple(1 + n / STEPS for n in range(45))
 LEFT, BOTTOM, UNIT = 24.0, 120.0, 10.0  # origin of the axes and pixels a unit
 
 LINE_PARTS = (
@@ -20,7 +27,8 @@ LINE_PARTS = (
     Part(tuple(f" and meets the {c} line" for c in COLOURS), "falling"),
     Part(tuple(f" at x {v}" for v in COORDINATES), "x"),
     Part(tuple(f" and y {v}," for v in COORDINATES), "y"),
-    Part(tuple(f" so {c} leads today." for c in COLOURS), "leader"),
+    Part((" today is before it,", " today is after it,"), "today"),
+    Part(tuple(f" so {c} leads." for c in COLOURS), "leader"),
 )
 BAR_PARTS = (
     Part(tuple(f"Bar {n} is highest" for n in range(1, BARS + 1)), "highest bar"),
@@ -31,18 +39,18 @@ BAR_PARTS = (
 )
 
 
-def _axes(keys: Tensor) -> Tensor:
-    image = blank(len(keys), (0.98, 0.98, 0.96), keys.device)
-    zero = torch.zeros_like(keys)
+def _axes(draws: Tensor) -> Tensor:
+    image = blank(len(draws), (0.98, 0.98, 0.96), draws.device)
+    zero = torch.zeros_like(draws[:, 0]).long()
     for n in range(11):
         at_x, at_y = LEFT + n * UNIT, BOTTOM - n * UNIT
         length = 5.0 if n % 5 == 0 else 2.5
-        image = paint(image, box(keys, LEFT - length / 2, at_y, (length / 2, 0.5)), (0.1, 0.1, 0.1))
-        image = paint(image, box(keys, at_x, BOTTOM + length / 2, (0.5, length / 2)), (0.1, 0.1, 0.1))
+        image = paint(image, box(draws, LEFT - length / 2, at_y, (length / 2, 0.5)), (0.1, 0.1, 0.1))
+        image = paint(image, box(draws, at_x, BOTTOM + length / 2, (0.5, length / 2)), (0.1, 0.1, 0.1))
     for n in (0, 5):
         image = paint(image, digit(zero + n, LEFT - 12, BOTTOM - n * UNIT, 9.0), (0.1, 0.1, 0.1))
-    image = paint(image, box(keys, LEFT, BOTTOM - 52, (0.8, 52.0)), (0.1, 0.1, 0.1))
-    return paint(image, box(keys, LEFT + 52, BOTTOM, (52.0, 0.8)), (0.1, 0.1, 0.1))
+    image = paint(image, box(draws, LEFT, BOTTOM - 52, (0.8, 52.0)), (0.1, 0.1, 0.1))
+    return paint(image, box(draws, LEFT + 52, BOTTOM, (52.0, 0.8)), (0.1, 0.1, 0.1))
 
 
 def _dashed(distance: Tensor, along: Tensor) -> Tensor:
@@ -60,57 +68,58 @@ def _line(image: Tensor, through: tuple[Tensor, Tensor], angle: Tensor, colour: 
     return paint(image, torch.maximum(distance, frame), colour)
 
 
-def draw_lines(keys: Tensor) -> tuple[Tensor, Tensor]:
+def draw_lines(draws: Tensor) -> tuple[Tensor, Tensor]:
     """A batch of plots with two lines; see SceneStyle."""
-    dice = Dice(keys)
+    dice = Dice(draws)
     rising = dice.integer(0, len(COLOURS) - 1)
     falling = (rising + dice.integer(1, len(COLOURS) - 1)) % len(COLOURS)
     x_index, y_index = dice.integer(0, len(COORDINATES) - 1), dice.integer(0, len(COORDINATES) - 1)
-    x = LEFT + UNIT * (COORDINATES[0] + x_index / 2) + dice.uniform(-0.8, 0.8)
-    y = BOTTOM - UNIT * (COORDINATES[0] + y_index / 2) + dice.uniform(-0.8, 0.8)
+    x = LEFT + UNIT * (COORDINATES[0] + x_index / STEPS) + dice.uniform(-0.4, 0.4)
+    y = BOTTOM - UNIT * (COORDINATES[0] + y_index / STEPS) + dice.uniform(-0.4, 0.4)
     late = dice.integer(0, 1)
-    marker = x + dice.uniform(9, 18) * (2 * late - 1)
+    marker = x + dice.uniform(10, 22) * (2 * late - 1)
 
-    image = _axes(keys)
-    _, py = pixels(keys)
-    today = _dashed(box(keys, marker, BOTTOM - 50, (0.8, 50.0)), py)
+    image = _axes(draws)
+    _, py = pixels(draws)
+    today = _dashed(box(draws, marker, BOTTOM - 50, (0.8, 50.0)), py)
     image = paint(image, today, (0.45, 0.45, 0.50))
-    colours = image.new_tensor(RGB)
+    colours = constant(RGB, image.device).view(-1, 3)
     image = _line(image, (x, y), -radians(dice.uniform(15, 50)), colours[falling])
     image = _line(image, (x, y), radians(dice.uniform(15, 50)), colours[rising])
 
     leader = torch.where(late == 1, rising, falling)
-    choices = torch.stack((rising, falling, x_index, y_index, leader), dim=1)
-    return expose(image, dice, 0.06), choices
+    choices = torch.stack((rising, falling, x_index, y_index, late, leader), dim=1)
+    return image, choices
 
 
-def draw_bars(keys: Tensor) -> tuple[Tensor, Tensor]:
+def draw_bars(draws: Tensor) -> tuple[Tensor, Tensor]:
     """A batch of bar charts; see SceneStyle."""
-    dice = Dice(keys)
-    low, span = dice.integer(1, 14), dice.uniform(0, 1)
-    high = low + 4 + (span * (len(BAR_VALUES) - 4 - low + 1)).floor().long()
+    dice = Dice(draws)
+    least_gap, last = 5, len(BAR_VALUES) - 1  # the highest bar is at least one unit above the lowest
+    low = dice.integer(0, last - least_gap)
+    high = low + least_gap + (dice.uniform(0, 1) * (last - least_gap - low + 1)).floor().long()
     lowest = dice.integer(0, BARS - 1)
     highest = (lowest + dice.integer(1, BARS - 1)) % BARS
     met = dice.integer(0, 1)
-    target = high + dice.uniform(1.2, 3.0) * (1 - 2 * met)
+    target = BAR_VALUES[0] + high / STEPS + dice.uniform(0.5, 1.2) * (1 - 2 * met)
 
-    image = _axes(keys)
-    zero = torch.zeros_like(keys)
+    image = _axes(draws)
+    zero = torch.zeros_like(draws[:, 0]).long()
     shift, hue = dice.uniform(-2, 2), dice.integer(0, len(COLOURS) - 1)
-    colour = 0.25 + 0.7 * image.new_tensor(RGB)[hue]
+    colour = 0.25 + 0.7 * constant(RGB, image.device).view(-1, 3)[hue]
     for n in range(BARS):
-        between = low + 1 + dice.uniform(0, 1) * (high - low - 2)
+        between = low + 1.5 + dice.uniform(0, 1) * (high - low - 3)
         value = torch.where(highest == n, high + 0.0, torch.where(lowest == n, low + 0.0, between))
-        height = value * (UNIT / 2) + dice.uniform(-0.7, 0.7)
+        height = (BAR_VALUES[0] + value / STEPS) * UNIT + dice.uniform(-0.4, 0.4)
         x = LEFT + 17 + 23 * n + shift
-        image = paint(image, box(keys, x, BOTTOM - height / 2, (dice.uniform(6, 8), height / 2)), colour)
+        image = paint(image, box(draws, x, BOTTOM - height / 2, (dice.uniform(6, 8), height / 2)), colour)
         image = paint(image, digit(zero + n + 1, x, BOTTOM + 10, 9.0), (0.1, 0.1, 0.1))
-    px, _ = pixels(keys)
-    dash = _dashed(box(keys, LEFT + 50, BOTTOM - target * (UNIT / 2), (50.0, 0.8)), px + field(shift))
+    px, _ = pixels(draws)
+    dash = _dashed(box(draws, LEFT + 50, BOTTOM - target * UNIT, (50.0, 0.8)), px + field(shift))
     image = paint(image, dash, (0.75, 0.10, 0.55))
 
-    choices = torch.stack((highest, high - 1, lowest, low - 1, met), dim=1)
-    return expose(image, dice, 0.06), choices
+    choices = torch.stack((highest, high, lowest, low, met), dim=1)
+    return image, choices
 
 
 QUESTION = "What does the plot show, at which values, and what follows?"

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from qprobe.demo.draw import Dice, blank, capsule, digit, disc, expose, field, paint, pixels, radians, ring
+from qprobe.demo.draw import Dice, blank, capsule, digit, disc, field, paint, pixels, radians, ring
 from qprobe.demo.kinds import Part, SceneStyle
 
 HOLES = 6
-READINGS_BAR = tuple(range(0, 101, 5))
+STEP_BAR = 2
+READINGS_BAR = tuple(range(0, 101, STEP_BAR))
 SWEEP_DEGREES = 270  # from lower left over the top to lower right
 ADVICE = (" keep it running.", " repair it soon.", " stop it now.")
 
@@ -43,7 +44,9 @@ def _gauge(image: Tensor, centre: tuple[Tensor, Tensor], reading: Tensor, limit:
         angle = _dial_angle(torch.full_like(reading, mark))
         tick = capsule(reading, _point(centre, angle, 23.0), _point(centre, angle, 27.0), 1.2)
         image = paint(image, tick, (0.25, 0.25, 0.28))
-    red = capsule(reading, _point(centre, _dial_angle(limit), 22.0), _point(centre, _dial_angle(limit), 30.0), 3.0)
+    red = capsule(
+        reading, _point(centre, _dial_angle(limit), 22.0), _point(centre, _dial_angle(limit), 30.0), 3.0
+    )
     image = paint(image, red, (0.90, 0.10, 0.10))
     needle = capsule(reading, centre, _point(centre, _dial_angle(reading), 21.0), 2.2)
     image = paint(image, needle, (0.10, 0.10, 0.12))
@@ -69,27 +72,31 @@ def _damage(
     return paint(image, crack, (0.05, 0.05, 0.06), 1.0 * (defect == 2))
 
 
-def draw(keys: Tensor) -> tuple[Tensor, Tensor]:
+def draw(draws: Tensor) -> tuple[Tensor, Tensor]:
     """A batch of industrial scenes; see SceneStyle."""
-    dice = Dice(keys)
+    dice = Dice(draws)
     reading_index, defect = dice.integer(0, len(READINGS_BAR) - 1), dice.integer(0, 3)
-    damaged, turn = dice.integer(0, HOLES - 1), dice.uniform(0, 2 * math.pi)
+    damaged, turn = dice.integer(0, HOLES - 1), radians(dice.uniform(-25, 25))
     gap = dice.uniform(9, 30) * (2 * dice.integer(0, 1) - 1)
-    reading = 5 * reading_index + dice.uniform(-1, 1)
+    reading = STEP_BAR * reading_index + dice.uniform(-0.4, 0.4)
     # A limit outside the scale moves to the other side of the needle.
     limit = torch.where((reading + gap < 0) | (reading + gap > 100), reading - gap, reading + gap)
     centre = (dice.uniform(67, 73), dice.uniform(67, 73))
 
     steel = dice.uniform(0.55, 0.72)
-    image = blank(len(keys), (0.30, 0.33, 0.38), keys.device)
-    image = paint(image, disc(keys, *centre, 66.0), steel[:, None] * keys.new_tensor((0.97, 1.0, 1.04), dtype=torch.float32))
-    image = paint(image, ring(keys, *centre, 65.0, 2.0), (0.20, 0.21, 0.23))
+    image = blank(len(draws), (0.30, 0.33, 0.38), draws.device)
+    image = paint(
+        image,
+        disc(draws, *centre, 66.0),
+        steel[:, None] * draws.new_tensor((0.97, 1.0, 1.04), dtype=torch.float32),
+    )
+    image = paint(image, ring(draws, *centre, 65.0, 2.0), (0.20, 0.21, 0.23))
     image = _gauge(image, centre, reading, limit)
     for n in range(HOLES):
         angle = turn + n * (2 * math.pi / HOLES)
         hole = _point(centre, angle, 43.0)
-        image = paint(image, disc(keys, *hole, 6.0), (0.25, 0.26, 0.28))
-        image = paint(image, disc(keys, *hole, 4.5), (0.85, 0.80, 0.55))
+        image = paint(image, disc(draws, *hole, 6.0), (0.25, 0.26, 0.28))
+        image = paint(image, disc(draws, *hole, 4.5), (0.85, 0.80, 0.55))
         number = torch.full_like(damaged, n + 1)
         image = paint(image, digit(number, *_point(centre, angle, 57.5), 10.0), (0.05, 0.05, 0.10))
     outward = turn + damaged * (2 * math.pi / HOLES)
@@ -99,7 +106,7 @@ def draw(keys: Tensor) -> tuple[Tensor, Tensor]:
     advice = torch.where(above == 1, 2, (defect >= 2).long())
     fixed = torch.zeros_like(above)
     choices = (fixed, reading_index, above, defect, damaged, advice)
-    return expose(image, dice, 0.06), torch.stack(choices, dim=1)
+    return image, torch.stack(choices, dim=1)
 
 
 INDUSTRIAL = SceneStyle("industrial", "What does the gauge read, what is damaged, and what now?", PARTS, draw)

@@ -27,7 +27,8 @@ class Part:
 class SceneStyle:
     """One way to draw scenes of a kind.
 
-    draw: keys (N,) int64 -> image (N, 3, SIZE, SIZE) in 0 to 1 and choices (N, len(parts)) int64.
+    draw: random draws (N, DRAWS), see `Dice` -> the clean image (N, 3, SIZE, SIZE) in 0 to 1, and the
+    text that each part of the answer chooses, (N, len(parts)) int64.
     """
 
     kind: str

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qprobe.demo.draw import Dice, blank, box, capsule, disc, expose, paint, radians
+from qprobe.demo.draw import Dice, blank, box, capsule, disc, paint, radians
 from qprobe.demo.kinds import Part, SceneStyle
 
 TEETH = 8
-ANGLES_DEGREES = tuple(range(10, 66, 5))
-STEEP_INDEX = ANGLES_DEGREES.index(40)
+STEP_DEGREES = 4
+ANGLES_DEGREES = tuple(range(10, 67, STEP_DEGREES))
+STEEP_INDEX = ANGLES_DEGREES.index(38)
 ADVICE = (" so leave it.", " so straighten it.", " so watch it.", " so remove it.")
 
 PARTS = (
@@ -37,34 +38,34 @@ def _arrow(like: Tensor, x: Tensor, tip_y: Tensor) -> Tensor:
     return torch.minimum(shaft, torch.minimum(left, right))
 
 
-def draw(keys: Tensor) -> tuple[Tensor, Tensor]:
+def draw(draws: Tensor) -> tuple[Tensor, Tensor]:
     """A batch of medical scenes; see SceneStyle."""
-    dice = Dice(keys)
+    dice = Dice(draws)
     subject, impacted, right = dice.integer(0, TEETH - 1), dice.integer(0, 1), dice.integer(0, 1)
     angle_index = dice.integer(0, len(ANGLES_DEGREES) - 1)
     left_x, row_y = dice.uniform(10, 16), dice.uniform(66, 72)
     pitch, bend = dice.uniform(15.4, 16.4), dice.uniform(-0.4, 0.6)
 
-    image = blank(len(keys), (0.07, 0.08, 0.10), keys.device)
-    image = paint(image, box(keys, 70.0, 118.0, (90.0, 34.0)), (0.24, 0.25, 0.27))  # the jaw
+    image = blank(len(draws), (0.07, 0.08, 0.10), draws.device)
+    image = paint(image, box(draws, 70.0, 118.0, (90.0, 34.0)), (0.24, 0.25, 0.27))  # the jaw
     for n in range(TEETH):
         away = 1000.0 * (subject == n)  # the subject is drawn last, not here
         y = row_y + bend * (n - 3.5) ** 2 + dice.uniform(-1.5, 1.5) + away
-        tooth = _tooth(keys, left_x + pitch * n, y, radians(dice.uniform(-5, 5)))
+        tooth = _tooth(draws, left_x + pitch * n, y, radians(dice.uniform(-5, 5)))
         image = paint(image, tooth, (0.62, 0.64, 0.66))
 
     x = left_x + pitch * subject + dice.uniform(-1, 1)
     top = row_y + bend * (subject - 3.5) ** 2
     y = top + 36 * impacted + dice.uniform(-2, 2)
-    lean = 5 * angle_index + ANGLES_DEGREES[0] + dice.uniform(-1, 1)
-    tooth = _tooth(keys, x, y, radians(lean) * (2 * right - 1))
+    lean = STEP_DEGREES * angle_index + ANGLES_DEGREES[0] + dice.uniform(-0.8, 0.8)
+    tooth = _tooth(draws, x, y, radians(lean) * (2 * right - 1))
     image = paint(image, tooth - 2.0, (0.10, 0.11, 0.13))
     image = paint(image, tooth, (0.86, 0.87, 0.88))
-    image = paint(image, disc(keys, x, y, 2.0), (0.45, 0.46, 0.48))  # the pulp
-    image = paint(image, _arrow(keys, x + dice.uniform(-2, 2), top - 24), (0.95, 0.80, 0.25))
+    image = paint(image, disc(draws, x, y, 2.0), (0.45, 0.46, 0.48))  # the pulp
+    image = paint(image, _arrow(draws, x + dice.uniform(-2, 2), top - 24), (0.95, 0.80, 0.25))
 
     advice = 2 * impacted + (angle_index >= STEEP_INDEX)
-    return expose(image, dice, 0.06), torch.stack((subject, impacted, right, angle_index, advice), dim=1)
+    return image, torch.stack((subject, impacted, right, angle_index, advice), dim=1)
 
 
 MEDICAL = SceneStyle("medical", "Which tooth is marked, how does it stand, and what now?", PARTS, draw)

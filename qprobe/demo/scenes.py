@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qprobe.demo.draw import scene_keys, to_bytes
+from qprobe.demo.draw import photograph, scene_keys, uniforms
 from qprobe.demo.ecommerce import ECOMMERCE
 from qprobe.demo.education import BAR_CHART, LINES
 from qprobe.demo.industrial import INDUSTRIAL
@@ -49,9 +49,10 @@ def scenes(count: int, seed: int) -> list[Sample]:
 
 
 def _draw(style: SceneStyle, seed: int, numbers: list[int]) -> Iterator[Sample]:
-    image, choices = style.draw(scene_keys(seed, torch.tensor(numbers)))
+    keys = scene_keys(seed, torch.tensor(numbers))
+    image, choices = style.draw(uniforms(keys))
     rows: list[list[int]] = choices.tolist()
-    for number, pixels, chosen in zip(numbers, to_bytes(image), rows, strict=True):
+    for number, pixels, chosen in zip(numbers, photograph(image, keys), rows, strict=True):
         yield Sample(
             id=f"{style.kind}-{number // len(KINDS):04d}",
             prompt=style.prompt,

@@ -20,16 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+)
 
-from qprobe.demo.draw import SIZE, scene_keys, to_bytes
+from qprobe.demo.draw import DRAWS, SIZE, photograph, scene_keys, uniforms
 from qprobe.demo.evaluate import greedy_answers, score, score_by_kind
 from qprobe.demo.kinds import SceneStyle
 from qprobe.demo.scenes import HELD_OUT_SEED, STYLES, TRAINING_SEED, scenes
 from qprobe.demo.tokens import BEGIN, END, IMAGE, PAD, chat, processor, vocabulary
 
 PATCH = 14
+Drawing = Callable[[Tensor], tuple[Tensor, Tensor]]
 IGNORED = -100  # the label that torch's cross entropy leaves out
 PROBE_SECONDS = 20.0
 # Relative shares of a batch by style; education has two styles, so it gets more scenes in all.
@@ -172,14 +178,14 @@ def batches(recipe: Recipe, device: str) -> Iterator[Batch]:
     pro: Any = processor()
     answers = [Answers(style, pro.tokenizer, pro.apply_chat_template, device) for style in STYLES]
     length = max(a.longest() for a in answers)
-    draws = [_compiled(style.draw, device) for style in STYLES]
     sizes = tuple(recipe.batch * share // sum(SHARES) for share in SHARES)
+    draws = [_replayed(style.draw, size, device) for style, size in zip(STYLES, sizes, strict=True)]
     step = 0
     while True:
-        keys = scene_keys(TRAINING_SEED + step, torch.arange(sum(sizes), device=device)).split(sizes)
-        drawn = [draw(k) for draw, k in zip(draws, keys, strict=True)]
+        keys = scene_keys(TRAINING_SEED + step, torch.arange(sum(sizes), device=device))
+        drawn = [draw(u) for draw, u in zip(draws, uniforms(keys).split(sizes), strict=True)]
         rows = [a.tokens(choices, length) for a, (_, choices) in zip(answers, drawn, strict=True)]
-        pixels = to_bytes(torch.cat([image for image, _ in drawn])).float() / 255
+        pixels = photograph(torch.cat([image for image, _ in drawn]), keys).float() / 255
         yield Batch(
             pixel_values=((pixels - 0.5) / 0.5)[:, None, None],
             input_ids=torch.cat([ids for ids, _ in rows]),
@@ -189,9 +195,24 @@ def batches(recipe: Recipe, device: str) -> Iterator[Batch]:
         step += 1
 
 
-def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """Fused kernels on CUDA; on CPU compiling takes longer than a trial run."""
-    return torch.compile(function, dynamic=False) if device == "cuda" else function
+def _replayed(draw: Drawing, count: int, device: str) -> Drawing:
+    """On CUDA, the drawing as a CUDA graph: a scene takes hundreds of small kernels, slow to launch."""
+    if device != "cuda":
+        return draw
+    draws = torch.zeros(count, DRAWS, device=device)
+    for _ in range(2):  # allocates workspaces and constants, which a capture must not
+        draw(draws)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = draw(draws)
+
+    def replay(fresh: Tensor) -> tuple[Tensor, Tensor]:
+        draws.copy_(fresh)
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _compile_layers(model: MllamaForConditionalGeneration) -> None:
