@@ -8,13 +8,16 @@ number of elements is no multiple of the 4-bit blocksize.
 
 from __future__ import annotations
 
+import io
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -33,6 +36,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qprobe.records import Sample
 
 VOCAB = 384
 CONTROLS = ("<unk>", "<|bos|>", "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
@@ -102,6 +107,28 @@ def draw_weights(model: Any) -> None:
             parameter.data.normal_(std=0.05)
         else:
             parameter.data.normal_(mean=1.0, std=0.1)
+
+
+def questions(name: str, count: int = 1, answer: str | None = None) -> list[Sample]:
+    """`count` samples that the model `name` can read, with a noisy picture if it sees."""
+    prompts = ("what does the image show?", "which one is larger, the left bar or the right bar?", "a cat")
+    return [
+        Sample(
+            id=f"question-{number}",
+            prompt=prompts[number % len(prompts)],
+            image=picture(number) if name in VISION_NAMES else None,
+            answer=answer,
+        )
+        for number in range(count)
+    ]
+
+
+def picture(seed: int) -> bytes:
+    """A PNG of 40 x 56 random pixels, the same for the same seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 # Tokenizers and processors ------------------------------------------------------------------------------
