@@ -1,0 +1,150 @@
+"""A run folder and a budget to a manifest, in a second and without the model."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from math import fsum, isfinite
+from pathlib import Path
+
+import pandas as pd
+
+from qprobe import __version__
+from qprobe.errors import QprobeError
+from qprobe.manifest import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.measure.store import choice_stage, read_scan, read_units
+from qprobe.records import Linear, Scan
+from qprobe.select.budget import Budget, parse_budget
+from qprobe.select.plan import Plan, choose, is_scored
+from qprobe.select.table import check_measure, finite_answers, measured, read_table
+
+_FIXED_REASONS = {"lm_head": "lm_head stays in 16-bit", "tied": "tied to the embedding"}
+
+
+def select(folder: Path, budget: str, by: str | None = None) -> Manifest:
+    """The manifest of the best choice of layers that `budget` allows, from scan.json and layers.csv.
+
+    budget: see `parse_budget`. by: a measured column other than decibels, which do not add up; None for
+    sensitivity_kl where measured, else activation_nmse. Writes nothing. quality holds what the scan
+    measured on held-out samples; kl_dynamic is None unless this very choice was among its candidates.
+    Raises RunError for a folder without a finished scan, BudgetError, or QprobeError for a wrong `by`.
+    """
+    folder = Path(folder)
+    scan, table = read_scan(folder), read_table(folder)
+    column = by or default_measure(table)
+    values = layer_scores(table, column)
+    limit = parse_budget(budget, scan.inventory.standard_4bit_bytes)
+    plan = choose(scan.inventory, values, limit.limit_bytes, column)
+    words = ["qprobe", "select", folder.resolve().name, "--budget", budget]
+    command = shlex.join(words if by is None else [*words, "--by", by])
+    return manifest_of(scan, table, plan, limit, command, _held_out_quality(folder, plan))
+
+
+def default_measure(table: pd.DataFrame) -> str:
+    """The column that chooses unless the user says otherwise."""
+    return "sensitivity_kl" if "sensitivity_kl" in measured(table) else "activation_nmse"
+
+
+def layer_scores(table: pd.DataFrame, by: str) -> dict[str, float]:
+    """The scores of the layers by the measured column `by`; layers without a finite value are absent.
+
+    Raises QprobeError if `by` is not measured, or in decibels.
+    """
+    check_measure(table, by)
+    if by.endswith("_db"):
+        raise QprobeError(
+            f"{by} is in decibels, which do not add up. Choose by {by.replace('sqnr_db', 'nmse')}."
+        )
+    return {name: value for name, value in _column(table, by).items() if isfinite(value)}
+
+
+def manifest_of(
+    scan: Scan,
+    table: pd.DataFrame,
+    plan: Plan,
+    budget: Budget,
+    command: str,
+    quality: Quality | None = None,
+) -> Manifest:
+    """The manifest that carries out `plan`, made now.
+
+    table: the layer table of `scan`, which holds the column `plan.by`. quality: what was measured; its
+    kl_predicted is filled in from the table. command: what made it.
+    """
+    kept = frozenset(plan.kept)
+    sensitivity = _column(table, "sensitivity_kl")
+    reasons = _reasons(scan, plan, _column(table, plan.by))
+    layers = tuple(
+        LayerChoice(
+            name=x.name,
+            checkpoint_name=x.checkpoint_name,
+            shape=x.shape,
+            precision="bf16" if x.fixed or x.name in kept else "nf4",
+            bytes=x.bf16_bytes if x.fixed or x.name in kept else x.nf4_bytes,
+            sensitivity_kl=sensitivity[x.name] if isfinite(sensitivity[x.name]) else None,
+            reason=reasons[x.name],
+        )
+        for x in scan.inventory.layers
+    )
+    quality = quality or Quality()
+    return Manifest(
+        model=scan.model,
+        format=scan.format,
+        budget=ManifestBudget(
+            budget.requested, budget.limit_bytes, plan.total_bytes, scan.inventory.standard_4bit_bytes
+        ),
+        quality=Quality(quality.samples, quality.kl_standard_4bit, quality.kl_dynamic, _predicted(layers)),
+        layers=layers,
+        uncovered=scan.inventory.uncovered,
+        skip_modules=tuple(x.name for x in layers if x.precision == "bf16"),
+        made_by=MadeBy(__version__, command, datetime.now(UTC).isoformat(timespec="seconds")),
+    )
+
+
+def _column(table: pd.DataFrame, name: str) -> dict[str, float]:
+    return dict(zip(table["layer"].tolist(), table[name].tolist(), strict=True))
+
+
+def _predicted(layers: tuple[LayerChoice, ...]) -> float | None:
+    """The KL that is left: attributions sum to that of standard 4-bit, and those still in 4-bit remain."""
+    if all(x.sensitivity_kl is None for x in layers):
+        return None
+    return fsum(x.sensitivity_kl or 0.0 for x in layers if x.precision == "nf4")
+
+
+def _held_out_quality(folder: Path, plan: Plan) -> Quality:
+    """What the scan measured on held-out samples: standard 4-bit and, if it was a candidate, this plan."""
+    standard, dynamic = (
+        finite_answers(read_units(folder, choice_stage(kept))) for kept in (frozenset(), frozenset(plan.kept))
+    )
+    return Quality(
+        samples=len(standard) or None, kl_standard_4bit=_mean_kl(standard), kl_dynamic=_mean_kl(dynamic)
+    )
+
+
+def _mean_kl(rows: pd.DataFrame) -> float | None:
+    return fsum(rows["kl_sum"].tolist()) / sum(rows["answer_tokens"].tolist()) if len(rows) else None
+
+
+def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float]) -> dict[str, str]:
+    """Why each layer has its precision, in words; ranks are among the layers with a score."""
+    kept, never_ran = frozenset(plan.kept), frozenset(scan.unmeasured)
+    scored = [x for x in scan.inventory.layers if is_scored(x, values)]
+    ranked = sorted(scored, key=lambda x: -values[x.name])
+    ranks = {x.name: rank for rank, x in enumerate(ranked, start=1)}
+    partners = {x.group: sum(y.group == x.group for y in ranked) for x in ranked}
+
+    def reason(layer: Linear) -> str:
+        if layer.fixed is not None:
+            return _FIXED_REASONS.get(layer.fixed, f"{layer.fixed}: stays in 16-bit")
+        if layer.name in kept:
+            place = f"rank {ranks[layer.name]} of {len(ranked)}"
+            others = partners[layer.group]
+            together = f", moves with its group of {others}" if others > 1 else ""
+            return f"kept: {plan.by} {values[layer.name]:.2g}, {place}{together}"
+        if layer.name in never_ran or layer.name not in ranks:
+            return "not measured on these samples, NF4"
+        return "NF4"
+
+    return {x.name: reason(x) for x in scan.inventory.layers}

@@ -1,0 +1,305 @@
+"""The layer table: what was measured, one row a linear, from the finished units of a run.
+
+Every ratio is taken once, of sums over all samples (sum of noise / sum of signal), never as a mean of ratios.
+Sums are `math.fsum`, which rounds once, so neither the order nor the cut of the units changes a digit.
+What was not measured is empty (NaN or NA), never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from math import fsum, nan
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from qprobe.errors import QprobeError, RunError
+from qprobe.manifest import write_atomic
+from qprobe.measure.store import read_scan, read_units
+from qprobe.records import ErrorSums, Inventory, Linear
+from qprobe.select.decide import ratio_se
+
+_DTYPES = {
+    "layer": "str", "tower": "str", "group": "str",
+    "in_features": "int64", "out_features": "int64", "nf4_bytes": "int64", "bf16_bytes": "int64",
+    "weight_nmse": "float64", "weight_sqnr_db": "float64", "weight_peak": "float64",
+    "activation_nmse": "float64", "activation_sqnr_db": "float64", "activation_peak": "float64",
+    "propagated_nmse": "float64", "sensitivity_kl": "float64", "sensitivity_kl_se": "float64",
+    "samples": "Int64", "tokens": "Int64",
+}  # fmt: skip
+
+COLUMNS = tuple(_DTYPES)
+"""The columns of layers.csv in their order."""
+
+MEASURES = (
+    "weight_nmse", "weight_sqnr_db", "weight_peak",
+    "activation_nmse", "activation_sqnr_db", "activation_peak",
+    "propagated_nmse", "sensitivity_kl",
+)  # fmt: skip
+"""The columns that layers can be ranked by."""
+
+STANDARD = "standard"
+"""The choice, in units of the stage "kl", that keeps nothing: standard 4-bit."""
+
+_PEAK_DTYPES = {
+    "layer": "str",
+    "activation_peak": "float64",
+    "sample": "str",
+    "token": "Int64",
+    "kind": "str",
+}
+
+
+def layer_table(folder: Path) -> pd.DataFrame:
+    """The layer table of the run in `folder`, columns `COLUMNS`, in execution order.
+
+    nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl is in nats
+    per answer token with the standard error of `ratio_se`; samples and tokens count what the layer saw.
+    Raises RunError if the folder is no run or a file of it is damaged.
+    """
+    inventory = read_scan(folder).inventory
+    weights, outputs, sensitivity = (
+        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity")
+    )
+    rows = [
+        {
+            **_static(layer),
+            **_weight_measures(weights.get(layer.name)),
+            **_output_measures(outputs.get(layer.name)),
+            **_sensitivity(sensitivity.get(layer.name)),
+        }
+        for layer in inventory.layers
+    ]
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS)).astype(_DTYPES)
+
+
+def peaks(folder: Path) -> pd.DataFrame:
+    """Where the largest single-token error of each linear was, in execution order.
+
+    Columns: layer, activation_peak (as in the layer table), sample, token (its index in the sequence of its
+    kind), kind ("vision", "text" or "answer"); empty for a linear that was not measured. Of equal peaks the
+    first by sample id, then token, is named.
+    """
+    inventory = read_scan(folder).inventory
+    outputs = _rows_by_layer(folder, "outputs", inventory)
+    rows = [{"layer": x.name, **(_peak(outputs.get(x.name)) or {})} for x in inventory.layers]
+    return pd.DataFrame(rows, columns=pd.Index(list(_PEAK_DTYPES))).astype(_PEAK_DTYPES)
+
+
+def write_table(folder: Path) -> Path:
+    """Write layers.csv, and peaks.csv beside it, from the units; the path of layers.csv.
+
+    Numbers are written with the fewest digits that read back as the same number.
+    """
+    folder = Path(folder)
+    for name, frame in (("peaks.csv", peaks(folder)), ("layers.csv", layer_table(folder))):
+        try:
+            write_atomic(folder / name, frame.to_csv(index=False, lineterminator="\n").encode())
+        except OSError as error:
+            raise RunError(
+                f"{folder / name} cannot be written ({error.strerror}). Make room first."
+            ) from error
+    return folder / "layers.csv"
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """The layer table in `folder`/layers.csv, equal to what `layer_table` gave when it was written.
+
+    Raises RunError if the file is missing or damaged, or its layers are not those of scan.json.
+    """
+    path = Path(folder) / "layers.csv"
+    layers = [x.name for x in read_scan(folder).inventory.layers]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(
+            f"{folder} has no layers.csv: its scan has not finished. Run the scan again."
+        ) from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}). Make it readable.") from error
+    try:
+        table = pd.read_csv(
+            BytesIO(data),
+            dtype=cast(Any, _DTYPES),
+            keep_default_na=False,  # a layer may be called "NA"
+            na_values=[""],
+            float_precision="round_trip",
+        )
+        intact = list(table.columns) == list(COLUMNS) and table["layer"].tolist() == layers
+    except ValueError as error:  # pandas' ParserError is one
+        raise RunError(
+            f"{path} is damaged ({str(error).splitlines()[0][:120]}). Run the scan again."
+        ) from None
+    if not intact:
+        raise RunError(f"{path} does not list the {len(layers)} layers of scan.json. Run the scan again.")
+    return table
+
+
+def measured(table: pd.DataFrame) -> tuple[str, ...]:
+    """The columns of `MEASURES` that hold at least one number."""
+    return tuple(name for name in MEASURES if np.any(~np.isnan(_numbers(table, name))))
+
+
+def check_measure(table: pd.DataFrame, by: str) -> None:
+    """Raise QprobeError, naming the measured columns, unless layers can be ranked by the column `by`."""
+    names = measured(table)
+    if by in names:
+        return
+    what = "was not measured in this run" if by in MEASURES else "is no measure"
+    mend = f"Measured are {', '.join(names)}." if names else "Nothing is measured yet: run the scan first."
+    raise QprobeError(f"{by!r} {what}, so layers cannot be ranked by it. {mend}")
+
+
+def rank_table(table: pd.DataFrame, by: str, top: int | None = None) -> pd.DataFrame:
+    """The rows of `table` from the most damaged layer to the least, indexed by rank from 1.
+
+    by: a measured column of `MEASURES`; decibels rank from the lowest, all else from the highest. Layers
+    without a value come last, equal ones in execution order. top: how many rows; None for all.
+    Raises QprobeError if `by` is no measured column or `top` is below 1.
+    """
+    check_measure(table, by)
+    if top is not None and top < 1:
+        raise QprobeError(f"--top {top} shows no layer. Pass 1 or more.")
+    ranked = table.sort_values(by, ascending=by.endswith("_db"), kind="stable", na_position="last")
+    ranked.index = pd.RangeIndex(1, len(ranked) + 1, name="rank")
+    return ranked if top is None else ranked.head(top)
+
+
+def attribution_residual(folder: Path) -> float | None:
+    """(sum of the sensitivities - KL of standard 4-bit) / that KL, on the samples that have both, as a share.
+
+    None where either was not measured or the KL is 0.
+    """
+    kl = finite_answers(read_units(folder, "kl"))
+    kl = kl[kl["choice"] == STANDARD]
+    parts = read_units(folder, "sensitivity")
+    broken = parts.loc[~np.isfinite(_numbers(parts, "kl_sum")), "sample"]
+    both = (set(kl["sample"]) & set(parts["sample"])) - set(broken)
+    measured_sum = fsum(_numbers(kl[kl["sample"].isin(both)], "kl_sum"))
+    if measured_sum == 0:
+        return None
+    return (fsum(_numbers(parts[parts["sample"].isin(both)], "kl_sum")) - measured_sum) / measured_sum
+
+
+def finite_answers(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a finite kl_sum and with answer tokens, over which a KL per token can be taken."""
+    return rows[np.isfinite(_numbers(rows, "kl_sum")) & (_numbers(rows, "answer_tokens") > 0)]
+
+
+def left_out(folder: Path) -> pd.DataFrame:
+    """How many non-finite values the sums of each layer leave out; only layers with any.
+
+    Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples).
+    """
+    inventory = read_scan(folder).inventory
+    weights, outputs, sensitivity = (
+        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity")
+    )
+    rows = [
+        {
+            "layer": x.name,
+            "weight": _total(weights.get(x.name), "nonfinite"),
+            "activation": _total(outputs.get(x.name), "activation_nonfinite"),
+            "propagated": _total(outputs.get(x.name), "propagated_nonfinite"),
+            "sensitivity": _not_finite(sensitivity.get(x.name)),
+        }
+        for x in inventory.layers
+    ]
+    columns = ["layer", "weight", "activation", "propagated", "sensitivity"]
+    frame = pd.DataFrame(rows, columns=pd.Index(columns))
+    return frame[frame[columns[1:]].sum(axis=1) > 0].reset_index(drop=True)
+
+
+def _rows_by_layer(folder: Path, stage: str, inventory: Inventory) -> Mapping[str, pd.DataFrame]:
+    frame = read_units(folder, stage)
+    unknown = sorted(set(frame["layer"]) - {x.name for x in inventory.layers})
+    if unknown:
+        raise RunError(
+            f"{folder} holds {stage} units of {unknown[0]}, which scan.json does not list: they belong to "
+            "another scan. Scan again with another --out."
+        )
+    return {str(name): rows for name, rows in frame.groupby("layer", sort=False)}
+
+
+def _static(layer: Linear) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "tower": layer.tower,
+        "group": layer.group,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "nf4_bytes": layer.nf4_bytes,
+        "bf16_bytes": layer.bf16_bytes,
+    }
+
+
+def _weight_measures(rows: pd.DataFrame | None) -> dict[str, Any]:
+    if rows is None:
+        return {}
+    sums = _pooled(rows, "")
+    peak = max(_numbers(rows, "peak")) if sums.n else nan
+    return {"weight_nmse": sums.nmse, "weight_sqnr_db": sums.sqnr_db, "weight_peak": peak}
+
+
+def _output_measures(rows: pd.DataFrame | None) -> dict[str, Any]:
+    if rows is None:
+        return {}
+    activation, propagated = _pooled(rows, "activation_"), _pooled(rows, "propagated_")
+    peak = _peak(rows)
+    tokens = _numbers(rows, "tokens")
+    return {
+        "activation_nmse": activation.nmse,
+        "activation_sqnr_db": activation.sqnr_db,
+        "activation_peak": peak["activation_peak"] if peak else nan,
+        "propagated_nmse": propagated.nmse,
+        "samples": int(np.count_nonzero(tokens)) or None,
+        "tokens": int(tokens.sum()) or None,
+    }
+
+
+def _sensitivity(rows: pd.DataFrame | None) -> dict[str, Any]:
+    finite = None if rows is None else finite_answers(rows)
+    if finite is None or finite.empty:
+        return {}
+    kl, tokens = _numbers(finite, "kl_sum").tolist(), _numbers(finite, "answer_tokens").tolist()
+    return {"sensitivity_kl": fsum(kl) / fsum(tokens), "sensitivity_kl_se": ratio_se(kl, tokens)}
+
+
+def _pooled(rows: pd.DataFrame, prefix: str) -> ErrorSums:
+    """The sums of the columns `prefix`n, signal, noise over the rows where they were measured and finite."""
+    n, signal, noise = (_numbers(rows, f"{prefix}{name}") for name in ("n", "signal", "noise"))
+    good = (n > 0) & np.isfinite(signal) & np.isfinite(noise)
+    return ErrorSums(int(n[good].sum()), fsum(signal[good].tolist()), fsum(noise[good].tolist()))
+
+
+def _peak(rows: pd.DataFrame | None) -> dict[str, Any] | None:
+    if rows is None:
+        return None
+    peak = _numbers(rows, "activation_peak")
+    found = np.flatnonzero(np.isfinite(peak) & (_numbers(rows, "activation_n") > 0))
+    if not len(found):
+        return None
+    samples, tokens, kinds = (rows[x].tolist() for x in ("sample", "peak_token", "peak_kind"))
+    best = min(found, key=lambda i: (-peak[i], samples[i], tokens[i]))
+    return {
+        "activation_peak": float(peak[best]),
+        "sample": samples[best],
+        "token": int(tokens[best]),
+        "kind": kinds[best],
+    }
+
+
+def _numbers(rows: pd.DataFrame, column: str) -> np.ndarray:
+    """A column as float64, NaN where it is empty; counts are exact up to 2**53."""
+    return rows[column].to_numpy(dtype=np.float64, na_value=nan)
+
+
+def _total(rows: pd.DataFrame | None, column: str) -> int:
+    return 0 if rows is None else int(np.nansum(_numbers(rows, column)))
+
+
+def _not_finite(rows: pd.DataFrame | None) -> int:
+    return 0 if rows is None else int(np.count_nonzero(~np.isfinite(_numbers(rows, "kl_sum"))))
