@@ -34,9 +34,9 @@ def compare(as_json: bool, **asked: Any) -> None:
     facts}] for 16-bit, nf4 and dynamic, and samples [{id, prompt, answers {name: text}}]; shares are
     0 to 1, null for what does not apply.
     """
+    shared.refuse_two_sources(asked)
     from qprobe.build.compare import compare as run_compare
 
-    shared.refuse_two_sources(asked)
     with shared.progress_bars() as progress:
         comparison = run_compare(CompareOptions(**asked), progress)
     if as_json:

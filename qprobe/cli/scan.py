@@ -68,9 +68,9 @@ def scan(as_json: bool, **asked: Any) -> None:
     --json prints: run, layers, samples, seconds {stage: s}, peak_bytes, kl_standard_4bit, kl_dynamic
     (nats per answer token), attribution_residual, skiplist, verdict, notes; null for what does not apply.
     """
+    shared.refuse_two_sources(asked)
     from qprobe.scan import scan as run_scan
 
-    shared.refuse_two_sources(asked)
     with shared.progress_bars() as progress:
         result = run_scan(ScanOptions(**asked), progress)
     if as_json:

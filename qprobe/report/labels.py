@@ -12,6 +12,9 @@ _CHARACTER_PX = 5.2
 _FONT_SIZE = 7
 _GAP_PX = 8.0
 _MARGIN_PX = 3.0
+# How much of a label may lie left of its leader, in order of preference: centred looks best, to one
+# side leaves more room for the label of a neighbour. The order that places most labels is taken.
+_SHIFTS = ((0.5, 0.0, 1.0, 0.25, 0.75), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5))
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,31 @@ def label_points(ax: Axes, xs: list[int], ys: list[float], names: list[str], log
     Raises the upper limit of y to make headroom for the rows that are used.
     """
     box = ax.get_window_extent()
-    placed: list[tuple[_Placed, float, str]] = []
-    for x, y, name in zip(xs, ys, names, strict=True):
-        leader = float(ax.transData.transform((x, 1.0))[0])
-        spot = _free_spot(leader, _CHARACTER_PX * len(name), box.x0, box.x1, [p for p, _, _ in placed])
-        if spot is not None:
-            placed.append((spot, y, name))
-    if not placed:
+    leaders = [float(ax.transData.transform((x, 1.0))[0]) for x in xs]
+    widths = [_CHARACTER_PX * len(name) for name in names]
+    attempts = [_place(leaders, widths, (box.x0, box.x1), shifts) for shifts in _SHIFTS]
+    spots = max(attempts, key=lambda spots: sum(spot is not None for spot in spots))
+    rows = 1 + max((spot.row for spot in spots if spot is not None), default=-1)
+    if rows == 0:
         return
-    rows = 1 + max(p.row for p, _, _ in placed)
-    share = (rows * _ROW_PX + _MARGIN_PX + 6.0) / box.height
-    _add_headroom(ax, min(share, 0.6), log)
-    for spot, y, name in placed:
-        _write(ax, spot, y, name, box.y1 - _MARGIN_PX - (rows - spot.row) * _ROW_PX)
+    _add_headroom(ax, min((rows * _ROW_PX + _MARGIN_PX + 6.0) / box.height, 0.6), log)
+    for spot, y, name in zip(spots, ys, names, strict=True):
+        if spot is not None:
+            _write(ax, spot, y, name, box.y1 - _MARGIN_PX - (rows - spot.row) * _ROW_PX)
 
 
-def _free_spot(leader: float, width: float, low: float, high: float, placed: list[_Placed]) -> _Placed | None:
-    for row in range(_ROWS):
-        for shift in (0.5, 0.0, 1.0, 0.25, 0.75):
-            left = min(max(leader - shift * width, low + 3), high - width - 3)
-            spot = _Placed(left, left + width, leader, row)
-            if not any(spot.collides(p) for p in placed):
-                return spot
-    return None
+def _place(
+    leaders: list[float], widths: list[float], edges: tuple[float, float], shifts: tuple[float, ...]
+) -> list[_Placed | None]:
+    """A spot for each label in turn that collides with none before it, or None where there is none."""
+    low, high = edges[0] + 3, edges[1] - 3
+    spots: list[_Placed | None] = []
+    for leader, width in zip(leaders, widths, strict=True):
+        lefts = [min(max(leader - shift * width, low), high - width) for shift in shifts]
+        candidates = (_Placed(left, left + width, leader, row) for row in range(_ROWS) for left in lefts)
+        taken = [spot for spot in spots if spot is not None]
+        spots.append(next((c for c in candidates if not any(c.collides(t) for t in taken)), None))
+    return spots
 
 
 def _add_headroom(ax: Axes, share: float, log: bool) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 from qprobe.report.names import short_names
 
 PIPED_WIDTH = 120  # columns where no terminal says how many it has
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _LEVELS = "▁▂▃▄▅▆▇█"
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
@@ -188,8 +189,10 @@ def doctor_text(diagnosis: Mapping[str, Any], width: int) -> str:
     """The diagnosis (the object of `doctor --json`) on one screen, what to do about problems last."""
     versions = ", ".join(f"{p['name']} {p['version'] or 'missing'}" for p in diagnosis["packages"])
     head = f"qprobe {diagnosis['qprobe']}, Python {diagnosis['python']}, {diagnosis['system']}"
-    headings = ["device", "", "memory", "free", "16-bit", "4-bit round trip", "4-bit product"]
+    headings = ["device", "kind", "free memory", "16-bit", "4-bit round trip", "product"]
     rows = [_device_row(device) for device in diagnosis["devices"]]
+    room = width - sum(max(len(r[i]) for r in (headings, *rows)) + 2 for i in (0, 2, 3, 4, 5))
+    rows = [[row[0], shortened(row[1], max(room, 8)), *row[2:]] for row in rows]
     hub = diagnosis["hub"]
     login = "logged in" if hub["logged_in"] else "not logged in"
     blocks = [
@@ -216,5 +219,5 @@ def _device_row(device: Mapping[str, Any]) -> list[str]:
             f"{'ok' if error <= bound else 'WRONG'}, {error:.3f} of {bound:.3f}",
             f"{'ok' if product <= 1 else 'WRONG'}, {product:.2f} of 1",
         ]
-    memory = [readable_bytes(device["total_bytes"]), readable_bytes(device["free_bytes"])]
-    return [device["name"], device["title"], *memory, device["dtype"] or "none", *checks]
+    memory = f"{device['free_bytes'] / 2**30:.1f} of {device['total_bytes'] / 2**30:.1f} GiB"
+    return [device["name"], device["title"], memory, _DTYPES.get(device["dtype"], "none"), *checks]

@@ -1,0 +1,121 @@
+"""What each command prints and writes, on a made-up run folder and made-up results."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import Result
+
+from qprobe.manifest import read_manifest
+from tests.report.test_terminal import COMPARISON, DIAGNOSIS
+
+Run = Callable[..., Result]
+Fake = Callable[..., None]
+
+
+def test_rank_lists_the_worst_layers_first(qprobe: Run, run_folder: Path):
+    result = qprobe("rank", run_folder, "--by", "activation_nmse", "--top", "2")
+    assert result.exit_code == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0] == "activation_nmse of 30 layers in execution order:"
+    assert [line.split()[0] for line in lines if line[:1].isdigit()] == ["1", "2"]
+    assert "█" in lines[1] and "stays in 16-bit" in lines[-1]
+
+
+def test_rank_as_json_has_every_column(qprobe: Run, run_folder: Path):
+    ranked = json.loads(qprobe("rank", run_folder, "--top", "3", "--json").stdout)
+    assert ranked["by"] == "sensitivity_kl" and [row["rank"] for row in ranked["rows"]] == [1, 2, 3]
+    scores = [row["sensitivity_kl"] for row in ranked["rows"]]
+    assert scores == sorted(scores, reverse=True) and ranked["rows"][0]["bf16_bytes"] == 8192
+
+
+@pytest.mark.parametrize("command", [("rank",), ("select", "--budget", "+5%"), ("report",)])
+def test_a_folder_that_is_no_run_is_one_sentence(qprobe: Run, tmp_path: Path, command: tuple[str, ...]):
+    result = qprobe(*command, tmp_path / "nothing")
+    assert result.exit_code == 1 and result.stdout == "" and result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_rank_by_an_unknown_column_is_one_sentence(qprobe: Run, run_folder: Path):
+    result = qprobe("rank", run_folder, "--by", "beauty")
+    assert result.exit_code == 1 and "beauty" in result.stderr
+
+
+def test_select_writes_a_manifest_within_its_budget(qprobe: Run, run_folder: Path, tmp_path: Path):
+    out = tmp_path / "list.json"
+    result = qprobe("select", run_folder, "--budget", "+20%", "--out", out)
+    assert result.exit_code == 0 and str(out) in result.stdout
+    manifest = read_manifest(out)
+    assert manifest.budget.requested == "+20%"
+    assert manifest.budget.standard_4bit_bytes < manifest.budget.total_bytes <= manifest.budget.limit_bytes
+    assert all(name in result.stdout for name in manifest.skip_modules)
+
+
+def test_select_as_json_prints_the_manifest_it_wrote(qprobe: Run, run_folder: Path, tmp_path: Path):
+    out = tmp_path / "list.json"
+    result = qprobe("select", run_folder, "--budget", "+20%", "--by", "weight_nmse", "--out", out, "--json")
+    assert json.loads(result.stdout) == json.loads(out.read_text())
+
+
+def test_select_below_standard_4bit_is_one_sentence(qprobe: Run, run_folder: Path, tmp_path: Path):
+    result = qprobe("select", run_folder, "--budget", "1KiB", "--out", tmp_path / "list.json")
+    assert result.exit_code == 1 and "Traceback" not in result.stderr
+    assert not (tmp_path / "list.json").exists()
+
+
+def test_report_says_where_the_pictures_are(qprobe: Run, run_folder: Path, tmp_path: Path):
+    files = json.loads(qprobe("report", run_folder, "--out", tmp_path, "--json").stdout)["files"]
+    assert [Path(f).name for f in files] == ["spikes.png", "spikes.svg"] and all(
+        Path(f).exists() for f in files
+    )
+    assert f"Picture  {tmp_path / 'spikes.png'}" in qprobe("report", run_folder, "--out", tmp_path).stdout
+
+
+def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
+    found = SimpleNamespace(
+        run=run_folder,
+        layers=30,
+        samples=24,
+        seconds={"load": 1.25, "measure": 12.0},
+        peak_bytes=2**31,
+        skiplist=run_folder / "skiplist.json",
+        verdict="Standard 4-bit costs 0.3 nats; the list brings back 0.2 for 9 % more bytes.",
+        notes=("a.txt is no image and was left out.",),
+    )
+    fake("qprobe.scan", scan=lambda _options, _progress: found)
+    result = qprobe("scan", "--model", "m")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert result.stdout.splitlines()[-1] == found.verdict
+    for part in (
+        "30 linear layers, 24 samples",
+        "load 1.2 s",
+        "2.00 GiB",
+        "a.txt is no image",
+        "skiplist.json",
+    ):
+        assert part in result.stdout
+
+
+def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
+    found = SimpleNamespace(to_json=lambda: COMPARISON, notes=("b.png was left out.",))
+    fake("qprobe.build.compare", compare=lambda _options, _progress: found)
+    text = qprobe("compare", "--manifest", "f").stdout
+    assert "16-bit" in text and "nf4" in text and "in a station" in text and "b.png was left out." in text
+    assert json.loads(qprobe("compare", "--manifest", "f", "--json").stdout) == COMPARISON
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_doctor_exits_1_if_4bit_works_nowhere(qprobe: Run, fake: Fake, ok: bool, code: int):
+    diagnosis = {**DIAGNOSIS, "ok": ok}
+    fake("qprobe.doctor", doctor=lambda: SimpleNamespace(ok=ok, to_json=lambda: diagnosis))
+    assert qprobe("doctor").exit_code == code
+    result = qprobe("doctor", "--json")
+    assert result.exit_code == code and json.loads(result.stdout) == diagnosis
+
+
+def test_models_names_the_embedded_ones(qprobe: Run):
+    assert "demo-outliers" in qprobe("models").stdout
+    known = {m["alias"]: m for m in json.loads(qprobe("models", "--json").stdout)["models"]}
+    assert known["demo"]["hub_id"] is None and known["llama-3.2-11b-vision"]["published_lists"] == ["unsloth"]

@@ -1,0 +1,183 @@
+"""What all commands share: exit codes, one-sentence errors, pure JSON, silence about known remarks."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import Result
+
+from qprobe.cli import main, shared
+from qprobe.cli.quiet import REMARKS, quiet
+from qprobe.errors import ModelError
+from qprobe.options import CompareOptions, ScanOptions
+
+Run = Callable[..., Result]
+Fake = Callable[..., None]
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def function(*_arguments: object) -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_has_help_and_json(qprobe: Run, command: str):
+    result = qprobe(command, "--help")
+    assert result.exit_code == 0 and "--json" in result.stdout and "prints" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no-such-command",),
+        ("scan",),
+        ("scan", "--model", "demo", "--no-such-option"),
+        ("scan", "--model", "demo", "--dtype", "int8"),
+        ("scan", "--model", "demo", "--samples", "0"),
+        ("scan", "--model", "demo", "--batch-size", "many"),
+        ("scan", "--model", "demo", "--images", "a", "--data", "b"),
+        ("compare",),
+        ("compare", "--manifest", "f", "--images", "a", "--data", "b"),
+        ("rank",),
+        ("select", "run"),
+    ],
+)
+def test_wrong_usage_exits_2(qprobe: Run, arguments: tuple[str, ...]):
+    result = qprobe(*arguments)
+    assert result.exit_code == 2 and result.stdout == "" and "Error: " in result.stderr
+
+
+def test_a_mistake_is_one_sentence_and_exit_1(qprobe: Run, fake: Fake):
+    fake("qprobe.scan", scan=raising(ModelError("No model 'x'. Pass a folder.")))
+    result = qprobe("scan", "--model", "x")
+    assert result.exit_code == 1
+    assert (result.stdout, result.stderr) == ("", "Error: No model 'x'. Pass a folder.\n")
+
+
+def test_running_out_of_memory_is_a_mistake_to_mend(qprobe: Run, fake: Fake):
+    class OutOfMemoryError(RuntimeError):  # as torch.cuda names it
+        pass
+
+    fake("qprobe.scan", scan=raising(OutOfMemoryError("CUDA out of memory.\nmore lines")))
+    result = qprobe("scan", "--model", "x")
+    assert result.exit_code == 1 and "--batch-size" in result.stderr and "more lines" not in result.stderr
+
+
+def test_a_bug_of_ours_is_not_dressed_up(qprobe: Run, fake: Fake):
+    fake("qprobe.scan", scan=raising(AssertionError("a bug")))
+    assert isinstance(qprobe("scan", "--model", "x").exception, AssertionError)
+
+
+@dataclass(frozen=True)
+class FakeResult:
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict:
+        return {"run": Path("r"), "kl": float("nan"), "share": np.float64(0.5), "notes": self.notes}
+
+
+def test_json_is_all_there_is_on_stdout(qprobe: Run, fake: Fake):
+    def scan(options: ScanOptions, progress: Callable[[str, int, int], None]) -> FakeResult:
+        progress("measure", 1, 2)
+        logging.getLogger("qprobe.test").warning("a log line")
+        print("a library that prints its progress", file=sys.stderr)
+        return FakeResult(notes=("a note",))
+
+    fake("qprobe.scan", scan=scan)
+    result = qprobe("scan", "--model", "x", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"run": "r", "kl": None, "share": 0.5, "notes": ["a note"]}
+
+
+def asked_of(fake: Fake, module: str, function: str, qprobe: Run, *arguments: str) -> object:
+    """The options that the library function gets for a command line."""
+    got: list[object] = []
+
+    def library(options: object, _progress: object) -> FakeResult:
+        got.append(options)
+        return FakeResult()
+
+    fake(module, **{function: library})
+    assert qprobe(*arguments, "--json").exit_code == 0
+    return got[0]
+
+
+def test_scan_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
+    assert asked_of(fake, "qprobe.scan", "scan", qprobe, "scan", "--model", "m") == ScanOptions("m")
+
+
+def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
+    line = (
+        "scan --model m --images i --prompt p --samples 3 --format nf4 --budget +1GB --out o --device cpu "
+        "--dtype fp16 --seed 5 --batch-size 2 --max-new-tokens 7 --by weight_nmse --nodes 4"
+    )
+    assert asked_of(fake, "qprobe.scan", "scan", qprobe, *line.split()) == ScanOptions(
+        "m", Path("i"), None, "p", 3, "nf4", "+1GB", Path("o"), "cpu", "float16",
+        seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4,
+    )  # fmt: skip
+
+
+def test_compare_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
+    asked = asked_of(fake, "qprobe.build.compare", "compare", qprobe, "compare", "--manifest", "f")
+    assert asked == CompareOptions(Path("f"))
+
+
+def test_every_compare_option_arrives(qprobe: Run, fake: Fake):
+    line = (
+        "compare --manifest f --model m --data d --prompt p --samples 3 --device cuda:1 --dtype bf16 "
+        "--seed 5 --batch-size 2 --max-new-tokens 7"
+    )
+    asked = asked_of(fake, "qprobe.build.compare", "compare", qprobe, *line.split())
+    assert asked == CompareOptions(
+        Path("f"), "m", None, Path("d"), "p", 3, "cuda:1", "bfloat16", seed=5, batch_size=2, max_new_tokens=7
+    )
+
+
+def test_what_json_cannot_hold_becomes_null_or_text():
+    value = {"a": (np.int64(1), float("inf"), np.float32("nan")), "p": Path("x"), "r": FakeResult(("n",))}
+    assert shared.plain(value) == {"a": [1, None, None], "p": "x", "r": {"notes": ["n"]}}
+
+
+def test_progress_is_silent_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]):
+    with shared.progress_bars() as progress:
+        progress("measure", 1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_draws_a_bar_a_stage_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with shared.progress_bars() as progress:
+        progress("weights", 1, 2)
+        progress("measure", 5, 5)
+    out, err = capsys.readouterr()
+    assert out == "" and "weights" in err and "measure" in err
+
+
+def test_known_remarks_are_dropped_and_nothing_else(caplog: pytest.LogCaptureFixture):
+    remark = REMARKS[0]
+    logger = logging.getLogger(remark.logger)
+    with quiet():
+        logger.warning("%s: no module", remark.text)
+        logger.warning("another warning")
+        logger.error("%s", remark.text)
+    logger.warning("%s afterwards", remark.text)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["another warning", remark.text, f"{remark.text} afterwards"]
+
+
+def test_filters_go_even_after_an_error():
+    loggers = [logging.getLogger(remark.logger) for remark in REMARKS]
+    before = [list(logger.filters) for logger in loggers]
+    with pytest.raises(click.Abort), quiet():
+        raise click.Abort
+    assert [list(logger.filters) for logger in loggers] == before

@@ -1,0 +1,42 @@
+"""A finished run folder, made up, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from qprobe.manifest import write_manifest
+from qprobe.measure.store import open_run
+from qprobe.records import FormatSpec, Inventory, Linear, ModelIdentity, Scan
+from qprobe.select import select
+from tests.report.tables import layer_table
+
+COLUMNS = (
+    "layer tower group in_features out_features nf4_bytes bf16_bytes weight_nmse weight_sqnr_db weight_peak "
+    "activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl sensitivity_kl_se "
+    "samples tokens"
+).split()
+
+
+def write_run(folder: Path, layers: int = 30, spikes: dict[int, float] | None = None) -> pd.DataFrame:
+    """The layer table of a run written to `folder`: scan.json, layers.csv and skiplist.json for +10 %."""
+    table = layer_table(layers, spikes)[COLUMNS]
+    linears = tuple(
+        Linear(
+            name=row.layer,
+            checkpoint_name=row.layer,
+            tower=row.tower,
+            group=row.group,
+            shape=(row.out_features, row.in_features),
+            nf4_bytes=row.nf4_bytes,
+            bf16_bytes=row.bf16_bytes,
+            fixed="lm_head" if row.layer == "lm_head" else None,
+        )
+        for row in table.itertuples()
+    )
+    model = ModelIdentity("owner/model", None, "MllamaForConditionalGeneration", "f" * 64)
+    open_run(folder, Scan(model, FormatSpec(), Inventory(linears, (), 100_000), spec={"seed": 0}))
+    table.to_csv(folder / "layers.csv", index=False)
+    write_manifest(folder / "skiplist.json", select(folder, "+10%"))
+    return table

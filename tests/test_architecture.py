@@ -1,0 +1,51 @@
+"""What may import what at run time, and that the public names are there.
+
+`lint-imports` (part of `make lint`) checks the same from the source; here the interpreter is asked, which
+also sees what third-party packages draw in.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+import qprobe
+
+HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate")
+TORCH_FREE = (
+    "qprobe",
+    "qprobe.cli",
+    "qprobe.formats.sizes",
+    "qprobe.manifest",
+    "qprobe.measure.store",
+    "qprobe.options",
+    "qprobe.report.write",
+    "qprobe.select",
+)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages that a fresh interpreter has loaded after running `code`."""
+    program = f"{code}\nimport sys; print('\\n'.join({{m.partition('.')[0] for m in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_imports_no_torch(module: str):
+    assert loaded_by(f"import {module}").isdisjoint(HEAVY)
+
+
+def test_help_imports_nothing_heavy():
+    code = "from qprobe.cli import main; [main(a, standalone_mode=False) for a in (['-h'], ['scan', '-h'])]"
+    assert loaded_by(code).isdisjoint({*HEAVY, "pandas", "matplotlib", "numpy", "scipy"})
+
+
+@pytest.mark.parametrize("name", qprobe.__all__)
+def test_public_names_exist(name: str):
+    assert getattr(qprobe, name) is not None and name in dir(qprobe)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = qprobe.no_such_name
