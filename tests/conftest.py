@@ -15,11 +15,17 @@ from tests import tiny
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_progress_bars() -> None:
-    """transformers draws one bar for each of the hundreds of tiny models that the tests load."""
+def _quiet_and_unthreaded() -> None:
+    """No progress bar for each of the hundreds of tiny models, and one thread a test process.
+
+    Tiny matrices gain nothing from threads, but on a busy machine they wait for each other: twenty
+    times slower with two threads than with one.
+    """
+    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
