@@ -233,7 +233,7 @@ def try_four_bit(device: str, dtype: str) -> FourBit:
 def _four_bit_errors(device: str, dtype: str) -> tuple[float, float]:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn import Linear4bit
 
     generator = torch.Generator().manual_seed(0)
     compute = getattr(torch, dtype)
@@ -245,9 +245,10 @@ def _four_bit_errors(device: str, dtype: str) -> tuple[float, float]:
     absmax = weight.double().abs().reshape(-1, 64).amax(1, keepdim=True)
     roundtrip = ((weight_hat.double() - weight.double()).reshape(-1, 64).abs() / absmax).max()
 
-    layer = Linear4bit(256, 128, bias=False, compute_dtype=compute, quant_type="nf4")
-    layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", blocksize=64)
-    layer = layer.to(device)
+    layer: Any = Linear4bit(256, 128, bias=False, compute_dtype=compute, quant_type="nf4").to(compute)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    layer = layer.to(device)  # quantizes
     held = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
     with torch.no_grad():
         y = layer(x).double()

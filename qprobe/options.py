@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+Dtype = Literal["bfloat16", "float16"]
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total) whenever work moves on."""
 
@@ -37,7 +39,7 @@ class ScanOptions:
     budget: str = "+10%"
     out: Path | None = None
     device: str | None = None
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
     seed: int = 0
     batch_size: int = 4
     max_new_tokens: int = 64
@@ -63,7 +65,7 @@ class CompareOptions:
     prompt: str | None = None
     samples: int | None = None
     device: str | None = None
-    dtype: str | None = None
+    dtype: Dtype | None = None
     seed: int = 0
     batch_size: int = 4
     max_new_tokens: int = 64

@@ -184,8 +184,9 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "item"):  # numpy's scalars
-        return plain(value.item())
+    scalar = getattr(value, "item", None)
+    if callable(scalar):  # numpy's, which are not imported here
+        return plain(scalar())
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
