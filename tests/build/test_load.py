@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
+from qprobe.build.load import _source, load_dynamic_4bit, load_standard_4bit
 from qprobe.build.storage import stored_bytes
 from qprobe.build.verify import verify
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
@@ -18,15 +20,18 @@ from qprobe.samples.inputs import encode
 from tests import tiny
 from tests.build.manifests import every_third, inventory_of, manifest_for, with_layer
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_every_weight_is_the_manifests_and_every_byte_is_counted(name, double_quant, tiny_folder):
+def test_every_weight_is_the_manifests_and_every_byte_is_counted(name, double_quant, device, tiny_folder):
     folder, spec = tiny_folder(name), FormatSpec(double_quant=double_quant)
     kept = every_third(folder)
     manifest = manifest_for(folder, kept, spec)
-    model, _ = load_dynamic_4bit(manifest, str(folder), "cpu")
-    original = load_reference(str(folder), "cpu").model
+    model, _ = load_dynamic_4bit(manifest, str(folder), device)
+    original = load_reference(str(folder), device).model
     four_bit = {f"{x.name}.weight" for x in manifest.layers if x.precision == "nf4"}
     assert len(four_bit) >= len(manifest.layers) // 2
     found = dict(model.named_parameters())
@@ -35,8 +40,6 @@ def test_every_weight_is_the_manifests_and_every_byte_is_counted(name, double_qu
         expected = Nf4(double_quant=double_quant).roundtrip(weight) if is_four_bit else weight
         actual = found[key]
         if is_four_bit:
-            from bitsandbytes.functional import dequantize_4bit
-
             actual = dequantize_4bit(actual.data, actual.quant_state)
         assert torch.equal(actual, expected), key
     total = inventory_of(folder, spec).total_bytes(frozenset(kept))
@@ -50,6 +53,30 @@ def test_standard_4bit_keeps_only_what_must_be_kept(name, tiny_folder):
     linears = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
     assert linears == [x.name for x in inventory.layers if x.fixed]
     assert stored_bytes(model).total_bytes == inventory.standard_4bit_bytes
+
+
+CONV1D = GPT2LMHeadModel, GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=4)
+EXPERTS = MixtralForCausalLM, MixtralConfig(num_local_experts=2, **tiny.decoder(64, 96, 1))
+
+
+@pytest.mark.parametrize(("cls", "config"), [CONV1D, EXPERTS])
+def test_weights_outside_linears_stay_in_16bit_and_are_named(cls, config, tmp_path):
+    # transformers would turn GPT-2's Conv1D modules into 4-bit too, though no manifest lists them.
+    cls(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    manifest = manifest_for(tmp_path)
+    model, _ = load_dynamic_4bit(manifest, str(tmp_path), "cpu")
+    left = [model.get_parameter(x.name) for x in manifest.uncovered]
+    assert len(left) >= 2 and {p.dtype for p in left} == {torch.bfloat16}
+    assert stored_bytes(model).total_bytes == manifest.budget.total_bytes
+
+
+def test_the_manifests_revision_is_loaded_unless_the_user_names_a_place(tiny_folder):
+    manifest = manifest_for(tiny_folder("llama"))
+    pinned = replace(manifest, model=replace(manifest.model, id="owner/name", revision="abc123"))
+    assert _source(pinned, None).revision == "abc123"
+    assert _source(pinned, "owner/name").revision == "abc123"
+    assert _source(pinned, "other/name").revision is None
+    assert _source(pinned, str(tiny_folder("llama"))).revision is None
 
 
 @pytest.mark.parametrize("name", tiny.GENERATING_NAMES)
