@@ -32,16 +32,17 @@ def write_report(folder: Path, out: Path | None = None) -> list[Path]:
         raise RunError(
             f"Run {folder} has no layer table yet, so there is nothing to draw. Run `qprobe scan` again."
         )
-    target = out if out is not None else folder / "report"
-    target.mkdir(parents=True, exist_ok=True)
     figure = spike_plot(table, kept_layers(folder, scan), f"{scan.model.id}: what 4-bit costs each layer")
-    written = [_save(figure, target / name) for name in ("spikes.png", "spikes.svg")]
+    figures = {"spikes.png": figure, "spikes.svg": figure}
     if (folder / FRONTIER).is_file():
         frontier = pd.read_csv(folder / FRONTIER)
-        written.append(
-            _save(frontier_plot(frontier, f"{scan.model.id}: KL by budget"), target / "frontier.png")
-        )
-    return written
+        figures["frontier.png"] = frontier_plot(frontier, f"{scan.model.id}: KL by budget")
+    target = out if out is not None else folder / "report"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        return [_save(drawn, target / name) for name, drawn in figures.items()]
+    except OSError as error:
+        raise RunError(f"{target} cannot be written ({error.strerror}). Pass another --out.") from error
 
 
 def kept_layers(folder: Path, scan: Scan) -> frozenset[str]:
