@@ -82,12 +82,13 @@ def select(run: Path, budget: str, by: str | None, out: Path | None, as_json: bo
 
 
 def _show(manifest: Manifest, target: Path) -> None:
-    from qprobe.report.terminal import readable_bytes, text_table
+    from qprobe.report.terminal import readable_bytes
 
     kept = [layer for layer in manifest.layers if layer.precision != manifest.format.name]
-    rows = [[layer.name, readable_bytes(layer.bytes), layer.reason] for layer in kept]
-    if rows:
-        click.echo(text_table(["16-bit layer", "bytes", "why"], rows, frozenset({0, 2})) + "\n")
+    for layer in kept:
+        click.echo(f"{layer.name}  {readable_bytes(layer.bytes)}  ({layer.reason})")
+    if kept:
+        click.echo()
     sizes = (manifest.budget.total_bytes, manifest.budget.limit_bytes, manifest.budget.standard_4bit_bytes)
     total, limit, standard = map(readable_bytes, sizes)
     click.echo(f"{len(kept)} of {len(manifest.layers)} layers stay in 16-bit.")

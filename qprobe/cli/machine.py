@@ -49,10 +49,9 @@ def models(as_json: bool) -> None:
     if as_json:
         shared.print_json({"models": [_entry(entry) for entry in ENTRIES]})
         return
-    from qprobe.report.terminal import text_table
-
-    rows = [[e.alias, e.hub_id or "-", e.note] for e in ENTRIES]
-    click.echo(text_table(["name", "hub id", "note"], rows, frozenset({0, 1, 2})))
+    for entry in ENTRIES:
+        click.secho(entry.alias, bold=True)
+        click.echo("    " + (f"{entry.hub_id} ({entry.note})" if entry.hub_id else entry.note))
     click.echo("\n--model also takes any hub id (owner/name) and any folder with a 16-bit checkpoint.")
 
 

@@ -87,11 +87,8 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: fro
     widths = [max(len(line[i]) for line in (headings, *rows)) for i in range(len(headings))]
 
     def line(cells: Sequence[str]) -> str:
-        placed = (
-            c.ljust(w) if i in left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join(placed).rstrip()
+        sized = enumerate(zip(cells, widths, strict=True))
+        return "  ".join(c.ljust(size) if i in left else c.rjust(size) for i, (c, size) in sized).rstrip()
 
     return "\n".join([line(headings), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
 
