@@ -24,7 +24,6 @@ from qprobe.records import FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
 from qprobe.select.table import attribution_residual, write_table
-from qprobe.select.verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         order_layers(folder)
         write_table(folder)
     with clock.stage("choose"):
-        manifest = choose_list(subject, folder, work.held_out, options, progress)
+        choice = choose_list(subject, folder, work.held_out, options, progress)
     with clock.stage("report"):
         write_report(folder)
     done = replace(
@@ -119,11 +118,11 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         samples=work.samples,
         seconds=clock.seconds,
         peak_bytes=done.peak_bytes,
-        kl_standard_4bit=manifest.quality.kl_standard_4bit,
-        kl_dynamic=manifest.quality.kl_dynamic,
+        kl_standard_4bit=choice.manifest.quality.kl_standard_4bit,
+        kl_dynamic=choice.manifest.quality.kl_dynamic,
         attribution_residual=attribution_residual(folder),
         skiplist=folder / "skiplist.json",
-        verdict=verdict(folder),
+        verdict=choice.verdict,
         notes=done.notes,
     )
 
@@ -139,9 +138,7 @@ def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progre
     notes = list(found.skipped)
     samples = found.samples
     if subject.has_head:
-        samples = with_answers(
-            subject, samples, options.max_new_tokens, options.batch_size, folder, progress
-        )
+        samples = with_answers(subject, samples, options.max_new_tokens, options.batch_size, folder, progress)
         silent = [s.id for s in samples if not s.answer]
         notes += [f"{name}: left out, the model answers nothing" for name in silent]
         samples = tuple(s for s in samples if s.answer)
@@ -161,17 +158,13 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
     first = subject.encode(work.calibration[0])
     measures, notes = applicable_measures(subject, first, options.measures, options.nodes)
     fmt = FormatSpec(options.format, compute_dtype=options.dtype)
-    spec = run_spec(
-        subject.reference, fmt, measures, work.calibration, work.held_out, first, options.seed
-    )
+    spec = run_spec(subject.reference, fmt, measures, work.calibration, work.held_out, first, options.seed)
     notes = (*work.notes, *notes)
     open_run(folder, Scan(subject.reference.identity, fmt, subject.inventory, spec, notes=notes))
     return measures
 
 
-def measure_units(
-    subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress
-) -> None:
+def measure_units(subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress) -> None:
     """Run the units that are missing, one batch at a time."""
     if missing_units(folder, "weights", 1):
         write_unit(folder, "weights", 0, weight_rows(subject.round_trips))

@@ -34,7 +34,9 @@ def with_answers(
     if not silent:
         return samples
     weights = weights_digest(subject.model)
-    keys = {s.id: hashlib.sha256(f"{weights} {max_new_tokens} {s.digest}".encode()).hexdigest() for s in silent}
+    keys = {
+        s.id: hashlib.sha256(f"{weights} {max_new_tokens} {s.digest}".encode()).hexdigest() for s in silent
+    }
     known = _read(folder / FILE)
     fresh = [s for s in silent if keys[s.id] not in known]
     if fresh:
@@ -44,7 +46,9 @@ def with_answers(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / FILE, json.dumps(known, indent=1, ensure_ascii=False).encode())
     return tuple(
-        s if s.answer is not None else replace(s, answer=known[keys[s.id]]["answer"], ends=known[keys[s.id]]["ends"])
+        s
+        if s.answer is not None
+        else replace(s, answer=known[keys[s.id]]["answer"], ends=known[keys[s.id]]["ends"])
         for s in samples
     )
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from qprobe.measure.runner import choice_kl
-from qprobe.measure.store import missing_units, read_units, write_unit
+from qprobe.measure.store import choice_stage, missing_units, read_units, write_unit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
-
-
-def stage_of(kept: frozenset[str]) -> str:
-    """The unit stage that holds the measurements of the list `kept`; equal lists share their units."""
-    return "heldout-" + hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:16]
 
 
 def measure_choices(
@@ -31,7 +25,7 @@ def measure_choices(
 
     Each distinct list costs one forward pass a batch, and the reference one; finished units are not repeated.
     """
-    lists = {stage_of(kept): kept for kept in choices.values()}
+    lists = {choice_stage(kept): kept for kept in choices.values()}
     missing = {stage: set(missing_units(folder, stage, len(groups))) for stage in lists}
     for unit, group in enumerate(groups):
         wanted = {stage: kept for stage, kept in lists.items() if unit in missing[stage]}
@@ -39,4 +33,4 @@ def measure_choices(
             for stage, frame in choice_kl(subject, subject.encode(group), wanted).items():
                 write_unit(folder, stage, unit, frame)
         progress("choice", unit + 1, len(groups))
-    return {name: read_units(folder, stage_of(kept)) for name, kept in choices.items()}
+    return {name: read_units(folder, choice_stage(kept)) for name, kept in choices.items()}
