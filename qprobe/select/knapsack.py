@@ -19,8 +19,9 @@ import numpy as np
 # doubles, and far below the precision of any score.
 _GAP = 1e-12
 
-# More undominated partial choices than this and the gap grows tenfold until they fit again. 600 layers with
-# real shapes need a few hundred; only scores exactly proportional to coprime byte counts came near it.
+# Beyond this many undominated partial choices the gap grows tenfold until they fit again, which bounds the time
+# and gives up exactness to within that gap. 600 layers with real shapes need a few hundred, 70,000 where every
+# score is proportional to the bytes; only such scores with coprime byte counts go beyond.
 _MOST_STATES = 200_000
 
 
@@ -89,7 +90,7 @@ class _Search:
         count = len(self.weight)
         weight = np.concatenate([self.weight, self.weight + sign * self.costs[item]])
         profit = np.concatenate([self.profit, self.profit + sign * self.values[item]])
-        order = np.argsort(weight, kind="stable")
+        order = np.lexsort((-profit, weight))
         weight, profit = weight[order], profit[order]
         undominated = np.append(True, profit[1:] > np.maximum.accumulate(profit)[:-1])
         weight, profit, order = weight[undominated], profit[undominated], order[undominated]

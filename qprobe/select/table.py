@@ -7,11 +7,12 @@ What was not measured is empty (NaN or NA), never 0.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
-from io import BytesIO
+from io import StringIO
 from math import fsum, nan
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -121,19 +122,10 @@ def read_table(folder: Path) -> pd.DataFrame:
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}). Make it readable.") from error
     try:
-        table = pd.read_csv(
-            BytesIO(data),
-            dtype=cast(Any, _DTYPES),
-            keep_default_na=False,  # a layer may be called "NA"
-            na_values=[""],
-            float_precision="round_trip",
-        )
-        intact = list(table.columns) == list(COLUMNS) and table["layer"].tolist() == layers
-    except ValueError as error:  # pandas' ParserError is one
-        raise RunError(
-            f"{path} is damaged ({str(error).splitlines()[0][:120]}). Run the scan again."
-        ) from None
-    if not intact:
+        table = _parse(data.decode("utf-8"))
+    except (ValueError, csv.Error) as error:
+        raise RunError(f"{path} is damaged ({error}). Run the scan again.") from None
+    if table["layer"].tolist() != layers:
         raise RunError(f"{path} does not list the {len(layers)} layers of scan.json. Run the scan again.")
     return table
 
@@ -173,20 +165,22 @@ def attribution_residual(folder: Path) -> float | None:
 
     None where either was not measured or the KL is 0.
     """
-    kl = finite_answers(read_units(folder, "kl"))
-    kl = kl[kl["choice"] == STANDARD]
+    choices = read_units(folder, "kl")
+    kl = finite_answers(choices.loc[choices["choice"].to_numpy() == STANDARD])
     parts = read_units(folder, "sensitivity")
-    broken = parts.loc[~np.isfinite(_numbers(parts, "kl_sum")), "sample"]
-    both = (set(kl["sample"]) & set(parts["sample"])) - set(broken)
-    measured_sum = fsum(_numbers(kl[kl["sample"].isin(both)], "kl_sum"))
-    if measured_sum == 0:
-        return None
-    return (fsum(_numbers(parts[parts["sample"].isin(both)], "kl_sum")) - measured_sum) / measured_sum
+    by_sample = {str(name): _numbers(rows, "kl_sum") for name, rows in parts.groupby("sample")}
+    both = [
+        (fsum(by_sample[sample]), float(kl_sum))
+        for sample, kl_sum in zip(kl["sample"].tolist(), kl["kl_sum"].tolist(), strict=True)
+        if sample in by_sample and np.isfinite(by_sample[sample]).all()
+    ]
+    total = fsum(kl_sum for _, kl_sum in both)
+    return (fsum(attributed for attributed, _ in both) - total) / total if total else None
 
 
 def finite_answers(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with a finite kl_sum and with answer tokens, over which a KL per token can be taken."""
-    return rows[np.isfinite(_numbers(rows, "kl_sum")) & (_numbers(rows, "answer_tokens") > 0)]
+    return rows.loc[np.isfinite(_numbers(rows, "kl_sum")) & (_numbers(rows, "answer_tokens") > 0)]
 
 
 def left_out(folder: Path) -> pd.DataFrame:
@@ -210,7 +204,34 @@ def left_out(folder: Path) -> pd.DataFrame:
     ]
     columns = ["layer", "weight", "activation", "propagated", "sensitivity"]
     frame = pd.DataFrame(rows, columns=pd.Index(columns))
-    return frame[frame[columns[1:]].sum(axis=1) > 0].reset_index(drop=True)
+    some = frame[columns[1:]].to_numpy().sum(axis=1) > 0
+    return frame.loc[some].reset_index(drop=True)
+
+
+def _parse(text: str) -> pd.DataFrame:
+    """The table in `text`; ValueError if it has other columns or a cell that is no number.
+
+    Not `pd.read_csv`: pandas 2 may read a float off by a bit unless told float_precision="round_trip", and
+    pandas 3 warns of that option.
+    """
+    header, *body = csv.reader(StringIO(text, newline=""))
+    if header != list(COLUMNS):
+        raise ValueError(f"its columns are {', '.join(header)[:100]}")
+    cells = {
+        name: [_cell(kind, value) for value in values]
+        for (name, kind), values in zip(_DTYPES.items(), zip(*body, strict=True), strict=True)
+    }
+    return pd.DataFrame(cells, columns=pd.Index(COLUMNS)).astype(_DTYPES)
+
+
+def _cell(kind: str, value: str) -> str | float | None:
+    if kind == "str":
+        return value
+    if kind == "int64":
+        return int(value)
+    if kind == "Int64":
+        return int(value) if value else None
+    return float(value) if value else nan
 
 
 def _rows_by_layer(folder: Path, stage: str, inventory: Inventory) -> Mapping[str, pd.DataFrame]:

@@ -1,0 +1,77 @@
+"""Budgets as users type them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qprobe.errors import BudgetError
+from qprobe.select.budget import Budget, parse_budget
+
+STANDARD = 7_178_803_270
+
+
+@pytest.mark.parametrize(
+    ("text", "limit_bytes"),
+    [
+        ("+10%", STANDARD + 717_880_327),
+        ("+0%", STANDARD),
+        ("+2.5 %", STANDARD + 179_470_081),  # 179,470,081.75 rounded down
+        ("+690MiB", STANDARD + 690 * 2**20),
+        ("+690mib", STANDARD + 690 * 2**20),
+        ("+1GB", STANDARD + 10**9),
+        (" + 0.5 GiB ", STANDARD + 2**29),
+        ("7.3GiB", 7_838_315_315),  # 7.3 * 2**30 = 7,838,315,315.2
+        ("7900000000", 7_900_000_000),
+        (str(STANDARD), STANDARD),
+        ("8TB", 8 * 10**12),
+    ],
+)
+def test_every_form_means_its_bytes(text: str, limit_bytes: int):
+    assert parse_budget(text, STANDARD) == Budget(text.strip(), limit_bytes)
+
+
+def test_decimals_are_exact():
+    # In doubles 0.1 + 0.2 style errors would give 28 or 30 for some of these.
+    assert parse_budget("+29%", 100).limit_bytes == 129
+    assert parse_budget("+0.29KB", 0).limit_bytes == 290
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "+",
+        "ten",
+        "-10%",
+        "+-1GB",
+        "nan",
+        "inf",
+        "1e9",
+        "7.3",
+        "7.3GiB extra",
+        "+10%%",
+        "٣GiB",
+        "9" * 40,
+        "7,3GiB",
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_the_forms(text: str):
+    with pytest.raises(BudgetError):
+        parse_budget(text, STANDARD)
+
+
+def test_messages_say_what_to_write():
+    with pytest.raises(BudgetError, match=r"Write \+10% for that much more"):
+        parse_budget("10%", STANDARD)
+    with pytest.raises(BudgetError, match=r"unknown unit 'Gi'.*\+690MiB"):
+        parse_budget("7Gi", STANDARD)
+    with pytest.raises(BudgetError, match=r"5,368,709,120 bytes.*7,178,803,270 bytes.*--budget 7178803270"):
+        parse_budget("5GiB", STANDARD)
+
+
+@given(st.text(max_size=20))
+def test_any_text_gives_a_budget_or_a_budget_error(text: str):
+    try:
+        assert parse_budget(text, 1000).limit_bytes >= 1000
+    except BudgetError as error:
+        assert "Write" in str(error) or "Pass" in str(error)

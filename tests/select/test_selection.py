@@ -1,0 +1,153 @@
+"""From a run folder to a manifest."""
+
+import subprocess
+import sys
+import time
+from math import nan
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qprobe.errors import BudgetError, QprobeError, RunError
+from qprobe.manifest import Quality, read_manifest, write_manifest
+from qprobe.measure.store import choice_stage, write_unit
+from qprobe.records import Inventory
+from qprobe.select import select
+from qprobe.select.budget import Budget
+from qprobe.select.plan import Plan
+from qprobe.select.selection import manifest_of
+from qprobe.select.table import layer_table, write_table
+from tests.select.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
+
+NOISE = {"model.a": 0.031, "model.q": 0.5, "model.k": 0.001}  # model.b never ran
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    outputs = pd.DataFrame([output("s", name, 1.0, noise) for name, noise in NOISE.items()])
+    folder = make_run(tmp_path / "run", outputs=[outputs])
+    write_table(folder)
+    return folder
+
+
+def with_sensitivity(run: Path) -> Path:
+    values = (("s", "model.a", 2, 1.0), ("s", "model.q", 2, 0.02), ("s", "model.k", 2, 0.02))
+    write_unit(run, "sensitivity", 0, rows("sensitivity", *values))
+    write_table(run)
+    return run
+
+
+def test_manifest_says_what_is_kept_and_why(run: Path):
+    # NF4: 2,116 bytes a 64 x 64 layer, 6,076 more in 16-bit; the group needs 12,152.
+    manifest = select(run, "+20000")
+    assert {x.name: x.reason for x in manifest.layers} == {
+        "model.a": "kept: activation_nmse 0.031, rank 2 of 3",
+        "model.q": "kept: activation_nmse 0.5, rank 1 of 3, moves with its group of 2",
+        "model.k": "kept: activation_nmse 0.001, rank 3 of 3, moves with its group of 2",
+        "model.b": "not measured on these samples, NF4",
+        "lm_head": "lm_head stays in 16-bit",
+    }
+    assert manifest.skip_modules == ("model.a", "model.q", "model.k", "lm_head")
+    assert manifest.budget.total_bytes == manifest.budget.standard_4bit_bytes + 3 * 6076
+    small = select(run, "+7000")
+    assert small.skip_modules == ("model.a", "lm_head")
+    assert [x.reason for x in small.layers][1:3] == ["NF4", "NF4"]
+
+
+def test_manifest_is_valid_and_holds_the_run(run: Path, tmp_path: Path):
+    manifest = select(run, "+10%")
+    write_manifest(tmp_path / "skiplist.json", manifest)
+    assert read_manifest(tmp_path / "skiplist.json") == manifest
+    scan = scan_of(four_layers())
+    assert (manifest.model, manifest.format, manifest.uncovered) == (
+        scan.model, scan.format, scan.inventory.uncovered,
+    )  # fmt: skip
+    assert manifest.made_by.command == "qprobe select run --budget +10%"
+    sizes = sum(x.bytes for x in manifest.layers)
+    assert manifest.budget.total_bytes == scan.inventory.other_bytes + sizes
+
+
+def test_sensitivity_chooses_where_it_was_measured(run: Path):
+    assert select(with_sensitivity(run), "+12200").skip_modules == ("model.a", "lm_head")
+    by_activation = select(run, "+12200", by="activation_nmse")
+    assert by_activation.skip_modules == ("model.q", "model.k", "lm_head")
+    assert by_activation.made_by.command == "qprobe select run --budget +12200 --by activation_nmse"
+
+
+def test_predicted_kl_is_the_sensitivity_of_what_stays_in_4_bit(run: Path):
+    assert select(run, "+12200").quality == Quality(None, None, None, None)
+    # (0.02 + 0.02) nats over 2 answer tokens are left when model.a, 0.5 a token, is kept.
+    manifest = select(with_sensitivity(run), "+12200")
+    assert manifest.quality.kl_predicted == 0.02
+    assert manifest.layers[0].sensitivity_kl == 0.5 and manifest.layers[3].sensitivity_kl is None
+
+
+def test_quality_holds_what_was_measured_on_held_out_samples_of_this_very_list(run: Path):
+    with_sensitivity(run)
+    standard = rows("kl", ("x", "any", 2, 1.0, 1), ("y", "any", 6, 1.0, 1), ("z", "any", 3, nan, 0))
+    write_unit(run, choice_stage(frozenset()), 0, standard)
+    write_unit(run, choice_stage(frozenset({"model.a"})), 0, standard.assign(kl_sum=[0.2, 0.2, nan]))
+    quality = select(run, "+12200").quality
+    # Tokens, not samples, have equal weight: 2 / 8 and not (1/2 + 1/6) / 2.
+    assert (quality.samples, quality.kl_standard_4bit, quality.kl_dynamic) == (2, 0.25, 0.05)
+    assert select(run, "+30000").quality.kl_dynamic is None
+
+
+def test_wrong_measures_budgets_and_folders_are_explained(run: Path, tmp_path: Path):
+    with pytest.raises(QprobeError, match=r"'charm' is no measure.*activation_nmse"):
+        select(run, "+10%", by="charm")
+    with pytest.raises(QprobeError, match=r"decibels, which do not add up\. Choose by activation_nmse"):
+        select(run, "+10%", by="activation_sqnr_db")
+    with pytest.raises(BudgetError, match="below standard 4-bit"):
+        select(run, "1KiB")
+    with pytest.raises(RunError, match="is no run folder"):
+        select(tmp_path, "+10%")
+    with pytest.raises(RunError, match="scan has not finished"):
+        select(make_run(tmp_path / "running"), "+10%")
+
+
+def test_tied_and_other_fixed_layers_say_why(tmp_path: Path):
+    inventory = inventory_of(
+        linear("a", fixed="tied", bf16_bytes=0), linear("b", fixed="shared"), linear("c"), other_bytes=9000
+    )
+    scan, table = scan_of(inventory), layer_table(make_run(tmp_path / "run", inventory))
+    total = inventory.standard_4bit_bytes
+    manifest = manifest_of(scan, table, Plan((), total, 0.0, "weight_nmse"), Budget("+0%", total), "test")
+    assert [x.reason for x in manifest.layers] == [
+        "tied to the embedding", "shared: stays in 16-bit", "not measured on these samples, NF4",
+    ]  # fmt: skip
+    write_manifest(tmp_path / "skiplist.json", manifest)
+
+
+def large_run(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    sizes = [(4096, 4096), (1024, 4096), (14336, 4096), (1280, 5120)]
+    shapes = [sizes[i] for i in rng.integers(0, 4, 600)]
+    layers = [linear(f"l{i}", f"g{i // 3}" if i % 2 else None, shape) for i, shape in enumerate(shapes)]
+    frame = pd.DataFrame([output("s", x.name, 1.0, float(rng.lognormal(-5, 2))) for x in layers])
+    run = make_run(folder, Inventory(tuple(layers), (), 10**9), outputs=[frame])
+    write_table(run)
+    return run
+
+
+def test_600_layers_are_chosen_in_two_seconds_without_torch(tmp_path: Path):
+    run = large_run(tmp_path / "run")
+    start = time.perf_counter()
+    manifest = select(run, "+10%")
+    assert time.perf_counter() - start < 2
+    assert len(manifest.layers) == 600 and manifest.budget.total_bytes <= manifest.budget.limit_bytes
+
+    code = (
+        "import sys; from pathlib import Path; from qprobe.select import select; "
+        f"select(Path({str(run)!r}), '+10%'); "
+        "assert not {'torch', 'transformers', 'bitsandbytes', 'matplotlib'} & set(sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # Two seconds on a free machine, imports included; the rest is for tests that run beside this one.
+    assert time.perf_counter() - start < 8
