@@ -29,6 +29,7 @@ _MEASURES = {
     "weight_peak": "weight peak",
     "sensitivity_kl_se": "sens. se",
 }
+_LEAST_ROOM = 28  # columns for a layer's name; a short name fits
 _SHOWN_BESIDE = ("sensitivity_kl", "activation_nmse", "activation_peak", "propagated_nmse", "weight_nmse")
 
 
@@ -107,30 +108,40 @@ def rank_text(ranked: pd.DataFrame, by: str, kept: frozenset[str], width: int) -
     kept: layers that the manifest leaves in 16-bit, marked *. The bytes are what keeping a layer costs.
     """
     beside = [c for c in _SHOWN_BESIDE if c != by and c in ranked and ranked[c].notna().any()]
-    numbers = [by, *beside]
-    costs = [
-        readable_bytes(int(b) - int(a))
-        for a, b in zip(ranked["nf4_bytes"], ranked["bf16_bytes"], strict=True)
+    choices = [_rank_cells(ranked, [by, *beside[:count]]) for count in range(len(beside), -1, -1)]
+    rooms = [
+        width - len(text_table(*choice, frozenset()).splitlines()[1]) + len("layer") for choice in choices
     ]
-    while True:
-        headings = ["#", "layer", "tower", "16-bit costs", *(_MEASURES.get(c, c) for c in numbers)]
-        fixed = [
-            [str(i), "", str(row.tower), f"+{cost}", *(readable_number(getattr(row, c)) for c in numbers)]
-            for i, (row, cost) in enumerate(zip(ranked.itertuples(), costs, strict=True), start=1)
-        ]
-        room = width - len(text_table(headings, fixed, frozenset()).splitlines()[1]) + len("layer")
-        if room >= 30 or len(numbers) == 1:
-            break
-        numbers = numbers[:-1]
-    labels = _labels([f"{n} *" if n in kept else n for n in ranked["layer"]], max(room, 12))
-    rows = [[line[0], label, *line[2:]] for line, label in zip(fixed, labels, strict=True)]
+    fitting = next((i for i, room in enumerate(rooms) if room >= _LEAST_ROOM), len(choices) - 1)
+    headings, cells = choices[fitting]
+    marks = [" *" if name in kept else "" for name in ranked["layer"]]
+    labels = _labels(list(ranked["layer"]), marks, max(rooms[fitting], _LEAST_ROOM))
+    rows = [[line[0], label, *line[2:]] for line, label in zip(cells, labels, strict=True)]
     return text_table(headings, rows, frozenset({1, 2}))
 
 
-def _labels(names: list[str], room: int) -> list[str]:
-    if all(len(name) <= room for name in names):
-        return names
-    return [shortened(label, room) for label in short_names(names).values()]
+def _rank_cells(ranked: pd.DataFrame, numbers: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the ranking with the columns `numbers`; the layer's name is left empty."""
+    rows = [
+        [
+            str(place),
+            "",
+            str(row["tower"]),
+            f"+{readable_bytes(int(row['bf16_bytes']) - int(row['nf4_bytes']))}",
+            *(readable_number(row[column]) for column in numbers),
+        ]
+        for place, row in enumerate(ranked.to_dict("records"), start=1)
+    ]
+    return ["#", "layer", "tower", "16-bit costs", *(_MEASURES.get(c, c) for c in numbers)], rows
+
+
+def _labels(names: list[str], marks: list[str], room: int) -> list[str]:
+    """Each name with its mark: in full if all fit `room`, else short."""
+    marked = [name + mark for name, mark in zip(names, marks, strict=True)]
+    if all(len(label) <= room for label in marked):
+        return marked
+    short = short_names(names).values()
+    return [shortened(label, room - len(mark)) + mark for label, mark in zip(short, marks, strict=True)]
 
 
 def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> str:
