@@ -1,4 +1,4 @@
-"""Answers of the samples: the dataset's, or the reference's own, generated once and kept in the run folder."""
+"""Answers of the samples: the data's, or the reference's own, generated once and kept in the run folder."""
 
 from __future__ import annotations
 

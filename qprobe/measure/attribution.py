@@ -3,8 +3,9 @@
 Along the straight path from W to W-hat in all quantized linears, KL(alpha) has the slope
 sum_l <dKL/dW_l, D_l>, so the integrals a_l = int_0^1 <dKL/dW_l, D_l> d(alpha) sum to KL(1) exactly.
 <dKL/dW_l, D_l> = sum_t <g_t, D_l x_t> needs no weight gradient: each linear computes
-    y = W x + b + (alpha + s) D x      with s = 0 for each sample,
-and the slope for one sample is dKL/ds. A special case of integrated gradients
+    y = (W + (alpha + s) D) x + b      with s = 0 for each sample,
+and the slope for one sample is dKL/ds. W + alpha D is rounded once to the model's dtype; adding alpha D x
+to an already rounded W x would lose its small elements. A special case of integrated gradients
 (Sundararajan, Taly, Yan 2017, "Axiomatic Attribution for Deep Networks"), integrated by
 Gauss-Legendre quadrature.
 """
@@ -48,13 +49,11 @@ def slopes_at(
     steps: dict[str, Tensor] = {}
 
     def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        y = F.linear(x, module.weight, module.bias)
-        error = split_by_sample(F.linear(x, round_trips.difference(name, x.dtype)), batch.size)
-        if error is None:
-            return y + alpha * F.linear(x, round_trips.difference(name, x.dtype))
+        if split_by_sample(x, batch.size) is None:
+            return F.linear(x, round_trips.between(name, alpha), module.bias)
         if name not in steps:
             steps[name] = torch.zeros(batch.size, dtype=torch.float32, device=x.device, requires_grad=True)
-        return y + _Scaled.apply(error, steps[name], alpha).reshape(y.shape)
+        return _PathLinear.apply(x, steps[name], module.bias, round_trips, name, alpha)
 
     with torch.enable_grad(), checkpointed_blocks(model), replaced_forwards(modules, forward):
         kl = kl_per_sample(reference, answer_logits(model, batch)).sum()
@@ -63,20 +62,35 @@ def slopes_at(
     return {n: g.double() for n, g in zip(names, gradients, strict=True) if g is not None}
 
 
-class _Scaled(torch.autograd.Function):
-    """(alpha + step) * error with step = 0; the gradient for `step` is summed in float32."""
+class _PathLinear(torch.autograd.Function):
+    """x (W + (alpha + step) D)^T + b at step = 0, one step a sample.
+
+    The gradient for a step is sum_t <g_t, D x_t> over that sample's tokens, in float32. Unpacking the 4-bit
+    weight again in the backward pass is cheaper than keeping D.
+    """
 
     @staticmethod
-    def forward(ctx: Any, error: Tensor, step: Tensor, alpha: float) -> Tensor:
-        ctx.save_for_backward(error)
-        ctx.alpha = alpha
-        return alpha * error
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        bias: Tensor | None,
+        round_trips: RoundTrips,
+        name: str,
+        alpha: float,
+    ) -> Tensor:
+        weight = round_trips.between(name, alpha)
+        ctx.save_for_backward(x, weight)
+        ctx.samples, ctx.round_trips, ctx.name = step.numel(), round_trips, name
+        return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        (error,) = ctx.saved_tensors
-        per_sample = (grad.float() * error.float()).flatten(1).sum(dim=1)
-        return ctx.alpha * grad, per_sample, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        error = F.linear(x, ctx.round_trips.difference(ctx.name, x.dtype))
+        per_sample = (grad * error).reshape(ctx.samples, -1).sum(dim=1, dtype=torch.float32)
+        towards_x = grad @ weight if ctx.needs_input_grad[0] else None
+        return towards_x, per_sample, None, None, None, None
 
 
 def attribute(

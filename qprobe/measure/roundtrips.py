@@ -27,3 +27,8 @@ class RoundTrips:
     def difference(self, name: str, dtype: torch.dtype) -> Tensor:
         """D = W-hat - W, subtracted in float32 and given in `dtype`."""
         return (self.weight(name).float() - self.modules[name].weight.detach().float()).to(dtype)
+
+    def between(self, name: str, alpha: float) -> Tensor:
+        """W + alpha D, computed in float32 and given in the model's dtype: W at 0, W-hat at 1."""
+        weight = self.modules[name].weight.detach()
+        return torch.lerp(weight.float(), self.weight(name).float(), alpha).to(weight.dtype)
