@@ -16,9 +16,9 @@ from torch.nn import functional
 
 SIZE = 140  # 10 x 10 patches of 14 pixels, the patch size of Llama 3.2 Vision
 DRAWS = 64  # random numbers a scene may use; the busiest style takes about half
-NOISE = 0.06  # amplitude of the uniform pixel noise
 
 Number = Tensor | float
+Point = tuple[Number, Number]
 Colour = Tensor | tuple[float, float, float]
 
 # splitmix64 (Steele, Lea, Flood 2014), its constants as signed 64-bit integers.
@@ -55,20 +55,37 @@ def uniforms(keys: Tensor) -> Tensor:
 
 
 class Dice:
-    """The random draws of a batch of scenes, taken one after the other from `uniforms`."""
+    """The random draws of a batch of scenes, taken one after the other from `uniforms`.
 
-    def __init__(self, draws: Tensor) -> None:
+    spread: how far a drawn quantity may lie from the printed value that names it. 1 reaches the
+    middle between two printed values, where only a precise reader rounds right; 0 is exact.
+    """
+
+    def __init__(self, draws: Tensor, spread: float) -> None:
+        self.device = draws.device
         self._draws = draws
+        self._spread = spread
         self._taken = 0
+
+    def __len__(self) -> int:
+        return len(self._draws)
 
     def uniform(self, low: float, high: float) -> Tensor:
         """(N,) float32 in [low, high)."""
         self._taken += 1
         return low + (high - low) * self._draws[:, self._taken - 1]
 
+    def rounding(self, step: float) -> Tensor:
+        """(N,) what rounding to a multiple of `step` takes away: within half a step, times the spread."""
+        half = self._spread * step / 2
+        return self.uniform(-half, half)
+
     def integer(self, low: int, high: int) -> Tensor:
         """(N,) int64 from low to high, both included."""
         return (low + self.uniform(0, high - low + 1).floor().clamp(max=high - low)).long()
+
+
+OnDevice = Tensor | Dice  # says on which device to draw
 
 
 def field(value: Number) -> Tensor | float:
@@ -76,7 +93,7 @@ def field(value: Number) -> Tensor | float:
     return value[:, None, None] if isinstance(value, Tensor) else value
 
 
-def pixels(like: Tensor) -> tuple[Tensor, Tensor]:
+def pixels(like: OnDevice) -> tuple[Tensor, Tensor]:
     """x and y of every pixel centre, each (1, SIZE, SIZE), on the device of `like`."""
     line = torch.arange(SIZE, device=like.device, dtype=torch.float32) + 0.5
     return line.view(1, 1, SIZE).expand(1, SIZE, SIZE), line.view(1, SIZE, 1).expand(1, SIZE, SIZE)
@@ -101,18 +118,18 @@ def paint(image: Tensor, distance: Tensor, colour: Colour, opacity: Number = 1.0
     return torch.lerp(image, rgb[:, :, None, None].expand_as(image), mask.expand_as(image))
 
 
-def disc(like: Tensor, x: Number, y: Number, radius: Number) -> Tensor:
+def disc(like: OnDevice, x: Number, y: Number, radius: Number) -> Tensor:
     """Signed distance to a disc."""
     px, py = pixels(like)
     return torch.hypot(px - field(x), py - field(y)) - field(radius)
 
 
-def ring(like: Tensor, x: Number, y: Number, radius: Number, width: float) -> Tensor:
+def ring(like: OnDevice, x: Number, y: Number, radius: Number, width: float) -> Tensor:
     """Signed distance to a ring of the given line width."""
     return disc(like, x, y, radius).abs() - width / 2
 
 
-def box(like: Tensor, x: Number, y: Number, half: tuple[Number, Number], angle: Number = 0.0) -> Tensor:
+def box(like: OnDevice, x: Number, y: Number, half: tuple[Number, Number], angle: Number = 0.0) -> Tensor:
     """Signed distance to a box with half sizes (width, height), turned clockwise by `angle` radians."""
     px, py = pixels(like)
     dx, dy = px - field(x), py - field(y)
@@ -124,7 +141,7 @@ def box(like: Tensor, x: Number, y: Number, half: tuple[Number, Number], angle: 
     return corner + torch.maximum(outside_x, outside_y).clamp(max=0)
 
 
-def capsule(like: Tensor, start: tuple[Number, Number], end: tuple[Number, Number], width: Number) -> Tensor:
+def capsule(like: OnDevice, start: Point, end: Point, width: Number) -> Tensor:
     """Signed distance to a line with round ends."""
     px, py = pixels(like)
     ax, ay = px - field(start[0]), py - field(start[1])
@@ -175,20 +192,21 @@ def hsv(hue_degrees: Tensor, saturation: Number, value: Number) -> Tensor:
     return v * (1 - s * wave)
 
 
-def photograph(image: Tensor, keys: Tensor) -> Tensor:
+def photograph(image: Tensor, keys: Tensor, grain: float) -> Tensor:
     """uint8 pixels of drawn scenes: contrast and brightness vary a little, then comes pixel noise.
 
-    image: (N, 3, SIZE, SIZE) in 0 to 1. The draws come after those of the scene itself.
+    image: (N, 3, SIZE, SIZE) in 0 to 1. grain: amplitude of the uniform noise, on the same scale.
+    The draws come after those of the scene itself.
     """
     stream = torch.arange(DRAWS + 1, DRAWS + 3 + SIZE * SIZE, device=keys.device) * _GOLDEN
     bits = (_mix(keys[:, None] + stream) >> 40) & 0xFFFFFF
     draws = bits.float() * 2.0**-23 - 1
     contrast, brightness = 1 + 0.1 * draws[:, 0], 0.04 * draws[:, 1]
-    noise = NOISE * draws[:, 2:].view(-1, 1, SIZE, SIZE)
+    noise = grain * draws[:, 2:].view(-1, 1, SIZE, SIZE)
     lit = (image - 0.5) * contrast[:, None, None, None] + 0.5 + brightness[:, None, None, None]
     return ((lit + noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def radians(degrees: Number) -> Number:
+def radians(degrees: Tensor) -> Tensor:
     """Degrees as radians."""
     return degrees * (math.pi / 180)

@@ -7,7 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from qprobe.demo.draw import Dice, blank, box, capsule, constant, disc, field, hsv, paint, pixels, ring
+from qprobe.demo.draw import (
+    Dice,
+    OnDevice,
+    blank,
+    box,
+    capsule,
+    constant,
+    disc,
+    field,
+    hsv,
+    paint,
+    pixels,
+    ring,
+)
 from qprobe.demo.kinds import Part, SceneStyle
 
 PRODUCTS = ("mug", "bottle", "bag", "lamp", "shirt", "chair")
@@ -38,7 +51,7 @@ def _union(*distances: Tensor) -> Tensor:
     return result
 
 
-def _shapes(like: Tensor, x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+def _shapes(like: OnDevice, x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     """Signed distances to each product, in the order of PRODUCTS; h: half of its height in pixels."""
     mug = _union(box(like, x - 0.15 * h, y, (0.6 * h, h)), ring(like, x + 0.5 * h, y, 0.4 * h, 6.0))
     bottle = _union(
@@ -66,7 +79,7 @@ def _shapes(like: Tensor, x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, ...]
     return mug, bottle, bag, lamp, shirt, chair
 
 
-def _shade(like: Tensor, material: Tensor, x: Tensor, phase: Tensor) -> Tensor:
+def _shade(like: OnDevice, material: Tensor, x: Tensor, phase: Tensor) -> Tensor:
     """(N, SIZE, SIZE) brightness factor of each material's texture, which repeats every 7 pixels."""
     px, py = pixels(like)
     wave_x = torch.sin((px + field(phase)) * (2 * math.pi / 7))
@@ -91,30 +104,29 @@ def _badge(image: Tensor, status: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return paint(image, cross, (1.0, 1.0, 1.0), 1.0 * (status == 2))
 
 
-def draw(draws: Tensor) -> tuple[Tensor, Tensor]:
+def draw(dice: Dice) -> tuple[Tensor, Tensor]:
     """A batch of e-commerce scenes; see SceneStyle."""
-    dice = Dice(draws)
     product, hue = dice.integer(0, len(PRODUCTS) - 1), dice.integer(0, len(HUES) - 1)
     material, size = dice.integer(0, len(MATERIALS) - 1), dice.integer(0, len(SIZES_CM) - 1)
     status = dice.integer(0, len(STATUS) - 1)
-    half = PIXELS_PER_CM / 2 * (size / 2 + SIZES_CM[0] + dice.uniform(-0.1, 0.1))
+    half = PIXELS_PER_CM / 2 * (size / 2 + SIZES_CM[0] + dice.rounding(0.5))
     x, y = dice.uniform(52, 60), dice.uniform(68, 76)
     colour = hsv(
         360 / len(HUES) * hue + dice.uniform(-4, 4), dice.uniform(0.6, 0.95), dice.uniform(0.65, 0.95)
     )
 
-    image = blank(len(draws), (0.80, 0.80, 0.82), draws.device)
-    image = paint(image, box(draws, 70.0, 70.0, (61.0, 61.0)) - 4.0, (0.97, 0.97, 0.96))
-    shapes = torch.stack(_shapes(draws, x, y, half), dim=1)
-    shape = shapes[torch.arange(len(draws), device=draws.device), product]
-    shaded = colour[:, :, None, None] * _shade(draws, material, x, dice.uniform(-1, 1))[:, None]
+    image = blank(len(dice), (0.80, 0.80, 0.82), dice.device)
+    image = paint(image, box(dice, 70.0, 70.0, (61.0, 61.0)) - 4.0, (0.97, 0.97, 0.96))
+    shapes = torch.stack(_shapes(dice, x, y, half), dim=1)
+    shape = shapes[torch.arange(len(dice), device=dice.device), product]
+    shaded = colour[:, :, None, None] * _shade(dice, material, x, dice.uniform(-1, 1))[:, None]
     image = torch.lerp(image, shaded, (0.5 - shape).clamp(0, 1)[:, None].expand_as(image))
     image = paint(image, (shape + 0.7).abs() - 0.7, (0.15, 0.15, 0.17), 0.8)
 
     ruler = x + 52
     for end in (y - half, y + half):
-        image = paint(image, capsule(draws, (ruler - 4, end), (ruler + 4, end), 1.5), (0.2, 0.2, 0.25))
-    image = paint(image, capsule(draws, (ruler, y - half), (ruler, y + half), 1.5), (0.2, 0.2, 0.25))
+        image = paint(image, capsule(dice, (ruler - 4, end), (ruler + 4, end), 1.5), (0.2, 0.2, 0.25))
+    image = paint(image, capsule(dice, (ruler, y - half), (ruler, y + half), 1.5), (0.2, 0.2, 0.25))
     image = _badge(image, status, dice.uniform(119, 123), dice.uniform(17, 21))
     return image, torch.stack((product, hue, material, size, status), dim=1)
 

@@ -39,18 +39,18 @@ BAR_PARTS = (
 )
 
 
-def _axes(draws: Tensor) -> Tensor:
-    image = blank(len(draws), (0.98, 0.98, 0.96), draws.device)
-    zero = torch.zeros_like(draws[:, 0]).long()
+def _axes(dice: Dice) -> Tensor:
+    image = blank(len(dice), (0.98, 0.98, 0.96), dice.device)
+    zero = torch.zeros(len(dice), dtype=torch.int64, device=dice.device)
     for n in range(11):
         at_x, at_y = LEFT + n * UNIT, BOTTOM - n * UNIT
         length = 5.0 if n % 5 == 0 else 2.5
-        image = paint(image, box(draws, LEFT - length / 2, at_y, (length / 2, 0.5)), (0.1, 0.1, 0.1))
-        image = paint(image, box(draws, at_x, BOTTOM + length / 2, (0.5, length / 2)), (0.1, 0.1, 0.1))
+        image = paint(image, box(dice, LEFT - length / 2, at_y, (length / 2, 0.5)), (0.1, 0.1, 0.1))
+        image = paint(image, box(dice, at_x, BOTTOM + length / 2, (0.5, length / 2)), (0.1, 0.1, 0.1))
     for n in (0, 5):
         image = paint(image, digit(zero + n, LEFT - 12, BOTTOM - n * UNIT, 9.0), (0.1, 0.1, 0.1))
-    image = paint(image, box(draws, LEFT, BOTTOM - 52, (0.8, 52.0)), (0.1, 0.1, 0.1))
-    return paint(image, box(draws, LEFT + 52, BOTTOM, (52.0, 0.8)), (0.1, 0.1, 0.1))
+    image = paint(image, box(dice, LEFT, BOTTOM - 52, (0.8, 52.0)), (0.1, 0.1, 0.1))
+    return paint(image, box(dice, LEFT + 52, BOTTOM, (52.0, 0.8)), (0.1, 0.1, 0.1))
 
 
 def _dashed(distance: Tensor, along: Tensor) -> Tensor:
@@ -68,20 +68,19 @@ def _line(image: Tensor, through: tuple[Tensor, Tensor], angle: Tensor, colour: 
     return paint(image, torch.maximum(distance, frame), colour)
 
 
-def draw_lines(draws: Tensor) -> tuple[Tensor, Tensor]:
+def draw_lines(dice: Dice) -> tuple[Tensor, Tensor]:
     """A batch of plots with two lines; see SceneStyle."""
-    dice = Dice(draws)
     rising = dice.integer(0, len(COLOURS) - 1)
     falling = (rising + dice.integer(1, len(COLOURS) - 1)) % len(COLOURS)
     x_index, y_index = dice.integer(0, len(COORDINATES) - 1), dice.integer(0, len(COORDINATES) - 1)
-    x = LEFT + UNIT * (COORDINATES[0] + x_index / STEPS) + dice.uniform(-0.4, 0.4)
-    y = BOTTOM - UNIT * (COORDINATES[0] + y_index / STEPS) + dice.uniform(-0.4, 0.4)
+    x = LEFT + UNIT * (COORDINATES[0] + x_index / STEPS) + dice.rounding(UNIT / STEPS)
+    y = BOTTOM - UNIT * (COORDINATES[0] + y_index / STEPS) + dice.rounding(UNIT / STEPS)
     late = dice.integer(0, 1)
     marker = x + dice.uniform(10, 22) * (2 * late - 1)
 
-    image = _axes(draws)
-    _, py = pixels(draws)
-    today = _dashed(box(draws, marker, BOTTOM - 50, (0.8, 50.0)), py)
+    image = _axes(dice)
+    _, py = pixels(dice)
+    today = _dashed(box(dice, marker, BOTTOM - 50, (0.8, 50.0)), py)
     image = paint(image, today, (0.45, 0.45, 0.50))
     colours = constant(RGB, image.device).view(-1, 3)
     image = _line(image, (x, y), -radians(dice.uniform(15, 50)), colours[falling])
@@ -92,9 +91,8 @@ def draw_lines(draws: Tensor) -> tuple[Tensor, Tensor]:
     return image, choices
 
 
-def draw_bars(draws: Tensor) -> tuple[Tensor, Tensor]:
+def draw_bars(dice: Dice) -> tuple[Tensor, Tensor]:
     """A batch of bar charts; see SceneStyle."""
-    dice = Dice(draws)
     least_gap, last = 5, len(BAR_VALUES) - 1  # the highest bar is at least one unit above the lowest
     low = dice.integer(0, last - least_gap)
     high = low + least_gap + (dice.uniform(0, 1) * (last - least_gap - low + 1)).floor().long()
@@ -103,19 +101,19 @@ def draw_bars(draws: Tensor) -> tuple[Tensor, Tensor]:
     met = dice.integer(0, 1)
     target = BAR_VALUES[0] + high / STEPS + dice.uniform(0.5, 1.2) * (1 - 2 * met)
 
-    image = _axes(draws)
-    zero = torch.zeros_like(draws[:, 0]).long()
+    image = _axes(dice)
+    zero = torch.zeros(len(dice), dtype=torch.int64, device=dice.device)
     shift, hue = dice.uniform(-2, 2), dice.integer(0, len(COLOURS) - 1)
     colour = 0.25 + 0.7 * constant(RGB, image.device).view(-1, 3)[hue]
     for n in range(BARS):
         between = low + 1.5 + dice.uniform(0, 1) * (high - low - 3)
         value = torch.where(highest == n, high + 0.0, torch.where(lowest == n, low + 0.0, between))
-        height = (BAR_VALUES[0] + value / STEPS) * UNIT + dice.uniform(-0.4, 0.4)
+        height = (BAR_VALUES[0] + value / STEPS) * UNIT + dice.rounding(UNIT / STEPS)
         x = LEFT + 17 + 23 * n + shift
-        image = paint(image, box(draws, x, BOTTOM - height / 2, (dice.uniform(6, 8), height / 2)), colour)
+        image = paint(image, box(dice, x, BOTTOM - height / 2, (dice.uniform(6, 8), height / 2)), colour)
         image = paint(image, digit(zero + n + 1, x, BOTTOM + 10, 9.0), (0.1, 0.1, 0.1))
-    px, _ = pixels(draws)
-    dash = _dashed(box(draws, LEFT + 50, BOTTOM - target * UNIT, (50.0, 0.8)), px + field(shift))
+    px, _ = pixels(dice)
+    dash = _dashed(box(dice, LEFT + 50, BOTTOM - target * UNIT, (50.0, 0.8)), px + field(shift))
     image = paint(image, dash, (0.75, 0.10, 0.55))
 
     choices = torch.stack((highest, high, lowest, low, met), dim=1)

@@ -1,18 +1,29 @@
-"""How many facts a model states right: batched greedy answers, scored phrase by phrase."""
+"""How many facts a model states right: batched greedy answers, scored phrase by phrase.
+
+`python -m qprobe.demo.evaluate DIR` evaluates a trained folder on held-out scenes and writes the
+result to its training.json, as the training recipe does at its end.
+"""
 
 from __future__ import annotations
 
 import io
+import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from qprobe.demo.scenes import HELD_OUT_SEED, scenes
 from qprobe.demo.tokens import chat
 from qprobe.records import Sample
+
+RECORD = "training.json"
 
 
 @dataclass(frozen=True)
@@ -69,3 +80,26 @@ def _scored(samples: Sequence[Sample], answers: Sequence[str]) -> Iterator[tuple
     for sample, answer in zip(samples, answers, strict=True):
         for fact in sample.facts:
             yield sample.kind or "", fact.name, Score(int(fact.stated_in(answer)), 1)
+
+
+def evaluate(folder: Path, count: int, device: str) -> dict[str, Any]:
+    """Facts right of the saved bf16 model on held-out scenes: over all, by kind, and by fact; 0 to 1."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    model = model.to(device).eval()
+    samples = scenes(count, HELD_OUT_SEED)
+    answers = greedy_answers(model, AutoProcessor.from_pretrained(folder), samples)
+    shares = {name: round(s.share, 4) for name, s in score_by_kind(samples, answers).items()}
+    return {"held_out_scenes": count, "facts_right": round(score(samples, answers).share, 4), **shares}
+
+
+def record_evaluation(folder: Path, count: int, device: str) -> dict[str, Any]:
+    """Evaluates the folder's model, and returns its training.json with the result written to it."""
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    record["evaluation"] = evaluate(folder, count, device)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record["evaluation"], indent=1), flush=True)
+    return record
+
+
+if __name__ == "__main__":
+    record_evaluation(Path(sys.argv[1]), 400, "cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from qprobe.demo.draw import Dice, blank, capsule, digit, disc, field, paint, pixels, radians, ring
+from qprobe.demo.draw import Dice, blank, capsule, constant, digit, disc, field, paint, pixels, radians, ring
 from qprobe.demo.kinds import Part, SceneStyle
 
 HOLES = 6
@@ -72,31 +72,30 @@ def _damage(
     return paint(image, crack, (0.05, 0.05, 0.06), 1.0 * (defect == 2))
 
 
-def draw(draws: Tensor) -> tuple[Tensor, Tensor]:
+def draw(dice: Dice) -> tuple[Tensor, Tensor]:
     """A batch of industrial scenes; see SceneStyle."""
-    dice = Dice(draws)
     reading_index, defect = dice.integer(0, len(READINGS_BAR) - 1), dice.integer(0, 3)
     damaged, turn = dice.integer(0, HOLES - 1), radians(dice.uniform(-25, 25))
     gap = dice.uniform(9, 30) * (2 * dice.integer(0, 1) - 1)
-    reading = STEP_BAR * reading_index + dice.uniform(-0.4, 0.4)
+    reading = STEP_BAR * reading_index + dice.rounding(STEP_BAR)
     # A limit outside the scale moves to the other side of the needle.
     limit = torch.where((reading + gap < 0) | (reading + gap > 100), reading - gap, reading + gap)
     centre = (dice.uniform(67, 73), dice.uniform(67, 73))
 
     steel = dice.uniform(0.55, 0.72)
-    image = blank(len(draws), (0.30, 0.33, 0.38), draws.device)
+    image = blank(len(dice), (0.30, 0.33, 0.38), dice.device)
     image = paint(
         image,
-        disc(draws, *centre, 66.0),
-        steel[:, None] * draws.new_tensor((0.97, 1.0, 1.04), dtype=torch.float32),
+        disc(dice, *centre, 66.0),
+        steel[:, None] * constant((0.97, 1.0, 1.04), dice.device),
     )
-    image = paint(image, ring(draws, *centre, 65.0, 2.0), (0.20, 0.21, 0.23))
+    image = paint(image, ring(dice, *centre, 65.0, 2.0), (0.20, 0.21, 0.23))
     image = _gauge(image, centre, reading, limit)
     for n in range(HOLES):
         angle = turn + n * (2 * math.pi / HOLES)
         hole = _point(centre, angle, 43.0)
-        image = paint(image, disc(draws, *hole, 6.0), (0.25, 0.26, 0.28))
-        image = paint(image, disc(draws, *hole, 4.5), (0.85, 0.80, 0.55))
+        image = paint(image, disc(dice, *hole, 6.0), (0.25, 0.26, 0.28))
+        image = paint(image, disc(dice, *hole, 4.5), (0.85, 0.80, 0.55))
         number = torch.full_like(damaged, n + 1)
         image = paint(image, digit(number, *_point(centre, angle, 57.5), 10.0), (0.05, 0.05, 0.10))
     outward = turn + damaged * (2 * math.pi / HOLES)

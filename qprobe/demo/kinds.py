@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qprobe.demo.draw import Dice
+
 
 @dataclass(frozen=True)
 class Part:
@@ -27,14 +29,14 @@ class Part:
 class SceneStyle:
     """One way to draw scenes of a kind.
 
-    draw: random draws (N, DRAWS), see `Dice` -> the clean image (N, 3, SIZE, SIZE) in 0 to 1, and the
+    draw: the dice of N scenes -> the clean image (N, 3, SIZE, SIZE) in 0 to 1, and the
     text that each part of the answer chooses, (N, len(parts)) int64.
     """
 
     kind: str
     prompt: str
     parts: tuple[Part, ...]
-    draw: Callable[[Tensor], tuple[Tensor, Tensor]]
+    draw: Callable[[Dice], tuple[Tensor, Tensor]]
 
     def answer(self, choices: list[int]) -> str:
         """The answer in words."""
