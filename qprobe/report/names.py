@@ -11,6 +11,7 @@ _SHORTER = {
     "vision_model": "vision",
     "vision_tower": "vision",
     "visual": "vision",
+    "global_transformer": "global",
     "multi_modal_projector": "projector",
     "language_model": "text",
     "text_model": "text",

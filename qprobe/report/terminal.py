@@ -165,7 +165,7 @@ def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> s
 
 
 def _with_error(value: float | None, error: float | None) -> str:
-    if value is None or error is None or error != error:
+    if not value or error is None or error != error:
         return readable_number(value)
     return f"{readable_number(value)} ± {readable_number(error)}"
 
