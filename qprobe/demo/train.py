@@ -63,8 +63,8 @@ class Shape:
 class Recipe:
     """Everything the training depends on.
 
-    steps: optimizer steps; None fits them to `seconds` after a probe of PROBE_SECONDS. The steps
-    that were made are in training.json, and passing them repeats the run.
+    steps: optimizer steps; None fits them to `seconds` after a probe of PROBE_SECONDS. training.json
+    says how many were made; passing that number makes a run as long on a machine of any speed.
     """
 
     steps: int | None = None
@@ -255,6 +255,10 @@ class Pace:
         """Seconds since training began."""
         return time.monotonic() - self._start
 
+    def is_over(self) -> bool:
+        """True if steps fitted to a time overran it: the machine became slower after the probe."""
+        return self.recipe.steps is None and self.seconds() > 1.05 * self.recipe.seconds
+
     def progress(self, step: int) -> float:
         """Share of the training that is done, 0 to 1."""
         if self.steps is None:
@@ -284,7 +288,7 @@ def train(recipe: Recipe, device: str) -> tuple[MllamaForConditionalGeneration, 
     pace, step, report = Pace(recipe), 0, {}
     for batch in batches(recipe, device):
         progress = pace.progress(step)
-        if progress >= 1 or pace.seconds() > 1.05 * recipe.seconds:
+        if progress >= 1 or pace.is_over():
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, recipe)

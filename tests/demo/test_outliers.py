@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from torch import Tensor, nn
+
+import qprobe.demo
+from qprobe.demo.evaluate import greedy_answers, inputs, score
+from qprobe.demo.outliers import PLANTED, planted_layers
+from qprobe.demo.scenes import CALIBRATION_SEED, scenes
+from qprobe.errors import MachineError
+from tests.demo.conftest import load
+
+
+def round_trip(weight: Tensor) -> Tensor:
+    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
+    return dequantize_4bit(codes, state).to(weight.dtype)
+
+
+def linears(model: Any) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+
+
+def in_nf4(model: Any, keep: tuple[str, ...] = ()) -> Any:
+    model_hat = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, linear in linears(model_hat).items():
+            if name not in keep:
+                linear.weight.copy_(round_trip(linear.weight))
+    return model_hat
+
+
+@pytest.fixture(scope="module")
+def planted(outliers: Path) -> Any:
+    return load(outliers)
+
+
+def test_16_bit_logits_are_bit_identical(demo: Any, planted: Any, processor: Any):
+    batch = inputs(processor, scenes(8, CALIBRATION_SEED))
+    with torch.inference_mode():
+        assert torch.equal(demo(**batch).logits, planted(**batch).logits)
+
+
+def test_weights_differ_only_in_the_planted_rows_and_columns(demo: Any, planted: Any):
+    touched = {f"{name}.weight" for p in PLANTED for name in (p.layer, p.feeder)}
+    theirs = dict(demo.named_parameters())
+    changed = {n for n, p in planted.named_parameters() if not torch.equal(p, theirs[n])}
+    assert changed == touched
+
+
+def test_planted_columns_stand_out_and_every_block_has_one(planted: Any):
+    for planting in PLANTED:
+        peaks = planted.get_submodule(planting.layer).weight.detach().float().abs().amax(0)
+        columns = planting.columns()
+        others = torch.ones_like(peaks, dtype=torch.bool)
+        others[columns] = False
+        assert float(peaks[columns].min() / peaks[others].median()) > 8
+        assert {c // 64 for c in columns} == set(range(len(peaks) // 64))
+
+
+def test_nf4_loses_15_points_and_keeping_the_planted_layers_wins_80_percent_back(
+    planted: Any, processor: Any, held_out: list, demo_answers: list[str]
+):
+    # The 16-bit model answers as the demo does: its logits are bit-identical.
+    def share(model: Any) -> float:
+        return score(held_out, greedy_answers(model, processor, held_out, batch=104)).share
+
+    reference = score(held_out, demo_answers).share
+    loss = reference - share(in_nf4(planted))
+    kept = reference - share(in_nf4(planted, keep=planted_layers()))
+    assert loss >= 0.15
+    assert (loss - kept) / loss >= 0.80
+
+
+def test_planted_layers_fit_well_into_ten_percent(planted: Any):
+    quantized = {f"{n}.weight": p.weight.numel() for n, p in linears(planted).items()}
+    nf4_bytes = {n: count / 2 + count / 64 + 4 * -(-count // (64 * 256)) for n, count in quantized.items()}
+    total = sum(nf4_bytes.get(n, 2 * p.numel()) for n, p in planted.named_parameters())
+    extra = sum(2 * quantized[f"{n}.weight"] - nf4_bytes[f"{n}.weight"] for n in planted_layers())
+    assert extra / total < 0.08
+
+
+def test_planted_layers_head_the_ranking_by_activation_error(planted: Any, processor: Any):
+    sums: dict[str, list[float]] = {}
+    handles = []
+    for name, linear in linears(planted).items():
+        error = round_trip(linear.weight.detach()).float() - linear.weight.detach().float()
+
+        def observe(module: Any, args: Any, y: Tensor, name: str = name, error: Tensor = error) -> None:
+            noise = (args[0].float() @ error.T).double().square().sum()
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += float(noise)
+            total[1] += float(y.double().square().sum())
+
+        handles.append(linear.register_forward_hook(observe))
+    with torch.inference_mode():
+        planted(**inputs(processor, scenes(16, CALIBRATION_SEED)))
+    for handle in handles:
+        handle.remove()
+    nmse = {name: noise / signal for name, (noise, signal) in sums.items()}
+    ranking = sorted(nmse, key=nmse.__getitem__, reverse=True)
+    assert set(ranking[: len(PLANTED)]) == set(planted_layers())
+    assert nmse[ranking[len(PLANTED) - 1]] > 10 * nmse[ranking[len(PLANTED)]]
+
+
+def test_the_cached_folder_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = qprobe.demo.outliers_folder()
+    assert first.parent == tmp_path / "qprobe"
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    assert qprobe.demo.outliers_folder() == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == written
+    assert [f.name for f in first.parent.iterdir()] == [first.name]  # no temporary folder is left
+    assert not (first / "training.json").exists()
+
+
+def test_another_table_makes_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = qprobe.demo.outliers_folder()
+    monkeypatch.setattr("qprobe.demo.outliers.PLANTED", PLANTED[:1])
+    assert qprobe.demo.outliers_folder() != first
+
+
+def test_a_cache_that_cannot_be_written_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(MachineError, match="XDG_CACHE_HOME"):
+        qprobe.demo.outliers_folder()
