@@ -1,8 +1,8 @@
 """Scenes of four kinds, drawn by us, each with a prompt, an answer and the facts the answer states.
 
-Seeds: one seed is one endless series of scenes, and scene `n` of a seed never changes. Training
-draws from seeds TRAINING_SEED and above, one for each step; calibration and held-out scenes come
-from seeds below it, so that no scene is in two of the three sets.
+Seeds: one seed is one endless series of scenes, and scene `n` of a seed never changes. Calibration has
+the seeds from CALIBRATION_SEED up to HELD_OUT_SEED, held-out scenes those up to TRAINING_SEED, and
+training all above, one for each step; so no scene is in two of the three sets.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ SHARES = (7, 7, 6, 6, 6)
 
 @dataclass(frozen=True)
 class Shape:
-    """The model's size; 5.7 million parameters by default, all widths multiples of NF4's block of 64."""
+    """The model's size; 5.9 million parameters by default, all widths multiples of NF4's block of 64."""
 
     vision_width: int = 192
     vision_layers: int = 6
@@ -81,8 +81,22 @@ class Recipe:
 def build_model(shape: Shape) -> MllamaForConditionalGeneration:
     """An untrained fp32 model with the vocabulary of `tokens` and open cross-attention gates."""
     tokens = vocabulary()
-    begin, end, pad = (tokens.index(t) for t in (BEGIN, END, PAD))
-    vision = {
+    ids = {f"{name}_token_id": tokens.index(t) for name, t in (("bos", BEGIN), ("eos", END), ("pad", PAD))}
+    image_token = tokens.index(IMAGE)  # the image token has an embedding but no logit
+    config = MllamaConfig(
+        vision_config=_vision_config(shape),
+        text_config={"vocab_size": image_token, **_text_config(shape), **ids},
+        image_token_index=image_token,
+        tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]
+    )
+    model = MllamaForConditionalGeneration(config)
+    _open_gates(model)
+    model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=48)
+    return model
+
+
+def _vision_config(shape: Shape) -> dict[str, Any]:
+    return {
         "hidden_size": shape.vision_width,
         "intermediate_size": 4 * shape.vision_width,
         "num_hidden_layers": shape.vision_layers,
@@ -95,8 +109,10 @@ def build_model(shape: Shape) -> MllamaForConditionalGeneration:
         "max_num_tiles": 1,
         "supported_aspect_ratios": [[1, 1]],
     }
-    text = {
-        "vocab_size": tokens.index(IMAGE),  # the image token has an embedding but no logit
+
+
+def _text_config(shape: Shape) -> dict[str, Any]:
+    return {
         "hidden_size": shape.text_width,
         "intermediate_size": shape.text_mlp,
         "num_hidden_layers": shape.text_layers,
@@ -106,22 +122,7 @@ def build_model(shape: Shape) -> MllamaForConditionalGeneration:
         "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         "tie_word_embeddings": False,
-        "bos_token_id": begin,
-        "eos_token_id": end,
-        "pad_token_id": pad,
     }
-    config = MllamaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokens.index(IMAGE),
-        tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]
-    )
-    model = MllamaForConditionalGeneration(config)
-    _open_gates(model)
-    model.generation_config = GenerationConfig(
-        bos_token_id=begin, eos_token_id=end, pad_token_id=pad, do_sample=False, max_new_tokens=48
-    )
-    return model
 
 
 def _open_gates(model: MllamaForConditionalGeneration) -> None:
