@@ -19,9 +19,9 @@ import numpy as np
 # doubles, and far below the precision of any score.
 _GAP = 1e-12
 
-# Beyond this many undominated partial choices the gap grows tenfold until they fit again, which bounds the time
-# and gives up exactness to within that gap. 600 layers with real shapes need a few hundred, 70,000 where every
-# score is proportional to the bytes; only such scores with coprime byte counts go beyond.
+# Beyond this many undominated partial choices the gap grows tenfold until they fit again, which bounds the
+# time and gives up exactness to within that gap. 600 layers with real shapes need a few hundred, or 70,000
+# if every score is proportional to the bytes; only such scores with coprime byte counts go beyond.
 _MOST_STATES = 200_000
 
 

@@ -40,6 +40,18 @@ def test_more_budget_never_scores_worse(table: list[tuple[int, float]], a: int, 
     assert large >= small * (1 - 1e-11)
 
 
+def test_scores_that_follow_their_bytes_are_as_exact():
+    # The hard case: the linear bound is close to every choice, so one a little too tight would lose the best.
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        cost = [int(c) for c in rng.integers(50, 100, 11)]
+        value = [c * float(x) for c, x in zip(cost, rng.uniform(0.95, 1.05, 11), strict=True)]
+        limit = sum(cost) // 2
+        assert total(value, knapsack(cost, value, limit)) == pytest.approx(
+            best_value(cost, value, limit), rel=1e-12
+        )
+
+
 def test_greedy_by_value_per_cost_would_lose():
     # Per cost item 0 is best (1.0), but leaves 4 unused; the other two fill 10 and are worth 9.5.
     assert knapsack([6, 5, 5], [6.0, 4.75, 4.75], 10) == (1, 2)

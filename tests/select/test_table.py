@@ -31,8 +31,8 @@ def test_rows_are_the_linears_in_execution_order_with_the_contracts_columns(tmp_
     table = layer_table(make_run(tmp_path / "run"))
     assert " ".join(table.columns) == (
         "layer tower group in_features out_features nf4_bytes bf16_bytes weight_nmse weight_sqnr_db "
-        "weight_peak activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl sensitivity_kl_se "
-        "samples tokens"
+        "weight_peak activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl "
+        "sensitivity_kl_se samples tokens"
     )
     assert table["layer"].tolist() == ["model.a", "model.q", "model.k", "model.b", "lm_head"]
     b = table.set_index("layer").loc["model.b"]
