@@ -133,18 +133,22 @@ def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float]) -> dict[str, s
     scored = [x for x in scan.inventory.layers if is_scored(x, values)]
     ranked = sorted(scored, key=lambda x: -values[x.name])
     ranks = {x.name: rank for rank, x in enumerate(ranked, start=1)}
-    partners = {x.group: sum(y.group == x.group for y in ranked) for x in ranked}
+    groups: dict[str, list[str]] = {}
+    for x in scan.inventory.layers:
+        groups.setdefault(x.group, []).append(x.name)
 
     def reason(layer: Linear) -> str:
         if layer.fixed is not None:
             return _FIXED_REASONS.get(layer.fixed, f"{layer.fixed}: stays in 16-bit")
-        if layer.name in kept:
-            place = f"rank {ranks[layer.name]} of {len(ranked)}"
-            others = partners[layer.group]
-            together = f", moves with its group of {others}" if others > 1 else ""
-            return f"kept: {plan.by} {values[layer.name]:.2g}, {place}{together}"
-        if layer.name in never_ran or layer.name not in ranks:
-            return "not measured on these samples, NF4"
-        return "NF4"
+        if layer.name not in ranks or layer.name in never_ran:
+            # A published list may keep what these samples never reach.
+            return f"not measured on these samples, {'kept' if layer.name in kept else 'NF4'}"
+        if layer.name not in kept:
+            return "NF4"
+        group = groups[layer.group]
+        together = f", moves with its group of {len(group)}" if len(group) > 1 and kept >= {*group} else ""
+        return (
+            f"kept: {plan.by} {values[layer.name]:.2g}, rank {ranks[layer.name]} of {len(ranked)}{together}"
+        )
 
     return {x.name: reason(x) for x in scan.inventory.layers}

@@ -121,6 +121,19 @@ def test_tied_and_other_fixed_layers_say_why(tmp_path: Path):
     write_manifest(tmp_path / "skiplist.json", manifest)
 
 
+def test_a_list_from_elsewhere_may_keep_unmeasured_layers_and_parts_of_groups(run: Path):
+    scan = scan_of(four_layers())
+    kept = ("model.q", "model.b")
+    total = scan.inventory.total_bytes(frozenset(kept))
+    plan = Plan(kept, total, nan, "activation_nmse")
+    manifest = manifest_of(scan, layer_table(run), plan, Budget("+40000", total), "test")
+    assert [x.reason for x in manifest.layers] == [
+        "NF4", "kept: activation_nmse 0.5, rank 1 of 3", "NF4", "not measured on these samples, kept",
+        "lm_head stays in 16-bit",
+    ]  # fmt: skip
+    assert manifest.skip_modules == ("model.q", "model.b", "lm_head")
+
+
 def large_run(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     sizes = [(4096, 4096), (1024, 4096), (14336, 4096), (1280, 5120)]
