@@ -17,7 +17,6 @@ from matplotlib.patches import Patch
 
 from qprobe.report.labels import label_points
 from qprobe.report.names import short_names
-from qprobe.report.terminal import readable_bytes
 
 # Okabe and Ito's colours, told apart with every common colour blindness.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = (
@@ -38,6 +37,7 @@ TOWER_TINTS = {
 }
 MOST_NAMED_TICKS = 90  # more names than this cannot be read below the axis
 LABELLED_SPIKES = 6  # a panel
+LEAST_HEIGHT = 0.05  # of the tallest spike of a linear panel; below, a point lies on the axis
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _spikes(table: pd.DataFrame, panel: Panel, short: list[str]) -> tuple[list[i
     """Index, value and short name of the layers that stand out most, the biggest first.
 
     A spike lies above Tukey's fence: the upper quartile plus 1.5 times the distance of the quartiles,
-    taken on the scale that is drawn.
+    taken on the scale that is drawn. On a linear scale it must also be tall enough to be seen.
     """
     values = table[panel.column].to_numpy(float)
     drawn = np.isfinite(values) & (values > 0)
@@ -223,43 +223,47 @@ def _spikes(table: pd.DataFrame, panel: Panel, short: list[str]) -> tuple[list[i
         return [], [], []
     scaled = np.log(np.where(drawn, values, np.nan)) if panel.log else np.where(drawn, values, np.nan)
     low, high = np.nanquantile(scaled, [0.25, 0.75])
-    spikes = np.flatnonzero(drawn & (np.nan_to_num(scaled, nan=-np.inf) > high + 1.5 * (high - low)))
+    fence = high + 1.5 * (high - low)
+    if not panel.log:
+        fence = max(fence, LEAST_HEIGHT * float(values[drawn].max()))
+    spikes = np.flatnonzero(drawn & (np.nan_to_num(scaled, nan=-np.inf) > fence))
     chosen = [int(i) for i in spikes[np.argsort(-values[spikes], kind="stable")][:LABELLED_SPIKES]]
     return chosen, [float(values[i]) for i in chosen], [short[i] for i in chosen]
 
 
 def frontier_plot(frontier: pd.DataFrame, title: str) -> Figure:
-    """Predicted and measured KL over the budget, one colour a way of choosing.
+    """Predicted and measured KL over the size of the model, one colour a way of choosing.
 
-    frontier: columns budget_bytes, predicted_kl, measured_kl, measured_kl_se, candidate.
+    frontier: columns budget_bytes, predicted_kl, measured_kl, measured_kl_se, candidate. Where every row is a
+    candidate of its own, all of them are points of one line.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
-    colours = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-    for i, (candidate, rows) in enumerate(frontier.groupby("candidate", sort=False)):
-        points, colour = rows.sort_values("budget_bytes"), colours[i % len(colours)]
-        size = points["budget_bytes"].to_numpy(float)
-        if points["measured_kl"].notna().any():
-            error = np.nan_to_num(points["measured_kl_se"].to_numpy(float))
-            ax.errorbar(
-                size,
-                points["measured_kl"],
-                error,
-                color=colour,
-                marker="os^Dv*"[i % 6],
-                ms=5,
-                capsize=2,
-                label=f"{candidate}, measured",
-            )
-        if points["predicted_kl"].notna().any():
-            ax.plot(
-                size, points["predicted_kl"], color=colour, ls="--", lw=1, label=f"{candidate}, predicted"
-            )
-    ax.xaxis.set_major_formatter(lambda value, _: readable_bytes(int(value)))
-    ax.set_xlabel("bytes of the model")
+    unit, divisor = ("GiB", 2**30) if frontier["budget_bytes"].max() >= 2**30 else ("MiB", 2**20)
+    sized = frontier.assign(size=frontier["budget_bytes"] / divisor).sort_values("size")
+    if frontier["candidate"].is_unique:
+        _draw_frontier(ax, sized, "", 0)
+    else:
+        for i, candidate in enumerate(dict.fromkeys(frontier["candidate"])):
+            _draw_frontier(ax, sized[sized["candidate"] == candidate], f"{candidate}, ", i)
+    ax.set_xlabel(f"size of the model ({unit})")
     ax.set_ylabel("KL to the 16-bit model (nats / answer token)")
-    ax.set_ylim(bottom=0)
+    ax.axhline(0, color="black", lw=0.6)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, frameon=False)
     ax.set_title(title, loc="left")
     return figure
+
+
+def _draw_frontier(ax: Axes, points: pd.DataFrame, name: str, place: int) -> None:
+    """The measured points with their standard errors, and the predicted ones dashed."""
+    colour = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)[place % 6]
+    marker = "os^Dv*"[place % 6]
+    if points["measured_kl"].notna().any():
+        error = np.nan_to_num(points["measured_kl_se"].to_numpy(float))
+        size, kl = points["size"], points["measured_kl"]
+        label = f"{name}measured (bars: standard error)"
+        ax.errorbar(size, kl, error, color=colour, marker=marker, ms=5, capsize=2, label=label)
+    if points["predicted_kl"].notna().any():
+        label = f"{name}predicted"
+        ax.plot(points["size"], points["predicted_kl"], color=colour, ls="--", lw=1, label=label)

@@ -159,7 +159,8 @@ def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> s
         ]
         for row in comparison["rows"]
     ]
-    blocks = [text_table(headings, rows, frozenset({0}))]
+    count = f"{len(comparison['samples'])} samples"
+    blocks = [f"{count}\n\n{text_table(headings, rows, frozenset({0}))}"]
     blocks += [_answers(sample, width) for sample in _telling(comparison["samples"])[:shown]]
     return "\n\n".join(blocks)
 

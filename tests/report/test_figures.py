@@ -144,18 +144,36 @@ def test_a_table_without_any_measure_says_so():
     assert "nothing was measured" in [t.get_text() for t in figure.axes[0].texts]
 
 
-def test_frontier_has_predicted_and_measured_points_of_each_candidate():
-    frontier = pd.DataFrame(
-        {
-            "budget_bytes": [300, 100, 100],
-            "predicted_kl": [0.1, 0.3, np.nan],
-            "measured_kl": [0.12, 0.33, 0.4],
-            "measured_kl_se": [0.01, np.nan, 0.02],
-            "candidate": ["sensitivity", "sensitivity", "weight error"],
-        }
-    )
-    (ax,) = frontier_plot(frontier, "KL by budget").axes
+def test_points_too_low_to_see_are_no_spikes_of_a_linear_panel():
+    table = layer_table(30, {3: 1000.0, 20: 20.0})  # 20 / 1000 of the tallest
+    figure = spike_plot(table, frozenset(), "a model")
+    named = [[t.get_text() for t in ax.texts if t.get_gid() == "spike"] for ax in figure.axes]
+    assert len(named[0]) >= 2 and named[4] == ["vision.0.self_attn.o_proj"]
+
+
+FRONTIER = {
+    "budget_bytes": [3 * 2**20, 2**20, 2**20],
+    "predicted_kl": [0.1, 0.3, np.nan],
+    "measured_kl": [0.12, 0.33, 0.4],
+    "measured_kl_se": [0.01, np.nan, 0.02],
+}
+MEASURED = "measured (bars: standard error)"
+
+
+def test_frontier_has_a_line_for_each_way_of_choosing():
+    candidates = ["sensitivity", "sensitivity", "weight error"]
+    (ax,) = frontier_plot(pd.DataFrame({**FRONTIER, "candidate": candidates}), "KL by budget").axes
     labels = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert sorted(labels) == ["sensitivity, measured", "sensitivity, predicted", "weight error, measured"]
+    assert sorted(labels) == [
+        f"sensitivity, {MEASURED}",
+        "sensitivity, predicted",
+        f"weight error, {MEASURED}",
+    ]
     (predicted,) = [x for x in ax.lines if x.get_label() == "sensitivity, predicted"]
-    assert predicted.get_xydata().tolist() == [[100, 0.3], [300, 0.1]]
+    assert predicted.get_xydata().tolist() == [[1, 0.3], [3, 0.1]]
+    assert ax.get_xlabel() == "size of the model (MiB)"
+
+
+def test_frontier_of_single_candidates_is_one_line():
+    (ax,) = frontier_plot(pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]}), "KL by budget").axes
+    assert sorted(t.get_text() for t in ax.get_legend().get_texts()) == [MEASURED, "predicted"]
