@@ -32,6 +32,7 @@ lint: $(STAMP)
 
 # The picture in README.md, from nothing.
 figures: $(STAMP)
+	rm -rf $(DEMO)
 	$(BIN)/qprobe scan --model demo-outliers --out $(DEMO)
 	$(BIN)/qprobe report $(DEMO) --out $(FIGURES)
 

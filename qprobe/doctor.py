@@ -169,10 +169,22 @@ def _list_devices() -> tuple[Device, ...]:
 
     memory = psutil.virtual_memory()
     devices = [_device("cpu", platform.processor() or platform.machine(), memory.total, memory.available)]
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        devices.append(_device(f"cuda:{index}", torch.cuda.get_device_name(index), total, free))
+    devices += [_cuda_device(index) for index in range(torch.cuda.device_count())]
     return tuple(devices)
+
+
+def _cuda_device(index: int) -> Device:
+    import torch
+
+    name = f"cuda:{index}"
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        return _device(name, torch.cuda.get_device_name(index), total, free)
+    except RuntimeError as error:  # in exclusive use, out of memory, or a driver that does not fit
+        reason = str(error).strip().splitlines()[0]
+        return Device(
+            name, "unusable", 0, 0, None, FourBit(False, None, roundtrip_bound("float16"), None, reason)
+        )
 
 
 def _device(name: str, title: str, total_bytes: int, free_bytes: int) -> Device:

@@ -86,6 +86,17 @@ def test_a_card_before_ampere_gets_fp16(monkeypatch: pytest.MonkeyPatch):
     assert pick_dtype("cuda:0") == "bfloat16"
 
 
+def test_a_card_that_cannot_be_used_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    def busy(_index: int) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: all devices are busy\nand more")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    found = doctor(lambda: HUB)
+    assert found.ok and not found.devices[1].four_bit.ok
+    assert "cuda:0: CUDA error: all devices are busy" in found.problems[0].what
+
+
 def test_packages_are_held_against_the_ranges_of_our_own_metadata(monkeypatch: pytest.MonkeyPatch):
     installed = {"torch": "2.1.0", "transformers": None}
     real = metadata.version
