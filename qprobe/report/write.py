@@ -57,7 +57,7 @@ def _save(figure: Figure, path: Path) -> Path:
     """Same figure, same bytes: no dates, and ids in the SVG that hash its content."""
     drawn = BytesIO()
     metadata = {"Software": None} if path.suffix == ".png" else {"Date": None}
-    with matplotlib.rc_context({"svg.hashsalt": "qprobe"}):
+    with matplotlib.rc_context({"svg.hashsalt": "qprobe", "svg.fonttype": "none"}):
         figure.savefig(drawn, format=path.suffix[1:], dpi=110, metadata=metadata)
     write_atomic(path, drawn.getvalue())
     return path
