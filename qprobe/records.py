@@ -129,9 +129,10 @@ class Uncovered:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model was measured; `fingerprint` hashes the architecture and every parameter's name, shape, dtype.
+    """Which model was measured.
 
-    id: catalogue alias or hub id ("demo", "meta-llama/..."), never a local path; a local folder gives its name.
+    id: catalogue alias or hub id ("demo", "meta-llama/..."); a local folder gives its name, never its path.
+    fingerprint: hash of the architecture and of every parameter's name, shape and dtype.
     """
 
     id: str

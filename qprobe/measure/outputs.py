@@ -39,8 +39,10 @@ COUNTS = ("tokens", "activation_n", "activation_nonfinite", "propagated_n", "pro
 
 
 def run_model(model: Any, batch: Batch, **options: Any) -> Any:
-    """The model's output on the batch, without a cache."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    """The model's output on the batch, without a cache (a block that runs again would fill it twice)."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "use_cache" in parameters or (takes_any and model.can_generate()):
         options.setdefault("use_cache", False)
     return model(**batch.inputs, **options)
 

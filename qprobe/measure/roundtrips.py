@@ -28,7 +28,7 @@ class RoundTrips:
         """D = W-hat - W, subtracted in float32 and given in `dtype`."""
         return (self.weight(name).float() - self.modules[name].weight.detach().float()).to(dtype)
 
-    def between(self, name: str, alpha: float) -> Tensor:
-        """W + alpha D, computed in float32 and given in the model's dtype: W at 0, W-hat at 1."""
+    def between(self, name: str, alpha: float, dtype: torch.dtype) -> Tensor:
+        """W + alpha D, computed in float32 and given in `dtype`: W at 0, W-hat at 1."""
         weight = self.modules[name].weight.detach()
-        return torch.lerp(weight.float(), self.weight(name).float(), alpha).to(weight.dtype)
+        return torch.lerp(weight.float(), self.weight(name).float(), alpha).to(dtype)

@@ -62,16 +62,8 @@ def observe(subject: Subject, batch: Batch, measures: Measures) -> dict[str, pd.
     """
     frames = {"outputs": output_rows(subject, batch, measures)}
     if measures.sensitivity and batch.answer_tokens:
-        model = subject.model
-        with torch.inference_mode():
-            reference = answer_logits(model, batch)
-            with in_four_bit(subject.modules, subject.round_trips, subject.quantized):
-                standard = answer_logits(model, batch)
-        frames["kl"] = kl_rows(batch, STANDARD, kl_sums(reference, standard))
-        reference = [r.clone() for r in reference]  # inference tensors cannot enter autograd
-        frames["sensitivity"] = attribute(
-            model, batch, reference, subject.quantized_modules, subject.round_trips, measures.nodes
-        )
+        found = attribute(subject.path, batch, measures.nodes)
+        frames |= {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
     elif measures.sensitivity:
         frames["kl"] = kl_rows(batch, STANDARD, [])
         frames["sensitivity"] = pd.DataFrame(columns=["sample", "layer", "answer_tokens", "kl_sum"])

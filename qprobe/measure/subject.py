@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qprobe.formats.nf4 import format_from
+from qprobe.measure.attribution import Path, path_dtype
 from qprobe.measure.roundtrips import RoundTrips
 from qprobe.models.inventory import has_language_head, linear_modules, list_layers
 from qprobe.models.reference import Reference
@@ -45,6 +46,11 @@ class Subject:
     @cached_property
     def quantized_modules(self) -> dict[str, nn.Linear]:
         return {name: module for name, module in self.modules.items() if name in self.quantized}
+
+    @cached_property
+    def path(self) -> Path:
+        """The path from this model to its all-4-bit form."""
+        return Path(self.model, self.quantized_modules, self.round_trips, path_dtype(self.model))
 
     @cached_property
     def has_head(self) -> bool:

@@ -50,6 +50,11 @@ class Batch:
         """The same batch with its inputs on `device`."""
         return replace(self, inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()})
 
+    def in_dtype(self, dtype: torch.dtype) -> Batch:
+        """The same batch with its floating inputs in `dtype`."""
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.inputs.items()}
+        return replace(self, inputs=inputs)
+
     def repeated(self, times: int) -> Batch:
         """The batch `times` times after itself: samples a, b become a, b, a, b."""
         return Batch(

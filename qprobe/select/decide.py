@@ -13,7 +13,7 @@ import pandas as pd
 class Candidate:
     """One skip-list that was measured.
 
-    measured: one row for each held-out sample: sample, answer_tokens, kl_sum (nats), the same samples for all.
+    measured: a row for each held-out sample: sample, answer_tokens, kl_sum (nats); the same ones for all.
     predicted_kl: what the scores say it leaves, nats a token; NaN where the scores are no KL.
     """
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from qprobe.measure.attribution import attribute, gauss_legendre, slopes_at
+from qprobe.measure.attribution import attribute, gauss_legendre, walking
 from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
+from qprobe.measure.subject import subject_of
+from qprobe.models.reference import load_reference
+from qprobe.records import FormatSpec
 from tests import reference
 from tests.measure.conftest import WITH_HEAD, Case
 
@@ -61,10 +66,11 @@ def test_slopes_equal_full_weight_gradients(case: CaseOf, name: str, alpha: floa
     subject = found.subject
     batch = subject.encode(found.samples[:1])
     plain, _ = logits_of(found, frozenset())
+    with walking(subject.path):
+        slopes = subject.path.slopes(batch, plain, alpha)
     expected = reference.weight_gradient_slopes(
         subject.model, subject.quantized, batch.inputs, batch.answers[0], alpha
     )
-    slopes = slopes_at(subject.model, batch, plain, subject.quantized_modules, subject.round_trips, alpha)
     scale = max(abs(v) for v in expected.values())
     assert set(slopes) == set(expected)
     for layer, value in expected.items():
@@ -75,21 +81,51 @@ def test_slopes_equal_full_weight_gradients(case: CaseOf, name: str, alpha: floa
 def test_attributions_sum_to_the_measured_kl(case: CaseOf, name: str) -> None:
     # Random tiny models break completely in 4-bit (KL of several nats), where two nodes are too few.
     found = case(name)
-    subject = found.subject
-    batch = subject.encode(found.samples[:3])
-    plain, four_bit = logits_of(found, subject.quantized, 3)
-    rows = attribute(subject.model, batch, plain, subject.quantized_modules, subject.round_trips, nodes=24)
-    measured = {s.id: k.kl for s, k in zip(batch.samples, kl_sums(plain, four_bit), strict=True)}
-    for sample, value in rows.groupby("sample").kl_sum.sum().items():
-        assert value == pytest.approx(measured[sample], rel=0.02)
+    batch = found.subject.encode(found.samples[:3])
+    result = attribute(found.subject.path, batch, nodes=16)
+    plain, four_bit = logits_of(found, found.subject.quantized, 3)
+    measured = dict(zip((s.id for s in batch.samples), kl_sums(plain, four_bit), strict=True))
+    for sample, value in result.rows.groupby("sample").kl_sum.sum().items():
+        assert value == pytest.approx(measured[str(sample)].kl, rel=0.03)
+    assert [k.kl for k in result.kl] == pytest.approx([k.kl for k in measured.values()], rel=1e-4)
+
+
+def test_nodes_are_doubled_until_the_sum_meets_the_kl(case: CaseOf) -> None:
+    found = case("llama")
+    batch = found.subject.encode(found.samples[:3])
+    rough = attribute(found.subject.path, batch, nodes=1, tolerance=float("inf"))
+    fine = attribute(found.subject.path, batch, nodes=1, tolerance=0.02)
+    total = sum(k.kl for k in fine.kl)
+    assert rough.nodes == 1 and fine.nodes > 1
+    assert abs(rough.rows.kl_sum.sum() - total) > 0.02 * total
+    assert abs(fine.rows.kl_sum.sum() - total) <= 0.02 * total
+
+
+@pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "llava_pixtral", "llama_tied"])
+def test_a_16bit_model_is_walked_in_float32_and_comes_back_unchanged(
+    name: str, tiny_folder: Callable[[str], Path], case: CaseOf
+) -> None:
+    loaded = load_reference(str(tiny_folder(name)), "cpu")
+    before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
+    subject = subject_of(loaded, FormatSpec())
+    samples = case(name).samples[:1]
+    batch = subject.encode(samples)
+    result = attribute(subject.path, batch, nodes=1, tolerance=float("inf"))
+    twins = copy.deepcopy(loaded.model), reference.quantized_copy(loaded.model, subject.quantized)
+    start, end = batch.answers[0]
+    with torch.no_grad():
+        inputs = batch.in_dtype(torch.float32).inputs
+        wanted, got = (twin.float()(**inputs).logits[0, start - 1 : end - 1] for twin in twins)
+    assert subject.path.dtype == torch.float32 and subject.model.dtype == torch.bfloat16
+    assert result.kl[0].kl == pytest.approx(reference.kl_nats(wanted, got), rel=1e-4)
+    after = loaded.model.state_dict()
+    assert all(after[k].dtype == v.dtype and torch.equal(after[k], v) for k, v in before.items())
 
 
 def test_frozen_parameters_stay_frozen_and_hooks_go(case: CaseOf) -> None:
     found = case("mllama")
     subject = found.subject
-    plain, _ = logits_of(found, frozenset())
-    batch = subject.encode(found.samples[:1])
-    attribute(subject.model, batch, plain, subject.quantized_modules, subject.round_trips, nodes=1)
+    attribute(subject.path, subject.encode(found.samples[:1]), nodes=1)
     assert all(not p.requires_grad and p.grad is None for p in subject.model.parameters())
     assert all("forward" not in m.__dict__ for m in subject.model.modules())
 
