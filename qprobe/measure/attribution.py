@@ -160,8 +160,15 @@ class Attribution:
     nodes: int
 
 
-def attribute(path: Path, batch: Batch, nodes: int, tolerance: float = RESIDUAL) -> Attribution:
+Ends = tuple[list[Tensor], list[Tensor]]  # answer logits of the 16-bit model and of the all-4-bit model
+
+
+def attribute(
+    path: Path, batch: Batch, nodes: int, tolerance: float = RESIDUAL, ends: Ends | None = None
+) -> Attribution:
     """a_l of each sample and linear of the batch, and the KL that they sum to.
+
+    ends: where both ends of the path are known already in its dtype; None to compute them (two forwards).
 
     Where the sum misses the KL by more than `tolerance` of it, the path bends more than `nodes` can follow:
     it is walked again with twice as many, up to `MOST_NODES`. Each node costs a forward and a backward pass,
@@ -169,8 +176,8 @@ def attribute(path: Path, batch: Batch, nodes: int, tolerance: float = RESIDUAL)
     """
     batch = batch.in_dtype(path.dtype)
     with walking(path):
-        reference = path.logits(batch, 0.0)
-        kl = kl_sums(reference, path.logits(batch, 1.0))
+        reference, four_bit = ends or (path.logits(batch, 0.0), path.logits(batch, 1.0))
+        kl = kl_sums(reference, four_bit)
         total = sum(k.kl for k in kl)
         integrals = path.integrals(batch, reference, nodes)
         missed = abs(_sum(integrals) - total)

@@ -41,8 +41,15 @@ def answer_logits(model: Any, batch: Batch) -> list[Tensor]:
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = length - first
-    logits = run_model(model, batch, **options).logits
-    offset = length - logits.shape[1]  # 0 where the model computed all positions
+    return at_answers(run_model(model, batch, **options).logits, batch)
+
+
+def at_answers(logits: Tensor, batch: Batch) -> list[Tensor]:
+    """The rows of `logits` (samples, last positions, vocabulary) that predict answer tokens, as float32.
+
+    One tensor (answer tokens, vocabulary) a sample; empty for a sample without an answer.
+    """
+    offset = batch.kinds.shape[1] - logits.shape[1]  # 0 where the model computed all positions
     return [
         logits[i, start - 1 - offset : end - 1 - offset].float() if end > start else logits[i, :0].float()
         for i, (start, end) in enumerate(batch.answers)

@@ -25,10 +25,9 @@ class RoundTrips:
         return self._packed[name].unpack()
 
     def difference(self, name: str, dtype: torch.dtype) -> Tensor:
-        """D = W-hat - W, subtracted in float32 and given in `dtype`."""
-        return (self.weight(name).float() - self.modules[name].weight.detach().float()).to(dtype)
+        """D = W-hat - W in `dtype`, rounded once (torch subtracts 16-bit numbers in float32)."""
+        return self.weight(name).to(dtype) - self.modules[name].weight.detach().to(dtype)
 
     def between(self, name: str, alpha: float, dtype: torch.dtype) -> Tensor:
-        """W + alpha D, computed in float32 and given in `dtype`: W at 0, W-hat at 1."""
-        weight = self.modules[name].weight.detach()
-        return torch.lerp(weight.float(), self.weight(name).float(), alpha).to(dtype)
+        """W + alpha D in `dtype`, rounded once: W at 0, W-hat at 1."""
+        return torch.lerp(self.modules[name].weight.detach().to(dtype), self.weight(name).to(dtype), alpha)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from qprobe.measure.attribution import attribute
+from qprobe.measure.attribution import RESIDUAL, attribute
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.measure.kl import KlSums, answer_logits, in_four_bit, kl_sums
+from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
 from qprobe.measure.subject import Subject
 from qprobe.samples.inputs import Batch
@@ -19,11 +19,15 @@ STANDARD = "standard"  # the choice that keeps nothing: every linear but the fix
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured on every batch. propagated needs independent samples, sensitivity a language head."""
+    """What is measured on every batch. propagated needs independent samples, sensitivity a language head.
+
+    nodes: of the path attribution to begin with; tolerance: see `attribute`.
+    """
 
     propagated: bool
     sensitivity: bool
     nodes: int = 2
+    tolerance: float = RESIDUAL
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -60,9 +64,13 @@ def observe(subject: Subject, batch: Batch, measures: Measures) -> dict[str, pd.
 
     Samples without answer tokens get outputs but no KL and no sensitivity.
     """
-    frames = {"outputs": output_rows(subject, batch, measures)}
+    rows, logits = observe_outputs(subject, batch, measures)
+    frames = {"outputs": rows}
     if measures.sensitivity and batch.answer_tokens:
-        found = attribute(subject.path, batch, measures.nodes)
+        path = subject.path
+        is_known = measures.propagated and path.dtype == subject.model.dtype
+        ends = (logits[: batch.size], logits[batch.size :]) if is_known else None
+        found = attribute(path, batch, measures.nodes, measures.tolerance, ends)
         frames |= {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
     elif measures.sensitivity:
         frames["kl"] = kl_rows(batch, STANDARD, [])
@@ -70,14 +78,21 @@ def observe(subject: Subject, batch: Batch, measures: Measures) -> dict[str, pd.
     return frames
 
 
-def output_rows(subject: Subject, batch: Batch, measures: Measures) -> pd.DataFrame:
-    """Activation (and propagated) error of every linear on the batch, columns of the stage "outputs"."""
+def observe_outputs(
+    subject: Subject, batch: Batch, measures: Measures
+) -> tuple[pd.DataFrame, list[torch.Tensor]]:
+    """(rows, answer logits): activation and propagated error of every linear, columns of the stage "outputs".
+
+    The answer logits are those of the 16-bit model and then, where the propagated error is measured,
+    of the all-4-bit model, one tensor a sample; none for a model without a language head.
+    """
     errors = OutputErrors(
         batch, subject.layers, subject.round_trips, subject.quantized, doubled=measures.propagated
     )
-    with torch.inference_mode(), replaced_forwards(subject.modules, errors.forward):
-        run_model(subject.model, batch.repeated(2) if measures.propagated else batch)
-    return errors.rows()
+    given = batch.repeated(2) if measures.propagated else batch
+    with torch.no_grad(), replaced_forwards(subject.modules, errors.forward):
+        output = run_model(subject.model, given)
+    return errors.rows(), at_answers(output.logits, given) if subject.has_head else []
 
 
 def kl_rows(batch: Batch, choice: str, sums: list[KlSums]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from torch import nn
 
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import halves_are_independent, split_by_sample
-from qprobe.measure.runner import Measures, output_rows
+from qprobe.measure.runner import Measures, observe_outputs
 from qprobe.measure.weights import error_sums, weight_rows
 from tests import reference
 from tests.measure.conftest import ALL, Case
@@ -22,7 +22,7 @@ MEASURES = Measures(propagated=True, sensitivity=False)
 
 def rows_of(case: Case, count: int = 3) -> pd.DataFrame:
     frames = [
-        output_rows(case.subject, case.subject.encode(group), MEASURES)
+        observe_outputs(case.subject, case.subject.encode(group), MEASURES)[0]
         for group in case.subject.groups(case.samples[:count], 4)
     ]
     return pd.concat(frames)
@@ -62,7 +62,9 @@ def test_a_batch_gives_each_sample_what_it_gives_alone(case: CaseOf, name: str) 
     found = case(name)
     keys = ["sample", "layer"]
     together = rows_of(found).set_index(keys).sort_index()
-    alone = pd.concat(output_rows(found.subject, found.subject.encode((s,)), MEASURES) for s in found.samples)
+    alone = pd.concat(
+        observe_outputs(found.subject, found.subject.encode((s,)), MEASURES)[0] for s in found.samples
+    )
     alone = alone.set_index(keys).sort_index()
     assert (together.tokens == alone.tokens).all()
     for column in ("activation_signal", "activation_noise", "propagated_noise", "activation_peak"):
@@ -121,11 +123,11 @@ def test_a_token_with_a_nonfinite_activation_is_left_out_with_a_count(case: Case
     batch = found.subject.encode(found.samples[:1])
     poisoned = int(batch.inputs["input_ids"][0, -1])  # the last token: causal attention keeps it to itself
     others = int((batch.inputs["input_ids"][0] == poisoned).sum())
-    clean = output_rows(found.subject, batch, MEASURES).set_index("layer")
+    clean = observe_outputs(found.subject, batch, MEASURES)[0].set_index("layer")
     before = embedding.weight.data[poisoned].clone()
     try:
         embedding.weight.data[poisoned, 0] = float("nan")
-        rows = output_rows(found.subject, batch, MEASURES).set_index("layer")
+        rows = observe_outputs(found.subject, batch, MEASURES)[0].set_index("layer")
     finally:
         embedding.weight.data[poisoned] = before
     name = "model.layers.0.self_attn.q_proj"
