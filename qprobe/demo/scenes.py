@@ -30,9 +30,9 @@ KINDS = ("medical", "industrial", "e-commerce", "education")
 # Scene n is drawn in style n % 8: the kinds take turns, and education alternates lines and bars.
 CYCLE = (MEDICAL, INDUSTRIAL, ECOMMERCE, LINES, MEDICAL, INDUSTRIAL, ECOMMERCE, BAR_CHART)
 STYLES = (MEDICAL, INDUSTRIAL, ECOMMERCE, LINES, BAR_CHART)
-# What keeps the model at its limit on calibration and held-out scenes, both harder than in training:
-# a gauge shows any pressure and the answer rounds it to the nearest printed value (see `Dice`), and the
-# photographs are grainy.
+# What keeps the model at its limit, in training as on calibration and held-out scenes: a gauge shows any
+# pressure and the answer rounds it to the nearest printed value (see `Dice`), and photographs are grainy,
+# so that a reading near the middle between two values stays uncertain for a calibrated reader.
 SPREAD = 1.0
 GRAIN = 0.24
 _CHUNK = 64  # scenes of one style drawn at once: 64 images of float32 fields stay below 100 MB

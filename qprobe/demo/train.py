@@ -1,7 +1,8 @@
 """The demo's training recipe: `python -m qprobe.demo.train --out DIR`, at most 10 minutes on one H100.
 
-Scenes are drawn on the device, a fresh batch for every step, and reach the model exactly as its
-processor would deliver them: uint8 pixels at the model's resolution, mean and deviation 0.5.
+Scenes are drawn on the device, a fresh batch for every step, from the distribution of the calibration and
+held-out scenes, and reach the model exactly as its processor would deliver them: uint8 pixels at the
+model's resolution, mean and deviation 0.5.
 """
 
 from __future__ import annotations
@@ -28,16 +29,11 @@ from transformers import (
 from qprobe.demo.draw import SIZE, Dice, photograph, scene_keys, uniforms
 from qprobe.demo.evaluate import RECORD, record_evaluation
 from qprobe.demo.kinds import SceneStyle
-from qprobe.demo.scenes import STYLES, TRAINING_SEED
+from qprobe.demo.scenes import GRAIN, SPREAD, STYLES, TRAINING_SEED
 from qprobe.demo.tokens import BEGIN, END, IMAGE, PAD, chat, processor, vocabulary
 
 PATCH = 14
 IGNORED = -100  # the label that torch's cross entropy leaves out
-# Near the middle between two printed values a label is little better than a coin toss, so training
-# keeps to the inner part of each value's range; calibration and held-out scenes use all of it.
-TRAINING_SPREAD = 0.4
-TRAINING_GRAIN = 0.06
-PROBE_SECONDS = 20.0
 # Relative shares of a batch by style; education has two styles, so it gets more scenes in all.
 SHARES = (7, 7, 6, 6, 6)
 
@@ -63,12 +59,13 @@ class Shape:
 class Recipe:
     """Everything the training depends on.
 
-    steps: optimizer steps; None fits them to `seconds` after a probe of PROBE_SECONDS. training.json
-    says how many were made; passing that number makes a run as long on a machine of any speed.
+    steps: optimizer steps; None trains for `seconds`, and the learning rate falls by the clock.
+    training.json says how many were made; passing that number makes a run as long on a machine of any
+    speed.
     """
 
     steps: int | None = None
-    seconds: float = 370.0
+    seconds: float = 300.0
     batch: int = 512
     learning_rate: float = 1.5e-3
     warmup: float = 0.03
@@ -184,9 +181,9 @@ def batches(recipe: Recipe, device: str) -> Iterator[Batch]:
     while True:
         keys = scene_keys(TRAINING_SEED + step, torch.arange(sum(sizes), device=device))
         draws = uniforms(keys).split(sizes)
-        drawn = [s.draw(Dice(d, TRAINING_SPREAD)) for s, d in zip(STYLES, draws, strict=True)]
+        drawn = [s.draw(Dice(d, SPREAD)) for s, d in zip(STYLES, draws, strict=True)]
         rows = [a.tokens(choices, length) for a, (_, choices) in zip(answers, drawn, strict=True)]
-        pixels = photograph(torch.cat([image for image, _ in drawn]), keys, TRAINING_GRAIN).float() / 255
+        pixels = photograph(torch.cat([image for image, _ in drawn]), keys, GRAIN).float() / 255
         yield Batch(
             pixel_values=((pixels - 0.5) / 0.5)[:, None, None],
             input_ids=torch.cat([ids for ids, _ in rows]),
@@ -244,39 +241,19 @@ def learning_rate(progress: float, recipe: Recipe) -> float:
 
 
 class Pace:
-    """How many steps to make: as given, or as many as fit the seconds, from the speed after warm-up."""
+    """How far a training is: by its steps if their number is given, else by the clock."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.steps = recipe.steps
         self._start = time.monotonic()
-        self._probe: tuple[int, float] | None = None
 
     def seconds(self) -> float:
         """Seconds since training began."""
         return time.monotonic() - self._start
 
-    def is_over(self) -> bool:
-        """True if steps fitted to a time overran it: the machine became slower after the probe."""
-        return self.recipe.steps is None and self.seconds() > 1.05 * self.recipe.seconds
-
     def progress(self, step: int) -> float:
-        """Share of the training that is done, 0 to 1."""
-        if self.steps is None:
-            self._measure(step)
-        return step / self.steps if self.steps else self.seconds() / self.recipe.seconds
-
-    def _measure(self, step: int) -> None:
-        if step < 5:  # compiling
-            return
-        if self._probe is None:
-            self._probe = step, self.seconds()
-        first, began = self._probe
-        took = self.seconds() - began
-        if took >= PROBE_SECONDS:
-            left = 0.98 * (self.recipe.seconds - self.seconds())
-            self.steps = step + max(1, int(left * (step - first) / took))
-            print(f"{(step - first) / took:.2f} steps/s: {self.steps} steps", flush=True)
+        """Share of the training that is done, from 0; it is over at 1."""
+        return step / self.recipe.steps if self.recipe.steps else self.seconds() / self.recipe.seconds
 
 
 def train(recipe: Recipe, device: str) -> tuple[MllamaForConditionalGeneration, dict[str, Any]]:
@@ -289,7 +266,7 @@ def train(recipe: Recipe, device: str) -> tuple[MllamaForConditionalGeneration, 
     pace, step, report = Pace(recipe), 0, {}
     for batch in batches(recipe, device):
         progress = pace.progress(step)
-        if progress >= 1 or pace.is_over():
+        if progress >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, recipe)
