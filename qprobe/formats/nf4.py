@@ -17,7 +17,11 @@ from qprobe.records import FormatSpec
 
 @dataclass(frozen=True)
 class PackedNf4:
-    """4-bit codes and their quantization state, on one device."""
+    """4-bit codes and their quantization state, on one device.
+
+    The state's block scales are kept as they are read back (float32, 1/16 byte a weight), so that unpacking
+    is one kernel and not three; the values are those of the doubly quantized scales.
+    """
 
     codes: Tensor
     state: Any  # bitsandbytes.functional.QuantState
@@ -46,13 +50,29 @@ class Nf4:
             compress_statistics=self.double_quant,
             quant_type="nf4",
         )
-        return PackedNf4(codes, state)
+        return PackedNf4(codes, _with_plain_scales(state))
 
     def roundtrip(self, weight: Tensor) -> Tensor:
         return self.pack(weight).unpack()
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return four_bit_bytes(shape, self.blocksize, self.double_quant)
+
+
+def _with_plain_scales(state: Any) -> Any:
+    """`state` with its nested block scales read back, the way bitsandbytes' dequantize_4bit does."""
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
+
+    if not state.nested:
+        return state
+    return QuantState(
+        absmax=(dequantize_blockwise(state.absmax, state.state2) + state.offset).float(),
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
 
 
 def format_from(spec: FormatSpec) -> Nf4:

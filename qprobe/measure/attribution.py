@@ -120,8 +120,8 @@ def path_dtype(model: nn.Module) -> torch.dtype:
 class _PathLinear(torch.autograd.Function):
     """x (W + (alpha + step) D)^T + b at step = 0, one step a sample.
 
-    The gradient for a step is sum_t <g_t, D x_t> over that sample's tokens, in float32. Unpacking the 4-bit
-    weight again in the backward pass is cheaper than keeping D.
+    The gradient for a step is sum_t <g_t, D x_t> over that sample's tokens, in float32. What is saved lives
+    for one block only, since blocks are checkpointed.
     """
 
     @staticmethod
@@ -134,15 +134,17 @@ class _PathLinear(torch.autograd.Function):
         name: str,
         alpha: float,
     ) -> Tensor:
-        weight = round_trips.between(name, alpha, x.dtype)
-        ctx.save_for_backward(x, weight)
-        ctx.samples, ctx.round_trips, ctx.name = step.numel(), round_trips, name
+        weight_hat = round_trips.weight(name).to(x.dtype)
+        own = round_trips.modules[name].weight.detach().to(x.dtype)
+        weight = torch.lerp(own, weight_hat, alpha)
+        ctx.save_for_backward(x, weight, weight_hat, own)
+        ctx.samples = step.numel()
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        error = F.linear(x, ctx.round_trips.difference(ctx.name, x.dtype))
+        x, weight, weight_hat, own = ctx.saved_tensors
+        error = F.linear(x, weight_hat - own)
         per_sample = (grad * error).reshape(ctx.samples, -1).sum(dim=1, dtype=torch.float32)
         towards_x = grad @ weight if ctx.needs_input_grad[0] else None
         return towards_x, per_sample, None, None, None, None

@@ -13,6 +13,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -21,20 +22,8 @@ from torch import Tensor, nn
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.roundtrips import RoundTrips
 from qprobe.records import Linear
-from qprobe.samples.inputs import KIND_NAMES, PAD, Batch
+from qprobe.samples.inputs import KIND_NAMES, PAD, VISION, Batch
 
-# One reduction of one linear: rows of a (len(SUMS), samples) float64 tensor.
-SUMS = (
-    "tokens",
-    "activation_n",
-    "activation_signal",
-    "activation_noise",
-    "activation_nonfinite",
-    "propagated_n",
-    "propagated_signal",
-    "propagated_noise",
-    "propagated_nonfinite",
-)
 COUNTS = ("tokens", "activation_n", "activation_nonfinite", "propagated_n", "propagated_nonfinite")
 
 
@@ -48,8 +37,21 @@ def run_model(model: Any, batch: Batch, **options: Any) -> Any:
 
 
 @dataclass
+class Norms:
+    """Norms over the output features of one call of one linear: (samples, rows of a sample) float32 each.
+
+    y: of the reference output. noise: of D x. peak: max |D x|. gap: of the propagated error, if measured.
+    """
+
+    y: Tensor
+    noise: Tensor
+    peak: Tensor
+    gap: Tensor | None
+
+
+@dataclass
 class OutputErrors:
-    """Collects the reductions of one batch on the device; `rows` copies them off once.
+    """Collects norms of one batch on the device, without waiting for it; `rows` reduces and copies them once.
 
     doubled: the inputs hold the samples twice (see the module's first lines).
     quantized: names of the linears that run in 4-bit in the second half (not the fixed ones).
@@ -60,76 +62,134 @@ class OutputErrors:
     round_trips: RoundTrips
     quantized: frozenset[str]
     doubled: bool
-    sums: dict[str, list[Tensor]] = field(default_factory=dict)
-    peaks: dict[str, list[Tensor]] = field(default_factory=dict)
+    norms: dict[str, list[Norms]] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 
     def forward(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        """The linear's output; its error sums are noted on the way."""
-        parts = split_by_sample(x, self.batch.size * (2 if self.doubled else 1))
+        """The linear's output; the norms of its errors are noted on the way."""
+        half = self.batch.size
+        parts = split_by_sample(x, half * (2 if self.doubled else 1))
         if parts is None:
             self.skipped.add(name)
             return F.linear(x, module.weight, module.bias)
-        first = parts[: self.batch.size]
-        y = F.linear(first, module.weight, module.bias)
-        work = torch.float32 if x.device.type == "cpu" else x.dtype
-        noise = F.linear(first.to(work), self.round_trips.difference(name, work))
-        outputs = y
+        weight_hat = self.round_trips.weight(name)
+        outputs = x.new_empty((*parts.shape[:2], module.out_features))
+        linear_into(outputs[:half], parts[:half], module.weight, module.bias)
         if self.doubled:
-            weight = self.round_trips.weight(name) if name in self.quantized else module.weight
-            outputs = torch.cat([y, F.linear(parts[self.batch.size :], weight, module.bias)])
-        self._note(name, y, noise, outputs[self.batch.size :] if self.doubled else None)
-        return outputs.reshape(*x.shape[:-1], outputs.shape[-1])
+            second = weight_hat if name in self.quantized else module.weight
+            linear_into(outputs[half:], parts[half:], second, module.bias)
+        self._note(name, outputs, self._noise(module, weight_hat, parts[:half]))
+        return outputs.reshape(*x.shape[:-1], module.out_features)
 
-    def _note(self, name: str, y: Tensor, noise: Tensor, y_hat: Tensor | None) -> None:
-        """Reduce (B, R, out) tensors to sums for each sample; tokens with a non-finite value are left out."""
-        mask = self._mask(name, y)
-        out_features = y.shape[-1]
-        signal = _energy(y)
-        activation = _masked_sums(mask, signal, _energy(noise), out_features)
-        if y_hat is None:
-            propagated = torch.full_like(activation, float("nan"))
-        else:
-            propagated = _masked_sums(mask, signal, _energy(y_hat.float() - y.float()), out_features)
-        tokens = mask.sum(dim=1, keepdim=True).double().T
-        self.sums.setdefault(name, []).append(torch.cat([tokens, activation, propagated]))
-        peak = noise.abs().amax(dim=-1).float().masked_fill(~mask, -1.0).nan_to_num(nan=-1.0, posinf=-1.0)
-        top = peak.max(dim=1)
-        self.peaks.setdefault(name, []).append(torch.stack([top.values.double(), top.indices.double()]))
+    def _noise(self, module: nn.Linear, weight_hat: Tensor, x: Tensor) -> Tensor:
+        """D x, (samples, rows, out_features); in float32 on the CPU, in the model's dtype elsewhere."""
+        work = torch.float32 if x.device.type == "cpu" else x.dtype
+        return F.linear(x.to(work), weight_hat.to(work) - module.weight.to(work))
 
-    def _mask(self, name: str, y: Tensor) -> Tensor:
-        """(B, R) True for tokens that count: all vision rows, and text rows that are no padding."""
-        size, rows = y.shape[:2]
-        if self._is_text(name, rows):
-            return (self.batch.kinds != PAD).to(y.device, non_blocking=True)
-        return torch.ones((size, rows), dtype=torch.bool, device=y.device)
-
-    def _is_text(self, name: str, rows: int) -> bool:
-        return self.layers[name].reads == "text" and rows == self.batch.kinds.shape[1]
+    def _note(self, name: str, outputs: Tensor, noise: Tensor) -> None:
+        y = outputs[: self.batch.size]
+        gap = _norm(outputs[self.batch.size :] - y) if self.doubled else None
+        peak = torch.linalg.vector_norm(noise, ord=float("inf"), dim=-1).float()
+        self.norms.setdefault(name, []).append(Norms(_norm(y), _norm(noise), peak, gap))
 
     def rows(self) -> pd.DataFrame:
-        """One row for each sample and linear that ran, columns of the unit stage "outputs"."""
-        names = list(self.sums)
-        if not names:
-            return pd.DataFrame()
-        sums = torch.stack([torch.stack(self.sums[n]).sum(dim=0) for n in names]).cpu()
-        peaks = torch.stack([_largest(self.peaks[n]) for n in names]).cpu()
-        rows = []
-        for i, name in enumerate(names):
-            for b, sample in enumerate(self.batch.samples):
-                row = dict(zip(SUMS, sums[i, :, b].tolist(), strict=True))
-                peak, token = peaks[i, :, b].tolist()
-                kind = self._kind(name, b, int(token))
-                rows.append({"sample": sample.id, "layer": name, **row, "activation_peak": peak,
-                             "peak_token": int(token), "peak_kind": kind})  # fmt: skip
-        frame = pd.DataFrame(rows)
-        frame["activation_peak"] = frame["activation_peak"].where(frame["activation_peak"] >= 0)
-        return frame.astype({name: "Int64" for name in COUNTS})
+        """One row for each sample and linear that ran, columns of the unit stage "outputs".
 
-    def _kind(self, name: str, sample: int, token: int) -> str:
-        kinds = self.batch.kinds[sample]
-        is_text = self.layers[name].reads == "text" and token < len(kinds)
-        return KIND_NAMES.get(int(kinds[token]), "text") if is_text else "vision"
+        Tokens with a non-finite value are left out and their output features counted as non-finite.
+        """
+        calls = [(name, call) for name, several in self.norms.items() for call in several]
+        if not calls:
+            return pd.DataFrame()
+        alike: dict[tuple, list[int]] = {}
+        for i, (name, call) in enumerate(calls):
+            alike.setdefault((call.y.shape[1], self._is_text(name, call)), []).append(i)
+        columns: dict[str, np.ndarray] = {}
+        for members in alike.values():
+            for key, values in self._reduced([calls[i] for i in members]).items():
+                columns.setdefault(key, np.empty((len(calls), self.batch.size), values.dtype))[members] = (
+                    values
+                )
+        frame = pd.DataFrame({key: values.reshape(-1) for key, values in columns.items()})
+        frame.insert(0, "layer", [name for name, _ in calls for _ in self.batch.samples])
+        frame.insert(0, "sample", [s.id for s in self.batch.samples] * len(calls))
+        frame["activation_peak"] = frame["activation_peak"].where(frame["activation_peak"] >= 0)
+        frame["peak_kind"] = frame["peak_kind"].map(KIND_NAMES)
+        merged = frame if len(calls) == len(self.norms) else _merged_calls(frame)
+        return merged.astype({name: "Int64" for name in COUNTS})
+
+    def _reduced(self, calls: list[tuple[str, Norms]]) -> dict[str, np.ndarray]:
+        """(calls, samples) arrays of each column, for calls whose tokens are the same ones."""
+        is_text = self._is_text(*calls[0])
+        features = np.array([[self.layers[name].out_features] for name, _ in calls])
+        y, noise, peak = (_stacked([getattr(call, k) for _, call in calls]) for k in ("y", "noise", "peak"))
+        mask = np.ones(y.shape[1:], dtype=bool)
+        kinds = np.full(y.shape[1:], VISION, dtype=np.uint8)
+        if is_text:
+            kinds = self.batch.kinds.numpy()
+            mask = kinds != PAD
+        reduced = {"tokens": np.broadcast_to(mask.sum(axis=1), y.shape[:2])}
+        reduced |= _sums("activation", mask, y, noise, features)
+        if self.doubled:
+            gap = _stacked([call.gap for _, call in calls if call.gap is not None])
+            reduced |= _sums("propagated", mask, y, gap, features)
+        else:
+            reduced |= {key: np.full(y.shape[:2], np.nan) for key in PROPAGATED}
+        counted = np.where(mask & np.isfinite(peak), peak, -1.0)
+        token = counted.argmax(axis=2)
+        sample = np.arange(self.batch.size)
+        return {
+            **reduced,
+            "activation_peak": counted.max(axis=2),
+            "peak_token": token,
+            "peak_kind": kinds[sample, token],
+        }
+
+    def _is_text(self, name: str, call: Norms) -> bool:
+        """True if the linear reads the text sequence: its rows are the batch's tokens, pads among them."""
+        return self.layers[name].reads == "text" and call.y.shape[1] == self.batch.kinds.shape[1]
+
+
+PROPAGATED = ("propagated_n", "propagated_signal", "propagated_noise", "propagated_nonfinite")
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write x W^T + b into `out` (samples, rows, out_features), a contiguous part of a larger tensor."""
+    target, rows = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.T, out=target)
+    else:
+        torch.addmm(bias, rows, weight.T, out=target)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm over the last dimension, in float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+
+
+def _stacked(norms: list[Tensor]) -> np.ndarray:
+    """(calls, samples, rows) float64 on the CPU, in one copy."""
+    return torch.stack(norms).cpu().double().numpy()
+
+
+def _sums(prefix: str, mask: np.ndarray, y: np.ndarray, error: np.ndarray, features: np.ndarray) -> dict:
+    """Pairs, signal, noise and left-out pairs of each call and sample, from (calls, samples, rows) norms."""
+    counted = mask & np.isfinite(y) & np.isfinite(error)
+    return {
+        f"{prefix}_n": counted.sum(axis=2) * features,
+        f"{prefix}_signal": np.square(np.where(counted, y, 0.0)).sum(axis=2),
+        f"{prefix}_noise": np.square(np.where(counted, error, 0.0)).sum(axis=2),
+        f"{prefix}_nonfinite": (mask & ~counted).sum(axis=2) * features,
+    }
+
+
+def _merged_calls(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row for each sample and linear where a linear ran several times in one forward."""
+    keys = ["layer", "sample"]
+    largest = frame["activation_peak"].fillna(-1.0).groupby([frame[k] for k in keys], sort=False).idxmax()
+    where = frame.loc[largest, [*keys, "activation_peak", "peak_token", "peak_kind"]]
+    sums = [c for c in frame.columns if c not in where.columns]
+    totals = frame.groupby(keys, sort=False)[sums].sum(min_count=1).reset_index()
+    return totals.merge(where, on=keys, validate="one_to_one")[list(frame.columns)]
 
 
 def split_by_sample(x: Tensor, count: int) -> Tensor | None:
@@ -138,34 +198,6 @@ def split_by_sample(x: Tensor, count: int) -> Tensor | None:
     if rows.shape[0] == 0 or rows.shape[0] % count:
         return None
     return rows.reshape(count, -1, x.shape[-1])
-
-
-def _energy(x: Tensor) -> Tensor:
-    """Sum of squares over the last dimension, (B, R) float64."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square()
-
-
-def _masked_sums(mask: Tensor, signal: Tensor, noise: Tensor, out_features: int) -> Tensor:
-    """(4, B): pairs, signal, noise, and pairs left out because their token holds a non-finite value."""
-    counted = mask & torch.isfinite(signal) & torch.isfinite(noise)
-    zero = torch.zeros((), dtype=torch.float64, device=signal.device)
-    return torch.stack(
-        [
-            counted.sum(dim=1).double() * out_features,
-            torch.where(counted, signal, zero).sum(dim=1),
-            torch.where(counted, noise, zero).sum(dim=1),
-            (mask & ~counted).sum(dim=1).double() * out_features,
-        ]
-    )
-
-
-def _largest(peaks: list[Tensor]) -> Tensor:
-    """(2, B): value and token of the largest peak over the calls of one linear in a forward."""
-    stacked = torch.stack(peaks)  # (calls, 2, B)
-    call = stacked[:, 0].argmax(dim=0)
-    return torch.stack(
-        [stacked[call, i, torch.arange(stacked.shape[2], device=stacked.device)] for i in (0, 1)]
-    )
 
 
 def halves_are_independent(

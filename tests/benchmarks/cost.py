@@ -130,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
     options = parser.parse_args()
     device = torch.device(options.device)
     config = tiny_config() if options.tiny else full_config()
@@ -144,7 +145,25 @@ def main() -> None:
     start = time.perf_counter()
     weight_rows(subject.round_trips)
     print(f"weight error {time.perf_counter() - start:.2f} s", flush=True)
-    report(subject, make_batch(config, device), device)
+    batch = make_batch(config, device)
+    report(subject, batch, device)
+    if options.profile:
+        profile(subject, batch)
+
+
+def profile(subject: Subject, batch: Batch) -> None:
+    """The operations that take longest in each stage."""
+    for name, work in (
+        ("outputs", lambda: observe_outputs(subject, batch, Measures(True, False))),
+        ("observe", lambda: observe(subject, batch, Measures(True, True, 1, float("inf")))),
+    ):
+        with torch.profiler.profile() as found:
+            work()
+            synchronize(subject.reference.device)
+        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        print(
+            name, found.key_averages().table(sort_by=key, row_limit=22, max_name_column_width=60), flush=True
+        )
 
 
 def report(subject: Subject, batch: Batch, device: torch.device) -> None:
