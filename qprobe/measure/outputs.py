@@ -106,43 +106,37 @@ class OutputErrors:
         columns: dict[str, np.ndarray] = {}
         for members in alike.values():
             for key, values in self._reduced([calls[i] for i in members]).items():
-                columns.setdefault(key, np.empty((len(calls), self.batch.size), values.dtype))[members] = (
-                    values
-                )
+                found = values.expand(len(members), self.batch.size).cpu().numpy()
+                columns.setdefault(key, np.empty((len(calls), self.batch.size), found.dtype))[members] = found
         frame = pd.DataFrame({key: values.reshape(-1) for key, values in columns.items()})
         frame.insert(0, "layer", [name for name, _ in calls for _ in self.batch.samples])
         frame.insert(0, "sample", [s.id for s in self.batch.samples] * len(calls))
         frame["activation_peak"] = frame["activation_peak"].where(frame["activation_peak"] >= 0)
+        frame["activation_peak"] = frame["activation_peak"].astype("float64")
         frame["peak_kind"] = frame["peak_kind"].map(KIND_NAMES)
         merged = frame if len(calls) == len(self.norms) else _merged_calls(frame)
         return merged.astype({name: "Int64" for name in COUNTS})
 
-    def _reduced(self, calls: list[tuple[str, Norms]]) -> dict[str, np.ndarray]:
-        """(calls, samples) arrays of each column, for calls whose tokens are the same ones."""
-        is_text = self._is_text(*calls[0])
-        features = np.array([[self.layers[name].out_features] for name, _ in calls])
-        y, noise, peak = (_stacked([getattr(call, k) for _, call in calls]) for k in ("y", "noise", "peak"))
-        mask = np.ones(y.shape[1:], dtype=bool)
-        kinds = np.full(y.shape[1:], VISION, dtype=np.uint8)
-        if is_text:
-            kinds = self.batch.kinds.numpy()
-            mask = kinds != PAD
-        reduced = {"tokens": np.broadcast_to(mask.sum(axis=1), y.shape[:2])}
-        reduced |= _sums("activation", mask, y, noise, features)
+    def _reduced(self, calls: list[tuple[str, Norms]]) -> dict[str, Tensor]:
+        """(calls, samples) of each column, on the device, for calls whose tokens are the same ones."""
+        y, noise, peak = (
+            torch.stack([getattr(call, k) for _, call in calls]) for k in ("y", "noise", "peak")
+        )
+        if self._is_text(*calls[0]):
+            kinds = self.batch.kinds.to(y.device)
+        else:
+            kinds = torch.full(y.shape[1:], VISION, dtype=torch.uint8, device=y.device)
+        mask = kinds != PAD
+        features = torch.tensor([[self.layers[name].out_features] for name, _ in calls], device=y.device)
+        reduced = {"tokens": mask.sum(dim=1), **_sums("activation", mask, y, noise, features)}
         if self.doubled:
-            gap = _stacked([call.gap for _, call in calls if call.gap is not None])
+            gap = torch.stack([call.gap for _, call in calls if call.gap is not None])
             reduced |= _sums("propagated", mask, y, gap, features)
         else:
-            reduced |= {key: np.full(y.shape[:2], np.nan) for key in PROPAGATED}
-        counted = np.where(mask & np.isfinite(peak), peak, -1.0)
-        token = counted.argmax(axis=2)
-        sample = np.arange(self.batch.size)
-        return {
-            **reduced,
-            "activation_peak": counted.max(axis=2),
-            "peak_token": token,
-            "peak_kind": kinds[sample, token],
-        }
+            reduced |= {key: torch.full(y.shape[:2], float("nan")) for key in PROPAGATED}
+        top = torch.where(mask & torch.isfinite(peak), peak, -1.0).max(dim=2)
+        kind = kinds.expand(y.shape).gather(2, top.indices[..., None])[..., 0]
+        return {**reduced, "activation_peak": top.values, "peak_token": top.indices, "peak_kind": kind}
 
     def _is_text(self, name: str, call: Norms) -> bool:
         """True if the linear reads the text sequence: its rows are the batch's tokens, pads among them."""
@@ -166,19 +160,14 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
 
 
-def _stacked(norms: list[Tensor]) -> np.ndarray:
-    """(calls, samples, rows) float64 on the CPU, in one copy."""
-    return torch.stack(norms).cpu().double().numpy()
-
-
-def _sums(prefix: str, mask: np.ndarray, y: np.ndarray, error: np.ndarray, features: np.ndarray) -> dict:
+def _sums(prefix: str, mask: Tensor, y: Tensor, error: Tensor, features: Tensor) -> dict[str, Tensor]:
     """Pairs, signal, noise and left-out pairs of each call and sample, from (calls, samples, rows) norms."""
-    counted = mask & np.isfinite(y) & np.isfinite(error)
+    counted = mask & torch.isfinite(y) & torch.isfinite(error)
     return {
-        f"{prefix}_n": counted.sum(axis=2) * features,
-        f"{prefix}_signal": np.square(np.where(counted, y, 0.0)).sum(axis=2),
-        f"{prefix}_noise": np.square(np.where(counted, error, 0.0)).sum(axis=2),
-        f"{prefix}_nonfinite": (mask & ~counted).sum(axis=2) * features,
+        f"{prefix}_n": counted.sum(dim=2) * features,
+        f"{prefix}_signal": torch.where(counted, y, 0.0).double().square().sum(dim=2),
+        f"{prefix}_noise": torch.where(counted, error, 0.0).double().square().sum(dim=2),
+        f"{prefix}_nonfinite": (mask & ~counted).sum(dim=2) * features,
     }
 
 
