@@ -78,9 +78,9 @@ def cheapest(inventory: Inventory, scores: Mapping[str, float], target_score: fl
     if not paid:
         return _plan(inventory, scores, free, by)
     # What goes to 4-bit is a knapsack itself: the most bytes saved for at most the score that can be spared.
-    step = max(x.score for x in paid) / _SCORE_STEPS
-    losses = [round(x.score / step) for x in paid]
-    needed = (target_score - fsum(x.score for x in free)) / step
+    largest = max(x.score for x in paid)  # scores are divided by it first: the smallest have no 2**-44th part
+    losses = [round(x.score / largest * _SCORE_STEPS) for x in paid]
+    needed = (target_score - fsum(x.score for x in free)) / largest * _SCORE_STEPS
     spare = sum(losses) - max(0, round(needed) - len(paid))
     given_up = set(knapsack(losses, [float(x.cost_bytes) for x in paid], max(0, spare)))
     kept = [x for i, x in enumerate(paid) if i not in given_up]

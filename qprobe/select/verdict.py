@@ -20,11 +20,12 @@ def verdict(standard: Candidate | None, chosen: Candidate | None, standard_bytes
     if not chosen.kept:
         return f"{cost}; no list within the budget measured better than keeping nothing, within the error."
     extra = chosen.total_bytes - standard_bytes
+    layers = "1 layer" if len(chosen.kept) == 1 else f"{len(chosen.kept)} layers"
     gain, error = difference(standard, chosen)
     share = f"{extra / standard_bytes:+.1%}"
     sure = "" if isfinite(error) and abs(gain) > 2 * error else ", a difference within its error"
     return (
-        f"{cost}; keeping {len(chosen.kept)} layers in 16-bit ({share}, {extra / 2**20:,.2f} MiB) leaves "
+        f"{cost}; keeping {layers} in 16-bit ({share}, {extra / 2**20:,.2f} MiB) leaves "
         f"{with_error(chosen.kl, chosen.kl_se)}, {with_error(gain, error)} less{sure}."
     )
 

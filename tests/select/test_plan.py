@@ -99,6 +99,12 @@ def test_a_target_out_of_reach_is_refused_with_what_can_be_had():
         cheapest(inventory, {"a": 0.25, "b": 0.5}, 0.8, "m")
 
 
+def test_the_smallest_score_there_is_can_be_asked_for():
+    # 2**-1074 has no 2**-44th part; it once ended in a division by zero
+    inventory = inventory_of(linear("a"), linear("b"))
+    assert cheapest(inventory, {"a": 5e-324, "b": 0.0}, 5e-324, "m").kept == ("a",)
+
+
 def test_a_group_with_an_unmeasured_layer_stays_in_4_bit():
     inventory = inventory_of(linear("q", "qk"), linear("k", "qk"), linear("a"))
     assert choose(inventory, {"q": 9.0, "a": 0.1}, 10**6, "m").kept == ("a",)
