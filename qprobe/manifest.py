@@ -262,8 +262,8 @@ def _check_names(manifest: Manifest) -> None:
 def _check_bytes(manifest: Manifest) -> None:
     for layer in manifest.layers:
         weights = layer.shape[0] * layer.shape[1]
-        # Tied weights are counted elsewhere and have 0 bytes here.
-        if layer.precision == "bf16" and layer.bytes not in (0, 2 * weights):
+        # Tied weights are counted elsewhere and have 0 bytes here; transformers keeps some in float32.
+        if layer.precision == "bf16" and layer.bytes not in (0, 2 * weights, 4 * weights):
             raise ManifestError(
                 f"layers: {layer.name} has {layer.bytes:,} bytes, but its {weights:,} weights take "
                 f"{2 * weights:,} in 16-bit; the file was changed by hand or is damaged."

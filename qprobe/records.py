@@ -95,7 +95,8 @@ class Linear:
     group: layers that must change precision together (q/k/v, gate/up); the layer's own name if alone.
     shape: (out_features, in_features). nf4_bytes, bf16_bytes: of the weight alone; a weight tied to an
         embedding is counted here and not in the inventory's other_bytes.
-    fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied"), or None.
+    fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied", "kept in float32 by transformers"),
+        or None.
     reads: the kind of tokens it reads.
     """
 

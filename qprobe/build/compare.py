@@ -102,16 +102,17 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> Compar
     usable, QprobeError for a model without a language head.
     """
     manifest = read_manifest(options.manifest)
-    if not has_language_head(check_model(manifest, options.model).skeleton):
+    blueprint = check_model(manifest, options.model)
+    if not has_language_head(blueprint.skeleton):
         raise QprobeError(
             f"{manifest.model.id} ({manifest.model.architecture}) has no language head, so there are no "
             f"answers to compare. The layer table of its scan shows weight and activation error."
         )
-    model = options.model or manifest.model.id
+    model, revision = options.model or manifest.model.id, blueprint.source.revision
     spec = with_dtype(manifest.format, options.dtype)
-    course, reference, notes = _run_reference(manifest, model, spec, options, progress)
+    course, reference, notes = _run_reference(manifest, model, revision, spec, options, progress)
     loaders = {
-        "nf4": partial(load_standard_4bit, model, spec, options.device),
+        "nf4": partial(load_standard_4bit, model, spec, options.device, revision),
         "dynamic": partial(load_dynamic_4bit, manifest, model, options.device, spec.compute_dtype),
     }
     trials = {"16-bit": reference}
@@ -141,10 +142,15 @@ def _free_memory() -> None:
 
 
 def _run_reference(
-    manifest: Manifest, model: str, spec: FormatSpec, options: CompareOptions, progress: Progress
+    manifest: Manifest,
+    model: str,
+    revision: str | None,
+    spec: FormatSpec,
+    options: CompareOptions,
+    progress: Progress,
 ) -> tuple[Course, Trial, tuple[str, ...]]:
     """The course that the 16-bit model sets, its own trial, and notes on the samples."""
-    reference = load_reference(model, options.device, spec.compute_dtype)
+    reference = load_reference(model, options.device, spec.compute_dtype, revision)
     if reference.processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
     reads_images = tokenizer_of(reference.processor) is not reference.processor

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from qprobe.build.matching import skip_keys
-from qprobe.build.verify import Promise, promises_of, verify, verify_layers
+from qprobe.build.verify import Promise, promised, promises_of, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.manifest import Manifest, read_manifest
 from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import (
     Source,
+    at_revision,
     load_config,
     load_processor,
     meta_model,
@@ -66,17 +67,26 @@ def load_dynamic_4bit(
 
 
 def load_standard_4bit(
-    model: str, format: FormatSpec | None = None, device: str | None = None
+    model: str,
+    format: FormatSpec | None = None,
+    device: str | None = None,
+    revision: str | None = None,
 ) -> tuple[Any, Any]:
     """(model, processor) in standard 4-bit: only the layers that can never be quantized stay in 16-bit.
 
     model: alias, hub id or folder; format: None for NF4 with double quantization in bf16.
+    revision: on the hub; None for the newest.
     Raises VerificationError if what was loaded is something else.
     """
     spec = format or FormatSpec()
-    blueprint = draw(resolve(model), spec)
+    blueprint = draw(at_revision(resolve(model), revision), spec)
     inventory = list_layers(blueprint.skeleton, spec)
-    promises = [Promise(x.name, x.shape, "bf16" if x.fixed else "nf4") for x in inventory.layers]
+    promises = [
+        promised(x.name, x.shape, "bf16", x.bf16_bytes)
+        if x.fixed
+        else promised(x.name, x.shape, "nf4", x.nf4_bytes)
+        for x in inventory.layers
+    ]
     loaded = _load(blueprint, promises, device)
     verify_layers(loaded, promises, inventory.uncovered, spec)
     return loaded, load_processor(blueprint.source)

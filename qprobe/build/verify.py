@@ -20,16 +20,25 @@ SHOWN = 5  # problems that an error message spells out
 
 @dataclass(frozen=True)
 class Promise:
-    """What the linear `name` must be; shape is (out_features, in_features) of its weight."""
+    """What the linear `name` must be; shape is (out_features, in_features) of its weight.
+
+    in_float32: transformers keeps it so though all else is in 16-bit.
+    """
 
     name: str
     shape: tuple[int, int]
     precision: Precision
+    in_float32: bool = False
+
+
+def promised(name: str, shape: tuple[int, int], precision: Precision, nbytes: int) -> Promise:
+    """The promise of a weight that takes `nbytes`: 4 bytes a weight are float32."""
+    return Promise(name, shape, precision, in_float32=nbytes == 4 * shape[0] * shape[1])
 
 
 def promises_of(manifest: Manifest) -> list[Promise]:
     """What the manifest says of each linear, in its order."""
-    return [Promise(x.name, x.shape, x.precision) for x in manifest.layers]
+    return [promised(x.name, x.shape, x.precision, x.bytes) for x in manifest.layers]
 
 
 def verify(model: nn.Module, manifest: Manifest) -> None:
@@ -88,7 +97,7 @@ def _kept_problem(module: nn.Module, promise: Promise, spec: FormatSpec) -> str 
         return f"must stay in 16-bit but is a {type(module).__name__}"
     if type(module.weight) is not nn.Parameter:
         return f"must stay in 16-bit but holds a {type(module.weight).__name__}"
-    wanted = getattr(torch, spec.compute_dtype)
+    wanted = torch.float32 if promise.in_float32 else getattr(torch, spec.compute_dtype)
     if module.weight.dtype != wanted:
         return f"is in {module.weight.dtype}, not in {wanted}"
     if tuple(module.weight.shape) != promise.shape:

@@ -15,6 +15,7 @@ from qprobe.records import FormatSpec, Inventory, Linear, Uncovered
 WHY_SUBCLASS = "a subclass of nn.Linear; transformers converts exact nn.Linear modules only"
 WHY_ATTENTION = "inside nn.MultiheadAttention, which reads its weights directly"
 WHY_CONV = "a convolution; bitsandbytes converts nn.Linear only"
+FLOAT32 = "kept in float32 by transformers"
 WHY_FUSED = "a fused weight outside any nn.Linear (for example stacked experts)"
 
 
@@ -44,11 +45,13 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
 def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
     """The inventory of `model` under `spec`, in module order.
 
-    The output embedding ("lm_head") and weights that share storage with another parameter ("tied")
-    are fixed in 16-bit. Every parameter is assumed to be stored in its own dtype.
+    The output embedding ("lm_head"), weights that share storage with another parameter ("tied") and what
+    transformers never converts (`never_converted`, FLOAT32) are fixed. Every parameter is assumed to be
+    stored in its own dtype; weights of linears in 16-bit, but for the last of these.
     """
     modules = linear_modules(model)
     names = frozenset(modules)
+    unconverted = never_converted(model, names)
     in_files = checkpoint_names(model, tuple(modules))
     architecture = type(model).__name__
     has_vision = any(tower_of(n, architecture, True) == VISION for n in names)
@@ -58,9 +61,9 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
     for name, module in modules.items():
         shape = (module.out_features, module.in_features)
         tower = tower_of(name, architecture, has_vision)
-        fixed = "lm_head" if module is head else None
-        if id(module.weight) in shared:
-            fixed = "tied"
+        fixed = FLOAT32 if name in unconverted else None
+        if module is head or id(module.weight) in shared:
+            fixed = "tied" if id(module.weight) in shared else "lm_head"
         layers.append(
             Linear(
                 name=name,
@@ -69,13 +72,27 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
                 group=group_of(name, names, tower),
                 shape=shape,
                 nf4_bytes=four_bit_bytes(shape, spec.blocksize, spec.double_quant),
-                bf16_bytes=sixteen_bit_bytes(shape),
+                bf16_bytes=module.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),
                 fixed=fixed,
                 reads="vision" if reads_vision(name, architecture, tower) else "text",
             )
         )
     weights = {id(m.weight) for m in modules.values()}
     return Inventory(tuple(layers), _uncovered(model, modules), _other_bytes(model, weights))
+
+
+def never_converted(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
+    """Those of the linears `names` that 4-bit loading leaves alone whatever a skip-list says.
+
+    transformers adds the patterns of `_keep_in_fp32_modules` to every skip-list. It keeps what they name in
+    float32 where the rest of the model is in fp16; in bf16 it is in bf16 as well, but still never in 4-bit.
+    """
+    patterns: list[str] = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not patterns:
+        return frozenset()
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return frozenset(name for name in names if not should_convert_module(name, patterns))
 
 
 def _shared_storage(model: nn.Module) -> set[int]:

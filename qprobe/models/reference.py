@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +74,11 @@ def resolve(model: str) -> Source:
     )
 
 
+def at_revision(source: Source, revision: str | None) -> Source:
+    """`source` at `revision`; unchanged where it is a folder, which has none."""
+    return source if Path(source.location).is_dir() else replace(source, revision=revision)
+
+
 def pick_device(device: str | None) -> torch.device:
     """`device`, or the first CUDA device, or the CPU. Raises MachineError if it cannot be used here."""
     if device is None:
@@ -93,14 +98,18 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def load_reference(
-    model: str, device: str | None = None, dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    model: str,
+    device: str | None = None,
+    dtype: Literal["bfloat16", "float16"] = "bfloat16",
+    revision: str | None = None,
 ) -> Reference:
     """The 16-bit model, processor and identity behind `model` (alias, folder or hub id).
 
+    revision: commit, tag or branch on the hub; None for the newest; of no meaning for a folder.
     Weights go straight to the device. Only safetensors are read, no pickle and no remote code.
     Raises ModelError if it cannot be had, MachineError for a device that is not here.
     """
-    source = resolve(model)
+    source = at_revision(resolve(model), revision)
     place = pick_device(device)
     config = load_config(source)
     cls = model_class(config)
@@ -140,9 +149,14 @@ def model_class(config: Any) -> Any:
 
 
 def meta_model(config: Any, dtype: str) -> nn.Module:
-    """The model of `config` without weights, on the meta device."""
+    """The model of `config` without weights, on the meta device; dtypes as loading would give them."""
     with torch.device("meta"):
         built = model_class(config).from_config(config, dtype=DTYPES[dtype])
+    # Loading keeps what a class names in float32; building from a config does not.
+    for pattern, kept in built._get_dtype_plan(DTYPES[dtype]).items():
+        for name, parameter in built.named_parameters():
+            if re.search(pattern.replace("*", ".*"), name):
+                parameter.data = parameter.data.to(kept)
     built.tie_weights()
     return built.eval()
 

@@ -19,7 +19,11 @@ from qprobe.select.budget import Budget, parse_budget
 from qprobe.select.plan import Plan, choose, is_scored
 from qprobe.select.table import check_measure, finite_answers, measured, read_table
 
-_FIXED_REASONS = {"lm_head": "lm_head stays in 16-bit", "tied": "tied to the embedding"}
+_FIXED_REASONS = {
+    "lm_head": "lm_head stays in 16-bit",
+    "tied": "tied to the embedding",
+    "kept in float32 by transformers": "never converted by transformers (float32 beside fp16)",
+}
 
 
 def select(folder: Path, budget: str, by: str | None = None) -> Manifest:

@@ -154,6 +154,33 @@ def test_one_model_at_a_time(written, use_samples, monkeypatch):
     assert len(alive) == 3
 
 
+def test_the_revision_of_the_manifest_is_the_one_that_is_compared(
+    written, use_samples, tiny_folder, monkeypatch
+):
+    # A stand-in for a model on the hub: its blueprint says which revision the manifest asks for.
+    asked = []
+    check, standard = compare_module.check_model, load_standard_4bit
+
+    def at_revision(*args):
+        blueprint = check(*args)
+        return replace(blueprint, source=replace(blueprint.source, revision="abc"))
+
+    def load(model, device, dtype, revision):
+        asked.append(("16-bit", revision))
+        return load_reference(model, device, dtype)
+
+    def load_nf4(model, spec, device, revision):
+        asked.append(("nf4", revision))
+        return standard(model, spec, device)
+
+    monkeypatch.setattr(compare_module, "check_model", at_revision)
+    monkeypatch.setattr(compare_module, "load_reference", load)
+    monkeypatch.setattr(compare_module, "load_standard_4bit", load_nf4)
+    use_samples(tiny.questions("llama", 1))
+    compare(written("llama"))
+    assert asked == [("16-bit", "abc"), ("nf4", "abc")]
+
+
 def test_a_model_without_a_language_head_is_told_so(written):
     with pytest.raises(QprobeError, match=r"BertModel.*no language head"):
         compare(written("bert"))

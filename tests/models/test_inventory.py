@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import MllamaConfig
+from transformers import Blip2Config, Blip2ForConditionalGeneration, MllamaConfig
 
+from qprobe.build.load import load_standard_4bit
+from qprobe.build.storage import stored_bytes
 from qprobe.errors import ModelError
 from qprobe.formats.sizes import absmax_bytes, packed_bytes
 from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
-from qprobe.models.inventory import WHY_ATTENTION, WHY_SUBCLASS, fingerprint, linear_modules, list_layers
-from qprobe.models.reference import load_config, load_reference, meta_model, resolve
+from qprobe.models.inventory import (
+    FLOAT32,
+    WHY_ATTENTION,
+    WHY_SUBCLASS,
+    fingerprint,
+    linear_modules,
+    list_layers,
+)
+from qprobe.models.reference import Source, at_revision, load_config, load_reference, meta_model, resolve
 from qprobe.records import FormatSpec, Inventory
 from tests import tiny
+from tests.build.manifests import inventory_of
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +125,60 @@ def test_what_no_4bit_loader_converts_is_named() -> None:
     assert why["own.weight"] == WHY_SUBCLASS
     assert why["attention.in_proj_weight"] == why["attention.out_proj.weight"] == WHY_ATTENTION
     assert "experts" in why
+
+
+@pytest.fixture(scope="module")
+def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BLIP-2, whose class keeps the whole Q-Former in float32 where the rest is in fp16."""
+    folder = tmp_path_factory.mktemp("blip")
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Blip2Config(
+        vision_config={**small, "intermediate_size": 64, "image_size": 28, "patch_size": 14},
+        qformer_config={**small, "intermediate_size": 64, "encoder_hidden_size": 64, "vocab_size": 50},
+        text_config={
+            **small,
+            "model_type": "opt",
+            "ffn_dim": 64,
+            "word_embed_proj_dim": 64,
+            "vocab_size": 99,
+        },
+        num_query_tokens=4,
+    )
+    Blip2ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float16", 4)])
+def test_what_transformers_keeps_in_float32_is_fixed_with_its_own_bytes(
+    blip_folder: Path, dtype: Literal["bfloat16", "float16"], width: int
+) -> None:
+    loaded = load_reference(str(blip_folder), "cpu", dtype)
+    spec = FormatSpec(compute_dtype=dtype)
+    inventory = list_layers(loaded.model, spec)
+    kept = {x.name: x for x in inventory.layers if x.fixed == FLOAT32}
+    assert (
+        set(kept) == {x.name for x in inventory.layers if x.name.startswith("qformer.")} and len(kept) == 10
+    )
+    assert {x.bf16_bytes / (x.in_features * x.out_features) for x in kept.values()} == {width}
+    skeleton = meta_model(load_config(loaded.source), dtype)
+    assert fingerprint(skeleton) == loaded.identity.fingerprint
+    assert list_layers(skeleton, spec) == inventory
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_such_a_model_loads_in_4bit_with_the_bytes_of_its_inventory(
+    blip_folder: Path, dtype: Literal["bfloat16", "float16"]
+) -> None:
+    spec = FormatSpec(compute_dtype=dtype)
+    model, _ = load_standard_4bit(
+        str(blip_folder), spec, "cpu"
+    )  # verified: raises if a layer is not as listed
+    assert stored_bytes(model).total_bytes == inventory_of(blip_folder, spec).standard_4bit_bytes
+
+
+def test_a_revision_is_of_the_hub_and_not_of_a_folder(tmp_path: Path) -> None:
+    assert at_revision(Source("a/b", "a/b"), "v1").revision == "v1"
+    assert at_revision(Source("b", str(tmp_path)), "v1").revision is None
 
 
 @pytest.mark.parametrize("model", ["no-such-model", "./nowhere", "/nowhere/at/all"])
