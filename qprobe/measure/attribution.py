@@ -34,8 +34,9 @@ from qprobe.measure.roundtrips import RoundTrips
 from qprobe.samples.inputs import Batch
 
 FLOAT32_UP_TO = 2_500_000_000  # parameters: in 16-bit, float32 and 4-bit together 16 GB, for a 24 GB card
-RESIDUAL = 0.01  # of the KL: half of what a reader is warned about
-MOST_NODES = 16
+RESIDUAL = 0.02  # of the KL: what the sum of all attributions may miss
+SMALLEST_KL = 1e-3  # nats an answer token: a batch below it is held to the same absolute error as one at it
+MOST_NODES = 8
 
 
 def gauss_legendre(nodes: int) -> list[tuple[float, float]]:
@@ -172,9 +173,9 @@ def attribute(
 
     ends: where both ends of the path are known already in its dtype; None to compute them (two forwards).
 
-    Where the sum misses the KL by more than `tolerance` of it, the path bends more than `nodes` can follow:
-    it is walked again with twice as many, up to `MOST_NODES`. Each node costs a forward and a backward pass,
-    with the forward repeated inside it.
+    Where the sum misses the KL by more than `tolerance` of it (or of `SMALLEST_KL`), the path bends more than
+    `nodes` can follow: it is walked again with twice as many, up to `MOST_NODES`. Each node costs a forward
+    and a backward pass, with the forward repeated inside it.
     """
     batch = batch.in_dtype(path.dtype)
     with walking(path):
@@ -183,7 +184,8 @@ def attribute(
         total = sum(k.kl for k in kl)
         integrals = path.integrals(batch, reference, nodes)
         missed = abs(_sum(integrals) - total)
-        while missed > tolerance * total and 2 * nodes <= MOST_NODES:
+        allowed = tolerance * max(total, SMALLEST_KL * batch.answer_tokens)
+        while missed > allowed and 2 * nodes <= MOST_NODES:
             finer = path.integrals(batch, reference, 2 * nodes)
             nodes, before, missed = 2 * nodes, missed, abs(_sum(finer) - total)
             integrals = finer if missed <= before else integrals
