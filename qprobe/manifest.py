@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,6 +49,17 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """One list that was measured on the held-out samples; kl and its standard error kl_se as in `Quality`."""
+
+    name: str
+    total_bytes: int
+    kl: float | None
+    kl_se: float | None
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class LayerChoice:
     """One linear and its precision. shape: (out_features, in_features); bytes: of the weight as stored."""
 
@@ -74,6 +85,7 @@ class MadeBy:
 class Manifest:
     """What `skiplist.json` holds, except its schema version.
 
+    compared: the lists that this one was chosen among by measured KL; empty where nothing was measured.
     layers: every linear in execution order. skip_modules: the exact names of those in 16-bit, in that order.
     """
 
@@ -81,6 +93,7 @@ class Manifest:
     format: FormatSpec
     budget: ManifestBudget
     quality: Quality
+    compared: tuple[Compared, ...] = field(default=(), kw_only=True)
     layers: tuple[LayerChoice, ...]
     uncovered: tuple[Uncovered, ...]
     skip_modules: tuple[str, ...]
@@ -133,6 +146,7 @@ def manifest_from_json(data: Any) -> Manifest:
         format=FormatSpec(**data["format"]),
         budget=ManifestBudget(**data["budget"]),
         quality=Quality(**data["quality"]),
+        compared=tuple(Compared(**x) for x in data.get("compared", ())),
         layers=tuple(LayerChoice(**{**x, "shape": tuple(x["shape"])}) for x in data["layers"]),
         uncovered=tuple(Uncovered(**x) for x in data["uncovered"]),
         skip_modules=tuple(data["skip_modules"]),
@@ -140,6 +154,7 @@ def manifest_from_json(data: Any) -> Manifest:
     )
     _check_names(manifest)
     _check_bytes(manifest)
+    _check_compared(manifest)
     return manifest
 
 
@@ -294,3 +309,17 @@ def _check_bytes(manifest: Manifest) -> None:
     else:
         return
     raise ManifestError(f"budget: {problem}; make the manifest again with qprobe select.")
+
+
+def _check_compared(manifest: Manifest) -> None:
+    chosen = [x for x in manifest.compared if x.chosen]
+    if len(chosen) > 1:
+        raise ManifestError(
+            f"compared: {chosen[0].name} and {chosen[1].name} are both chosen; only one can be."
+        )
+    for one in chosen:
+        if one.total_bytes != manifest.budget.total_bytes:
+            raise ManifestError(
+                f"compared: the chosen {one.name} has {one.total_bytes:,} bytes, but budget.total_bytes is "
+                f"{manifest.budget.total_bytes:,}; the file was changed by hand or is damaged."
+            )

@@ -15,6 +15,7 @@ from qprobe.errors import ManifestError
 from qprobe.manifest import (
     MAX_FILE_BYTES,
     SCHEMA_PATH,
+    Compared,
     LayerChoice,
     MadeBy,
     Manifest,
@@ -33,6 +34,10 @@ EXAMPLE = Manifest(
     format=FormatSpec(),
     budget=ManifestBudget("+80%", 20_000, 11_308 + 8192, 13_424),
     quality=Quality(8, 0.25, None, 0.125),
+    compared=(
+        Compared("nothing kept", 13_424, 0.25, 0.03, False),
+        Compared("by weight_nmse", 19_500, 0.25, None, True),
+    ),
     layers=(
         LayerChoice("model.a", "a", (64, 64), "nf4", 2116, 0.125, "NF4"),
         LayerChoice("model.b", "b", (64, 64), "bf16", 8192, 0.5, "kept: sensitivity_kl 0.5, rank 1 of 2"),
@@ -68,12 +73,21 @@ def manifests(draw: st.DrawFn) -> Manifest:
     total = sum(x.bytes for x in (*layers, *uncovered)) + draw(count)
     kept = tuple(x for x in layers if x.precision == "bf16")
     standard = total - draw(st.integers(0, sum(x.bytes for x in kept)))
+    compared = draw(
+        st.lists(
+            st.builds(Compared, text, count, st.none() | number, st.none() | number, st.just(False)),
+            max_size=3,
+        )
+    )
+    if compared and draw(st.booleans()):
+        compared[0] = replace(compared[0], total_bytes=total, chosen=True)
     double = st.builds(FormatSpec, st.just("nf4"), st.integers(1, 4096), st.booleans(), st.just("float16"))
     return Manifest(
         model=draw(st.builds(ModelIdentity, text, st.none() | st.text(max_size=5), text, text)),
         format=draw(double),
         budget=ManifestBudget(draw(text), total + draw(count), total, standard),
         quality=draw(st.builds(Quality, st.none() | count, *[st.none() | number] * 3)),
+        compared=tuple(compared),
         layers=layers,
         uncovered=uncovered,
         skip_modules=tuple(x.name for x in kept),
@@ -101,16 +115,23 @@ def test_schema_is_a_valid_draft_2020_12_schema_and_admits_what_we_write():
 def test_the_file_has_the_published_keys():
     data = manifest_to_json(EXAMPLE)
     assert list(data) == [
-        "schema_version", "model", "format", "budget", "quality", "layers", "uncovered", "skip_modules",
-        "made_by",
+        "schema_version", "model", "format", "budget", "quality", "compared", "layers", "uncovered",
+        "skip_modules", "made_by",
     ]  # fmt: skip
     assert list(data["model"]) == ["id", "revision", "architecture", "fingerprint"]
     assert list(data["format"]) == ["name", "blocksize", "double_quant", "compute_dtype"]
     assert list(data["budget"]) == ["requested", "limit_bytes", "total_bytes", "standard_4bit_bytes"]
     assert list(data["quality"]) == ["samples", "kl_standard_4bit", "kl_dynamic", "kl_predicted"]
+    assert list(data["compared"][0]) == ["name", "total_bytes", "kl", "kl_se", "chosen"]
     assert list(data["layers"][0]) == [
         "name", "checkpoint_name", "shape", "precision", "bytes", "sensitivity_kl", "reason",
     ]  # fmt: skip
+
+
+def test_a_manifest_may_say_nothing_of_what_was_compared():
+    data = json.loads(json.dumps(manifest_to_json(EXAMPLE)))
+    del data["compared"]
+    assert manifest_from_json(data) == replace(EXAMPLE, compared=())
 
 
 def put(*path: str | int, value: Any) -> Callable[[dict], None]:
@@ -170,6 +191,12 @@ def remove(*path: str) -> Callable[[dict], None]:
             put("budget", "standard_4bit_bytes", value=3115),
             r"by more than all its 16-bit layers take, 16,384",
         ),
+        (put("compared", 0, "chosen", value=True), r"nothing kept and by weight_nmse are both chosen"),
+        (
+            put("compared", 1, "total_bytes", value=19_499),
+            r"chosen by weight_nmse has 19,499 bytes, but .* 19,500",
+        ),
+        (put("compared", 1, "kl", value="0.1"), r"compared\[1\]\.kl: '0\.1' is not of type"),
         (put("uncovered", 0, "bytes", value=10**30), r"is less than its layers and uncovered weights"),
     ],
 )
