@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+DEFAULT_BUDGET = "+10%"
 Dtype = Literal["bfloat16", "float16"]
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total) whenever work moves on."""
@@ -23,11 +24,15 @@ class ScanOptions:
     model: catalogue alias, hub id or local folder.
     images: folder of images; data: JSONL file of samples; at most one of them, neither for the built-in ones.
     prompt: asked of every image of `images`; samples: how many to measure; None for a sensible number.
-    budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB".
+    budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB";
+        None for DEFAULT_BUDGET. max_kl: ask the other way round, for the fewest bytes with a KL of at most
+        this; at most one of the two.
     out: the run folder; None for runs/MODEL.
     device: "cpu", "cuda", "cuda:1"; None for the best one there is. dtype: of the 16-bit reference.
     by: the score column that chooses; None for the best one measured.
     measures: which measures to take; None for all that apply. nodes: of the path attribution.
+    ablate: measure the KL of single layers as well, two forward passes each: "all", the number of layers to
+        take from the head of the sensitivity ranking, or names with commas between them.
     """
 
     model: str
@@ -36,7 +41,8 @@ class ScanOptions:
     prompt: str | None = None
     samples: int | None = None
     format: str = "nf4"
-    budget: str = "+10%"
+    budget: str | None = None
+    max_kl: float | None = None
     out: Path | None = None
     device: str | None = None
     dtype: Dtype = "bfloat16"
@@ -46,6 +52,7 @@ class ScanOptions:
     by: str | None = None
     measures: tuple[str, ...] | None = None
     nodes: int = 2
+    ablate: str | None = None
 
 
 @dataclass(frozen=True)

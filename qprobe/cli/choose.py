@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.limits import limit_options, require_a_limit
 
 if TYPE_CHECKING:
     from qprobe.manifest import Manifest
@@ -47,14 +48,9 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     shared.print_json({"by": score, "rows": [{"rank": i, **row} for i, row in enumerate(ranked, 1)]})
 
 
-@shared.command("select", short_help="Choose layers again for another budget.")
+@shared.command("select", short_help="Choose layers again for another budget or bound.")
 @_RUN
-@click.option(
-    "--budget",
-    required=True,
-    metavar="B",
-    help="What the skip-list may cost: +10% of the standard 4-bit model, +690MiB, or a total such as 7.3GiB.",
-)
+@limit_options(None)
 @click.option(
     "--by",
     metavar="COLUMN",
@@ -63,25 +59,30 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
 @click.option(
     "--out", type=shared.PATH, metavar="FILE", help="Where to write it.  [default: RUN/skiplist.json]"
 )
-def select(run: Path, budget: str, by: str | None, out: Path | None, as_json: bool) -> None:
-    """Choose again, for another budget or score, from what the run folder RUN holds; nothing is measured.
+def select(
+    run: Path, budget: str | None, max_kl: float | None, by: str | None, out: Path | None, as_json: bool
+) -> None:
+    """Choose again, for another budget, bound or score, from what the run folder RUN holds.
+
+    Nothing is measured: a --max-kl here is on the predicted KL.
 
     \b
     --json prints the manifest that was written.
     """
+    require_a_limit({"budget": budget, "max_kl": max_kl})
     from qprobe.manifest import manifest_to_json, write_manifest
     from qprobe.select import select as choose
 
-    manifest = choose(run, budget, by)
+    manifest = choose(run, budget, by, max_kl)
     target = out if out is not None else run / "skiplist.json"
     write_manifest(target, manifest)
     if as_json:
         shared.print_json(manifest_to_json(manifest))
     else:
-        _show(manifest, target)
+        _show(manifest, target, is_bound=max_kl is not None)
 
 
-def _show(manifest: Manifest, target: Path) -> None:
+def _show(manifest: Manifest, target: Path, is_bound: bool) -> None:
     from qprobe.report.terminal import readable_bytes
 
     kept = [layer for layer in manifest.layers if layer.precision != manifest.format.name]
@@ -92,7 +93,10 @@ def _show(manifest: Manifest, target: Path) -> None:
     sizes = (manifest.budget.total_bytes, manifest.budget.limit_bytes, manifest.budget.standard_4bit_bytes)
     total, limit, standard = map(readable_bytes, sizes)
     click.echo(f"{len(kept)} of {len(manifest.layers)} layers stay in 16-bit.")
-    click.echo(f"{total} of the {limit} allowed; standard 4-bit takes {standard}.")
+    what = f"of the {limit} allowed"
+    if is_bound:
+        what = f"for a predicted KL of {manifest.quality.kl_predicted:.3g}"
+    click.echo(f"{total} {what}; standard 4-bit takes {standard}.")
     click.echo(f"Skip-list  {target}")
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qprobe.cli import shared
-from qprobe.options import ScanOptions
+from qprobe.cli.limits import limit_options, refuse_two_limits
+from qprobe.options import DEFAULT_BUDGET, ScanOptions
 
 if TYPE_CHECKING:
     from qprobe.scan import ScanResult
@@ -30,13 +31,7 @@ TOP = 10  # layers of the ranking that are shown
     show_default=True,
     help="4-bit format whose damage is measured.",
 )
-@click.option(
-    "--budget",
-    default="+10%",
-    show_default=True,
-    metavar="B",
-    help="What the skip-list may cost: +10% of the standard 4-bit model, +690MiB, or a total such as 7.3GiB.",
-)
+@limit_options(DEFAULT_BUDGET)
 @click.option(
     "--by",
     metavar="COLUMN",
@@ -51,6 +46,12 @@ TOP = 10  # layers of the ranking that are shown
     help="Gauss-Legendre nodes of the sensitivity; each costs a forward and a backward pass.",
 )
 @click.option(
+    "--ablate",
+    metavar="LAYERS",
+    help="Also measure the KL of single layers, alone in 4-bit and alone in 16-bit, into RUN/ablation.csv: "
+    "all, the N most sensitive ones, or names with commas. Slow: two forward passes a layer and batch.",
+)
+@click.option(
     "--out",
     type=shared.PATH,
     metavar="RUN",
@@ -61,14 +62,15 @@ TOP = 10  # layers of the ranking that are shown
 def scan(as_json: bool, **asked: Any) -> None:
     """Measure what 4-bit costs every linear layer of a model, and choose which layers stay in 16-bit.
 
-    Leaves a run folder RUN with the layer table (layers.csv), the skip-list (skiplist.json) and pictures
-    (report/). The same command resumes an interrupted scan.
+    Leaves a run folder RUN with the layer table (layers.csv), how sure its ranking is (ranks.csv), the
+    skip-list (skiplist.json) and pictures (report/). The same command resumes an interrupted scan.
 
     \b
     --json prints: run, layers, samples, seconds {stage: s}, peak_bytes, kl_standard_4bit, kl_dynamic
     (nats per answer token), attribution_residual, skiplist, verdict, notes; null for what does not apply.
     """
     shared.refuse_two_sources(asked)
+    refuse_two_limits(asked)
     from qprobe.scan import scan as run_scan
 
     with shared.progress_bars() as progress:
@@ -76,10 +78,10 @@ def scan(as_json: bool, **asked: Any) -> None:
     if as_json:
         shared.print_json(result.to_json())
     else:
-        _show(result, ScanOptions(**asked).by)
+        _show(result, ScanOptions(**asked))
 
 
-def _show(result: ScanResult, by: str | None) -> None:
+def _show(result: ScanResult, asked: ScanOptions) -> None:
     from qprobe.cli.ranking import show_ranking
     from qprobe.report.terminal import paragraphs, readable_bytes, terminal_width
 
@@ -88,10 +90,12 @@ def _show(result: ScanResult, by: str | None) -> None:
     peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
     click.echo(f"{result.layers} linear layers, {result.samples} samples")
     click.echo(f"{stages}{peak}\n")
-    show_ranking(result.run, by, TOP)
+    show_ranking(result.run, asked.by, TOP)
     if result.notes:
         click.echo("\n" + paragraphs(result.notes, width))
     click.echo(f"\nRun folder  {result.run}")
+    if asked.ablate is not None:
+        click.echo(f"Ablation    {result.run / 'ablation.csv'}")
     if result.skiplist is not None:
         click.echo(f"Skip-list   {result.skiplist}")
     click.echo()

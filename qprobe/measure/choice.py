@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import fsum, nan
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import fsum, isfinite, nan
 from pathlib import Path
 
 import pandas as pd
 
-from qprobe.manifest import Manifest, Quality, write_atomic, write_manifest
+from qprobe.errors import BudgetError
+from qprobe.manifest import Compared, Manifest, Quality, write_atomic, write_manifest
 from qprobe.measure.held_out import measure_choices
 from qprobe.measure.store import read_scan
 from qprobe.measure.subject import Subject
 from qprobe.models.catalogue import find
-from qprobe.options import Progress, ScanOptions
-from qprobe.records import Sample
-from qprobe.select.budget import Budget, parse_budget
-from qprobe.select.decide import Candidate, Decision, decide
+from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
+from qprobe.records import Sample, Scan
+from qprobe.select.bound import Bound, measured_plan, predicted_plan, rounded_up
+from qprobe.select.budget import Budget
+from qprobe.select.decide import Candidate, decide, on_common_samples
 from qprobe.select.plan import Plan, choose
-from qprobe.select.selection import layer_scores, manifest_of
+from qprobe.select.selection import layer_scores, manifest_of, parse_request, prospect_of
 from qprobe.select.table import measured, read_table
 from qprobe.select.verdict import verdict
 
@@ -30,11 +33,69 @@ FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes th
 
 @dataclass(frozen=True)
 class Choice:
-    """The manifest that was written, the decision behind it (None if no KL was measured), and its verdict."""
+    """The manifest that was written, its verdict, and sentences on samples that could not count."""
 
     manifest: Manifest
-    decision: Decision | None
     verdict: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The run whose skip-list is chosen, and the held-out samples, in batches, that decide; maybe none."""
+
+    subject: Subject
+    folder: Path
+    held_out: list[tuple[Sample, ...]]
+    options: ScanOptions
+    progress: Progress
+
+    @cached_property
+    def record(self) -> Scan:
+        return read_scan(self.folder)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        return read_table(self.folder)
+
+    @property
+    def standard_bytes(self) -> int:
+        return self.record.inventory.standard_4bit_bytes
+
+    @property
+    def standard(self) -> Plan:
+        """Nothing kept."""
+        return Plan((), self.standard_bytes, 0.0, self.column)
+
+    @property
+    def column(self) -> str:
+        """The score that chooses: the user's, or the best one measured."""
+        return self.options.by or next(c for c in SCORES if c in measured(self.table))
+
+    @property
+    def command(self) -> str:
+        asked = self.options
+        limit = f"--budget {asked.budget or DEFAULT_BUDGET}"
+        limit = limit if asked.max_kl is None else f"--max-kl {asked.max_kl}"
+        return f"qprobe scan --model {asked.model} {limit}"
+
+    def measure(self, plans: Mapping[str, Plan]) -> dict[str, Candidate]:
+        """Each plan as a candidate, measured on the held-out samples; what is known is not run again."""
+        kept = {name: frozenset(plan.kept) for name, plan in plans.items()}
+        frames = measure_choices(self.subject, self.folder, self.held_out, kept, self.progress)
+        return {n: Candidate(n, kept[n], plan.total_bytes, frames[n]) for n, plan in plans.items()}
+
+    def write(
+        self,
+        plan: Plan,
+        budget: Budget,
+        quality: Quality | None = None,
+        compared: Sequence[Compared] = (),
+    ) -> Manifest:
+        """FOLDER/skiplist.json for `plan`."""
+        manifest = manifest_of(self.record, self.table, plan, budget, self.command, quality, compared)
+        write_manifest(self.folder / "skiplist.json", manifest)
+        return manifest
 
 
 def choose_list(
@@ -44,49 +105,112 @@ def choose_list(
     options: ScanOptions,
     progress: Progress,
 ) -> Choice:
-    """Measure candidate lists on `held_out`, and write FOLDER/skiplist.json for the best within the budget.
+    """Measure candidate lists on `held_out`, and write FOLDER/skiplist.json for the best that was asked for.
 
     Without a language head or held-out samples nothing can be measured, and the first score chooses.
-    Also writes FOLDER/frontier.csv where KL was measured. Raises BudgetError for a budget that nothing fits.
+    Also writes FOLDER/frontier.csv where KL was measured. Raises BudgetError for what no list fits.
     """
-    record, table = read_scan(folder), read_table(folder)
-    standard_bytes = record.inventory.standard_4bit_bytes
-    budget = parse_budget(options.budget, standard_bytes)
-    plans = candidate_plans(folder, budget, options.by)
-    command = f"qprobe scan --model {options.model} --budget {options.budget}"
+    trial = Trial(subject, folder, held_out, options, progress)
+    request = parse_request(options.budget, options.max_kl, options.by, trial.standard_bytes)
+    plans = {NOTHING: trial.standard}
+    if isinstance(request, Budget):
+        plans |= candidate_plans(trial, request)
     if not (subject.has_head and held_out):
-        first = next(iter(plans.values()))
-        manifest = manifest_of(record, table, first, budget, command)
-        write_manifest(folder / "skiplist.json", manifest)
-        return Choice(manifest, None, verdict(None, None, standard_bytes, f"Chosen by {first.by}."))
-    lines = frontier_plans(folder, options.by)
-    lists = {name: frozenset(plan.kept) for name, plan in {**plans, **lines}.items()}
-    frames = measure_choices(subject, folder, held_out, {NOTHING: frozenset(), **lists}, progress)
-    standard = Candidate(NOTHING, frozenset(), standard_bytes, frames[NOTHING])
-    candidates = [Candidate(n, lists[n], plan.total_bytes, frames[n]) for n, plan in plans.items()]
-    decision = decide(candidates, standard)
-    write_frontier(
-        folder, table, [Candidate(n, lists[n], p.total_bytes, frames[n]) for n, p in lines.items()]
-    )
+        return _by_score(trial, request)
+    lines = frontier_plans(trial)
+    found = trial.measure({**plans, **lines})  # in one go, so that the 16-bit model runs once a batch
+    write_frontier(folder, trial.table, on_common_samples([found[name] for name in lines]))
+    candidates = on_common_samples([found[name] for name in plans])
+    if candidates[0].measured.empty:
+        return replace(_by_score(trial, request), notes=_left_out(trial, candidates))
+    if isinstance(request, Bound):
+        return _within_bound(trial, request, candidates[0])
+    return _within_budget(trial, request, plans, candidates)
+
+
+def _by_score(trial: Trial, request: Budget | Bound) -> Choice:
+    """The choice where nothing can be measured."""
+    if isinstance(request, Bound):
+        plan = predicted_plan(prospect_of(trial.record, trial.table), request)
+        budget = request.budget_of(plan)
+    else:
+        plan, budget = next(iter(candidate_plans(trial, request).values())), request
+    manifest = trial.write(plan, budget)
+    return Choice(manifest, f"No KL was measured; the list is chosen by {plan.by} alone.")
+
+
+def _within_budget(
+    trial: Trial, budget: Budget, plans: Mapping[str, Plan], candidates: list[Candidate]
+) -> Choice:
+    """The one of `candidates` (of `plans`, nothing kept first) that measured best, see `decide`."""
+    decision = decide(candidates[1:], candidates[0])
     chosen = decision.chosen
-    plan = plans.get(chosen.name, Plan((), standard_bytes, 0.0, next(iter(plans.values())).by))
-    quality = Quality(len(standard.measured), standard.kl, chosen.kl)
-    manifest = manifest_of(record, table, plan, budget, command, quality)
-    write_manifest(folder / "skiplist.json", manifest)
-    write_candidates(folder, [standard, *candidates], chosen)
-    return Choice(manifest, decision, verdict(standard, chosen, standard_bytes, decision.why))
+    manifest = _write(trial, plans[chosen.name], budget, candidates, chosen)
+    said = verdict(candidates[0], chosen, trial.standard_bytes)
+    tie = (decision.why,) if decision.tied else ()
+    return Choice(manifest, said, (*tie, *_left_out(trial, candidates)))
 
 
-def candidate_plans(folder: Path, budget: Budget, by: str | None) -> dict[str, Plan]:
+def _within_bound(trial: Trial, bound: Bound, standard: Candidate) -> Choice:
+    """The list of the fewest bytes whose KL, measured on the held-out samples, is within `bound`."""
+
+    def measure(plan: Plan) -> float:
+        return on_common_samples(list(trial.measure({"list": plan}).values()))[0].kl
+
+    plans, best = {NOTHING: trial.standard}, trial.standard
+    if standard.kl > bound.max_kl:
+        best, tried = measured_plan(prospect_of(trial.record, trial.table), bound, measure)
+        plans |= {f"list {i}": plan for i, plan in enumerate(tried, start=1)}
+    candidates = on_common_samples(list(trial.measure(plans).values()))
+    if best is None:
+        least = min(candidates, key=lambda c: c.kl)
+        raise BudgetError(
+            f"No list short of 16-bit leaves a KL of {bound.max_kl} or less on the held-out samples: the "
+            f"smallest of {len(candidates)} measured is {least.kl:.3g}, with {least.total_bytes:,} bytes. "
+            f"Pass --max-kl {rounded_up(least.kl)} or more, or use the 16-bit model."
+        )
+    chosen = next(c for c in candidates if plans[c.name] == best)
+    manifest = _write(trial, best, bound.budget_of(best), candidates, chosen)
+    said = verdict(candidates[0], chosen, trial.standard_bytes, bound.max_kl)
+    return Choice(manifest, said, _left_out(trial, candidates))
+
+
+def _left_out(trial: Trial, candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """A note on the held-out samples that no KL could be compared on."""
+    counted = set(candidates[0].measured["sample"])
+    missing = [s.id for group in trial.held_out for s in group if s.id not in counted]
+    if not missing:
+        return ()
+    shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return (
+        f"{len(missing)} of {len(missing) + len(counted)} held-out samples are left out of the choice, since "
+        f"they have no finite KL under every list: {shown}.",
+    )
+
+
+def _write(
+    trial: Trial, plan: Plan, budget: Budget, candidates: Sequence[Candidate], chosen: Candidate
+) -> Manifest:
+    """The manifest of `plan`, which is the candidate `chosen`; the first of them is standard 4-bit."""
+    quality = Quality(len(chosen.measured), candidates[0].kl, chosen.kl)
+    compared = [
+        Compared(c.name, c.total_bytes, c.kl, c.kl_se if isfinite(c.kl_se) else None, c is chosen)
+        for c in candidates
+    ]
+    return trial.write(plan, budget, quality, compared)
+
+
+def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
     """The lists to compare by name: one for each measured score, and a published one that fits the budget.
 
-    by: compare this score alone.
+    With `ScanOptions.by`, that score alone.
     """
-    record, table = read_scan(folder), read_table(folder)
-    inventory = record.inventory
-    columns = [by] if by else [c for c in SCORES if c in measured(table)]
-    plans = {f"by {c}": choose(inventory, layer_scores(table, c), budget.limit_bytes, c) for c in columns}
-    entry = find(record.model.id)
+    by, inventory = trial.options.by, trial.record.inventory
+    columns = [by] if by else [c for c in SCORES if c in measured(trial.table)]
+    plans = {
+        f"by {c}": choose(inventory, layer_scores(trial.table, c), budget.limit_bytes, c) for c in columns
+    }
+    entry = find(trial.record.model.id)
     for published in entry.published if entry and not by else ():
         kept = published.kept(inventory)
         names = tuple(x.name for x in inventory.layers if x.name in kept and not x.fixed)
@@ -96,18 +220,16 @@ def candidate_plans(folder: Path, budget: Budget, by: str | None) -> dict[str, P
     return plans
 
 
-def frontier_plans(folder: Path, by: str | None) -> dict[str, Plan]:
+def frontier_plans(trial: Trial) -> dict[str, Plan]:
     """The lists of the best score at `FRONTIER_SHARES` of the bytes that 4-bit saves, by name."""
-    record, table = read_scan(folder), read_table(folder)
-    inventory = record.inventory
-    column = by or next(c for c in SCORES if c in measured(table))
+    inventory, column = trial.record.inventory, trial.column
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - inventory.standard_4bit_bytes
     limits = {share: inventory.standard_4bit_bytes + int(share * saved) for share in FRONTIER_SHARES}
-    scores = layer_scores(table, column)
+    scores = layer_scores(trial.table, column)
     return {f"frontier {share:.0%}": choose(inventory, scores, n, column) for share, n in limits.items()}
 
 
-def write_frontier(folder: Path, table: pd.DataFrame, points: list[Candidate]) -> None:
+def write_frontier(folder: Path, table: pd.DataFrame, points: Sequence[Candidate]) -> None:
     """FOLDER/frontier.csv: predicted and measured KL of the best score's lists at several budgets."""
     sensitivity: Mapping[str, float] = dict(
         zip(table["layer"], table["sensitivity_kl"].fillna(0.0), strict=True)
@@ -123,19 +245,3 @@ def write_frontier(folder: Path, table: pd.DataFrame, points: list[Candidate]) -
         for point in points
     ]
     write_atomic(folder / "frontier.csv", pd.DataFrame(rows).to_csv(index=False).encode())
-
-
-def write_candidates(folder: Path, candidates: list[Candidate], chosen: Candidate) -> None:
-    """FOLDER/candidates.csv: what was compared on held-out samples, and which was taken."""
-    rows = [
-        {
-            "candidate": c.name,
-            "layers_kept": len(c.kept),
-            "total_bytes": c.total_bytes,
-            "measured_kl": c.kl,
-            "measured_kl_se": c.kl_se,
-            "chosen": c is chosen,
-        }
-        for c in candidates
-    ]
-    write_atomic(folder / "candidates.csv", pd.DataFrame(rows).to_csv(index=False).encode())

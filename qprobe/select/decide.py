@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum, nan, sqrt
 
+import numpy as np
 import pandas as pd
 
 
@@ -13,7 +14,8 @@ import pandas as pd
 class Candidate:
     """One skip-list that was measured.
 
-    measured: a row for each held-out sample: sample, answer_tokens, kl_sum (nats); the same ones for all.
+    measured: a row for each held-out sample: sample, answer_tokens, kl_sum (nats); the same ones for all
+        (see `on_common_samples`).
     predicted_kl: what the scores say it leaves, nats a token; NaN where the scores are no KL.
     """
 
@@ -64,6 +66,16 @@ def difference(a: Candidate, b: Candidate) -> tuple[float, float]:
     assert len(joined) == len(a.measured) == len(b.measured), "candidates were measured on different samples"
     gaps = joined["kl_sum_a"] - joined["kl_sum_b"]
     return _ratio(gaps, joined["answer_tokens_a"]), ratio_se(gaps, joined["answer_tokens_a"])
+
+
+def on_common_samples(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """`candidates` on the samples on which the KL of every one of them is finite, in their order."""
+    finite = [c.measured.loc[np.isfinite(c.measured["kl_sum"].to_numpy(np.float64))] for c in candidates]
+    common = set.intersection(*(set(rows["sample"]) for rows in finite)) if finite else set()
+    return [
+        replace(c, measured=rows.loc[rows["sample"].isin(common)])
+        for c, rows in zip(candidates, finite, strict=True)
+    ]
 
 
 def decide(candidates: Sequence[Candidate], standard: Candidate) -> Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from math import fsum, isfinite
 from pathlib import Path
@@ -11,10 +11,12 @@ from pathlib import Path
 import pandas as pd
 
 from qprobe import __version__
-from qprobe.errors import QprobeError
-from qprobe.manifest import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.errors import BudgetError, QprobeError
+from qprobe.manifest import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.measure.store import choice_stage, read_scan, read_units
+from qprobe.options import DEFAULT_BUDGET
 from qprobe.records import Linear, Scan
+from qprobe.select.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
 from qprobe.select.budget import Budget, parse_budget
 from qprobe.select.plan import Plan, choose, is_scored
 from qprobe.select.table import check_measure, finite_answers, measured, read_table
@@ -26,23 +28,53 @@ _FIXED_REASONS = {
 }
 
 
-def select(folder: Path, budget: str, by: str | None = None) -> Manifest:
+def select(
+    folder: Path, budget: str | None = None, by: str | None = None, max_kl: float | None = None
+) -> Manifest:
     """The manifest of the best choice of layers that `budget` allows, from scan.json and layers.csv.
 
     budget: see `parse_budget`. by: a measured column other than decibels, which do not add up; None for
-    sensitivity_kl where measured, else activation_nmse. Writes nothing. quality holds what the scan
-    measured on held-out samples; kl_dynamic is None unless this very choice was among its candidates.
+    sensitivity_kl where measured, else activation_nmse. max_kl: in place of both, the fewest bytes with a
+    predicted KL of at most this. Writes nothing. quality holds what the scan measured on held-out samples;
+    kl_dynamic is None unless this very choice was among its candidates.
     Raises RunError for a folder without a finished scan, BudgetError, or QprobeError for a wrong `by`.
     """
     folder = Path(folder)
     scan, table = read_scan(folder), read_table(folder)
-    column = by or default_measure(table)
-    values = layer_scores(table, column)
-    limit = parse_budget(budget, scan.inventory.standard_4bit_bytes)
-    plan = choose(scan.inventory, values, limit.limit_bytes, column)
-    words = ["qprobe", "select", folder.resolve().name, "--budget", budget]
+    request = parse_request(budget, max_kl, by, scan.inventory.standard_4bit_bytes)
+    words = ["qprobe", "select", folder.resolve().name]
+    if isinstance(request, Bound):
+        plan = predicted_plan(prospect_of(scan, table), request)
+        limit, words = request.budget_of(plan), [*words, "--max-kl", str(max_kl)]
+    else:
+        column = by or default_measure(table)
+        plan = choose(scan.inventory, layer_scores(table, column), request.limit_bytes, column)
+        limit, words = request, [*words, "--budget", request.requested]
     command = shlex.join(words if by is None else [*words, "--by", by])
     return manifest_of(scan, table, plan, limit, command, _held_out_quality(folder, plan))
+
+
+def parse_request(
+    budget: str | None, max_kl: float | None, by: str | None, standard_4bit_bytes: int
+) -> Budget | Bound:
+    """What the skip-list is asked to be: within a budget (None for the default), or within a bound on KL.
+
+    Raises BudgetError if both are asked for, or either makes no sense, QprobeError for a `by` that is no KL.
+    """
+    if max_kl is None:
+        return parse_budget(DEFAULT_BUDGET if budget is None else budget, standard_4bit_bytes)
+    if budget is not None:
+        raise BudgetError(
+            f"Both a budget ({budget}) and a bound on KL ({max_kl}) are given. Pass one of them."
+        )
+    if by not in (None, SCORE):
+        raise QprobeError(f"{by} predicts no KL, so it cannot choose for --max-kl. Leave --by away.")
+    return parse_bound(max_kl)
+
+
+def prospect_of(scan: Scan, table: pd.DataFrame) -> Prospect:
+    """What the sensitivities promise; raises QprobeError where they were not measured."""
+    return Prospect(scan.inventory, layer_scores(table, SCORE))
 
 
 def default_measure(table: pd.DataFrame) -> str:
@@ -70,11 +102,12 @@ def manifest_of(
     budget: Budget,
     command: str,
     quality: Quality | None = None,
+    compared: Sequence[Compared] = (),
 ) -> Manifest:
     """The manifest that carries out `plan`, made now.
 
     table: the layer table of `scan`, which holds the column `plan.by`. quality: what was measured; its
-    kl_predicted is filled in from the table. command: what made it.
+    kl_predicted is filled in from the table. command: what made it. compared: the lists it was chosen among.
     """
     kept = frozenset(plan.kept)
     sensitivity = _column(table, "sensitivity_kl")
@@ -99,6 +132,7 @@ def manifest_of(
             budget.requested, budget.limit_bytes, plan.total_bytes, scan.inventory.standard_4bit_bytes
         ),
         quality=Quality(quality.samples, quality.kl_standard_4bit, quality.kl_dynamic, _predicted(layers)),
+        compared=tuple(compared),
         layers=layers,
         uncovered=scan.inventory.uncovered,
         skip_modules=tuple(x.name for x in layers if x.precision == "bf16"),

@@ -9,16 +9,16 @@ from qprobe.select.decide import Candidate, difference
 GIB = 2**30
 
 
-def verdict(standard: Candidate | None, chosen: Candidate | None, standard_bytes: int, why: str) -> str:
+def verdict(standard: Candidate, chosen: Candidate, standard_bytes: int, max_kl: float | None = None) -> str:
     """What standard 4-bit costs, what the chosen list costs in bytes and brings in KL, each with its error.
 
-    None for both where no KL was measured.
+    max_kl: the bound that was asked for, and that the chosen list is within.
     """
-    if standard is None or chosen is None:
-        return f"No KL was measured; the list is chosen by its score alone. {why}"
     cost = f"Standard 4-bit costs a KL of {with_error(standard.kl, standard.kl_se)} nats per answer token"
+    within = "" if max_kl is None else f", within the {max_kl} asked for"
     if not chosen.kept:
-        return f"{cost}; no list within the budget measured better than keeping nothing, within the error."
+        reason = "no list within the budget measured better than keeping nothing, within the error"
+        return f"{cost}{within}; {reason if max_kl is None else 'nothing is kept'}."
     extra = chosen.total_bytes - standard_bytes
     layers = "1 layer" if len(chosen.kept) == 1 else f"{len(chosen.kept)} layers"
     gain, error = difference(standard, chosen)
@@ -26,7 +26,7 @@ def verdict(standard: Candidate | None, chosen: Candidate | None, standard_bytes
     sure = "" if isfinite(error) and abs(gain) > 2 * error else ", a difference within its error"
     return (
         f"{cost}; keeping {layers} in 16-bit ({share}, {extra / 2**20:,.2f} MiB) leaves "
-        f"{with_error(chosen.kl, chosen.kl_se)}, {with_error(gain, error)} less{sure}."
+        f"{with_error(chosen.kl, chosen.kl_se)}{within}, {with_error(gain, error)} less{sure}."
     )
 
 

@@ -65,6 +65,26 @@ def test_select_below_standard_4bit_is_one_sentence(qprobe: Run, run_folder: Pat
     assert not (tmp_path / "list.json").exists()
 
 
+def test_select_for_a_bound_says_what_it_predicts(qprobe: Run, run_folder: Path, tmp_path: Path):
+    out = tmp_path / "list.json"
+    standard = sum(x.sensitivity_kl or 0.0 for x in read_manifest(run_folder / "skiplist.json").layers)
+    bound = f"{0.6 * standard:.3g}"
+    result = qprobe("select", run_folder, "--max-kl", bound, "--out", out)
+    manifest = read_manifest(out)
+    assert result.exit_code == 0 and "for a predicted KL of" in result.stdout
+    assert manifest.budget.requested == f"max-kl {bound}" and manifest.quality.kl_predicted <= float(bound)
+    assert manifest.budget.limit_bytes == manifest.budget.total_bytes
+
+
+@pytest.mark.parametrize("bound", ["0", "-1", "nan", "1e-9"])
+def test_a_bound_that_cannot_be_met_is_one_sentence(
+    qprobe: Run, run_folder: Path, tmp_path: Path, bound: str
+):
+    result = qprobe("select", run_folder, "--max-kl", bound, "--out", tmp_path / "list.json")
+    assert result.exit_code == 1 and "--max-kl" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "list.json").exists()
+
+
 def test_report_says_where_the_pictures_are(qprobe: Run, run_folder: Path, tmp_path: Path):
     files = json.loads(qprobe("report", run_folder, "--out", tmp_path, "--json").stdout)["files"]
     assert [Path(f).name for f in files] == ["spikes.png", "spikes.svg"] and all(

@@ -48,6 +48,9 @@ def test_every_command_has_help_and_json(qprobe: Run, command: str):
         ("compare", "--manifest", "f", "--images", "a", "--data", "b"),
         ("rank",),
         ("select", "run"),
+        ("select", "run", "--budget", "+5%", "--max-kl", "0.1"),
+        ("scan", "--model", "demo", "--budget", "+5%", "--max-kl", "0.1"),
+        ("scan", "--model", "demo", "--max-kl", "much"),
     ],
 )
 def test_wrong_usage_exits_2(qprobe: Run, arguments: tuple[str, ...]):
@@ -117,12 +120,14 @@ def test_scan_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
 def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
     line = (
         "scan --model m --images i --prompt p --samples 3 --format nf4 --budget +1GB --out o --device cpu "
-        "--dtype fp16 --seed 5 --batch-size 2 --max-new-tokens 7 --by weight_nmse --nodes 4"
+        "--dtype fp16 --seed 5 --batch-size 2 --max-new-tokens 7 --by weight_nmse --nodes 4 --ablate 3"
     )
     assert asked_of(fake, "qprobe.scan", "scan", qprobe, *line.split()) == ScanOptions(
-        "m", Path("i"), None, "p", 3, "nf4", "+1GB", Path("o"), "cpu", "float16",
-        seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4,
+        "m", Path("i"), None, "p", 3, "nf4", "+1GB", None, Path("o"), "cpu", "float16",
+        seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4, ablate="3",
     )  # fmt: skip
+    bound = asked_of(fake, "qprobe.scan", "scan", qprobe, "scan", "--model", "m", "--max-kl", "0.01")
+    assert bound == ScanOptions("m", max_kl=0.01)
 
 
 def test_compare_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):

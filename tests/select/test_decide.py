@@ -1,11 +1,11 @@
 """Which list is taken, from KL measured on held-out samples, and what the verdict says of it."""
 
-from math import isnan, nan, sqrt
+from math import inf, isnan, nan, sqrt
 
 import pandas as pd
 import pytest
 
-from qprobe.select.decide import Candidate, decide, difference, ratio_se
+from qprobe.select.decide import Candidate, decide, difference, on_common_samples, ratio_se
 from qprobe.select.verdict import verdict, with_error
 
 
@@ -62,16 +62,29 @@ def test_the_verdict_counts_one_layer_as_one_layer():
         candidate("a", 110, 0.1, 0.1, 0.1, 0.2),
         candidate("b", 120, 0.1, 0.1, 0.1, 0.2, kept=("x", "y")),
     )
-    assert "keeping 1 layer in 16-bit (+10.0%, 0.00 MiB)" in verdict(STANDARD, one, 100, "")
-    assert "keeping 2 layers in 16-bit (+20.0%, 0.00 MiB)" in verdict(STANDARD, two, 100, "")
+    assert "keeping 1 layer in 16-bit (+10.0%, 0.00 MiB)" in verdict(STANDARD, one, 100)
+    assert "keeping 2 layers in 16-bit (+20.0%, 0.00 MiB)" in verdict(STANDARD, two, 100)
 
 
 def test_the_verdict_says_when_a_gain_is_within_its_error():
     sure, unsure = candidate("a", 110, 0.1, 0.3, 0.0, 0.1), candidate("b", 110, 0.1, 2.2, 0.5, 0.9)
-    assert "within its error" not in verdict(STANDARD, sure, 100, "")
-    assert verdict(STANDARD, unsure, 100, "").endswith("less, a difference within its error.")
-    assert "no list within the budget measured better" in verdict(STANDARD, STANDARD, 100, "")
-    assert verdict(None, None, 100, "Chosen by x.").startswith("No KL was measured")
+    assert "within its error" not in verdict(STANDARD, sure, 100)
+    assert verdict(STANDARD, unsure, 100).endswith("less, a difference within its error.")
+    assert "no list within the budget measured better" in verdict(STANDARD, STANDARD, 100)
+
+
+def test_the_verdict_on_a_bound_names_it():
+    kept = candidate("a", 110, 0.1, 0.3, 0.0, 0.1)
+    assert ", within the 0.2 asked for, " in verdict(STANDARD, kept, 100, 0.2)
+    assert verdict(STANDARD, STANDARD, 100, 2.0).endswith(", within the 2.0 asked for; nothing is kept.")
+
+
+def test_candidates_are_compared_where_the_kl_of_all_is_finite():
+    a, b = candidate("a", 1, 1.0, nan, 3.0, inf), candidate("b", 1, 5.0, 6.0, 7.0, 8.0)
+    first, second = on_common_samples([a, b])
+    assert first.measured["sample"].tolist() == second.measured["sample"].tolist() == ["s0", "s2"]
+    assert (first.kl, second.kl) == (2.0, 6.0)
+    assert on_common_samples([]) == []
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,33 @@ def test_quality_holds_what_was_measured_on_held_out_samples_of_this_very_list(r
     assert select(run, "+30000").quality.kl_dynamic is None
 
 
+def test_a_bound_on_kl_takes_the_fewest_bytes_that_are_predicted_to_meet_it(run: Path):
+    # 0.5 + 0.01 + 0.01 nats a token: 0.02 is left with model.a, all of it with nothing, 0 with the group too
+    with_sensitivity(run)
+    for bound, kept in ((0.6, ()), (0.1, ("model.a",)), (0.001, ("model.a", "model.q", "model.k"))):
+        manifest = select(run, max_kl=bound)
+        assert manifest.skip_modules == (*kept, "lm_head")
+        assert manifest.quality.kl_predicted is not None and manifest.quality.kl_predicted <= bound
+        assert manifest.budget.requested == f"max-kl {bound}"
+        assert manifest.made_by.command == f"qprobe select run --max-kl {bound}"
+
+
+def test_a_bound_needs_a_measured_sensitivity_and_stands_alone(run: Path):
+    with pytest.raises(QprobeError, match="'sensitivity_kl' was not measured"):
+        select(run, max_kl=0.1)
+    with_sensitivity(run)
+    with pytest.raises(BudgetError, match=r"Both a budget \(\+5%\) and a bound"):
+        select(run, "+5%", max_kl=0.1)
+    with pytest.raises(QprobeError, match="activation_nmse predicts no KL"):
+        select(run, by="activation_nmse", max_kl=0.1)
+    with pytest.raises(BudgetError, match="no positive number"):
+        select(run, max_kl=nan)
+
+
+def test_the_default_budget_is_that_of_a_scan(run: Path):
+    assert select(run).budget == select(run, "+10%").budget
+
+
 def test_wrong_measures_budgets_and_folders_are_explained(run: Path, tmp_path: Path):
     with pytest.raises(QprobeError, match=r"'charm' is no measure.*activation_nmse"):
         select(run, "+10%", by="charm")
