@@ -44,8 +44,9 @@ UNIT_SCHEMAS: Mapping[str, Mapping[str, pa.DataType]] = {
 }  # fmt: skip
 """Columns of each stage. Sums are over the sample's tokens; kl_sum is in nats; null means not measured."""
 
-# A list of kept layers measured on held-out samples has a stage of its own, `choice_stage`.
-_CHOICE = "heldout"
+# A list of kept layers measured on held-out samples, and a list of layers measured one by one, have stages
+# of their own with the schema of "kl": `choice_stage` and `ablation_stage`.
+_CHOICE, _ABLATION = "heldout", "ablation"
 
 # What names a row: it may stand in one unit only, or its sums would count twice.
 _ROW_KEYS = {
@@ -69,7 +70,16 @@ def choice_stage(kept: frozenset[str]) -> str:
 
     Equal lists share their units, whatever they are called.
     """
-    return f"{_CHOICE}-{hashlib.sha256(chr(10).join(sorted(kept)).encode()).hexdigest()[:16]}"
+    return f"{_CHOICE}-{_digest(kept)}"
+
+
+def ablation_stage(layers: frozenset[str]) -> str:
+    """The stage, with the schema of "kl", of the KL of single layers among `layers`."""
+    return f"{_ABLATION}-{_digest(layers)}"
+
+
+def _digest(names: frozenset[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
 
 
 def open_run(folder: Path, scan: Scan) -> None:
@@ -166,7 +176,7 @@ def read_units(folder: Path, stage: str) -> pd.DataFrame:
 
 
 def _family(stage: str) -> str:
-    return "kl" if stage.startswith(f"{_CHOICE}-") else stage
+    return "kl" if stage.startswith((f"{_CHOICE}-", f"{_ABLATION}-")) else stage
 
 
 def _unit_path(folder: Path, stage: str, unit: int) -> Path:

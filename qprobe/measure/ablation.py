@@ -1,0 +1,157 @@
+"""Ablation: the KL of single layers, measured one at a time. Slow, and an oracle for the sensitivities.
+
+For each layer two models are run: the 16-bit model with this layer alone in 4-bit, and standard 4-bit with
+this layer alone in 16-bit. Like the path of the sensitivities they run in float32 where the model is small
+enough (`path_dtype`), since the KL of one layer would drown in 16-bit rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprobe.errors import QprobeError
+from qprobe.manifest import write_atomic
+from qprobe.measure.attribution import walking
+from qprobe.measure.hooks import replaced_forwards
+from qprobe.measure.kl import answer_logits, kl_sums
+from qprobe.measure.runner import STANDARD, kl_rows
+from qprobe.measure.store import ablation_stage, missing_units, read_scan, read_units, write_unit
+from qprobe.measure.subject import Subject
+from qprobe.options import Progress
+from qprobe.records import Inventory, Sample
+from qprobe.samples.inputs import Batch
+from qprobe.select.decide import Candidate, difference, on_common_samples
+from qprobe.select.table import rank_table, read_table
+
+ALL = "all"
+FILE = "ablation.csv"
+COLUMNS = ("layer", "kl_alone", "kl_alone_se", "kl_saved", "kl_saved_se", "samples")
+_ALONE, _KEPT = "alone ", "kept "  # choices in the units: one layer in 4-bit, one layer in 16-bit
+
+
+def check_ablated(asked: str, inventory: Inventory) -> None:
+    """Raises QprobeError if `asked` (see `ScanOptions.ablate`) makes no sense for this model."""
+    if asked.strip() == ALL:
+        return
+    if asked.strip().isdecimal():
+        if int(asked) < 1:
+            raise QprobeError(f"--ablate {asked} measures no layer. Pass 1 or more, or all.")
+        return
+    names = _names(asked)
+    fixed = {x.name: x.fixed for x in inventory.layers}
+    for name in names:
+        if name not in fixed:
+            raise QprobeError(
+                f"--ablate names {name!r}, which is no linear layer of this model. "
+                f"Names are those of layers.csv, such as {inventory.layers[0].name}."
+            )
+        if fixed[name] is not None:
+            raise QprobeError(f"--ablate names {name}, which is never in 4-bit ({fixed[name]}). Drop it.")
+    if not names:
+        raise QprobeError("--ablate names no layer. Pass all, a number, or names with commas.")
+
+
+def ablated_layers(asked: str, folder: Path) -> tuple[str, ...]:
+    """The layers to ablate, in execution order; of those that are quantized and ran on the samples.
+
+    asked: see `ScanOptions.ablate`; checked by `check_ablated`.
+    """
+    record, table = read_scan(folder), read_table(folder)
+    ran = {x.name for x in record.inventory.layers if not x.fixed} - set(record.unmeasured)
+    wanted = ran
+    if asked.strip().isdecimal():
+        ranked = rank_table(table, "sensitivity_kl")["layer"].tolist()
+        wanted = set([name for name in ranked if name in ran][: int(asked)])
+    elif asked.strip() != ALL:
+        wanted = ran & set(_names(asked))
+    return tuple(x.name for x in record.inventory.layers if x.name in wanted)
+
+
+def _names(asked: str) -> list[str]:
+    return [name.strip() for name in asked.split(",") if name.strip()]
+
+
+def measure_ablation(
+    subject: Subject,
+    folder: Path,
+    groups: list[tuple[Sample, ...]],
+    layers: tuple[str, ...],
+    progress: Progress,
+) -> None:
+    """Measure what is missing of `layers` on the batches `groups`, and write FOLDER/ablation.csv.
+
+    Two forward passes for each layer and batch, and two a batch for what they are compared with.
+    """
+    stage = ablation_stage(frozenset(layers))
+    missing = missing_units(folder, stage, len(groups))
+    done = len(groups) - len(missing)
+    for unit in missing:
+        frame = _unit(
+            subject, subject.encode(groups[unit]), layers, partial(_tick, progress, done, len(groups))
+        )
+        write_unit(folder, stage, unit, frame)
+        done += 1
+    rows = ablation_rows(read_units(folder, stage), layers)
+    write_atomic(folder / FILE, rows.to_csv(index=False, lineterminator="\n").encode())
+
+
+def _tick(progress: Progress, batches_done: int, batches: int, layers_done: int, layers: int) -> None:
+    progress("ablation", batches_done * layers + layers_done, batches * layers)
+
+
+def _unit(
+    subject: Subject, batch: Batch, layers: tuple[str, ...], tick: Callable[[int, int], None]
+) -> pd.DataFrame:
+    """KL rows of one batch: of standard 4-bit, and of each layer alone in 4-bit and alone in 16-bit."""
+    path = subject.path
+    batch = batch.in_dtype(path.dtype)
+    with walking(path), torch.inference_mode():
+        reference = answer_logits(subject.model, batch)
+
+        def rows(choice: str, four_bit: frozenset[str]) -> pd.DataFrame:
+            return kl_rows(batch, choice, kl_sums(reference, _logits_with(subject, batch, four_bit)))
+
+        frames = [rows(STANDARD, subject.quantized)]
+        for count, name in enumerate(layers, start=1):
+            frames.append(rows(_ALONE + name, frozenset((name,))))
+            frames.append(rows(_KEPT + name, subject.quantized - {name}))
+            tick(count, len(layers))
+    return pd.concat(frames)
+
+
+def _logits_with(subject: Subject, batch: Batch, four_bit: frozenset[str]) -> list[Tensor]:
+    """The answer logits with the linears `four_bit` in 4-bit, in the dtype of the batch."""
+
+    def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, subject.round_trips.weight(name).to(x.dtype), module.bias)
+
+    chosen = {name: module for name, module in subject.modules.items() if name in four_bit}
+    with replaced_forwards(chosen, forward):
+        return answer_logits(subject.model, batch)
+
+
+def ablation_rows(units: pd.DataFrame, layers: tuple[str, ...]) -> pd.DataFrame:
+    """One row a layer, columns `COLUMNS`, in nats per answer token.
+
+    kl_alone: KL with only this layer in 4-bit. kl_saved: KL of standard 4-bit - KL with only this layer kept;
+    paired by sample. Each with its standard error, over the samples where both are finite.
+    """
+    measured = {str(choice): rows for choice, rows in units.groupby("choice")}
+    rows = []
+    for name in layers:
+        standard, alone, kept = on_common_samples(
+            [
+                Candidate(choice, frozenset(), 0, measured.get(choice, units.iloc[:0]))
+                for choice in (STANDARD, _ALONE + name, _KEPT + name)
+            ]
+        )
+        saved, saved_se = difference(standard, kept)
+        rows.append((name, alone.kl, alone.kl_se, saved, saved_se, len(standard.measured)))
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
