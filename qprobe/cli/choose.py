@@ -35,16 +35,16 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     """List the layers of the run folder RUN that 4-bit hurts most.
 
     \b
-    --json prints: by, and rows [{rank, and the columns of layers.csv}].
+    --json prints: by, and rows [{rank, and the columns of layers.csv}]; by sensitivity_kl also rank_low
+    and rank_high, the 90 % interval of the rank over other samples of the same kind.
     """
-    from qprobe.cli.ranking import default_score, show_ranking
-    from qprobe.select.table import rank_table, read_table
+    from qprobe.cli.ranking import default_score, ranking, show_ranking
 
     if not as_json:
         show_ranking(run, by, top)
         return
     score = by or default_score(run)
-    ranked = rank_table(read_table(run), score, top).to_dict("records")
+    ranked = ranking(run, score, top).to_dict("records")
     shared.print_json({"by": score, "rows": [{"rank": i, **row} for i, row in enumerate(ranked, 1)]})
 
 

@@ -106,6 +106,7 @@ def rank_text(ranked: pd.DataFrame, by: str, kept: frozenset[str], width: int) -
     """The ranking `ranked` (rows of the layer table, best first) with the score `by` as first number.
 
     kept: layers that the manifest leaves in 16-bit, marked *. The bytes are what keeping a layer costs.
+    Columns rank_low and rank_high of `ranked`, where there, are shown as the interval of the rank.
     """
     beside = [c for c in _SHOWN_BESIDE if c != by and c in ranked and ranked[c].notna().any()]
     choices = [_rank_cells(ranked, [by, *beside[:count]]) for count in range(len(beside), -1, -1)]
@@ -122,17 +123,27 @@ def rank_text(ranked: pd.DataFrame, by: str, kept: frozenset[str], width: int) -
 
 def _rank_cells(ranked: pd.DataFrame, numbers: list[str]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the ranking with the columns `numbers`; the layer's name is left empty."""
+    has_interval = "rank_low" in ranked
     rows = [
         [
             str(place),
             "",
             str(row["tower"]),
             f"+{readable_bytes(int(row['bf16_bytes']) - int(row['nf4_bytes']))}",
+            *([_interval(row["rank_low"], row["rank_high"])] if has_interval else []),
             *(readable_number(row[column]) for column in numbers),
         ]
         for place, row in enumerate(ranked.to_dict("records"), start=1)
     ]
-    return ["#", "layer", "tower", "16-bit costs", *(_MEASURES.get(c, c) for c in numbers)], rows
+    ranks = ["ranks"] if has_interval else []
+    return ["#", "layer", "tower", "16-bit costs", *ranks, *(_MEASURES.get(c, c) for c in numbers)], rows
+
+
+def _interval(low: Any, high: Any) -> str:
+    """An interval of ranks: 3-11, a single rank, or a dash where it is not known."""
+    if pd.isna(low) or pd.isna(high):
+        return "-"
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def _labels(names: list[str], marks: list[str], room: int) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,19 @@ def test_a_folder_that_is_no_run_is_one_sentence(qprobe: Run, tmp_path: Path, co
     result = qprobe(*command, tmp_path / "nothing")
     assert result.exit_code == 1 and result.stdout == "" and result.stderr.startswith("Error: ")
     assert "Traceback" not in result.stderr
+
+
+def test_rank_shows_how_sure_the_sensitivity_ranks_are(qprobe: Run, run_folder: Path, tmp_path: Path):
+    run = copytree(run_folder, tmp_path / "run")
+    layers = [row["layer"] for row in json.loads(qprobe("rank", run, "--json").stdout)["rows"]]
+    lines = [f"{name},{i},{max(i - 2, 1)},{i + 7}" for i, name in enumerate(layers, start=1)]
+    (run / "ranks.csv").write_text("\n".join(["layer,rank,rank_low,rank_high", *lines]) + "\n")
+    rows = json.loads(qprobe("rank", run, "--top", "3", "--json").stdout)["rows"]
+    assert [(r["rank"], r["rank_low"], r["rank_high"]) for r in rows] == [(1, 1, 8), (2, 1, 9), (3, 1, 10)]
+    text = qprobe("rank", run, "--top", "3").stdout
+    assert " 1-8 " in text and "ranks: 90 % interval" in text
+    by_activation = qprobe("rank", run, "--by", "activation_nmse").stdout
+    assert "1-8" not in by_activation and "interval" not in by_activation
 
 
 def test_rank_by_an_unknown_column_is_one_sentence(qprobe: Run, run_folder: Path):
