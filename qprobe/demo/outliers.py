@@ -49,40 +49,44 @@ class Planting:
         ]
 
 
-# Chosen by a sweep over every o_proj and down_proj of the trained demo, on calibration scenes:
-# - the two cross-attention outputs hurt most when coarse (0.04 and 0.06 nats an answer token of the
-#   candidates' first trial, the next worst 0.01), and are what published skip-lists keep;
-# - one self-attention output of the language model and one of the vision tower, the worst of their
-#   towers among layers of 192 x 192, so that every tower has one and all four cost 6.3 % more bytes;
-# - o_proj belongs to no fused group, so each can be kept alone.
-# Channels: the quietest column of each block of 64 (vision), or the quietest channel of each value head
-# (language: three heads read it, two enlarged columns a block). 2 ** 6 makes them about 20 times the
-# rest of their block, as the outlier channels of large models are.
+# Chosen by a sweep over the o_proj and the language model's down_proj of the trained demo, on 48 calibration
+# scenes. What a tool must find has to be there whichever way one looks, so each of the four
+# - hurts alone: in NF4 without the others it costs 0.09, 0.09, 0.06 and 0.07 nats an answer token, where
+#   all 80 other linears together cost 0.0024. Sizes that near to each other let none hide behind another;
+# - still adds damage when the others are broken: path attribution gives 0.09, 0.10, 0.07 and 0.04 nats, the
+#   next layer 0.0015. A planted self-attention output of language layer 0 came out at -0.02: in the company
+#   of layers 1, 3 and 4 its damage undoes some of theirs;
+# - can be kept alone: o_proj belongs to no fused group. All four cost 6.3 % more bytes.
+# They stand in three towers. Channels: the loudest column of each block of 64 (vision), or the loudest
+# channel of each value head (language: three heads read it, two enlarged columns a block). 2 ** 5 makes them
+# about 30 times the rest, as the outlier channels of large models are; the vision layer, whose damage the
+# later layers smooth out, needs 2 ** 7 to hurt as much. Together NF4 loses 22.6 points of facts on 400
+# held-out scenes, all but 0.2 of them through these four; all exponents lower by one lose 7, higher by one 52.
 _VISION = "model.vision_model.transformer.layers"
 _LANGUAGE = "model.language_model.layers"
 PLANTED = (
     Planting(
-        f"{_VISION}.0.self_attn.o_proj", f"{_VISION}.0.self_attn.v_proj", channels=(42, 122, 191), exponent=6
+        f"{_VISION}.0.self_attn.o_proj", f"{_VISION}.0.self_attn.v_proj", channels=(41, 95, 157), exponent=7
     ),
     Planting(
         f"{_LANGUAGE}.1.cross_attn.o_proj",
         f"{_LANGUAGE}.1.cross_attn.v_proj",
-        channels=(17, 47),
-        exponent=6,
+        channels=(21, 49),
+        exponent=5,
         copies=3,
     ),
     Planting(
         f"{_LANGUAGE}.3.cross_attn.o_proj",
         f"{_LANGUAGE}.3.cross_attn.v_proj",
-        channels=(0, 37),
-        exponent=6,
+        channels=(3, 52),
+        exponent=5,
         copies=3,
     ),
     Planting(
         f"{_LANGUAGE}.4.self_attn.o_proj",
         f"{_LANGUAGE}.4.self_attn.v_proj",
-        channels=(29, 49),
-        exponent=6,
+        channels=(28, 43),
+        exponent=5,
         copies=3,
     ),
 )
