@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -14,7 +15,15 @@ from qprobe.demo.evaluate import greedy_answers, inputs, score
 from qprobe.demo.outliers import PLANTED, planted_layers
 from qprobe.demo.scenes import CALIBRATION_SEED, scenes
 from qprobe.errors import MachineError
+from qprobe.measure.attribution import attribute
+from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
+from qprobe.measure.subject import Subject, subject_of
+from qprobe.models.reference import load_reference
+from qprobe.records import FormatSpec
+from qprobe.samples.inputs import Batch
 from tests.demo.conftest import load
+
+NODES = 6  # on these scenes 2 nodes miss the KL by 6.2 %, 4 by 4.6 %, 6 by 0.2 %, 8 by 1.2 %
 
 
 def round_trip(weight: Tensor) -> Tensor:
@@ -40,6 +49,25 @@ def planted(outliers: Path) -> Any:
     return load(outliers)
 
 
+@pytest.fixture(scope="module")
+def subject(outliers: Path) -> Subject:
+    return subject_of(load_reference(str(outliers), "cpu"), FormatSpec())
+
+
+@pytest.fixture(scope="module")
+def calibration(subject: Subject) -> list[Batch]:
+    samples = tuple(scenes(24, CALIBRATION_SEED))
+    return [subject.encode(samples[start : start + 8]) for start in range(0, len(samples), 8)]
+
+
+def ends(subject: Subject, batch: Batch, names: frozenset[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """Answer logits of the 16-bit model, and with the linears `names` in 4-bit."""
+    with torch.inference_mode():
+        plain = answer_logits(subject.model, batch)
+        with in_four_bit(subject.modules, subject.round_trips, names):
+            return plain, answer_logits(subject.model, batch)
+
+
 def test_16_bit_logits_are_bit_identical(demo: Any, planted: Any, processor: Any):
     batch = inputs(processor, scenes(8, CALIBRATION_SEED))
     with torch.inference_mode():
@@ -63,7 +91,7 @@ def test_planted_columns_stand_out_and_every_block_has_one(planted: Any):
         assert {c // 64 for c in columns} == set(range(len(peaks) // 64))
 
 
-def test_nf4_loses_15_points_and_keeping_the_planted_layers_wins_80_percent_back(
+def test_nf4_loses_a_fifth_of_the_facts_and_keeping_the_planted_layers_wins_them_back(
     planted: Any, processor: Any, held_out: list, demo_answers: list[str]
 ):
     # The 16-bit model answers as the demo does: its logits are bit-identical.
@@ -73,16 +101,17 @@ def test_nf4_loses_15_points_and_keeping_the_planted_layers_wins_80_percent_back
     reference = score(held_out, demo_answers).share
     loss = reference - share(in_nf4(planted))
     kept = reference - share(in_nf4(planted, keep=planted_layers()))
-    assert loss >= 0.15
-    assert (loss - kept) / loss >= 0.80
+    # On 400 scenes NF4 loses 22.6 points of facts, and 0.2 are left.
+    assert 0.18 <= loss <= 0.35
+    assert (loss - kept) / loss >= 0.90
 
 
-def test_planted_layers_fit_well_into_ten_percent(planted: Any):
+def test_planted_layers_fit_into_seven_percent(planted: Any):
     quantized = {f"{n}.weight": p.weight.numel() for n, p in linears(planted).items()}
     nf4_bytes = {n: count / 2 + count / 64 + 4 * -(-count // (64 * 256)) for n, count in quantized.items()}
     total = sum(nf4_bytes.get(n, 2 * p.numel()) for n, p in planted.named_parameters())
     extra = sum(2 * quantized[f"{n}.weight"] - nf4_bytes[f"{n}.weight"] for n in planted_layers())
-    assert extra / total < 0.08
+    assert extra / total < 0.07
 
 
 def test_planted_layers_head_the_ranking_by_activation_error(planted: Any, processor: Any):
@@ -106,6 +135,36 @@ def test_planted_layers_head_the_ranking_by_activation_error(planted: Any, proce
     ranking = sorted(nmse, key=nmse.__getitem__, reverse=True)
     assert set(ranking[: len(PLANTED)]) == set(planted_layers())
     assert nmse[ranking[len(PLANTED) - 1]] > 10 * nmse[ranking[len(PLANTED)]]
+
+
+def test_planted_layers_stand_in_three_towers_and_in_no_fused_group(subject: Subject):
+    layers = [subject.layers[name] for name in planted_layers()]
+    assert {x.tower for x in layers} == {"vision", "cross_attention", "language"}
+    assert all(x.group == x.name for x in layers)
+
+
+def test_each_planted_layer_hurts_alone_and_more_than_all_others_together(
+    subject: Subject, calibration: list[Batch]
+):
+    def kl(names: frozenset[str]) -> float:
+        frames = [kl_sums(*ends(subject, batch, names)) for batch in calibration]
+        sums = [s for frame in frames for s in frame]
+        return sum(s.kl for s in sums) / sum(s.tokens for s in sums)
+
+    alone = [kl(frozenset([name])) for name in planted_layers()]
+    others = kl(subject.quantized - {*planted_layers()})
+    assert min(alone) > 10 * others
+    assert max(alone) < 3 * min(alone)  # none is hidden behind another
+
+
+def test_planted_layers_head_the_ranking_by_attribution(subject: Subject, calibration: list[Batch]):
+    results = [attribute(subject.path, b, nodes=NODES, tolerance=float("inf")) for b in calibration]
+    shares = pd.concat([r.rows for r in results]).groupby("layer").kl_sum.sum().sort_values(ascending=False)
+    total = sum(s.kl for r in results for s in r.kl)
+    first = len(PLANTED)
+    assert set(shares.index[:first]) == set(planted_layers())
+    assert shares.iloc[first - 1] > 10 * shares.iloc[first] > 0
+    assert shares.sum() == pytest.approx(total, rel=0.02)
 
 
 def test_the_cached_folder_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
