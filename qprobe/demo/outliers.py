@@ -60,8 +60,8 @@ class Planting:
 # They stand in three towers. Channels: the loudest column of each block of 64 (vision), or the loudest
 # channel of each value head (language: three heads read it, two enlarged columns a block). 2 ** 5 makes them
 # about 30 times the rest, as the outlier channels of large models are; the vision layer, whose damage the
-# later layers smooth out, needs 2 ** 7 to hurt as much. Together NF4 loses 22.6 points of facts on 400
-# held-out scenes, all but 0.2 of them through these four; all exponents lower by one lose 7, higher by one 52.
+# later layers smooth out, needs 2 ** 7 to hurt as much. NF4 loses 22.6 points of facts on 400 held-out
+# scenes, 0.2 with these four kept; with all exponents lower by one it loses 7, higher by one 52.
 _VISION = "model.vision_model.transformer.layers"
 _LANGUAGE = "model.language_model.layers"
 PLANTED = (
