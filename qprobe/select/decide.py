@@ -102,10 +102,13 @@ def _is_tied(candidate: Candidate, best: Candidate) -> bool:
 def _why(chosen: Candidate, best: Candidate, tied: tuple[Candidate, ...], standard: Candidate) -> str:
     if chosen is standard:
         return "No list measured better than keeping nothing, within its error; nothing is kept."
-    if chosen is best and not tied:
-        return f"{best.name} measured lowest, and no other list comes within its error."
-    others = ", ".join(c.name for c in (best, *tied) if c is not chosen)
-    return f"{chosen.name} cannot be told from {others} within the error, and is the smallest of them."
+    others = [c.name for c in (best, *tied) if c.kept != chosen.kept]
+    if not others:
+        return f"{chosen.name} measured lowest, and no other list comes within its error."
+    return (
+        f"The lists {', '.join([chosen.name, *others])} cannot be told apart within the error; "
+        f"{chosen.name} is the smallest of them."
+    )
 
 
 def _ratio(numerators: pd.Series, weights: pd.Series) -> float:

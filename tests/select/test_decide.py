@@ -43,7 +43,15 @@ def test_of_lists_that_cannot_be_told_apart_the_smallest_is_taken():
     small = candidate("small", 110, 0.15, 0.11, 0.07, 0.11)
     found = decide([best, small], STANDARD)
     assert found.best is best and found.chosen is small and found.tied == (small,)
-    assert "small cannot be told from large within the error" in found.why
+    assert (
+        found.why
+        == "The lists small, large cannot be told apart within the error; small is the smallest of them."
+    )
+
+
+def test_one_list_under_two_names_is_no_tie():
+    one, same = candidate("a", 110, 0.1, 0.1, 0.1, 0.2), candidate("b", 110, 0.1, 0.1, 0.1, 0.2, kept=("a",))
+    assert decide([one, same], STANDARD).why == "a measured lowest, and no other list comes within its error."
 
 
 def test_nothing_is_kept_where_nothing_measured_better():
