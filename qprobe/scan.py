@@ -112,7 +112,6 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
             measure_ablation(subject, folder, work.calibration, layers, progress)
     with clock.stage("choose"):
         choice = choose_list(subject, folder, work.held_out, options, progress)
-        add_notes(folder, choice.notes)
     with clock.stage("report"):
         write_report(folder)
     done = replace(
@@ -133,7 +132,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         attribution_residual=attribution_residual(folder),
         skiplist=folder / "skiplist.json",
         verdict=choice.verdict,
-        notes=done.notes,
+        notes=(*done.notes, *choice.notes),  # the run folder may be asked again, for another choice
     )
 
 
