@@ -11,10 +11,12 @@ from qprobe.samples.sources import PHOTOGRAPHS, Samples, from_folder, from_jsonl
 from qprobe.samples.texts import QUESTIONS, questions
 
 DEMO_MODELS = ("demo", "demo-outliers")
-SCAN_SAMPLES = {
-    "demo": 48,
-    "given": 32,
-}  # defaults: enough for stable ranks on the demo; 32 images a user has at hand
+# Defaults: the demo's KL is small and heavy-tailed, so that 48 scenes leave an error of half its size;
+# 32 images a user has at hand.
+SCAN_SAMPLES = {"demo": 192, "given": 32}
+SEEDS = (
+    1000  # of built-in scenes: those of a scan begin at 1000, held-out ones at 2000, so more would overlap
+)
 
 
 class Wanted(NamedTuple):
@@ -33,7 +35,7 @@ def choose_samples(
     """The samples of a scan, or held-out ones to compare on.
 
     Built-in samples of the two purposes never overlap; the user's own are used as given.
-    Raises SampleError if none is usable.
+    Raises SampleError if none is usable, or for a seed that built-in scenes do not have.
     """
     if wanted.images is not None and wanted.data is not None:
         raise SampleError("Both --images and --data are given. Pass one of them.")
@@ -56,6 +58,11 @@ def choose_samples(
 def _scenes(count: int, seed: int, purpose: Literal["scan", "compare"]) -> Samples:
     from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
 
+    if not 0 <= seed < SEEDS:
+        raise SampleError(
+            f"--seed {seed} is out of range: built-in scenes have the seeds 0 to {SEEDS - 1}, so that those "
+            "of a scan are never the held-out ones. Pass one of them."
+        )
     first = CALIBRATION_SEED if purpose == "scan" else HELD_OUT_SEED
     return Samples(tuple(scenes(count, first + seed)))
 

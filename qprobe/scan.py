@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.errors import SampleError
+from qprobe.errors import ModelError, QprobeError, SampleError
+from qprobe.measure.ablation import ablated_layers, check_ablated, measure_ablation
 from qprobe.measure.answers import with_answers
 from qprobe.measure.choice import choose_list
+from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
 from qprobe.measure.runner import Measures, applicable_measures, observe
@@ -23,7 +25,10 @@ from qprobe.options import Progress, ScanOptions, no_progress
 from qprobe.records import FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
-from qprobe.select.table import attribution_residual, write_table
+from qprobe.select.left_out import check_answers, left_out_notes, named, write_left_out
+from qprobe.select.ranks import write_ranks
+from qprobe.select.selection import parse_request
+from qprobe.select.table import MEASURES, attribution_residual, write_table
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,17 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     folder = options.out or Path("runs") / reference.identity.id.replace("/", "--")
     with clock.stage("weights"):
         subject = subject_of(reference, FormatSpec(options.format, compute_dtype=options.dtype))
+        check_request(subject, options)
     with clock.stage("answers"):
         work = prepare_samples(subject, options, folder, progress)
     with clock.stage("measure"):
         measures = start_run(subject, work, options, folder)
         measure_units(subject, work, measures, folder, progress)
-        order_layers(folder)
-        write_table(folder)
+        write_findings(folder)
+    if options.ablate is not None:
+        with clock.stage("ablate"):
+            layers = ablated_layers(options.ablate, folder)
+            measure_ablation(subject, folder, work.calibration, layers, progress)
     with clock.stage("choose"):
         choice = choose_list(subject, folder, work.held_out, options, progress)
     with clock.stage("report"):
@@ -123,8 +132,24 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         attribution_residual=attribution_residual(folder),
         skiplist=folder / "skiplist.json",
         verdict=choice.verdict,
-        notes=done.notes,
+        notes=(*done.notes, *choice.notes),  # the run folder may be asked again, for another choice
     )
+
+
+def check_request(subject: Subject, options: ScanOptions) -> None:
+    """Raises QprobeError, before anything is measured, for what this model can never be asked."""
+    inventory = subject.inventory
+    parse_request(options.budget, options.max_kl, options.by, inventory.standard_4bit_bytes)
+    if options.by is not None and options.by not in MEASURES:
+        raise QprobeError(f"{options.by!r} is no measure. Choose by one of {', '.join(MEASURES)}.")
+    if options.ablate is not None:
+        check_ablated(options.ablate, inventory)
+    asked = "--ablate" if options.ablate is not None else "--max-kl" if options.max_kl is not None else None
+    if asked is not None and not subject.has_head:
+        raise ModelError(
+            f"{subject.reference.identity.architecture} has no language head, so there is no KL for {asked} "
+            f"to measure. Scan without {asked}."
+        )
 
 
 def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progress: Progress) -> Work:
@@ -139,11 +164,13 @@ def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progre
     samples = found.samples
     if subject.has_head:
         samples = with_answers(subject, samples, options.max_new_tokens, options.batch_size, folder, progress)
-        silent = [s.id for s in samples if not s.answer]
-        notes += [f"{name}: left out, the model answers nothing" for name in silent]
+        notes += why_silent(subject, tuple(s for s in samples if not s.answer))
         samples = tuple(s for s in samples if s.answer)
     if not samples:
-        raise SampleError(f"The model answers none of the {len(found.samples)} samples. Pass other prompts.")
+        raise SampleError(
+            f"None of the {len(found.samples)} samples has an answer to measure ({notes[-1]}). "
+            "Pass other prompts, or another --dtype where values are not finite."
+        )
     calibration, held_out = split_held_out(samples)
     if subject.has_head and not held_out:
         notes.append(f"{len(samples)} samples are too few to hold any out; the list is chosen by its score.")
@@ -153,14 +180,30 @@ def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progre
     )
 
 
+def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:
+    """For each sample that the model answers nothing to, why it is left out."""
+    notes = []
+    for sample in samples:
+        layer = first_nonfinite(subject, (sample,))
+        why = f"in 16-bit its values are not finite from {layer} on" if layer else "the model answers nothing"
+        notes.append(f"{sample.id}: left out, {why}")
+    return notes
+
+
 def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) -> Measures:
     """Open (or resume) the run folder; what can be measured on this model."""
     first = subject.encode(work.calibration[0])
-    measures, notes = applicable_measures(subject, first, options.measures, options.nodes)
+    finite = first_finite(subject, work.calibration)
+    wanted, notes = options.measures, work.notes
+    if finite is None:
+        wanted = tuple(m for m in wanted or ("sensitivity",) if m != "propagated")
+        notes = (*notes, "Propagated error is not measured: on no sample is the 16-bit model finite.")
+    batch = first if finite is None else subject.encode(finite)
+    measures, more = applicable_measures(subject, batch, wanted, options.nodes)
     fmt = FormatSpec(options.format, compute_dtype=options.dtype)
     spec = run_spec(subject.reference, fmt, measures, work.calibration, work.held_out, first, options.seed)
-    notes = (*work.notes, *notes)
-    open_run(folder, Scan(subject.reference.identity, fmt, subject.inventory, spec, notes=notes))
+    identity = subject.reference.identity
+    open_run(folder, Scan(identity, fmt, subject.inventory, spec, notes=(*notes, *more)))
     return measures
 
 
@@ -176,25 +219,35 @@ def measure_units(subject: Subject, work: Work, measures: Measures, folder: Path
         progress("measure", total - len([u for u in todo if u > unit]), total)
 
 
+def write_findings(folder: Path) -> None:
+    """The layer table and what goes with it, from the units; notes on what a reader must know of them.
+
+    Raises SampleError if the KL is finite on no sample.
+    """
+    order_layers(folder)
+    write_table(folder)
+    write_ranks(folder)
+    write_left_out(folder)
+    add_notes(folder, left_out_notes(folder))
+    check_answers(folder)
+
+
 def order_layers(folder: Path) -> None:
     """Note in the run folder in which order the linears ran, and which never did."""
-    scan_record = read_scan(folder)
+    record = read_scan(folder)
     ran = list(dict.fromkeys(read_units(folder, "outputs")["layer"]))
     position = {name: i for i, name in enumerate(ran)}
-    inventory = scan_record.inventory
+    inventory = record.inventory
     ordered = sorted(inventory.layers, key=lambda x: position.get(x.name, len(ran)))
     unmeasured = tuple(x.name for x in ordered if x.name not in position)
-    notes = scan_record.notes
-    if unmeasured and scan_record.status == "running":
-        shown = ", ".join(unmeasured[:3]) + (", ..." if len(unmeasured) > 3 else "")
-        text = f"{len(unmeasured)} linears never ran on these samples and stay unmeasured: {shown}."
-        notes = (*(n for n in notes if n != text), text)
-    update_scan(
-        folder,
-        replace(
-            scan_record,
-            inventory=Inventory(tuple(ordered), inventory.uncovered, inventory.other_bytes),
-            unmeasured=unmeasured,
-            notes=notes,
-        ),
-    )
+    inventory = Inventory(tuple(ordered), inventory.uncovered, inventory.other_bytes)
+    update_scan(folder, replace(record, inventory=inventory, unmeasured=unmeasured))
+    if unmeasured:
+        count = "1 linear" if len(unmeasured) == 1 else f"{len(unmeasured)} linears"
+        add_notes(folder, (f"{count} never ran on these samples and stay unmeasured: {named(unmeasured)}.",))
+
+
+def add_notes(folder: Path, notes: tuple[str, ...]) -> None:
+    """Put sentences into the run's notes; those that stand there already are not repeated."""
+    record = read_scan(folder)
+    update_scan(folder, replace(record, notes=tuple(dict.fromkeys((*record.notes, *notes)))))

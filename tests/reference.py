@@ -85,6 +85,25 @@ def kl_nats(reference: Tensor, other: Tensor) -> float:
     return total
 
 
+def ablation_kl(
+    model: nn.Module, quantized: Iterable[str], layer: str, inputs: dict[str, Tensor], span: tuple[int, int]
+) -> tuple[float, float]:
+    """(KL with only `layer` in 4-bit, KL of all `quantized` in 4-bit less that with only `layer` kept).
+
+    Nats summed over the answer in `span` of one sample, from three copies with swapped weights.
+    """
+    names = set(quantized)
+    start, end = span
+
+    def logits(swapped: set[str]) -> Tensor:
+        with torch.no_grad():
+            return quantized_copy(model, swapped)(**inputs).logits[0, start - 1 : end - 1]
+
+    plain = logits(set())
+    alone, standard, kept = (kl_nats(plain, logits(x)) for x in ({layer}, names, names - {layer}))
+    return alone, standard - kept
+
+
 def weight_gradient_slopes(
     model: nn.Module, quantized: Iterable[str], inputs: dict[str, Tensor], span: tuple[int, int], alpha: float
 ) -> dict[str, float]:

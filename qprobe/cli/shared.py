@@ -77,7 +77,7 @@ _SAMPLE_OPTIONS = (
         "--samples",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Number of samples.  [default: 48 scenes for the demo models, else up to 32]",
+        help="Number of samples.  [default: 192 scenes for the demo models, else up to 32]",
     ),
     click.option(
         "--seed",
@@ -85,7 +85,7 @@ _SAMPLE_OPTIONS = (
         default=0,
         show_default=True,
         metavar="N",
-        help="Which scenes are drawn for the demo models.",
+        help="Which scenes are drawn for the demo models, 0 to 999.",
     ),
     click.option(
         "--batch-size",

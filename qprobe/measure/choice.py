@@ -147,7 +147,8 @@ def _within_budget(
     chosen = decision.chosen
     manifest = _write(trial, plans[chosen.name], budget, candidates, chosen)
     said = verdict(candidates[0], chosen, trial.standard_bytes)
-    tie = (decision.why,) if decision.tied else ()
+    is_tied = any(c.kept != chosen.kept for c in (decision.best, *decision.tied))
+    tie = (decision.why,) if is_tied else ()
     return Choice(manifest, said, (*tie, *_left_out(trial, candidates)))
 
 

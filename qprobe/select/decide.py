@@ -9,6 +9,10 @@ from math import fsum, nan, sqrt
 import numpy as np
 import pandas as pd
 
+# Of standard 4-bit's bytes. Lists for one budget all come close to it, and by how much is chance: it depends
+# on which layer happened to fit last. What a user would notice is more than that.
+SAME_SIZE = 0.005
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -81,14 +85,16 @@ def on_common_samples(candidates: Sequence[Candidate]) -> list[Candidate]:
 def decide(candidates: Sequence[Candidate], standard: Candidate) -> Decision:
     """The candidate to take: the lowest measured KL, or the smallest that cannot be told from it.
 
-    "Cannot be told apart": the paired difference is within one standard error. Nothing that measured
-    worse than `standard` (nothing kept) is ever taken.
+    "Cannot be told apart": the paired difference is within one standard error. Sizes that differ by less than
+    `SAME_SIZE` are one size, and the lowest measured KL decides among them. Nothing that measured worse than
+    `standard` (nothing kept) is ever taken.
     """
     everything = [standard, *candidates]
     best = min(everything, key=lambda c: (c.kl, c.total_bytes))
     tied = tuple(c for c in everything if c is not best and _is_tied(c, best))
     allowed = [c for c in (best, *tied) if c.kl <= standard.kl]
-    chosen = min(allowed, key=lambda c: (c.total_bytes, c.kl))
+    limit = min(c.total_bytes for c in allowed) + SAME_SIZE * standard.total_bytes
+    chosen = min((c for c in allowed if c.total_bytes <= limit), key=lambda c: (c.kl, c.total_bytes))
     return Decision(chosen, best, tied, _why(chosen, best, tied, standard))
 
 
@@ -102,10 +108,13 @@ def _is_tied(candidate: Candidate, best: Candidate) -> bool:
 def _why(chosen: Candidate, best: Candidate, tied: tuple[Candidate, ...], standard: Candidate) -> str:
     if chosen is standard:
         return "No list measured better than keeping nothing, within its error; nothing is kept."
-    if chosen is best and not tied:
-        return f"{best.name} measured lowest, and no other list comes within its error."
-    others = ", ".join(c.name for c in (best, *tied) if c is not chosen)
-    return f"{chosen.name} cannot be told from {others} within the error, and is the smallest of them."
+    others = [c.name for c in (best, *tied) if c.kept != chosen.kept]
+    if not others:
+        return f"{chosen.name} measured lowest, and no other list comes within its error."
+    return (
+        f"The lists {', '.join([chosen.name, *others])} cannot be told apart within the error; "
+        f"of the smallest, {chosen.name} measured lowest."
+    )
 
 
 def _ratio(numerators: pd.Series, weights: pd.Series) -> float:

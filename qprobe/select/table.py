@@ -186,7 +186,8 @@ def finite_answers(rows: pd.DataFrame) -> pd.DataFrame:
 def left_out(folder: Path) -> pd.DataFrame:
     """How many non-finite values the sums of each layer leave out; only layers with any.
 
-    Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples).
+    Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples), and
+    samples: the ids on which outputs or sensitivity were not finite, "; " between them.
     """
     inventory = read_scan(folder).inventory
     weights, outputs, sensitivity = (
@@ -199,12 +200,13 @@ def left_out(folder: Path) -> pd.DataFrame:
             "activation": _total(outputs.get(x.name), "activation_nonfinite"),
             "propagated": _total(outputs.get(x.name), "propagated_nonfinite"),
             "sensitivity": _not_finite(sensitivity.get(x.name)),
+            "samples": "; ".join(_hurt_samples(outputs.get(x.name), sensitivity.get(x.name))),
         }
         for x in inventory.layers
     ]
-    columns = ["layer", "weight", "activation", "propagated", "sensitivity"]
-    frame = pd.DataFrame(rows, columns=pd.Index(columns))
-    some = frame[columns[1:]].to_numpy().sum(axis=1) > 0
+    counts = ["weight", "activation", "propagated", "sensitivity"]
+    frame = pd.DataFrame(rows, columns=pd.Index(["layer", *counts, "samples"]))
+    some = frame[counts].to_numpy().sum(axis=1) > 0
     return frame.loc[some].reset_index(drop=True)
 
 
@@ -324,3 +326,15 @@ def _total(rows: pd.DataFrame | None, column: str) -> int:
 
 def _not_finite(rows: pd.DataFrame | None) -> int:
     return 0 if rows is None else int(np.count_nonzero(~np.isfinite(_numbers(rows, "kl_sum"))))
+
+
+def _hurt_samples(outputs: pd.DataFrame | None, sensitivity: pd.DataFrame | None) -> list[str]:
+    """Ids of the samples on which a layer left something out, in their order."""
+    names: list[str] = []
+    if outputs is not None:
+        counts = np.nan_to_num(_numbers(outputs, "activation_nonfinite"))
+        counts = counts + np.nan_to_num(_numbers(outputs, "propagated_nonfinite"))
+        names += outputs.loc[counts > 0, "sample"].tolist()
+    if sensitivity is not None:
+        names += sensitivity.loc[~np.isfinite(_numbers(sensitivity, "kl_sum")), "sample"].tolist()
+    return list(dict.fromkeys(names))

@@ -43,7 +43,24 @@ def test_of_lists_that_cannot_be_told_apart_the_smallest_is_taken():
     small = candidate("small", 110, 0.15, 0.11, 0.07, 0.11)
     found = decide([best, small], STANDARD)
     assert found.best is best and found.chosen is small and found.tied == (small,)
-    assert "small cannot be told from large within the error" in found.why
+    assert found.why == (
+        "The lists small, large cannot be told apart within the error; "
+        "of the smallest, small measured lowest."
+    )
+
+
+def test_sizes_that_differ_by_chance_do_not_decide():
+    # Both cannot be told apart; 4 bytes of 1,000 are no difference in size, 60 are.
+    standard = candidate("nothing kept", 1000, 1.0, 1.2, 0.8, 1.0, kept=())
+    best = candidate("best", 1100, 0.10, 0.10, 0.10, 0.10)
+    near, small = (candidate(name, size, 0.15, 0.11, 0.07, 0.11) for name, size in (("n", 1096), ("s", 1040)))
+    assert decide([best, near], standard).chosen is best
+    assert decide([best, small], standard).chosen is small
+
+
+def test_one_list_under_two_names_is_no_tie():
+    one, same = candidate("a", 110, 0.1, 0.1, 0.1, 0.2), candidate("b", 110, 0.1, 0.1, 0.1, 0.2, kept=("a",))
+    assert decide([one, same], STANDARD).why == "a measured lowest, and no other list comes within its error."
 
 
 def test_nothing_is_kept_where_nothing_measured_better():

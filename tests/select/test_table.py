@@ -125,9 +125,15 @@ def test_non_finite_values_are_left_out_and_counted(tmp_path: Path):
     )
     assert layer_table(run).set_index("layer").loc["model.a", "sensitivity_kl"] == 1.5
     assert left_out(run).to_dict("records") == [
-        {"layer": "model.a", "weight": 0, "activation": 2, "propagated": 0, "sensitivity": 2},
-        {"layer": "model.q", "weight": 3, "activation": 0, "propagated": 0, "sensitivity": 0},
-    ]
+        {
+            "layer": "model.a", "weight": 0, "activation": 2, "propagated": 0, "sensitivity": 2,
+            "samples": "a; b; c",
+        },
+        {
+            "layer": "model.q", "weight": 3, "activation": 0, "propagated": 0, "sensitivity": 0,
+            "samples": "",
+        },
+    ]  # fmt: skip
 
 
 def test_peak_is_the_maximum_and_remembers_where_it_was(tmp_path: Path):
