@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,16 @@ def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
 
 def _outline(model: str, dtype: str) -> Outline:
     """The model on the meta device. Raises ModelError if its config cannot be had or builds nothing."""
-    source = resolve(model)
     is_folder = Path(model).expanduser().is_dir()
     entry = None if is_folder else find(model)
-    name = entry.alias if entry else source.id
+    if entry is not None and entry.geometry is not None:
+        name, hub_id, config = entry.alias, entry.hub_id, partial(catalogue_config, entry)
+    else:
+        source = resolve(model)
+        name, hub_id = source.id, None if is_folder else source.location
+        config = partial(load_config, source)
     try:
-        known = entry is not None and entry.geometry is not None
-        config = catalogue_config(entry) if entry and known else load_config(source)
-        skeleton = meta_model(config, dtype)
+        return Outline(name, hub_id, entry, meta_model(config(), dtype))
     except ModelError:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
@@ -151,8 +154,6 @@ def _outline(model: str, dtype: str) -> Outline:
             f"Model {name!r} cannot be built from its config.json: {first.rstrip('.')}. "
             f"Check that this transformers knows its architecture and that the file is as published."
         ) from error
-    hub_id = entry.hub_id if entry else None if is_folder else source.location
-    return Outline(name, hub_id, entry, skeleton)
 
 
 def _published(entry: Entry | None, inventory: Inventory) -> list[Layout]:
@@ -233,9 +234,11 @@ def _notes(outline: Outline, layouts: list[Layout], inventory: Inventory) -> tup
                 f"{figure.layout} publishes {figure.gib} GiB for a list of its own that is not known here "
                 f"({figure.source})."
             )
+    if getattr(getattr(outline.skeleton, "config", None), "quantization_config", None) is not None:
+        notes.append("Its config.json says it is quantized already; these sizes are of its 16-bit model.")
     fixed = [x for x in inventory.layers if x.fixed]
     if fixed:
-        names_of = ", ".join(f"{x.name} ({x.fixed})" for x in fixed[:3])
+        names_of = ", ".join(x.name if x.name == x.fixed else f"{x.name} ({x.fixed})" for x in fixed[:3])
         more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
         notes.append(f"In 16-bit in every standard layout: {names_of}{more}.")
     return tuple(notes)

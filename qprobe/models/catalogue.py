@@ -110,9 +110,21 @@ _INTERNVL = "InternVLForConditionalGeneration"
 _LLAMA = "LlamaForCausalLM"
 _QWEN3 = "Qwen3ForCausalLM"
 _QWEN3_MOE = "Qwen3MoeForCausalLM"
+_LLAMA_11B = "meta-llama/Llama-3.2-11B-Vision-Instruct"
 
 # (alias, hub id, architecture, note, geometry). Two aliases of one hub id are two names of one model.
-_PLAIN: tuple[tuple[str, str, str, str, str], ...] = (
+_ON_THE_HUB: tuple[tuple[str, str, str, str, str], ...] = (
+    # The figures and the list published for "Llama 3.2 11B Vision" are those of the instruction-tuned model,
+    # so the short name means it. The base model has smaller tiles (448 pixels) and 27 M parameters less.
+    ("llama-3.2-11b-vision", _LLAMA_11B, _MLLAMA, GATED, "llama-3.2-11b-vision"),
+    ("llama-3.2-11b-vision-instruct", _LLAMA_11B, _MLLAMA, GATED, "llama-3.2-11b-vision"),
+    (
+        "llama-3.2-11b-vision-base",
+        "meta-llama/Llama-3.2-11B-Vision",
+        _MLLAMA,
+        GATED,
+        "llama-3.2-11b-vision-448",
+    ),
     ("llama-3.2-90b-vision", "meta-llama/Llama-3.2-90B-Vision", _MLLAMA, GATED, "llama-3.2-90b-vision"),
     (
         "llama-3.2-90b-vision-instruct",
@@ -121,6 +133,8 @@ _PLAIN: tuple[tuple[str, str, str, str, str], ...] = (
         GATED,
         "llama-3.2-90b-vision",
     ),
+    ("qwen2-vl-2b", "Qwen/Qwen2-VL-2B", _QWEN2_VL, OPEN, "qwen2-vl-2b"),
+    ("qwen2-vl-2b-instruct", "Qwen/Qwen2-VL-2B-Instruct", _QWEN2_VL, OPEN, "qwen2-vl-2b"),
     ("qwen2-vl-7b", "Qwen/Qwen2-VL-7B", _QWEN2_VL, OPEN, "qwen2-vl-7b"),
     ("qwen2-vl-7b-instruct", "Qwen/Qwen2-VL-7B-Instruct", _QWEN2_VL, OPEN, "qwen2-vl-7b"),
     ("qwen2-vl-72b", "Qwen/Qwen2-VL-72B", _QWEN2_VL, OPEN, "qwen2-vl-72b"),
@@ -176,58 +190,21 @@ _PLAIN: tuple[tuple[str, str, str, str, str], ...] = (
     ("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", _QWEN3_MOE, OPEN, "qwen3-30b-a3b"),
 )
 
-_UNSLOTH_11B = (UNSLOTH_LLAMA_11B,)
+# By geometry: the models that share one share what was published about it.
+_LISTS = {name: (UNSLOTH_LLAMA_11B,) for name in ("llama-3.2-11b-vision", "llama-3.2-11b-vision-448")}
+_SIZES = {"llama-3.2-11b-vision": _LLAMA_11B_SIZES, "qwen2-vl-2b": _QWEN2_VL_2B_SIZES}
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry(
-        "demo",
-        None,
-        _MLLAMA,
-        "embedded; a small model trained on drawn scenes, needs no network",
-        geometry="demo",
-    ),
-    Entry(
-        "demo-outliers",
-        None,
-        _MLLAMA,
-        "embedded; demo re-parameterized so that planted layers break in 4-bit",
-        geometry="demo",
-    ),
-    # The figures and the list published for "Llama 3.2 11B Vision" are those of the instruction-tuned model,
-    # so the short name means it. The base model has smaller tiles (448 pixels) and 27 M parameters less.
     *(
-        Entry(
-            alias,
-            "meta-llama/Llama-3.2-11B-Vision-Instruct",
-            _MLLAMA,
-            GATED,
-            _UNSLOTH_11B,
-            "llama-3.2-11b-vision",
-            _LLAMA_11B_SIZES,
+        Entry(alias, None, _MLLAMA, f"embedded; {note}", geometry="demo")
+        for alias, note in (
+            ("demo", "a small model trained on drawn scenes, needs no network"),
+            ("demo-outliers", "demo re-parameterized so that planted layers break in 4-bit"),
         )
-        for alias in ("llama-3.2-11b-vision", "llama-3.2-11b-vision-instruct")
-    ),
-    Entry(
-        "llama-3.2-11b-vision-base",
-        "meta-llama/Llama-3.2-11B-Vision",
-        _MLLAMA,
-        GATED,
-        _UNSLOTH_11B,
-        "llama-3.2-11b-vision-448",
-    ),
-    Entry("qwen2-vl-2b", "Qwen/Qwen2-VL-2B", _QWEN2_VL, OPEN, (), "qwen2-vl-2b", _QWEN2_VL_2B_SIZES),
-    Entry(
-        "qwen2-vl-2b-instruct",
-        "Qwen/Qwen2-VL-2B-Instruct",
-        _QWEN2_VL,
-        OPEN,
-        (),
-        "qwen2-vl-2b",
-        _QWEN2_VL_2B_SIZES,
     ),
     *(
-        Entry(alias, hub_id, architecture, note, (), geometry)
-        for alias, hub_id, architecture, note, geometry in _PLAIN
+        Entry(alias, hub_id, architecture, note, _LISTS.get(name, ()), name, _SIZES.get(name, ()))
+        for alias, hub_id, architecture, note, name in _ON_THE_HUB
     ),
 )
 

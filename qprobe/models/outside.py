@@ -15,6 +15,7 @@ WHY_NORM = "a norm"
 WHY_TABLE = "an embedding table, which multiplies nothing"
 WHY_POSITIONS = "embeddings of positions or classes, which multiply nothing"
 WHY_VECTOR = "a vector or scalar, no matrix"
+WHY_CONV1D = "a Conv1D, which this tool leaves in 16-bit"
 WHY_NO_LINEAR = "a parameter of no linear layer"
 
 
@@ -85,4 +86,6 @@ def _why(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
         return WHY_POSITIONS
     if parameter.dim() < 2:
         return WHY_VECTOR
+    if type(module).__name__ == "Conv1D":  # of transformers (GPT-2): a linear with its weight transposed
+        return WHY_CONV1D
     return why_uncovered(model, parent) or WHY_NO_LINEAR

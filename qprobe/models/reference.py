@@ -134,7 +134,10 @@ def load_config(source: Source) -> Any:
     from transformers import AutoConfig
 
     with _explained(source):
-        return AutoConfig.from_pretrained(source.location, revision=source.revision or "main")
+        # Said in full: left out, transformers would ask on the terminal whether to run the code.
+        return AutoConfig.from_pretrained(
+            source.location, revision=source.revision or "main", trust_remote_code=False
+        )
 
 
 def model_class(config: Any) -> Any:
