@@ -16,6 +16,7 @@ from qprobe.models.inventory import fingerprint
 from qprobe.records import ModelIdentity
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_FOR_EXAMPLE = ("demo", "llama-3.2-11b-vision", "qwen2.5-vl-7b")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -68,10 +69,10 @@ def resolve(model: str) -> Source:
     if _HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
         return Source(model, model)
     near = nearest(model)
-    meant = f"Did you mean {', '.join(near)}? " if near else ""
+    meant = f"Did you mean {', '.join(near)}?" if near else f"Some of them: {', '.join(_FOR_EXAMPLE)}."
     raise ModelError(
         f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the {len(ENTRIES)} known "
-        f"names. {meant}`qprobe models` lists what is known."
+        f"names. {meant} `qprobe models` lists what is known."
     )
 
 
