@@ -219,6 +219,8 @@ def find(model: str) -> Entry | None:
 
 
 def nearest(model: str, count: int = 3) -> tuple[str, ...]:
-    """At most `count` aliases that are spelt most like `model`, best first; empty if none comes near."""
+    """At most `count` aliases that begin with `model`, or else are spelt most like it; empty if none is near."""
+    typed = model.lower().rpartition("/")[2]
     aliases = [entry.alias for entry in ENTRIES]
-    return tuple(get_close_matches(model.lower().rpartition("/")[2], aliases, count, cutoff=0.5))
+    begun = [alias for alias in aliases if typed and alias.startswith(typed)]
+    return tuple(begun[:count] or get_close_matches(typed, aliases, count, cutoff=0.5))

@@ -156,6 +156,7 @@ def test_base_and_tuned_llama_11b_differ_in_their_tiles() -> None:
         ("llama-3.2-11b-vison", "llama-3.2-11b-vision"),
         ("Qwen2.5-VL-7b-Instrct", "qwen2.5-vl-7b-instruct"),
         ("pixtral", "pixtral-12b"),
+        ("qwen2-vl", "qwen2-vl-2b"),
         ("meta/llama-3.1-8b", "llama-3.1-8b"),
     ],
 )
