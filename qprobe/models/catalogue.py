@@ -219,7 +219,7 @@ def find(model: str) -> Entry | None:
 
 
 def nearest(model: str, count: int = 3) -> tuple[str, ...]:
-    """At most `count` aliases that begin with `model`, or else are spelt most like it; empty if none is near."""
+    """At most `count` aliases that begin with `model`, else those spelt most like it; maybe none."""
     typed = model.lower().rpartition("/")[2]
     aliases = [entry.alias for entry in ENTRIES]
     begun = [alias for alias in aliases if typed and alias.startswith(typed)]
