@@ -15,9 +15,11 @@ HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate")
 TORCH_FREE = (
     "qprobe",
     "qprobe.cli",
+    "qprobe.exports",
     "qprobe.formats.sizes",
     "qprobe.manifest",
     "qprobe.measure.store",
+    "qprobe.models.headers",
     "qprobe.options",
     "qprobe.report.write",
     "qprobe.select",

@@ -1,4 +1,4 @@
-"""Lists for the tools that serve or quantize on their own: vLLM, llm-compressor, GPTQModel, AutoRound, llama.cpp."""
+"""Lists for tools that serve or quantize: vLLM, llm-compressor, GPTQModel, AutoRound, llama.cpp."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ VLLM_NAMES = {
     "Qwen2VLForConditionalGeneration": VLLM_QWEN,
     "Qwen2_5_VLForConditionalGeneration": VLLM_QWEN,
 }
-OTHER_CODES = "NF4 is bitsandbytes' own; here the 4-bit layers get {codes} instead, so measure again what it costs."
+OTHER_CODES = (
+    "NF4 is bitsandbytes' own; here the 4-bit layers get {codes} instead, so measure again what it costs."
+)
 TEXT_ONLY = "{tool} quantizes the decoder's layers only, unless told otherwise; the other names do no harm."
 
 
@@ -49,8 +51,8 @@ def vllm(manifest: Manifest) -> Written:
     return Written(
         json.dumps({"quantization_config": config}, indent=2) + "\n",
         (
-            "Put it into the config.json of the checkpoint; vLLM takes a skip-list from nowhere else, and its "
-            "own --quantization bitsandbytes of a 16-bit checkpoint keeps nothing.",
+            "Put it into the config.json of the checkpoint; vLLM takes a skip-list from nowhere else, and "
+            "its own --quantization bitsandbytes of a 16-bit checkpoint keeps nothing.",
             "Names of transformers and of vLLM stand in one list; each ignores the other's.",
         ),
     )
@@ -81,7 +83,7 @@ def _split(joint: str, other: str, other_kept: bool, name: str) -> str:
     in_16bit, in_4bit = (other, name) if other_kept else (name, other)
     return (
         f"vLLM makes one matrix {joint} of layers with different precisions: {in_16bit} stays in 16-bit, "
-        f"{in_4bit} does not. Keep the whole group or none of it, and build the checkpoint from that manifest."
+        f"{in_4bit} does not. Keep the whole group or none of it, and build the checkpoint from it."
     )
 
 

@@ -23,7 +23,7 @@ from qprobe.models.spellings import Spellings, spellings
 
 @dataclass(frozen=True)
 class Reader:
-    """label: tool and version, as a message names it. keep: module name there -> True if it must stay 16-bit."""
+    """label: tool and version, as a message names it. keep: by module name there, whether it stays 16-bit."""
 
     label: str
     rule: Rule
@@ -130,7 +130,9 @@ def _too_much(entry: str, found: Sequence[str], extra: Sequence[str], one: Reade
 
 def _missed(entries: Sequence[str], missed: Sequence[str], one: Reader) -> str:
     what = f"none of the {len(entries)} entries matches" if entries else "the empty list does not name"
-    replaced = " A list replaces the tool's own default, so the head must be named." if _is_head(missed) else ""
+    replaced = (
+        " A list replaces the tool's own default, so the head must be named." if _is_head(missed) else ""
+    )
     return (
         f"Under {one.label} {what} {missed[0]}, so {len(missed)} layers that must stay in 16-bit would go to "
         f"4-bit.{replaced} Take the names from the manifest."

@@ -42,9 +42,9 @@ class Export:
 def export_manifest(manifest: Manifest | str | Path, to: str) -> Export:
     """The list of `manifest` (or of the file at that path) in the language of the tool `to`, one of TOOLS.
 
-    The entries were run through the tool's own rule: they keep exactly the manifest's 16-bit layers, the output
-    head and tied weights among them. Raises QprobeError for a tool that is not known, ManifestError, naming
-    the layer, where the tool cannot be told so.
+    The entries were run through the tool's own rule: they keep exactly the manifest's 16-bit layers, the
+    output head and tied weights among them. Raises QprobeError for an unknown tool, ManifestError,
+    naming the layer, where the tool cannot be told so.
     """
     if to not in TOOLS:
         raise QprobeError(f"No tool {to!r}: qprobe exports to {', '.join(TOOLS)}.")
@@ -76,7 +76,10 @@ def _transformers_4(manifest: Manifest) -> Written:
     entries = exact_entries(transformers_4_readers(manifest), str)
     return Written(
         json.dumps(bits_and_bytes(manifest, entries), indent=2) + "\n",
-        ("Names of transformers 4.52 to 4.57 and of 4.51 and before stand in one list; each ignores the other's.",),
+        (
+            "Names of transformers 4.52 to 4.57 and of 4.51 and before stand in one list; each ignores the "
+            "other's.",
+        ),
     )
 
 

@@ -18,7 +18,9 @@ from qprobe.exports.shared import Written, bits_and_bytes, snippet, yaml
 from qprobe.manifest import Manifest
 from qprobe.models import matchers
 
-_NEEDS_CHECKPOINT = "Pass the folder of the 16-bit weights where a model name stands, if yours is not on the hub."
+_NEEDS_CHECKPOINT = (
+    "Pass the folder of the 16-bit weights where a model name stands, if yours is not on the hub."
+)
 
 
 def unsloth(manifest: Manifest) -> Written:
@@ -39,8 +41,8 @@ def unsloth(manifest: Manifest) -> Written:
     return Written(
         text,
         (
-            "load_in_4bit=False leaves the choice to quantization_config; Unsloth would otherwise replace a 16-bit "
-            "model by its own 4-bit checkpoint.",
+            "load_in_4bit=False leaves the choice to quantization_config; Unsloth would otherwise replace a "
+            "16-bit model by its own 4-bit checkpoint.",
         ),
     )
 
@@ -60,8 +62,8 @@ def peft(manifest: Manifest) -> Written:
     return Written(
         json.dumps(data, indent=2) + "\n",
         (
-            "LoraConfig(target_modules=...) takes the string as it is; in a list peft would read it as an ending.",
-            "peft.prepare_model_for_kbit_training turns every 16-bit layer into float32, the kept ones included.",
+            "LoraConfig(target_modules=...) takes the string as it is; a list would be read as endings.",
+            "peft.prepare_model_for_kbit_training turns 16-bit into float32, the kept layers too.",
         ),
     )
 
@@ -109,8 +111,9 @@ def llama_factory(manifest: Manifest) -> Written:
     """
     exact_entries(transformers_readers(manifest), str, exact)  # such a checkpoint can be made
     head = (
-        "# LLaMA-Factory's quantization_bit has no option for layers that stay in 16-bit, so the list travels in\n"
-        "# the checkpoint: write one with `qprobe quantize` and name its folder here. Do not set quantization_bit.\n"
+        "# LLaMA-Factory's quantization_bit has no option for layers that stay in 16-bit, so the list\n"
+        "# travels in the checkpoint: write one with `qprobe quantize` and name its folder here, without\n"
+        "# quantization_bit.\n"
         "# Layers in 16-bit there:\n"
     )
     kept = "".join(f"#   {name}\n" for name in manifest.skip_modules)

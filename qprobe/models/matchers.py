@@ -111,12 +111,12 @@ def transformers_rule(version: str | None) -> tuple[str, Rule]:
 
 
 def hits(rule: Rule, entry: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of `names` that `entry` keeps. Raises ManifestError for an entry that is no regular expression."""
+    """Those of `names` that `entry` keeps. Raises ManifestError if `entry` must be a pattern and is none."""
     try:
         return tuple(name for name in names if rule(entry, name))
     except re.error as error:
         raise ManifestError(
-            f"The entry {entry!r} is read as a regular expression and is none ({error}); correct or remove it."
+            f"The entry {entry!r} is read as a regular expression and is none ({error}); correct it."
         ) from error
 
 
