@@ -21,7 +21,7 @@ from qprobe.models.headers import (
     stored_weight,
 )
 from qprobe.models.inventory import list_layers
-from qprobe.models.matchers import hits, transformers_5_21, whole_parts
+from qprobe.models.matchers import hits, running_rule, whole_parts
 from qprobe.models.reference import load_config, meta_model, resolve
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, Linear
@@ -175,9 +175,9 @@ def _entries(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _read(entries: Sequence[str], inventory: Inventory) -> tuple[ReadEntry, ...]:
     """What the running transformers makes of each entry, and what lies beyond the entry's own words."""
-    found = []
+    rule, found = running_rule(), []
     for entry in entries:
-        layers = hits(transformers_5_21, entry, (x.name for x in inventory.layers))
+        layers = hits(rule, entry, (x.name for x in inventory.layers))
         is_name = all(c.isalnum() or c in "._-" for c in entry)
         extra = tuple(name for name in layers if is_name and not whole_parts(entry, name))
         found.append(ReadEntry(entry, layers, extra))
@@ -195,8 +195,9 @@ def _in_16bit_class(
         from transformers.quantizers.base import get_keys_to_not_convert
 
         entries = get_keys_to_not_convert(model)
+    rule = running_rule()
     keys = [*entries, *sorted(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    return frozenset(name for key in keys for name in hits(transformers_5_21, key, names))
+    return frozenset(name for key in keys for name in hits(rule, key, names))
 
 
 def _find(tensors: Mapping[str, StoredTensor], layer: Linear) -> StoredWeight | None:

@@ -42,7 +42,7 @@ def loaded_problems(
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        yield f"{len(wrong)} layers are wrong once loaded: {'; '.join(wrong[:3])}{more}."
+        yield f"{len(wrong)} of {len(layers)} linears are wrong once loaded: {'; '.join(wrong[:3])}{more}."
     elif manifest is not None:
         try:
             verify(model, manifest)

@@ -14,7 +14,7 @@ from qprobe.build.load import Blueprint, draw
 from qprobe.errors import ManifestError
 from qprobe.manifest import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.models.inventory import fingerprint, list_layers
-from qprobe.models.matchers import Rule, hits, transformers_5_21, transformers_rule
+from qprobe.models.matchers import Rule, hits, running_rule, transformers_rule
 from qprobe.models.reference import resolve
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
@@ -169,11 +169,8 @@ def _remarks(
         remarks.append(
             f"{len(dead)} of {len(matched)} entries match nothing in this model: {', '.join(dead)}."
         )
-    today = {
-        name
-        for one in matched
-        for name in hits(transformers_5_21, one.entry, (x.name for x in inventory.layers))
-    }
+    rule = running_rule()
+    today = {name for one in matched for name in hits(rule, one.entry, (x.name for x in inventory.layers))}
     if matched and today != kept:
         remarks.append(
             f"Handed to today's transformers as it stands, the list would keep {len(today & kept)} of these "

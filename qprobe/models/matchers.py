@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 
 from packaging.version import InvalidVersion, Version
 
@@ -98,16 +99,21 @@ def llama_cpp(entry: str, name: str) -> bool:
     return re.search(entry.partition("=")[0].lower(), name) is not None
 
 
-def transformers_rule(version: str | None) -> tuple[str, Rule]:
-    """(label, rule) of transformers `version`; the current rule where it is None or no version."""
+def transformers_rule(release: str | None) -> tuple[str, Rule]:
+    """(label, rule) of transformers `release`; the current rule where it is None or no version."""
     current = ("transformers 5.21 or newer", transformers_5_21)
     try:
-        parsed = Version(version or "")
+        parsed = Version(release or "")
     except InvalidVersion:
         return current
     if parsed.major < 5:
         return ("transformers 4", transformers_4)
     return current if parsed >= Version("5.21.0.dev0") else ("transformers 5.0 to 5.20", transformers_5_0)
+
+
+def running_rule() -> Rule:
+    """The rule of the transformers that is installed here, which need not be imported for it."""
+    return transformers_rule(version("transformers"))[1]
 
 
 def hits(rule: Rule, entry: str, names: Iterable[str]) -> tuple[str, ...]:
