@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qprobe.errors import ManifestError
-from qprobe.manifest import Manifest
+from qprobe.manifest import LayerChoice, Manifest
 from qprobe.models.matchers import (
     Rule,
     hits,
@@ -40,8 +40,30 @@ def layer_spellings(manifest: Manifest) -> dict[str, tuple[Spellings, bool]]:
     for weight in manifest.uncovered:
         if weight.name.endswith(".weight") and not weight.why.startswith("a convolution"):
             name = weight.name.removesuffix(".weight")
-            found.setdefault(name, (spellings(name, name), True))
+            found.setdefault(name, (spellings(name, _in_files(name, manifest.layers)), True))
     return found
+
+
+def _in_files(name: str, layers: Sequence[LayerChoice]) -> str:
+    """The name in the files of a module that the manifest gives only today's name of.
+
+    It is renamed as the listed linear nearest to it in the tree.
+    """
+    parts = name.split(".")
+    if not layers:
+        return name
+    nearest = max(layers, key=lambda x: _shared(parts, x.name.split(".")))
+    today, filed = nearest.name.split("."), nearest.checkpoint_name.split(".")
+    tail = _shared(today[::-1], filed[::-1])
+    head, head_in_files = today[: len(today) - tail], filed[: len(filed) - tail]
+    return ".".join([*head_in_files, *parts[len(head) :]]) if parts[: len(head)] == head else name
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def reader(manifest: Manifest, label: str, rule: Rule, spelling: Callable[[Spellings], str]) -> Reader:

@@ -129,3 +129,11 @@ def test_the_published_list_as_it_stands_keeps_3_or_2_of_19(published: Manifest)
 
 def test_kbit_training_of_peft_is_warned_of(published: Manifest):
     assert any("prepare_model_for_kbit_training" in x for x in export_manifest(published, "peft").notes)
+
+
+def test_such_a_module_is_named_as_the_files_name_it_too():
+    # SigLIP's pooling head attends through nn.MultiheadAttention, which transformers 4 and 5.0 would break.
+    manifest = of_tree("Gemma3ForConditionalGeneration", [])
+    four = entries_of(manifest, "transformers-4")
+    assert "vision_tower.vision_model.head.attention.out_proj" in four  # 4.51 and before
+    assert "model.vision_tower.vision_model.head.attention.out_proj" in four  # 4.52 to 4.57
