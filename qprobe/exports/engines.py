@@ -149,7 +149,7 @@ def llama_cpp(manifest: Manifest) -> Written:
     options += [f"--tensor-type {shlex.quote(entry)}" for entry in entries]
     lines = ["llama-quantize", *options, "model-16bit.gguf model-iq4_nl.gguf IQ4_NL"]
     notes = [OTHER_CODES.format(codes="IQ4_NL"), "Do not add --pure, which turns --tensor-type off."]
-    outside = [x for x in manifest.layers if _tower(manifest, x) in (VISION, PROJECTOR)]
+    outside = _vision_part(manifest)
     if outside:
         notes.append(
             f"{len(outside)} layers of the vision part lie in the mmproj file, which llama-quantize does not "
@@ -160,9 +160,10 @@ def llama_cpp(manifest: Manifest) -> Written:
 
 def gguf_tensors(manifest: Manifest) -> dict[str, bool]:
     """By GGUF name of each decoder tensor: whether it stays in 16-bit; the output head is not among them."""
-    found = {}
+    found: dict[str, bool] = {}
+    outside = _vision_part(manifest)
     for layer in manifest.layers:
-        if _tower(manifest, layer) in (VISION, PROJECTOR) or _is_output(layer):
+        if layer.name in outside or _is_output(layer):
             continue
         match = _GGUF_LAYER.search(layer.name)
         if match is None:
@@ -187,9 +188,10 @@ def _is_output(layer: LayerChoice) -> bool:
     return layer.name.rpartition(".")[2] == "lm_head"
 
 
-def _tower(manifest: Manifest, layer: LayerChoice) -> str:
-    """The tower of a layer; what only the text part of a model without any vision is, is language."""
+def _vision_part(manifest: Manifest) -> frozenset[str]:
+    """Names of the layers outside the decoder and its head; a model without vision has none."""
     architecture = manifest.model.architecture
-    has_vision = any(tower_of(x.name, architecture, True) == VISION for x in manifest.layers)
-    tower = tower_of(layer.name, architecture, has_vision)
-    return VISION if tower == OTHER else tower
+    towers = {x.name: tower_of(x.name, architecture, True) for x in manifest.layers}
+    if VISION not in towers.values():
+        return frozenset()
+    return frozenset(name for name, tower in towers.items() if tower in (VISION, PROJECTOR, OTHER))

@@ -61,9 +61,8 @@ def _in_files(name: str, layers: Sequence[LayerChoice]) -> str:
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
     """How many parts both begin with."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def reader(manifest: Manifest, label: str, rule: Rule, spelling: Callable[[Spellings], str]) -> Reader:

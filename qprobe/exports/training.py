@@ -25,7 +25,7 @@ _NEEDS_CHECKPOINT = (
 
 def unsloth(manifest: Manifest) -> Written:
     """Python for unsloth 2026.10.9: FastModel takes `quantization_config`, and its own list gives way to it
-    (models/vision.py, `_with_architecture_skip_modules`)."""
+    (models/loader.py, `FastModel.from_pretrained`; models/vision.py, `_with_architecture_skip_modules`)."""
     readers = [
         *transformers_readers(manifest),
         reader(manifest, "unsloth", matchers.unsloth, lambda x: x.name),
@@ -36,13 +36,14 @@ def unsloth(manifest: Manifest) -> Written:
         entries,
         imports=("from unsloth import FastModel",),
         load="model, processor = FastModel.from_pretrained(\n"
-        "    {model}, dtype={dtype}, load_in_4bit=False, quantization_config=quantization\n)\n",
+        "    {model}, dtype={dtype}, quantization_config=quantization,\n"
+        "    use_exact_model_name=True,\n)\n",
     )
     return Written(
         text,
         (
-            "load_in_4bit=False leaves the choice to quantization_config; Unsloth would otherwise replace a "
-            "16-bit model by its own 4-bit checkpoint.",
+            "use_exact_model_name=True matters: without it Unsloth replaces a model that it knows by its own "
+            "4-bit checkpoint, which brings another list.",
         ),
     )
 
