@@ -117,7 +117,7 @@ def audit(
     problems += _wrong_codes(inventory, weights, spec)
     parameter_bytes, total_bytes = _bytes(tensors)
     if written is not None:
-        problems += _against(written, type(model).__name__, layers, total_bytes)
+        problems += _against(written, type(model).__name__, inventory, layers, total_bytes)
     if load:
         from qprobe.build.audit_loaded import loaded_problems
 
@@ -311,19 +311,24 @@ def _bytes(tensors: Mapping[str, StoredTensor]) -> tuple[int, int]:
 
 
 def _against(
-    manifest: Manifest, architecture: str, layers: Sequence[AuditedLayer], total_bytes: int
+    manifest: Manifest,
+    architecture: str,
+    inventory: Inventory,
+    layers: Sequence[AuditedLayer],
+    total_bytes: int,
 ) -> Iterator[str]:
     """Where files and manifest disagree."""
-    found = {x.name: x.state for x in layers}
-    wanted = {x.name: x.precision for x in manifest.layers}
-    if manifest.model.architecture != architecture or found.keys() != wanted.keys():
-        strange = sorted(found.keys() ^ wanted.keys())
+    strange = {(x.name, x.shape) for x in inventory.layers} ^ {(x.name, x.shape) for x in manifest.layers}
+    if manifest.model.architecture != architecture or strange:
+        name, shape = min(strange, default=("", ()))
         yield (
-            f"The manifest was written for {manifest.model.id} ({manifest.model.architecture}, {len(wanted)} "
-            f"linears), but this is a {architecture} of {len(found)}"
-            + (f", first difference {strange[0]}." if strange else ".")
+            f"The manifest was written for {manifest.model.id} ({manifest.model.architecture}, "
+            f"{len(manifest.layers)} linears), but this is a {architecture} of {len(layers)}"
+            + (f"; only one of them has {name} of shape {list(shape)}." if strange else ".")
         )
         return
+    found = {x.name: x.state for x in layers}
+    wanted = {x.name: x.precision for x in manifest.layers}
     packed = ("4-bit", "packed in a 16-bit class")
     is_4bit = [n for n, p in wanted.items() if p == "bf16" and found[n] in packed]
     is_16bit = [n for n, p in wanted.items() if p == "nf4" and found[n] not in (*packed, "missing")]

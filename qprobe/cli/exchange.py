@@ -79,7 +79,7 @@ def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
 @click.option(
     "--out",
     type=shared.PATH,
-    default="skiplist.json",
+    default="skiplist-imported.json",
     show_default=True,
     metavar="FILE",
     help="Where to write the manifest.",

@@ -177,13 +177,27 @@ def test_a_lost_weight_and_a_weight_of_another_shape(stale: Any):
 def test_another_manifest_is_caught(saved: Any, tiny_folder: TinyFolder):
     folder, _ = saved("llama")
     _, other = saved("llama_tied")
-    assert "The manifest was written for llama_tied" in audit(folder, other).problems[0]
+    said = audit(folder, other).problems[0]
+    assert "The manifest was written for llama_tied (LlamaForCausalLM, 15 linears)" in said
+    assert "this is a LlamaForCausalLM of 22; only one of them has model.layers.0.mlp.down_proj" in said
     nothing = manifest_for(tiny_folder("llama"))
     (more,) = audit(folder, nothing).problems
     assert "7 linears are in 16-bit, though the manifest does not" in more
     everything = manifest_for(tiny_folder("llama"), [x.name for x in nothing.layers])
     (fewer,) = audit(folder, everything).problems
     assert "14 linears are in 4-bit, though the manifest keeps them" in fewer
+
+
+def test_shards_are_read_like_one_file(tiny_folder: TinyFolder, tmp_path: Path):
+    folder = tiny_folder("llama")
+    manifest = manifest_for(folder, every_third(folder))
+    model, _ = load_dynamic_4bit(manifest, str(folder), "cpu")
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    found = audit(tmp_path, manifest, load=True, device="cpu")
+    assert found.ok and len({x.file for x in found.layers}) > 1
+    next(tmp_path.glob("*-00002-of-*")).unlink()
+    with pytest.raises(ModelError, match=r"names model-00002-of-.* which is missing with \d+ tensors"):
+        audit(tmp_path, manifest)
 
 
 def test_a_16_bit_checkpoint_is_said_to_be_one(tiny_folder: TinyFolder):

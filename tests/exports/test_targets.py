@@ -186,4 +186,5 @@ def test_python_for_unsloth_and_transformers_compiles():
     for tool in ("unsloth", "transformers-python"):
         text = export_manifest(manifest, tool).text
         compile(text, tool, "exec")
+        assert ("use_exact_model_name=True" in text) == (tool == "unsloth")
         assert all(f"    {json.dumps(name)},\n" in text for name in manifest.skip_modules)
