@@ -33,6 +33,8 @@ VLLM_NAMES = {
     "Qwen2VLForConditionalGeneration": VLLM_QWEN,
     "Qwen2_5_VLForConditionalGeneration": VLLM_QWEN,
 }
+# vLLM 0.11.0 and later have no model of these names.
+VLLM_LACKS = ("MllamaForConditionalGeneration",)
 OTHER_CODES = (
     "NF4 is bitsandbytes' own; here the 4-bit layers get {codes} instead, so measure again what it costs."
 )
@@ -48,12 +50,15 @@ def vllm(manifest: Manifest) -> Written:
     entries = list(dict.fromkeys([*ours, *theirs]))
     check_entries(entries, [*readers, fused])
     config = {"quant_method": "bitsandbytes", **bits_and_bytes(manifest, entries)}
+    lacks = [f"vLLM serves no {x} since 0.11." for x in VLLM_LACKS if x == manifest.model.architecture]
     return Written(
         json.dumps({"quantization_config": config}, indent=2) + "\n",
         (
             "Put it into the config.json of the checkpoint; vLLM takes a skip-list from nowhere else, and "
             "its own --quantization bitsandbytes of a 16-bit checkpoint keeps nothing.",
             "Names of transformers and of vLLM stand in one list; each ignores the other's.",
+            "The rule is that of vLLM up to 0.19.1 at least; 0.33.0 no longer ships bitsandbytes itself.",
+            *lacks,
         ),
     )
 

@@ -16,6 +16,13 @@ class Written(NamedTuple):
     notes: tuple[str, ...]
 
 
+def where_notes(manifest: Manifest) -> tuple[str, ...]:
+    """What to put in the place of a model name that is none on the hub; nothing where it is one."""
+    if "/" in manifest.model.id:
+        return ()
+    return (f"{manifest.model.id!r} is no name on the hub: write the folder of the 16-bit weights instead.",)
+
+
 def bits_and_bytes(manifest: Manifest, entries: Sequence[str]) -> dict[str, Any]:
     """Keywords of transformers' BitsAndBytesConfig, in JSON values, that load the manifest's model."""
     return {

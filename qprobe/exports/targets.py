@@ -16,7 +16,7 @@ from qprobe.exports.keys import (
     transformers_4_readers,
     transformers_readers,
 )
-from qprobe.exports.shared import Written, bits_and_bytes, snippet
+from qprobe.exports.shared import Written, bits_and_bytes, snippet, where_notes
 from qprobe.manifest import Manifest, read_manifest
 
 
@@ -68,7 +68,7 @@ def _transformers_python(manifest: Manifest) -> Written:
             load="model = AutoModelForImageTextToText.from_pretrained(\n"
             "    {model}, dtype={dtype}, quantization_config=quantization\n)\n",
         ),
-        ("For a model without a vision part write AutoModelForCausalLM.",),
+        ("For a model without a vision part write AutoModelForCausalLM.", *where_notes(manifest)),
     )
 
 

@@ -14,13 +14,9 @@ from qprobe.exports.keys import (
     reader,
     transformers_readers,
 )
-from qprobe.exports.shared import Written, bits_and_bytes, snippet, yaml
+from qprobe.exports.shared import Written, bits_and_bytes, snippet, where_notes, yaml
 from qprobe.manifest import Manifest
 from qprobe.models import matchers
-
-_NEEDS_CHECKPOINT = (
-    "Pass the folder of the 16-bit weights where a model name stands, if yours is not on the hub."
-)
 
 
 def unsloth(manifest: Manifest) -> Written:
@@ -44,6 +40,7 @@ def unsloth(manifest: Manifest) -> Written:
         (
             "use_exact_model_name=True matters: without it Unsloth replaces a model that it knows by its own "
             "4-bit checkpoint, which brings another list.",
+            *where_notes(manifest),
         ),
     )
 
@@ -101,7 +98,8 @@ def axolotl(manifest: Manifest) -> Written:
         "lora_target_modules": target_pattern(manifest),
     }
     return Written(
-        yaml(values), (_NEEDS_CHECKPOINT, "Add these lines to your configuration, in place of the same keys.")
+        yaml(values),
+        ("Add these lines to your configuration, in place of the same keys.", *where_notes(manifest)),
     )
 
 

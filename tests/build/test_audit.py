@@ -221,6 +221,7 @@ def test_standard_4bit_without_a_list_is_clear(tiny_folder: TinyFolder, tmp_path
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (lambda c: c.update(model_type="nonsense"), "cannot be loaded"),
         (lambda c: c.update(quantization_config=[1]), "no JSON object"),
         (lambda c: c["quantization_config"].update(quant_method="gptq"), "quantized by 'gptq'"),
         (lambda c: c["quantization_config"].update({KEY: "lm_head"}), "no list of names"),

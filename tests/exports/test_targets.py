@@ -177,6 +177,21 @@ def test_a_path_serves_as_well_and_an_unknown_tool_is_named(tmp_path):
         export_manifest(manifest, "ollama")
 
 
+@pytest.mark.parametrize("tool", ["transformers-python", "unsloth", "axolotl"])
+def test_a_model_that_is_not_on_the_hub_is_said_to_need_a_folder(tool: str):
+    manifest = chosen("LlamaForCausalLM")
+    local = replace(manifest, model=replace(manifest.model, id="demo"))
+    assert "'demo' is no name on the hub" in export_manifest(local, tool).notes[-1]
+    assert not any("hub" in note for note in export_manifest(manifest, tool).notes)
+
+
+def test_a_model_that_vllm_does_not_serve_is_named():
+    assert (
+        "vLLM serves no Mllama" in export_manifest(chosen("MllamaForConditionalGeneration"), "vllm").notes[-1]
+    )
+    assert not any("serves no" in x for x in export_manifest(chosen("LlamaForCausalLM"), "vllm").notes)
+
+
 def test_the_help_lists_every_tool():
     assert tuple(TOOLS) == HELP_TOOLS
 
