@@ -29,16 +29,33 @@ WIDTH = 128  # columns whose errors reach all later columns in one matrix produc
 RATIOS = tuple(0.6 + 0.1 * i for i in range(7))
 
 
+CELLS = 4096  # of the table that finds a code on the CPU; no two thresholds come near one cell
+
+
 @dataclass(frozen=True)
 class Grid:
-    """The 16 NF4 values, ascending in [-1, 1], and the 15 thresholds between them, as bitsandbytes has them."""
+    """The 16 NF4 values, ascending in [-1, 1], and the 15 thresholds between them, as bitsandbytes has them.
+
+    below: for each of `CELLS` cells of [-1, 1] the code just left of it. next_threshold: the one above a code.
+    """
 
     values: Tensor
     thresholds: Tensor
+    below: Tensor
+    next_threshold: Tensor
 
     def nearest(self, x: Tensor) -> Tensor:
-        """int32 codes of the values nearest to `x`; a tie goes to the smaller value."""
-        return torch.bucketize(x, self.thresholds, out_int32=True)
+        """int32 codes of the values nearest to `x`; a tie goes to the smaller value, as in bitsandbytes."""
+        if x.device.type != "cpu":
+            return torch.bucketize(x, self.thresholds, out_int32=True)
+        # The same, twenty times as fast on a CPU: look up the cell, then compare with one threshold.
+        cell = ((x.clamp(-1, 1) + 1) * (CELLS / 2)).int().clamp_(0, CELLS - 1)
+        code = self.below.index_select(0, cell.view(-1)).view(x.shape)
+        return code + (x > self.next_threshold.index_select(0, code.view(-1)).view(x.shape))
+
+    def read(self, codes: Tensor) -> Tensor:
+        """The values of int32 `codes`."""
+        return self.values.index_select(0, codes.view(-1)).view(codes.shape)
 
 
 @cache
@@ -47,8 +64,13 @@ def nf4_grid(device: torch.device) -> Grid:
     from bitsandbytes.functional import get_4bit_type
 
     values = get_4bit_type("nf4", device="cpu").double()
-    thresholds = (values[1:] + values[:-1]) / 2
-    return Grid(values.float().to(device), thresholds.float().to(device))
+    thresholds = ((values[1:] + values[:-1]) / 2).float()
+    # One cell further left than the cell's own edge, so that rounding of its number does no harm.
+    edges = torch.arange(-1, CELLS - 1).double() / (CELLS / 2) - 1
+    below = torch.bucketize(edges.float(), thresholds, out_int32=True)
+    last = torch.full((1,), float("inf"))
+    parts = (values.float(), thresholds, below, torch.cat([thresholds, last]))
+    return Grid(*(x.to(device) for x in parts))
 
 
 @dataclass(frozen=True)
@@ -107,7 +129,7 @@ def best_scales(values: Tensor, costs: Tensor) -> Tensor:
     weighted = values * costs
     best, chosen = torch.zeros_like(largest), largest.clone()
     for ratio in RATIOS:
-        rounded = grid.values[grid.nearest(values * inverse(largest * ratio))]
+        rounded = grid.read(grid.nearest(values * inverse(largest * ratio)))
         along = (rounded * weighted).sum(dim=0)
         energy = rounded.mul_(rounded).mul_(costs).sum(dim=0)
         # The error is sum(costs values^2) - along^2 / energy at the best scale, along / energy.
@@ -147,7 +169,8 @@ def scales_of_blocks(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
     missing = -(n * rows) % blocksize
     flat = F.pad(weight.T.reshape(-1), (0, missing))
     costs = F.pad(metric.costs.repeat(rows), (0, missing))
-    return best_scales(flat.view(-1, blocksize).T, costs.view(-1, blocksize).T)
+    values, weights = (x.view(-1, blocksize).T.contiguous() for x in (flat, costs))
+    return best_scales(values, weights)
 
 
 def choose_codes(weight: Tensor, scales: Tensor, metric: Metric) -> Tensor:
@@ -183,7 +206,7 @@ def _round_span(
     own, error = weight[span], errors[span]
     for i in range(len(targets)):
         code = grid.nearest(targets[i] * inverses[i])
-        torch.addcmul(own[i], grid.values[code], scales[i], value=-1, out=error[i])
+        torch.addcmul(own[i], grid.read(code), scales[i], value=-1, out=error[i])
         if codes is not None:
             codes[span.start + i] = code
         targets[i + 1 :].addr_(feedback[i, i + 1 :], error[i])

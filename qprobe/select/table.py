@@ -30,10 +30,14 @@ _DTYPES = {
     "activation_nmse": "float64", "activation_sqnr_db": "float64", "activation_peak": "float64",
     "propagated_nmse": "float64", "sensitivity_kl": "float64", "sensitivity_kl_se": "float64",
     "samples": "Int64", "tokens": "Int64",
+    "rounding": "str",
 }  # fmt: skip
 
-COLUMNS = tuple(_DTYPES)
+COLUMNS = tuple(_DTYPES)[:-1]
 """The columns of layers.csv in their order."""
+
+ROUNDING = "rounding"
+"""A further column, in runs of calibrated weights alone: "calibrated", or "nearest: " and why; "" if fixed."""
 
 MEASURES = (
     "weight_nmse", "weight_sqnr_db", "weight_peak",
@@ -55,26 +59,30 @@ _PEAK_DTYPES = {
 
 
 def layer_table(folder: Path) -> pd.DataFrame:
-    """The layer table of the run in `folder`, columns `COLUMNS`, in execution order.
+    """The layer table of the run in `folder`, columns `COLUMNS` (and `ROUNDING`), in execution order.
 
     nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl is in nats
     per answer token with the standard error of `ratio_se`; samples and tokens count what the layer saw.
     Raises RunError if the folder is no run or a file of it is damaged.
     """
-    inventory = read_scan(folder).inventory
-    weights, outputs, sensitivity = (
-        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity")
+    scan = read_scan(folder)
+    inventory = scan.inventory
+    weights, outputs, sensitivity, calibration = (
+        _rows_by_layer(folder, stage, inventory)
+        for stage in ("weights", "outputs", "sensitivity", "calibration")
     )
+    columns = (*COLUMNS, ROUNDING) if scan.format.is_calibrated else COLUMNS
     rows = [
         {
             **_static(layer),
             **_weight_measures(weights.get(layer.name)),
             **_output_measures(outputs.get(layer.name)),
             **_sensitivity(sensitivity.get(layer.name)),
+            ROUNDING: _rounding(layer, calibration.get(layer.name)),
         }
         for layer in inventory.layers
     ]
-    return pd.DataFrame(rows, columns=pd.Index(COLUMNS)).astype(_DTYPES)
+    return pd.DataFrame(rows, columns=pd.Index(columns)).astype({name: _DTYPES[name] for name in columns})
 
 
 def peaks(folder: Path) -> pd.DataFrame:
@@ -217,13 +225,14 @@ def _parse(text: str) -> pd.DataFrame:
     pandas 3 warns of that option.
     """
     header, *body = csv.reader(StringIO(text, newline=""))
-    if header != list(COLUMNS):
+    if header not in (list(COLUMNS), [*COLUMNS, ROUNDING]):
         raise ValueError(f"its columns are {', '.join(header)[:100]}")
+    kinds = {name: _DTYPES[name] for name in header}
     cells = {
         name: [_cell(kind, value) for value in values]
-        for (name, kind), values in zip(_DTYPES.items(), zip(*body, strict=True), strict=True)
+        for (name, kind), values in zip(kinds.items(), zip(*body, strict=True), strict=True)
     }
-    return pd.DataFrame(cells, columns=pd.Index(COLUMNS)).astype(_DTYPES)
+    return pd.DataFrame(cells, columns=pd.Index(header)).astype(kinds)
 
 
 def _cell(kind: str, value: str) -> str | float | None:
@@ -289,6 +298,13 @@ def _sensitivity(rows: pd.DataFrame | None) -> dict[str, Any]:
         return {}
     kl, tokens = _numbers(finite, "kl_sum").tolist(), _numbers(finite, "answer_tokens").tolist()
     return {"sensitivity_kl": fsum(kl) / fsum(tokens), "sensitivity_kl_se": ratio_se(kl, tokens)}
+
+
+def _rounding(layer: Linear, rows: pd.DataFrame | None) -> str:
+    if layer.fixed is not None:
+        return ""
+    why = "it never ran on these samples" if rows is None else str(rows["why"].iloc[0])
+    return f"nearest: {why}" if why else "calibrated"
 
 
 def _pooled(rows: pd.DataFrame, prefix: str) -> ErrorSums:
