@@ -157,6 +157,11 @@ class FormatSpec:
     compute_dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
     @property
+    def quant_type(self) -> str:
+        """What bitsandbytes calls the layout; both formats share it."""
+        return "nf4"
+
+    @property
     def is_calibrated(self) -> bool:
         """True if the codes of each layer were chosen on samples, and lie in a file of their own."""
         return self.name == CALIBRATED
