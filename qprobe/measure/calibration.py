@@ -8,7 +8,7 @@ large (0.8 GB for a down_proj of an 11B), so the samples run once for as many of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
@@ -28,6 +28,7 @@ from qprobe.measure.store import STAGE_CALIBRATION, missing_units, read_scan, re
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
 from qprobe.records import CodesFile, Sample
+from qprobe.samples.inputs import Batch
 from qprobe.select.budget import parse_size
 
 APART = "it does not read the same tensor as its neighbours on every batch"
@@ -44,6 +45,11 @@ class Work:
     samples: Sequence[tuple[Sample, ...]]
     limit_bytes: int
     progress: Progress = no_progress
+
+    @property
+    def batches(self) -> Iterator[Batch]:
+        """The samples as the model reads them, on its device, one batch at a time."""
+        return (self.subject.encode(group) for group in self.samples)
 
     @property
     def format(self) -> Nf4:
@@ -78,7 +84,7 @@ def calibrate_model(work: Work) -> None:
     """
     codes = read_scan(work.folder).codes
     if codes is None:
-        inputs = shared_inputs(work.subject, work.samples)
+        inputs = shared_inputs(work.subject, work.batches)
         calibrate_units(work, inputs, unfinished(work.folder, len(inputs)))
         codes = _joined(work.folder, len(inputs))
         update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
@@ -107,7 +113,7 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
     parts = passes([inputs[unit] for unit in numbers.values()], work.limit_bytes, work.subject.reference.device)
     step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
     for part in parts:
-        gathering = gathered(work.subject, part, work.samples, step)
+        gathering = gathered(work.subject, part, work.batches, step)
         for one in part:
             gram = gathering.grams.pop(one.leader)
             _finish(work, one, gram.total, gram.tokens, gathering.apart, numbers[one.leader])

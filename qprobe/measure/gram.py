@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
 from qprobe.measure.subject import Subject
-from qprobe.records import Sample
 from qprobe.samples.inputs import PAD, Batch
 
 
@@ -64,14 +63,14 @@ class Gram:
             self.total += rows.T @ rows
 
 
-def shared_inputs(subject: Subject, groups: Sequence[tuple[Sample, ...]]) -> list[SharedInput]:
-    """The quantized linears that run on the samples, by what they read, in execution order.
+def shared_inputs(subject: Subject, batches: Iterable[Batch]) -> list[SharedInput]:
+    """The quantized linears that run on the batches, by what they read, in execution order.
 
     Batches are run until every linear was seen, or all are.
     """
     survey = _Survey(subject.quantized)
-    for group in groups:
-        _run(subject, subject.encode(group), survey.forward)
+    for batch in batches:
+        _run(subject, batch, survey.forward)
         if len(survey.leaders) == len(subject.quantized):
             break
     members: dict[str, list[str]] = {}
@@ -166,12 +165,12 @@ def passes(inputs: Sequence[SharedInput], limit_bytes: int, device: torch.device
 def gathered(
     subject: Subject,
     inputs: Sequence[SharedInput],
-    groups: Iterable[tuple[Sample, ...]],
+    batches: Iterable[Batch],
     done: Callable[[], None] = lambda: None,
 ) -> Gathering:
-    """The Gram matrices of `inputs` over all samples of `groups`; `done` is called after each batch."""
+    """The Gram matrices of `inputs` over all `batches`; `done` is called after each."""
     gathering = Gathering(subject, inputs)
-    for group in groups:
-        gathering.add(subject.encode(group))
+    for batch in batches:
+        gathering.add(batch)
         done()
     return gathering
