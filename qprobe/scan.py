@@ -218,14 +218,10 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
     return measures
 
 
-def calibrate(
-    subject: Subject, work: Work, options: ScanOptions, folder: Path, progress: Progress
-) -> None:
+def calibrate(subject: Subject, work: Work, options: ScanOptions, folder: Path, progress: Progress) -> None:
     """Choose the codes of every 4-bit weight on the calibration samples; what is measured then is their damage."""
     limit = calibration.memory_limit(subject, options.max_memory)
-    calibration.calibrate_model(
-        calibration.Work(subject, folder, work.calibration, limit, progress)
-    )
+    calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, limit, progress))
     add_notes(folder, calibration.calibration_notes(folder))
 
 

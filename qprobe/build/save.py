@@ -32,5 +32,7 @@ def save_dynamic_4bit(
         if processor is not None:
             processor.save_pretrained(target)
     except OSError as error:
-        raise ModelError(f"{target} cannot be written ({error.strerror or error}). Make room first.") from error
+        raise ModelError(
+            f"{target} cannot be written ({error.strerror or error}). Make room first."
+        ) from error
     return target

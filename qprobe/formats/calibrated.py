@@ -1,9 +1,9 @@
 """NF4 weights whose codes and scales are chosen for a layer's outputs, in bitsandbytes' own layout.
 
 The order matters, because a double-quantized scale is not known before all scales of a weight are:
-    1. a first sweep over the columns finds a scale for each block of 64;
+    1. sweeps over the columns find a scale for each block of 64, and codes to go with it;
     2. the scales are double-quantized as bitsandbytes does it, and read back;
-    3. a second sweep chooses every code against the scales that were read back.
+    3. a last sweep chooses every code anew, against the scales that were read back.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from qprobe.formats.gptq import (
     DAMPING,
     Metric,
     choose_codes,
+    fitted_scales,
+    improved_codes,
     metric_of,
     output_error,
     scales_at_turn,
@@ -55,19 +58,21 @@ def calibrate(
     tokens X, on the weights' device. A weight is left to rounding to nearest where `gram` has no metric (see
     `metric_of`), where it is not finite itself, or where calibration does not lessen the error.
     """
-    gram = gram.float()
-    metric = metric_of(gram, damping)
+    metric = metric_of(gram.float(), damping)
     if metric is None:
         return tuple(Rounded(None, why=_why_no_metric(gram)) for _ in weights)
     columns = [w.detach().float().T.contiguous() for w in weights]
-    scales = _scales(columns, metric, fmt.blocksize)
-    states = [_state(s, w, fmt) for s, w in zip(scales, weights, strict=True)]
-    read_back = [_by_weight(StoredNf4(w, state), w) for state, w in zip(states, weights, strict=True)]
-    codes = choose_codes(torch.cat(columns, dim=1), torch.cat(read_back, dim=1), metric)
-    del read_back
+    together = torch.cat(columns, dim=1)
+    raw, codes = _first_sweep(columns, together, metric, fmt.blocksize)
+    states = [_state(s, w, fmt) for s, w in zip(raw, weights, strict=True)]
+    read_back = torch.cat(
+        [_spread(_absmax(s), w.shape, fmt.blocksize) for s, w in zip(states, weights, strict=True)], dim=1
+    )
+    codes = improved_codes(together, read_back, codes, metric)
+    del together, read_back
     parts = codes.split([w.shape[0] for w in weights], dim=1)
     found = [StoredNf4(packed_codes(c.T), state) for c, state in zip(parts, states, strict=True)]
-    return tuple(_judged(w, one, gram, metric, fmt) for w, one in zip(weights, found, strict=True))
+    return tuple(_judged(w, one, metric, fmt) for w, one in zip(weights, found, strict=True))
 
 
 def _why_no_metric(gram: Tensor) -> str:
@@ -76,15 +81,29 @@ def _why_no_metric(gram: Tensor) -> str:
     return "its inputs are all zero" if not bool(gram.any()) else "the Gram matrix of its inputs is singular"
 
 
-def _scales(columns: Sequence[Tensor], metric: Metric, blocksize: int) -> list[Tensor]:
-    """The block scales of each weight before double quantization, (blocks,) in the order of the weight."""
-    if len(columns[0]) % blocksize:
-        return [scales_of_blocks(w, metric, blocksize) for w in columns]
-    found = scales_at_turn(torch.cat(list(columns), dim=1), metric, blocksize)
-    return [part.reshape(-1) for part in found.split([w.shape[1] for w in columns])]
+def _first_sweep(
+    columns: Sequence[Tensor], together: Tensor, metric: Metric, blocksize: int
+) -> tuple[list[Tensor], Tensor]:
+    """(scales, codes): the block scales of each weight before double quantization, and codes to start from.
+
+    columns: the weights, (in_features, out_features) each; together: side by side. scales: (blocks,) each in the
+    order of the weight.
+    """
+    widths = [w.shape[1] for w in columns]
+    if len(together) % blocksize:
+        raw = [scales_of_blocks(w, metric, blocksize) for w in columns]
+        pairs = zip(raw, columns, strict=True)
+        spread = torch.cat([_spread(s, (w.shape[1], w.shape[0]), blocksize) for s, w in pairs], dim=1)
+        return raw, improved_codes(together, spread, choose_codes(together, spread, metric), metric)
+    # Blocks keep to their rows: scales can follow the errors so far, and be fitted to the codes at the end.
+    found, codes = scales_at_turn(together, metric, blocksize)
+    spread = found.T.repeat_interleave(blocksize, dim=0)
+    codes = improved_codes(together, spread, codes, metric)
+    found = fitted_scales(together, spread, codes, metric, blocksize)
+    return [part.reshape(-1) for part in found.split(widths)], codes
 
 
-def _state(scales: Tensor, weight: Tensor, fmt: Nf4) -> object:
+def _state(scales: Tensor, weight: Tensor, fmt: Nf4) -> Any:
     """The quantization state of `weight` with these block scales, as bitsandbytes' quantize_4bit makes it."""
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
 
@@ -102,11 +121,15 @@ def _state(scales: Tensor, weight: Tensor, fmt: Nf4) -> object:
     return QuantState(absmax=nested, offset=offset, state2=state2, **plain)
 
 
-def _by_weight(stored: StoredNf4, weight: Tensor) -> Tensor:
-    """(in_features, out_features): the scale of each weight as it is read back."""
-    absmax, blocksize = stored.packed().state.absmax, stored.state.blocksize
-    flat = absmax.repeat_interleave(blocksize)[: weight.numel()]
-    return flat.view(weight.shape).T.contiguous()
+def _absmax(state: Any) -> Tensor:
+    """(blocks,) the block scales of `state` as they are read back."""
+    return StoredNf4(torch.empty(0), state).packed().state.absmax
+
+
+def _spread(absmax: Tensor, shape: tuple[int, ...], blocksize: int) -> Tensor:
+    """(in_features, out_features): the scale of each weight of `shape`, `absmax` being that of each block."""
+    rows, n = shape
+    return absmax.repeat_interleave(blocksize)[: rows * n].view(rows, n).T.contiguous()
 
 
 def packed_codes(codes: Tensor) -> Tensor:
@@ -116,12 +139,16 @@ def packed_codes(codes: Tensor) -> Tensor:
     return (even[0::2] << 4 | even[1::2]).unsqueeze(1)
 
 
-def _judged(weight: Tensor, stored: StoredNf4, gram: Tensor, metric: Metric, fmt: Nf4) -> Rounded:
+def _judged(weight: Tensor, stored: StoredNf4, metric: Metric, fmt: Nf4) -> Rounded:
     """`stored`, unless rounding to nearest gives outputs as good."""
     if not bool(torch.isfinite(weight).all()):
         return Rounded(None, damping=metric.damping, why="its weights are not finite")
     nearest, calibrated = (
-        float(output_error((packed.unpack().float() - weight.float()).T.contiguous(), gram).double().sum())
+        float(
+            output_error((packed.unpack().float() - weight.float()).T.contiguous(), metric.gram)
+            .double()
+            .sum()
+        )
         for packed in (fmt.pack(weight), stored.packed())
     )
     share = calibrated / nearest if nearest > 0 else float("nan")

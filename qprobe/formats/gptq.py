@@ -8,6 +8,9 @@ G = U diag(d) U^T, U upper triangular with ones on its diagonal, column j is rou
     w_j + sum over i < j of U_ij e_i,
 and the error is sum_j d_j |t_j - w-hat_j|^2 over those targets t. It needs one Cholesky factor and no inverse.
 
+What that leaves is lowered by coordinate descent: column j is rounded anew where the error is least given all
+other columns, at w-hat_j + (E G)_j / G_jj. GPTQ cannot go back to a column; this can, and never does harm.
+
 Matrices lie with the columns of the weight first, (in_features, rows), so that a column is contiguous, and
 layers that read the same inputs stand side by side as more rows.
 """
@@ -77,13 +80,23 @@ def nf4_grid(device: torch.device) -> Grid:
 class Metric:
     """What an error of each weight costs, in_features = n.
 
-    feedback: (n, n) U, see the module's first lines. costs: (n,) d. damping: of the mean diagonal of G, which
-    was added to its diagonal.
+    gram: (n, n) G as given. feedback: (n, n) U and costs: (n,) d, of the damped G; see the module's first lines.
+    damping: the share of the mean diagonal of G that was added to its diagonal; ridge: the same as a number.
     """
 
+    gram: Tensor
     feedback: Tensor
     costs: Tensor
     damping: float
+    ridge: Tensor
+
+    def slopes(self, errors: Tensor, span: slice) -> Tensor:
+        """The columns `span` of E G, damped, for `errors` (n, rows): how fast the error grows with each weight."""
+        return (self.gram[span] @ errors).add_(errors[span] * self.ridge)
+
+    def within(self, span: slice) -> Tensor:
+        """The part of the damped G between the columns `span`."""
+        return self.gram[span, span] + self.ridge * torch.eye(span.stop - span.start, device=self.gram.device)
 
 
 def metric_of(gram: Tensor, damping: float = DAMPING) -> Metric | None:
@@ -102,7 +115,7 @@ def metric_of(gram: Tensor, damping: float = DAMPING) -> Metric | None:
         if not bool(failed) and bool(torch.isfinite(factor).all()):
             upper = factor.flip(0, 1)
             pivots = upper.diagonal().clone()
-            return Metric(upper.div_(pivots), pivots.square(), damping)
+            return Metric(gram, upper.div_(pivots), pivots.square(), damping, damping * mean)
         damping *= 10
     return None
 
@@ -140,8 +153,8 @@ def best_scales(values: Tensor, costs: Tensor) -> Tensor:
     return chosen
 
 
-def scales_at_turn(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
-    """(rows, n / blocksize) scales, each searched when the columns before its block are rounded.
+def scales_at_turn(weight: Tensor, metric: Metric, blocksize: int) -> tuple[Tensor, Tensor]:
+    """((rows, n / blocksize) scales, (n, rows) codes) by GPTQ, scales searched at their blocks' turns.
 
     weight: (n, rows); n must be a multiple of `blocksize`, so that blocks keep to their rows. The search sees
     the targets, with the errors so far, and not the weights.
@@ -149,14 +162,15 @@ def scales_at_turn(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
     n, rows = weight.shape
     assert n % blocksize == 0
     errors = torch.zeros_like(weight)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     found = weight.new_empty(n // blocksize, rows)
     for block, start in enumerate(range(0, n, blocksize)):
         span = slice(start, start + blocksize)
         targets = _targets(weight, errors, metric, span)
         found[block] = best_scales(targets, metric.costs[span, None])
         scales = found[block].expand(blocksize, rows)
-        _round_span(weight, scales, targets, errors, metric, span)
-    return found.T
+        _round_span(weight, scales, targets, errors, metric, span, codes)
+    return found.T, codes
 
 
 def scales_of_blocks(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
@@ -174,7 +188,7 @@ def scales_of_blocks(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
 
 
 def choose_codes(weight: Tensor, scales: Tensor, metric: Metric) -> Tensor:
-    """(n, rows) uint8 NF4 codes of `weight` (n, rows), given the scale of each weight, same shape."""
+    """(n, rows) uint8 NF4 codes of `weight` (n, rows) by GPTQ, given the scale of each weight, same shape."""
     errors = torch.zeros_like(weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for start in range(0, len(weight), WIDTH):
@@ -182,6 +196,47 @@ def choose_codes(weight: Tensor, scales: Tensor, metric: Metric) -> Tensor:
         targets = _targets(weight, errors, metric, span)
         _round_span(weight, scales[span], targets, errors, metric, span, codes)
     return codes
+
+
+def improved_codes(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric) -> Tensor:
+    """`codes` after one sweep of coordinate descent over the columns; shapes as of `choose_codes`."""
+    grid = nf4_grid(weight.device)
+    errors = weight - grid.read(codes.int()) * scales
+    better = torch.empty_like(codes)
+    for start in range(0, len(weight), WIDTH):
+        span = slice(start, min(start + WIDTH, len(weight)))
+        slopes, within = metric.slopes(errors, span), metric.within(span)
+        own, scale, error = weight[span], scales[span], errors[span]
+        inverses, curvature = inverse(scale), 1 / within.diagonal()
+        targets = own - error
+        for i in range(len(own)):
+            target = torch.addcmul(targets[i], slopes[i], curvature[i])
+            code = grid.nearest(target * inverses[i])
+            better[span.start + i] = code
+            now = torch.addcmul(own[i], grid.read(code), scale[i], value=-1)
+            slopes[i + 1 :].addr_(within[i, i + 1 :], now - error[i])
+            error[i] = now
+    return better
+
+
+def fitted_scales(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric, blocksize: int) -> Tensor:
+    """(rows, n / blocksize) the scale of each block for which `codes` err least, block after block.
+
+    weight, scales, codes: (n, rows); n must be a multiple of `blocksize`. Least squares, given all other blocks.
+    """
+    n, rows = weight.shape
+    assert n % blocksize == 0
+    grid = nf4_grid(weight.device)
+    errors = weight - grid.read(codes.int()) * scales
+    found = scales[::blocksize].clone()
+    for block, start in enumerate(range(0, n, blocksize)):
+        span = slice(start, start + blocksize)
+        values = grid.read(codes[span].int())
+        energy = (values * (metric.within(span) @ values)).sum(dim=0)
+        change = (values * metric.slopes(errors, span)).sum(dim=0) * inverse(energy)
+        found[block] += change
+        errors[span] -= values * change
+    return found.T
 
 
 def _targets(weight: Tensor, errors: Tensor, metric: Metric, span: slice) -> Tensor:
@@ -197,7 +252,7 @@ def _round_span(
     errors: Tensor,
     metric: Metric,
     span: slice,
-    codes: Tensor | None = None,
+    codes: Tensor,
 ) -> None:
     """Round the columns `span` one by one, writing their `errors` and `codes`; `targets` is used up."""
     grid = nf4_grid(weight.device)
@@ -207,6 +262,5 @@ def _round_span(
     for i in range(len(targets)):
         code = grid.nearest(targets[i] * inverses[i])
         torch.addcmul(own[i], grid.read(code), scales[i], value=-1, out=error[i])
-        if codes is not None:
-            codes[span.start + i] = code
+        codes[span.start + i] = code
         targets[i + 1 :].addr_(feedback[i, i + 1 :], error[i])

