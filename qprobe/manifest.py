@@ -135,7 +135,7 @@ def write_manifest(path: Path | str, manifest: Manifest) -> None:
 
 
 def moved(manifest: Manifest, origin: Path, target: Path) -> Manifest:
-    """`manifest` of the folder `origin` as it must read in the folder `target`: the codes stay where they are."""
+    """`manifest` of the folder `origin` as it must read in `target`: the codes stay where they are."""
     if manifest.codes is None:
         return manifest
     file = (Path(origin) / manifest.codes.file).resolve()

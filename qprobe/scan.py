@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import ModelError, QprobeError, SampleError
-from qprobe.measure.ablation import ablated_layers, check_ablated, measure_ablation
 from qprobe.measure import calibration
+from qprobe.measure.ablation import ablated_layers, check_ablated, measure_ablation
 from qprobe.measure.answers import with_answers
 from qprobe.measure.choice import choose_list
 from qprobe.measure.finite import first_finite, first_nonfinite
@@ -219,7 +219,7 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
 
 
 def calibrate(subject: Subject, work: Work, options: ScanOptions, folder: Path, progress: Progress) -> None:
-    """Choose the codes of every 4-bit weight on the calibration samples; what is measured then is their damage."""
+    """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured."""
     limit = calibration.memory_limit(subject, options.max_memory)
     calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, limit, progress))
     add_notes(folder, calibration.calibration_notes(folder))

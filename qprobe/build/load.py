@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qprobe.build.matching import skip_keys
 from qprobe.build.calibrated import put_calibrated
+from qprobe.build.matching import skip_keys
 from qprobe.build.verify import Promise, promised, promises_of, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.formats.codes_file import checked

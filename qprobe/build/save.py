@@ -20,8 +20,8 @@ def save_dynamic_4bit(
     """`out`, a checkpoint of the model that `manifest` describes, with its processor.
 
     `from_pretrained` loads it without qprobe: its config names the exact layers that stay in 16-bit, and its
-    4-bit weights, calibrated or not, are stored as bitsandbytes stores them. Other arguments and errors: as of
-    `load_dynamic_4bit`; ModelError if `out` holds files already or cannot be written.
+    4-bit weights, calibrated or not, are stored as bitsandbytes stores them. Other arguments and errors: as
+    of `load_dynamic_4bit`; ModelError if `out` holds files already or cannot be written.
     """
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

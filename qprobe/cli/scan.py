@@ -36,7 +36,7 @@ TOP = 10  # layers of the ranking that are shown
 @click.option(
     "--max-memory",
     metavar="SIZE",
-    help="For nf4-calibrated: what Gram matrices may take at once, such as 6GiB; the samples run again for the "
+    help="For nf4-calibrated: what Gram matrices may take at once, such as 6GiB; samples run again for the "
     "rest.  [default: a quarter of what is free]",
 )
 @limit_options(DEFAULT_BUDGET)
@@ -71,7 +71,8 @@ def scan(as_json: bool, **asked: Any) -> None:
     """Measure what 4-bit costs every linear layer of a model, and choose which layers stay in 16-bit.
 
     Leaves a run folder RUN with the layer table (layers.csv), how sure its ranking is (ranks.csv), the
-    skip-list (skiplist.json) and pictures (report/); with nf4-calibrated also the weights. The same command resumes an interrupted scan.
+    skip-list (skiplist.json) and pictures (report/); with nf4-calibrated also the weights. The same command
+    resumes an interrupted scan.
 
     \b
     --json prints: run, layers, samples, seconds {stage: s}, peak_bytes, kl_standard_4bit, kl_dynamic

@@ -86,8 +86,8 @@ def _first_sweep(
 ) -> tuple[list[Tensor], Tensor]:
     """(scales, codes): the block scales of each weight before double quantization, and codes to start from.
 
-    columns: the weights, (in_features, out_features) each; together: side by side. scales: (blocks,) each in the
-    order of the weight.
+    columns: the weights, (in_features, out_features) each; together: side by side. scales: (blocks,) each in
+    the order of the weight.
     """
     widths = [w.shape[1] for w in columns]
     if len(together) % blocksize:

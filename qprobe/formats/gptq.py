@@ -1,12 +1,13 @@
 """Error-compensated rounding of weights onto the NF4 grid: pure functions of tensors.
 
-The error that counts is tr(E G E^T), with E = W - W-hat and G = X^T X the Gram matrix of a layer's inputs: the
-summed squared error of its outputs. GPTQ (Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for
-Generative Pre-trained Transformers") rounds column after column and lets the columns that are still to come
-make up for the error so far. Here it has the form that Chee et al. 2023 ("QuIP") prove equal to it: with
+The error that counts is tr(E G E^T), with E = W - W-hat and G = X^T X the Gram matrix of a layer's inputs:
+the summed squared error of its outputs. GPTQ (Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization
+for Generative Pre-trained Transformers") rounds column after column and lets the columns that are still to
+come make up for the error so far. Here it has the form that Chee et al. 2023 ("QuIP") prove equal to it: with
 G = U diag(d) U^T, U upper triangular with ones on its diagonal, column j is rounded at
     w_j + sum over i < j of U_ij e_i,
-and the error is sum_j d_j |t_j - w-hat_j|^2 over those targets t. It needs one Cholesky factor and no inverse.
+and the error is sum_j d_j |t_j - w-hat_j|^2 over those targets t. It needs one Cholesky factor and no
+inverse.
 
 What that leaves is lowered by coordinate descent: column j is rounded anew where the error is least given all
 other columns, at w-hat_j + (E G)_j / G_jj. GPTQ cannot go back to a column; this can, and never does harm.
@@ -39,7 +40,8 @@ CELLS = 4096  # of the table that finds a code on the CPU; no two thresholds com
 class Grid:
     """The 16 NF4 values, ascending in [-1, 1], and the 15 thresholds between them, as bitsandbytes has them.
 
-    below: for each of `CELLS` cells of [-1, 1] the code just left of it. next_threshold: the one above a code.
+    below: for each of `CELLS` cells of [-1, 1] the code just left of it. next_threshold: the one above a
+    code.
     """
 
     values: Tensor
@@ -80,7 +82,8 @@ def nf4_grid(device: torch.device) -> Grid:
 class Metric:
     """What an error of each weight costs, in_features = n.
 
-    gram: (n, n) G as given. feedback: (n, n) U and costs: (n,) d, of the damped G; see the module's first lines.
+    gram: (n, n) G as given. feedback: (n, n) U and costs: (n,) d, of the damped G; see the module's first
+    lines.
     damping: the share of the mean diagonal of G that was added to its diagonal; ridge: the same as a number.
     """
 
@@ -91,7 +94,7 @@ class Metric:
     ridge: Tensor
 
     def slopes(self, errors: Tensor, span: slice) -> Tensor:
-        """The columns `span` of E G, damped, for `errors` (n, rows): how fast the error grows with each weight."""
+        """The columns `span` of E G, damped, for `errors` (n, rows): half the slope of the error."""
         return (self.gram[span] @ errors).add_(errors[span] * self.ridge)
 
     def within(self, span: slice) -> Tensor:
@@ -100,7 +103,8 @@ class Metric:
 
 
 def metric_of(gram: Tensor, damping: float = DAMPING) -> Metric | None:
-    """The metric of `gram` (n, n) float32, damped by `damping` or, where that is not enough, tenfold and so on.
+    """The metric of `gram` (n, n) float32, damped by `damping` or, where that is not enough, tenfold and so
+    on.
 
     None if `gram` is not finite, zero, or not positive definite at `MOST_DAMPING` either.
     """
@@ -133,8 +137,8 @@ def inverse(scales: Tensor) -> Tensor:
 def best_scales(values: Tensor, costs: Tensor) -> Tensor:
     """(blocks,) scales under which `values` (blocksize, blocks) round best to NF4.
 
-    costs: (blocksize, blocks) or (blocksize, 1), of a squared error. For each candidate of `RATIOS` the values
-    are rounded to nearest, and the scale is the one that fits these codes best (least squares); of the
+    costs: (blocksize, blocks) or (blocksize, 1), of a squared error. For each candidate of `RATIOS` the
+    values are rounded to nearest, and the scale is the one that fits these codes best (least squares); of the
     candidates the one with the least error wins.
     """
     grid = nf4_grid(values.device)
@@ -222,9 +226,10 @@ def improved_codes(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric
 def fitted_scales(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric, blocksize: int) -> Tensor:
     """(rows, n / blocksize) the scale of each block for which `codes` err least, block after block.
 
-    weight, scales, codes: (n, rows); n must be a multiple of `blocksize`. Least squares, given all other blocks.
+    weight, scales, codes: (n, rows); n must be a multiple of `blocksize`. Least squares, given all other
+    blocks.
     """
-    n, rows = weight.shape
+    n = len(weight)
     assert n % blocksize == 0
     grid = nf4_grid(weight.device)
     errors = weight - grid.read(codes.int()) * scales

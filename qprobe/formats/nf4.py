@@ -37,7 +37,8 @@ class PackedNf4:
 class StoredNf4:
     """One weight exactly as bitsandbytes stores it: what `Params4bit.from_prequantized` takes as its own.
 
-    codes: (ceil(n / 2), 1) uint8, two codes a byte. state: with its block scales nested, if the format says so.
+    codes: (ceil(n / 2), 1) uint8, two codes a byte. state: with its block scales nested, if the format says
+    so.
     """
 
     codes: Tensor

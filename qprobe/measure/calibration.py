@@ -2,8 +2,8 @@
 
 A unit is the linears that read one tensor, numbered in execution order: their weights, as a file of 4-bit
 weights, and a row each in a unit of the stage "calibration", which is written last. No unit needs another, so
-that any split of them among machines gives the same weights. Gram matrices do not outlive their unit: they are
-large (0.8 GB for a down_proj of an 11B), so the samples run once for as many of them as fit the memory.
+that any split of them among machines gives the same weights. Gram matrices do not outlive their unit: they
+are large (0.8 GB for a down_proj of an 11B), so the samples run once for as many of them as fit the memory.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def codes_unit(folder: Path, unit: int) -> Path:
 
 
 def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[int]) -> None:
-    """Finish the `units` of `inputs` (all of them, from `shared_inputs`), as many at once as fit the memory."""
+    """Finish the `units` of `inputs` (from `shared_inputs`, all of them), as many at once as fit."""
     numbers = {inputs[unit].leader: unit for unit in units}
     parts = passes(
         [inputs[unit] for unit in numbers.values()], work.limit_bytes, work.subject.reference.device
@@ -188,7 +188,7 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
 
 
 def calibration_notes(folder: Path) -> tuple[str, ...]:
-    """A sentence on the layers that are rounded to nearest after all, by reason; none where there are none."""
+    """A sentence on the layers that are rounded to nearest after all, by reason; none if there are none."""
     rows = read_units(folder, STAGE_CALIBRATION)
     scan = read_scan(folder)
     never = {x.name for x in scan.inventory.layers if not x.fixed} - set(rows["layer"])
@@ -199,7 +199,7 @@ def calibration_notes(folder: Path) -> tuple[str, ...]:
     if never:
         reasons["it never ran on these samples"] = sorted(never)
     return tuple(
-        f"{len(names)} layer{'s are' if len(names) > 1 else ' is'} rounded to nearest and not calibrated ({why}): "
+        f"{len(names)} layer{'s are' if len(names) > 1 else ' is'} rounded to nearest only ({why}): "
         f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}."
         for why, names in reasons.items()
     )

@@ -21,7 +21,7 @@ class RoundTrips:
         self._packed: dict[str, Packed] = {name: fmt.pack(m.weight) for name, m in self.modules.items()}
 
     def put(self, name: str, packed: Packed) -> None:
-        """Let `packed` be the 4-bit weight of the linear `name` from now on, in place of what `fmt` made of it."""
+        """Let `packed` be the 4-bit weight of the linear `name` from now on, not what `fmt` made of it."""
         assert name in self._packed, name
         self._packed[name] = packed
 

