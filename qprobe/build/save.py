@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qprobe.build.load import load_dynamic_4bit
 from qprobe.errors import ModelError
@@ -29,10 +30,26 @@ def save_dynamic_4bit(
     loaded, processor = load_dynamic_4bit(manifest, model, device, dtype, folder)
     try:
         loaded.save_pretrained(target)
-        if processor is not None:
-            processor.save_pretrained(target)
+        _save_processor(processor, target)
     except OSError as error:
         raise ModelError(
             f"{target} cannot be written ({error.strerror or error}). Make room first."
         ) from error
     return target
+
+
+def _save_processor(processor: Any, target: Path) -> None:
+    """`processor`, a tokenizer or None, into the folder `target`.
+
+    One that lacks a part, as Qwen2-VL's lacks its video half on a machine without torchvision, cannot be saved
+    whole; its parts then lie in the folder as they do in checkpoints on the hub.
+    """
+    names = processor.get_attributes() if hasattr(processor, "get_attributes") else ()
+    parts = [getattr(processor, name) for name in names]
+    if None not in parts:
+        parts = [] if processor is None else [processor]
+    elif processor.chat_template:
+        (target / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
+    for part in parts:
+        if part is not None:
+            part.save_pretrained(target)

@@ -59,7 +59,7 @@ def checked(codes: CodesFile, folder: Path) -> Path:
         ) from None
     if found != codes.sha256:
         raise ManifestError(
-            f"{path} has SHA-256 {found[:16]}, but {codes.sha256[:16]} is wanted; it is damaged or of another "
+            f"{path} has SHA-256 {found[:16]}, not {codes.sha256[:16]}; it is damaged or of another "
             "scan. Put the right file back, or scan again."
         )
     return path

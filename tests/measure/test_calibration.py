@@ -15,7 +15,7 @@ from qprobe.formats.codes_file import FILE_NAME, open_codes, sha256_of
 from qprobe.formats.nf4 import Nf4
 from qprobe.measure import calibration
 from qprobe.measure.calibration import Work, calibrate_model, calibrate_units, codes_unit, memory_limit
-from qprobe.measure.gram import Gathering, SharedInput, gram_bytes, gathered, passes, shared_inputs
+from qprobe.measure.gram import Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
 from qprobe.measure.store import open_run, read_scan, read_units
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.models.reference import load_reference
