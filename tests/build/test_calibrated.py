@@ -25,7 +25,7 @@ from qprobe.formats.codes_file import FILE_NAME, open_codes
 from qprobe.manifest import manifest_to_json, moved, read_manifest, write_manifest
 from qprobe.models.reference import Source, load_processor, load_reference, model_class
 from qprobe.options import CompareOptions, ScanOptions
-from qprobe.samples.inputs import encode
+from qprobe.samples.inputs import ANSWER, encode
 from qprobe.samples.sources import Samples
 from qprobe.scan import scan
 from qprobe.select import select
@@ -133,17 +133,18 @@ def test_lora_trains_on_a_saved_checkpoint(name, run, tmp_path):
     without_repacking(model)
     processor = load_processor(Source("saved", str(saved)))
     batch = encode(processor, tiny.questions("llama" if name == "odd" else name, 2, "a red bar"), model.dtype)
+    labels = batch.inputs["input_ids"].masked_fill(batch.kinds != ANSWER, -100)
     frozen = {n: p.data.clone() for n, p in model.named_parameters()}
     torch.manual_seed(0)
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
     losses = []
     for _ in range(3):
-        loss = tuned(**batch.inputs, labels=batch.inputs["input_ids"]).loss
+        loss = tuned(**batch.inputs, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[2] < losses[0]
     now = {
         n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in tuned.named_parameters()
