@@ -170,6 +170,18 @@ def test_the_dtype_of_the_rest_can_be_another(run):
     assert {state.dtype for state in states} == {torch.float16}
 
 
+def test_the_run_says_what_was_calibrated(run):
+    one = run("llama")
+    lines = (one.folder / "layers.csv").read_text().splitlines()
+    assert lines[0].endswith(",samples,tokens,rounding")
+    with open_codes(one.folder / FILE_NAME) as file:
+        assert {x.split(",")[0] for x in lines[1:] if x.endswith(",calibrated")} == file.layers
+    assert [x.split(",")[0] for x in lines[1:] if x.endswith(",")] == ["lm_head"]
+    manifest = read_manifest(one.manifest)
+    assert manifest.made_by.command.endswith("--format nf4-calibrated --budget +10%")
+    assert {x.precision for x in manifest.layers} <= {"nf4", "bf16"}
+
+
 @pytest.mark.parametrize("harm", ["missing", "changed", "another"])
 def test_weights_that_are_not_those_of_the_scan_are_refused(harm, run, tmp_path):
     one = run("llama")

@@ -80,8 +80,8 @@ def table(case: Case, nearest: Scores | None = None) -> str:
     return "\n".join(
         [
             "### Calibrated codes and a skip-list together, fused groups whole\n",
-            f"Calibrated on the same {sum(b.size for b in case.calibration)} samples. In brackets the share of "
-            "the KL of rounding everything to nearest.\n",
+            f"Calibrated on the same {sum(b.size for b in case.calibration)} samples. In brackets the share "
+            "of the KL of rounding everything to nearest.\n",
             f"| {case.name} | {head} |",
             f"|---|{'---|' * len(SHARES)}",
             *lines,
