@@ -51,7 +51,7 @@ def select(
         plan = choose(scan.inventory, layer_scores(table, column), request.limit_bytes, column)
         limit, words = request, [*words, "--budget", request.requested]
     command = shlex.join(words if by is None else [*words, "--by", by])
-    return manifest_of(scan, table, plan, limit, command, _held_out_quality(folder, plan))
+    return manifest_of(scan, table, plan, limit, command, held_out_quality(folder, plan))
 
 
 def parse_request(
@@ -151,7 +151,7 @@ def _predicted(layers: tuple[LayerChoice, ...]) -> float | None:
     return fsum(x.sensitivity_kl or 0.0 for x in layers if x.precision == "nf4")
 
 
-def _held_out_quality(folder: Path, plan: Plan) -> Quality:
+def held_out_quality(folder: Path, plan: Plan) -> Quality:
     """What the scan measured on held-out samples: standard 4-bit and, if it was a candidate, this plan."""
     standard, dynamic = (
         finite_answers(read_units(folder, choice_stage(kept))) for kept in (frozenset(), frozenset(plan.kept))
