@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogFormatterMathtext, LogLocator
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from qprobe.report.labels import label_points
 from qprobe.report.names import short_names
@@ -31,6 +31,7 @@ from qprobe.report.panels import (
     tower_spans,
 )
 
+_CHARACTER = 0.55  # width of a character on average, in sizes of its font
 UNITS = "nmse: squared error / squared signal; D: 4-bit weight - 16-bit weight; bars: standard error"
 
 
@@ -39,7 +40,7 @@ class Layout:
     """Sizes of a figure, in inches and points.
 
     least_width, most_width: between them 0.17 inches a layer. most_named: more layers than this are not named
-    below the axis. spikes: how many are named in a panel. columns: of the legend. beside: the measure is
+    below the axis. spikes: how many are named in a panel. dpi: of PNG files. beside: the measure is
     named beside its panel, else above it.
     """
 
@@ -49,7 +50,6 @@ class Layout:
     font: float
     most_named: int
     spikes: int
-    columns: int
     dpi: int
     beside: bool
 
@@ -62,8 +62,8 @@ class Layout:
         return float(np.clip(0.17 * layers, self.least_width, self.most_width))
 
 
-PAGE = Layout(10, 17, 2.0, 9, 90, 6, 7, 110, True)
-COLUMN = Layout(3.35, 3.35, 0.95, 6.5, 0, 3, 2, 300, False)  # a column of a paper: read at its own size
+PAGE = Layout(10, 17, 2.0, 9, 90, 6, 110, True)
+COLUMN = Layout(3.35, 3.35, 0.95, 6.5, 0, 3, 300, False)  # a column of a paper: read at its own size
 
 
 def spike_plot(table: pd.DataFrame, kept: frozenset[str], title: str, layout: Layout = PAGE) -> Figure:
@@ -119,7 +119,7 @@ def finished(
     figure.legend(
         handles=[*series, *patches],
         loc="outside lower left",
-        ncols=min(layout.columns, len(series) + len(patches)),
+        ncols=_columns([str(h.get_label()) for h in (*series, *patches)], layout, layout.width(len(table))),
         fontsize=layout.font - 1,
         frameon=False,
         title=_wrapped(facts, layout.width(len(table)), layout.font - 1),
@@ -130,9 +130,15 @@ def finished(
     figure.set_layout_engine("none")  # it stands now: drawn again, it would move under the labels
 
 
+def _columns(labels: list[str], layout: Layout, width: float) -> int:
+    """How many columns of the longest of `labels` fit a legend of `width` inches."""
+    longest = max(map(len, labels)) * _CHARACTER * (layout.font - 1) + 4.5 * layout.font
+    return max(1, min(len(labels), int(72 * width / longest)))
+
+
 def _wrapped(text: str, width: float, font: float) -> str:
-    """`text` in lines that fit `width` inches: a character takes about 0.55 of the font's size."""
-    characters = int(width * 72 / (0.55 * font))
+    """`text` in lines that fit `width` inches."""
+    characters = int(width * 72 / (_CHARACTER * font))
     return "\n".join(fill(line, characters) for line in text.splitlines())
 
 
@@ -143,7 +149,8 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, kept: frozenset[str], panel: Pane
     is_kept = table["layer"].isin(kept).to_numpy()
     set_scale(ax, values[drawn], panel, layout)
     floor = ax.get_ylim()[0] if panel.log else 0.0
-    ax.vlines(x[drawn], floor, values[drawn], color=GREY, lw=0.7, alpha=0.6, zorder=2)
+    thin = 0.7 * layout.marker(len(values)) * 9 / layout.font
+    ax.vlines(x[drawn], floor, values[drawn], color=GREY, lw=thin, alpha=0.6, zorder=2)
     if panel.error_column in table:
         spread = np.nan_to_num(table[panel.error_column].to_numpy(float))
         ax.errorbar(x[drawn], values[drawn], spread[drawn], fmt="none", ecolor=GREY, elinewidth=0.8, zorder=2)
@@ -166,7 +173,7 @@ def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> Non
         ax.set_ylim(values.min() / 1.6, values.max() * 1.6)
         # Between decades, labels only where there are few of them: all at once cannot be read.
         few = np.log10(values.max() / values.min()) < 2
-        ax.yaxis.set_minor_formatter(LogFormatterMathtext(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
+        ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 0.4)))
         ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if few else "auto"))
     if not panel.log:
         ax.axhline(0, color="black", lw=0.6, zorder=1)

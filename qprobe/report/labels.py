@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -44,7 +45,10 @@ def label_points(
     box = ax.get_window_extent()
     leaders = [float(ax.transData.transform((x, 1.0))[0]) for x in xs]
     widths = [_CHARACTER * font * len(name) for name in names]
-    attempts = [_place(leaders, widths, (box.x0, box.x1), shifts) for shifts in _SHIFTS]
+    orders = (range(len(xs)), sorted(range(len(xs)), key=lambda i: -xs[i]))
+    attempts = [
+        _place(leaders, widths, (box.x0, box.x1), shifts, order) for order in orders for shifts in _SHIFTS
+    ]
     spots = max(attempts, key=lambda spots: sum(spot is not None for spot in spots))
     rows = 1 + max((spot.row for spot in spots if spot is not None), default=-1)
     if rows == 0:
@@ -56,16 +60,25 @@ def label_points(
 
 
 def _place(
-    leaders: list[float], widths: list[float], edges: tuple[float, float], shifts: tuple[float, ...]
+    leaders: list[float],
+    widths: list[float],
+    edges: tuple[float, float],
+    shifts: tuple[float, ...],
+    order: Sequence[int],
 ) -> list[_Placed | None]:
-    """A spot for each label in turn that collides with none before it, or None where there is none."""
+    """A spot for each label, taken in `order`, that collides with none before it, or None.
+
+    From right to left, neighbours make a staircase; else each may stand in the way of the next.
+    """
     low, high = edges[0] + 3, edges[1] - 3
-    spots: list[_Placed | None] = []
-    for leader, width in zip(leaders, widths, strict=True):
-        lefts = [min(max(leader - shift * width, low), high - width) for shift in shifts]
-        candidates = (_Placed(left, left + width, leader, row) for row in range(_ROWS) for left in lefts)
+    spots: list[_Placed | None] = [None] * len(leaders)
+    for i in order:
+        lefts = [min(max(leaders[i] - shift * widths[i], low), high - widths[i]) for shift in shifts]
+        candidates = (
+            _Placed(left, left + widths[i], leaders[i], row) for row in range(_ROWS) for left in lefts
+        )
         taken = [spot for spot in spots if spot is not None]
-        spots.append(next((c for c in candidates if not any(c.collides(t) for t in taken)), None))
+        spots[i] = next((c for c in candidates if not any(c.collides(t) for t in taken)), None)
     return spots
 
 

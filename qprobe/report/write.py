@@ -36,35 +36,49 @@ def write_report(folder: Path, out: Path | None = None, against: Path | None = N
     Raises RunError if a run is missing or holds no finished measurement, or the two share no layer.
     """
     scan, table = _measured(folder)
-    manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-    kept, title = (
-        kept_layers(folder, scan),
-        f"{scan.model.id} in {scan.format.name}: what 4-bit costs each layer",
-    )
-    drawn = {"spikes": spike_plot(table, kept, title)}
-    drawn["spikes-column"] = spike_plot(table, kept, f"{scan.model.id}, {scan.format.name}", COLUMN)
-    if against is not None:
-        drawn["against"] = _against(folder, against, (scan, table))
-    files = {
-        f"{n}.{kind}": _image(figure, kind, _layout(n))
-        for n, figure in drawn.items()
-        for kind in ("png", "svg")
-    }
-    if (folder / FRONTIER).is_file():
-        compared = manifest.compared if manifest else ()
-        figure = frontier_plot(
-            _frontier(folder, scan, table, compared), f"{scan.model.id}: KL by budget", compared
-        )
-        files["frontier.png"] = _image(figure, "png", PAGE)
-    files = {PAGE_FILE: _page(folder, scan, table, manifest), **files}
+    theirs = None if against is None else _measured(against)
     target = out if out is not None else folder / "report"
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        target.mkdir(
+            parents=True, exist_ok=True
+        )  # before the work: a place that cannot be written costs none
+        files = {PAGE_FILE: page_of(folder), **_pictures(folder, scan, table)}
+        if against is not None and theirs is not None:
+            files |= _both("against", _against(folder, against, (scan, table), theirs), PAGE)
         for name, data in files.items():
             write_atomic(target / name, data)
     except OSError as error:
         raise RunError(f"{target} cannot be written ({error.strerror}). Pass another --out.") from error
     return [target / name for name in files]
+
+
+def _pictures(folder: Path, scan: Scan, table: pd.DataFrame) -> dict[str, bytes]:
+    """The pictures of one run by file name."""
+    kept, model = kept_layers(folder, scan), f"{scan.model.id} in {scan.format.name}"
+    manifest = _manifest(folder)
+    files = _both("spikes", spike_plot(table, kept, f"{model}: what 4-bit costs each layer"), PAGE)
+    files |= _both("spikes-column", spike_plot(table, kept, model, COLUMN), COLUMN)
+    if (folder / FRONTIER).is_file():
+        compared = manifest.compared if manifest else ()
+        frontier = _frontier(folder, scan, table, compared)
+        figure = frontier_plot(frontier, f"{model}: KL by size", compared)
+        files["frontier.png"] = _image(figure, "png", PAGE)
+    return files
+
+
+def _both(name: str, figure: Figure, layout: Layout) -> dict[str, bytes]:
+    return {f"{name}.{kind}": _image(figure, kind, layout) for kind in ("png", "svg")}
+
+
+def page_of(folder: Path) -> bytes:
+    """The page of the run `folder` alone; raises RunError as `write_report` does."""
+    scan, table = _measured(folder)
+    title = f"{scan.model.id}: which layers 4-bit hurts"
+    return page_html(page_data(folder, scan, table, _manifest(folder)), title).encode()
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    return read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
 
 
 def missing_measures(folder: Path) -> list[str]:
@@ -77,8 +91,8 @@ def missing_measures(folder: Path) -> list[str]:
 
 def kept_layers(folder: Path, scan: Scan) -> frozenset[str]:
     """Layers in 16-bit by the run's manifest; without one, those that are fixed there."""
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder / MANIFEST)
+    manifest = _manifest(folder)
+    if manifest is not None:
         return frozenset(layer.name for layer in manifest.layers if layer.precision != scan.format.name)
     return frozenset(layer.name for layer in scan.inventory.layers if layer.fixed)
 
@@ -110,22 +124,14 @@ def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[
     return pd.concat([pd.DataFrame([row]), frontier], ignore_index=True)
 
 
-def _against(folder: Path, other: Path, mine: tuple[Scan, pd.DataFrame]) -> Figure:
-    theirs = _measured(other)
+def _against(
+    folder: Path, other: Path, mine: tuple[Scan, pd.DataFrame], theirs: tuple[Scan, pd.DataFrame]
+) -> Figure:
     sides = [
         Side(f"{path}: {scan.model.id}, {scan.format.name}", table)
         for path, (scan, table) in ((folder, mine), (other, theirs))
     ]
     return against_plot(*sides, f"{folder.name or folder} against {other.name or other}")
-
-
-def _page(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> bytes:
-    title = f"{scan.model.id}: which layers 4-bit hurts"
-    return page_html(page_data(folder, scan, table, manifest), title).encode()
-
-
-def _layout(name: str) -> Layout:
-    return COLUMN if name.endswith("-column") else PAGE
 
 
 def _image(figure: Figure, kind: str, layout: Layout) -> bytes:

@@ -99,12 +99,25 @@ def test_a_bound_that_cannot_be_met_is_one_sentence(
     assert not (tmp_path / "list.json").exists()
 
 
-def test_report_says_where_the_pictures_are(qprobe: Run, run_folder: Path, tmp_path: Path):
-    files = json.loads(qprobe("report", run_folder, "--out", tmp_path, "--json").stdout)["files"]
-    assert [Path(f).name for f in files] == ["spikes.png", "spikes.svg"] and all(
-        Path(f).exists() for f in files
-    )
-    assert f"Picture  {tmp_path / 'spikes.png'}" in qprobe("report", run_folder, "--out", tmp_path).stdout
+def test_report_says_where_its_files_are_and_what_it_lacks(
+    qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.report.write._image", lambda *_: b"")  # pixels take long
+    report = json.loads(qprobe("report", run_folder, "--out", tmp_path, "--json").stdout)
+    assert [Path(f).name for f in report["files"][:2]] == ["index.html", "spikes.png"]
+    assert all(Path(f).exists() for f in report["files"])
+    assert report["missing"] == ["KL on held-out samples (frontier)"]
+    text = qprobe("report", run_folder, "--out", tmp_path).stdout
+    assert f"Page     {tmp_path / 'index.html'}" in text and f"Picture  {tmp_path / 'spikes.png'}" in text
+    assert text.splitlines()[-1].startswith("Not measured in this run, so left out: KL on held-out samples")
+
+
+def test_report_draws_another_run_beside_this_one(
+    qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.report.write._image", lambda *_: b"")
+    text = qprobe("report", run_folder, "--against", run_folder, "--out", tmp_path).stdout
+    assert f"Picture  {tmp_path / 'against.svg'}" in text
 
 
 def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):

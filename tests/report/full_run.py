@@ -39,7 +39,7 @@ def write_full_run(
     names: dict[int, str] | None = None,
     model: str = "owner/model",
 ) -> Path:
-    """`folder`, holding a run of `layers` linears on `samples` samples. names: index -> another layer name."""
+    """`folder`, holding a run of `layers` linears on `samples` samples. names: index -> other layer name."""
     linears = _linears(layers, names or {})
     inventory = Inventory(linears, (), 100_000)
     ids = [f"sample-{i}" for i in range(samples)]
@@ -84,7 +84,8 @@ def _linears(count: int, names: dict[int, str]) -> tuple[Linear, ...]:
         found.append(
             Linear(
                 name, f"old.{name}", tower, name, shape, n // 2 + blocks + 4 * -(-blocks // 256), 2 * n,
-                fixed="lm_head" if plain == "lm_head" else None, reads="vision" if tower == "vision" else "text",
+                fixed="lm_head" if plain == "lm_head" else None,
+                reads="vision" if tower == "vision" else "text",
             )
         )  # fmt: skip
     return tuple(found)
@@ -127,8 +128,9 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str]) -> N
             if not x.fixed:
                 parts.append((sample, x.name, 5, 1e-3 * f * (0.8 + 0.4 * rng.random()) - 4e-4 * (f < 0.8)))
     columns = (
-        "sample layer tokens activation_n activation_signal activation_noise activation_nonfinite activation_peak "
-        "peak_token peak_kind propagated_n propagated_signal propagated_noise propagated_nonfinite"
+        "sample layer tokens activation_n activation_signal activation_noise activation_nonfinite "
+        "activation_peak peak_token peak_kind propagated_n propagated_signal propagated_noise "
+        "propagated_nonfinite"
     ).split()
     write_unit(folder, "outputs", 0, pd.DataFrame(outputs, columns=columns))
     sensitivity = pd.DataFrame(parts, columns=["sample", "layer", "answer_tokens", "kl_sum"])
@@ -165,9 +167,8 @@ def _choose(folder: Path, inventory: Inventory) -> None:
         manifest = select(folder, str(standard + int(share * saved)))
         kept = frozenset(manifest.skip_modules) - {"lm_head"}
         _write_kl(folder, choice_stage(kept), held, list(kl * noise), f"frontier {share:.0%}")
-        lines.append(
-            f"{manifest.budget.total_bytes},{manifest.quality.kl_predicted},{kl / 5},{kl / 50},frontier {share:.0%}"
-        )
+        numbers = (manifest.budget.total_bytes, manifest.quality.kl_predicted, kl / 5, kl / 50)
+        lines.append(",".join([*map(str, numbers), f"frontier {share:.0%}"]))
     header = "budget_bytes,predicted_kl,measured_kl,measured_kl_se,candidate"
     (folder / "frontier.csv").write_text("\n".join([header, *lines]) + "\n")
     chosen = select(folder, "+10%")

@@ -1,5 +1,6 @@
 // One chart a measure, layers in execution order on x, towers as bands.
 const CHART = { left: 58, right: 8, top: 20, height: 132, bottom: 8 };
+const LABEL_ROW = 12;
 const charts = byId("charts");
 let drawnPanels = [];
 
@@ -28,10 +29,11 @@ function drawPanel(panel, width, isFirst) {
   const usable = (v) => v !== null && (!panel.log || v > 0);
   const present = values.filter(usable);
   const top = CHART.top + (isFirst ? 18 : 0);
-  const room = panel.spikes.length ? 14 : 0;
+  const x = scale(-0.5, LAYERS.length - 0.5, CHART.left, width - CHART.right);
+  const labels = placeSpikes(panel, x, width);
+  const room = LABEL_ROW * Math.max(0, ...labels.map((label) => label.row + 1)) + (labels.length ? 3 : 0);
   const height = top + room + CHART.height + CHART.bottom;
   const base = height - CHART.bottom;
-  const x = scale(-0.5, LAYERS.length - 0.5, CHART.left, width - CHART.right);
   const [low, high] = limits(present, panel.log);
   const y = scale(low, high, base, top + room, panel.log);
   const svg = drawn("svg", { class: "panel", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "data-panel": panel.column });
@@ -47,7 +49,7 @@ function drawPanel(panel, width, isFirst) {
   const marks = drawn("g");
   const cursor = drawn("g");
   svg.append(marks, cursor);
-  nameSpikes(svg, panel, values, x, y, top, width);
+  nameSpikes(svg, labels, values, x, y, top + room);
   return { panel, svg, marks, cursor, x, y, values, usable, top, base };
 }
 
@@ -98,17 +100,26 @@ function drawAxis(svg, y, values, width, hasZero) {
   if (hasZero) svg.append(drawn("line", { class: "zero", x1: CHART.left, x2: width - CHART.right, y1: y(0), y2: y(0) }));
 }
 
-// The layers that stand out, by short name in the headroom; a name that finds no room is left out.
-function nameSpikes(svg, panel, values, x, y, top, width) {
-  const taken = [];
-  for (const i of panel.spikes) {
+// Rows for the names of the layers that stand out, from right to left, so that neighbours make a staircase;
+// row 0 is the lowest. A name that finds no room is left out.
+function placeSpikes(panel, x, width) {
+  const placed = [];
+  for (const i of [...panel.spikes].sort((a, b) => b - a)) {
     const room = LAYERS[i].short.length * 5.9 + 8;
-    if (room > width - CHART.left) continue;
-    const middle = Math.min(Math.max(x(i), CHART.left + room / 2), width - CHART.right - room / 2);
-    if (taken.some((t) => Math.abs(t.middle - middle) < (t.room + room) / 2)) continue;
-    taken.push({ middle, room });
-    svg.append(drawn("line", { class: "leader", x1: x(i), x2: x(i), y1: top + 13, y2: y(values[i]) - 5 }));
-    svg.append(drawn("text", { class: "spike", x: middle, y: top + 10, "text-anchor": "middle" }, LAYERS[i].short));
+    const left = Math.max(CHART.left, Math.min(x(i) - 4, width - CHART.right - room));
+    const free = (row) => placed.every((p) => (p.row === row ? left > p.left + p.room || left + room < p.left
+      : p.row > row || x(i) < p.left || x(i) > p.left + p.room));
+    const row = [0, 1, 2, 3].find(free);
+    if (row !== undefined && room < width - CHART.left) placed.push({ i, left, room, row });
+  }
+  return placed;
+}
+
+function nameSpikes(svg, labels, values, x, y, bottom) {
+  for (const { i, left, row } of labels) {
+    const at = bottom - LABEL_ROW * row - 4;
+    svg.append(drawn("line", { class: "leader", x1: x(i), x2: x(i), y1: at + 3, y2: y(values[i]) - 5 }));
+    svg.append(drawn("text", { class: "spike", x: left + 4, y: at }, LAYERS[i].short));
   }
 }
 
