@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from qprobe.report.labels import label_points
 from qprobe.report.names import short_names
 from qprobe.report.panels import BLUE, GREY, VERMILION, Panel, taken, upper_fence
 
-STYLES = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "mfc": BLUE},
     {"color": VERMILION, "marker": "s", "mfc": "none"},
 )
@@ -78,7 +79,7 @@ def _draw(ax: Axes, tables: tuple[pd.DataFrame, pd.DataFrame], panel: Panel, lay
         drawn = np.isfinite(found)
         if panel.error_column in table:
             spread = np.nan_to_num(table[panel.error_column].to_numpy(float))
-            bars = {"fmt": "none", "ecolor": style["color"], "elinewidth": 0.7, "alpha": 0.6}
+            bars: dict[str, Any] = {"fmt": "none", "ecolor": style["color"], "elinewidth": 0.7, "alpha": 0.6}
             ax.errorbar(x[drawn], found[drawn], spread[drawn], zorder=2, **bars)
         gid = f"{panel.column}:run{i + 1}"
         ax.plot(x[drawn], found[drawn], ls="", ms=3.6 * size, mew=0.7 * size, zorder=3, gid=gid, **style)

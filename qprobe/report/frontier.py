@@ -89,7 +89,7 @@ def _draw_lists(ax: Axes, lists: Sequence[Compared], divisor: int) -> None:
         if one.chosen:
             style = {"marker": "*", "ms": 15, "color": VERMILION, "mec": "black", "mew": 0.6}
             name = f"{name} (chosen)"
-        ax.errorbar(
-            one.total_bytes / divisor, one.kl, one.kl_se or 0.0, ls="", capsize=2, zorder=3, label=name,
-            gid="chosen" if one.chosen else "list", **style,
-        )  # fmt: skip
+        kl = np.nan if one.kl is None else one.kl
+        gid = "chosen" if one.chosen else "list"
+        size = one.total_bytes / divisor
+        ax.errorbar(size, kl, one.kl_se or 0.0, ls="", capsize=2, zorder=3, label=name, gid=gid, **style)

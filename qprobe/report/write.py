@@ -127,11 +127,11 @@ def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[
 def _against(
     folder: Path, other: Path, mine: tuple[Scan, pd.DataFrame], theirs: tuple[Scan, pd.DataFrame]
 ) -> Figure:
-    sides = [
+    one, two = (
         Side(f"{path}: {scan.model.id}, {scan.format.name}", table)
         for path, (scan, table) in ((folder, mine), (other, theirs))
-    ]
-    return against_plot(*sides, f"{folder.name or folder} against {other.name or other}")
+    )
+    return against_plot(one, two, f"{folder.name or folder} against {other.name or other}")
 
 
 def _image(figure: Figure, kind: str, layout: Layout) -> bytes:
