@@ -49,10 +49,9 @@ figures: $(STAMP)
 		$(BIN)/qprobe compare --manifest runs/$$model/skiplist.json && \
 		$(BIN)/qprobe report runs/$$model --out reports/$$model || exit 1; done
 
-# The notebooks with their outputs, executed anew.
-notebooks: export OMP_NUM_THREADS = 1
+# The outputs that the notebooks show, made anew.
 notebooks: $(STAMP)
-	cd notebooks && ../$(BIN)/jupyter execute --inplace *.ipynb
+	$(BIN)/python -m tests.notebooks
 
 clean:
 	rm -rf .venv runs dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
