@@ -17,6 +17,7 @@ _HOMES = {
     "layer_table": "qprobe.select.table",
     "load_dynamic_4bit": "qprobe.build.load",
     "load_standard_4bit": "qprobe.build.load",
+    "plan": "qprobe.build.plan",
     "read_manifest": "qprobe.manifest",
     "verify": "qprobe.build.verify",
     "write_manifest": "qprobe.manifest",
@@ -25,6 +26,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from qprobe.build.compare import compare
     from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
+    from qprobe.build.plan import plan
     from qprobe.build.verify import verify
     from qprobe.errors import QprobeError
     from qprobe.manifest import Manifest, read_manifest, write_manifest
@@ -41,6 +43,7 @@ __all__ = [
     "layer_table",
     "load_dynamic_4bit",
     "load_standard_4bit",
+    "plan",
     "read_manifest",
     "verify",
     "write_manifest",

@@ -12,6 +12,7 @@ from typing import Any
 from qprobe.errors import ModelError, QprobeError, SampleError
 from qprobe.measure.ablation import ablated_layers, check_ablated, measure_ablation
 from qprobe.measure.answers import with_answers
+from qprobe.measure.attribution import walking
 from qprobe.measure.choice import choose_list
 from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
@@ -215,10 +216,11 @@ def measure_units(subject: Subject, work: Work, measures: Measures, folder: Path
         write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
     total = len(work.calibration)
     todo = {u for stage in measures.stages for u in missing_units(folder, stage, total)}
-    for unit in sorted(todo):
-        for stage, frame in observe(subject, subject.encode(work.calibration[unit]), measures).items():
-            write_unit(folder, stage, unit, frame)
-        progress("measure", total - len([u for u in todo if u > unit]), total)
+    with walking(subject.path):  # opened once, so that weights change their dtype once
+        for unit in sorted(todo):
+            for stage, frame in observe(subject, subject.encode(work.calibration[unit]), measures).items():
+                write_unit(folder, stage, unit, frame)
+            progress("measure", total - len([u for u in todo if u > unit]), total)
 
 
 def write_findings(folder: Path) -> None:

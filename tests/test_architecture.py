@@ -18,6 +18,9 @@ TORCH_FREE = (
     "qprobe.formats.sizes",
     "qprobe.manifest",
     "qprobe.measure.store",
+    "qprobe.models.catalogue",
+    "qprobe.models.geometry",
+    "qprobe.models.layouts",
     "qprobe.options",
     "qprobe.report.write",
     "qprobe.select",
@@ -49,3 +52,9 @@ def test_public_names_exist(name: str):
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = qprobe.no_such_name
+
+
+def test_listing_the_known_models_imports_no_torch():
+    code = "from qprobe.cli import main; main(['models'], standalone_mode=False)"
+    program = f"import io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): exec({code!r})"
+    assert loaded_by(program).isdisjoint(HEAVY)

@@ -121,14 +121,23 @@ def check_model(manifest: Manifest, model: str | None) -> Blueprint:
     not found, ManifestError, with both fingerprints, if it is another model.
     """
     blueprint = draw(_source(manifest, model), manifest.format)
-    found, wanted = fingerprint(blueprint.skeleton), manifest.model.fingerprint
-    if found != wanted:
+    refuse_another_model(manifest, blueprint.skeleton, blueprint.source.id)
+    return blueprint
+
+
+def refuse_another_model(manifest: Manifest | None, skeleton: nn.Module, name: str) -> str:
+    """The fingerprint of `skeleton`, the model called `name`, on the meta device.
+
+    Raises ManifestError, with both fingerprints, if `manifest` was written for another model.
+    """
+    found = fingerprint(skeleton)
+    if manifest is not None and found != manifest.model.fingerprint:
         raise ManifestError(
             f"The manifest was written for {manifest.model.id} ({manifest.model.architecture}, fingerprint "
-            f"{wanted[:16]}), but {blueprint.source.id} is a {type(blueprint.skeleton).__name__} with "
+            f"{manifest.model.fingerprint[:16]}), but {name} is a {type(skeleton).__name__} with "
             f"fingerprint {found[:16]}. Pass the model that was scanned, or scan this one."
         )
-    return blueprint
+    return found
 
 
 def _source(manifest: Manifest, model: str | None) -> Source:

@@ -8,6 +8,7 @@ from qprobe import __version__
 from qprobe.cli.choose import rank, report, select
 from qprobe.cli.compare import compare
 from qprobe.cli.machine import doctor, models
+from qprobe.cli.plan import plan
 from qprobe.cli.scan import scan
 
 
@@ -23,5 +24,5 @@ def main() -> None:
     """
 
 
-for _command in (doctor, models, scan, rank, select, compare, report):
+for _command in (doctor, models, plan, scan, rank, select, compare, report):
     main.add_command(_command)

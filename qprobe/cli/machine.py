@@ -40,26 +40,43 @@ def doctor(as_json: bool) -> None:
 def models(as_json: bool) -> None:
     """List the models that qprobe knows by a short name; any other is named by hub id or folder.
 
+    Sizes are exact; nf4 is standard 4-bit with its quantization state (`qprobe plan` has every layout).
+    "gated" weights need their licence accepted on the hub and `hf auth login`; plan needs neither.
+
     \b
-    --json prints: models [{alias, hub_id, architecture, note, published_lists [author]}];
-    hub_id is null for a model that comes with qprobe.
+    --json prints: models [{alias, hub_id, architecture, note, access, parameters, parameters_source,
+    geometry_source, linear_layers, bytes_16bit, nf4_layers, nf4_parameter_bytes, nf4_total_bytes,
+    published_lists [author], published_sizes [{layout, gib, source}]}];
+    hub_id is null for a model that comes with qprobe, access is embedded, open or gated.
     """
     from qprobe.models.catalogue import ENTRIES
 
+    known = [_entry(entry) for entry in ENTRIES]
     if as_json:
-        shared.print_json({"models": [_entry(entry) for entry in ENTRIES]})
+        shared.print_json({"models": known})
         return
-    for entry in ENTRIES:
-        click.secho(entry.alias, bold=True)
-        click.echo("    " + (f"{entry.hub_id} ({entry.note})" if entry.hub_id else entry.note))
+    from qprobe.report.sizes import models_text
+    from qprobe.report.terminal import terminal_width
+
+    click.echo(models_text(known, terminal_width()))
     click.echo("\n--model also takes any hub id (owner/name) and any folder with a 16-bit checkpoint.")
 
 
 def _entry(entry: Entry) -> dict[str, object]:
+    from qprobe.models.geometry import read_geometry
+
+    assert entry.geometry is not None, entry.alias
+    geometry = read_geometry(entry.geometry)
     return {
         "alias": entry.alias,
         "hub_id": entry.hub_id,
         "architecture": entry.architecture,
         "note": entry.note,
+        "access": "embedded" if entry.hub_id is None else "gated" if entry.is_gated else "open",
+        "parameters": geometry.parameters,
+        "parameters_source": geometry.parameters_source,
+        "geometry_source": geometry.source,
+        **vars(geometry.sizes),
         "published_lists": [published.author for published in entry.published],
+        "published_sizes": [vars(size) for size in entry.published_sizes],
     }

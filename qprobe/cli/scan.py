@@ -43,7 +43,7 @@ TOP = 10  # layers of the ranking that are shown
     default=2,
     show_default=True,
     metavar="N",
-    help="Gauss-Legendre nodes of the sensitivity; each costs a forward and a backward pass.",
+    help="Quadrature nodes of the sensitivity; each costs a forward and a backward pass.",
 )
 @click.option(
     "--ablate",

@@ -5,8 +5,9 @@ sum_l <dKL/dW_l, D_l>, so the integrals a_l = int_0^1 <dKL/dW_l, D_l> d(alpha) s
 <dKL/dW_l, D_l> = sum_t <g_t, D_l x_t> needs no weight gradient: each linear computes
     y = (W + (alpha + s) D) x + b      with s = 0 for each sample,
 and the slope for one sample is dKL/ds. A special case of integrated gradients
-(Sundararajan, Taly, Yan 2017, "Axiomatic Attribution for Deep Networks"), integrated by
-Gauss-Legendre quadrature.
+(Sundararajan, Taly, Yan 2017, "Axiomatic Attribution for Deep Networks"). The slope at alpha = 0 is known
+without a pass: the KL has its minimum there, so it is 0. Gauss-Radau quadrature takes that end as a node of
+its own and is exact for one degree more than Gauss-Legendre at the same cost.
 
 The two models differ by little, and 16-bit rounding of activations drowns that in noise where the KL
 is small (10 % of it on a model with a KL of 0.001). So the path is walked in float32, weights as they
@@ -21,10 +22,10 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.special import roots_sh_jacobi
 from torch import Tensor, nn
 
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
@@ -39,10 +40,15 @@ SMALLEST_KL = 1e-3  # nats an answer token: a batch below it is held to the same
 MOST_NODES = 8
 
 
-def gauss_legendre(nodes: int) -> list[tuple[float, float]]:
-    """(alpha, weight) of the `nodes`-point rule on [0, 1]; the weights sum to 1."""
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-    return [(float(p) / 2 + 0.5, float(w) / 2) for p, w in zip(points, weights, strict=True)]
+def gauss_radau(nodes: int) -> list[tuple[float, float]]:
+    """(alpha, weight) of the rule on [0, 1] for a function that is 0 at 0, exact up to degree 2 x `nodes`.
+
+    The points of Gauss-Radau quadrature but for its fixed one at 0. With f = alpha h they are those of the
+    Gauss-Jacobi rule for h under the weight alpha (Davis, Rabinowitz 1984, "Methods of Numerical
+    Integration", section 2.7).
+    """
+    points, weights = roots_sh_jacobi(nodes, 2, 2)
+    return [(float(p), float(w / p)) for p, w in zip(points, weights, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,9 @@ class Path:
         return {n: g.double() for n, g in zip(names, gradients, strict=True) if g is not None}
 
     def integrals(self, batch: Batch, reference: list[Tensor], nodes: int) -> dict[str, Tensor]:
-        """a_l of each linear by the `nodes`-point rule: (samples,) float64, nats over all answer tokens."""
+        """a_l of each linear by `gauss_radau`: (samples,) float64, nats over all answer tokens."""
         totals: dict[str, Tensor] = {}
-        for alpha, weight in gauss_legendre(nodes):
+        for alpha, weight in gauss_radau(nodes):
             for name, slope in self.slopes(batch, reference, alpha).items():
                 totals[name] = totals.get(name, torch.zeros_like(slope)) + weight * slope
         return totals
@@ -121,8 +127,8 @@ def path_dtype(model: nn.Module) -> torch.dtype:
 class _PathLinear(torch.autograd.Function):
     """x (W + (alpha + step) D)^T + b at step = 0, one step a sample.
 
-    The gradient for a step is sum_t <g_t, D x_t> over that sample's tokens, in float32. What is saved lives
-    for one block only, since blocks are checkpointed.
+    The gradient for a step is sum_t <g_t, D x_t> over that sample's tokens, in float32. The weights that are
+    saved live for one block only where blocks are checkpointed.
     """
 
     @staticmethod
@@ -173,22 +179,25 @@ def attribute(
 
     ends: where both ends of the path are known already in its dtype; None to compute them (two forwards).
 
-    Where the sum misses the KL by more than `tolerance` of it (or of `SMALLEST_KL`), the path bends more than
-    `nodes` can follow: it is walked again with twice as many, up to `MOST_NODES`. Each node costs a forward
-    and a backward pass, with the forward repeated inside it.
+    Where the sums miss the KL, sample by sample, by more than `tolerance` of it (or of `SMALLEST_KL`) in all,
+    the path bends more than `nodes` can follow: it is walked again with twice as many, up to `MOST_NODES`,
+    unless rounding to 16-bit is what is missed. Each node costs a forward and a backward pass, the forward
+    partly repeated inside it where the model is large.
     """
     batch = batch.in_dtype(path.dtype)
     with walking(path):
         reference, four_bit = ends or (path.logits(batch, 0.0), path.logits(batch, 1.0))
         kl = kl_sums(reference, four_bit)
-        total = sum(k.kl for k in kl)
         integrals = path.integrals(batch, reference, nodes)
-        missed = abs(_sum(integrals) - total)
-        allowed = tolerance * max(total, SMALLEST_KL * batch.answer_tokens)
+        missed = _missed(integrals, kl)
+        allowed = tolerance * max(fsum(k.kl for k in kl), SMALLEST_KL * batch.answer_tokens)
+        is_exact = path.dtype == torch.float32
         while missed > allowed and 2 * nodes <= MOST_NODES:
             finer = path.integrals(batch, reference, 2 * nodes)
-            nodes, before, missed = 2 * nodes, missed, abs(_sum(finer) - total)
+            nodes, before, missed = 2 * nodes, missed, _missed(finer, kl)
             integrals = finer if missed <= before else integrals
+            if missed > before and not is_exact:
+                break
     rows = [
         (sample.id, name, end - start, value)
         for name, integral in integrals.items()
@@ -199,5 +208,7 @@ def attribute(
     return Attribution(frame, kl, nodes)
 
 
-def _sum(integrals: dict[str, Tensor]) -> float:
-    return fsum(value for integral in integrals.values() for value in integral.tolist())
+def _missed(integrals: dict[str, Tensor], kl: list[KlSums]) -> float:
+    """By how much the sums over layers miss the measured KL of each sample, added up; nats."""
+    sums = torch.stack(list(integrals.values())).sum(dim=0).tolist() if integrals else [0.0] * len(kl)
+    return fsum(abs(found - k.kl) for found, k in zip(sums, kl, strict=True))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 LinearForward = Callable[[str, nn.Linear, Tensor], Tensor]
+
+# What a backward pass may keep beyond the inputs of blocks: all of a small model's activations, for which
+# running twice would cost most, and little beside the weights of a large one.
+ROOM_BYTES = 2 * 2**30
 
 
 @contextmanager
@@ -40,16 +46,20 @@ def _restore(module: nn.Module, before: Any) -> None:
 
 
 @contextmanager
-def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
-    """While open, each repeated block keeps only its inputs for the backward pass and runs again there.
+def checkpointed_blocks(model: nn.Module, room_bytes: int = ROOM_BYTES) -> Iterator[None]:
+    """While open, repeated blocks keep only their inputs for the backward pass and run again there.
 
-    transformers' own gradient checkpointing acts in training mode only, which would switch dropout on.
+    The first blocks keep everything as long as that is expected to fit into `room_bytes`. Of the others the
+    outputs of attention are kept too: they are small, and at full size attention over image tiles is more
+    than half of a forward pass. transformers' own gradient checkpointing acts in training mode only, which
+    would switch dropout on.
     """
     blocks = repeated_blocks(model)
     before = [block.__dict__.get("forward") for block in blocks]
+    room = _Room(room_bytes)
     try:
         for block in blocks:
-            block.__dict__["forward"] = _checkpointed(block.forward)
+            block.__dict__["forward"] = _checkpointed(block, room)
         yield
     finally:
         for block, old in zip(blocks, before, strict=True):
@@ -74,8 +84,63 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+@dataclass
+class _Room:
+    """Bytes that blocks may still keep for the backward pass."""
+
+    left: int
+
+    def take(self, block: nn.Module, arguments: Iterable[Any]) -> bool:
+        """True, and less room, if all that `block` keeps for the backward pass is expected to fit.
+
+        Per row of its first input, each linear keeps its input and output, and what lies between linears is
+        about as much again; the linears of the path keep three forms of their weights.
+        """
+        x = next(a for a in arguments if isinstance(a, Tensor) and a.dim() > 1)
+        linears = [m for m in block.modules() if type(m) is nn.Linear]
+        features = sum(m.in_features + m.out_features for m in linears)
+        rows = x.numel() // x.shape[-1]
+        kept = (2 * rows * features + 3 * sum(m.weight.numel() for m in linears)) * x.itemsize
+        is_room = kept <= self.left
+        self.left -= kept if is_room else 0
+        return is_room
+
+
+def _checkpointed(block: nn.Module, room: _Room) -> Callable[..., Any]:
+    forward = block.forward
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        if room.take(block, (*args, *kwargs.values())):
+            return forward(*args, **kwargs)
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_keeping_attention,
+            **kwargs,
+        )
 
     return run
+
+
+# Every form of torch's scaled_dot_product_attention that is a kernel of its own; the plain one is products.
+_ATTENTION = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+)
+
+
+def _keeping_attention() -> Any:
+    """For the two runs of a checkpointed block: the second finds the attention outputs of the first."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_attention = operation in _ATTENTION
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE

@@ -72,7 +72,7 @@ class OutputErrors:
         if parts is None:
             self.skipped.add(name)
             return F.linear(x, module.weight, module.bias)
-        weight_hat = self.round_trips.weight(name)
+        weight_hat = self.round_trips.weight(name).to(x.dtype)
         outputs = x.new_empty((*parts.shape[:2], module.out_features))
         linear_into(outputs[:half], parts[:half], module.weight, module.bias)
         if self.doubled:
@@ -82,7 +82,7 @@ class OutputErrors:
         return outputs.reshape(*x.shape[:-1], module.out_features)
 
     def _noise(self, module: nn.Linear, weight_hat: Tensor, x: Tensor) -> Tensor:
-        """D x, (samples, rows, out_features); in float32 on the CPU, in the model's dtype elsewhere."""
+        """D x, (samples, rows, out_features); in float32 on the CPU, in the input's dtype elsewhere."""
         work = torch.float32 if x.device.type == "cpu" else x.dtype
         return F.linear(x.to(work), weight_hat.to(work) - module.weight.to(work))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from qprobe.measure.attribution import RESIDUAL, attribute
+from qprobe.measure.attribution import RESIDUAL, attribute, walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
@@ -60,21 +60,22 @@ def applicable_measures(
 
 
 def observe(subject: Subject, batch: Batch, measures: Measures) -> dict[str, pd.DataFrame]:
-    """The unit frames of one batch by stage (see `Measures.stages`).
+    """The unit frames of one batch by stage (see `Measures.stages`), all in the dtype of the path.
 
     Samples without answer tokens get outputs but no KL and no sensitivity.
     """
-    rows, logits = observe_outputs(subject, batch, measures)
-    frames = {"outputs": rows}
-    if measures.sensitivity and batch.answer_tokens:
-        path = subject.path
-        is_known = measures.propagated and path.dtype == subject.model.dtype
-        ends = (logits[: batch.size], logits[batch.size :]) if is_known else None
-        found = attribute(path, batch, measures.nodes, measures.tolerance, ends)
-        frames |= {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
-    elif measures.sensitivity:
-        frames["kl"] = kl_rows(batch, STANDARD, [])
-        frames["sensitivity"] = pd.DataFrame(columns=["sample", "layer", "answer_tokens", "kl_sum"])
+    path = subject.path
+    batch = batch.in_dtype(path.dtype)
+    with walking(path):
+        rows, logits = observe_outputs(subject, batch, measures)
+        frames = {"outputs": rows}
+        if measures.sensitivity and batch.answer_tokens:
+            ends = (logits[: batch.size], logits[batch.size :]) if measures.propagated else None
+            found = attribute(path, batch, measures.nodes, measures.tolerance, ends)
+            frames |= {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
+        elif measures.sensitivity:
+            frames["kl"] = kl_rows(batch, STANDARD, [])
+            frames["sensitivity"] = pd.DataFrame(columns=["sample", "layer", "answer_tokens", "kl_sum"])
     return frames
 
 

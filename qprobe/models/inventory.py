@@ -118,13 +118,13 @@ def _uncovered(model: nn.Module, covered: dict[str, nn.Linear]) -> tuple[Uncover
         if parameter.dim() < 2 or name in owners:
             continue
         parent_name, _, _ = name.rpartition(".")
-        why = _why_uncovered(model, parent_name)
+        why = why_uncovered(model, parent_name)
         if why is not None:
             found.append(Uncovered(name, parameter.numel() * parameter.element_size(), why))
     return tuple(found)
 
 
-def _why_uncovered(model: nn.Module, parent_name: str) -> str | None:
+def why_uncovered(model: nn.Module, parent_name: str) -> str | None:
     """Why the matrix of this module stays in 16-bit; None for tables that multiply nothing."""
     parent = model.get_submodule(parent_name)
     grandparent = model.get_submodule(parent_name.rpartition(".")[0])

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from qprobe.errors import MachineError, ModelError
-from qprobe.models.catalogue import ENTRIES, find
+from qprobe.models.catalogue import ENTRIES, find, nearest
 from qprobe.models.inventory import fingerprint
 from qprobe.records import ModelIdentity
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_FOR_EXAMPLE = ("demo", "llama-3.2-11b-vision", "qwen2.5-vl-7b")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -67,10 +68,11 @@ def resolve(model: str) -> Source:
         return Source(entry.hub_id, entry.hub_id)
     if _HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
         return Source(model, model)
-    known = ", ".join(e.alias for e in ENTRIES)
+    near = nearest(model)
+    meant = f"Did you mean {', '.join(near)}?" if near else f"Some of them: {', '.join(_FOR_EXAMPLE)}."
     raise ModelError(
-        f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the known names ({known}). "
-        f"`qprobe models` lists what is known."
+        f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the {len(ENTRIES)} known "
+        f"names. {meant} `qprobe models` lists what is known."
     )
 
 
@@ -133,7 +135,10 @@ def load_config(source: Source) -> Any:
     from transformers import AutoConfig
 
     with _explained(source):
-        return AutoConfig.from_pretrained(source.location, revision=source.revision or "main")
+        # Said in full: left out, transformers would ask on the terminal whether to run the code.
+        return AutoConfig.from_pretrained(
+            source.location, revision=source.revision or "main", trust_remote_code=False
+        )
 
 
 def model_class(config: Any) -> Any:
@@ -219,11 +224,22 @@ class _explained:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            is_local = Path(self.source.location).exists()
-            advice = (
-                "Check that the folder is a complete transformers checkpoint with safetensors files."
-                if is_local
-                else "Check the name and the network; for a gated model accept its licence on the hub "
-                "and run `hf auth login`, or pass a local folder."
-            )
+            advice = _advice(self.source)
             raise ModelError(f"Model {self.source.id!r} cannot be loaded: {first} {advice}") from error
+
+
+def _advice(source: Source) -> str:
+    """What to do when the files of `source` cannot be had."""
+    if Path(source.location).exists():
+        return "Check that the folder is a complete transformers checkpoint with safetensors files."
+    entry = find(source.location)
+    if entry is None:
+        return (
+            "Check the name and the network; for a gated model accept its licence on the hub "
+            "and run `hf auth login`, or pass a local folder."
+        )
+    licence = f"accept its licence at https://huggingface.co/{entry.hub_id}, run `hf auth login`, and "
+    return (
+        f"To have its weights, {licence if entry.is_gated else ''}check the network, or pass a local folder; "
+        f"`qprobe plan --model {entry.alias}` needs neither."
+    )

@@ -36,34 +36,55 @@ GENERIC = Layout(
     vision_inputs=r"(cross_attn|crossattention|cross_attention)\.(k_proj|v_proj|key|value)$",
 )  # fmt: skip
 
-# A model without any vision part: everything that is not matched is language.
+_TEXT = Layout(towers=((LANGUAGE, r"^"),))
+
+# Vision tower, projector and language model side by side, as in LLaVA and its kin.
+_SIDE_BY_SIDE = Layout(
+    towers=(
+        (VISION, r"^model\.vision_tower\."),
+        (PROJECTOR, r"^model\.(multi_modal_projector\.|image_newline$)"),
+        (LANGUAGE, r"^(model\.language_model\.|lm_head$)"),
+    )
+)
+_MERGER = Layout(
+    towers=(
+        (PROJECTOR, r"^model\.visual\.merger\."),
+        (VISION, r"^model\.visual\.(?!merger\.)"),
+        (LANGUAGE, r"^(model\.language_model\.|lm_head$)"),
+    )
+)
+_CONNECTOR = Layout(
+    towers=(
+        (VISION, r"^model\.vision_model\."),
+        (PROJECTOR, r"^model\.connector\."),
+        (LANGUAGE, r"^(model\.text_model\.|lm_head$)"),
+    )
+)
+
+# By class name. The patterns of one architecture exclude each other: a layer meets exactly one.
 LAYOUTS: dict[str, Layout] = {
     "MllamaForConditionalGeneration": Layout(
         towers=(
             (VISION, r"^model\.vision_model\."),
-            (PROJECTOR, r"^model\.multi_modal_projector$"),
+            (PROJECTOR, r"^model\.multi_modal_projector(\.|$)"),
             (CROSS, r"^model\.language_model\.layers\.\d+\.cross_attn\."),
-            (LANGUAGE, r"^(model\.language_model\.|lm_head$)"),
+            (LANGUAGE, r"^(model\.language_model\.(?!layers\.\d+\.cross_attn\.)|lm_head$)"),
         ),
         vision_inputs=r"\.cross_attn\.[kv]_proj$",
     ),
-    **{
-        name: Layout(
-            towers=(
-                (PROJECTOR, r"^model\.visual\.merger\."),
-                (VISION, r"^model\.visual\."),
-                (LANGUAGE, r"^(model\.language_model\.|lm_head$)"),
-            )
-        )
-        for name in ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-    },
-    "LlavaForConditionalGeneration": Layout(
-        towers=(
-            (VISION, r"^model\.vision_tower\."),
-            (PROJECTOR, r"^model\.multi_modal_projector\."),
-            (LANGUAGE, r"^(model\.language_model\.|lm_head$)"),
-        )
-    ),
+    "Qwen2VLForConditionalGeneration": _MERGER,
+    "Qwen2_5_VLForConditionalGeneration": _MERGER,
+    "LlavaForConditionalGeneration": _SIDE_BY_SIDE,
+    "LlavaNextForConditionalGeneration": _SIDE_BY_SIDE,
+    # Its projector is a bare parameter, so no linear belongs to that tower.
+    "Gemma3ForConditionalGeneration": _SIDE_BY_SIDE,
+    "PaliGemmaForConditionalGeneration": _SIDE_BY_SIDE,
+    "InternVLForConditionalGeneration": _SIDE_BY_SIDE,
+    "Idefics3ForConditionalGeneration": _CONNECTOR,
+    "SmolVLMForConditionalGeneration": _CONNECTOR,
+    "LlamaForCausalLM": _TEXT,
+    "Qwen3ForCausalLM": _TEXT,
+    "Qwen3MoeForCausalLM": _TEXT,
 }
 
 # Linears that inference engines fuse into one matrix, so that they share one precision.

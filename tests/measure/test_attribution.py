@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qprobe.measure.attribution import attribute, gauss_legendre, walking
+from qprobe.measure.attribution import attribute, gauss_radau, walking
 from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
 from qprobe.measure.subject import subject_of
 from qprobe.models.reference import load_reference
@@ -131,7 +131,29 @@ def test_frozen_parameters_stay_frozen_and_hooks_go(case: CaseOf) -> None:
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3])
-def test_quadrature_is_exact_for_polynomials_of_its_degree(nodes: int) -> None:
-    # Gauss-Legendre with n nodes integrates degree 2n - 1 exactly: int_0^1 x^d dx = 1 / (d + 1).
-    for degree in range(2 * nodes):
-        assert sum(w * a**degree for a, w in gauss_legendre(nodes)) == pytest.approx(1 / (degree + 1))
+def test_quadrature_is_exact_for_polynomials_without_a_constant(nodes: int) -> None:
+    # With the slope known to be 0 at 0, n nodes integrate degree 2n exactly: int_0^1 x^d dx = 1 / (d + 1).
+    rule = gauss_radau(nodes)
+    for degree in range(1, 2 * nodes + 1):
+        assert sum(w * a**degree for a, w in rule) == pytest.approx(1 / (degree + 1))
+    # and no more: the error at degree 2n + 1 is that of the squared node polynomial, never 0
+    assert sum(w * a ** (2 * nodes + 1) for a, w in rule) != pytest.approx(1 / (2 * nodes + 2))
+
+
+def test_two_nodes_are_the_textbook_radau_points() -> None:
+    # The nonzero points of the 3-point rule with 0 fixed: (6 -+ sqrt 6) / 10, weights (16 +- sqrt 6) / 36.
+    root = 6**0.5
+    wanted = [((6 - root) / 10, (16 + root) / 36), ((6 + root) / 10, (16 - root) / 36)]
+    assert [pair for pair in gauss_radau(2)] == [pytest.approx(pair) for pair in wanted]
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+def test_the_slope_at_the_16bit_model_is_zero(case: CaseOf, name: str) -> None:
+    # What the quadrature takes for granted: KL has its minimum at alpha = 0.
+    found = case(name)
+    batch = found.subject.encode(found.samples[:1])
+    plain, _ = logits_of(found, frozenset())
+    with walking(found.subject.path):
+        start, end = (found.subject.path.slopes(batch, plain, alpha) for alpha in (0.0, 1.0))
+    scale = max(abs(v.item()) for v in end.values())
+    assert max(abs(v.item()) for v in start.values()) < 1e-4 * scale

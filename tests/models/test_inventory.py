@@ -182,9 +182,14 @@ def test_a_revision_is_of_the_hub_and_not_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["no-such-model", "./nowhere", "/nowhere/at/all"])
-def test_no_such_model_is_one_sentence_with_the_known_names(model: str) -> None:
-    with pytest.raises(ModelError, match=r"llama-3\.2-11b-vision"):
+def test_no_such_model_is_one_sentence_with_known_names(model: str) -> None:
+    with pytest.raises(ModelError, match=r"llama-3\.2-11b-vision.*qprobe models"):
         resolve(model)
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest_ones() -> None:
+    with pytest.raises(ModelError, match=r"Did you mean qwen2\.5-vl-7b, "):
+        resolve("qwen2.5-vl7b")
 
 
 def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Logits of the same shape that are certain of one label at each position, drawn from `logits`."""
     if not len(logits):
         return logits
-    labels = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    labels = torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=generator).to(logits.device)
     return torch.zeros_like(logits).scatter_(1, labels, LABEL_LOGIT)
 
 

@@ -1,0 +1,93 @@
+"""`qprobe plan` and `qprobe models` through the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from qprobe.manifest import write_manifest
+from qprobe.models.catalogue import ENTRIES
+from tests.build.manifests import every_third, manifest_for
+
+Run = Callable[..., Result]
+TinyFolder = Callable[[str], Path]
+
+
+def test_plan_as_json_has_the_figures_of_its_contract(qprobe: Run):
+    found = json.loads(qprobe("plan", "--model", "qwen2-vl-2b", "--json").stdout)
+    assert (found["model"], found["hub_id"]) == ("qwen2-vl-2b", "Qwen/Qwen2-VL-2B")
+    assert (found["parameters"], found["linear_layers"]) == (2_208_985_600, 327)
+    layouts = {x["name"]: x for x in found["layouts"]}
+    assert layouts["16-bit"]["parameter_bytes"] == 4_417_971_200
+    assert layouts["nf4"]["parameter_bytes"] == 1_457_841_152 and layouts["nf4"]["layers_4bit"] == 326
+
+
+def test_plan_as_text_stands_beside_the_published_figures(qprobe: Run):
+    result = qprobe("plan", "--model", "qwen2-vl-2b")
+    assert result.exit_code == 0 and result.stderr == ""
+    rows = {x.split()[0]: x.split() for x in result.stdout.splitlines() if x.startswith(("16-bit ", "nf4 "))}
+    assert rows["16-bit"] == ["16-bit", "0", "4.1146", "4.11", "4.1146"]
+    assert rows["nf4"] == ["nf4", "326", "1.3577", "1.36", "1.3869"]
+
+
+def test_plan_shows_the_layout_of_a_manifest(qprobe: Run, tiny_folder: TinyFolder, tmp_path: Path):
+    folder, path = tiny_folder("mllama"), tmp_path / "skiplist.json"
+    written = manifest_for(folder, every_third(folder))
+    write_manifest(path, written)
+    found = json.loads(qprobe("plan", "--model", folder, "--manifest", path, "--json").stdout)
+    assert found["layouts"][-1]["name"] == "manifest" and found["hub_id"] is None
+    assert found["layouts"][-1]["total_bytes"] == written.budget.total_bytes
+    assert "\nmanifest " in qprobe("plan", "--model", folder, "--manifest", path).stdout
+
+
+def test_plan_refuses_a_manifest_of_another_model(qprobe: Run, tiny_folder: TinyFolder, tmp_path: Path):
+    path = tmp_path / "skiplist.json"
+    write_manifest(path, manifest_for(tiny_folder("llama")))
+    result = qprobe("plan", "--model", "qwen3-0.6b", "--manifest", path)
+    assert result.exit_code == 1 and result.stdout == "" and result.stderr.count("fingerprint") == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "llama-3.2-11b-vison"), "Did you mean llama-3.2-11b-vision"),
+        (("--model", "./nowhere"), "No model './nowhere'"),
+        (("--model", "nobody/nothing"), "pass a local folder"),
+        (("--model", "demo", "--manifest", "nowhere.json"), "no such file"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(qprobe: Run, arguments: tuple[str, ...], said: str):
+    result = qprobe("plan", *arguments)
+    assert result.exit_code == 1 and result.stdout == "" and said in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
+
+
+def test_plan_wants_a_model(qprobe: Run):
+    assert qprobe("plan").exit_code == 2
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_models_and_plans_fit_the_terminal(qprobe: Run, monkeypatch: pytest.MonkeyPatch, width: str):
+    monkeypatch.setenv("COLUMNS", width)
+    for arguments in (("models",), ("plan", "--model", "qwen2-vl-2b")):
+        table = qprobe(*arguments).stdout.rpartition("\n--model also takes")[0] or qprobe(*arguments).stdout
+        assert max(map(len, table.splitlines())) <= int(width), arguments
+
+
+def test_models_as_json_has_the_sizes_of_every_entry(qprobe: Run):
+    known = json.loads(qprobe("models", "--json").stdout)["models"]
+    assert [m["alias"] for m in known] == [entry.alias for entry in ENTRIES]
+    llama = next(m for m in known if m["alias"] == "llama-3.2-11b-vision")
+    assert (llama["parameters"], llama["bytes_16bit"]) == (10_670_220_835, 21_340_441_670)
+    assert (llama["nf4_parameter_bytes"], llama["nf4_total_bytes"]) == (7_027_379_270, 7_178_803_270)
+    assert llama["access"] == "gated" and "hf auth login" in llama["note"]
+    assert [(s["layout"], s["gib"]) for s in llama["published_sizes"]] == [
+        ("16-bit", 19.87),
+        ("nf4", 6.54),
+        ("unsloth", 7.23),
+    ]

@@ -1,0 +1,179 @@
+"""Every model known by name: its geometry against counts stated elsewhere, its towers, its fused groups."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from functools import cache
+
+import pytest
+
+from qprobe.build.plan import plan
+from qprobe.models.catalogue import ENTRIES, UNSLOTH_LLAMA_11B, Entry, find, nearest
+from qprobe.models.geometry import FOLDER, Sizes, catalogue_config, read_geometry
+from qprobe.models.inventory import list_layers
+from qprobe.models.reference import meta_model
+from qprobe.models.towers import FUSED, FUSED_CROSS, LAYOUTS, OTHER, VISION
+from qprobe.records import FormatSpec, Inventory
+from tests.models import by_hand
+
+ALIASES = [entry.alias for entry in ENTRIES]
+GEOMETRIES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@cache
+def built(geometry: str) -> tuple[str, int, Inventory]:
+    """Class, parameter count and inventory of a geometry; built once for all that share it."""
+    entry = next(e for e in ENTRIES if e.geometry == geometry)
+    model = meta_model(catalogue_config(entry), "bfloat16")
+    return type(model).__name__, sum(p.numel() for p in model.parameters()), list_layers(model, FormatSpec())
+
+
+def entry_of(alias: str) -> Entry:
+    entry = find(alias)
+    assert entry is not None and entry.geometry is not None
+    return entry
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_geometry_has_the_parameters_stated_elsewhere_and_the_stored_sizes(name: str) -> None:
+    geometry = read_geometry(name)
+    _, parameters, inventory = built(name)
+    assert parameters == geometry.parameters
+    everything = frozenset(x.name for x in inventory.layers)
+    quantized = [x for x in inventory.layers if not x.fixed]
+    scales = [-(-x.in_features * x.out_features // 64) for x in quantized]
+    assert geometry.sizes == Sizes(
+        linear_layers=len(inventory.layers),
+        bytes_16bit=inventory.total_bytes(everything),
+        nf4_layers=len(quantized),
+        # Without state: less a byte for each block of 64 and 4 for each 256 of those.
+        nf4_parameter_bytes=inventory.standard_4bit_bytes - sum(n + 4 * -(-n // 256) for n in scales),
+        nf4_total_bytes=inventory.standard_4bit_bytes,
+    )
+    assert geometry.sizes.bytes_16bit == 2 * parameters
+
+
+@pytest.mark.parametrize("name", sorted(by_hand.COUNTS))
+def test_a_count_by_hand_is_that_of_the_geometry(name: str) -> None:
+    assert by_hand.COUNTS[name] == read_geometry(name).parameters
+
+
+def test_every_count_is_published_or_derived_here_and_says_where() -> None:
+    kinds = defaultdict(set)
+    for name in GEOMETRIES:
+        geometry = read_geometry(name)
+        kinds[geometry.parameters_are].add(name)
+        assert geometry.source and geometry.parameters_source
+    assert kinds["own"] == {"demo"} and kinds["derived"] <= by_hand.COUNTS.keys()
+    assert kinds.keys() == {"own", "derived", "published"}
+
+
+def test_every_geometry_is_used() -> None:
+    assert set(GEOMETRIES) == {entry.geometry for entry in ENTRIES}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_linear_of_an_entry_is_in_exactly_one_tower(alias: str) -> None:
+    entry = entry_of(alias)
+    architecture, _, inventory = built(str(entry.geometry))
+    assert architecture == entry.architecture
+    towers = LAYOUTS[architecture].towers
+    for layer in inventory.layers:
+        met = [tower for tower, pattern in towers if re.search(pattern, layer.name)]
+        assert met == [layer.tower] and layer.tower != OTHER, layer.name
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_fused_group_of_an_entry_is_whole(alias: str) -> None:
+    _, _, inventory = built(str(entry_of(alias).geometry))
+    groups: dict[str, list[str]] = defaultdict(list)
+    towers: dict[str, set[str]] = defaultdict(set)
+    for layer in inventory.layers:
+        groups[layer.group].append(layer.name)
+        towers[layer.group].add(layer.tower)
+    assert all(len(found) == 1 for found in towers.values())
+    alone = {name for names in groups.values() if len(names) == 1 for name in names}
+    for names in groups.values():
+        if len(names) > 1:
+            (parent,) = {name.rpartition(".")[0] for name in names}
+            leaves = {name.rpartition(".")[2] for name in names}
+            assert leaves in [set(members) for members in (*FUSED, *FUSED_CROSS)], parent
+    # No half of a pair stands alone; only the queries of cross-attention are meant to.
+    leaves_alone = {name.rpartition(".")[2] for name in alone if ".cross_attn." not in name}
+    assert leaves_alone.isdisjoint(x for members in FUSED for x in members)
+
+
+@pytest.mark.parametrize("alias", ["qwen2-vl-2b", "qwen2.5-vl-7b"])
+def test_one_linear_that_holds_q_k_and_v_is_a_group_of_its_own(alias: str) -> None:
+    _, _, inventory = built(str(entry_of(alias).geometry))
+    joint = [x for x in inventory.layers if x.name.endswith(".attn.qkv")]
+    assert len(joint) == 32 and all(x.group == x.name and x.tower == VISION for x in joint)
+
+
+def test_gemma_3_has_a_projector_without_a_linear() -> None:
+    projector = {t.name: t for t in plan("gemma-3-4b").towers}["projector"]
+    # mm_input_projection_weight of 1152 x 2560 and a norm of 1152, in 16-bit in every layout
+    assert (projector.linear_layers, projector.parameters) == (0, 1152 * 2560 + 1152)
+    assert {size.total_bytes for size in projector.layouts.values()} == {2 * (1152 * 2560 + 1152)}
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        *(f"llama-3.2-{size}-vision{tuned}" for size in ("11b", "90b") for tuned in ("", "-instruct")),
+        *(f"qwen2-vl-{size}{tuned}" for size in ("2b", "7b", "72b") for tuned in ("", "-instruct")),
+        *(f"qwen2.5-vl-{size}" for size in ("3b", "7b", "72b")),
+        *("pixtral-12b", "llava-1.5-7b", "llava-next", "idefics3-8b", "smolvlm", "paligemma", "internvl3-1b"),
+        *(f"gemma-3-{size}" for size in ("4b", "12b", "27b")),
+        *("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "qwen3-0.6b", "demo", "demo-outliers"),
+    ],
+)
+def test_these_names_are_known_in_upper_and_lower_case(alias: str) -> None:
+    assert find(alias.upper()) is find(alias) is not None
+
+
+def test_a_name_is_given_once_and_a_hub_id_leads_to_its_geometry() -> None:
+    assert len(set(ALIASES)) == len(ALIASES)
+    for entry in ENTRIES:
+        found = find(entry.hub_id or entry.alias)
+        assert found is not None and (found.hub_id, found.geometry) == (entry.hub_id, entry.geometry)
+
+
+def test_base_and_tuned_llama_11b_differ_in_their_tiles() -> None:
+    # 448 against 560 pixels: 32 * 32 against 40 * 40 patches of 14, in a table of positions and in one of
+    # 4 tiles for 9 aspect ratios, 1280 wide.
+    base, tuned = find("meta-llama/Llama-3.2-11B-Vision"), find("meta-llama/Llama-3.2-11B-Vision-Instruct")
+    assert base is not None and tuned is not None
+    counts = [read_geometry(str(x.geometry)).parameters for x in (base, tuned)]
+    assert counts[1] - counts[0] == (40 * 40 - 32 * 32) * 1280 * (1 + 4 * 9)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("llama-3.2-11b-vison", "llama-3.2-11b-vision"),
+        ("Qwen2.5-VL-7b-Instrct", "qwen2.5-vl-7b-instruct"),
+        ("pixtral", "pixtral-12b"),
+        ("qwen2-vl", "qwen2-vl-2b"),
+        ("meta/llama-3.1-8b", "llama-3.1-8b"),
+    ],
+)
+def test_the_nearest_name_comes_first(typed: str, meant: str) -> None:
+    assert nearest(typed)[0] == meant
+
+
+def test_nothing_is_near_to_nonsense() -> None:
+    assert nearest("zzzz") == ()
+
+
+def test_entries_of_a_published_list_that_match_nothing_are_told() -> None:
+    _, _, inventory = built("llama-3.2-11b-vision")
+    assert UNSLOTH_LLAMA_11B.dead(inventory) == ("merger", "modality_projection")
+
+
+def test_building_leaves_the_stored_config_as_it_was() -> None:
+    path = FOLDER / "llava-1.5-7b.json"
+    catalogue_config(entry_of("llava-1.5-7b"))
+    assert read_geometry("llava-1.5-7b").config == json.loads(path.read_text())["config"]
