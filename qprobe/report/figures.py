@@ -169,12 +169,12 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, kept: frozenset[str], panel: Pane
 def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> None:
     """The y axis of one panel, made for the finite `values` that will be drawn."""
     if panel.log and len(values):
+        low, high = log_limits(float(values.min()), float(values.max()))
         ax.set_yscale("log")
-        ax.set_ylim(values.min() / 1.6, values.max() * 1.6)
+        ax.set_ylim(low, high)
         # Between decades, labels only where there are few of them: all at once cannot be read.
-        few = np.log10(values.max() / values.min()) < 2
         ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 0.4)))
-        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if few else "auto"))
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high / low < 250 else "auto"))
     if not panel.log:
         ax.axhline(0, color="black", lw=0.6, zorder=1)
     if layout.beside:
@@ -184,6 +184,12 @@ def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> Non
     ax.tick_params(which="both", labelsize=layout.font - 1)
     ax.grid(axis="y", color="white", lw=0.8, zorder=0.5)
     ax.margins(x=0.01)
+
+
+def log_limits(low: float, high: float) -> tuple[float, float]:
+    """Limits of a logarithmic axis around values, a decade at least, so that it has two labels to read."""
+    middle, half = (low * high) ** 0.5, max(1.6 * (high / low) ** 0.5, 10**0.5)
+    return middle / half, middle * half
 
 
 def _tint(tower: str) -> str:

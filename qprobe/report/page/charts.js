@@ -57,7 +57,10 @@ function limits(present, log) {
   if (!present.length) return log ? [0.1, 1] : [0, 1];
   const low = Math.min(...present);
   const high = Math.max(...present);
-  if (log) return [low / 1.5, high * 1.5];
+  if (log) { // a decade at least, so that the axis has two labels to read
+    const [middle, half] = [Math.sqrt(low * high), Math.max(1.6 * Math.sqrt(high / low), Math.sqrt(10))];
+    return [middle / half, middle * half];
+  }
   return [Math.min(0, low * 1.15), high > 0 ? high * 1.12 : 1e-9];
 }
 
@@ -100,19 +103,35 @@ function drawAxis(svg, y, values, width, hasZero) {
   if (hasZero) svg.append(drawn("line", { class: "zero", x1: CHART.left, x2: width - CHART.right, y1: y(0), y2: y(0) }));
 }
 
-// Rows for the names of the layers that stand out, from right to left, so that neighbours make a staircase;
-// row 0 is the lowest. A name that finds no room is left out.
+// Places for the names of the layers that stand out, in rows above the points (row 0 is the lowest): the way
+// that places most of them wins. shifts: how much of a name may lie left of its leader.
 function placeSpikes(panel, x, width) {
+  const rightmost = [...panel.spikes].sort((a, b) => b - a);
+  const ways = [
+    [panel.spikes, [0.5, 0, 1]], [rightmost, [0]], [rightmost.slice().reverse(), [1]], [rightmost, [0, 1]],
+  ].map(([order, shifts]) => placeInOrder(order, shifts, x, width));
+  return ways.reduce((best, way) => (way.length > best.length ? way : best));
+}
+
+function placeInOrder(order, shifts, x, width) {
   const placed = [];
-  for (const i of [...panel.spikes].sort((a, b) => b - a)) {
-    const room = LAYERS[i].short.length * 5.9 + 8;
-    const left = Math.max(CHART.left, Math.min(x(i) - 4, width - CHART.right - room));
-    const free = (row) => placed.every((p) => (p.row === row ? left > p.left + p.room || left + room < p.left
-      : p.row > row || x(i) < p.left || x(i) > p.left + p.room));
-    const row = [0, 1, 2, 3].find(free);
-    if (row !== undefined && room < width - CHART.left) placed.push({ i, left, room, row });
+  for (const i of order) {
+    const room = LAYERS[i].short.length * 5.7 + 8;
+    const [leader, edge] = [x(i), width - CHART.right - room];
+    if (edge < CHART.left) continue;
+    const spots = [0, 1, 2, 3].flatMap((row) => shifts.map((shift) => (
+      { i, row, room, leader, left: Math.max(CHART.left, Math.min(leader - 4 - shift * (room - 8), edge)) })));
+    const free = spots.find((spot) => !placed.some((other) => collide(spot, other)));
+    if (free) placed.push(free);
   }
   return placed;
+}
+
+// True if two names overlap, or the leader to the upper one crosses the lower one.
+function collide(a, b) {
+  if (a.row === b.row) return a.left < b.left + b.room && b.left < a.left + a.room;
+  const [upper, lower] = a.row > b.row ? [a, b] : [b, a];
+  return upper.leader > lower.left && upper.leader < lower.left + lower.room;
 }
 
 function nameSpikes(svg, labels, values, x, y, bottom) {

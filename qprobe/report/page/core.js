@@ -22,7 +22,7 @@ function number(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e-3 && size < 1e4) return String(Number(value.toPrecision(3)));
-  return value.toExponential(2).replace("e+", "e");
+  return Number(value.toPrecision(3)).toExponential().replace("e+", "e");
 }
 
 function withError(kl) {
@@ -94,14 +94,13 @@ function ticks(low, high, log, wanted = 4) {
   }
   const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
   const every = Math.max(1, Math.ceil((to - from) / wanted));
-  let inside = [];
-  for (const mantissas of [[1], [1, 3], [1, 2, 5]]) {
-    inside = [];
-    for (let power = from; power <= to; power += every) for (const m of mantissas) inside.push(m * 10 ** power);
-    inside = inside.filter((v) => v >= low && v <= high);
-    if (inside.length > 2) break;
-  }
-  return inside.length ? inside : [low, high];
+  const inside = (mantissas, step) => {
+    const found = [];
+    for (let power = from; power <= to; power += step) for (const m of mantissas) found.push(m * 10 ** power);
+    return found.filter((v) => v >= low && v <= high);
+  };
+  const [decades, thirds] = [inside([1], every), inside([1, 3], 1)];
+  return decades.length > 1 && every > 1 ? decades : decades.length > 2 ? decades : thirds.length > 1 ? thirds : inside([1, 2, 5], 1);
 }
 
 function scale(low, high, from, to, log = false) {
