@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
@@ -101,7 +102,7 @@ def measured_kl(folder: Path, plan: Plan) -> KL | None:
 
 def manifest_at(folder: Path, scan: Scan, table: pd.DataFrame, point: Point) -> Manifest:
     """The manifest of `point`, as `qprobe select RUN --budget` gives it."""
-    command = f"qprobe select {folder.resolve().name} --budget {point.budget.requested}"
+    command = shlex.join(["qprobe", "select", folder.resolve().name, "--budget", point.budget.requested])
     quality = held_out_quality(folder, point.plan)
     return manifest_of(scan, table, point.plan, point.budget, command, quality)
 

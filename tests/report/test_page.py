@@ -68,7 +68,7 @@ def opened(browser: Browser) -> Iterator[Open]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 30 layers with a comparison and its report. Tests must not change it."""
-    folder = write_full_run(tmp_path_factory.mktemp("page") / "run")
+    folder = write_full_run(tmp_path_factory.mktemp("page") / "my run")
     write_comparison(folder)
     page_file(folder)
     return folder
