@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.report.full_run import write_full_run
 from tests.report.runs import write_run
 
 SPIKES = {3: 50.0, 17: 80.0}
+ROOT = Path(__file__).parents[2]
 IMAGES = ["spikes.png", "spikes.svg", "spikes-column.png", "spikes-column.svg"]
 FRONTIER = "budget_bytes,predicted_kl,measured_kl,measured_kl_se,candidate\n1000,0.2,0.3,0.01,sensitivity\n"
 
@@ -103,3 +105,13 @@ def test_nothing_in_the_page_can_end_its_script():
 def test_a_placeholder_in_the_data_stays_what_it_is():
     page = page_html({"model": "{{script}} {{title}}"}, "a & b")
     assert page.count("{{script}} {{title}}") == 1 and "<title>a &amp; b</title>" in page
+
+
+def test_every_picture_of_the_readme_is_one_that_make_figures_draws():
+    pictures = [Path(x) for x in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())]
+    (models,) = re.findall(r"^\tfor model in ([a-z -]+); do", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    folders = {Path("reports") / model for model in models.split()}
+    assert pictures and all((ROOT / x).is_file() and x.parent in folders for x in pictures)
+    assert {x.name for x in pictures} <= {*IMAGES, "frontier.png"}
+    for folder in folders:  # each sample report begins with the command that made it
+        assert (ROOT / folder / "README.md").read_text().split("\n\n")[1].startswith("    qprobe scan")
