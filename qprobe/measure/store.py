@@ -41,6 +41,7 @@ UNIT_SCHEMAS: Mapping[str, Mapping[str, pa.DataType]] = {
     },
     "kl": {"sample": _TEXT, "choice": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM, "top1_agree": _COUNT},
     "sensitivity": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
+    "alone": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
 }  # fmt: skip
 """Columns of each stage. Sums are over the sample's tokens; kl_sum is in nats; null means not measured."""
 
@@ -54,6 +55,7 @@ _ROW_KEYS = {
     "outputs": ["sample", "layer"],
     "kl": ["sample", "choice"],
     "sensitivity": ["sample", "layer"],
+    "alone": ["sample", "layer"],
 }
 
 # A temporary file this old belongs to a writer that was killed; writing one takes well under a second.

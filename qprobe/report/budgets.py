@@ -16,8 +16,14 @@ from qprobe.measure.store import choice_stage, read_units
 from qprobe.records import Scan
 from qprobe.select.budget import Budget
 from qprobe.select.decide import ratio_se
-from qprobe.select.plan import Plan, choose
-from qprobe.select.selection import default_measure, held_out_quality, layer_scores, manifest_of
+from qprobe.select.plan import Plan
+from qprobe.select.selection import (
+    default_measure,
+    held_out_quality,
+    manifest_of,
+    plan_by,
+    predicted_kl,
+)
 from qprobe.select.table import finite_answers, measured
 
 # Of the bytes that 4-bit saves; the budgets that a scan measures on held-out samples are among them.
@@ -51,44 +57,59 @@ class Point:
 
 
 def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
-    """The exact best list by the default score at each budget of `SHARES`, each distinct list once."""
+    """The best list by the default score at each budget of `SHARES`, each distinct list once."""
     if not {"sensitivity_kl", "activation_nmse"} & set(measured(table)):
         return []
-    column = default_measure(table)
-    scores, inventory = layer_scores(table, column), scan.inventory
+    column, inventory = default_measure(table), scan.inventory
     standard = inventory.standard_4bit_bytes
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - standard
-    limits = [standard + int(share * saved) for share in SHARES]
-    chosen = {
-        (plan := choose(inventory, scores, limit, column)).kept: (plan, limit) for limit in limits[::-1]
-    }
-    attribution = Attribution(folder)
+    chosen: dict[tuple[str, ...], tuple[Plan, int]] = {}
+    for limit in (standard + int(share * saved) for share in SHARES):
+        plan = plan_by(inventory, table, column, limit)
+        chosen.setdefault(plan.kept, (plan, limit))
+    prediction = Prediction(folder, scan, table)
     return [
         Point(
             plan,
             Budget(str(limit), limit),
-            attribution.left_by(frozenset(plan.kept)),
+            prediction.left_by(frozenset(plan.kept)),
             measured_kl(folder, plan),
         )
         for plan, limit in sorted(chosen.values(), key=lambda item: item[1])
     ]
 
 
-class Attribution:
-    """The sensitivities of a run by sample: what each list is predicted to leave, with its error."""
+class Prediction:
+    """What each list is predicted to leave, as `qprobe.select` predicts it, with a standard error."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scan: Scan, table: pd.DataFrame) -> None:
+        self.table = table
+        self.fixed = frozenset(x.name for x in scan.inventory.layers if x.fixed)
         rows = finite_answers(read_units(folder, "sensitivity"))
-        self.kl = rows.pivot(index="sample", columns="layer", values="kl_sum").fillna(0.0)
-        self.tokens = rows.groupby("sample")["answer_tokens"].max().reindex(self.kl.index)
+        self.path = rows.pivot(index="sample", columns="layer", values="kl_sum").fillna(0.0)
+        self.tokens = rows.groupby("sample")["answer_tokens"].max().reindex(self.path.index)
+        alone = finite_answers(read_units(folder, "alone"))
+        own = alone.pivot(index="sample", columns="layer", values="kl_sum")
+        # Where own damage was not measured the prediction is additive in the path's shares alone.
+        self.own = (
+            self.path if own.empty else own.reindex(self.path.index, columns=self.path.columns).fillna(0.0)
+        )
 
     def left_by(self, kept: frozenset[str]) -> KL | None:
-        """The KL attributed to every layer that is not `kept`; None where no sensitivity was measured."""
-        if self.kl.empty:
+        """The KL that `kept` in 16-bit leaves; None where no sensitivity was measured.
+
+        The error is that of the sum over samples at the share of the damage that is left, which is taken as
+        known (see `qprobe.select.damage`).
+        """
+        value = predicted_kl(self.table, kept | self.fixed)
+        if value is None or self.path.empty:
             return None
-        left = self.kl.loc[:, ~self.kl.columns.isin(kept)].to_numpy(np.float64).sum(axis=1).tolist()
-        tokens = self.tokens.tolist()
-        return KL(fsum(left) / fsum(tokens), ratio_se(left, tokens), len(left))
+        rest = ~self.path.columns.isin(kept)
+        path, own = (x.loc[:, rest].to_numpy(np.float64).sum(axis=1) for x in (self.path, self.own))
+        whole = float(self.path.to_numpy(np.float64).sum())
+        share = min(max(float(path.sum()) / whole, 0.0), 1.0) if whole > 0 else 0.0
+        left = own + share * (path - own)
+        return KL(value, ratio_se(left.tolist(), self.tokens.tolist()), len(left))
 
 
 def measured_kl(folder: Path, plan: Plan) -> KL | None:

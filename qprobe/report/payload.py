@@ -13,7 +13,7 @@ import pandas as pd
 from qprobe import __version__
 from qprobe.manifest import Manifest, manifest_to_json
 from qprobe.records import Scan
-from qprobe.report.budgets import KL, Attribution, Point, manifest_at, points, reasons
+from qprobe.report.budgets import KL, Point, Prediction, manifest_at, points, reasons
 from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
 from qprobe.report.panels import PANELS, spike_indices
@@ -30,6 +30,7 @@ MEASURES = {
     "activation_peak": ("largest activation error", "max |D x|"),
     "propagated_nmse": ("propagated error", "nmse"),
     "sensitivity_kl": ("sensitivity", "nats / answer token"),
+    "alone_kl": ("own damage", "nats / answer token, this layer alone in 4-bit, to second order"),
 }
 
 
@@ -56,13 +57,13 @@ def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest 
             "measures": [
                 {"column": c, "name": name, "unit": unit}
                 for c, (name, unit) in MEASURES.items()
-                if table[c].notna().any()
+                if c in table and table[c].notna().any()
             ],
             "panels": _panels(table),
             "layers": _layers(folder, scan, table, worst, frontier),
             "samples": {name: _sample(sample) for name, sample in shown.items() if name in used},
             "points": [_point(point) for point in frontier],
-            "chosen": None if manifest is None else _chosen(folder, manifest),
+            "chosen": None if manifest is None else _chosen(folder, scan, table, manifest),
             "base": _base(folder, scan, table, frontier),
             "comparison": comparison,
             "comparison_is_current": bool(
@@ -108,7 +109,7 @@ def _layers(
     short = short_names(table["layer"])
     ranks = read_ranks(folder)
     known = {} if ranks is None else ranks.set_index("layer").to_dict("index")
-    columns = [*MEASURES, "sensitivity_kl_se"]
+    columns = [*(c for c in MEASURES if c in table), "sensitivity_kl_se"]
     return [
         {
             "name": linear.name,
@@ -150,10 +151,11 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def _chosen(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def _chosen(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest) -> dict[str, Any]:
     """The run's own manifest, and what it is predicted to leave."""
     kept = frozenset(manifest.skip_modules)
-    return {"manifest": manifest_to_json(manifest), "predicted": _kl(Attribution(folder).left_by(kept))}
+    predicted = Prediction(folder, scan, table).left_by(kept)
+    return {"manifest": manifest_to_json(manifest), "predicted": _kl(predicted)}
 
 
 def _base(folder: Path, scan: Scan, table: pd.DataFrame, frontier: Sequence[Point]) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from qprobe.report.frontier import STANDARD, frontier_plot
 from qprobe.report.page import page_html
 from qprobe.report.panels import PANELS, taken
 from qprobe.report.payload import page_data
+from qprobe.select.selection import predicted_kl
 from qprobe.select.table import layer_table, read_table
 
 MANIFEST = "skiplist.json"
@@ -116,7 +117,7 @@ def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[
         return frontier
     row = {
         "budget_bytes": scan.inventory.standard_4bit_bytes,
-        "predicted_kl": table["sensitivity_kl"].sum(min_count=1),
+        "predicted_kl": predicted_kl(table, frozenset(x.name for x in scan.inventory.layers if x.fixed)),
         "measured_kl": standard.kl,
         "measured_kl_se": standard.kl_se,
         "candidate": STANDARD,

@@ -30,15 +30,19 @@ _DTYPES = {
     "activation_nmse": "float64", "activation_sqnr_db": "float64", "activation_peak": "float64",
     "propagated_nmse": "float64", "sensitivity_kl": "float64", "sensitivity_kl_se": "float64",
     "samples": "Int64", "tokens": "Int64",
+    "alone_kl": "float64", "alone_kl_se": "float64",
 }  # fmt: skip
 
 COLUMNS = tuple(_DTYPES)
 """The columns of layers.csv in their order."""
 
+# Came later than the others: a layers.csv without them is read as one in which they were not measured.
+_LATER = ("alone_kl", "alone_kl_se")
+
 MEASURES = (
     "weight_nmse", "weight_sqnr_db", "weight_peak",
     "activation_nmse", "activation_sqnr_db", "activation_peak",
-    "propagated_nmse", "sensitivity_kl",
+    "propagated_nmse", "sensitivity_kl", "alone_kl",
 )  # fmt: skip
 """The columns that layers can be ranked by."""
 
@@ -57,20 +61,22 @@ _PEAK_DTYPES = {
 def layer_table(folder: Path) -> pd.DataFrame:
     """The layer table of the run in `folder`, columns `COLUMNS`, in execution order.
 
-    nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl is in nats
-    per answer token with the standard error of `ratio_se`; samples and tokens count what the layer saw.
+    nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
+    alone_kl (the layer's own damage, to second order) are in nats per answer token with the standard error of
+    `ratio_se`; samples and tokens count what the layer saw.
     Raises RunError if the folder is no run or a file of it is damaged.
     """
     inventory = read_scan(folder).inventory
-    weights, outputs, sensitivity = (
-        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity")
+    weights, outputs, sensitivity, alone = (
+        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity", "alone")
     )
     rows = [
         {
             **_static(layer),
             **_weight_measures(weights.get(layer.name)),
             **_output_measures(outputs.get(layer.name)),
-            **_sensitivity(sensitivity.get(layer.name)),
+            **_kl_share("sensitivity_kl", sensitivity.get(layer.name)),
+            **_kl_share("alone_kl", alone.get(layer.name)),
         }
         for layer in inventory.layers
     ]
@@ -211,17 +217,18 @@ def left_out(folder: Path) -> pd.DataFrame:
 
 
 def _parse(text: str) -> pd.DataFrame:
-    """The table in `text`; ValueError if it has other columns or a cell that is no number.
+    """The table in `text`; ValueError if it lacks columns, has others, or a cell that is no number.
 
     Not `pd.read_csv`: pandas 2 may read a float off by a bit unless told float_precision="round_trip", and
     pandas 3 warns of that option.
     """
     header, *body = csv.reader(StringIO(text, newline=""))
-    if header != list(COLUMNS):
+    if [x for x in header if x not in _LATER] != [x for x in COLUMNS if x not in _LATER]:
         raise ValueError(f"its columns are {', '.join(header)[:100]}")
+    found = dict(zip(header, zip(*body, strict=True), strict=True))
     cells = {
-        name: [_cell(kind, value) for value in values]
-        for (name, kind), values in zip(_DTYPES.items(), zip(*body, strict=True), strict=True)
+        name: [_cell(kind, value) for value in found.get(name, ("",) * len(body))]
+        for name, kind in _DTYPES.items()
     }
     return pd.DataFrame(cells, columns=pd.Index(COLUMNS)).astype(_DTYPES)
 
@@ -283,12 +290,12 @@ def _output_measures(rows: pd.DataFrame | None) -> dict[str, Any]:
     }
 
 
-def _sensitivity(rows: pd.DataFrame | None) -> dict[str, Any]:
+def _kl_share(column: str, rows: pd.DataFrame | None) -> dict[str, Any]:
     finite = None if rows is None else finite_answers(rows)
     if finite is None or finite.empty:
         return {}
     kl, tokens = _numbers(finite, "kl_sum").tolist(), _numbers(finite, "answer_tokens").tolist()
-    return {"sensitivity_kl": fsum(kl) / fsum(tokens), "sensitivity_kl_se": ratio_se(kl, tokens)}
+    return {column: fsum(kl) / fsum(tokens), f"{column}_se": ratio_se(kl, tokens)}
 
 
 def _pooled(rows: pd.DataFrame, prefix: str) -> ErrorSums:

@@ -281,7 +281,7 @@ def test_markup_in_names_is_text_everywhere(opened: Open, tmp_path: Path, name: 
 
 def test_a_run_without_kl_leaves_its_parts_out_and_says_so(opened: Open, tmp_path: Path):
     folder = write_full_run(tmp_path / "run")
-    for stage in ("kl", "sensitivity", "heldout"):
+    for stage in ("kl", "sensitivity", "alone", "heldout"):
         for file in (folder / "units").glob(f"{stage}-*"):
             file.unlink()
     for file in ("frontier.csv", "skiplist.json", "ranks.csv", "samples.json", "layers.csv"):
