@@ -31,6 +31,7 @@ _MEASURES = {
     "activation_sqnr_db": "act. dB",
     "weight_peak": "weight peak",
     "sensitivity_kl_se": "sens. se",
+    "alone_kl": "own damage",
 }
 _LEAST_ROOM = 28  # columns for a layer's name; a short name fits
 _SHOWN_BESIDE = ("sensitivity_kl", "activation_nmse", "activation_peak", "propagated_nmse", "weight_nmse")
