@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.build.load import check_model, load_dynamic_4bit, load_standard_4bit, with_dtype
+from qprobe.build.load import check_model, codes_of, load_dynamic_4bit, load_standard_4bit, with_dtype
 from qprobe.build.storage import StoredBytes, stored_bytes
 from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest import Manifest, read_manifest, write_atomic
@@ -26,7 +26,7 @@ from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.models.inventory import has_language_head
 from qprobe.models.reference import load_reference
 from qprobe.options import CompareOptions, Progress, no_progress
-from qprobe.records import FormatSpec, Sample
+from qprobe.records import CALIBRATED, FormatSpec, Sample
 from qprobe.samples.answers import answered
 from qprobe.samples.inputs import batches, encode, image_token_id, tokenizer_of
 from qprobe.sampling import Wanted, choose_samples
@@ -98,7 +98,7 @@ class Course:
 
 
 def compare(options: CompareOptions, progress: Progress = no_progress) -> Comparison:
-    """The three models on held-out samples, see `Row`.
+    """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
 
     Where the manifest lies in a run folder, the result is left there as compare.json, for the report.
     Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
@@ -114,10 +114,7 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> Compar
     model, revision = options.model or manifest.model.id, blueprint.source.revision
     spec = with_dtype(manifest.format, options.dtype)
     course, reference, notes = _run_reference(manifest, model, revision, spec, options, progress)
-    loaders = {
-        "nf4": partial(load_standard_4bit, model, spec, options.device, revision),
-        "dynamic": partial(load_dynamic_4bit, manifest, model, options.device, spec.compute_dtype),
-    }
+    loaders = _loaders(manifest, model, revision, spec, options)
     trials = {"16-bit": reference}
     for name, load in loaders.items():
         _free_memory()
@@ -148,6 +145,28 @@ def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str,
     except OSError as error:
         return (f"{folder / 'compare.json'} cannot be written ({error.strerror}); the report lacks it.",)
     return ()
+
+
+def _loaders(
+    manifest: Manifest, model: str, revision: str | None, spec: FormatSpec, options: CompareOptions
+) -> dict[str, Callable[[], tuple[Any, Any]]]:
+    """What loads the 4-bit models, by row name.
+
+    Of a manifest of calibrated weights also those weights with nothing kept, and, as "dynamic-nf4", its list
+    with weights that are rounded to nearest.
+    """
+    folder = options.manifest.parent
+    standard = partial(load_standard_4bit, model, spec, options.device, revision)
+    dynamic = partial(load_dynamic_4bit, manifest, model, options.device, spec.compute_dtype, folder)
+    if manifest.codes is None:
+        return {"nf4": standard, "dynamic": dynamic}
+    plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
+    return {
+        "nf4": standard,
+        CALIBRATED: partial(standard, codes_of(manifest, folder)),
+        "dynamic-nf4": partial(load_dynamic_4bit, plain, model, options.device, spec.compute_dtype),
+        "dynamic": dynamic,
+    }
 
 
 def _staged(progress: Progress, name: str, stage: str, done: int, total: int) -> None:

@@ -70,11 +70,11 @@ def select(
     --json prints the manifest that was written.
     """
     require_a_limit({"budget": budget, "max_kl": max_kl})
-    from qprobe.manifest import manifest_to_json, write_manifest
+    from qprobe.manifest import manifest_to_json, moved, write_manifest
     from qprobe.select import select as choose
 
-    manifest = choose(run, budget, by, max_kl)
     target = out if out is not None else run / "skiplist.json"
+    manifest = moved(choose(run, budget, by, max_kl), run, target.parent)
     write_manifest(target, manifest)
     if as_json:
         shared.print_json(manifest_to_json(manifest))
@@ -85,7 +85,7 @@ def select(
 def _show(manifest: Manifest, target: Path, is_bound: bool) -> None:
     from qprobe.report.terminal import readable_bytes
 
-    kept = [layer for layer in manifest.layers if layer.precision != manifest.format.name]
+    kept = [layer for layer in manifest.layers if layer.precision == "bf16"]
     for layer in kept:
         click.echo(f"{layer.name}  {readable_bytes(layer.bytes)}  ({layer.reason})")
     if kept:

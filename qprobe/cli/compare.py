@@ -32,8 +32,9 @@ def compare(as_json: bool, **asked: Any) -> None:
 
     \b
     --json prints: rows [{name, parameter_bytes, total_bytes, kl, kl_se, top1_agreement, answer_agreement,
-    facts}] for 16-bit, nf4 and dynamic, and samples [{id, prompt, answers {name: text}}]; shares are
-    0 to 1, null for what does not apply.
+    facts}] for 16-bit, nf4 and dynamic (for calibrated weights also nf4-calibrated, with nothing kept, and
+    dynamic-nf4, the list with weights rounded to nearest), and samples [{id, prompt, answers {name: text}}];
+    shares are 0 to 1, null for what does not apply.
     """
     shared.refuse_two_sources(asked)
     from qprobe.build.compare import compare as run_compare

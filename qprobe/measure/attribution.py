@@ -180,16 +180,22 @@ class _PathLinear(torch.autograd.Function):
         name: str,
         alpha: float,
     ) -> Tensor:
-        weight_hat = round_trips.weight(name).to(x.dtype)
         own = round_trips.modules[name].weight.detach().to(x.dtype)
-        weight = torch.lerp(own, weight_hat, alpha)
+        if alpha == 0:  # the 4-bit weight is needed by the backward pass alone
+            weight = weight_hat = own
+        else:
+            weight_hat = round_trips.weight(name).to(x.dtype)
+            weight = torch.lerp(own, weight_hat, alpha)
         ctx.save_for_backward(x, weight, weight_hat, own)
-        ctx.samples = step.numel()
+        ctx.samples, ctx.late = step.numel(), (round_trips, name) if alpha == 0 else None
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, weight_hat, own = ctx.saved_tensors
+        if ctx.late is not None:
+            round_trips, name = ctx.late
+            weight_hat = round_trips.weight(name).to(x.dtype)
         error = F.linear(x, weight_hat - own)
         per_sample = (grad * error).reshape(ctx.samples, -1).sum(dim=1, dtype=torch.float32)
         towards_x = grad @ weight if ctx.needs_input_grad[0] else None

@@ -77,7 +77,8 @@ class Trial:
         asked = self.options
         limit = f"--budget {asked.budget or DEFAULT_BUDGET}"
         limit = limit if asked.max_kl is None else f"--max-kl {asked.max_kl}"
-        return f"qprobe scan --model {asked.model} {limit}"
+        fmt = "" if asked.format == "nf4" else f" --format {asked.format}"
+        return f"qprobe scan --model {asked.model}{fmt} {limit}"
 
     def measure(self, plans: Mapping[str, Plan]) -> dict[str, Candidate]:
         """Each plan as a candidate, measured on the held-out samples; what is known is not run again."""
@@ -146,7 +147,9 @@ def _within_budget(
     decision = decide(candidates[1:], candidates[0])
     chosen = decision.chosen
     manifest = _write(trial, plans[chosen.name], budget, candidates, chosen)
-    said = verdict(candidates[0], chosen, trial.standard_bytes)
+    said = verdict(
+        candidates[0], chosen, trial.standard_bytes, is_calibrated=trial.record.format.is_calibrated
+    )
     is_tied = any(c.kept != chosen.kept for c in (decision.best, *decision.tied))
     tie = (decision.why,) if is_tied else ()
     return Choice(manifest, said, (*tie, *_left_out(trial, candidates)))
@@ -172,7 +175,8 @@ def _within_bound(trial: Trial, bound: Bound, standard: Candidate) -> Choice:
         )
     chosen = next(c for c in candidates if plans[c.name] == best)
     manifest = _write(trial, best, bound.budget_of(best), candidates, chosen)
-    said = verdict(candidates[0], chosen, trial.standard_bytes, bound.max_kl)
+    is_calibrated = trial.record.format.is_calibrated
+    said = verdict(candidates[0], chosen, trial.standard_bytes, bound.max_kl, is_calibrated)
     return Choice(manifest, said, _left_out(trial, candidates))
 
 

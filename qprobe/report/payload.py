@@ -164,9 +164,9 @@ def _base(folder: Path, scan: Scan, table: pd.DataFrame, frontier: Sequence[Poin
         return None
     manifests = [manifest_at(folder, scan, table, point) for point in frontier]
     whole = manifest_to_json(manifests[0])
-    shared = {key: whole[key] for key in ("schema_version", "model", "format", "uncovered")}
+    own = {"budget", "quality", "compared", "layers", "skip_modules", "made_by"}
     return {
-        **shared,
+        "shared": {key: value for key, value in whole.items() if key not in own},
         "qualities": [asdict(m.quality) for m in manifests],
         "commands": [m.made_by.command for m in manifests],
     }

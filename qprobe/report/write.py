@@ -94,7 +94,7 @@ def kept_layers(folder: Path, scan: Scan) -> frozenset[str]:
     """Layers in 16-bit by the run's manifest; without one, those that are fixed there."""
     manifest = _manifest(folder)
     if manifest is not None:
-        return frozenset(layer.name for layer in manifest.layers if layer.precision != scan.format.name)
+        return frozenset(layer.name for layer in manifest.layers if layer.precision == "bf16")
     return frozenset(layer.name for layer in scan.inventory.layers if layer.fixed)
 
 

@@ -176,6 +176,7 @@ def manifest_of(
         uncovered=scan.inventory.uncovered,
         skip_modules=tuple(x.name for x in layers if x.precision == "bf16"),
         made_by=MadeBy(__version__, command, datetime.now(UTC).isoformat(timespec="seconds")),
+        codes=scan.codes,
     )
 
 

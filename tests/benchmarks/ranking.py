@@ -39,7 +39,7 @@ from qprobe.measure.outputs import run_model
 from qprobe.samples.inputs import Batch
 from qprobe.select.decide import Candidate, difference
 from tests.benchmarks.models import NAMES, Case, load_case
-from tests.benchmarks.rankings import additive, beyond
+from tests.benchmarks.rankings import additive, beyond, calibrated
 from tests.benchmarks.rankings.additive import Scores
 from tests.benchmarks.rankings.cost import Cost, counted
 from tests.benchmarks.rankings.lists import Chooser, Lists, Row, every_layer_alone
@@ -144,6 +144,7 @@ def report(case: Case) -> Iterator[str]:
         yield tables.of("Every layer for itself, no fused groups", alone, rows)
         searched = beyond_rows(bench, whole, calibration, found)
         yield tables.of("Beyond one additive pass, fused groups whole", whole, searched)
+    yield calibrated.table(case, path.scores)  # last, since calibrated weights stay in place
 
 
 def bare_seconds(case: Case, batches: Sequence[Batch]) -> float:

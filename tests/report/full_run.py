@@ -18,7 +18,7 @@ from PIL import Image
 
 from qprobe.manifest import Compared, Quality, write_manifest
 from qprobe.measure.store import choice_stage, open_run, write_unit
-from qprobe.records import FormatSpec, Inventory, Linear, ModelIdentity, Scan
+from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Scan
 from qprobe.select import select
 from qprobe.select.ranks import write_ranks
 from qprobe.select.table import write_table
@@ -38,14 +38,19 @@ def write_full_run(
     samples: int = 6,
     names: dict[int, str] | None = None,
     model: str = "owner/model",
+    codes: CodesFile | None = None,
 ) -> Path:
-    """`folder`, holding a run of `layers` linears on `samples` samples. names: index -> other layer name."""
+    """`folder`, holding a run of `layers` linears on `samples` samples. names: index -> other layer name.
+
+    codes: of a run in calibrated NF4, where there is such a file.
+    """
     linears = _linears(layers, names or {})
     inventory = Inventory(linears, (), 100_000)
     ids = [f"sample-{i}" for i in range(samples)]
-    open_run(
-        folder, _scan(ModelIdentity(model, None, "MllamaForConditionalGeneration", "f" * 64), inventory, ids)
-    )
+    scan = _scan(ModelIdentity(model, None, "MllamaForConditionalGeneration", "f" * 64), inventory, ids)
+    if codes is not None:
+        scan = replace(scan, format=FormatSpec("nf4-calibrated"), codes=codes)
+    open_run(folder, scan)
     _write_units(folder, linears, ids)
     write_table(folder)
     write_ranks(folder)

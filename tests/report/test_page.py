@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from qprobe.build.load import load_dynamic_4bit
 from qprobe.manifest import manifest_to_json, read_manifest
+from qprobe.records import CodesFile
 from qprobe.report.write import page_of
 from qprobe.scan import scan
 from qprobe.select import select
@@ -234,6 +235,17 @@ def test_each_budgets_manifest_is_what_select_gives(page: Page, run: Path, tmp_p
         wanted = manifest_to_json(select(run, mine.budget.requested))
         wanted["made_by"]["time"] = mine.made_by.time
         assert json.loads(json.dumps(manifest_to_json(mine))) == json.loads(json.dumps(wanted))
+
+
+def test_manifests_of_calibrated_weights_name_their_file(opened: Open, tmp_path: Path):
+    folder = write_full_run(tmp_path / "run", codes=CodesFile("codes.safetensors", "a" * 64))
+    page = opened(page_file(folder))
+    move_slider(page, 3)
+    assert "put it beside codes.safetensors" in page.locator("#budget").inner_text()
+    mine = read_manifest(downloaded(page, tmp_path / "mine.json"))
+    assert not page.evaluate("Boolean(here().isChosen)")
+    assert mine.codes == CodesFile("codes.safetensors", "a" * 64) and mine.format.is_calibrated
+    assert mine.layers == select(folder, mine.budget.requested).layers
 
 
 def test_the_runs_own_list_is_where_the_slider_begins(page: Page, run: Path, tmp_path: Path):

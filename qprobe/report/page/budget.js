@@ -34,22 +34,19 @@ function manifestHere() {
     name: layer.name,
     checkpoint_name: layer.checkpoint_name,
     shape: layer.shape,
-    precision: isKept(layer) ? "bf16" : DATA.format.name,
+    precision: isKept(layer) ? "bf16" : "nf4", // the layout; how its codes were rounded is the format's
     bytes: isKept(layer) ? layer.bf16_bytes : layer.nf4_bytes,
     sensitivity_kl: layer.values.sensitivity_kl,
     reason: layer.reasons[isKept(layer) ? 1 : 0],
   }));
   return {
-    schema_version: base.schema_version,
-    model: base.model,
-    format: base.format,
+    ...base.shared,
     budget: {
       requested: String(point.limit_bytes), limit_bytes: point.limit_bytes,
       total_bytes: point.total_bytes, standard_4bit_bytes: DATA.bytes.standard,
     },
     quality: base.qualities[point.index],
     layers,
-    uncovered: base.uncovered,
     skip_modules: layers.filter((layer) => layer.precision === "bf16").map((layer) => layer.name),
     made_by: {
       qprobe: DATA.qprobe, command: base.commands[point.index],
@@ -76,6 +73,8 @@ if (POSITIONS.length) {
   slider.addEventListener("input", () => set("position", Number(slider.value)));
   listeners.position.push(showBudget);
   showBudget();
+  const codes = DATA.base && DATA.base.shared.codes;
+  if (codes) byId("download").nextElementSibling.append("; put it beside ", element("code", {}, codes.file), " of the run folder");
 } else {
   byId("budget-body").replaceChildren(element("p", {}, "No measure of this run can choose a list, and it has no skiplist.json."));
 }
