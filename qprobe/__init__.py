@@ -9,11 +9,15 @@ __version__ = "0.1.0"
 
 # Where each public name lives. It is imported on first use, so that `import qprobe` costs no torch.
 _HOMES = {
+    "Audit": "qprobe.build.audit",
     "CompareOptions": "qprobe.options",
     "Manifest": "qprobe.manifest",
     "QprobeError": "qprobe.errors",
     "ScanOptions": "qprobe.options",
+    "audit": "qprobe.build.audit",
     "compare": "qprobe.build.compare",
+    "export_manifest": "qprobe.exports",
+    "import_list": "qprobe.build.imports",
     "layer_table": "qprobe.select.table",
     "load_dynamic_4bit": "qprobe.build.load",
     "load_standard_4bit": "qprobe.build.load",
@@ -24,22 +28,29 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from qprobe.build.audit import Audit, audit
     from qprobe.build.compare import compare
+    from qprobe.build.imports import import_list
     from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
     from qprobe.build.plan import plan
     from qprobe.build.verify import verify
     from qprobe.errors import QprobeError
+    from qprobe.exports import export_manifest
     from qprobe.manifest import Manifest, read_manifest, write_manifest
     from qprobe.options import CompareOptions, ScanOptions
     from qprobe.select.table import layer_table
 
 __all__ = [
+    "Audit",
     "CompareOptions",
     "Manifest",
     "QprobeError",
     "ScanOptions",
     "__version__",
+    "audit",
     "compare",
+    "export_manifest",
+    "import_list",
     "layer_table",
     "load_dynamic_4bit",
     "load_standard_4bit",

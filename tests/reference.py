@@ -11,7 +11,9 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def round_trip(weight: Tensor) -> Tensor:
@@ -124,3 +126,25 @@ def weight_gradient_slopes(
         name: float((twin.get_submodule(name).weight.grad.double() * d.double()).sum())
         for name, d in differences.items()
     }
+
+
+def logit_slopes(
+    model: nn.Module, layer: str, inputs: dict[str, Tensor], span: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """(p, j): the 16-bit model's probabilities and d logits / ds for `layer`'s weight at W + s D, s = 0.
+
+    (answer tokens, vocabulary) each, for one sample. j is the gradient of v -> d(v . logits)/ds, which is
+    linear in v, so it needs attention that can be differentiated twice.
+    """
+    start, end = span
+    twin = copy.deepcopy(model)
+    module = twin.get_submodule(layer)
+    difference = round_trip(module.weight) - module.weight
+    s = torch.zeros((), requires_grad=True)
+    module.forward = lambda input: F.linear(input, module.weight + s * difference, module.bias)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        logits = twin(**inputs).logits[0, start - 1 : end - 1]
+        v = torch.zeros_like(logits, requires_grad=True)
+        (slope,) = torch.autograd.grad(logits, s, v, create_graph=True)
+        (j,) = torch.autograd.grad(slope, v)
+    return logits.detach().softmax(-1), j

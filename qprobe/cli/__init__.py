@@ -5,8 +5,10 @@ from __future__ import annotations
 import click
 
 from qprobe import __version__
+from qprobe.cli.audit import audit
 from qprobe.cli.choose import rank, report, select
 from qprobe.cli.compare import compare
+from qprobe.cli.exchange import export, import_
 from qprobe.cli.machine import doctor, models
 from qprobe.cli.plan import plan
 from qprobe.cli.scan import scan
@@ -24,5 +26,17 @@ def main() -> None:
     """
 
 
-for _command in (doctor, models, plan, scan, rank, select, compare, report):
+for _command in (
+    doctor,
+    models,
+    plan,
+    scan,
+    rank,
+    select,
+    compare,
+    report,
+    export,
+    import_,
+    audit,
+):
     main.add_command(_command)

@@ -9,6 +9,9 @@ and the slope for one sample is dKL/ds. A special case of integrated gradients
 without a pass: the KL has its minimum there, so it is 0. Gauss-Radau quadrature takes that end as a node of
 its own and is exact for one degree more than Gauss-Legendre at the same cost.
 
+A pass at alpha = 0 is not wasted, though. There the KL has no slope but a curvature, and 1/2 d2KL/ds2 of one
+layer is the KL of that layer alone in 4-bit, to second order: what `own_damage` estimates.
+
 The two models differ by little, and 16-bit rounding of activations drowns that in noise where the KL
 is small (10 % of it on a model with a KL of 0.001). So the path is walked in float32, weights as they
 are stored, except for models so large that their activations would not fit (`path_dtype`).
@@ -16,7 +19,7 @@ are stored, except for models so large that their activations would not fit (`pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import fsum
@@ -78,6 +81,29 @@ class Path:
         Summed over answer tokens. reference: the answer logits at alpha = 0. A linear that did not run,
         or whose rows cannot be told apart by sample, is missing.
         """
+        return self._gradients(batch, alpha, lambda logits: kl_per_sample(reference, logits))
+
+    def own_damage(self, batch: Batch, reference: list[Tensor]) -> dict[str, Tensor]:
+        """For each linear an unbiased estimate of 1/2 d2KL/ds2 at alpha = 0: (samples,) float64, in nats.
+
+        d2KL/ds2 = sum_t j_t^T (diag p_t - p_t p_t^T) j_t with j_t = d logits_t / ds, the Fisher information
+        of the step s. With independent random signs e, c = sqrt(p) e - p sum(sqrt(p) e) has that matrix as
+        its covariance, so the square of d(sum_t c_t logits_t)/ds estimates it (Hutchinson 1990; Martens 2020,
+        "New Insights and Perspectives on the Natural Gradient Method"). The signs come from the sample alone,
+        whatever batch it is in.
+        """
+        signs = [_signs(p, sample.digest) for p, sample in zip(reference, batch.samples, strict=True)]
+        weights = [_fisher_root(p, e) for p, e in zip(reference, signs, strict=True)]
+
+        def projected(logits: list[Tensor]) -> Tensor:
+            return torch.stack([(c * z).double().sum() for c, z in zip(weights, logits, strict=True)])
+
+        return {name: g.square() / 2 for name, g in self._gradients(batch, 0.0, projected).items()}
+
+    def _gradients(
+        self, batch: Batch, alpha: float, loss: Callable[[list[Tensor]], Tensor]
+    ) -> dict[str, Tensor]:
+        """d loss / ds of each linear at W + alpha D: (samples,) float64; `loss`: logits -> (samples,)."""
         steps: dict[str, Tensor] = {}
 
         def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
@@ -89,9 +115,9 @@ class Path:
             return _PathLinear.apply(x, steps[name], module.bias, self.round_trips, name, alpha)
 
         with torch.enable_grad(), checkpointed_blocks(self.model), replaced_forwards(self.modules, forward):
-            kl = kl_per_sample(reference, answer_logits(self.model, batch)).sum()
+            total = loss(answer_logits(self.model, batch)).sum()
             names = list(steps)
-            gradients = torch.autograd.grad(kl, [steps[n] for n in names], allow_unused=True)
+            gradients = torch.autograd.grad(total, [steps[n] for n in names], allow_unused=True)
         return {n: g.double() for n, g in zip(names, gradients, strict=True) if g is not None}
 
     def integrals(self, batch: Batch, reference: list[Tensor], nodes: int) -> dict[str, Tensor]:
@@ -101,6 +127,19 @@ class Path:
             for name, slope in self.slopes(batch, reference, alpha).items():
                 totals[name] = totals.get(name, torch.zeros_like(slope)) + weight * slope
         return totals
+
+
+def _signs(reference: Tensor, digest: str) -> Tensor:
+    """Random signs of the shape of `reference`, the same for the same sample on the same kind of device."""
+    generator = torch.Generator(reference.device).manual_seed(int(digest[:15], 16))
+    return torch.randint(0, 2, reference.shape, generator=generator, device=reference.device) * 2.0 - 1.0
+
+
+def _fisher_root(reference: Tensor, signs: Tensor) -> Tensor:
+    """(tokens, vocabulary) weights of covariance diag(p) - p p^T over `signs`, p = softmax of `reference`."""
+    p = reference.softmax(dim=-1)
+    spread = p.sqrt() * signs
+    return spread - p * spread.sum(dim=-1, keepdim=True)
 
 
 @contextmanager
@@ -141,16 +180,22 @@ class _PathLinear(torch.autograd.Function):
         name: str,
         alpha: float,
     ) -> Tensor:
-        weight_hat = round_trips.weight(name).to(x.dtype)
         own = round_trips.modules[name].weight.detach().to(x.dtype)
-        weight = torch.lerp(own, weight_hat, alpha)
+        if alpha == 0:  # the 4-bit weight is needed by the backward pass alone
+            weight = weight_hat = own
+        else:
+            weight_hat = round_trips.weight(name).to(x.dtype)
+            weight = torch.lerp(own, weight_hat, alpha)
         ctx.save_for_backward(x, weight, weight_hat, own)
-        ctx.samples = step.numel()
+        ctx.samples, ctx.late = step.numel(), (round_trips, name) if alpha == 0 else None
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, weight_hat, own = ctx.saved_tensors
+        if ctx.late is not None:
+            round_trips, name = ctx.late
+            weight_hat = round_trips.weight(name).to(x.dtype)
         error = F.linear(x, weight_hat - own)
         per_sample = (grad * error).reshape(ctx.samples, -1).sum(dim=1, dtype=torch.float32)
         towards_x = grad @ weight if ctx.needs_input_grad[0] else None
@@ -177,6 +222,7 @@ def attribute(
 ) -> Attribution:
     """a_l of each sample and linear of the batch, and the KL that they sum to.
 
+    nodes: of `gauss_radau`, without the one at 0, which costs nothing.
     ends: where both ends of the path are known already in its dtype; None to compute them (two forwards).
 
     Where the sums miss the KL, sample by sample, by more than `tolerance` of it (or of `SMALLEST_KL`) in all,
@@ -198,14 +244,21 @@ def attribute(
             integrals = finer if missed <= before else integrals
             if missed > before and not is_exact:
                 break
+    return Attribution(rows_by_sample(batch, integrals), kl, nodes)
+
+
+def rows_by_sample(batch: Batch, values: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Columns sample, layer, answer_tokens, kl_sum of `values`: (samples,) nats for each layer.
+
+    Samples without an answer have no row.
+    """
     rows = [
         (sample.id, name, end - start, value)
-        for name, integral in integrals.items()
-        for sample, (start, end), value in zip(batch.samples, batch.answers, integral.tolist(), strict=True)
+        for name, one in values.items()
+        for sample, (start, end), value in zip(batch.samples, batch.answers, one.tolist(), strict=True)
         if end > start
     ]
-    frame = pd.DataFrame(rows, columns=["sample", "layer", "answer_tokens", "kl_sum"])
-    return Attribution(frame, kl, nodes)
+    return pd.DataFrame(rows, columns=["sample", "layer", "answer_tokens", "kl_sum"])
 
 
 def _missed(integrals: dict[str, Tensor], kl: list[KlSums]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import fsum, isfinite, nan
+from math import isfinite, nan
 from pathlib import Path
 
 import pandas as pd
@@ -21,8 +21,8 @@ from qprobe.records import Sample, Scan
 from qprobe.select.bound import Bound, measured_plan, predicted_plan, rounded_up
 from qprobe.select.budget import Budget
 from qprobe.select.decide import Candidate, decide, on_common_samples
-from qprobe.select.plan import Plan, choose
-from qprobe.select.selection import layer_scores, manifest_of, parse_request, prospect_of
+from qprobe.select.plan import Plan
+from qprobe.select.selection import manifest_of, parse_request, plan_by, predicted_kl, prospect_of
 from qprobe.select.table import measured, read_table
 from qprobe.select.verdict import verdict
 
@@ -212,9 +212,7 @@ def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
     """
     by, inventory = trial.options.by, trial.record.inventory
     columns = [by] if by else [c for c in SCORES if c in measured(trial.table)]
-    plans = {
-        f"by {c}": choose(inventory, layer_scores(trial.table, c), budget.limit_bytes, c) for c in columns
-    }
+    plans = {f"by {c}": plan_by(inventory, trial.table, c, budget.limit_bytes) for c in columns}
     entry = find(trial.record.model.id)
     for published in entry.published if entry and not by else ():
         kept = published.kept(inventory)
@@ -230,19 +228,17 @@ def frontier_plans(trial: Trial) -> dict[str, Plan]:
     inventory, column = trial.record.inventory, trial.column
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - inventory.standard_4bit_bytes
     limits = {share: inventory.standard_4bit_bytes + int(share * saved) for share in FRONTIER_SHARES}
-    scores = layer_scores(trial.table, column)
-    return {f"frontier {share:.0%}": choose(inventory, scores, n, column) for share, n in limits.items()}
+    return {
+        f"frontier {share:.0%}": plan_by(inventory, trial.table, column, n) for share, n in limits.items()
+    }
 
 
 def write_frontier(folder: Path, table: pd.DataFrame, points: Sequence[Candidate]) -> None:
     """FOLDER/frontier.csv: predicted and measured KL of the best score's lists at several budgets."""
-    sensitivity: Mapping[str, float] = dict(
-        zip(table["layer"], table["sensitivity_kl"].fillna(0.0), strict=True)
-    )
     rows = [
         {
             "budget_bytes": point.total_bytes,
-            "predicted_kl": fsum(v for name, v in sensitivity.items() if name not in point.kept),
+            "predicted_kl": predicted_kl(table, point.kept),
             "measured_kl": point.kl,
             "measured_kl_se": point.kl_se,
             "candidate": point.name,

@@ -35,4 +35,5 @@ class RoundTrips:
 
     def between(self, name: str, alpha: float, dtype: torch.dtype) -> Tensor:
         """W + alpha D in `dtype`, rounded once: W at 0, W-hat at 1."""
-        return torch.lerp(self.modules[name].weight.detach().to(dtype), self.weight(name).to(dtype), alpha)
+        own = self.modules[name].weight.detach().to(dtype)
+        return own if alpha == 0 else torch.lerp(own, self.weight(name).to(dtype), alpha)

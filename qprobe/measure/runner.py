@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from qprobe.measure.attribution import RESIDUAL, attribute, walking
+from qprobe.measure.attribution import RESIDUAL, Ends, Path, attribute, rows_by_sample, walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
@@ -21,7 +21,9 @@ STANDARD = "standard"  # the choice that keeps nothing: every linear but the fix
 class Measures:
     """What is measured on every batch. propagated needs independent samples, sensitivity a language head.
 
-    nodes: of the path attribution to begin with; tolerance: see `attribute`.
+    nodes: of the sensitivity's quadrature to begin with, a forward and a backward pass each. With two or more
+    the first is the 16-bit end of the path, where the slope is 0 and the pass measures each layer's own
+    damage; the others are on the path. tolerance: see `attribute`.
     """
 
     propagated: bool
@@ -30,8 +32,14 @@ class Measures:
     tolerance: float = RESIDUAL
 
     @property
+    def own_damage(self) -> bool:
+        return self.sensitivity and self.nodes > 1
+
+    @property
     def stages(self) -> tuple[str, ...]:
-        return ("outputs", "kl", "sensitivity") if self.sensitivity else ("outputs",)
+        """Stages of the store that these measures fill."""
+        with_answers = ("kl", "sensitivity") if self.sensitivity else ()
+        return ("outputs", *with_answers, *(("alone",) if self.own_damage else ()))
 
 
 def applicable_measures(
@@ -69,13 +77,25 @@ def observe(subject: Subject, batch: Batch, measures: Measures) -> dict[str, pd.
     with walking(path):
         rows, logits = observe_outputs(subject, batch, measures)
         frames = {"outputs": rows}
-        if measures.sensitivity and batch.answer_tokens:
+        if measures.sensitivity:
             ends = (logits[: batch.size], logits[batch.size :]) if measures.propagated else None
-            found = attribute(path, batch, measures.nodes, measures.tolerance, ends)
-            frames |= {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
-        elif measures.sensitivity:
-            frames["kl"] = kl_rows(batch, STANDARD, [])
-            frames["sensitivity"] = pd.DataFrame(columns=["sample", "layer", "answer_tokens", "kl_sum"])
+            frames |= _observe_damage(path, batch, measures, ends)
+    return frames
+
+
+def _observe_damage(
+    path: Path, batch: Batch, measures: Measures, ends: Ends | None
+) -> dict[str, pd.DataFrame]:
+    """The frames "kl", "sensitivity" and, where measured, "alone"; without rows if there is no answer."""
+    nothing = rows_by_sample(batch, {})
+    if not batch.answer_tokens:
+        frames = {"kl": kl_rows(batch, STANDARD, []), "sensitivity": nothing}
+        return {**frames, "alone": nothing} if measures.own_damage else frames
+    ends = ends or (path.logits(batch, 0.0), path.logits(batch, 1.0))
+    found = attribute(path, batch, max(1, measures.nodes - 1), measures.tolerance, ends)
+    frames = {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
+    if measures.own_damage:
+        frames["alone"] = rows_by_sample(batch, path.own_damage(batch, ends[0]))
     return frames
 
 

@@ -41,6 +41,7 @@ UNIT_SCHEMAS: Mapping[str, Mapping[str, pa.DataType]] = {
     },
     "kl": {"sample": _TEXT, "choice": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM, "top1_agree": _COUNT},
     "sensitivity": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
+    "alone": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
     "calibration": {
         "layer": _TEXT, "tokens": _COUNT, "error": _SUM, "damping": _SUM, "why": _TEXT,
     },
@@ -63,6 +64,7 @@ _ROW_KEYS = {
     "outputs": ["sample", "layer"],
     "kl": ["sample", "choice"],
     "sensitivity": ["sample", "layer"],
+    "alone": ["sample", "layer"],
     STAGE_CALIBRATION: ["layer"],
 }
 

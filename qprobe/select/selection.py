@@ -15,11 +15,14 @@ from qprobe.errors import BudgetError, QprobeError
 from qprobe.manifest import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.measure.store import choice_stage, read_scan, read_units
 from qprobe.options import DEFAULT_BUDGET
-from qprobe.records import Linear, Scan
+from qprobe.records import Inventory, Linear, Scan
 from qprobe.select.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
 from qprobe.select.budget import Budget, parse_budget
+from qprobe.select.damage import Damage, least_damage
 from qprobe.select.plan import Plan, choose, is_scored
 from qprobe.select.table import check_measure, finite_answers, measured, read_table
+
+OWN = "alone_kl"  # the column of each layer's own damage
 
 _FIXED_REASONS = {
     "lm_head": "lm_head stays in 16-bit",
@@ -48,7 +51,7 @@ def select(
         limit, words = request.budget_of(plan), [*words, "--max-kl", str(max_kl)]
     else:
         column = by or default_measure(table)
-        plan = choose(scan.inventory, layer_scores(table, column), request.limit_bytes, column)
+        plan = plan_by(scan.inventory, table, column, request.limit_bytes)
         limit, words = request, [*words, "--budget", request.requested]
     command = shlex.join(words if by is None else [*words, "--by", by])
     return manifest_of(scan, table, plan, limit, command, _held_out_quality(folder, plan))
@@ -75,6 +78,39 @@ def parse_request(
 def prospect_of(scan: Scan, table: pd.DataFrame) -> Prospect:
     """What the sensitivities promise; raises QprobeError where they were not measured."""
     return Prospect(scan.inventory, layer_scores(table, SCORE))
+
+
+def plan_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes: int) -> Plan:
+    """The best plan within `limit_bytes` by the measured `column`.
+
+    By sensitivity_kl each layer's own damage counts as well, where it was measured (see `damage_of`).
+    Raises BudgetError or QprobeError as `choose` and `layer_scores` do.
+    """
+    damage = damage_of(table) if column == SCORE else None
+    if damage is None:
+        return choose(inventory, layer_scores(table, column), limit_bytes, column)
+    return least_damage(inventory, damage, limit_bytes, column)
+
+
+def damage_of(table: pd.DataFrame) -> Damage | None:
+    """What the table says of the damage by lists of layers; None where own damage was not measured."""
+    if not {SCORE, OWN} <= set(measured(table)):
+        return None
+    path, alone = layer_scores(table, SCORE), layer_scores(table, OWN)
+    both = [name for name in path if name in alone]
+    return Damage({n: path[n] for n in both}, {n: alone[n] for n in both})
+
+
+def predicted_kl(table: pd.DataFrame, kept: frozenset[str]) -> float | None:
+    """The KL, nats per answer token, that `kept` in 16-bit is predicted to leave; None where not measured.
+
+    Without own damage: attributions sum to the KL of standard 4-bit, and those still in 4-bit remain.
+    """
+    damage = damage_of(table)
+    if damage is not None:
+        return damage.left(kept)
+    left = [v for n, v in _column(table, SCORE).items() if isfinite(v) and n not in kept]
+    return fsum(left) if SCORE in measured(table) else None
 
 
 def default_measure(table: pd.DataFrame) -> str:
@@ -110,6 +146,7 @@ def manifest_of(
     kl_predicted is filled in from the table. command: what made it. compared: the lists it was chosen among.
     """
     kept = frozenset(plan.kept)
+    in_16bit = kept | {x.name for x in scan.inventory.layers if x.fixed}
     sensitivity = _column(table, "sensitivity_kl")
     reasons = _reasons(scan, plan, _column(table, plan.by))
     layers = tuple(
@@ -131,7 +168,9 @@ def manifest_of(
         budget=ManifestBudget(
             budget.requested, budget.limit_bytes, plan.total_bytes, scan.inventory.standard_4bit_bytes
         ),
-        quality=Quality(quality.samples, quality.kl_standard_4bit, quality.kl_dynamic, _predicted(layers)),
+        quality=Quality(
+            quality.samples, quality.kl_standard_4bit, quality.kl_dynamic, predicted_kl(table, in_16bit)
+        ),
         compared=tuple(compared),
         layers=layers,
         uncovered=scan.inventory.uncovered,
@@ -143,13 +182,6 @@ def manifest_of(
 
 def _column(table: pd.DataFrame, name: str) -> dict[str, float]:
     return dict(zip(table["layer"].tolist(), table[name].tolist(), strict=True))
-
-
-def _predicted(layers: tuple[LayerChoice, ...]) -> float | None:
-    """The KL that is left: attributions sum to that of standard 4-bit, and those still in 4-bit remain."""
-    if all(x.sensitivity_kl is None for x in layers):
-        return None
-    return fsum(x.sensitivity_kl or 0.0 for x in layers if x.precision == "nf4")
 
 
 def _held_out_quality(folder: Path, plan: Plan) -> Quality:

@@ -30,11 +30,15 @@ _DTYPES = {
     "activation_nmse": "float64", "activation_sqnr_db": "float64", "activation_peak": "float64",
     "propagated_nmse": "float64", "sensitivity_kl": "float64", "sensitivity_kl_se": "float64",
     "samples": "Int64", "tokens": "Int64",
+    "alone_kl": "float64", "alone_kl_se": "float64",
     "rounding": "str",
 }  # fmt: skip
 
 COLUMNS = tuple(_DTYPES)[:-1]
 """The columns of layers.csv in their order."""
+
+# Came later than the others: a layers.csv without them is read as one in which they were not measured.
+_LATER = ("alone_kl", "alone_kl_se")
 
 ROUNDING = "rounding"
 """A further column, in runs of calibrated weights only: "calibrated", "nearest: " and why, or "" if fixed."""
@@ -42,7 +46,7 @@ ROUNDING = "rounding"
 MEASURES = (
     "weight_nmse", "weight_sqnr_db", "weight_peak",
     "activation_nmse", "activation_sqnr_db", "activation_peak",
-    "propagated_nmse", "sensitivity_kl",
+    "propagated_nmse", "sensitivity_kl", "alone_kl",
 )  # fmt: skip
 """The columns that layers can be ranked by."""
 
@@ -61,15 +65,16 @@ _PEAK_DTYPES = {
 def layer_table(folder: Path) -> pd.DataFrame:
     """The layer table of the run in `folder`, columns `COLUMNS` (and `ROUNDING`), in execution order.
 
-    nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl is in nats
-    per answer token with the standard error of `ratio_se`; samples and tokens count what the layer saw.
+    nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
+    alone_kl (the layer's own damage, to second order) are in nats per answer token with the standard error of
+    `ratio_se`; samples and tokens count what the layer saw.
     Raises RunError if the folder is no run or a file of it is damaged.
     """
     scan = read_scan(folder)
     inventory = scan.inventory
-    weights, outputs, sensitivity, calibration = (
+    weights, outputs, sensitivity, alone, calibration = (
         _rows_by_layer(folder, stage, inventory)
-        for stage in ("weights", "outputs", "sensitivity", "calibration")
+        for stage in ("weights", "outputs", "sensitivity", "alone", "calibration")
     )
     columns = (*COLUMNS, ROUNDING) if scan.format.is_calibrated else COLUMNS
     rows = [
@@ -77,7 +82,8 @@ def layer_table(folder: Path) -> pd.DataFrame:
             **_static(layer),
             **_weight_measures(weights.get(layer.name)),
             **_output_measures(outputs.get(layer.name)),
-            **_sensitivity(sensitivity.get(layer.name)),
+            **_kl_share("sensitivity_kl", sensitivity.get(layer.name)),
+            **_kl_share("alone_kl", alone.get(layer.name)),
             ROUNDING: _rounding(layer, calibration.get(layer.name)),
         }
         for layer in inventory.layers
@@ -219,20 +225,22 @@ def left_out(folder: Path) -> pd.DataFrame:
 
 
 def _parse(text: str) -> pd.DataFrame:
-    """The table in `text`; ValueError if it has other columns or a cell that is no number.
+    """The table in `text`; ValueError if it lacks columns, has others, or a cell that is no number.
 
     Not `pd.read_csv`: pandas 2 may read a float off by a bit unless told float_precision="round_trip", and
     pandas 3 warns of that option.
     """
     header, *body = csv.reader(StringIO(text, newline=""))
-    if header not in (list(COLUMNS), [*COLUMNS, ROUNDING]):
+    core = [x for x in COLUMNS if x not in _LATER]
+    if [x for x in header if x not in (*_LATER, ROUNDING)] != core:
         raise ValueError(f"its columns are {', '.join(header)[:100]}")
-    kinds = {name: _DTYPES[name] for name in header}
+    found = dict(zip(header, zip(*body, strict=True), strict=True))
+    kinds = {name: _DTYPES[name] for name in (*COLUMNS, ROUNDING) if name in COLUMNS or name in header}
     cells = {
-        name: [_cell(kind, value) for value in values]
-        for (name, kind), values in zip(kinds.items(), zip(*body, strict=True), strict=True)
+        name: [_cell(kind, value) for value in found.get(name, ("",) * len(body))]
+        for name, kind in kinds.items()
     }
-    return pd.DataFrame(cells, columns=pd.Index(header)).astype(kinds)
+    return pd.DataFrame(cells, columns=pd.Index(list(kinds))).astype(kinds)
 
 
 def _cell(kind: str, value: str) -> str | float | None:
@@ -292,12 +300,12 @@ def _output_measures(rows: pd.DataFrame | None) -> dict[str, Any]:
     }
 
 
-def _sensitivity(rows: pd.DataFrame | None) -> dict[str, Any]:
+def _kl_share(column: str, rows: pd.DataFrame | None) -> dict[str, Any]:
     finite = None if rows is None else finite_answers(rows)
     if finite is None or finite.empty:
         return {}
     kl, tokens = _numbers(finite, "kl_sum").tolist(), _numbers(finite, "answer_tokens").tolist()
-    return {"sensitivity_kl": fsum(kl) / fsum(tokens), "sensitivity_kl_se": ratio_se(kl, tokens)}
+    return {column: fsum(kl) / fsum(tokens), f"{column}_se": ratio_se(kl, tokens)}
 
 
 def _rounding(layer: Linear, rows: pd.DataFrame | None) -> str:

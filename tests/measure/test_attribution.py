@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qprobe.measure.attribution import attribute, gauss_radau, walking
+from qprobe.measure.attribution import _fisher_root, _signs, attribute, gauss_radau, walking
 from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
 from qprobe.measure.subject import subject_of
 from qprobe.models.reference import load_reference
@@ -75,6 +75,35 @@ def test_slopes_equal_full_weight_gradients(case: CaseOf, name: str, alpha: floa
     assert set(slopes) == set(expected)
     for layer, value in expected.items():
         assert slopes[layer].item() == pytest.approx(value, rel=1e-4, abs=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+def test_own_damage_is_half_the_squared_slope_along_its_random_direction(case: CaseOf, name: str) -> None:
+    found = case(name)
+    subject = found.subject
+    group = max(subject.groups(found.samples, 4), key=len)
+    batch, larger = subject.encode(group[:1]), subject.encode(group)
+    with torch.no_grad(), walking(subject.path):
+        plain = answer_logits(subject.model, batch)
+        got = subject.path.own_damage(batch, plain)
+        among_others = subject.path.own_damage(larger, answer_logits(subject.model, larger))
+    signs = _signs(plain[0], group[0].digest)
+    scale = max(v.item() for v in got.values())
+    for layer in list(got)[:: max(1, len(got) // 5)]:
+        p, j = reference.logit_slopes(subject.model, layer, batch.inputs, batch.answers[0])
+        spread = p.sqrt() * signs
+        slope = ((spread - p * spread.sum(-1, keepdim=True)) * j).sum()
+        assert got[layer].item() == pytest.approx(float(slope**2) / 2, rel=1e-3, abs=1e-6 * scale)
+        assert among_others[layer][0].item() == pytest.approx(got[layer].item(), rel=1e-2, abs=1e-4 * scale)
+
+
+def test_random_directions_have_the_covariance_of_the_fisher_information() -> None:
+    # Over all 2^4 sign patterns the mean of c c^T is diag(p) - p p^T exactly.
+    logits = torch.tensor([[0.3, -1.0, 2.0, 0.0]], dtype=torch.float64)
+    p = logits.softmax(-1)[0]
+    patterns = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4)
+    roots = torch.cat([_fisher_root(logits, e[None]) for e in patterns])
+    torch.testing.assert_close(roots.T @ roots / 16, torch.diag(p) - torch.outer(p, p))
 
 
 @pytest.mark.parametrize("name", ["mllama", "llama"])

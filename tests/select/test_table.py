@@ -32,7 +32,7 @@ def test_rows_are_the_linears_in_execution_order_with_the_contracts_columns(tmp_
     assert " ".join(table.columns) == (
         "layer tower group in_features out_features nf4_bytes bf16_bytes weight_nmse weight_sqnr_db "
         "weight_peak activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl "
-        "sensitivity_kl_se samples tokens"
+        "sensitivity_kl_se samples tokens alone_kl alone_kl_se"
     )
     assert table["layer"].tolist() == ["model.a", "model.q", "model.k", "model.b", "lm_head"]
     b = table.set_index("layer").loc["model.b"]
@@ -43,7 +43,17 @@ def test_what_was_not_measured_is_empty_never_zero(tmp_path: Path):
     run = make_run(tmp_path / "run")
     assert layer_table(run)[list(COLUMNS[7:])].isna().all(axis=None)
     lines = write_table(run).read_text().splitlines()
-    assert lines[1] == "model.a,language,model.a,64,64,2116,8192" + "," * 11
+    assert lines[1] == "model.a,language,model.a,64,64,2116,8192" + "," * (len(COLUMNS) - 7)
+
+
+def test_a_table_from_before_own_damage_reads_as_one_without_it(tmp_path: Path):
+    run = make_run(tmp_path / "run", sensitivity=[rows("sensitivity", ("s", "model.a", 2, 1.0))])
+    path = write_table(run)
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    place = lines[0].index("alone_kl")
+    path.write_text("".join(",".join(x[:place] + x[place + 2 :]) + "\n" for x in lines))
+    table = read_table(run)
+    assert table["sensitivity_kl"][0] == 0.5 and table["alone_kl"].isna().all()
 
 
 def test_nmse_pools_sums_over_samples_before_dividing(tmp_path: Path):

@@ -1,0 +1,59 @@
+"""`qprobe audit`: what is really 4-bit in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qprobe.cli import shared
+
+
+@shared.command("audit", short_help="Say what is really 4-bit in a checkpoint.")
+@click.argument("folder", type=shared.PATH, metavar="DIR")
+@click.option(
+    "--manifest", type=shared.PATH, metavar="FILE", help="A skiplist.json that the checkpoint must be."
+)
+@click.option("--load", is_flag=True, help="Load the model as well, plainly, and look at every layer of it.")
+@shared.device_option
+def audit(folder: Path, manifest: Path | None, load: bool, device: str | None, as_json: bool) -> None:
+    """Say which linear layers of the checkpoint in DIR are really 4-bit, and whether all parts of it agree.
+
+    Reads config.json and the headers of the safetensors files, no weights: which layers are packed, which
+    hold 16-bit data though they would load as 4-bit layers (the first forward fails on them), which entries
+    of the skip-list match nothing or too much, whether output head and tied weights are named, and the bytes.
+    Entries are read as the transformers that is installed reads them.
+
+    Exit code 1 if config, files, manifest or loaded model disagree.
+
+    \b
+    --json prints: ok, layers_4bit, layers_16bit, parameter_bytes, total_bytes, problems [text], remarks
+    [text], entries [{entry, layers, too_many}] (null without a list), layers [{name, state, file}], loaded.
+    """
+    if device is not None and not load:
+        raise click.UsageError("--device says where to load the model; pass --load with it.")
+    from qprobe.build.audit import audit as run_audit
+
+    found = run_audit(folder, manifest, load, device)
+    if as_json:
+        shared.print_json(found.to_json())
+    else:
+        _show(found.to_json(), has_manifest=manifest is not None)
+    if not found.ok:
+        raise click.exceptions.Exit(1)
+
+
+def _show(found: dict, has_manifest: bool) -> None:
+    from qprobe.report.terminal import readable_bytes
+
+    for problem in found["problems"]:
+        click.echo(f"Wrong: {problem}")
+    for remark in found["remarks"]:
+        click.echo(f"Note: {remark}")
+    click.echo(
+        f"{found['layers_4bit']} linears in 4-bit, {found['layers_16bit']} in 16-bit; "
+        f"{readable_bytes(found['total_bytes'])} ({found['total_bytes']:,} bytes)."
+    )
+    if found["ok"]:
+        parts = ["config", "files", *["manifest"] * has_manifest, *["loaded model"] * found["loaded"]]
+        click.echo(f"All clear: {', '.join(parts[:-1])} and {parts[-1]} agree.")

@@ -1,0 +1,119 @@
+"""`qprobe export` and `qprobe import`: a skip-list for other tools, and from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qprobe.cli import shared
+
+# The names of qprobe.exports.TOOLS, which a test holds this against: help must not import the writers.
+TOOLS = (
+    "transformers",
+    "transformers-python",
+    "transformers-4",
+    "unsloth",
+    "vllm",
+    "peft",
+    "axolotl",
+    "llama-factory",
+    "llm-compressor",
+    "gptqmodel",
+    "autoround",
+    "llama.cpp",
+)
+
+
+@shared.command("export", short_help="Hand a skip-list to another tool.")
+@click.argument("manifest", type=shared.PATH)
+@click.option(
+    "--to", "tool", type=click.Choice(TOOLS), required=True, help="The tool whose language to write."
+)
+@click.option("--out", type=shared.PATH, metavar="FILE", help="Where to write it.  [default: stdout]")
+def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
+    """Write the skip-list of MANIFEST (a skiplist.json) in the language of another tool.
+
+    Every entry is first run through that tool's own rule of matching, so that exactly the 16-bit layers of
+    the manifest are kept, the output head and tied weights among them; where a tool cannot be told so, the
+    command says which layer is in the way. What its user must know goes to stderr.
+
+    \b
+    transformers         keywords of BitsAndBytesConfig, as JSON; transformers 5
+    transformers-python  the same as Python that loads the model
+    transformers-4       the same keywords with the names of transformers 4
+    unsloth              Python that loads the model with FastModel
+    vllm                 quantization_config for the config.json of a checkpoint
+    peft                 target_modules as one pattern, and which layers are 4-bit
+    axolotl              YAML: bnb_config_kwargs and lora_target_modules
+    llama-factory        YAML that loads a checkpoint which carries the list
+    llm-compressor       keywords of a modifier, with its ignore list
+    gptqmodel            keywords of QuantizeConfig, with dynamic
+    autoround            keywords of AutoRound, with layer_config
+    llama.cpp            the command line of llama-quantize, with --tensor-type
+
+    \b
+    --json prints: tool, text (what would be written), notes [text], layers_16bit [name].
+    """
+    from qprobe.errors import QprobeError
+    from qprobe.exports import export_manifest
+    from qprobe.manifest import write_atomic
+
+    made = export_manifest(manifest, tool)
+    if out is not None:
+        try:
+            write_atomic(out, made.text.encode())
+        except OSError as error:
+            raise QprobeError(f"{out} cannot be written ({error.strerror}); choose another file.") from error
+    if as_json:
+        shared.print_json(made.to_json())
+        return
+    for note in made.notes:
+        click.echo(f"Note: {note}", err=True)
+    click.echo(made.text if out is None else f"Written  {out}", nl=out is not None)
+
+
+@shared.command("import", short_help="Turn a published skip-list into a manifest.")
+@click.argument("config", type=shared.PATH)
+@click.option("--model", required=True, metavar="M", help="The model it is for: name, hub id or folder.")
+@click.option(
+    "--out",
+    type=shared.PATH,
+    default="skiplist-imported.json",
+    show_default=True,
+    metavar="FILE",
+    help="Where to write the manifest.",
+)
+def import_(config: Path, model: str, out: Path, as_json: bool) -> None:
+    """Turn the skip-list in CONFIG into a manifest for a model, so that `qprobe compare` can measure it.
+
+    CONFIG is the config.json of a quantized checkpoint, or a JSON list of module names. Names may be those of
+    today's transformers or those of the files on the hub; entries are read by the rule of the transformers
+    version that the config names. Only the model's config is needed, no weights.
+
+    \b
+    --json prints: out, rule, matched [{entry, layers}], dead [entry], layers_16bit [name], total_bytes,
+    notes [text].
+    """
+    from qprobe.build.imports import import_list
+    from qprobe.manifest import write_manifest
+
+    imported = import_list(config, model)
+    write_manifest(out, imported.manifest)
+    if as_json:
+        shared.print_json({"out": out, **imported.to_json()})
+        return
+    from qprobe.report.terminal import readable_bytes
+
+    for one in imported.matched:
+        count = f"{len(one.layers)} layer{'' if len(one.layers) == 1 else 's'}" if one.layers else "nothing"
+        click.echo(f"{one.entry}  {count}")
+    for note in imported.notes:
+        click.echo(f"Note: {note}", err=True)
+    budget = imported.manifest.budget
+    click.echo(
+        f"{len(imported.manifest.skip_modules)} of {len(imported.manifest.layers)} layers stay in 16-bit, "
+        f"read as {imported.rule} does: {readable_bytes(budget.total_bytes)}; standard 4-bit takes "
+        f"{readable_bytes(budget.standard_4bit_bytes)}."
+    )
+    click.echo(f"Skip-list  {out}")

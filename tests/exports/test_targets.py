@@ -1,0 +1,205 @@
+"""Each tool's text: readable by its format, exact by its rule, and true of the manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+import yaml
+from peft import LoraConfig, inject_adapter_in_model
+
+from qprobe.cli.exchange import TOOLS as HELP_TOOLS
+from qprobe.errors import ManifestError, QprobeError
+from qprobe.exports import TOOLS, export_manifest
+from qprobe.exports.engines import vllm_modules
+from qprobe.manifest import Manifest, write_manifest
+from qprobe.models import matchers
+from qprobe.models.spellings import spellings
+from tests.exports.manifests import manifest_of, of_tree
+from tests.models import trees
+
+GGUF_MODELS = (
+    "LlamaForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+)
+
+
+def chosen(architecture: str) -> Manifest:
+    """Half of the fused groups, from every tower."""
+    inventory = trees.inventory(architecture)
+    groups = list(dict.fromkeys(x.group for x in inventory.layers))[::2]
+    # vLLM joins queries with keys and values also where qprobe does not: keep such an attention whole.
+    parents = {g.partition(".{")[0] for g in groups if "{k_proj" in g or "{q_proj" in g}
+    return of_tree(
+        architecture,
+        [
+            x.name
+            for x in inventory.layers
+            if (x.name.rpartition(".")[0] in parents and x.name.endswith(("q_proj", "k_proj", "v_proj")))
+            or (x.group in groups and not x.name.endswith(("q_proj", "k_proj", "v_proj")))
+        ],
+    )
+
+
+def kept_by(rule, entries, names):
+    return {name for name in names for entry in entries if rule(entry, name)}
+
+
+@pytest.mark.parametrize("architecture", trees.CONFIGS)
+@pytest.mark.parametrize("tool", [x for x in TOOLS if x != "llama.cpp"])
+def test_every_tool_takes_every_architecture(tool: str, architecture: str):
+    manifest = chosen(architecture)
+    made = export_manifest(manifest, tool)
+    assert made.tool == tool and made.layers_16bit == manifest.skip_modules
+    assert made.text.endswith("\n") and json.dumps(made.to_json())
+    assert all(note.endswith(".") for note in made.notes)
+    assert tool == "peft" or "lm_head" in made.text
+
+
+@pytest.mark.parametrize("architecture", trees.CONFIGS)
+def test_lists_are_exact_by_the_rule_of_each_tool(architecture: str):
+    manifest = chosen(architecture)
+    names = {x.name: spellings(x.name, x.checkpoint_name) for x in manifest.layers}
+    kept = set(manifest.skip_modules)
+
+    def data(tool: str) -> dict:
+        return json.loads(export_manifest(manifest, tool).text)
+
+    today = data("transformers")["llm_int8_skip_modules"]
+    assert kept_by(matchers.transformers_5_21, today, names) == kept
+    assert kept_by(matchers.transformers_5_0, today, names) == kept
+    wrapped = {x.wrapped for n, x in names.items() if n in kept}
+    assert kept_by(matchers.transformers_5_0, today, [x.wrapped for x in names.values()]) == wrapped
+    four = data("transformers-4")["llm_int8_skip_modules"]
+    assert kept_by(matchers.transformers_4, four, [x.wrapped for x in names.values()]) == wrapped
+    assert kept_by(matchers.transformers_4, four, [x.legacy for x in names.values()]) == {
+        x.legacy for n, x in names.items() if n in kept
+    }
+    assert kept_by(matchers.compressed_tensors, data("llm-compressor")["ignore"], names) == kept
+    dynamic = data("gptqmodel")["dynamic"]
+    assert kept_by(matchers.gptqmodel, dynamic, names) == kept and set(map(len, dynamic.values())) == {0}
+    layer_config = data("autoround")["layer_config"]
+    assert kept_by(matchers.auto_round, layer_config, names) == kept
+    assert {x["bits"] for x in layer_config.values()} == {16}
+    config = data("vllm")["quantization_config"]["llm_int8_skip_modules"]
+    fused = vllm_modules(manifest)
+    assert kept_by(matchers.vllm, config, fused) == {x for x, is_kept in fused.items() if is_kept}
+    assert kept_by(matchers.transformers_5_21, config, names) == kept
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        # From vLLM's own mapping of the names in files: text under language_model, vision as it is.
+        ("Qwen2VLForConditionalGeneration", "language_model.model.layers.0.self_attn.qkv_proj"),
+        ("Qwen2VLForConditionalGeneration", "visual.blocks.0.attn.qkv"),
+        ("Qwen2VLForConditionalGeneration", "language_model.lm_head"),
+        ("LlavaForConditionalGeneration", "vision_tower.transformer.layers.0.feed_forward.gate_up_proj"),
+        ("LlavaForConditionalGeneration", "language_model.model.layers.1.mlp.down_proj"),
+        ("Gemma3ForConditionalGeneration", "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj"),
+        ("Idefics3ForConditionalGeneration", "model.text_model.layers.0.mlp.gate_up_proj"),
+        ("LlamaForCausalLM", "model.layers.0.self_attn.qkv_proj"),
+    ],
+)
+def test_the_names_that_vllm_gives(architecture: str, expected: str):
+    assert expected in vllm_modules(chosen(architecture))
+
+
+def test_yaml_is_read_back_as_it_was_meant():
+    manifest = chosen("Qwen2VLForConditionalGeneration")
+    data = yaml.safe_load(export_manifest(manifest, "axolotl").text)
+    config = data["bnb_config_kwargs"]
+    assert config["llm_int8_skip_modules"] == list(manifest.skip_modules)
+    assert (config["bnb_4bit_quant_type"], config["bnb_4bit_use_double_quant"]) == ("nf4", True)
+    assert (data["adapter"], data["load_in_4bit"], data["bf16"]) == ("qlora", True, True)
+    assert re.fullmatch(data["lora_target_modules"], "model.visual.merger.mlp.0")
+    text = export_manifest(manifest, "llama-factory").text
+    assert set(yaml.safe_load(text)) == {"model_name_or_path", "finetuning_type", "lora_target"}
+    assert all(f"#   {name}\n" in text for name in manifest.skip_modules)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Qwen2VLForConditionalGeneration", "MllamaForConditionalGeneration"]
+)
+def test_peft_puts_adapters_on_exactly_the_layers_of_the_pattern(architecture: str):
+    manifest = chosen(architecture)
+    data = json.loads(export_manifest(manifest, "peft").text)
+    fresh = trees.tree.__wrapped__(architecture)
+    model = inject_adapter_in_model(LoraConfig(r=1, target_modules=data["target_modules"]), fresh)
+    adapted = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    assert adapted == {x.name for x in manifest.layers} - {"lm_head"}
+    assert data["layers_16bit"] == list(manifest.skip_modules)
+    assert data["layers_4bit"] == [x.name for x in manifest.layers if x.precision == "nf4"]
+
+
+@pytest.mark.parametrize("architecture", GGUF_MODELS)
+def test_llama_quantize_keeps_the_decoders_layers(architecture: str):
+    manifest = chosen(architecture)
+    words = shlex.split(export_manifest(manifest, "llama.cpp").text)
+    entries = [words[i + 1] for i, word in enumerate(words) if word == "--tensor-type"]
+    short = {"self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down", "self_attn.q_proj": "attn_q"}
+    for layer in manifest.layers:
+        match = re.search(r"(?<!encoder\.)layers\.(\d+)\.(self_attn\.\w+|mlp\.\w+)$", layer.name)
+        if match is None or match[2] not in short or "vision" in layer.name:
+            continue
+        tensor = f"blk.{match[1]}.{short[match[2]]}.weight"
+        assert any(matchers.llama_cpp(e, tensor) for e in entries) == (layer.precision == "bf16")
+    tied = next(x for x in manifest.layers if x.name == "lm_head").reason == "tied"
+    option = "--token-embedding-type" if tied else "--output-tensor-type"
+    assert words[words.index(option) + 1] == "bf16" and words[-1] == "IQ4_NL"
+    assert all(e.endswith("=bf16") for e in entries)
+
+
+def test_what_llama_cpp_does_not_know_is_refused():
+    with pytest.raises(ManifestError, match=r"no tensor for model\.language_model\.layers\.1\.cross_attn"):
+        export_manifest(chosen("MllamaForConditionalGeneration"), "llama.cpp")
+
+
+def test_the_dtype_of_the_manifest_is_the_one_that_is_kept():
+    manifest = chosen("LlamaForCausalLM")
+    half = replace(manifest, format=replace(manifest.format, compute_dtype="float16"))
+    assert "=f16" in export_manifest(half, "llama.cpp").text
+    assert yaml.safe_load(export_manifest(half, "axolotl").text)["fp16"] is True
+    assert json.loads(export_manifest(half, "transformers").text)["bnb_4bit_compute_dtype"] == "float16"
+
+
+def test_a_path_serves_as_well_and_an_unknown_tool_is_named(tmp_path):
+    manifest = manifest_of({"a": False, "lm_head": True})
+    write_manifest(tmp_path / "m.json", manifest)
+    assert export_manifest(tmp_path / "m.json", "peft") == export_manifest(manifest, "peft")
+    with pytest.raises(QprobeError, match=r"No tool 'ollama'.*llama\.cpp"):
+        export_manifest(manifest, "ollama")
+
+
+@pytest.mark.parametrize("tool", ["transformers-python", "unsloth", "axolotl"])
+def test_a_model_that_is_not_on_the_hub_is_said_to_need_a_folder(tool: str):
+    manifest = chosen("LlamaForCausalLM")
+    local = replace(manifest, model=replace(manifest.model, id="demo"))
+    assert "'demo' is no name on the hub" in export_manifest(local, tool).notes[-1]
+    assert not any("hub" in note for note in export_manifest(manifest, tool).notes)
+
+
+def test_a_model_that_vllm_does_not_serve_is_named():
+    assert (
+        "vLLM serves no Mllama" in export_manifest(chosen("MllamaForConditionalGeneration"), "vllm").notes[-1]
+    )
+    assert not any("serves no" in x for x in export_manifest(chosen("LlamaForCausalLM"), "vllm").notes)
+
+
+def test_the_help_lists_every_tool():
+    assert tuple(TOOLS) == HELP_TOOLS
+
+
+def test_python_for_unsloth_and_transformers_compiles():
+    manifest = chosen("LlavaForConditionalGeneration")
+    for tool in ("unsloth", "transformers-python"):
+        text = export_manifest(manifest, tool).text
+        compile(text, tool, "exec")
+        assert ("use_exact_model_name=True" in text) == (tool == "unsloth")
+        assert all(f"    {json.dumps(name)},\n" in text for name in manifest.skip_modules)
