@@ -19,6 +19,7 @@ from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
 from qprobe.measure.runner import Measures, applicable_measures, observe
+from qprobe.measure.show import show_samples
 from qprobe.measure.store import missing_units, open_run, read_scan, read_units, update_scan, write_unit
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
@@ -106,6 +107,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         work = prepare_samples(subject, options, folder, progress)
     with clock.stage("measure"):
         measures = start_run(subject, work, options, folder)
+        show_samples(subject, work.calibration, folder)
     if options.format == CALIBRATED:
         with clock.stage("calibrate"):
             calibrate(subject, work, options, folder, progress)

@@ -7,10 +7,12 @@ its answer tokens stay, on the CPU.
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from qprobe.build.load import check_model, codes_of, load_dynamic_4bit, load_standard_4bit, with_dtype
 from qprobe.build.storage import StoredBytes, stored_bytes
 from qprobe.errors import ModelError, QprobeError
-from qprobe.manifest import Manifest, read_manifest
+from qprobe.manifest import Manifest, read_manifest, write_atomic
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.models.inventory import has_language_head
 from qprobe.models.reference import load_reference
@@ -98,6 +100,7 @@ class Course:
 def compare(options: CompareOptions, progress: Progress = no_progress) -> Comparison:
     """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
 
+    Where the manifest lies in a run folder, the result is left there as compare.json, for the report.
     Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
     usable, QprobeError for a model without a language head.
     """
@@ -116,7 +119,7 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> Compar
     for name, load in loaders.items():
         _free_memory()
         trials[name] = _run(load, course, options, partial(_staged, progress, name))
-    return Comparison(
+    comparison = Comparison(
         rows=tuple(_row(name, trial, reference, course.samples) for name, trial in trials.items()),
         samples=tuple(
             ComparedSample(s.id, s.prompt, {name: trial.answers[i] for name, trial in trials.items()})
@@ -124,6 +127,24 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> Compar
         ),
         notes=notes,
     )
+    return replace(comparison, notes=(*notes, *keep(comparison, manifest, Path(options.manifest).parent)))
+
+
+def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str, ...]:
+    """Leave `comparison` as FOLDER/compare.json if `folder` is a run folder, see `qprobe.report.comparison`.
+
+    A note if the disk refuses: what was measured is worth more than an error.
+    """
+    if not (folder / "scan.json").is_file():
+        return ()
+    kept = {"skip_modules": list(manifest.skip_modules), **comparison.to_json()}
+    try:
+        write_atomic(
+            folder / "compare.json", (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+    except OSError as error:
+        return (f"{folder / 'compare.json'} cannot be written ({error.strerror}); the report lacks it.",)
+    return ()
 
 
 def _loaders(

@@ -18,11 +18,19 @@ from qprobe.measure.subject import Subject
 from qprobe.models.catalogue import find
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.records import Sample, Scan
-from qprobe.select.bound import Bound, measured_plan, predicted_plan, rounded_up
+from qprobe.select.bound import SCORE, Bound, measured_plan, predicted_plan, rounded_up
 from qprobe.select.budget import Budget
 from qprobe.select.decide import Candidate, decide, on_common_samples
-from qprobe.select.plan import Plan
-from qprobe.select.selection import manifest_of, parse_request, plan_by, predicted_kl, prospect_of
+from qprobe.select.plan import Plan, choose
+from qprobe.select.selection import (
+    damage_of,
+    layer_scores,
+    manifest_of,
+    parse_request,
+    plan_by,
+    predicted_kl,
+    prospect_of,
+)
 from qprobe.select.table import measured, read_table
 from qprobe.select.verdict import verdict
 
@@ -208,11 +216,15 @@ def _write(
 def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
     """The lists to compare by name: one for each measured score, and a published one that fits the budget.
 
-    With `ScanOptions.by`, that score alone.
+    With `ScanOptions.by`, that score alone. Where own damage was measured, the list by sensitivities that
+    simply add up is compared as well: small budgets of a small model may favour either.
     """
     by, inventory = trial.options.by, trial.record.inventory
     columns = [by] if by else [c for c in SCORES if c in measured(trial.table)]
     plans = {f"by {c}": plan_by(inventory, trial.table, c, budget.limit_bytes) for c in columns}
+    if SCORE in columns and damage_of(trial.table) is not None:
+        scores = layer_scores(trial.table, SCORE)
+        plans[f"by {SCORE}, additive"] = choose(inventory, scores, budget.limit_bytes, SCORE)
     entry = find(trial.record.model.id)
     for published in entry.published if entry and not by else ():
         kept = published.kept(inventory)

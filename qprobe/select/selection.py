@@ -54,7 +54,7 @@ def select(
         plan = plan_by(scan.inventory, table, column, request.limit_bytes)
         limit, words = request, [*words, "--budget", request.requested]
     command = shlex.join(words if by is None else [*words, "--by", by])
-    return manifest_of(scan, table, plan, limit, command, _held_out_quality(folder, plan))
+    return manifest_of(scan, table, plan, limit, command, held_out_quality(folder, plan))
 
 
 def parse_request(
@@ -184,7 +184,7 @@ def _column(table: pd.DataFrame, name: str) -> dict[str, float]:
     return dict(zip(table["layer"].tolist(), table[name].tolist(), strict=True))
 
 
-def _held_out_quality(folder: Path, plan: Plan) -> Quality:
+def held_out_quality(folder: Path, plan: Plan) -> Quality:
     """What the scan measured on held-out samples: standard 4-bit and, if it was a candidate, this plan."""
     standard, dynamic = (
         finite_answers(read_units(folder, choice_stage(kept))) for kept in (frozenset(), frozenset(plan.kept))

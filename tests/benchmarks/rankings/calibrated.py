@@ -2,15 +2,13 @@
 
     python -m tests.benchmarks.rankings.calibrated [--models demo demo-outliers smollm2] [--samples N]
 
-Part of `tests.benchmarks.ranking`; alone it takes minutes in place of hours. The lists are by path
-attribution:
-of the damage of rounding to nearest, and of the damage that calibration leaves.
+Part of `tests.benchmarks.ranking`; alone it takes minutes in place of hours. The lists are the default's: by
+the damage of rounding to nearest, and by the damage that calibration leaves.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
 
@@ -20,11 +18,11 @@ from qprobe.measure.attribution import walking
 from qprobe.measure.gram import gathered, shared_inputs
 from qprobe.measure.subject import Subject
 from qprobe.samples.inputs import Batch
+from qprobe.select.damage import Damage
 from qprobe.select.decide import ratio_se
 from tests.benchmarks.models import NAMES, Case, load_case
 from tests.benchmarks.rankings import additive
-from tests.benchmarks.rankings.additive import Scores
-from tests.benchmarks.rankings.lists import Chooser
+from tests.benchmarks.rankings.lists import Chooser, Lists
 from tests.benchmarks.rankings.measured import NOTHING, Measured
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)  # of the bytes that NF4 saves
@@ -44,21 +42,21 @@ def put_calibrated(subject: Subject, batches: tuple[Batch, ...]) -> None:
                 subject.round_trips.put(name, rounded.stored.packed())
 
 
-def attributed(case: Case) -> Scores:
-    """Sensitivity of each layer by the path to the weights that are in place; open `walking` around it."""
+def damage_of(case: Case) -> Damage:
+    """The damage by the 4-bit weights that are in place; open `walking` around it."""
     batches = [batch.in_dtype(case.subject.path.dtype) for batch in case.calibration]
-    return additive.mean_scores(additive.path_rows(additive.attributed(case.subject.path, batches)))
+    return additive.default_damage(case.subject.path, batches)
 
 
-def table(case: Case, nearest: Scores | None = None) -> str:
+def table(case: Case, nearest: Damage | None = None) -> str:
     """The Markdown table of one model; calibrated weights stay in place. Not while `walking`.
 
-    nearest: the path attributions of rounding to nearest, where they are known already.
+    nearest: the damage of rounding to nearest, where it is known already.
     """
     subject, chooser = case.subject, Chooser(case.subject.inventory)
     rows: dict[str, list[str]] = {}
 
-    def add(title: str, measured: Measured, kept: Callable[[float], frozenset[str]], shares=SHARES) -> None:
+    def add(title: str, measured: Measured, kept: Lists, shares=SHARES) -> None:
         for share in shares:
             frame = measured.frame(kept(share))
             kl, error = measured.kl(kept(share)), ratio_se(frame["kl_sum"], frame["answer_tokens"])
@@ -67,14 +65,14 @@ def table(case: Case, nearest: Scores | None = None) -> str:
     with walking(subject.path):
         measured = Measured(subject, case.held_out)
         standard = measured.kl(NOTHING)
-        nearest = attributed(case) if nearest is None else nearest
-        add("rounded to nearest, list by its damage", measured, lambda s: chooser.kept(nearest, s))
+        nearest = damage_of(case) if nearest is None else nearest
+        add("rounded to nearest, list by its damage", measured, chooser.damage_lists(nearest))
     put_calibrated(subject, case.calibration)
     with walking(subject.path):
         measured = Measured(subject, case.held_out)
-        left = attributed(case)
-        add("calibrated, the list of the row above", measured, lambda s: chooser.kept(nearest, s))
-        add(BOTH, measured, lambda s: chooser.kept(left, s))
+        left = damage_of(case)
+        add("calibrated, the list of the row above", measured, chooser.damage_lists(nearest))
+        add(BOTH, measured, chooser.damage_lists(left))
     head = " | ".join(f"+{share:.0%}".replace("%", " %") for share in SHARES)
     lines = [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
     return "\n".join(
