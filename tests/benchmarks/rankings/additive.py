@@ -84,7 +84,7 @@ def mean_scores(rows: pd.DataFrame) -> Scores:
 
 
 def own_damage(path: Path, batches: Sequence[Batch], every: bool = False) -> Scores:
-    """Own damage by the library, one random direction a sample: on half of each batch, or on `every` sample."""
+    """Own damage by the library, one random direction a sample: of half of each batch, or `every` one."""
     totals: dict[str, list[float]] = {}
     parts = batches if every else [batch.part(own_half(batch)) for batch in batches]
     for part in parts:
