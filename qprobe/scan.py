@@ -18,7 +18,7 @@ from qprobe.measure.choice import choose_list
 from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
-from qprobe.measure.runner import Measures, applicable_measures, observe
+from qprobe.measure.runner import Measures, applicable_measures, observe, own_half
 from qprobe.measure.show import show_samples
 from qprobe.measure.store import missing_units, open_run, read_scan, read_units, update_scan, write_unit
 from qprobe.measure.subject import Subject, subject_of
@@ -234,9 +234,12 @@ def measure_units(subject: Subject, work: Work, measures: Measures, folder: Path
         write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
     total = len(work.calibration)
     todo = {u for stage in measures.stages for u in missing_units(folder, stage, total)}
+    own = own_half(sample for group in work.calibration for sample in group)
     with walking(subject.path):  # opened once, so that weights change their dtype once
         for unit in sorted(todo):
-            for stage, frame in observe(subject, subject.encode(work.calibration[unit]), measures).items():
+            for stage, frame in observe(
+                subject, subject.encode(work.calibration[unit]), measures, own
+            ).items():
                 write_unit(folder, stage, unit, frame)
             progress("measure", total - len([u for u in todo if u > unit]), total)
 

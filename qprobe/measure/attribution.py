@@ -42,6 +42,7 @@ FLOAT32_UP_TO = 2_500_000_000  # parameters: in 16-bit, float32 and 4-bit togeth
 RESIDUAL = 0.02  # of the KL: what the sum of all attributions may miss
 SMALLEST_KL = 1e-3  # nats an answer token: a batch below it is held to the same absolute error as one at it
 MOST_NODES = 8
+FLOAT16_SCALE = 2.0**12  # of the loss: gradients of a small KL lie below float16's smallest numbers
 
 
 def gauss_radau(nodes: int) -> list[tuple[float, float]]:
@@ -116,10 +117,11 @@ class Path:
             return _PathLinear.apply(x, steps[name], module.bias, self.round_trips, name, alpha)
 
         with torch.enable_grad(), checkpointed_blocks(self.model), replaced_forwards(self.modules, forward):
-            total = loss(answer_logits(self.model, batch)).sum()
+            scale = FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
+            total = scale * loss(answer_logits(self.model, batch)).sum()
             names = list(steps)
             gradients = torch.autograd.grad(total, [steps[n] for n in names], allow_unused=True)
-        return {n: g.double() for n, g in zip(names, gradients, strict=True) if g is not None}
+        return {n: g.double() / scale for n, g in zip(names, gradients, strict=True) if g is not None}
 
     def integrals(self, batch: Batch, reference: list[Tensor], nodes: int) -> dict[str, Tensor]:
         """a_l of each linear by `gauss_radau`: (samples,) float64, nats over all answer tokens."""
@@ -194,7 +196,9 @@ class _PathLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, difference = ctx.saved_tensors
         error = F.linear(x, ctx.difference() if difference is None else difference)
-        per_sample = (grad * error).reshape(ctx.samples, -1).sum(dim=1, dtype=torch.float32)
+        # float16 has no room for products of small numbers; bfloat16 has, and half the bytes of float32.
+        product = grad.float() * error.float() if grad.dtype == torch.float16 else grad * error
+        per_sample = product.reshape(ctx.samples, -1).sum(dim=1, dtype=torch.float32)
         towards_x = grad @ weight if ctx.needs_input_grad[0] else None
         return towards_x, per_sample, None, None, None, None
 
@@ -231,17 +235,15 @@ def attribute(
     with walking(path):
         reference, four_bit = ends or (path.logits(batch, 0.0), path.logits(batch, 1.0))
         kl = kl_sums(reference, four_bit)
-        integrals = path.integrals(batch, reference, nodes)
-        missed = _missed(integrals, kl)
         allowed = tolerance * max(fsum(k.kl for k in kl), SMALLEST_KL * batch.answer_tokens)
-        is_exact = path.dtype == torch.float32
-        while missed > allowed and 2 * nodes <= MOST_NODES:
-            finer = path.integrals(batch, reference, 2 * nodes)
-            nodes, before, missed = 2 * nodes, missed, _missed(finer, kl)
-            integrals = finer if missed <= before else integrals
-            if missed > before and not is_exact:
+        best = last = _walk(path, batch, reference, nodes, kl)
+        while best.missed > allowed and 2 * last.nodes <= MOST_NODES:
+            last = _walk(path, batch, reference, 2 * last.nodes, kl)
+            is_rounding = last.missed > best.missed and path.dtype != torch.float32
+            best = min(best, last, key=lambda walk: walk.missed)
+            if is_rounding:
                 break
-    return Attribution(rows_by_sample(batch, integrals), kl, nodes)
+    return Attribution(rows_by_sample(batch, best.integrals), kl, best.nodes)
 
 
 def rows_by_sample(batch: Batch, values: Mapping[str, Tensor]) -> pd.DataFrame:
@@ -258,7 +260,16 @@ def rows_by_sample(batch: Batch, values: Mapping[str, Tensor]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["sample", "layer", "answer_tokens", "kl_sum"])
 
 
-def _missed(integrals: dict[str, Tensor], kl: list[KlSums]) -> float:
-    """By how much the sums over layers miss the measured KL of each sample, added up; nats."""
+@dataclass(frozen=True)
+class _Walk:
+    """Integrals by so many nodes. missed: by how much their sums miss the KL of each sample, added up."""
+
+    nodes: int
+    integrals: dict[str, Tensor]
+    missed: float
+
+
+def _walk(path: Path, batch: Batch, reference: list[Tensor], nodes: int, kl: list[KlSums]) -> _Walk:
+    integrals = path.integrals(batch, reference, nodes)
     sums = torch.stack(list(integrals.values())).sum(dim=0).tolist() if integrals else [0.0] * len(kl)
-    return fsum(abs(found - k.kl) for found, k in zip(sums, kl, strict=True))
+    return _Walk(nodes, integrals, fsum(abs(found - k.kl) for found, k in zip(sums, kl, strict=True)))

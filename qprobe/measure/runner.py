@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -12,6 +13,7 @@ from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
 from qprobe.measure.subject import Subject
+from qprobe.records import Sample
 from qprobe.samples.inputs import Batch
 
 STANDARD = "standard"  # the choice that keeps nothing: every linear but the fixed ones in 4-bit
@@ -67,8 +69,12 @@ def applicable_measures(
     return Measures(propagated, sensitivity, nodes), tuple(notes)
 
 
-def observe(subject: Subject, batch: Batch, measures: Measures) -> dict[str, pd.DataFrame]:
+def observe(
+    subject: Subject, batch: Batch, measures: Measures, own: frozenset[str] | None = None
+) -> dict[str, pd.DataFrame]:
     """The unit frames of one batch by stage (see `Measures.stages`), all in the dtype of the path.
+
+    own: ids of the samples on which own damage is measured (see `own_half`); None for every one.
 
     Samples without answer tokens get outputs but no KL and no sensitivity.
     """
@@ -79,12 +85,12 @@ def observe(subject: Subject, batch: Batch, measures: Measures) -> dict[str, pd.
         frames = {"outputs": rows}
         if measures.sensitivity:
             ends = (logits[: batch.size], logits[batch.size :]) if measures.propagated else None
-            frames |= _observe_damage(path, batch, measures, ends)
+            frames |= _observe_damage(path, batch, measures, ends, own)
     return frames
 
 
 def _observe_damage(
-    path: Path, batch: Batch, measures: Measures, ends: Ends | None
+    path: Path, batch: Batch, measures: Measures, ends: Ends | None, own: frozenset[str] | None
 ) -> dict[str, pd.DataFrame]:
     """The frames "kl", "sensitivity" and, where measured, "alone"; without rows if there is no answer."""
     nothing = rows_by_sample(batch, {})
@@ -95,21 +101,24 @@ def _observe_damage(
     found = attribute(path, batch, max(1, measures.nodes - 1), measures.tolerance, ends)
     frames = {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
     if measures.own_damage:
-        half = own_half(batch)
-        part = batch.part(half)
-        own = path.own_damage(part, [ends[0][i] for i in half])
-        frames["alone"] = rows_by_sample(part, own)
+        wanted = [i for i, x in enumerate(batch.samples) if own is None or x.id in own]
+        frames["alone"] = nothing if not wanted else _own_rows(path, batch.part(wanted), wanted, ends[0])
     return frames
 
 
-def own_half(batch: Batch) -> list[int]:
-    """Indices of the samples on which own damage is measured: of those with an answer, half, rounded up.
+def _own_rows(path: Path, part: Batch, indices: list[int], reference: list[torch.Tensor]) -> pd.DataFrame:
+    """The rows "alone" of a part of a batch; reference: the 16-bit answer logits of the whole batch."""
+    return rows_by_sample(part, path.own_damage(part, [reference[i] for i in indices]))
 
-    The choice is by digest, so it knows nothing of the order or the kind of samples. Half as many samples
-    make the estimate 1.4 times as uncertain and halve its cost; lists hardly change (reports/sensitivity).
+
+def own_half(samples: Iterable[Sample]) -> frozenset[str]:
+    """Ids of half of the `samples` that have an answer, rounded up: those with own damage.
+
+    The choice is by digest, so neither order nor kind of the samples enter it. Half as many samples make the
+    estimate 1.4 times as uncertain and halve its cost; lists hardly change (reports/sensitivity).
     """
-    answered = [i for i, (start, end) in enumerate(batch.answers) if end > start]
-    return sorted(sorted(answered, key=lambda i: batch.samples[i].digest)[: (len(answered) + 1) // 2])
+    answered = sorted((x for x in samples if x.answer), key=lambda x: (x.digest, x.id))
+    return frozenset(x.id for x in answered[: (len(answered) + 1) // 2])
 
 
 def observe_outputs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum
+from math import fsum, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -90,26 +90,30 @@ class Prediction:
         self.tokens = rows.groupby("sample")["answer_tokens"].max().reindex(self.path.index)
         alone = finite_answers(read_units(folder, "alone"))
         own = alone.pivot(index="sample", columns="layer", values="kl_sum")
-        # Where own damage was not measured the prediction is additive in the path's shares alone.
-        self.own = (
-            self.path if own.empty else own.reindex(self.path.index, columns=self.path.columns).fillna(0.0)
-        )
+        # Own damage is measured on half of the samples; without it predictions are additive in the path.
+        self.own = None if own.empty else own.reindex(columns=self.path.columns).fillna(0.0)
 
     def left_by(self, kept: frozenset[str]) -> KL | None:
         """The KL that `kept` in 16-bit leaves; None where no sensitivity was measured.
 
-        The error is that of the sum over samples at the share of the damage that is left, which is taken as
-        known (see `qprobe.select.damage`).
+        The KL is own damage and path's share of the layers left, weighted by how much of the damage is left
+        (see `qprobe.select.damage`); that weight is taken as known, and the two as independent.
         """
         value = predicted_kl(self.table, kept | self.fixed)
         if value is None or self.path.empty:
             return None
         rest = ~self.path.columns.isin(kept)
-        path, own = (x.loc[:, rest].to_numpy(np.float64).sum(axis=1) for x in (self.path, self.own))
         whole = float(self.path.to_numpy(np.float64).sum())
-        share = min(max(float(path.sum()) / whole, 0.0), 1.0) if whole > 0 else 0.0
-        left = own + share * (path - own)
-        return KL(value, ratio_se(left.tolist(), self.tokens.tolist()), len(left))
+        share = float(self.path.loc[:, rest].to_numpy(np.float64).sum()) / whole if whole > 0 else 0.0
+        share = min(max(share, 0.0), 1.0)
+        parts = ((self.path, 1.0),) if self.own is None else ((self.own, 1.0 - share), (self.path, share))
+        variance = fsum((weight * self._error(rows.loc[:, rest])) ** 2 for rows, weight in parts if weight)
+        return KL(value, sqrt(variance), len(self.path))
+
+    def _error(self, rows: pd.DataFrame) -> float:
+        """The standard error of the sum over the layers of `rows`, per answer token."""
+        sums = rows.to_numpy(np.float64).sum(axis=1)
+        return ratio_se(sums.tolist(), self.tokens.reindex(rows.index).tolist())
 
 
 def measured_kl(folder: Path, plan: Plan) -> KL | None:

@@ -10,7 +10,7 @@ import pandas as pd
 from qprobe.errors import RunError
 from qprobe.manifest import write_atomic
 from qprobe.measure.store import read_scan, read_units
-from qprobe.select.table import finite_answers
+from qprobe.select.table import answer_tokens
 
 FILE = "ranks.csv"
 SHARE = 0.9  # of the resamples that an interval holds
@@ -27,8 +27,7 @@ def rank_intervals(folder: Path) -> pd.DataFrame:
     draws as many samples with replacement and ranks the layers by sum of KL / sum of answer tokens anew.
     """
     names = [x.name for x in read_scan(folder).inventory.layers]
-    rows = finite_answers(read_units(folder, "sensitivity"))
-    kl, tokens = (_by_sample(rows, column, names) for column in ("kl_sum", "answer_tokens"))
+    kl, tokens = _by_sample(read_units(folder, "sensitivity"), names)
     rank = _ranks(kl.sum(axis=0, keepdims=True), tokens.sum(axis=0, keepdims=True))[0]
     low, high = _interval(kl, tokens)
     is_measured = tokens.sum(axis=0) > 0
@@ -67,10 +66,20 @@ def read_ranks(folder: Path) -> pd.DataFrame | None:
         raise RunError(f"{path} is damaged ({error}). Run the scan again.") from None
 
 
-def _by_sample(rows: pd.DataFrame, column: str, names: list[str]) -> np.ndarray:
-    """(samples, layers) of `column`, 0 where a layer did not run on a sample; samples in the order of ids."""
-    table = rows.pivot(index="sample", columns="layer", values=column).sort_index()
-    return table.reindex(columns=names).fillna(0.0).to_numpy(np.float64)
+def _by_sample(rows: pd.DataFrame, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(KL, answer tokens), (samples, layers) each, samples in the order of ids.
+
+    Where a layer did not run on a sample its KL there is 0; where it is not finite, neither counts.
+    """
+    tokens = pd.Series(answer_tokens(rows), dtype=np.float64).sort_index()
+    known = rows.pivot(index="sample", columns="layer", values="kl_sum")
+    ran = rows.assign(ran=True).pivot(index="sample", columns="layer", values="ran")
+    known, ran = (x.reindex(index=tokens.index, columns=names) for x in (known, ran))
+    values = known.to_numpy(np.float64)
+    is_broken = ran.notna().to_numpy() & ~np.isfinite(values)
+    is_measured = np.isfinite(values).any(axis=0)
+    counts = np.where(is_broken | ~is_measured, 0.0, tokens.to_numpy()[:, None])
+    return np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0), counts
 
 
 def _interval(kl: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

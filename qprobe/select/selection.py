@@ -97,8 +97,8 @@ def damage_of(table: pd.DataFrame) -> Damage | None:
     if not {SCORE, OWN} <= set(measured(table)):
         return None
     path, alone = layer_scores(table, SCORE), layer_scores(table, OWN)
-    both = [name for name in path if name in alone]
-    return Damage({n: path[n] for n in both}, {n: alone[n] for n in both})
+    # Where own damage is not finite nothing is known of what lies between this layer and the others.
+    return Damage(path, {name: alone.get(name, share) for name, share in path.items()})
 
 
 def predicted_kl(table: pd.DataFrame, kept: frozenset[str]) -> float | None:

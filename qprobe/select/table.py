@@ -76,14 +76,15 @@ def layer_table(folder: Path) -> pd.DataFrame:
         _rows_by_layer(folder, stage, inventory)
         for stage in ("weights", "outputs", "sensitivity", "alone", "calibration")
     )
+    answers = {stage: answer_tokens(read_units(folder, stage)) for stage in ("sensitivity", "alone")}
     columns = (*COLUMNS, ROUNDING) if scan.format.is_calibrated else COLUMNS
     rows = [
         {
             **_static(layer),
             **_weight_measures(weights.get(layer.name)),
             **_output_measures(outputs.get(layer.name)),
-            **_kl_share("sensitivity_kl", sensitivity.get(layer.name)),
-            **_kl_share("alone_kl", alone.get(layer.name)),
+            **_kl_share("sensitivity_kl", sensitivity.get(layer.name), answers["sensitivity"]),
+            **_kl_share("alone_kl", alone.get(layer.name), answers["alone"]),
             ROUNDING: _rounding(layer, calibration.get(layer.name)),
         }
         for layer in inventory.layers
@@ -197,24 +198,31 @@ def finite_answers(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.loc[np.isfinite(_numbers(rows, "kl_sum")) & (_numbers(rows, "answer_tokens") > 0)]
 
 
+def answer_tokens(rows: pd.DataFrame) -> dict[str, int]:
+    """The answer tokens of each sample in `rows` of the stage "sensitivity" or "alone", where it has any."""
+    found = dict(zip(rows["sample"], rows["answer_tokens"].tolist(), strict=True))
+    return {str(sample): int(count) for sample, count in found.items() if count > 0}
+
+
 def left_out(folder: Path) -> pd.DataFrame:
     """How many non-finite values the sums of each layer leave out; only layers with any.
 
-    Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples), and
-    samples: the ids on which outputs or sensitivity were not finite, "; " between them.
+    Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples; its own
+    damage counts as well), and samples: the ids on which one of them was not finite, "; " between them.
     """
     inventory = read_scan(folder).inventory
-    weights, outputs, sensitivity = (
-        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity")
+    weights, outputs, sensitivity, alone = (
+        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity", "alone")
     )
+    damage = {x.name: _both(sensitivity.get(x.name), alone.get(x.name)) for x in inventory.layers}
     rows = [
         {
             "layer": x.name,
             "weight": _total(weights.get(x.name), "nonfinite"),
             "activation": _total(outputs.get(x.name), "activation_nonfinite"),
             "propagated": _total(outputs.get(x.name), "propagated_nonfinite"),
-            "sensitivity": _not_finite(sensitivity.get(x.name)),
-            "samples": "; ".join(_hurt_samples(outputs.get(x.name), sensitivity.get(x.name))),
+            "sensitivity": _not_finite(damage[x.name]),
+            "samples": "; ".join(_hurt_samples(outputs.get(x.name), damage[x.name])),
         }
         for x in inventory.layers
     ]
@@ -300,12 +308,20 @@ def _output_measures(rows: pd.DataFrame | None) -> dict[str, Any]:
     }
 
 
-def _kl_share(column: str, rows: pd.DataFrame | None) -> dict[str, Any]:
+def _kl_share(column: str, rows: pd.DataFrame | None, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """What the layer of `rows` adds to the KL per answer token of all samples in `tokens`.
+
+    Where the layer did not run on a sample it adds nothing; samples on which it is not finite are left out.
+    """
     finite = None if rows is None else finite_answers(rows)
-    if finite is None or finite.empty:
+    if rows is None or finite is None or finite.empty:
         return {}
-    kl, tokens = _numbers(finite, "kl_sum").tolist(), _numbers(finite, "answer_tokens").tolist()
-    return {column: fsum(kl) / fsum(tokens), f"{column}_se": ratio_se(kl, tokens)}
+    found = dict(zip(finite["sample"], _numbers(finite, "kl_sum").tolist(), strict=True))
+    broken = set(rows["sample"]) - found.keys()
+    counted = {sample: count for sample, count in tokens.items() if sample not in broken}
+    kl = [found.get(sample, 0.0) for sample in counted]
+    share = fsum(kl) / sum(counted.values())
+    return {column: share, f"{column}_se": ratio_se(kl, list(counted.values()))}
 
 
 def _rounding(layer: Linear, rows: pd.DataFrame | None) -> str:
@@ -348,8 +364,15 @@ def _total(rows: pd.DataFrame | None, column: str) -> int:
     return 0 if rows is None else int(np.nansum(_numbers(rows, column)))
 
 
+def _both(sensitivity: pd.DataFrame | None, alone: pd.DataFrame | None) -> pd.DataFrame | None:
+    """The rows of both, where there are any."""
+    found = [rows for rows in (sensitivity, alone) if rows is not None]
+    return pd.concat(found, ignore_index=True) if found else None
+
+
 def _not_finite(rows: pd.DataFrame | None) -> int:
-    return 0 if rows is None else int(np.count_nonzero(~np.isfinite(_numbers(rows, "kl_sum"))))
+    """On how many samples the KL of `rows` is not finite."""
+    return 0 if rows is None else len(set(rows.loc[~np.isfinite(_numbers(rows, "kl_sum")), "sample"]))
 
 
 def _hurt_samples(outputs: pd.DataFrame | None, sensitivity: pd.DataFrame | None) -> list[str]:

@@ -92,7 +92,7 @@ def make_batch(config: MllamaConfig, device: torch.device) -> Batch:
     }
     kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
     kinds[:, -ANSWER_TOKENS:] = ANSWER
-    samples = tuple(Sample(f"random-{i}", "", answer="random") for i in range(SAMPLES))
+    samples = tuple(Sample(f"random-{i}", str(i), answer="random") for i in range(SAMPLES))
     spans = ((TEXT_TOKENS - ANSWER_TOKENS, TEXT_TOKENS),) * SAMPLES
     return Batch(samples, inputs, kinds, spans).to(device)
 
@@ -173,7 +173,8 @@ def report(subject: Subject, batch: Batch, device: torch.device) -> None:
     print(f"{subject.reference.identity.id}: path in {path.dtype}; batch of {batch.size}")
     with walking(path):
         ends = path.logits(given, 0.0), path.logits(given, 1.0)
-        half = own_half(given)
+        own = own_half(given.samples)
+        half = [i for i, sample in enumerate(given.samples) if sample.id in own]
         alone, both, default = Measures(False, False), Measures(True, False), Measures(True, True, 2, forever)
         stages: dict[str, Callable[[], object]] = {
             "bare forward": lambda: bare_forward(subject, batch),
@@ -184,7 +185,7 @@ def report(subject: Subject, batch: Batch, device: torch.device) -> None:
             "own damage, half of the samples": lambda: path.own_damage(
                 given.part(half), [ends[0][i] for i in half]
             ),
-            "all of it, two nodes (one end, one on the path)": lambda: observe(subject, given, default),
+            "all of it, two nodes (one end, one on the path)": lambda: observe(subject, given, default, own),
         }
         # The bare forward runs as often as the longest stage lasts: a card that is warm clocks lower.
         repeats = {"bare forward": 15}

@@ -13,6 +13,7 @@ from qprobe.select import select
 from qprobe.select.decide import ratio_se
 from qprobe.select.table import read_table, write_table
 from tests.report.full_run import write_full_run
+from tests.select.runs import make_run, rows
 
 
 def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path):
@@ -35,9 +36,23 @@ def test_without_own_damage_the_error_is_that_of_the_summed_sensitivities(tmp_pa
     write_table(folder)
     scan, table = read_scan(folder), read_table(folder)
     kept = frozenset(table["layer"][:20])
-    rows = read_units(folder, "sensitivity")
-    rest = rows[~rows["layer"].isin(kept)].groupby("sample")["kl_sum"].apply(fsum)
+    units = read_units(folder, "sensitivity")
+    rest = units[~units["layer"].isin(kept)].groupby("sample")["kl_sum"].apply(fsum)
     found = Prediction(folder, scan, table).left_by(kept)
     assert found is not None and found.samples == 6
     assert found.value == pytest.approx(fsum(rest) / 30)  # 6 samples of 5 answer tokens
     assert found.error == pytest.approx(ratio_se(list(rest), [5] * 6))
+
+
+def test_samples_without_own_damage_add_no_error(tmp_path: Path):
+    # Every sample alike, own damage known of half of them: the sums do not vary, so the error is 0.
+    sensitivity = [(f"s{i}", name, 5, 0.2) for i in range(6) for name in ("model.a", "model.b")]
+    alone = [(f"s{i}", name, 5, 0.1) for i in range(3) for name in ("model.a", "model.b")]
+    run = make_run(
+        tmp_path / "run", sensitivity=[rows("sensitivity", *sensitivity)], alone=[rows("alone", *alone)]
+    )
+    write_table(run)
+    found = Prediction(run, read_scan(run), read_table(run)).left_by(frozenset(("model.a",)))
+    # half of the damage left: 0.1 / 5 of its own, and 1/2 of (0.2 - 0.1) / 5 between both
+    assert found is not None and found.value == pytest.approx(0.03)
+    assert found.error == pytest.approx(0.0, abs=1e-12)

@@ -17,8 +17,8 @@ from qprobe.records import Inventory
 from qprobe.select import select
 from qprobe.select.budget import Budget
 from qprobe.select.plan import Plan
-from qprobe.select.selection import manifest_of
-from qprobe.select.table import layer_table, write_table
+from qprobe.select.selection import damage_of, manifest_of
+from qprobe.select.table import layer_table, read_table, write_table
 from tests.select.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
 
 NOISE = {"model.a": 0.031, "model.q": 0.5, "model.k": 0.001}  # model.b never ran
@@ -191,3 +191,14 @@ def test_600_layers_are_chosen_in_two_seconds_without_torch(tmp_path: Path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     # Two seconds on a free machine, imports included; the rest is for tests that run beside this one.
     assert time.perf_counter() - start < 8
+
+
+def test_without_a_finite_own_damage_a_layer_counts_by_its_share(tmp_path: Path):
+    parts = [("s", "model.a", 1, 0.2), ("s", "model.b", 1, 0.1)]
+    own = [("s", "model.a", 1, nan), ("s", "model.b", 1, 0.05)]
+    run = make_run(tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], alone=[rows("alone", *own)])
+    write_table(run)
+    damage = damage_of(read_table(run))
+    assert damage is not None and damage.path == {"model.a": 0.2, "model.b": 0.1}
+    assert damage.alone == {"model.a": 0.2, "model.b": 0.05}
+    assert damage.left(frozenset()) == pytest.approx(0.3)

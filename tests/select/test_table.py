@@ -109,6 +109,32 @@ def test_sensitivity_is_per_answer_token_with_its_ratio_error(tmp_path: Path):
     assert (row["sensitivity_kl"], row["sensitivity_kl_se"]) == (2.0, 0.5)
 
 
+def test_shares_of_layers_that_did_not_always_run_sum_to_the_kl(tmp_path: Path):
+    # model.a runs on the image sample alone. KL: (2.0 + 0.5) / (10 + 10); dividing what a adds by the tokens
+    # it saw would give 1.5 / 10 + 1.0 / 20 = 0.2.
+    frame = rows(
+        "sensitivity", ("i", "model.a", 10, 1.5), ("i", "model.b", 10, 0.5), ("t", "model.b", 10, 0.5)
+    )
+    table = table_of(tmp_path / "run", sensitivity=[frame])
+    assert table.loc["model.a", "sensitivity_kl"] == 1.5 / 20
+    assert table["sensitivity_kl"].sum() == pytest.approx(2.5 / 20)
+
+
+def test_a_sample_on_which_one_layer_is_not_finite_is_left_out_of_that_layer_alone(tmp_path: Path):
+    frame = rows("sensitivity", ("s", "model.a", 2, nan), ("s", "model.b", 2, 1.0),
+                 ("t", "model.a", 3, 6.0), ("t", "model.b", 3, 1.0))  # fmt: skip
+    table = table_of(tmp_path / "run", sensitivity=[frame])
+    assert table.loc["model.a", "sensitivity_kl"] == 6.0 / 3
+    assert table.loc["model.b", "sensitivity_kl"] == 2.0 / 5
+
+
+def test_own_damage_that_is_not_finite_is_named(tmp_path: Path):
+    frame = rows("alone", ("s", "model.a", 2, nan), ("t", "model.a", 2, 1.0))
+    found = left_out(make_run(tmp_path / "run", alone=[frame]))
+    assert found.loc[0, "layer"] == "model.a" and found.loc[0, "sensitivity"] == 1
+    assert found.loc[0, "samples"] == "s"
+
+
 def test_ratio_error_weighs_samples_by_their_tokens(tmp_path: Path):
     # r = (1 + 4 + 1) / (1 + 2 + 3) = 1, residuals 0, 2, -2, se^2 = 3 / 2 * 8 / 36 = 1 / 3.
     frame = rows("sensitivity", ("a", "model.a", 1, 1.0), ("b", "model.a", 2, 4.0), ("c", "model.a", 3, 1.0))

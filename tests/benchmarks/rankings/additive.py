@@ -86,7 +86,9 @@ def mean_scores(rows: pd.DataFrame) -> Scores:
 def own_damage(path: Path, batches: Sequence[Batch], every: bool = False) -> Scores:
     """Own damage by the library, one random direction a sample: of half of each batch, or `every` one."""
     totals: dict[str, list[float]] = {}
-    parts = batches if every else [batch.part(own_half(batch)) for batch in batches]
+    half = own_half(sample for batch in batches for sample in batch.samples)
+    chosen = [[i for i, x in enumerate(b.samples) if every or x.id in half] for b in batches]
+    parts = [batch.part(found) for batch, found in zip(batches, chosen, strict=True) if found]
     for part in parts:
         for name, values in path.own_damage(part, path.logits(part, 0.0)).items():
             totals.setdefault(name, []).extend(values.tolist())
