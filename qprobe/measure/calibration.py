@@ -39,8 +39,11 @@ from qprobe.samples.inputs import Batch
 from qprobe.select.budget import parse_size
 
 APART = "it does not read the same tensor as its neighbours on every batch"
-SETTINGS = {"method": "gptq", "version": 1, "damping": DAMPING}
-"""What decides the codes, beside weights and samples; part of a run's specification."""
+SETTINGS = {"method": "gptq", "version": 2, "damping": DAMPING, "shrinkage": "n / (n + tokens)"}
+"""What decides the codes, beside weights and samples; part of a run's specification.
+
+Version 2 shrinks the Gram matrices by how few tokens they saw; version 1 did not.
+"""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,9 @@ def _finish(
     weights = {name: work.subject.modules[name].weight for name in one.names if name not in apart}
     found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
     with torch.no_grad():
-        found |= dict(zip(weights, calibrate(list(weights.values()), total, work.format), strict=True))
+        found |= dict(
+            zip(weights, calibrate(list(weights.values()), total, tokens, work.format), strict=True)
+        )
     stored = {name: result.stored for name, result in found.items() if result.stored is not None}
     try:
         write_codes(codes_unit(work.folder, unit), stored)
