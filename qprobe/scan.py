@@ -225,7 +225,7 @@ def calibrate(subject: Subject, work: Work, options: ScanOptions, folder: Path, 
     """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured."""
     limit = calibration.memory_limit(subject, options.max_memory)
     calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, limit, progress))
-    add_notes(folder, calibration.calibration_notes(folder))
+    add_notes(folder, (calibration.FITTED, *calibration.calibration_notes(folder)))
 
 
 def measure_units(subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress) -> None:

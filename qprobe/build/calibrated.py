@@ -49,7 +49,8 @@ def _check_same_weight(name: str, before: Any, after: Any, path: Path) -> None:
     if shapes[0] == shapes[1]:
         was, now = (StoredNf4(one.data, one.quant_state).packed().unpack().float() for one in (before, after))
         change = float(torch.linalg.vector_norm(now - was) / torch.linalg.vector_norm(was)) ** 2
-        if not change > MOST_CHANGE:  # also where both are zero or not finite
+        is_empty = not bool(torch.isfinite(was).all()) or not bool(was.any() or now.any())
+        if change <= MOST_CHANGE or is_empty:  # nothing can be told of zeros and of what is not finite
             return
         what = f"differs from the model's own by {change:.0%}"
     else:

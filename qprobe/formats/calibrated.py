@@ -27,6 +27,7 @@ from qprobe.formats.gptq import (
     output_error,
     scales_at_turn,
     scales_of_blocks,
+    shrunk,
 )
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.formats.sizes import NESTED_BLOCKSIZE
@@ -39,8 +40,9 @@ class Rounded:
     """One weight after calibration.
 
     stored: None where the weight is to be rounded to nearest, and then `why` says so; "" otherwise.
-    error: sum of squared output errors on the calibration inputs as a share of that of rounding to nearest,
-    None where it is not known. damping: that the Gram matrix took, None without a metric.
+    error: sum of squared output errors as a share of that of rounding to nearest, both under the Gram matrix
+    of the calibration inputs, shrunk as for the fit; None where it is not known.
+    damping: that the Gram matrix took, None without a metric.
     """
 
     stored: StoredNf4 | None
@@ -50,15 +52,16 @@ class Rounded:
 
 
 def calibrate(
-    weights: Sequence[Tensor], gram: Tensor, fmt: Nf4, damping: float = DAMPING
+    weights: Sequence[Tensor], gram: Tensor, tokens: int, fmt: Nf4, damping: float = DAMPING
 ) -> tuple[Rounded, ...]:
     """The weights of layers that read the same inputs, rounded for their outputs on these inputs.
 
     weights: (out_features, in_features) each, in one dtype; gram: (in_features, in_features) X^T X over the
-    tokens X, on the weights' device. A weight is left to rounding to nearest where `gram` has no metric (see
-    `metric_of`), where it is not finite itself, or where calibration does not lessen the error.
+    tokens X, on the weights' device; tokens: how many those are, by which it is shrunk (see `shrunk`). A
+    weight is left to rounding to nearest where `gram` has no metric (see `metric_of`), where it is not finite
+    itself, or where calibration does not lessen the error under the shrunk matrix.
     """
-    metric = metric_of(gram.float(), damping)
+    metric = metric_of(shrunk(gram.float(), tokens), damping)
     if metric is None:
         return tuple(Rounded(None, why=_why_no_metric(gram)) for _ in weights)
     columns = [w.detach().float().T.contiguous() for w in weights]

@@ -132,6 +132,22 @@ def metric_of(gram: Tensor, damping: float = DAMPING) -> Metric | None:
     return None
 
 
+def shrunk(gram: Tensor, tokens: int) -> Tensor:
+    """`gram` (n, n) of that many tokens, as an estimate of what fresh tokens give: off-diagonal less.
+
+    (1 - rho) G + rho diag(G) with rho = n / (n + tokens), after Ledoit and Wolf 2004, "A well-conditioned
+    estimator for large-dimensional covariance matrices", with the diagonal kept, as outlier features must
+    be. Correlations of n features from few tokens are mostly chance, and codes fitted to them are worse than
+    rounding to nearest on other tokens. Ledoit and Wolf estimate rho from the data; that takes tokens to be
+    independent of one another, which those of one text are not, and rho then comes out too small.
+    """
+    rho = len(gram) / (len(gram) + tokens)
+    diagonal = gram.diagonal().clone()
+    less = gram * (1 - rho)
+    less.diagonal().copy_(diagonal)
+    return less
+
+
 def output_error(errors: Tensor, gram: Tensor) -> Tensor:
     """(rows,) the diagonal of E G E^T, for `errors` (n, rows)."""
     return ((gram @ errors) * errors).sum(dim=0)

@@ -39,8 +39,19 @@ from qprobe.samples.inputs import Batch
 from qprobe.select.budget import parse_size
 
 APART = "it does not read the same tensor as its neighbours on every batch"
-SETTINGS = {"method": "gptq", "version": 1, "damping": DAMPING}
-"""What decides the codes, beside weights and samples; part of a run's specification."""
+SETTINGS = {"method": "gptq", "version": 2, "damping": DAMPING, "shrinkage": "n / (n + tokens)"}
+"""What decides the codes, beside weights and samples; part of a run's specification.
+
+Version 2 shrinks the Gram matrices by how few tokens they saw; version 1 did not.
+"""
+
+
+MOST_MEMORY = 4 * 2**30  # by default: more saves few passes, and rounding needs room beside it
+
+FITTED = (
+    "Sensitivities and activation errors are measured on the samples that the codes were fitted to, so they "
+    "are lower than on others; the held-out KL is not."
+)
 
 
 @dataclass(frozen=True)
@@ -64,16 +75,14 @@ class Work:
 
 
 def memory_limit(subject: Subject, asked: str | None) -> int:
-    """Bytes for Gram matrices: `asked` ("6GiB"), or a quarter of what is free on the device.
+    """Bytes for Gram matrices: `asked` ("6GiB"), or a quarter of what is free, `MOST_MEMORY` at most.
 
     Raises QprobeError if the largest single one does not fit in what was asked for.
     """
     device = subject.reference.device
     if asked is None:
-        free = (
-            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        )
-        return free // 4
+        free = _free_on_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
+        return min(free // 4, MOST_MEMORY)
     limit = parse_size(asked)
     widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
     needed = gram_bytes(widest.in_features, device)
@@ -83,6 +92,12 @@ def memory_limit(subject: Subject, asked: str | None) -> int:
             f"{needed:,} bytes. Pass --max-memory {needed} or more."
         )
     return limit
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    """Bytes that the device can still give, with those that PyTorch holds but does not use."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def calibrate_model(work: Work) -> None:
@@ -145,7 +160,9 @@ def _finish(
     weights = {name: work.subject.modules[name].weight for name in one.names if name not in apart}
     found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
     with torch.no_grad():
-        found |= dict(zip(weights, calibrate(list(weights.values()), total, work.format), strict=True))
+        found |= dict(
+            zip(weights, calibrate(list(weights.values()), total, tokens, work.format), strict=True)
+        )
     stored = {name: result.stored for name, result in found.items() if result.stored is not None}
     try:
         write_codes(codes_unit(work.folder, unit), stored)

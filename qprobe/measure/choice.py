@@ -11,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from qprobe.errors import BudgetError
+from qprobe.formats.nf4 import format_from
 from qprobe.manifest import Compared, Manifest, Quality, write_atomic, write_manifest
-from qprobe.measure.held_out import measure_choices
+from qprobe.measure.held_out import measure_choices, measure_nearest
 from qprobe.measure.store import read_scan
 from qprobe.measure.subject import Subject
 from qprobe.models.catalogue import find
@@ -35,6 +36,7 @@ from qprobe.select.table import measured, read_table
 from qprobe.select.verdict import verdict
 
 NOTHING = "nothing kept"
+NEAREST = "standard 4-bit: rounded to nearest, nothing kept"  # compared with calibrated weights
 SCORES = ("sensitivity_kl", "activation_nmse", "weight_nmse")  # in the order of what is known of their worth
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves
 
@@ -94,6 +96,14 @@ class Trial:
         frames = measure_choices(self.subject, self.folder, self.held_out, kept, self.progress)
         return {n: Candidate(n, kept[n], plan.total_bytes, frames[n]) for n, plan in plans.items()}
 
+    def nearest(self) -> list[Candidate]:
+        """Standard 4-bit, measured beside calibrated weights; none where they are it."""
+        if not self.record.format.is_calibrated:
+            return []
+        fmt = format_from(self.record.format)
+        frame = measure_nearest(self.subject, self.folder, self.held_out, fmt, self.progress)
+        return [Candidate(NEAREST, frozenset(), self.standard_bytes, frame)]
+
     def write(
         self,
         plan: Plan,
@@ -129,7 +139,7 @@ def choose_list(
     lines = frontier_plans(trial)
     found = trial.measure({**plans, **lines})  # in one go, so that the 16-bit model runs once a batch
     write_frontier(folder, trial.table, on_common_samples([found[name] for name in lines]))
-    candidates = on_common_samples([found[name] for name in plans])
+    candidates = on_common_samples([*(found[name] for name in plans), *trial.nearest()])
     if candidates[0].measured.empty:
         return replace(_by_score(trial, request), notes=_left_out(trial, candidates))
     if isinstance(request, Bound):
@@ -152,15 +162,31 @@ def _within_budget(
     trial: Trial, budget: Budget, plans: Mapping[str, Plan], candidates: list[Candidate]
 ) -> Choice:
     """The one of `candidates` (of `plans`, nothing kept first) that measured best, see `decide`."""
-    decision = decide(candidates[1:], candidates[0])
+    lists, nearest = _apart(candidates)
+    decision = decide(lists[1:], lists[0])
     chosen = decision.chosen
     manifest = _write(trial, plans[chosen.name], budget, candidates, chosen)
-    said = verdict(
-        candidates[0], chosen, trial.standard_bytes, is_calibrated=trial.record.format.is_calibrated
-    )
+    said = verdict(lists[0], chosen, trial.standard_bytes, nearest=nearest)
     is_tied = any(c.kept != chosen.kept for c in (decision.best, *decision.tied))
     tie = (decision.why,) if is_tied else ()
-    return Choice(manifest, said, (*tie, *_left_out(trial, candidates)))
+    return Choice(manifest, said, (*tie, *_no_better(chosen, nearest), *_left_out(trial, candidates)))
+
+
+def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], Candidate | None]:
+    """(lists, standard 4-bit beside calibrated weights): the latter is named `NEAREST` and never chosen."""
+    nearest = [c for c in candidates if c.name == NEAREST]
+    return [c for c in candidates if c.name != NEAREST], nearest[0] if nearest else None
+
+
+def _no_better(chosen: Candidate, nearest: Candidate | None) -> tuple[str, ...]:
+    """A note where what was chosen of calibrated weights did not measure better than standard 4-bit."""
+    if nearest is None or chosen.kl < nearest.kl:
+        return ()
+    return (
+        f"Calibration does not pay here: on the held-out samples the choice leaves a KL of {chosen.kl:.3g}, "
+        f"and rounding to nearest with nothing kept {nearest.kl:.3g}. Scan with --format nf4, or calibrate "
+        "on more samples.",
+    )
 
 
 def _within_bound(trial: Trial, bound: Bound, standard: Candidate) -> Choice:
@@ -173,19 +199,19 @@ def _within_bound(trial: Trial, bound: Bound, standard: Candidate) -> Choice:
     if standard.kl > bound.max_kl:
         best, tried = measured_plan(prospect_of(trial.record, trial.table), bound, measure)
         plans |= {f"list {i}": plan for i, plan in enumerate(tried, start=1)}
-    candidates = on_common_samples(list(trial.measure(plans).values()))
+    candidates = on_common_samples([*trial.measure(plans).values(), *trial.nearest()])
+    lists, nearest = _apart(candidates)
     if best is None:
-        least = min(candidates, key=lambda c: c.kl)
+        least = min(lists, key=lambda c: c.kl)
         raise BudgetError(
             f"No list short of 16-bit leaves a KL of {bound.max_kl} or less on the held-out samples: the "
-            f"smallest of {len(candidates)} measured is {least.kl:.3g}, with {least.total_bytes:,} bytes. "
+            f"smallest of {len(lists)} measured is {least.kl:.3g}, with {least.total_bytes:,} bytes. "
             f"Pass --max-kl {rounded_up(least.kl)} or more, or use the 16-bit model."
         )
-    chosen = next(c for c in candidates if plans[c.name] == best)
+    chosen = next(c for c in lists if plans[c.name] == best)
     manifest = _write(trial, best, bound.budget_of(best), candidates, chosen)
-    is_calibrated = trial.record.format.is_calibrated
-    said = verdict(candidates[0], chosen, trial.standard_bytes, bound.max_kl, is_calibrated)
-    return Choice(manifest, said, _left_out(trial, candidates))
+    said = verdict(lists[0], chosen, trial.standard_bytes, bound.max_kl, nearest)
+    return Choice(manifest, said, (*_no_better(chosen, nearest), *_left_out(trial, candidates)))
 
 
 def _left_out(trial: Trial, candidates: Sequence[Candidate]) -> tuple[str, ...]:
@@ -204,8 +230,11 @@ def _left_out(trial: Trial, candidates: Sequence[Candidate]) -> tuple[str, ...]:
 def _write(
     trial: Trial, plan: Plan, budget: Budget, candidates: Sequence[Candidate], chosen: Candidate
 ) -> Manifest:
-    """The manifest of `plan`, which is the candidate `chosen`; the first of them is standard 4-bit."""
-    quality = Quality(len(chosen.measured), candidates[0].kl, chosen.kl)
+    """The manifest of `plan`, which is the candidate `chosen`; the first is standard 4-bit or, of calibrated
+    weights, the one named `NEAREST`.
+    """
+    lists, nearest = _apart(candidates)
+    quality = Quality(len(chosen.measured), (nearest or lists[0]).kl, chosen.kl)
     compared = [
         Compared(c.name, c.total_bytes, c.kl, c.kl_se if isfinite(c.kl_se) else None, c is chosen)
         for c in candidates

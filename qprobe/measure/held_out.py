@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from qprobe.measure.runner import choice_kl
-from qprobe.measure.store import choice_stage, missing_units, read_units, write_unit
+from qprobe.formats.protocol import Format
+from qprobe.measure.runner import choice_kl, nearest_kl
+from qprobe.measure.store import NEAREST_STAGE, choice_stage, missing_units, read_units, write_unit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
@@ -34,3 +35,18 @@ def measure_choices(
                 write_unit(folder, stage, unit, frame)
         progress("choice", unit + 1, len(groups))
     return {name: read_units(folder, choice_stage(kept)) for name, kept in choices.items()}
+
+
+def measure_nearest(
+    subject: Subject, folder: Path, groups: list[tuple[Sample, ...]], fmt: Format, progress: Progress
+) -> pd.DataFrame:
+    """The KL rows over `groups` with nothing kept and every weight rounded to nearest, whatever is in place.
+
+    Two forward passes a batch; finished units are not repeated.
+    """
+    missing = missing_units(folder, NEAREST_STAGE, len(groups))
+    for done, unit in enumerate(missing, start=1):
+        frame = nearest_kl(subject, subject.encode(groups[unit]), fmt, NEAREST_STAGE)
+        write_unit(folder, NEAREST_STAGE, unit, frame)
+        progress("nearest", done, len(missing))
+    return read_units(folder, NEAREST_STAGE)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from qprobe.formats.protocol import Format
 from qprobe.measure.attribution import RESIDUAL, Ends, Path, attribute, rows_by_sample, walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
@@ -146,6 +149,18 @@ def kl_rows(batch: Batch, choice: str, sums: list[KlSums]) -> pd.DataFrame:
         if s.tokens
     ]
     return pd.DataFrame(rows, columns=["sample", "choice", "answer_tokens", "kl_sum", "top1_agree"])
+
+
+def nearest_kl(subject: Subject, batch: Batch, fmt: Format, choice: str) -> pd.DataFrame:
+    """The KL rows of the batch with every quantized linear rounded to nearest, one at a time as it runs."""
+
+    def forward(_name: str, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, fmt.pack(module.weight).unpack(), module.bias)
+
+    with torch.inference_mode():
+        reference = answer_logits(subject.model, batch)
+        with replaced_forwards(subject.quantized_modules, forward):
+            return kl_rows(batch, choice, kl_sums(reference, answer_logits(subject.model, batch)))
 
 
 def choice_kl(subject: Subject, batch: Batch, choices: dict[str, frozenset[str]]) -> dict[str, pd.DataFrame]:

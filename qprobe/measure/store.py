@@ -88,6 +88,10 @@ def choice_stage(kept: frozenset[str]) -> str:
     return f"{_CHOICE}-{_digest(kept)}"
 
 
+NEAREST_STAGE = f"{_CHOICE}-nearest"
+"""The same with nothing kept and every weight rounded to nearest, in a run of calibrated weights."""
+
+
 def ablation_stage(layers: frozenset[str]) -> str:
     """The stage, with the schema of "kl", of the KL of single layers among `layers`."""
     return f"{_ABLATION}-{_digest(layers)}"

@@ -13,7 +13,7 @@ import pandas as pd
 from qprobe import __version__
 from qprobe.errors import BudgetError, QprobeError
 from qprobe.manifest import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
-from qprobe.measure.store import choice_stage, read_scan, read_units
+from qprobe.measure.store import NEAREST_STAGE, choice_stage, read_scan, read_units
 from qprobe.options import DEFAULT_BUDGET
 from qprobe.records import Inventory, Linear, Scan
 from qprobe.select.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
@@ -186,8 +186,11 @@ def _column(table: pd.DataFrame, name: str) -> dict[str, float]:
 
 def held_out_quality(folder: Path, plan: Plan) -> Quality:
     """What the scan measured on held-out samples: standard 4-bit and, if it was a candidate, this plan."""
+    is_calibrated = read_scan(folder).format.is_calibrated
+    standard_stage = NEAREST_STAGE if is_calibrated else choice_stage(frozenset())
     standard, dynamic = (
-        finite_answers(read_units(folder, choice_stage(kept))) for kept in (frozenset(), frozenset(plan.kept))
+        finite_answers(read_units(folder, stage))
+        for stage in (standard_stage, choice_stage(frozenset(plan.kept)))
     )
     return Quality(
         samples=len(standard) or None, kl_standard_4bit=_mean_kl(standard), kl_dynamic=_mean_kl(dynamic)

@@ -14,15 +14,17 @@ def verdict(
     chosen: Candidate,
     standard_bytes: int,
     max_kl: float | None = None,
-    is_calibrated: bool = False,
+    nearest: Candidate | None = None,
 ) -> str:
     """What standard 4-bit costs, what the chosen list costs in bytes and brings in KL, each with its error.
 
-    max_kl: the bound that was asked for, and that the chosen list is within. is_calibrated: of 4-bit weights
-    whose codes were chosen on samples.
+    max_kl: the bound that was asked for, and that the chosen list is within. nearest: where the codes of
+    `standard` were chosen on samples, standard 4-bit.
     """
-    what = "Calibrated" if is_calibrated else "Standard"
+    what = "Standard" if nearest is None else "Calibrated"
     cost = f"{what} 4-bit costs a KL of {with_error(standard.kl, standard.kl_se)} nats per answer token"
+    if nearest is not None:
+        cost += f" (standard 4-bit {with_error(nearest.kl, nearest.kl_se)})"
     within = "" if max_kl is None else f", within the {max_kl} asked for"
     if not chosen.kept:
         reason = "no list within the budget measured better than keeping nothing, within the error"

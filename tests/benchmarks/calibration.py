@@ -130,7 +130,8 @@ def put_rounded(subject: Subject, gathering: Gathering, inputs: Sequence[SharedI
     for one in inputs:
         weights = [subject.modules[name].weight for name in one.names]
         with torch.no_grad():
-            found = calibrate(weights, gathering.grams[one.leader].total, Nf4())
+            gram = gathering.grams[one.leader]
+            found = calibrate(weights, gram.total, gram.tokens, Nf4())
         for name, weight, rounded in zip(one.names, weights, found, strict=True):
             stored = rounded.stored or Nf4().stored(weight)
             subject.round_trips.put(name, stored.packed())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qprobe.formats.calibrated import calibrate, packed_codes
-from qprobe.formats.gptq import best_scales, choose_codes, metric_of, nf4_grid, output_error
+from qprobe.formats.gptq import best_scales, choose_codes, metric_of, nf4_grid, output_error, shrunk
 from qprobe.formats.nf4 import Nf4
 from tests.formats.reference import bitsandbytes_thresholds, brute_force, unpacked
 
@@ -69,18 +69,69 @@ def test_without_correlation_and_search_it_is_bitsandbytes_rounding(shape):
     assert torch.equal(packed_codes(chosen.T), codes)
 
 
+def reads_right(weight: torch.Tensor, fmt: Nf4) -> bool:
+    """True if bitsandbytes reads `weight` back as its codes and scales say, within bf16 rounding."""
+    stored = fmt.stored(weight)
+    read, row = stored.packed().unpack().double(), torch.eye(weight.shape[1])
+    said = own_error(torch.zeros_like(weight), stored.codes, stored.state, row)
+    return math.isclose(float(read.square().sum()), said, rel_tol=1e-2)
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_output_error_is_below_that_of_rounding_to_nearest(shape, double_quant):
-    weight, x, fmt = weight_of(shape), inputs(400, shape[1]), Nf4(double_quant=double_quant)
-    found = calibrate([weight], x.T @ x, fmt)[0]
-    nearest = fmt.stored(weight)
-    if found.stored is None:  # where this CPU reads straddling blocks wrong, see the report of the judge
-        assert found.why == "calibration does not lessen its error" and shape[1] % 64
-        return
-    assert own_error(weight, found.stored.codes, found.stored.state, x) < 0.8 * own_error(
-        weight, nearest.codes, nearest.state, x
+def test_output_error_on_fresh_inputs_is_below_that_of_rounding_to_nearest(shape, double_quant):
+    weight, fmt = weight_of(shape), Nf4(double_quant=double_quant)
+    if not reads_right(weight, fmt):
+        pytest.skip("bitsandbytes on this CPU reads blocks that straddle rows wrong, so nothing is gained")
+    every = inputs(4000, shape[1])
+    x, fresh = every[:400], every[400:]
+    found, nearest = calibrate([weight], x.T @ x, len(x), fmt)[0], fmt.stored(weight)
+    assert found.stored is not None, found.why
+    assert own_error(weight, found.stored.codes, found.stored.state, fresh) < 0.8 * own_error(
+        weight, nearest.codes, nearest.state, fresh
     )
+
+
+def isotropic(tokens: int, features: int) -> torch.Tensor:
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(1))
+
+
+def decaying(tokens: int, features: int) -> torch.Tensor:
+    """Inputs with a few directions that hold nearly everything, and a mean: variance falls as 1 / i^2."""
+    directions = torch.linalg.qr(isotropic(features, features))[0]
+    along = torch.randn(tokens, features, generator=torch.Generator().manual_seed(2))
+    return (along / torch.arange(1, features + 1)) @ directions + 0.1
+
+
+# The most that calibration may leave on fresh inputs. Without correlation there is little to gain (better
+# scales), with it more tokens must bring more.
+@pytest.mark.parametrize(
+    ("draw", "tokens", "most"),
+    [
+        *((isotropic, tokens, 1.0) for tokens in (16, 64, 256, 1024)),
+        *((inputs, tokens, 0.65) for tokens in (16, 32, 64, 128)),
+        *((inputs, tokens, most) for tokens, most in ((256, 0.5), (1024, 0.35))),
+        *((decaying, tokens, most) for tokens, most in ((16, 0.3), (256, 0.1), (1024, 0.05))),
+    ],
+)
+def test_few_tokens_are_not_overfitted(draw, tokens, most):
+    # 256 features. Codes that trust the Gram matrix of 32 tokens leave 1.3 of the error of nearest.
+    weight, fmt = weight_of((64, 256)), Nf4()
+    every = draw(tokens + 3000, 256)
+    x, fresh = every[:tokens], every[tokens:]
+    found, nearest = calibrate([weight], x.T @ x, tokens, fmt)[0], fmt.stored(weight)
+    assert found.stored is not None, found.why
+    share = own_error(weight, found.stored.codes, found.stored.state, fresh) / own_error(
+        weight, nearest.codes, nearest.state, fresh
+    )
+    assert share < most
+
+
+def test_shrinking_halves_what_as_many_tokens_as_features_say_of_correlation():
+    # n = tokens = 2: rho = 1/2; the diagonal is kept, also where one feature is far larger.
+    gram = torch.tensor([[4.0, 6.0], [6.0, 900.0]])
+    assert torch.equal(shrunk(gram, 2), torch.tensor([[4.0, 3.0], [3.0, 900.0]]))
+    assert float(shrunk(gram, 10**9)[0, 1]) == pytest.approx(6.0, rel=1e-6)
 
 
 def test_within_a_third_of_the_best_of_all_codes():
@@ -90,7 +141,7 @@ def test_within_a_third_of_the_best_of_all_codes():
         weight, mixing = weight_of((16, 4), seed), torch.eye(4) + 0.3 * weight_of((4, 4), seed + 100).float()
         x = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)) @ mixing
         gram = x.T @ x
-        found = calibrate([weight], gram, Nf4(double_quant=False))[0]
+        found = calibrate([weight], gram, 10**6, Nf4(double_quant=False))[0]
         assert found.stored is not None
         scale = float(found.stored.state.absmax[0])
         codes = unpacked(found.stored.codes, 64).view(16, 4)
@@ -119,7 +170,7 @@ def test_a_scale_is_no_worse_than_the_largest_value():
 def test_a_block_of_zeros_stays_zero():
     weight, x = weight_of((4, 64)), inputs(100, 64)
     weight[1] = 0
-    found = calibrate([weight], x.T @ x, Nf4(double_quant=False))[0]
+    found = calibrate([weight], x.T @ x, len(x), Nf4(double_quant=False))[0]
     assert found.stored is not None
     assert found.stored.packed().unpack()[1].abs().max() == 0
 
@@ -127,9 +178,9 @@ def test_a_block_of_zeros_stays_zero():
 def test_layers_that_share_inputs_are_rounded_as_each_alone():
     x = inputs(300, 128)
     weights = [weight_of((n, 128), seed=n) for n in (4, 12, 6)]
-    together = calibrate(weights, x.T @ x, Nf4())
+    together = calibrate(weights, x.T @ x, len(x), Nf4())
     for weight, one in zip(weights, together, strict=True):
-        alone = calibrate([weight], x.T @ x, Nf4())[0]
+        alone = calibrate([weight], x.T @ x, len(x), Nf4())[0]
         assert one.stored is not None and alone.stored is not None
         assert torch.equal(one.stored.codes, alone.stored.codes)
         assert torch.equal(one.stored.state.absmax, alone.stored.state.absmax)
@@ -144,21 +195,21 @@ def test_layers_that_share_inputs_are_rounded_as_each_alone():
     ],
 )
 def test_without_a_metric_rounding_to_nearest_remains_and_says_why(gram, why):
-    (found,) = calibrate([weight_of((4, 64))], gram, Nf4())
+    (found,) = calibrate([weight_of((4, 64))], gram, 10**6, Nf4())
     assert found.stored is None and why in found.why
 
 
 def test_a_singular_gram_matrix_is_damped_until_it_serves():
     # Two tokens for 64 inputs: rank 2.
     x = inputs(2, 64)
-    found = calibrate([weight_of((4, 64))], x.T @ x, Nf4())[0]
+    found = calibrate([weight_of((4, 64))], x.T @ x, len(x), Nf4())[0]
     assert found.stored is not None and found.damping == 0.01 and found.error < 0.5
 
 
 def test_weights_that_are_not_finite_are_left_alone():
     weight, x = weight_of((4, 64)), inputs(100, 64)
     weight[2, 3] = float("inf")
-    assert calibrate([weight], x.T @ x, Nf4())[0].why == "its weights are not finite"
+    assert calibrate([weight], x.T @ x, len(x), Nf4())[0].why == "its weights are not finite"
 
 
 @settings(max_examples=20, deadline=None)

@@ -12,6 +12,7 @@ from torch import nn
 from qprobe.errors import QprobeError
 from qprobe.formats.calibrated import calibrate
 from qprobe.formats.codes_file import FILE_NAME, open_codes, sha256_of
+from qprobe.formats.gptq import shrunk
 from qprobe.formats.nf4 import Nf4
 from qprobe.measure import calibration
 from qprobe.measure.calibration import Work, calibrate_model, calibrate_units, codes_unit, memory_limit
@@ -107,8 +108,8 @@ def test_sums_of_two_halves_of_the_samples_give_the_same_codes_as_one(name, tiny
         layers = [subject.modules[n].weight for n in one.names]
         parts = [half.grams[one.leader] for half in halves]
         assert sum(p.tokens for p in parts) == whole.grams[one.leader].tokens
-        merged = calibrate(layers, parts[0].total + parts[1].total, Nf4())
-        alone = calibrate(layers, whole.grams[one.leader].total, Nf4())
+        merged = calibrate(layers, parts[0].total + parts[1].total, sum(p.tokens for p in parts), Nf4())
+        alone = calibrate(layers, whole.grams[one.leader].total, whole.grams[one.leader].tokens, Nf4())
         for a, b in zip(merged, alone, strict=True):
             assert (a.stored is None) == (b.stored is None)
             assert a.stored is None or torch.equal(a.stored.codes, b.stored.codes)
@@ -182,7 +183,7 @@ def test_calibrated_weights_err_less_on_what_the_layers_read(tiny_folder, tmp_pa
     with open_codes(tmp_path / FILE_NAME) as file:
         assert file.layers == set(rows.index[rows["why"] == ""])
     for one in inputs:
-        gram = grams[one.leader].total
+        gram = shrunk(grams[one.leader].total.float(), grams[one.leader].tokens).double()
         for name in one.names:
             own = subject.modules[name].weight.double()
             errors = [w.double() - own for w in (subject.round_trips.weight(name), nearest[name])]

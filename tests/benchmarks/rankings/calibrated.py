@@ -36,7 +36,8 @@ def put_calibrated(subject: Subject, batches: tuple[Batch, ...]) -> None:
     for one in inputs:
         weights = [subject.modules[name].weight for name in one.names]
         with torch.no_grad():
-            found = calibrate(weights, gathering.grams.pop(one.leader).total, Nf4())
+            gram = gathering.grams.pop(one.leader)
+            found = calibrate(weights, gram.total, gram.tokens, Nf4())
         for name, rounded in zip(one.names, found, strict=True):
             if rounded.stored is not None:
                 subject.round_trips.put(name, rounded.stored.packed())
