@@ -70,7 +70,12 @@ def _scenes(count: int, seed: int, purpose: Literal["scan", "compare"]) -> Sampl
 def split_held_out(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """(calibration, held out): every third sample is held out for the choice of the skip-list.
 
-    With fewer than three samples there is nothing to hold out, and the second part is empty.
+    Samples of the same image, prompt and answer are on one side together. With fewer than three different
+    ones there is nothing to hold out, and the second part is empty.
     """
-    held_out = samples[2::3]
-    return tuple(s for i, s in enumerate(samples) if i % 3 != 2), held_out
+    order = {digest: i for i, digest in enumerate(dict.fromkeys(sample.digest for sample in samples))}
+    is_held_out = [order[sample.digest] % 3 == 2 for sample in samples]
+    return (
+        tuple(s for s, held in zip(samples, is_held_out, strict=True) if not held),
+        tuple(s for s, held in zip(samples, is_held_out, strict=True) if held),
+    )

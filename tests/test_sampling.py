@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qprobe.errors import SampleError
+from qprobe.records import Sample
 from qprobe.sampling import SCAN_SAMPLES, Wanted, choose_samples, split_held_out
 
 
@@ -49,3 +50,11 @@ def test_every_third_sample_is_held_out():
     assert held_out == samples[2::3] and len(held_out) == 2
     assert [s for s in samples if s not in held_out] == list(calibration)
     assert split_held_out(samples[:2]) == (samples[:2], ())
+
+
+def test_a_sample_given_twice_is_never_on_both_sides():
+    rows = [Sample(f"{i}", f"question {i % 4}") for i in range(12)]
+    calibration, held_out = split_held_out(tuple(rows))
+    assert {x.prompt for x in held_out} == {"question 2"}
+    assert not {x.digest for x in calibration} & {x.digest for x in held_out}
+    assert len(calibration) + len(held_out) == 12

@@ -97,7 +97,18 @@ def _show(manifest: Manifest, target: Path, is_bound: bool) -> None:
     if is_bound:
         what = f"for a predicted KL of {manifest.quality.kl_predicted:.3g}"
     click.echo(f"{total} {what}; standard 4-bit takes {standard}.")
+    click.echo(_how_sure(manifest))
     click.echo(f"Skip-list  {target}")
+
+
+def _how_sure(manifest: Manifest) -> str:
+    """Whether the KL of the list was measured or is a prediction."""
+    quality = manifest.quality
+    if quality.kl_dynamic is not None:
+        return f"Its KL was measured by the scan on {quality.samples} held-out samples: {quality.kl_dynamic:.3g}."
+    if quality.kl_predicted is None:
+        return "No KL was measured in this run."
+    return f"Its KL is predicted, {quality.kl_predicted:.3g}, and not measured; `qprobe compare` measures it."
 
 
 @shared.command("report", short_help="Draw the page and the pictures of a run.")

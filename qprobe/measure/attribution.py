@@ -41,6 +41,7 @@ from qprobe.samples.inputs import Batch
 FLOAT32_UP_TO = 2_500_000_000  # parameters: in 16-bit, float32 and 4-bit together 16 GB, for a 24 GB card
 RESIDUAL = 0.02  # of the KL: what the sum of all attributions may miss
 SMALLEST_KL = 1e-3  # nats an answer token: a batch below it is held to the same absolute error as one at it
+BY_SAMPLE = 5  # times as much may be missed by samples one by one, whose errors cancel in every mean
 MOST_NODES = 8
 FLOAT16_SCALE = 2.0**12  # of the loss: gradients of a small KL lie below float16's smallest numbers
 
@@ -226,10 +227,10 @@ def attribute(
     nodes: of `gauss_radau`, without the one at 0, which costs nothing.
     ends: where both ends of the path are known already in its dtype; None to compute them (two forwards).
 
-    Where the sums miss the KL, sample by sample, by more than `tolerance` of it (or of `SMALLEST_KL`) in all,
-    the path bends more than `nodes` can follow: it is walked again with twice as many, up to `MOST_NODES`,
-    unless rounding to 16-bit is what is missed. Each node costs a forward and a backward pass, the forward
-    partly repeated inside it where the model is large.
+    Where the sums miss the KL of the batch by more than `tolerance` of it (or of `SMALLEST_KL`), or that of
+    its samples by `BY_SAMPLE` times as much, the path bends more than `nodes` can follow: it is walked again
+    with four times as many, up to `MOST_NODES`, unless rounding to 16-bit is what is missed. Each node costs
+    a forward and a backward pass, the forward partly repeated inside it where the model is large.
     """
     batch = batch.in_dtype(path.dtype)
     with walking(path):
@@ -237,8 +238,8 @@ def attribute(
         kl = kl_sums(reference, four_bit)
         allowed = tolerance * max(fsum(k.kl for k in kl), SMALLEST_KL * batch.answer_tokens)
         best = last = _walk(path, batch, reference, nodes, kl)
-        while best.missed > allowed and 2 * last.nodes <= MOST_NODES:
-            last = _walk(path, batch, reference, 2 * last.nodes, kl)
+        while not last.is_within(allowed) and last.nodes < MOST_NODES:
+            last = _walk(path, batch, reference, min(4 * last.nodes, MOST_NODES), kl)
             is_rounding = last.missed > best.missed and path.dtype != torch.float32
             best = min(best, last, key=lambda walk: walk.missed)
             if is_rounding:
@@ -262,14 +263,23 @@ def rows_by_sample(batch: Batch, values: Mapping[str, Tensor]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _Walk:
-    """Integrals by so many nodes. missed: by how much their sums miss the KL of each sample, added up."""
+    """Integrals by so many nodes, and by how much their sums over layers miss the KL of the batch, in nats.
+
+    residual: of all samples together. missed: of each sample, added up.
+    """
 
     nodes: int
     integrals: dict[str, Tensor]
+    residual: float
     missed: float
+
+    def is_within(self, allowed: float) -> bool:
+        """True if all samples together are within `allowed`, and each on its own within a few times that."""
+        return abs(self.residual) <= allowed and self.missed <= BY_SAMPLE * allowed
 
 
 def _walk(path: Path, batch: Batch, reference: list[Tensor], nodes: int, kl: list[KlSums]) -> _Walk:
     integrals = path.integrals(batch, reference, nodes)
     sums = torch.stack(list(integrals.values())).sum(dim=0).tolist() if integrals else [0.0] * len(kl)
-    return _Walk(nodes, integrals, fsum(abs(found - k.kl) for found, k in zip(sums, kl, strict=True)))
+    gaps = [found - k.kl for found, k in zip(sums, kl, strict=True)]
+    return _Walk(nodes, integrals, fsum(gaps), fsum(abs(gap) for gap in gaps))
