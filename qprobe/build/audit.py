@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qprobe.build.audit_codes import uncalibrated
 from qprobe.build.imports import LIST_KEYS
 from qprobe.errors import ModelError
 from qprobe.formats.sizes import absmax_bytes, packed_bytes
@@ -95,10 +96,13 @@ def audit(
     manifest: Manifest | str | Path | None = None,
     load: bool = False,
     device: str | None = None,
+    manifest_folder: Path | str | None = None,
 ) -> Audit:
     """What the checkpoint in `folder` holds, and whether its config, its files and `manifest` agree.
 
     load: load it too, plainly, as a user would, and look at every layer; device: where to.
+    manifest_folder: where the manifest lies, from which it names its calibrated weights; None for that of
+    the file `manifest`, or the working directory.
     Raises ModelError for a folder that is no whole checkpoint, ManifestError for a broken manifest.
     """
     where = Path(folder)
@@ -118,6 +122,8 @@ def audit(
     parameter_bytes, total_bytes = _bytes(tensors)
     if written is not None:
         problems += _against(written, type(model).__name__, inventory, layers, total_bytes)
+        beside = Path(".") if isinstance(manifest, Manifest) or manifest is None else Path(manifest).parent
+        problems += uncalibrated(where, weights, written, Path(manifest_folder or beside))
     if load:
         from qprobe.build.audit_loaded import loaded_problems
 
@@ -280,8 +286,8 @@ def _wrong_codes(
                     f"{layer.name} is {weight.tensor.dtype} of shape {list(weight.tensor.shape)}, not "
                     f"{list(layer.shape)} in 16-bit"
                 )
-        elif weight.four_bit != spec.name:
-            wrong.append(f"{layer.name} holds {weight.four_bit}, but the config says {spec.name}")
+        elif weight.four_bit != spec.quant_type:
+            wrong.append(f"{layer.name} holds {weight.four_bit}, but the config says {spec.quant_type}")
         elif weight.tensor.nbytes != packed_bytes(layer.shape):
             wrong.append(
                 f"{layer.name} has {weight.tensor.nbytes:,} bytes of codes, not {packed_bytes(layer.shape):,}"

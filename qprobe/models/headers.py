@@ -41,10 +41,11 @@ class StoredTensor:
 class StoredWeight:
     """The weight of one linear in the files.
 
-    four_bit: "nf4" or "fp4" of the codes, None for a plain tensor. absmax: number of block scales.
+    name: its key there. four_bit: "nf4" or "fp4" of the codes, None for a plain tensor. absmax: number of block scales.
     nested: whether the scales are quantized too.
     """
 
+    name: str
     tensor: StoredTensor
     four_bit: str | None
     absmax: int = 0
@@ -87,8 +88,8 @@ def stored_weight(tensors: Mapping[str, StoredTensor], layer: str) -> StoredWeig
     codes = next((c for c in ("nf4", "fp4") if f"{name}{QUANT_STATE}{c}" in tensors), None)
     absmax = tensors.get(f"{name}.absmax")
     if codes is None or absmax is None:
-        return StoredWeight(tensor, None)
-    return StoredWeight(tensor, codes, absmax.elements, f"{name}.nested_absmax" in tensors)
+        return StoredWeight(name, tensor, None)
+    return StoredWeight(name, tensor, codes, absmax.elements, f"{name}.nested_absmax" in tensors)
 
 
 def _sharded(folder: Path) -> dict[str, StoredTensor]:
