@@ -18,6 +18,7 @@ from qprobe.exports.engines import vllm_modules
 from qprobe.manifest import Manifest, write_manifest
 from qprobe.models import matchers
 from qprobe.models.spellings import spellings
+from qprobe.records import FORMATS, CodesFile
 from tests.exports.manifests import manifest_of, of_tree
 from tests.models import trees
 
@@ -28,6 +29,12 @@ GGUF_MODELS = (
     "LlavaForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
 )
+
+
+def in_format(manifest: Manifest, name: str) -> Manifest:
+    """`manifest` in another 4-bit format, with a file of weights where that has one."""
+    codes = None if name == "nf4" else CodesFile("weights.safetensors", "0" * 64)
+    return replace(manifest, format=replace(manifest.format, name=name), codes=codes)
 
 
 def chosen(architecture: str) -> Manifest:
@@ -51,10 +58,24 @@ def kept_by(rule, entries, names):
     return {name for name in names for entry in entries if rule(entry, name)}
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_calibrated_weights_are_exported_as_the_nf4_that_they_are(tool: str):
+    manifest = chosen("LlamaForCausalLM")
+    plain, made = (export_manifest(in_format(manifest, name), tool) for name in FORMATS)
+    assert made.text == plain.text  # no tool has a type "nf4-calibrated"
+    lost = set(made.notes) - set(plain.notes)
+    if tool in ("vllm", "peft", "llama-factory"):  # which take a model that is in 4-bit already
+        assert not lost
+    else:
+        (note,) = lost
+        assert "rounds to nearest" in note and "KL in the manifest is that of calibrated NF4" in note
+
+
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("tool", [x for x in TOOLS if x != "llama.cpp"])
-def test_every_tool_takes_every_architecture(tool: str, architecture: str):
-    manifest = chosen(architecture)
+def test_every_tool_takes_every_architecture(tool: str, fmt: str, architecture: str):
+    manifest = in_format(chosen(architecture), fmt)
     made = export_manifest(manifest, tool)
     assert made.tool == tool and made.layers_16bit == manifest.skip_modules
     assert made.text.endswith("\n") and json.dumps(made.to_json())
