@@ -158,8 +158,8 @@ class FormatSpec:
 
     @property
     def quant_type(self) -> str:
-        """What bitsandbytes calls the layout; both formats share it."""
-        return "nf4"
+        """What bitsandbytes calls the layout; calibrated weights share that of NF4."""
+        return "nf4" if self.is_calibrated else self.name
 
     @property
     def is_calibrated(self) -> bool:

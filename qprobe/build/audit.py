@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qprobe.build.audit_codes import uncalibrated
+from qprobe.build.config_format import four_bit_format, is_four_bit, model_dtype
 from qprobe.build.imports import LIST_KEYS
 from qprobe.errors import ModelError
 from qprobe.formats.sizes import absmax_bytes, packed_bytes
 from qprobe.manifest import Manifest, read_manifest
 from qprobe.models.headers import (
+    INDEX,
     QUANT_STATE,
+    SINGLE,
     StoredTensor,
     StoredWeight,
     read_config,
@@ -22,7 +26,7 @@ from qprobe.models.headers import (
 )
 from qprobe.models.inventory import list_layers
 from qprobe.models.matchers import hits, running_rule, whole_parts
-from qprobe.models.reference import load_config, meta_model, resolve
+from qprobe.models.reference import outline, resolve
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, Linear
 
@@ -95,10 +99,13 @@ def audit(
     manifest: Manifest | str | Path | None = None,
     load: bool = False,
     device: str | None = None,
+    manifest_folder: Path | str | None = None,
 ) -> Audit:
     """What the checkpoint in `folder` holds, and whether its config, its files and `manifest` agree.
 
     load: load it too, plainly, as a user would, and look at every layer; device: where to.
+    manifest_folder: where the manifest lies, from which it names its calibrated weights; None for that of
+    the file `manifest`, or the working directory.
     Raises ModelError for a folder that is no whole checkpoint, ManifestError for a broken manifest.
     """
     where = Path(folder)
@@ -106,7 +113,7 @@ def audit(
     tensors = read_headers(where)
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
     spec = _format(config, written)
-    model = meta_model(load_config(resolve(str(where))), spec.compute_dtype)
+    _, model = outline(resolve(str(where)), spec.compute_dtype)
     inventory = list_layers(model, spec)
     entries = _entries(config)
     read = None if entries is None else _read(entries, inventory)
@@ -118,6 +125,8 @@ def audit(
     parameter_bytes, total_bytes = _bytes(tensors)
     if written is not None:
         problems += _against(written, type(model).__name__, inventory, layers, total_bytes)
+        beside = Path(".") if isinstance(manifest, Manifest) or manifest is None else Path(manifest).parent
+        problems += uncalibrated(where, weights, written, Path(manifest_folder or beside))
     if load:
         from qprobe.build.audit_loaded import loaded_problems
 
@@ -128,7 +137,7 @@ def audit(
         parameter_bytes,
         total_bytes,
         tuple(problems),
-        tuple(_remarks(read, layers, config)),
+        (*_remarks(read, layers, config), *_two_checkpoints(where)),
         load,
     )
 
@@ -136,14 +145,9 @@ def audit(
 def _format(config: Mapping[str, Any], manifest: Manifest | None) -> FormatSpec:
     """The format that the config names, or else the manifest's, or else the usual one."""
     quantization = _quantization(config)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if quantization is None:
         return manifest.format if manifest is not None else FormatSpec()
-    return FormatSpec(
-        name=str(quantization.get("bnb_4bit_quant_type", "fp4")),
-        double_quant=bool(quantization.get("bnb_4bit_use_double_quant", False)),
-        compute_dtype="float16" if dtype == "float16" else "bfloat16",
-    )
+    return four_bit_format(quantization, model_dtype(config))
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -154,11 +158,10 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not isinstance(found, dict):
         raise ModelError("quantization_config in config.json is no JSON object; copy the checkpoint again.")
     method = found.get("quant_method", "bitsandbytes")
-    is_four_bit = found.get("load_in_4bit", found.get("_load_in_4bit"))
-    if method != "bitsandbytes" or not is_four_bit:
+    if not is_four_bit(found):
+        how = " without load_in_4bit" if method == "bitsandbytes" else ""
         raise ModelError(
-            f"The checkpoint is quantized by {method!r}{'' if is_four_bit else ' without load_in_4bit'}; "
-            f"audit reads 4-bit checkpoints of bitsandbytes."
+            f"The checkpoint is quantized by {method!r}{how}; audit reads 4-bit checkpoints of bitsandbytes."
         )
     return found
 
@@ -280,8 +283,8 @@ def _wrong_codes(
                     f"{layer.name} is {weight.tensor.dtype} of shape {list(weight.tensor.shape)}, not "
                     f"{list(layer.shape)} in 16-bit"
                 )
-        elif weight.four_bit != spec.name:
-            wrong.append(f"{layer.name} holds {weight.four_bit}, but the config says {spec.name}")
+        elif weight.four_bit != spec.quant_type:
+            wrong.append(f"{layer.name} holds {weight.four_bit}, but the config says {spec.quant_type}")
         elif weight.tensor.nbytes != packed_bytes(layer.shape):
             wrong.append(
                 f"{layer.name} has {weight.tensor.nbytes:,} bytes of codes, not {packed_bytes(layer.shape):,}"
@@ -358,6 +361,14 @@ def _remarks(
                 f"The entry {entry.entry!r} matches {len(entry.layers)} linears, {len(entry.too_many)} of "
                 f"them only as the ending of a name, such as {entry.too_many[0]}."
             )
+
+
+def _two_checkpoints(folder: Path) -> Iterator[str]:
+    if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        yield (
+            f"The folder holds {SINGLE} and {INDEX}; transformers loads the first and ignores the other, "
+            f"and so does this audit. Delete the one that is stale."
+        )
 
 
 def _some(names: Sequence[str], joint: str = ", ", shown: int = 3) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from qprobe.build.verify import verify
@@ -22,7 +23,7 @@ def loaded_problems(
 ) -> Iterator[str]:
     """What is wrong with the model that a plain `from_pretrained(folder)` gives; a sentence each.
 
-    Raises MachineError for a device that is not here.
+    Raises MachineError for a device that is not here, and whatever says that its memory does not suffice.
     """
     place = pick_device(device)
     config = load_config(resolve(str(folder)))
@@ -30,7 +31,9 @@ def loaded_problems(
         model = model_class(config).from_pretrained(
             str(folder), device_map={"": place}, use_safetensors=True, dtype="auto"
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # says nothing of the checkpoint
+    except Exception as error:  # a checkpoint can be wrong in as many ways as there are model classes
         first = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         yield f"transformers cannot load the checkpoint: {first}."
         return

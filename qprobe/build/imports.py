@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import __version__
+from qprobe.build.config_format import four_bit_format, is_four_bit, model_dtype
 from qprobe.build.load import Blueprint, draw
 from qprobe.errors import ManifestError
 from qprobe.manifest import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.matchers import Rule, hits, running_rule, transformers_rule
-from qprobe.models.reference import resolve
+from qprobe.models.reference import known, resolve
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 
@@ -66,17 +68,20 @@ class GivenList:
     notes: tuple[str, ...] = ()
 
 
-def import_list(path: Path | str, model: str) -> Imported:
+def import_list(path: Path | str, model: str, out: Path | str | None = None) -> Imported:
     """The list in the file `path` as a manifest for `model` (alias, hub id or folder).
 
     path: a config.json with a quantization_config, or a plain JSON list of names. An entry may use today's
     names or those of the files on the hub, and is read by the rule of the transformers that the config names,
-    today's for a plain list. The output head and tied weights stay in 16-bit, as they always do here.
-    Raises ManifestError for a file without a list, or a list of which no entry matches the model.
+    today's for a plain list, which is taken to be for NF4 with double quantization. The output head and tied
+    weights stay in 16-bit, as they always do here. out: where the manifest goes, for its record of the
+    command.
+    Raises ManifestError for a file without a list, one for FP4, or a list of which no entry matches the
+    model.
     """
     file = Path(path)
     published = read_list(file)
-    blueprint = draw(resolve(model), published.format)
+    blueprint = draw(resolve(model), published.format, known(model))
     inventory = list_layers(blueprint.skeleton, published.format)
     label, rule = transformers_rule(published.transformers)
     matched = match_list(published.entries or (), inventory, rule)
@@ -86,8 +91,10 @@ def import_list(path: Path | str, model: str) -> Imported:
             f"{matched[0].entry!r}; pass the model that the list was made for."
         )
     kept = frozenset(name for one in matched for name in one.layers)
+    words = ["qprobe", "import", file.name, "--model", blueprint.source.id]
+    command = shlex.join([*words, *(["--out", Path(out).name] if out is not None else [])])
     notes = (*published.notes, *_remarks(matched, published, inventory, kept))
-    return Imported(_manifest(blueprint, inventory, kept, matched, file), label, matched, notes)
+    return Imported(_manifest(blueprint, inventory, kept, matched, command), label, matched, notes)
 
 
 def match_list(entries: Sequence[str], inventory: Inventory, rule: Rule) -> tuple[Matched, ...]:
@@ -116,7 +123,7 @@ def read_list(path: Path) -> GivenList:
     key = next((key for key in LIST_KEYS if config.get(key) is not None), None)
     entries = None if key is None else _names(config[key], path)
     version = data.get("transformers_version")
-    spec, notes = _format(config)
+    spec, notes = _format(config, data, path)
     return GivenList(entries, version if isinstance(version, str) else None, spec, notes)
 
 
@@ -141,21 +148,31 @@ def _names(value: Any, path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
-def _format(config: dict[str, Any]) -> tuple[FormatSpec, tuple[str, ...]]:
-    """Format of a bitsandbytes config; what qprobe cannot build is replaced, with a note."""
-    notes = []
-    codes = config.get("bnb_4bit_quant_type", "nf4")
-    is_four_bit = config.get("quant_method", "bitsandbytes") == "bitsandbytes" and codes == "nf4"
-    if not is_four_bit or config.get("load_in_8bit"):
-        notes.append("The list was made for another format; the manifest uses NF4 for what it quantizes.")
-    dtype = str(config.get("bnb_4bit_compute_dtype", "bfloat16")).removeprefix("torch.")
-    return (
-        FormatSpec(
-            double_quant=bool(config.get("bnb_4bit_use_double_quant", True)),
-            compute_dtype="float16" if dtype == "float16" else "bfloat16",
-        ),
-        tuple(notes),
-    )
+def _format(
+    quantization: dict[str, Any], config: dict[str, Any], path: Path
+) -> tuple[FormatSpec, tuple[str, ...]]:
+    """Format of a quantization_config in `config`; what a manifest cannot say is replaced, with a note.
+
+    Raises ManifestError for FP4, whose bytes a manifest could not tell.
+    """
+    if not is_four_bit(quantization):
+        return FormatSpec(), (
+            "The list was made for another format; the manifest uses NF4 for what it quantizes.",
+        )
+    said = str(quantization.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+    dtype = said if said == "float16" or said == "bfloat16" else model_dtype(config)
+    spec = four_bit_format(quantization, dtype)
+    if spec.name != "nf4":
+        named = "bnb_4bit_quant_type" in quantization
+        how = "" if named else ", since it names no bnb_4bit_quant_type"
+        raise ManifestError(
+            f"The config in {path} means {spec.name.upper()}{how}, and a manifest describes NF4 only. Pass "
+            f"its list alone, as a JSON list of names, to see what it keeps beside NF4."
+        )
+    if said == dtype:
+        return spec, ()
+    how = "" if "bnb_4bit_compute_dtype" in quantization else ", since it names no bnb_4bit_compute_dtype"
+    return spec, (f"The config computes in {said}{how}; the manifest computes in {dtype}.",)
 
 
 def _remarks(
@@ -169,9 +186,14 @@ def _remarks(
         remarks.append(
             f"{len(dead)} of {len(matched)} entries match nothing in this model: {', '.join(dead)}."
         )
-    rule = running_rule()
-    today = {name for one in matched for name in hits(rule, one.entry, (x.name for x in inventory.layers))}
-    if matched and today != kept:
+    today, unread = _read_today(matched, inventory)
+    if unread:
+        remarks.append(
+            f"Today's transformers reads an entry as a regular expression, and cannot read "
+            f"{', '.join(map(repr, unread))}, so it would not load with "
+            f"this list; export the manifest instead."
+        )
+    elif matched and today != kept:
         remarks.append(
             f"Handed to today's transformers as it stands, the list would keep {len(today & kept)} of these "
             f"{len(kept)} layers and {len(today - kept)} others; export the manifest instead."
@@ -185,12 +207,24 @@ def _remarks(
     return remarks
 
 
+def _read_today(matched: Sequence[Matched], inventory: Inventory) -> tuple[set[str], list[str]]:
+    """(layers, entries): what today's transformers keeps by these entries, and those that it cannot read."""
+    rule, names, unread = running_rule(), [x.name for x in inventory.layers], []
+    today: set[str] = set()
+    for one in matched:
+        try:
+            today.update(hits(rule, one.entry, names))
+        except ManifestError:
+            unread.append(one.entry)
+    return today, unread
+
+
 def _manifest(
     blueprint: Blueprint,
     inventory: Inventory,
     kept: frozenset[str],
     matched: Sequence[Matched],
-    path: Path,
+    command: str,
 ) -> Manifest:
     by_entry = {name: one.entry for one in reversed(matched) for name in one.layers}
     layers = tuple(
@@ -220,9 +254,7 @@ def _manifest(
         layers=layers,
         uncovered=inventory.uncovered,
         skip_modules=tuple(x.name for x in layers if x.precision == "bf16"),
-        made_by=MadeBy(
-            __version__, f"qprobe import {path.name}", datetime.now(UTC).isoformat(timespec="seconds")
-        ),
+        made_by=MadeBy(__version__, command, datetime.now(UTC).isoformat(timespec="seconds")),
     )
 
 

@@ -17,14 +17,14 @@ from qprobe.build.verify import Promise, promised, promises_of, verify, verify_l
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.formats.codes_file import checked
 from qprobe.manifest import Manifest, read_manifest
+from qprobe.models.catalogue import Entry
 from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import (
     Source,
     at_revision,
-    load_config,
     load_processor,
-    meta_model,
     model_class,
+    outline,
     pick_device,
     resolve,
 )
@@ -122,15 +122,18 @@ def with_dtype(spec: FormatSpec, dtype: str | None) -> FormatSpec:
     return replace(spec, compute_dtype=dtype)
 
 
-def draw(source: Source, spec: FormatSpec) -> Blueprint:
-    """The blueprint of `source`, from its config alone. Raises ModelError if that cannot be had."""
+def draw(source: Source, spec: FormatSpec, entry: Entry | None = None) -> Blueprint:
+    """The blueprint of `source`, from its config alone. Raises ModelError if that cannot be had.
+
+    entry: of the catalogue, to draw from its geometry where the weights are not wanted.
+    """
     if spec.blocksize != BLOCKSIZE:
         raise ManifestError(
             f"Blocks of {spec.blocksize} weights are wanted, but transformers loads bitsandbytes layers in "
             f"blocks of {BLOCKSIZE} only. Scan with that blocksize."
         )
-    config = load_config(source)
-    return Blueprint(source, config, meta_model(config, spec.compute_dtype), spec)
+    config, skeleton = outline(source, spec.compute_dtype, entry)
+    return Blueprint(source, config, skeleton, spec)
 
 
 def check_model(manifest: Manifest, model: str | None) -> Blueprint:

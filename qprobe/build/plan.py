@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qprobe.build.load import refuse_another_model
-from qprobe.errors import ManifestError, ModelError
+from qprobe.errors import ManifestError
 from qprobe.manifest import Manifest, read_manifest
-from qprobe.models.catalogue import Entry, PublishedSize, find
-from qprobe.models.geometry import catalogue_config
+from qprobe.models.catalogue import Entry, PublishedSize
 from qprobe.models.inventory import list_layers
 from qprobe.models.layouts import Bytes, Layout, bytes_of, standard_layouts
 from qprobe.models.outside import Outside, everything_outside
-from qprobe.models.reference import load_config, meta_model, resolve
+from qprobe.models.reference import Source, known, outline, resolve
 from qprobe.models.towers import CROSS, LANGUAGE, OTHER, PROJECTOR, VISION, tower_of
 from qprobe.records import FormatSpec, Inventory, Linear
 
@@ -110,50 +108,37 @@ def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
     """
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
     spec = written.format if written else FormatSpec()
-    outline = _outline(model, spec.compute_dtype)
-    fingerprint = refuse_another_model(written, outline.skeleton, outline.name)
-    inventory = list_layers(outline.skeleton, spec)
-    layouts = [*standard_layouts(inventory), *_published(outline.entry, inventory)]
+    found = _outline(model, spec.compute_dtype)
+    fingerprint = refuse_another_model(written, found.skeleton, found.name)
+    inventory = list_layers(found.skeleton, spec)
+    layouts = [*standard_layouts(inventory), *_published(found.entry, inventory)]
     if written is not None:
         layouts.append(_chosen(written, inventory))
-    beside = everything_outside(outline.skeleton)
-    figures = outline.entry.published_sizes if outline.entry else ()
+    beside = everything_outside(found.skeleton)
+    figures = found.entry.published_sizes if found.entry else ()
     return SizePlan(
-        model=outline.name,
-        hub_id=outline.hub_id,
-        architecture=type(outline.skeleton).__name__,
+        model=found.name,
+        hub_id=found.hub_id,
+        architecture=type(found.skeleton).__name__,
         fingerprint=fingerprint,
-        parameters=sum(p.numel() for p in outline.skeleton.parameters()),
+        parameters=sum(p.numel() for p in found.skeleton.parameters()),
         linear_layers=len(inventory.layers),
         layouts=tuple(_size(x, bytes_of(inventory.layers, beside, x), figures) for x in layouts),
-        towers=_towers(inventory, beside, layouts, type(outline.skeleton).__name__),
-        outside=tuple(
-            zip(beside, _towers_of(beside, inventory, type(outline.skeleton).__name__), strict=True)
-        ),
-        notes=_notes(outline, layouts, inventory),
+        towers=_towers(inventory, beside, layouts, type(found.skeleton).__name__),
+        outside=tuple(zip(beside, _towers_of(beside, inventory, type(found.skeleton).__name__), strict=True)),
+        notes=_notes(found, layouts, inventory),
     )
 
 
 def _outline(model: str, dtype: str) -> Outline:
     """The model on the meta device. Raises ModelError if its config cannot be had or builds nothing."""
-    is_folder = Path(model).expanduser().is_dir()
-    entry = None if is_folder else find(model)
+    entry = known(model)
     if entry is not None and entry.geometry is not None:
-        name, hub_id, config = entry.alias, entry.hub_id, partial(catalogue_config, entry)
+        source, hub_id = Source(entry.alias, entry.hub_id or entry.alias), entry.hub_id
     else:
         source = resolve(model)
-        name, hub_id = source.id, None if is_folder else source.location
-        config = partial(load_config, source)
-    try:
-        return Outline(name, hub_id, entry, meta_model(config(), dtype))
-    except ModelError:
-        raise
-    except Exception as error:  # a config can be wrong in as many ways as there are model classes
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"Model {name!r} cannot be built from its config.json: {first.rstrip('.')}. "
-            f"Check that this transformers knows its architecture and that the file is as published."
-        ) from error
+        hub_id = None if Path(source.location).is_dir() else source.location
+    return Outline(source.id, hub_id, entry, outline(source, dtype, entry)[1])
 
 
 def _published(entry: Entry | None, inventory: Inventory) -> list[Layout]:

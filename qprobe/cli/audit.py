@@ -24,6 +24,9 @@ def audit(folder: Path, manifest: Path | None, load: bool, device: str | None, a
     of the skip-list match nothing or too much, whether output head and tied weights are named, and the bytes.
     Entries are read as the transformers that is installed reads them.
 
+    With the manifest of a calibrated scan, the 4-bit weights too are read and held against the file of
+    calibrated weights that it names.
+
     Exit code 1 if config, files, manifest or loaded model disagree.
 
     \b

@@ -98,7 +98,7 @@ def import_(config: Path, model: str, out: Path, as_json: bool) -> None:
     from qprobe.build.imports import import_list
     from qprobe.manifest import write_manifest
 
-    imported = import_list(config, model)
+    imported = import_list(config, model, out)
     write_manifest(out, imported.manifest)
     if as_json:
         shared.print_json({"out": out, **imported.to_json()})

@@ -38,7 +38,17 @@ VLLM_LACKS = ("MllamaForConditionalGeneration",)
 OTHER_CODES = (
     "NF4 is bitsandbytes' own; here the 4-bit layers get {codes} instead, so measure again what it costs."
 )
+EXPERTS = (
+    "{count} stacked expert weights, such as {name}, are no linears, so they stay in 16-bit and the list "
+    "cannot name them. {tool}"
+)
 TEXT_ONLY = "{tool} quantizes the decoder's layers only, unless told otherwise; the other names do no harm."
+
+
+def _experts(manifest: Manifest, tool: str) -> tuple[str, ...]:
+    """A note on stacked experts with what `tool`, a sentence, does to them; nothing without such."""
+    names = [x.name for x in manifest.uncovered if ".experts." in x.name]
+    return (EXPERTS.format(count=len(names), name=names[0], tool=tool),) if names else ()
 
 
 def vllm(manifest: Manifest) -> Written:
@@ -59,6 +69,10 @@ def vllm(manifest: Manifest) -> Written:
             "Names of transformers and of vLLM stand in one list; each ignores the other's.",
             "The rule is that of vLLM up to 0.19.1 at least; 0.33.0 no longer ships bitsandbytes itself.",
             *lacks,
+            *_experts(
+                manifest,
+                "vLLM chooses the precision of experts by itself: check that it loads the checkpoint's.",
+            ),
         ),
     )
 
@@ -97,7 +111,12 @@ def llm_compressor(manifest: Manifest) -> Written:
     readers = _module_readers(manifest, matchers.compressed_tensors, "llm-compressor")
     entries = exact_entries(readers, str, lambda name: f"re:{exact(name)}")
     data = {"targets": ["Linear"], "scheme": "W4A16", "ignore": entries}
-    return Written(json.dumps(data, indent=2) + "\n", (OTHER_CODES.format(codes="W4A16 integers"),))
+    experts = _experts(
+        manifest,
+        "llm-compressor may unstack them into linears and quantize those: add 're:.*experts.*' to ignore.",
+    )
+    notes = (OTHER_CODES.format(codes="W4A16 integers"), *experts)
+    return Written(json.dumps(data, indent=2) + "\n", notes)
 
 
 def gptqmodel(manifest: Manifest) -> Written:
@@ -137,24 +156,34 @@ GGUF_LAYERS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# The same for stacked experts: one parameter here may be two tensors there.
+GGUF_EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
+_GGUF_EXPERT = re.compile(rf"layers\.(\d+)\.\w+\.experts\.({'|'.join(GGUF_EXPERTS)})(?:\.weight)?$")
+# llama.cpp, src/llama-quant.cpp (2026): it leaves biases and routers ("ffn_gate_inp") as they are.
+_GGUF_NEVER = re.compile(r"bias$|\.(?:gate|router)\.weight$")
 _GGUF_LAYER = re.compile(rf"layers\.(\d+)\.({'|'.join(map(re.escape, GGUF_LAYERS))})$")
 
 
 def llama_cpp(manifest: Manifest) -> Written:
     """The command line of llama-quantize.
 
-    Raises ManifestError for a decoder layer that llama.cpp has no tensor for.
+    Raises ManifestError for a decoder layer, or another weight in 16-bit, that llama.cpp has no tensor for.
     """
     half = {"bfloat16": "bf16", "float16": "f16"}[manifest.format.compute_dtype]
     tensors = gguf_tensors(manifest)
     entries = [f"^{re.escape(name)}$={half}" for name, kept in tensors.items() if kept]
     check_entries(entries, [Reader("llama.cpp", matchers.llama_cpp, tensors)])
-    head = _head_option(manifest)
-    options = [f"{head} {half}"] if head else []
+    # The embedding is no linear and so in 16-bit here; a tied head is the embedding in a GGUF file.
+    options = [f"--token-embedding-type {half}"]
+    options += [f"--output-tensor-type {half}"] if _keeps_own_head(manifest) else []
     options += [f"--tensor-type {shlex.quote(entry)}" for entry in entries]
     lines = ["llama-quantize", *options, "model-16bit.gguf model-iq4_nl.gguf IQ4_NL"]
-    notes = [OTHER_CODES.format(codes="IQ4_NL"), "Do not add --pure, which turns --tensor-type off."]
-    outside = _vision_part(manifest)
+    notes = [
+        OTHER_CODES.format(codes="IQ4_NL"),
+        "Do not add --pure, which turns --tensor-type off.",
+        "llama-quantize may itself give a larger type to some tensors that no option names: read its log.",
+    ]
+    outside = _vision_part(manifest) & {x.name for x in manifest.layers}
     if outside:
         notes.append(
             f"{len(outside)} layers of the vision part lie in the mmproj file, which llama-quantize does not "
@@ -164,7 +193,10 @@ def llama_cpp(manifest: Manifest) -> Written:
 
 
 def gguf_tensors(manifest: Manifest) -> dict[str, bool]:
-    """By GGUF name of each decoder tensor: whether it stays in 16-bit; the output head is not among them."""
+    """By GGUF name of each decoder tensor: whether it stays in 16-bit, experts always.
+
+    Output head and embedding, which have options of their own, are not among them.
+    """
     found: dict[str, bool] = {}
     outside = _vision_part(manifest)
     for layer in manifest.layers:
@@ -177,16 +209,23 @@ def gguf_tensors(manifest: Manifest) -> dict[str, bool]:
                 f"cannot be told about that layer; export to another tool."
             )
         found[f"blk.{match[1]}.{GGUF_LAYERS[match[2]]}.weight"] = layer.precision == "bf16"
+    for weight in manifest.uncovered:
+        if weight.name in outside or _GGUF_NEVER.search(weight.name):
+            continue
+        match = _GGUF_EXPERT.search(weight.name)
+        if match is None:
+            raise ManifestError(
+                f"{weight.name} of {manifest.model.architecture} stays in 16-bit, but llama-quantize cannot "
+                f"be told so, since its tensor is not known here; export to another tool."
+            )
+        found |= dict.fromkeys((f"blk.{match[1]}.{x}.weight" for x in GGUF_EXPERTS[match[2]]), True)
     return found
 
 
-def _head_option(manifest: Manifest) -> str | None:
-    """The option for the output head; a tied one is the token embedding in a GGUF file."""
-    for layer in manifest.layers:
-        if _is_output(layer) and layer.precision == "bf16":
-            is_tied = layer.reason.startswith("tied")
-            return "--token-embedding-type" if is_tied else "--output-tensor-type"
-    return None
+def _keeps_own_head(manifest: Manifest) -> bool:
+    """True if the model has an output head in 16-bit that is not its embedding."""
+    heads = [x for x in manifest.layers if _is_output(x) and x.precision == "bf16"]
+    return any(not x.reason.startswith("tied") for x in heads)
 
 
 def _is_output(layer: LayerChoice) -> bool:
@@ -194,9 +233,9 @@ def _is_output(layer: LayerChoice) -> bool:
 
 
 def _vision_part(manifest: Manifest) -> frozenset[str]:
-    """Names of the layers outside the decoder and its head; a model without vision has none."""
+    """Names of layers and other weights outside the decoder and its head; a model without vision has none."""
     architecture = manifest.model.architecture
-    towers = {x.name: tower_of(x.name, architecture, True) for x in manifest.layers}
-    if VISION not in towers.values():
+    if VISION not in {tower_of(x.name, architecture, True) for x in manifest.layers}:
         return frozenset()
+    towers = {x.name: tower_of(x.name, architecture, True) for x in (*manifest.layers, *manifest.uncovered)}
     return frozenset(name for name, tower in towers.items() if tower in (VISION, PROJECTOR, OTHER))

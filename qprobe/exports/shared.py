@@ -23,11 +23,22 @@ def where_notes(manifest: Manifest) -> tuple[str, ...]:
     return (f"{manifest.model.id!r} is no name on the hub: write the folder of the 16-bit weights instead.",)
 
 
+def rounding_notes(manifest: Manifest) -> tuple[str, ...]:
+    """What a tool that makes the 4-bit weights itself loses of calibrated ones; nothing for plain NF4."""
+    if not manifest.format.is_calibrated:
+        return ()
+    return (
+        "The tool makes the 4-bit weights from 16-bit ones itself and rounds to nearest: to keep the "
+        "calibration, load the checkpoint that `qprobe quantize` writes. The KL in the manifest is that of "
+        "calibrated NF4.",
+    )
+
+
 def bits_and_bytes(manifest: Manifest, entries: Sequence[str]) -> dict[str, Any]:
     """Keywords of transformers' BitsAndBytesConfig, in JSON values, that load the manifest's model."""
     return {
         "load_in_4bit": True,
-        "bnb_4bit_quant_type": manifest.format.name,
+        "bnb_4bit_quant_type": manifest.format.quant_type,
         "bnb_4bit_use_double_quant": manifest.format.double_quant,
         "bnb_4bit_compute_dtype": manifest.format.compute_dtype,
         "llm_int8_skip_modules": list(entries),

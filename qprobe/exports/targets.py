@@ -16,7 +16,7 @@ from qprobe.exports.keys import (
     transformers_4_readers,
     transformers_readers,
 )
-from qprobe.exports.shared import Written, bits_and_bytes, snippet, where_notes
+from qprobe.exports.shared import Written, bits_and_bytes, rounding_notes, snippet, where_notes
 from qprobe.manifest import Manifest, read_manifest
 
 
@@ -50,7 +50,8 @@ def export_manifest(manifest: Manifest | str | Path, to: str) -> Export:
         raise QprobeError(f"No tool {to!r}: qprobe exports to {', '.join(TOOLS)}.")
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     text, notes = TOOLS[to](written)
-    return Export(to, text, notes, written.skip_modules)
+    lost = () if to in OF_CHECKPOINTS else rounding_notes(written)
+    return Export(to, text, (*notes, *lost), written.skip_modules)
 
 
 def _transformers(manifest: Manifest) -> Written:
@@ -82,6 +83,9 @@ def _transformers_4(manifest: Manifest) -> Written:
         ),
     )
 
+
+# These work on a model that is in 4-bit already; all others make it from 16-bit weights.
+OF_CHECKPOINTS = ("vllm", "peft", "llama-factory")
 
 # In the order in which the help shows them.
 TOOLS: Mapping[str, Callable[[Manifest], Written]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -84,11 +85,12 @@ class Trial:
 
     @property
     def command(self) -> str:
-        asked = self.options
-        limit = f"--budget {asked.budget or DEFAULT_BUDGET}"
-        limit = limit if asked.max_kl is None else f"--max-kl {asked.max_kl}"
-        fmt = "" if asked.format == "nf4" else f" --format {asked.format}"
-        return f"qprobe scan --model {asked.model}{fmt} {limit}"
+        """What a reader of the results types: with the model's id, never the path of a folder here."""
+        asked, words = self.options, ["qprobe", "scan", "--model", self.record.model.id]
+        words += [] if asked.format == "nf4" else ["--format", asked.format]
+        if asked.max_kl is None:
+            return shlex.join([*words, "--budget", str(asked.budget or DEFAULT_BUDGET)])
+        return shlex.join([*words, "--max-kl", str(asked.max_kl)])
 
     def measure(self, plans: Mapping[str, Plan]) -> dict[str, Candidate]:
         """Each plan as a candidate, measured on the held-out samples; what is known is not run again."""

@@ -21,6 +21,13 @@ SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 256 * 2**20  # an index has about 100 bytes a tensor
 QUANT_STATE = ".quant_state.bitsandbytes__"  # bitsandbytes 0.50, functional.py, `QuantState.as_dict`
+# Bits of an element, from the format's own list; of a dtype that is newer, the size cannot be checked.
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,11 @@ class StoredTensor:
 class StoredWeight:
     """The weight of one linear in the files.
 
-    four_bit: "nf4" or "fp4" of the codes, None for a plain tensor. absmax: number of block scales.
-    nested: whether the scales are quantized too.
+    name: its key there. four_bit: "nf4" or "fp4" of the codes, None for a plain tensor. absmax: number of
+    block scales. nested: whether the scales are quantized too.
     """
 
+    name: str
     tensor: StoredTensor
     four_bit: str | None
     absmax: int = 0
@@ -67,12 +75,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder`, by name, without reading any weight.
 
+    Of the files that transformers loads: the single one where it is there, whatever an index says
+    (transformers 5.23, modeling_utils.py, `_get_resolved_checkpoint_files`).
+
     Raises ModelError, naming the file, if one is missing, cut off, or no safetensors file.
     """
-    if (folder / INDEX).is_file():
-        return _sharded(folder)
     if (folder / SINGLE).is_file():
         return _header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _sharded(folder)
     others = sorted(x.name for x in folder.glob("*.bin"))
     found = f"only {others[0]}, a pickle, which qprobe does not read" if others else "no weights"
     raise ModelError(f"{folder} holds {found}: neither {SINGLE} nor {INDEX}; save the model as safetensors.")
@@ -87,8 +98,8 @@ def stored_weight(tensors: Mapping[str, StoredTensor], layer: str) -> StoredWeig
     codes = next((c for c in ("nf4", "fp4") if f"{name}{QUANT_STATE}{c}" in tensors), None)
     absmax = tensors.get(f"{name}.absmax")
     if codes is None or absmax is None:
-        return StoredWeight(tensor, None)
-    return StoredWeight(tensor, codes, absmax.elements, f"{name}.nested_absmax" in tensors)
+        return StoredWeight(name, tensor, None)
+    return StoredWeight(name, tensor, codes, absmax.elements, f"{name}.nested_absmax" in tensors)
 
 
 def _sharded(folder: Path) -> dict[str, StoredTensor]:
@@ -146,7 +157,11 @@ def _tensor(entry: dict[str, Any], data_bytes: int, file: str) -> StoredTensor:
         raise ValueError(f"a tensor lies at {start} to {end}")
     if end > data_bytes:
         raise ValueError(f"a tensor ends at byte {end:,} of {data_bytes:,}, so the file is cut off")
-    return StoredTensor(str(entry["dtype"]), tuple(int(x) for x in entry["shape"]), end - start, file)
+    dtype, shape = str(entry["dtype"]), tuple(int(x) for x in entry["shape"])
+    bits = DTYPE_BITS.get(dtype)
+    if min(shape, default=0) < 0 or (bits is not None and bits * prod(shape) != 8 * (end - start)):
+        raise ValueError(f"a tensor of {dtype} {list(shape)} has {end - start:,} bytes")
+    return StoredTensor(dtype, shape, end - start, file)
 
 
 def _json(path: Path) -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from qprobe.errors import MachineError, ModelError
-from qprobe.models.catalogue import ENTRIES, find, nearest
+from qprobe.models.catalogue import ENTRIES, Entry, find, nearest
+from qprobe.models.geometry import catalogue_config
 from qprobe.models.inventory import fingerprint
 from qprobe.records import ModelIdentity
 
@@ -51,6 +52,8 @@ def resolve(model: str) -> Source:
 
     Raises ModelError if it is none of them.
     """
+    if not model.strip():
+        raise ModelError("The model is an empty name. Pass a folder, a hub id (owner/name) or a known name.")
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -164,6 +167,31 @@ def meta_model(config: Any, dtype: str) -> nn.Module:
                 parameter.data = parameter.data.to(kept)
     built.tie_weights()
     return built.eval()
+
+
+def known(model: str) -> Entry | None:
+    """The catalogue's entry for `model`; None for a folder, and for what the catalogue does not know."""
+    return None if Path(model).expanduser().is_dir() else find(model)
+
+
+def outline(source: Source, dtype: str, entry: Entry | None = None) -> tuple[Any, nn.Module]:
+    """(config, model without weights) of `source`.
+
+    entry: the catalogue's, whose geometry, if it has one, takes the place of the config of `source`, so that
+    no network is needed. Raises ModelError if the config cannot be had or builds nothing.
+    """
+    try:
+        is_embedded = entry is not None and entry.geometry is not None
+        config = catalogue_config(entry) if is_embedded else load_config(source)
+        return config, meta_model(config, dtype)
+    except ModelError:
+        raise
+    except Exception as error:  # a config can be wrong in as many ways as there are model classes
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"Model {source.id!r} cannot be built from its config.json: {said.rstrip('.')}. "
+            f"Check that this transformers knows its architecture and that the file is as published."
+        ) from error
 
 
 def load_processor(source: Source) -> Any:

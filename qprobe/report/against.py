@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from qprobe.errors import RunError
 from qprobe.report.figures import PAGE, Layout, finished, framed, samples_of, set_scale, with_missing
 from qprobe.report.labels import label_points
-from qprobe.report.names import short_names
+from qprobe.report.names import plain, short_names
 from qprobe.report.panels import BLUE, GREY, VERMILION, Panel, taken, upper_fence
 
 STYLES: tuple[dict[str, Any], ...] = (
@@ -42,7 +42,7 @@ def against_plot(first: Side, second: Side, title: str, layout: Layout = PAGE) -
     for ax, panel in zip(axes, panels, strict=False):
         _draw(ax, tables, panel, layout)
     series = [
-        Line2D([], [], ls="", ms=4, label="; ".join([side.name, *samples_of(side.table)]), **style)
+        Line2D([], [], ls="", ms=4, label="; ".join([plain(side.name), *samples_of(side.table)]), **style)
         for side, style in zip((first, second), STYLES, strict=True)
     ]
     left_out = len(first.table) + len(second.table) - 2 * len(tables[0])

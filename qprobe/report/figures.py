@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
 from qprobe.report.labels import label_points
-from qprobe.report.names import short_names
+from qprobe.report.names import plain, short_names
 from qprobe.report.panels import (
     BLUE,
     GREY,
@@ -91,7 +91,7 @@ def framed(table: pd.DataFrame, panels: list[Panel], title: str, layout: Layout)
     count = max(len(panels), 1)
     height = 0.145 * layout.font + layout.panel_height * count + named
     figure = Figure(figsize=(layout.width(len(table)), height), layout="constrained")
-    figure.suptitle(title, fontsize=layout.font + min(4, layout.font - 5), x=0.01, ha="left")
+    figure.suptitle(plain(title), fontsize=layout.font + min(4, layout.font - 5), x=0.01, ha="left")
     axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     if not panels:
         axes[0].text(0.5, 0.5, "nothing was measured", transform=axes[0].transAxes, ha="center")

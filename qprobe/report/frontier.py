@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qprobe.manifest import Compared
+from qprobe.report.names import plain
 from qprobe.report.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 STANDARD = "nothing kept"  # the name of standard 4-bit among the lists compared
@@ -47,7 +48,7 @@ def frontier_plot(frontier: pd.DataFrame, title: str, compared: Sequence[Compare
     ax.set_ylabel("KL to the 16-bit model (nats / answer token)")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, frameon=False)
-    ax.set_title(title, loc="left")
+    ax.set_title(plain(title), loc="left")
     return figure
 
 

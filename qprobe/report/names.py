@@ -44,3 +44,8 @@ def kind_of(name: str) -> str:
     parts = name.split(".")
     last = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
     return ".".join(parts[last:])
+
+
+def plain(text: str) -> str:
+    """`text` as matplotlib must be given it to draw it as it is: two "$" would make a formula of it."""
+    return text.replace("$", r"\$")

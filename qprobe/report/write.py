@@ -128,11 +128,12 @@ def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[
 def _against(
     folder: Path, other: Path, mine: tuple[Scan, pd.DataFrame], theirs: tuple[Scan, pd.DataFrame]
 ) -> Figure:
+    names = [path.resolve().name for path in (folder, other)]  # a path would tell where its user keeps it
     one, two = (
-        Side(f"{path}: {scan.model.id}, {scan.format.name}", table)
-        for path, (scan, table) in ((folder, mine), (other, theirs))
+        Side(f"{name}: {scan.model.id}, {scan.format.name}", table)
+        for name, (scan, table) in zip(names, (mine, theirs), strict=True)
     )
-    return against_plot(one, two, f"{folder.name or folder} against {other.name or other}")
+    return against_plot(one, two, f"{names[0]} against {names[1]}")
 
 
 def _image(figure: Figure, kind: str, layout: Layout) -> bytes:

@@ -98,26 +98,34 @@ def from_jsonl(path: Path, prompt: str | None = None, limit: int | None = None) 
     the answer may be missing. Raises SampleError if the file is missing or no line is usable.
     """
     if not path.is_file():
-        raise SampleError(f"Data file {path} does not exist. Pass a .jsonl file to --data.")
+        what = "is no regular file" if path.exists() else "does not exist"
+        raise SampleError(f"Data file {path} {what}. Pass a .jsonl file to --data.")
     found: list[Sample] = []
     skipped: list[str] = []
     for number, line in _lines(path):
         if limit is not None and len(found) >= limit:
             break
         try:
-            found.append(_sample(json.loads(line), f"{path.stem}-{number}", path.parent, prompt))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            record = json.loads(line.decode("utf-8"))
+            found.append(_sample(record, f"{path.stem}-{number}", path.parent, prompt))
+        except UnicodeDecodeError as error:
+            where = f"byte {error.start + 1}"
+            skipped.append(f"{path.name} line {number}: skipped, it is not UTF-8 ({where}); save it as UTF-8")
+        except KeyError as error:
+            skipped.append(f"{path.name} line {number}: skipped, it has no key {error}")
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
             skipped.append(f"{path.name} line {number}: skipped, {error}")
     if not found:
         why = f" ({skipped[0]})" if skipped else ""
         raise SampleError(
-            f"{path} holds no usable line{why}. A line is a JSON object with an image and a question."
+            f'{path} holds no usable line{why}. A line is a JSON object with "prompt", the question, and, if '
+            f'there are, "image", a file, and "answer"; lines of text alone are fine.'
         )
     return Samples(tuple(found), tuple(skipped))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, line
@@ -139,7 +147,7 @@ def _sample(record: dict, name: str, folder: Path, prompt: str | None) -> Sample
             raise ValueError(f"image {image}: {problem}")
     question = question or prompt or (DEFAULT_PROMPT if data else None)
     if not question:
-        raise ValueError("it has neither a question nor an image")
+        raise ValueError('it has neither a question ("prompt") nor an "image"')
     return Sample(str(record.get("id", name)), question, data, answer or None)
 
 

@@ -17,7 +17,7 @@ from qprobe.build.audit import audit
 from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.build.storage import stored_bytes
 from qprobe.errors import ModelError
-from qprobe.models.headers import SINGLE
+from qprobe.models.headers import INDEX, SINGLE
 from tests import tiny
 from tests.build.manifests import every_third, manifest_for
 
@@ -239,3 +239,37 @@ def test_a_file_that_is_cut_off_is_named(stale: Any):
     (folder / SINGLE).write_bytes(whole[:-1])
     with pytest.raises(ModelError, match="cut off"):
         audit(folder)
+
+
+def test_an_index_beside_the_single_file_is_a_remark(stale: Any):
+    folder, manifest = stale("llama", lambda _: None)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "lost.safetensors"}}))
+    found = audit(folder, manifest, load=True, device="cpu")  # transformers loads the single file as well
+    assert found.ok and any("ignores the other" in x for x in found.remarks)
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such part"), AssertionError(), TypeError("a\nb")])
+def test_whatever_loading_ends_with_is_the_finding(
+    error: Exception, saved: Any, monkeypatch: pytest.MonkeyPatch
+):
+    folder, _ = saved("llama")
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    (problem,) = audit(folder, load=True, device="cpu").problems
+    said = str(error).partition("\n")[0] or type(error).__name__
+    assert problem == f"transformers cannot load the checkpoint: {said}."
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_too_little_memory_is_no_finding(error: type[Exception], saved: Any, monkeypatch: pytest.MonkeyPatch):
+    folder, _ = saved("llama")
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise error("too little")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(error, match="too little"):
+        audit(folder, load=True, device="cpu")

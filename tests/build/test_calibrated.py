@@ -13,9 +13,11 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from qprobe.build import compare as compare_module
+from qprobe.build.audit import audit
 from qprobe.build.compare import compare
 from qprobe.build.load import load_dynamic_4bit
 from qprobe.build.save import save_dynamic_4bit
@@ -180,6 +182,49 @@ def test_the_run_says_what_was_calibrated(run):
     manifest = read_manifest(one.manifest)
     assert manifest.made_by.command.endswith("--format nf4-calibrated --budget +10%")
     assert {x.precision for x in manifest.layers} <= {"nf4", "bf16"}
+
+
+@pytest.mark.parametrize("name", ["llama", "odd"])
+def test_an_audit_tells_calibrated_codes_from_rounding_to_nearest(name, run, tmp_path):
+    one = run(name)
+    manifest = read_manifest(one.manifest)
+    saved = save_dynamic_4bit(one.manifest, tmp_path / "calibrated", str(one.model), "cpu")
+    found = audit(saved, one.manifest)
+    assert found.ok, found.problems
+    # The same list, the same layout, the same bytes; only the codes are those of plain NF4.
+    plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
+    nearest = save_dynamic_4bit(plain, tmp_path / "nearest", str(one.model), "cpu")
+    assert audit(nearest, plain).ok
+    (problem,) = audit(nearest, one.manifest).problems
+    with open_codes(one.folder / FILE_NAME) as file:
+        held = [x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers]
+    assert problem.startswith(f"{len(held)} of {len(held)} linears in 4-bit do not hold the calibrated codes")
+    assert held[0] in problem
+
+
+def test_an_audit_compares_block_scales_and_names_the_one_layer(run, tmp_path):
+    one = run("llama")
+    saved = save_dynamic_4bit(one.manifest, tmp_path / "out", str(one.model), "cpu")
+    with open_codes(one.folder / FILE_NAME) as file:
+        manifest = read_manifest(one.manifest)
+        layer = next(x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers)
+    tensors = load_file(saved / "model.safetensors")
+    tensors[f"{layer}.weight.absmax"][0] ^= 1
+    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
+    (problem,) = audit(saved, one.manifest).problems
+    assert problem.startswith("1 of ") and f": {layer}." in problem
+
+
+@pytest.mark.parametrize(("harm", "why"), [("missing", "cannot be read"), ("changed", "SHA-256")])
+def test_an_audit_without_the_calibrated_weights_is_not_clear(harm, why, run, tmp_path):
+    one = run("llama")
+    saved = save_dynamic_4bit(one.manifest, tmp_path / "out", str(one.model), "cpu")
+    manifest = Path(shutil.copy(one.manifest, tmp_path))
+    if harm == "changed":
+        (tmp_path / FILE_NAME).write_bytes((one.folder / FILE_NAME).read_bytes()[:-1] + b"!")
+    (problem,) = audit(saved, manifest).problems
+    assert problem.startswith("The calibrated codes could not be compared: ") and why in problem
+    assert audit(saved, read_manifest(manifest), manifest_folder=one.folder).ok
 
 
 @pytest.mark.parametrize("harm", ["missing", "changed", "another"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import MllamaConfig
 
 from qprobe.build.imports import import_list, read_list
 from qprobe.build.load import check_model, load_dynamic_4bit
+from qprobe.build.plan import plan
 from qprobe.errors import ManifestError
 from qprobe.manifest import manifest_from_json, manifest_to_json
 from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
@@ -26,7 +28,9 @@ def given(tmp_path: Path) -> Callable[..., Path]:
     def write(value: Any, version: str | None = None, **quantization: Any) -> Path:
         path = tmp_path / "config.json"
         if version is not None:
-            config = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": value, **quantization}
+            config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+            config |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+            config |= {"llm_int8_skip_modules": value, **quantization}
             value = {"transformers_version": version, "quantization_config": config}
         path.write_text(json.dumps(value))
         return path
@@ -108,6 +112,54 @@ def test_the_format_comes_from_the_config(given: Any):
     assert (found.format.double_quant, found.format.compute_dtype, found.notes) == (False, "float16", ())
     other = read_list(given(["a"], "5.1.0", quant_method="awq"))
     assert "made for another format" in other.notes[0]
+
+
+def test_what_a_config_leaves_out_means_what_transformers_takes_it_for(tmp_path: Path):
+    # BitsAndBytesConfig(load_in_4bit=True): fp4, no double quantization, computing in float32.
+    def write(torch_dtype: str = "bfloat16", **quantization: Any) -> Path:
+        config = {"quant_method": "bitsandbytes", "load_in_4bit": True, **quantization}
+        data = {"torch_dtype": torch_dtype, "quantization_config": config}
+        (tmp_path / "c.json").write_text(json.dumps(data))
+        return tmp_path / "c.json"
+
+    with pytest.raises(ManifestError, match=r"means FP4, since it names no bnb_4bit_quant_type.*NF4 only"):
+        read_list(write())
+    with pytest.raises(ManifestError, match=r"means FP4, and a manifest describes NF4 only"):
+        read_list(write(bnb_4bit_quant_type="fp4"))
+    found = read_list(write(bnb_4bit_quant_type="nf4"))
+    assert (found.format.double_quant, found.format.compute_dtype) == (False, "bfloat16")
+    (note,) = found.notes
+    assert "computes in float32, since it names no bnb_4bit_compute_dtype" in note and "in bfloat16" in note
+    half = read_list(write("float16", bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="torch.float32"))
+    assert half.format.compute_dtype == "float16" and "computes in float32; the manifest" in half.notes[0]
+
+
+def test_a_plain_list_is_for_nf4_with_double_quantization(given: Any):
+    found = read_list(given(["a"]))
+    assert (found.format.name, found.format.double_quant, found.notes) == ("nf4", True, ())
+
+
+def test_an_entry_that_only_transformers_4_can_read_is_imported_and_said(given: Any, tiny_folder: TinyFolder):
+    # To transformers 4 it is plain text that matches nothing; as a regular expression it is none.
+    found = import_list(given(["*.mlp", "mlp.up_proj", "lm_head"], "4.46.2"), str(tiny_folder("llama")))
+    assert found.to_json()["dead"] == ["*.mlp", "mlp.up_proj"]
+    assert any("cannot read '*.mlp'" in note for note in found.notes)
+
+
+def test_a_known_name_needs_no_network(given: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def refuse(*_arguments: object) -> None:
+        raise AssertionError("reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    found = import_list(given(list(UNSLOTH_LLAMA_11B.entries), "4.46.2"), "llama-3.2-11b-vision", "a b.json")
+    assert len(found.manifest.skip_modules) == 19
+    model = found.manifest.model
+    assert model.id == "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    assert found.manifest.made_by.command == (
+        f"qprobe import config.json --model {model.id} --out 'a b.json'"
+    )
+    assert plan("llama-3.2-11b-vision", found.manifest).fingerprint == model.fingerprint
 
 
 def test_modules_to_not_convert_serves_as_well(given: Any):

@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from qprobe import plan as exported
+from qprobe.build.audit import audit
+from qprobe.build.imports import import_list
 from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.build.plan import LayoutSize, SizePlan, plan
 from qprobe.build.storage import stored_bytes
@@ -225,14 +228,28 @@ def test_a_config_of_a_quantized_checkpoint_is_told(tiny_folder: TinyFolder, tmp
         ("[1]", "model_type"),
         ('{"model_type": "never-heard-of"}', "never-heard-of"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be built"),
+        ('{"model_type": "llama", "num_hidden_layers": "abc"}', "num_hidden_layers.*expected int, got str"),
         ('{"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}', "custom code"),
     ],
 )
 def test_a_config_that_builds_nothing_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=said) as refused:
-        plan(str(tmp_path))
-    assert "\n" not in str(refused.value)
+    (tmp_path / "list.json").write_text('["lm_head"]')
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    runs = [plan, lambda folder: import_list(tmp_path / "list.json", folder), audit]
+    for run in runs[: 2 if text in ("{", "[1]") else 3]:  # audit says of those what it says of its own
+        with pytest.raises(ModelError, match=said) as refused:
+            run(str(tmp_path))
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("model", ["", " "])
+def test_an_empty_name_is_not_the_working_directory(
+    model: str, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_folder("llama"))
+    with pytest.raises(ModelError, match="empty name"):
+        plan(model)
 
 
 def test_a_known_name_needs_no_network_and_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -18,6 +19,7 @@ from qprobe.exports.engines import vllm_modules
 from qprobe.manifest import Manifest, write_manifest
 from qprobe.models import matchers
 from qprobe.models.spellings import spellings
+from qprobe.records import FORMATS, CodesFile, Uncovered
 from tests.exports.manifests import manifest_of, of_tree
 from tests.models import trees
 
@@ -28,6 +30,12 @@ GGUF_MODELS = (
     "LlavaForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
 )
+
+
+def in_format(manifest: Manifest, name: str) -> Manifest:
+    """`manifest` in another 4-bit format, with a file of weights where that has one."""
+    codes = None if name == "nf4" else CodesFile("weights.safetensors", "0" * 64)
+    return replace(manifest, format=replace(manifest.format, name=name), codes=codes)
 
 
 def chosen(architecture: str) -> Manifest:
@@ -51,15 +59,49 @@ def kept_by(rule, entries, names):
     return {name for name in names for entry in entries if rule(entry, name)}
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_calibrated_weights_are_exported_as_the_nf4_that_they_are(tool: str):
+    manifest = chosen("LlamaForCausalLM")
+    plain, made = (export_manifest(in_format(manifest, name), tool) for name in FORMATS)
+    assert made.text == plain.text  # no tool has a type "nf4-calibrated"
+    lost = set(made.notes) - set(plain.notes)
+    if tool in ("vllm", "peft", "llama-factory"):  # which take a model that is in 4-bit already
+        assert not lost
+    else:
+        (note,) = lost
+        assert "rounds to nearest" in note and "KL in the manifest is that of calibrated NF4" in note
+
+
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("tool", [x for x in TOOLS if x != "llama.cpp"])
-def test_every_tool_takes_every_architecture(tool: str, architecture: str):
-    manifest = chosen(architecture)
+def test_every_tool_takes_every_architecture(tool: str, fmt: str, architecture: str):
+    manifest = in_format(chosen(architecture), fmt)
     made = export_manifest(manifest, tool)
     assert made.tool == tool and made.layers_16bit == manifest.skip_modules
     assert made.text.endswith("\n") and json.dumps(made.to_json())
     assert all(note.endswith(".") for note in made.notes)
-    assert tool == "peft" or "lm_head" in made.text
+    listed = entries_in(tool, made.text)
+    assert {
+        x.name for x in manifest.layers if listed.intersection(spellings(x.name, x.checkpoint_name).all)
+    } == set(manifest.skip_modules)
+
+
+def entries_in(tool: str, text: str) -> set[str]:
+    """The module names that the text for `tool` keeps in 16-bit, without the marks of its patterns."""
+    if tool in ("transformers-python", "unsloth"):
+        found = ast.literal_eval(text.partition("skip_modules = ")[2].partition("]")[0] + "]")
+    elif tool == "axolotl":
+        found = yaml.safe_load(text)["bnb_config_kwargs"]["llm_int8_skip_modules"]
+    elif tool == "llama-factory":
+        found = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
+    else:
+        data = json.loads(text)
+        data = data.get("quantization_config", data)
+        keys = ("llm_int8_skip_modules", "layers_16bit", "ignore", "dynamic", "layer_config")
+        (found,) = [data[key] for key in keys if key in data]
+    assert len(set(found)) == len(found)
+    return {re.sub(r"^(-:|re:)?\^?|\$$", "", entry).replace("\\", "") for entry in found}
 
 
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
@@ -138,22 +180,82 @@ def test_peft_puts_adapters_on_exactly_the_layers_of_the_pattern(architecture: s
     assert data["layers_4bit"] == [x.name for x in manifest.layers if x.precision == "nf4"]
 
 
+# By hand from gguf's tables; the list of gguf_tensors' own must not serve as its oracle.
+SEVEN = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_options(text: str) -> dict[str, list[str]]:
+    """The values of each option of a command line of llama-quantize, which ends in three plain words."""
+    words = shlex.split(text.replace("\\\n", ""))  # shlex does not join lines as a shell does
+    assert words[0] == "llama-quantize" and words[-1] == "IQ4_NL"
+    options: dict[str, list[str]] = {}
+    given = words[1:-3]
+    for name, value in zip(given[::2], given[1::2], strict=True):
+        options.setdefault(name, []).append(value)
+    return options
+
+
 @pytest.mark.parametrize("architecture", GGUF_MODELS)
-def test_llama_quantize_keeps_the_decoders_layers(architecture: str):
+def test_llama_quantize_keeps_exactly_the_decoders_layers(architecture: str):
     manifest = chosen(architecture)
-    words = shlex.split(export_manifest(manifest, "llama.cpp").text)
-    entries = [words[i + 1] for i, word in enumerate(words) if word == "--tensor-type"]
-    short = {"self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down", "self_attn.q_proj": "attn_q"}
-    for layer in manifest.layers:
-        match = re.search(r"(?<!encoder\.)layers\.(\d+)\.(self_attn\.\w+|mlp\.\w+)$", layer.name)
-        if match is None or match[2] not in short or "vision" in layer.name:
-            continue
-        tensor = f"blk.{match[1]}.{short[match[2]]}.weight"
-        assert any(matchers.llama_cpp(e, tensor) for e in entries) == (layer.precision == "bf16")
-    tied = next(x for x in manifest.layers if x.name == "lm_head").reason == "tied"
-    option = "--token-embedding-type" if tied else "--output-tensor-type"
-    assert words[words.index(option) + 1] == "bf16" and words[-1] == "IQ4_NL"
+    options = gguf_options(export_manifest(manifest, "llama.cpp").text)
+    entries = options.pop("--tensor-type", [])
     assert all(e.endswith("=bf16") for e in entries)
+    decoder = {
+        f"blk.{match[1]}.{SEVEN[match[2]]}.weight": layer.precision == "bf16"
+        for layer in manifest.layers
+        if not re.search("vision|visual", layer.name)
+        and (match := re.search(r"layers\.(\d+)\.(.+)$", layer.name))
+    }
+    blocks = {x.split(".")[1] for x in decoder}
+    assert len(decoder) == 7 * len(blocks) and set(decoder.values()) == {True, False}
+    assert {x for x in decoder if any(matchers.llama_cpp(e, x) for e in entries)} == {
+        x for x, is_kept in decoder.items() if is_kept
+    }
+    assert len(entries) == sum(decoder.values())
+    tied = next(x for x in manifest.layers if x.name == "lm_head").reason == "tied"
+    head = {} if tied else {"--output-tensor-type": ["bf16"]}
+    assert options == {"--token-embedding-type": ["bf16"], **head}
+
+
+def with_experts(*more: str) -> Manifest:
+    """Attention and stacked experts, which no skip-list can name, as Qwen3-MoE has them."""
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight", *more]
+    uncovered = [Uncovered(f"model.layers.3.{x}", 100, "a fused weight") for x in names]
+    layers = {"model.layers.3.self_attn.q_proj": False, "lm_head": True}
+    return manifest_of(layers, "Qwen3MoeForCausalLM", uncovered=uncovered)
+
+
+def test_experts_stay_in_16_bit_in_a_gguf_file():
+    options = gguf_options(export_manifest(with_experts(), "llama.cpp").text)
+    stacked = [f"blk.3.ffn_{x}_exps.weight" for x in ("gate", "up", "down")]
+    others = ["blk.3.attn_q.weight", "blk.13.ffn_up_exps.weight", "blk.3.ffn_gate_inp.weight"]
+    entries = options["--tensor-type"]
+    assert [x for x in [*stacked, *others] if any(matchers.llama_cpp(e, x) for e in entries)] == stacked
+    with pytest.raises(
+        ManifestError, match=r"layers\.3\.mixer\.weight .* stays in 16-bit, but llama-quantize"
+    ):
+        export_manifest(with_experts("mixer.weight"), "llama.cpp")
+
+
+@pytest.mark.parametrize("tool", ["vllm", "llm-compressor"])
+def test_what_becomes_of_experts_is_said(tool: str):
+    note = export_manifest(with_experts(), tool).notes[-1]
+    assert note.startswith("2 stacked expert weights, such as model.layers.3.mlp.experts.gate_up_proj,")
+    assert not any("expert" in x for x in export_manifest(chosen("LlamaForCausalLM"), tool).notes)
+
+
+def test_llama_quantize_is_said_to_choose_some_types_itself():
+    notes = export_manifest(chosen("LlamaForCausalLM"), "llama.cpp").notes
+    assert any("may itself give a larger type" in x for x in notes)
 
 
 def test_what_llama_cpp_does_not_know_is_refused():

@@ -110,3 +110,17 @@ def test_no_weights_and_no_config_are_named(tmp_path: Path):
         read_config(tmp_path)
     with pytest.raises(ModelError, match="is no folder"):
         read_config(tmp_path / "nowhere")
+
+
+def test_the_single_file_comes_before_an_index_as_transformers_takes_it(folder: Path):
+    save_file({"c": torch.zeros(2)}, folder / "one.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"c": "one.safetensors"}}))
+    assert set(read_headers(folder)) == {"a.weight", "b"}
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F32", [3]), ("BF16", [2, 2]), ("U8", [-4, -2])])
+def test_a_tensor_whose_bytes_are_not_those_of_its_shape(folder: Path, dtype: str, shape: list[int]):
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 7]}}).encode()
+    write(folder, header, bytes(7))
+    with pytest.raises(ModelError, match=r"is damaged \(a tensor of .* has 7 bytes\)"):
+        read_headers(folder)

@@ -76,10 +76,26 @@ def test_another_run_is_drawn_beside_this_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("qprobe.report.write.against_plot", lambda *sides: names.extend(sides))
     files = write_report(tmp_path / "a", tmp_path / "out", tmp_path / "b")
     assert [f.name for f in files[-2:]] == ["against.png", "against.svg"]
-    assert [side.name for side in names[:2]] == [f"{tmp_path / run}: owner/model, nf4" for run in "ab"]
+    assert [side.name for side in names[:2]] == [f"{run}: owner/model, nf4" for run in "ab"]
     assert names[2] == "a against b"
     with pytest.raises(RunError, match=r"scan\.json"):
         write_report(tmp_path / "a", against=tmp_path / "missing")
+
+
+def test_names_with_dollars_are_drawn_as_they_are_and_no_path_is(tmp_path: Path):
+    # Between two dollars matplotlib would read a formula, and fail on this one.
+    for run in ("x$y_$z", "b"):
+        write_run(tmp_path / run)
+        (tmp_path / run / "frontier.csv").write_text(FRONTIER)
+        scan = json.loads((tmp_path / run / "scan.json").read_text())
+        scan["model"]["id"] = "a$b_$c"
+        (tmp_path / run / "scan.json").write_text(json.dumps(scan))
+    files = {f.name: f for f in write_report(tmp_path / "x$y_$z", against=tmp_path / "b")}
+    assert "frontier.png" in files
+    spikes, against = (files[f"{name}.svg"].read_text() for name in ("spikes", "against"))
+    assert "a$b_$c in nf4" in spikes
+    assert "x$y_$z against b" in against and "x$y_$z: a$b_$c, nf4" in against
+    assert str(tmp_path) not in against and r"\$" not in against
 
 
 def test_600_layers_take_less_than_10_seconds_of_processor_time_and_no_torch(tmp_path: Path):

@@ -83,6 +83,32 @@ def test_jsonl_lines_of_three_forms_are_read_and_bad_ones_named(pictures: Path) 
     ]
 
 
+def test_a_line_that_is_not_utf8_is_named_and_not_read_with_other_letters(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('{"prompt": "Größe?"}\n'.encode() + '{"prompt": "Größe?"}\n'.encode("latin-1"))
+    found = from_jsonl(path)
+    assert [s.prompt for s in found.samples] == ["Größe?"]
+    (note,) = found.skipped
+    assert note.startswith("data.jsonl line 2: skipped, it is not UTF-8 (byte 15)")
+
+
+@pytest.mark.parametrize("line", ['{"text": "What?"}', '{"messages": [{"content": "What?"}]}'])
+def test_a_file_without_the_keys_names_them(line: str, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(line)
+    with pytest.raises(SampleError) as refused:
+        from_jsonl(tmp_path / "data.jsonl")
+    said = str(refused.value)
+    assert all(f'"{key}"' in said for key in ("prompt", "image", "answer"))
+    assert "text alone are fine" in said and ("no key 'role'" in said) == ("messages" in line)
+
+
+def test_what_is_there_but_no_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="is no regular file"):
+        from_jsonl(tmp_path)
+    with pytest.raises(SampleError, match="does not exist"):
+        from_jsonl(tmp_path / "data.jsonl")
+
+
 def test_photographs_need_no_download_and_those_to_compare_on_were_not_scanned() -> None:
     assert len(photographs().samples) == len(PHOTOGRAPHS)
     scanned = choose_samples("some/model", True, Wanted(), "scan").samples

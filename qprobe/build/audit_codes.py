@@ -1,0 +1,63 @@
+"""The part of `qprobe audit` that compares the 4-bit weights of a checkpoint with calibrated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qprobe.errors import ManifestError
+from qprobe.formats.codes_file import CodesReader, checked, open_codes
+from qprobe.manifest import Manifest
+from qprobe.models.headers import StoredWeight
+
+# What calibration chooses: codes and block scales; the other state tensors are tables and metadata.
+_CHOSEN = ("absmax", "nested_absmax")
+
+
+def uncalibrated(
+    folder: Path, weights: Mapping[str, StoredWeight | None], manifest: Manifest, beside: Path
+) -> Iterator[str]:
+    """A sentence if 4-bit weights of the checkpoint in `folder` are not the calibrated ones of `manifest`.
+
+    weights: of each linear by module name; beside: the folder from which `manifest` names its file. A layer
+    that this file does not hold is one that calibration left as it was.
+    """
+    if manifest.codes is None:
+        return
+    try:
+        path = checked(manifest.codes, beside)
+        with open_codes(path) as file:
+            four_bit = [x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers]
+            packed = {name: weights.get(name) for name in four_bit}
+            present = {name: x for name, x in packed.items() if x is not None and x.four_bit == "nf4"}
+            wrong = [name for name, x in present.items() if not _same(folder, x, file, name)]
+    except ManifestError as error:
+        yield f"The calibrated codes could not be compared: {error}"
+        return
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        yield (
+            f"{len(wrong)} of {len(present)} linears in 4-bit do not hold the calibrated codes of the "
+            f"manifest ({manifest.codes.file}), so the checkpoint has not the KL that it names: "
+            f"{', '.join(wrong[:3])}{more}. Write the checkpoint with `qprobe quantize`."
+        )
+
+
+def _same(folder: Path, weight: StoredWeight, file: CodesReader, layer: str) -> bool:
+    """True if the checkpoint's codes and block scales of `layer` are those in `file`, byte for byte."""
+    from safetensors import safe_open
+
+    codes, state = file.raw(layer)
+    wanted = {weight.name: codes}
+    wanted |= {f"{weight.name}.{part}": state[part] for part in _CHOSEN if part in state}
+    with safe_open(folder / weight.tensor.file, framework="pt", device="cpu") as found:
+        keys = set(found.keys())
+        return all(key in keys and _equal(found.get_tensor(key), value) for key, value in wanted.items())
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    """True if both hold the same values in the same dtype, in whatever shape."""
+    return found.dtype == wanted.dtype and torch.equal(found.flatten(), wanted.flatten())
