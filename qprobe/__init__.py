@@ -22,6 +22,7 @@ _HOMES = {
     "load_dynamic_4bit": "qprobe.build.load",
     "load_standard_4bit": "qprobe.build.load",
     "plan": "qprobe.build.plan",
+    "quantize": "qprobe.build.quantize",
     "read_manifest": "qprobe.manifest",
     "verify": "qprobe.build.verify",
     "write_manifest": "qprobe.manifest",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from qprobe.build.imports import import_list
     from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
     from qprobe.build.plan import plan
+    from qprobe.build.quantize import quantize
     from qprobe.build.verify import verify
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
@@ -55,6 +57,7 @@ __all__ = [
     "load_dynamic_4bit",
     "load_standard_4bit",
     "plan",
+    "quantize",
     "read_manifest",
     "verify",
     "write_manifest",

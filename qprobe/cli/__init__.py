@@ -11,6 +11,7 @@ from qprobe.cli.compare import compare
 from qprobe.cli.exchange import export, import_
 from qprobe.cli.machine import doctor, models
 from qprobe.cli.plan import plan
+from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
 
 
@@ -37,6 +38,7 @@ for _command in (
     report,
     export,
     import_,
+    quantize,
     audit,
 ):
     main.add_command(_command)
