@@ -21,6 +21,7 @@ _HOMES = {
     "layer_table": "qprobe.select.table",
     "load_dynamic_4bit": "qprobe.build.load",
     "load_standard_4bit": "qprobe.build.load",
+    "lora_targets": "qprobe.build.ready",
     "plan": "qprobe.build.plan",
     "quantize": "qprobe.build.quantize",
     "read_manifest": "qprobe.manifest",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
     from qprobe.build.plan import plan
     from qprobe.build.quantize import quantize
+    from qprobe.build.ready import lora_targets
     from qprobe.build.verify import verify
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
@@ -56,6 +58,7 @@ __all__ = [
     "layer_table",
     "load_dynamic_4bit",
     "load_standard_4bit",
+    "lora_targets",
     "plan",
     "quantize",
     "read_manifest",
