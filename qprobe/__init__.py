@@ -17,8 +17,11 @@ _HOMES = {
     "audit": "qprobe.build.audit",
     "compare": "qprobe.build.compare",
     "export_manifest": "qprobe.exports",
+    "FinetuneOptions": "qprobe.options",
+    "finetune": "qprobe.training.finetune",
     "import_list": "qprobe.build.imports",
     "layer_table": "qprobe.select.table",
+    "load_finetuned": "qprobe.training.bases",
     "load_dynamic_4bit": "qprobe.build.load",
     "load_standard_4bit": "qprobe.build.load",
     "lora_targets": "qprobe.build.ready",
@@ -41,12 +44,15 @@ if TYPE_CHECKING:
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
     from qprobe.manifest import Manifest, read_manifest, write_manifest
-    from qprobe.options import CompareOptions, ScanOptions
+    from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
     from qprobe.select.table import layer_table
+    from qprobe.training.bases import load_finetuned
+    from qprobe.training.finetune import finetune
 
 __all__ = [
     "Audit",
     "CompareOptions",
+    "FinetuneOptions",
     "Manifest",
     "QprobeError",
     "ScanOptions",
@@ -54,9 +60,11 @@ __all__ = [
     "audit",
     "compare",
     "export_manifest",
+    "finetune",
     "import_list",
     "layer_table",
     "load_dynamic_4bit",
+    "load_finetuned",
     "load_standard_4bit",
     "lora_targets",
     "plan",
