@@ -224,6 +224,8 @@ def _train(
         watch,
     )
     resume = last_checkpoint(checkpoints)
+    if resume is not None:
+        trainer.args.eval_on_start = False  # the loss at its step is in the state already
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
