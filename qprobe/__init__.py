@@ -11,18 +11,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "Audit": "qprobe.build.audit",
     "CompareOptions": "qprobe.options",
+    "FinetuneOptions": "qprobe.options",
     "Manifest": "qprobe.manifest",
     "QprobeError": "qprobe.errors",
     "ScanOptions": "qprobe.options",
+    "answer_collator": "qprobe.training.encoding",
     "audit": "qprobe.build.audit",
     "compare": "qprobe.build.compare",
     "export_manifest": "qprobe.exports",
-    "FinetuneOptions": "qprobe.options",
     "finetune": "qprobe.training.finetune",
     "import_list": "qprobe.build.imports",
     "layer_table": "qprobe.select.table",
-    "load_finetuned": "qprobe.training.bases",
     "load_dynamic_4bit": "qprobe.build.load",
+    "load_finetuned": "qprobe.training.bases",
     "load_standard_4bit": "qprobe.build.load",
     "lora_targets": "qprobe.build.ready",
     "plan": "qprobe.build.plan",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
     from qprobe.select.table import layer_table
     from qprobe.training.bases import load_finetuned
+    from qprobe.training.encoding import answer_collator
     from qprobe.training.finetune import finetune
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "QprobeError",
     "ScanOptions",
     "__version__",
+    "answer_collator",
     "audit",
     "compare",
     "export_manifest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One line of the file: turns that end with the assistant's, at most one of them showing `image`."""
+    """One line of the file: turns that end with the assistant's, at most one of them showing `image`.
+
+    image: a file, or the bytes of one; None for text alone.
+    """
 
     line: int
     turns: tuple[Turn, ...]
-    image: Path | None = None
+    image: Path | bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def read_conversations(path: Path, progress: Progress = no_progress) -> Conversa
     for done, (number, line) in enumerate(lines, start=1):
         try:
             found = _conversation(number, _record(line), path.parent)
-            if found.image is not None:
+            if isinstance(found.image, Path):
                 if found.image not in seen:
                     seen[found.image] = image_problem(found.image)
                 _refuse(seen[found.image])
@@ -152,21 +156,50 @@ def _record(line: bytes) -> dict[str, Any]:
     return record
 
 
+def conversation_of(row: dict[str, Any]) -> Conversation:
+    """The conversation of a row as TRL has it: {"messages"} or {"prompt", "completion"} in turns, {"images"}.
+
+    images: at most one, of Pillow. Raises SampleError, saying why, for a row that cannot be trained on.
+    """
+    images = row.get("images") or [x for x in (row.get("image"),) if x is not None]
+    try:
+        if len(images) > 1:
+            raise ValueError(f"it has {len(images)} images; one is supported")
+        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        turns, _ = _turns({"messages": messages})
+        _place_image(turns, bool(images))
+        _check_order(turns)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SampleError(f"A row of the data set cannot be trained on: {error}. Mend or drop it.") from error
+    return Conversation(0, tuple(turns), _png(images[0]) if images else None)
+
+
+def _png(image: Any) -> bytes:
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="PNG")
+    return file.getvalue()
+
+
 def _conversation(number: int, record: dict[str, Any], folder: Path) -> Conversation:
     """The conversation of a decoded line. Raises ValueError, saying why, if it makes none."""
     turns, inside = _turns(record)
     image = _image(record, inside)
+    _place_image(turns, image is not None)
+    _check_order(turns)
+    return Conversation(number, tuple(turns), None if image is None else folder / image)
+
+
+def _place_image(turns: list[Turn], has_image: bool) -> None:
+    """Marks the turn that shows the image, the first of the user where none says so."""
     marked = [i for i, turn in enumerate(turns) if turn.image]
     if len(marked) > 1:
         raise ValueError(f"{len(marked)} of its turns have an image; one is supported")
-    if marked and image is None:
+    if marked and not has_image:
         raise ValueError(f"turn {marked[0] + 1} has an {IMAGE_MARK}, but the line names no image file")
-    if image is not None and not marked:
+    if has_image and not marked:
         first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
         if first is not None:
             turns[first] = Turn("user", turns[first].text, "before")
-    _check_order(turns)
-    return Conversation(number, tuple(turns), None if image is None else folder / image)
 
 
 def _turns(record: dict[str, Any]) -> tuple[list[Turn], list[str]]:

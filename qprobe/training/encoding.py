@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from qprobe.errors import ModelError, SampleError
 from qprobe.records import Sample
 from qprobe.samples.inputs import process, tokenizer_of
-from qprobe.training.conversations import Conversation, Turn
+from qprobe.training.conversations import Conversation, Turn, conversation_of
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -96,9 +97,7 @@ def encode_conversations(
     if 0 < with_image < len(conversations):
         raise SampleError("a batch mixes lines with and without an image; pass --batch-size 1")
     rendered = [render(processor, x) for x in conversations]
-    samples = [
-        Sample(f"line {x.line}", "", None if x.image is None else x.image.read_bytes()) for x in conversations
-    ]
+    samples = [Sample(f"line {x.line}", "", _image_bytes(x)) for x in conversations]
     inputs = {
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in process(processor, samples, [x.text for x in rendered], "right").items()
@@ -112,6 +111,22 @@ def encode_conversations(
         for place in _answer_tokens(tokenizer_of(processor), one, own):
             labels[row, place] = ids[row, place]
     return {**inputs, "labels": labels}
+
+
+def _image_bytes(conversation: Conversation) -> bytes | None:
+    image = conversation.image
+    return image.read_bytes() if isinstance(image, Path) else image
+
+
+def answer_collator(
+    processor: Any, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """A `data_collator` for TRL's SFTTrainer that learns the answers only; for any processor with a template.
+
+    TRL's own puts labels on image tokens too, which Llama 3.2 Vision has no logits for. Rows as of
+    `conversation_of`; dtype: of the pixels. Raises SampleError for a row that cannot be trained on.
+    """
+    return lambda rows: encode_conversations(processor, [conversation_of(x) for x in rows], dtype)
 
 
 def _answer_tokens(tokenizer: Any, rendered: Rendered, ids: list[int]) -> list[int]:

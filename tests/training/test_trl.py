@@ -12,7 +12,9 @@ from PIL import Image
 import qprobe
 from qprobe.demo import demo_folder
 from qprobe.demo.scenes import TRAINING_SEED, scenes
+from qprobe.errors import SampleError
 from qprobe.manifest import write_manifest
+from qprobe.models.reference import load_processor, resolve
 from tests.build.manifests import every_third, manifest_for
 
 pytestmark = [
@@ -23,11 +25,13 @@ pytestmark = [
 ]
 
 
-def conversations(count: int) -> list[dict]:
+def rows(count: int) -> list[dict]:
     return [
         {
-            "prompt": [{"role": "user", "content": x.prompt}],
-            "completion": [{"role": "assistant", "content": x.answer}],
+            "messages": [
+                {"role": "user", "content": x.prompt},
+                {"role": "assistant", "content": x.answer},
+            ],
             "images": [Image.open(io.BytesIO(x.image or b""))],
         }
         for x in scenes(count, TRAINING_SEED + 9)
@@ -43,16 +47,17 @@ def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     folder = demo_folder()
     write_manifest(tmp_path / "skiplist.json", manifest_for(folder, every_third(folder)))
-    dataset = Dataset.from_list(conversations(4))
+    dataset = Dataset.from_list(rows(4))
 
     model, processor = qprobe.load_dynamic_4bit("skiplist.json", str(folder), device="cpu", for_training=True)
     trainer = SFTTrainer(
         model=model,
-        processing_class=processor,
+        args=SFTConfig("out", max_steps=2, per_device_train_batch_size=1, logging_steps=1, report_to="none",
+                       use_cpu=True, bf16=False),
         train_dataset=dataset,
+        processing_class=processor,
+        data_collator=qprobe.answer_collator(processor),
         peft_config=LoraConfig(r=16, target_modules=qprobe.lora_targets(model)),
-        args=SFTConfig("out", max_steps=2, per_device_train_batch_size=1, max_length=None, report_to="none",
-                       use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", logging_steps=1),
     )  # fmt: skip
     trainer.train()
 
@@ -63,3 +68,18 @@ def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert all("lora_" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
     moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
     assert all(p.abs().sum() > 0 for p in moved)
+
+
+def test_rows_of_both_kinds_are_learned_alike_and_bad_ones_are_named():
+    processor = load_processor(resolve(str(demo_folder())))
+    (row,) = rows(1)
+    collate = qprobe.answer_collator(processor)
+    user, assistant = row["messages"]
+    split = {"prompt": [user], "completion": [assistant], "image": row["images"][0]}
+    one, other = collate([row]), collate([split])
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert 0 < (one["labels"] != -100).sum() < one["labels"].numel() / 2
+    with pytest.raises(SampleError, match="no answer to learn"):
+        collate([{"messages": [user], "images": row["images"]}])
+    with pytest.raises(SampleError, match="2 images"):
+        collate([{**row, "images": row["images"] * 2}])
