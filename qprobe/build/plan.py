@@ -110,7 +110,7 @@ def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
     """
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
     spec = written.format if written else FormatSpec()
-    outline = _outline(model, spec.compute_dtype)
+    outline = outline_of(model, spec.compute_dtype)
     fingerprint = refuse_another_model(written, outline.skeleton, outline.name)
     inventory = list_layers(outline.skeleton, spec)
     layouts = [*standard_layouts(inventory), *_published(outline.entry, inventory)]
@@ -134,7 +134,7 @@ def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
     )
 
 
-def _outline(model: str, dtype: str) -> Outline:
+def outline_of(model: str, dtype: str) -> Outline:
     """The model on the meta device. Raises ModelError if its config cannot be had or builds nothing."""
     is_folder = Path(model).expanduser().is_dir()
     entry = None if is_folder else find(model)
