@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qprobe.build.calibrated import put_calibrated
 from qprobe.build.matching import skip_keys
 from qprobe.build.ready import ready_for_training
 from qprobe.build.verify import Promise, promised, promises_of, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
+from qprobe.formats.codes_file import checked
 from qprobe.manifest import Manifest, read_manifest
 from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import (
@@ -47,6 +49,7 @@ def load_dynamic_4bit(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    folder: str | Path | None = None,
     for_training: bool = False,
 ) -> tuple[Any, Any]:
     """(model, processor) as `manifest` describes them, verified, in eval mode and frozen.
@@ -54,17 +57,22 @@ def load_dynamic_4bit(
     model: where the 16-bit weights are (alias, hub id or folder); None for the id the manifest names.
     device: "cpu", "cuda", ...; None for the best there is.
     dtype: "bfloat16" or "float16" for everything in 16-bit; None for the manifest's.
+    folder: where the manifest lies, from which it names its calibrated weights; None for that of the file
+    `manifest`, or the working directory.
     for_training: recompute blocks and ask for gradients where adapters need them, see `ready_for_training`.
-    Raises ManifestError if the manifest was written for another model, VerificationError if what was
-    loaded is not what the manifest lists.
+    Raises ManifestError if the manifest was written for another model, or its calibrated weights are missing,
+    changed, or of other weights; VerificationError if what was loaded is not what the manifest lists.
     """
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     source = check_model(written, model).source
     wanted = replace(written, format=with_dtype(written.format, dtype))
+    codes = codes_of(written, folder if isinstance(manifest, Manifest) else Path(manifest).parent)
     blueprint = draw(source, wanted.format)
     promises = promises_of(wanted)
     _check_names(blueprint.skeleton, promises)
     loaded = _load(blueprint, promises, device)
+    if codes is not None:
+        put_calibrated(loaded, codes, promises)
     verify(loaded, wanted)
     return (ready_for_training(loaded) if for_training else loaded), load_processor(source)
 
@@ -74,11 +82,12 @@ def load_standard_4bit(
     format: FormatSpec | None = None,
     device: str | None = None,
     revision: str | None = None,
+    codes: Path | None = None,
 ) -> tuple[Any, Any]:
     """(model, processor) in standard 4-bit: only the layers that can never be quantized stay in 16-bit.
 
     model: alias, hub id or folder; format: None for NF4 with double quantization in bf16.
-    revision: on the hub; None for the newest.
+    revision: on the hub; None for the newest. codes: a file of calibrated weights to put in place.
     Raises VerificationError if what was loaded is something else.
     """
     spec = format or FormatSpec()
@@ -91,8 +100,18 @@ def load_standard_4bit(
         for x in inventory.layers
     ]
     loaded = _load(blueprint, promises, device)
+    if codes is not None:
+        put_calibrated(loaded, codes, promises)
     verify_layers(loaded, promises, inventory.uncovered, spec)
     return loaded, load_processor(blueprint.source)
+
+
+def codes_of(manifest: Manifest, folder: str | Path | None) -> Path | None:
+    """The file of calibrated weights that `manifest`, lying in `folder`, names; None if it names none.
+
+    Raises ManifestError if it is missing or changed.
+    """
+    return None if manifest.codes is None else checked(manifest.codes, Path(folder or "."))
 
 
 def with_dtype(spec: FormatSpec, dtype: str | None) -> FormatSpec:
@@ -179,7 +198,7 @@ def _load(blueprint: Blueprint, promises: Sequence[Promise], device: str | None)
     four_bit = [p.name for p in promises if p.precision == "nf4"]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=spec.name,
+        bnb_4bit_quant_type=spec.quant_type,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skip_keys(blueprint.skeleton, four_bit),

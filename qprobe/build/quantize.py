@@ -18,7 +18,7 @@ from qprobe.build.matching import check_keys
 from qprobe.build.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
-from qprobe.manifest import Manifest, read_manifest, write_manifest
+from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
 from qprobe.options import Progress, no_progress
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
@@ -48,6 +48,7 @@ def quantize(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    folder: Path | str | None = None,
     progress: Progress = no_progress,
 ) -> Quantized:
     """Writes the model that `manifest` describes into the new folder `out`; `from_pretrained` loads it alone.
@@ -63,24 +64,25 @@ def quantize(
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     entries = exact_entries(transformers_readers(written), str, exact)
     progress("load in 4-bit", 0, 3)
-    loaded, processor = load_dynamic_4bit(manifest, model, device, dtype)
+    loaded, processor = load_dynamic_4bit(manifest, model, device, dtype, folder)
     four_bit = [x.name for x in written.layers if x.precision == "nf4"]
     check_keys(loaded, entries, four_bit, written.skip_modules)
     loaded.config.quantization_config.llm_int8_skip_modules = entries
     progress("write", 1, 3)
-    with new_folder(target) as folder:
-        loaded.save_pretrained(folder, max_shard_size=MAX_SHARD)
-        save_processor(processor, folder)
-        write_manifest(folder / MANIFEST_FILE, written)
-        (folder / "README.md").write_text(model_card(written, type(loaded).__name__), "utf-8")
+    origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
+    with new_folder(target) as place:
+        loaded.save_pretrained(place, max_shard_size=MAX_SHARD)
+        save_processor(processor, place)
+        write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
+        (place / "README.md").write_text(model_card(written, type(loaded).__name__), "utf-8")
         progress("audit", 2, 3)
-        found = audit(folder, written if dtype is None else None)
+        found = audit(place, written if dtype is None else None)
         if not found.ok:
             raise VerificationError(
                 f"The checkpoint that was written is not what its manifest lists: {found.problems[0]} "
                 f"Nothing was kept; report this with the versions that `qprobe doctor` prints."
             )
-        files = {x.name: x.stat().st_size for x in sorted(folder.iterdir())}
+        files = {x.name: x.stat().st_size for x in sorted(place.iterdir())}
     progress("done", 3, 3)
     kept, stored = len(written.skip_modules), stored_bytes(loaded)
     return Quantized(target, len(four_bit), kept, stored.parameter_bytes, stored.total_bytes, files)

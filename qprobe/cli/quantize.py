@@ -37,7 +37,7 @@ def quantize(
     from qprobe.build.quantize import quantize as write
 
     with shared.progress_bars() as progress:
-        done = write(manifest, out, model, device, dtype, progress)
+        done = write(manifest, out, model, device, dtype, progress=progress)
     if as_json:
         shared.print_json(done.to_json())
         return

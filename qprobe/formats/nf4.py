@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qprobe.errors import QprobeError
 from qprobe.formats.sizes import four_bit_bytes
-from qprobe.records import FormatSpec
+from qprobe.records import FORMATS, FormatSpec
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,22 @@ class PackedNf4:
 
 
 @dataclass(frozen=True)
+class StoredNf4:
+    """One weight exactly as bitsandbytes stores it: what `Params4bit.from_prequantized` takes as its own.
+
+    codes: (ceil(n / 2), 1) uint8, two codes a byte. state: with its block scales nested, if the format says
+    so.
+    """
+
+    codes: Tensor
+    state: Any  # bitsandbytes.functional.QuantState
+
+    def packed(self) -> PackedNf4:
+        """The same weight for reading."""
+        return PackedNf4(self.codes, _with_plain_scales(self.state))
+
+
+@dataclass(frozen=True)
 class Nf4:
     """bitsandbytes NF4; `double_quant` stores the block scales in 8 bit as well."""
 
@@ -41,7 +57,8 @@ class Nf4:
     double_quant: bool = True
     name: str = "nf4"
 
-    def pack(self, weight: Tensor) -> PackedNf4:
+    def stored(self, weight: Tensor) -> StoredNf4:
+        """`weight` rounded to nearest, by bitsandbytes itself."""
         from bitsandbytes.functional import quantize_4bit
 
         codes, state = quantize_4bit(
@@ -50,7 +67,10 @@ class Nf4:
             compress_statistics=self.double_quant,
             quant_type="nf4",
         )
-        return PackedNf4(codes, _with_plain_scales(state))
+        return StoredNf4(codes, state)
+
+    def pack(self, weight: Tensor) -> PackedNf4:
+        return self.stored(weight).packed()
 
     def roundtrip(self, weight: Tensor) -> Tensor:
         return self.pack(weight).unpack()
@@ -76,7 +96,11 @@ def _with_plain_scales(state: Any) -> Any:
 
 
 def format_from(spec: FormatSpec) -> Nf4:
-    """The format that `spec` names. Raises QprobeError for a name that is not known."""
-    if spec.name != "nf4":
-        raise QprobeError(f"Format {spec.name!r} is not known. Known formats: nf4.")
-    return Nf4(spec.blocksize, spec.double_quant)
+    """The format that `spec` names. Raises QprobeError for a name that is not known.
+
+    "nf4-calibrated" is stored as "nf4" is; only the choice of codes and scales differs, and needs the Gram
+    matrix of a layer's inputs (`qprobe.formats.calibrated`). Without one it rounds to nearest.
+    """
+    if spec.name not in FORMATS:
+        raise QprobeError(f"Format {spec.name!r} is not known. Known formats: {', '.join(FORMATS)}.")
+    return Nf4(spec.blocksize, spec.double_quant, spec.name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -94,13 +95,13 @@ class _Room:
         """True, and less room, if all that `block` keeps for the backward pass is expected to fit.
 
         Per row of its first input, each linear keeps its input and output, and what lies between linears is
-        about as much again; the linears of the path keep three forms of their weights.
+        about as much again; the linears of the path keep two forms of their weights.
         """
         x = next(a for a in arguments if isinstance(a, Tensor) and a.dim() > 1)
         linears = [m for m in block.modules() if type(m) is nn.Linear]
         features = sum(m.in_features + m.out_features for m in linears)
         rows = x.numel() // x.shape[-1]
-        kept = (2 * rows * features + 3 * sum(m.weight.numel() for m in linears)) * x.itemsize
+        kept = (2 * rows * features + 2 * sum(m.weight.numel() for m in linears)) * x.itemsize
         is_room = kept <= self.left
         self.left -= kept if is_room else 0
         return is_room
@@ -136,9 +137,30 @@ _ATTENTION = tuple(
 )
 
 
-def _keeping_attention() -> Any:
-    """For the two runs of a checkpointed block: the second finds the attention outputs of the first."""
-    return create_selective_checkpoint_contexts(_policy)
+def _keeping_attention() -> tuple[Any, Any]:
+    """Contexts for the two runs of a checkpointed block: the second finds the attention outputs of the first.
+
+    torch's own selective checkpointing would watch every operation of the block, at more time of the CPU than
+    attention takes on a fast GPU; here it watches attention alone.
+    """
+    keeping, finding = create_selective_checkpoint_contexts(_policy)
+    return _around_attention(keeping), _around_attention(finding)
+
+
+@contextmanager
+def _around_attention(mode: Any) -> Iterator[None]:
+    """While open, torch's scaled_dot_product_attention runs inside `mode`."""
+    plain = F.scaled_dot_product_attention
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        with mode:
+            return plain(*args, **kwargs)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -75,7 +75,7 @@ def load_finetuned(
             f"{manifest.model.fingerprint[:16]}. Put the two together that belong together."
         )
     spec = record["spec"]
-    base, processor = load_base(manifest, spec["base"], model, device, spec["dtype"])
+    base, processor = load_base(where / MANIFEST_FILE, spec["base"], model, device, spec["dtype"])
     return peft_library().PeftModel.from_pretrained(base, str(where)).eval(), processor
 
 

@@ -19,7 +19,7 @@ from qprobe.build.quantize import save_processor
 from qprobe.build.ready import lora_targets
 from qprobe.errors import MachineError, RunError, SampleError
 from qprobe.exports.shared import yaml
-from qprobe.manifest import Manifest, read_manifest, write_atomic, write_manifest
+from qprobe.manifest import Manifest, moved, read_manifest, write_atomic, write_manifest
 from qprobe.models.reference import pick_device
 from qprobe.options import FinetuneOptions, Optimizer, Progress, no_progress
 from qprobe.training.bases import MANIFEST_FILE, RECORD, load_base, peft_library, read_record
@@ -102,7 +102,7 @@ def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Fine
     done = Finetuned(
         out=options.out, base=options.base, fingerprint=manifest.model.fingerprint, skipped=skipped, **result
     )
-    _finish(options.out, tuned, processor, manifest, spec, done)
+    _finish(options, tuned, processor, manifest, spec, done)
     return done
 
 
@@ -274,16 +274,22 @@ def _write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def _finish(
-    out: Path, tuned: Any, processor: Any, manifest: Manifest, spec: dict[str, Any], done: Finetuned
+    options: FinetuneOptions,
+    tuned: Any,
+    processor: Any,
+    manifest: Manifest,
+    spec: dict[str, Any],
+    done: Finetuned,
 ) -> None:
     """The adapter and what belongs to it; the record that calls it finished is written last."""
+    out = options.out
     # The files name the model as the manifest does, never a folder of this machine. peft would look the name
     # up on the hub to see whether the vocabulary grew, which it cannot have.
     tuned.peft_config["default"].base_model_name_or_path = manifest.model.id
     tuned.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").write_text(_card(manifest, done), "utf-8")
     save_processor(processor, out)
-    write_manifest(out / MANIFEST_FILE, manifest)
+    write_manifest(out / MANIFEST_FILE, moved(manifest, options.manifest.parent, out))
     result = {key: value for key, value in done.to_json().items() if key != "out"}
     _write_record(
         out, {"status": "finished", "fingerprint": done.fingerprint, "spec": spec, "result": result}

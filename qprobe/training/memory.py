@@ -172,7 +172,7 @@ def _layout(
 # Activations ----------------------------------------------------------------------------------------------
 
 
-def activations_of(skeleton: nn.Module, layers: Sequence[Linear], step: Step) -> Activations:
+def activations_of(skeleton: Any, layers: Sequence[Linear], step: Step) -> Activations:
     """Bytes of activations at the peak of a step; skeleton: the 16-bit model on the meta device."""
     config: Any = skeleton.config
     text = step.batch_size * step.tokens

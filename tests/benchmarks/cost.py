@@ -19,7 +19,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from qprobe.measure.attribution import attribute, walking
 from qprobe.measure.outputs import run_model
-from qprobe.measure.runner import Measures, observe, observe_outputs
+from qprobe.measure.runner import Measures, observe, observe_outputs, own_half
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.models.inventory import fingerprint
@@ -155,7 +155,7 @@ def profile(subject: Subject, batch: Batch) -> None:
     """The operations that take longest in each stage."""
     for name, work in (
         ("outputs", lambda: observe_outputs(subject, batch, Measures(True, False))),
-        ("observe", lambda: observe(subject, batch, Measures(True, True, 1, float("inf")))),
+        ("observe", lambda: observe(subject, batch, Measures(True, True, 2, float("inf")))),
     ):
         with torch.profiler.profile() as found:
             work()
@@ -168,28 +168,32 @@ def profile(subject: Subject, batch: Batch) -> None:
 
 def report(subject: Subject, batch: Batch, device: torch.device) -> None:
     """Seconds, ratio to the bare forward and peak memory of each stage."""
-    path = subject.path
+    path, forever = subject.path, float("inf")
     given = batch.in_dtype(path.dtype)
+    print(f"{subject.reference.identity.id}: path in {path.dtype}; batch of {batch.size}")
     with walking(path):
         ends = path.logits(given, 0.0), path.logits(given, 1.0)
-    forever = float("inf")
-    bare, peak = timed(device, lambda: bare_forward(subject, batch))
-    print(f"{subject.reference.identity.id}: path in {path.dtype}; batch of {batch.size}")
-    print(f"{'stage':42} {'seconds':>8} {'ratio':>6} {'peak GiB':>9}")
-    print(f"{'bare forward':42} {bare:8.3f} {1.0:6.2f} {peak:9.1f}", flush=True)
-    both, alone = Measures(True, False), Measures(False, False)
-    stages: dict[str, Callable[[], object]] = {
-        "activation": lambda: observe_outputs(subject, batch, alone),
-        "activation + propagated": lambda: observe_outputs(subject, batch, both),
-        "attribution, 1 node, ends known": lambda: attribute(path, batch, 1, forever, ends),
-        "attribution, 2 nodes, ends known": lambda: attribute(path, batch, 2, forever, ends),
-        "all of it: activation, propagated, 2 nodes": lambda: observe(
-            subject, batch, Measures(True, True, 2, forever)
-        ),
-    }
-    for name, work in stages.items():
-        seconds, peak = timed(device, work)
-        print(f"{name:42} {seconds:8.3f} {seconds / bare:6.2f} {peak:9.1f}", flush=True)
+        half = own_half(given)
+        alone, both, default = Measures(False, False), Measures(True, False), Measures(True, True, 2, forever)
+        stages: dict[str, Callable[[], object]] = {
+            "bare forward": lambda: bare_forward(subject, batch),
+            "activation error": lambda: observe_outputs(subject, given, alone),
+            "activation and propagated error": lambda: observe_outputs(subject, given, both),
+            "one node of the path, both ends known": lambda: attribute(path, given, 1, forever, ends),
+            "two nodes of the path, both ends known": lambda: attribute(path, given, 2, forever, ends),
+            "own damage, half of the samples": lambda: path.own_damage(
+                given.part(half), [ends[0][i] for i in half]
+            ),
+            "all of it, two nodes (one end, one on the path)": lambda: observe(subject, given, default),
+        }
+        # The bare forward runs as often as the longest stage lasts: a card that is warm clocks lower.
+        repeats = {"bare forward": 15}
+        print(f"{'stage':48} {'seconds':>8} {'ratio':>6} {'peak GiB':>9}")
+        bare = float("nan")
+        for name, work in stages.items():
+            seconds, peak = timed(device, work, repeats.get(name, 3))
+            bare = seconds if name == "bare forward" else bare
+            print(f"{name:48} {seconds:8.3f} {seconds / bare:6.2f} {peak:9.1f}", flush=True)
 
 
 if __name__ == "__main__":

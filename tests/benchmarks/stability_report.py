@@ -53,8 +53,9 @@ def _text(outcomes: Rows, models: Sequence[str]) -> str:
         "# Fine-tuning on 16-bit, standard 4-bit and dynamic 4-bit\n\n"
         "`python -m tests.benchmarks.stability` (what it does stands in that file). "
         f"Seeds {', '.join(map(str, seeds))}; {', '.join(map(str, steps))} steps of 4 lines, rank 16, "
-        f"learning rate 2e-4; {device}, torch {torch.__version__}, transformers {transformers.__version__}. Figures are "
-        "means over the seeds, with the range where there are several.\n\n![Loss by step](losses.png)\n"
+        f"learning rate 2e-4; {device}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}. "
+        "Figures are means over the seeds, with the range where there are several.\n\n![Loss by step](losses.png)\n"
     )
     return head + "".join(f"\n## {model}\n\n{_table(outcomes, model)}\n" for model in models)
 

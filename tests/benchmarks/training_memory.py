@@ -4,8 +4,9 @@
 
 Builds the exact geometry of Llama-3.2-11B-Vision with seeded random weights in memory, turns every linear
 but the head (standard), or but the published list (dynamic), into 4-bit, puts adapters of rank 16 on them
-and trains on one sequence of 2,048 tokens and 4 tiles. Prints bytes predicted and measured, and seconds a step
-of both side by side. Without --full-size a tiny model of the same architecture checks the script on a CPU.
+and trains on one sequence of 2,048 tokens and 4 tiles. Prints bytes predicted and measured, and seconds
+a step of both side by side. Without --full-size a tiny model of the same architecture checks the script on
+a CPU.
 """
 
 from __future__ import annotations
