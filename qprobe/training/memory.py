@@ -200,7 +200,7 @@ def activations_of(skeleton: Any, layers: Sequence[Linear], step: Step) -> Activ
             kept += saved
             largest = max(largest, moving)
     head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
-    words = head.weight.shape[0] if isinstance(head, nn.Module) else 0
+    words: int = 0 if head is None else head.weight.shape[0]
     return Activations(kept, LOGIT_BYTES * text * words, largest)
 
 

@@ -55,7 +55,8 @@ def _text(outcomes: Rows, models: Sequence[str]) -> str:
         f"Seeds {', '.join(map(str, seeds))}; {', '.join(map(str, steps))} steps of 4 lines, rank 16, "
         f"learning rate 2e-4; {device}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. "
-        "Figures are means over the seeds, with the range where there are several.\n\n![Loss by step](losses.png)\n"
+        "Figures are means over the seeds, with the range where there are several.\n\n"
+        "![Loss by step](losses.png)\n"
     )
     return head + "".join(f"\n## {model}\n\n{_table(outcomes, model)}\n" for model in models)
 
