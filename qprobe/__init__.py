@@ -11,17 +11,23 @@ __version__ = "0.1.0"
 _HOMES = {
     "Audit": "qprobe.build.audit",
     "CompareOptions": "qprobe.options",
+    "FinetuneOptions": "qprobe.options",
     "Manifest": "qprobe.manifest",
     "QprobeError": "qprobe.errors",
     "ScanOptions": "qprobe.options",
+    "answer_collator": "qprobe.training.encoding",
     "audit": "qprobe.build.audit",
     "compare": "qprobe.build.compare",
     "export_manifest": "qprobe.exports",
+    "finetune": "qprobe.training.finetune",
     "import_list": "qprobe.build.imports",
     "layer_table": "qprobe.select.table",
     "load_dynamic_4bit": "qprobe.build.load",
+    "load_finetuned": "qprobe.training.bases",
     "load_standard_4bit": "qprobe.build.load",
+    "lora_targets": "qprobe.build.ready",
     "plan": "qprobe.build.plan",
+    "quantize": "qprobe.build.quantize",
     "read_manifest": "qprobe.manifest",
     "verify": "qprobe.build.verify",
     "write_manifest": "qprobe.manifest",
@@ -33,28 +39,39 @@ if TYPE_CHECKING:
     from qprobe.build.imports import import_list
     from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
     from qprobe.build.plan import plan
+    from qprobe.build.quantize import quantize
+    from qprobe.build.ready import lora_targets
     from qprobe.build.verify import verify
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
     from qprobe.manifest import Manifest, read_manifest, write_manifest
-    from qprobe.options import CompareOptions, ScanOptions
+    from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
     from qprobe.select.table import layer_table
+    from qprobe.training.bases import load_finetuned
+    from qprobe.training.encoding import answer_collator
+    from qprobe.training.finetune import finetune
 
 __all__ = [
     "Audit",
     "CompareOptions",
+    "FinetuneOptions",
     "Manifest",
     "QprobeError",
     "ScanOptions",
     "__version__",
+    "answer_collator",
     "audit",
     "compare",
     "export_manifest",
+    "finetune",
     "import_list",
     "layer_table",
     "load_dynamic_4bit",
+    "load_finetuned",
     "load_standard_4bit",
+    "lora_targets",
     "plan",
+    "quantize",
     "read_manifest",
     "verify",
     "write_manifest",

@@ -9,6 +9,9 @@ from typing import Literal
 
 DEFAULT_BUDGET = "+10%"
 Dtype = Literal["bfloat16", "float16"]
+Base = Literal["16-bit", "nf4", "dynamic"]
+BadData = Literal["refuse", "skip"]
+Optimizer = Literal["adamw_8bit", "adamw_torch"]
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total) whenever work moves on."""
 
@@ -81,3 +84,41 @@ class CompareOptions:
     seed: int = 0
     batch_size: int = 4
     max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Everything `finetune` can be asked.
+
+    manifest: the skiplist.json of a scan. data: JSONL file of conversations. out: folder of the adapter.
+    base: what the adapter is put on: the manifest's model in 16-bit, in standard 4-bit, or dynamic.
+    model: where the 16-bit weights are; None for the id that the manifest names.
+    held_out: share of the lines that is never trained on, only evaluated; eval_data: another file instead.
+    bad_data: what to do about a line that cannot be trained on: refuse the file, or skip the line.
+    steps: optimizer steps; None for `epochs` passes over the data. rank: of the adapters; alpha equals it.
+    batch_size: conversations that run at once; accumulation: batches a step. max_length: tokens of a line.
+    optimizer: None for adamw_8bit on CUDA and adamw_torch on a CPU, for which there is no 8-bit one.
+    vision: adapters in the vision tower as well. save_every: steps between checkpoints and evaluations.
+    """
+
+    manifest: Path
+    data: Path
+    out: Path
+    base: Base = "dynamic"
+    model: str | None = None
+    device: str | None = None
+    dtype: Dtype | None = None
+    eval_data: Path | None = None
+    held_out: float = 0.1
+    bad_data: BadData = "refuse"
+    steps: int | None = None
+    epochs: float = 1.0
+    rank: int = 16
+    learning_rate: float = 2e-4
+    batch_size: int = 1
+    accumulation: int = 4
+    max_length: int = 2048
+    optimizer: Optimizer | None = None
+    vision: bool = False
+    save_every: int = 50
+    seed: int = 0

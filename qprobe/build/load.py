@@ -13,6 +13,7 @@ from torch import nn
 
 from qprobe.build.calibrated import put_calibrated
 from qprobe.build.matching import skip_keys
+from qprobe.build.ready import ready_for_training
 from qprobe.build.verify import Promise, promised, promises_of, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.formats.codes_file import checked
@@ -49,14 +50,16 @@ def load_dynamic_4bit(
     device: str | None = None,
     dtype: str | None = None,
     folder: str | Path | None = None,
+    for_training: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, processor) as `manifest` describes them, verified, in eval mode, frozen and ready for PEFT.
+    """(model, processor) as `manifest` describes them, verified, in eval mode and frozen.
 
     model: where the 16-bit weights are (alias, hub id or folder); None for the id the manifest names.
     device: "cpu", "cuda", ...; None for the best there is.
     dtype: "bfloat16" or "float16" for everything in 16-bit; None for the manifest's.
     folder: where the manifest lies, from which it names its calibrated weights; None for that of the file
     `manifest`, or the working directory.
+    for_training: recompute blocks and ask for gradients where adapters need them, see `ready_for_training`.
     Raises ManifestError if the manifest was written for another model, or its calibrated weights are missing,
     changed, or of other weights; VerificationError if what was loaded is not what the manifest lists.
     """
@@ -71,7 +74,7 @@ def load_dynamic_4bit(
     if codes is not None:
         put_calibrated(loaded, codes, promises)
     verify(loaded, wanted)
-    return loaded, load_processor(source)
+    return (ready_for_training(loaded) if for_training else loaded), load_processor(source)
 
 
 def load_standard_4bit(

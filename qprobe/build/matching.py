@@ -51,6 +51,23 @@ def skip_keys(model: nn.Module, four_bit: Iterable[str]) -> list[str]:
     )
 
 
+def check_keys(
+    model: nn.Module, keys: Sequence[str], four_bit: Iterable[str], in_16bit: Iterable[str]
+) -> None:
+    """Raises VerificationError unless, under `keys`, the running transformers splits the linears like this.
+
+    model: for the patterns of its class, which transformers adds to every list.
+    """
+    wanted = frozenset(four_bit)
+    always = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
+    wrong = sorted(_converted((*wanted, *in_16bit), [*keys, *always]) ^ wanted)
+    if wrong:
+        raise VerificationError(
+            f"Under this transformers the list would load {len(wrong)} layers in the other precision, first "
+            f"{wrong[0]}. Use the transformers version of the scan."
+        )
+
+
 def _converted(modules: Sequence[str], keys: list[str]) -> frozenset[str]:
     """The modules that the running transformers converts under `keys`, by its own matcher."""
     try:

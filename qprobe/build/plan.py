@@ -108,7 +108,7 @@ def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
     """
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
     spec = written.format if written else FormatSpec()
-    found = _outline(model, spec.compute_dtype)
+    found = outline_of(model, spec.compute_dtype)
     fingerprint = refuse_another_model(written, found.skeleton, found.name)
     inventory = list_layers(found.skeleton, spec)
     layouts = [*standard_layouts(inventory), *_published(found.entry, inventory)]
@@ -130,7 +130,7 @@ def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
     )
 
 
-def _outline(model: str, dtype: str) -> Outline:
+def outline_of(model: str, dtype: str) -> Outline:
     """The model on the meta device. Raises ModelError if its config cannot be had or builds nothing."""
     entry = known(model)
     if entry is not None and entry.geometry is not None:

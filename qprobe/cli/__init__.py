@@ -9,8 +9,10 @@ from qprobe.cli.audit import audit
 from qprobe.cli.choose import rank, report, select
 from qprobe.cli.compare import compare
 from qprobe.cli.exchange import export, import_
+from qprobe.cli.finetune import finetune
 from qprobe.cli.machine import doctor, models
 from qprobe.cli.plan import plan
+from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
 
 
@@ -37,6 +39,8 @@ for _command in (
     report,
     export,
     import_,
+    quantize,
     audit,
+    finetune,
 ):
     main.add_command(_command)

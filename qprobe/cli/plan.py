@@ -2,11 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qprobe.cli import shared
+
+_POSITIVE = click.IntRange(min=1)
+_STEP = (
+    click.option(
+        "--batch-size", type=_POSITIVE, default=1, show_default=True, metavar="N", help="Of a step."
+    ),
+    click.option(
+        "--tokens",
+        type=_POSITIVE,
+        default=2048,
+        show_default=True,
+        metavar="N",
+        help="Length of a sequence; image tokens that stand in it count.",
+    ),
+    click.option(
+        "--tiles",
+        type=click.IntRange(min=0),
+        default=4,
+        show_default=True,
+        metavar="N",
+        help="Image tiles of a sequence, of the config's image size each (or 560 x 560 pixels).",
+    ),
+    click.option(
+        "--rank", type=_POSITIVE, default=16, show_default=True, metavar="N", help="Of the adapters."
+    ),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw_8bit", "adamw_torch"]),
+        default="adamw_8bit",
+        show_default=True,
+    ),
+    click.option("--vision", is_flag=True, help="Adapters on the vision tower as well."),
+)
+
+
+def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a training step."""
+    for option in reversed(_STEP):
+        function = option(function)
+    return function
+
+
+def refuse_step_without_training(training: bool) -> None:
+    """Raises UsageError where an option of a training step was passed without --training."""
+    context = click.get_current_context()
+    names = ("batch_size", "tokens", "tiles", "rank", "optimizer", "vision")
+    for name in names:
+        if not training and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} describes a training step; pass --training.")
 
 
 @shared.command("plan", short_help="Exact bytes of every layout, from the config alone.")
@@ -22,7 +73,9 @@ from qprobe.cli import shared
     metavar="FILE",
     help="A skiplist.json of this model: its layout is shown as well.",
 )
-def plan(as_json: bool, model: str, manifest: Path | None) -> None:
+@click.option("--training", is_flag=True, help="Also say what a QLoRA step occupies and which cards it fits.")
+@training_options
+def plan(as_json: bool, model: str, manifest: Path | None, training: bool, **step: Any) -> None:
     """Say what a model occupies in 16-bit, in standard 4-bit, and with the lists others published for it.
 
     Exact, and from the config alone: no weights are read, and a model known by name needs no network.
@@ -38,10 +91,19 @@ def plan(as_json: bool, model: str, manifest: Path | None) -> None:
     layers_4bit, parameter_bytes, total_bytes, double_quant, published_gib}], towers [{name, linear_layers,
     parameters, layouts [{name, layers_4bit, parameter_bytes, total_bytes}]}], outside [{name, tower, bytes,
     why}] for everything that is no weight of a linear, and notes. null is what does not apply.
+    With --training also: training {batch_size, tokens, tiles, rank, optimizer, vision, adapted_layers,
+    adapter_parameters, activations {kept, at_loss, in_block, peak}, layouts [{name, weight_bytes,
+    adapter_bytes, gradient_bytes, optimizer_bytes, activation_bytes, total_bytes, cards [{gb,
+    usable_bytes, margin_bytes, fits}]}]}.
     """
+    refuse_step_without_training(training)
     from qprobe.build.plan import plan as size_plan
 
     found = size_plan(model, manifest).to_json()
+    if training:
+        from qprobe.training.memory import Step, training_plan
+
+        found["training"] = training_plan(model, Step(**step), manifest).to_json()
     if as_json:
         shared.print_json(found)
         return
@@ -49,3 +111,7 @@ def plan(as_json: bool, model: str, manifest: Path | None) -> None:
     from qprobe.report.terminal import terminal_width
 
     click.echo(plan_text(found, terminal_width()))
+    if training:
+        from qprobe.report.training import training_text
+
+        click.echo("\n" + training_text(found["training"], terminal_width()))

@@ -20,7 +20,7 @@ from qprobe.build import compare as compare_module
 from qprobe.build.audit import audit
 from qprobe.build.compare import compare
 from qprobe.build.load import load_dynamic_4bit
-from qprobe.build.save import save_dynamic_4bit
+from qprobe.build.quantize import quantize
 from qprobe.build.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError
 from qprobe.formats.codes_file import FILE_NAME, open_codes
@@ -115,7 +115,7 @@ def test_the_model_holds_the_weights_of_the_file_at_the_promised_bytes(name, run
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_checkpoint_loads_without_qprobe_and_computes_the_same(name, run, tmp_path):
     one = run(name)
-    saved = save_dynamic_4bit(one.manifest, tmp_path / "out", str(one.model), "cpu")
+    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
     ours, processor = load_dynamic_4bit(one.manifest, str(one.model), "cpu")
     theirs = model_class(AutoConfig.from_pretrained(saved)).from_pretrained(saved)
     without_repacking(theirs)
@@ -130,7 +130,7 @@ def test_a_saved_checkpoint_loads_without_qprobe_and_computes_the_same(name, run
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_trains_on_a_saved_checkpoint(name, run, tmp_path):
     one = run(name)
-    saved = save_dynamic_4bit(one.manifest, tmp_path / "out", str(one.model), "cpu")
+    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
     model = model_class(AutoConfig.from_pretrained(saved)).from_pretrained(saved)
     without_repacking(model)
     processor = load_processor(Source("saved", str(saved)))
@@ -254,7 +254,7 @@ def test_weights_that_are_not_those_of_the_scan_are_refused(harm, run, tmp_path)
 def test_a_full_folder_is_not_written_into(run, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ModelError, match="not empty"):
-        save_dynamic_4bit(run("llama").manifest, tmp_path, str(run("llama").model), "cpu")
+        quantize(run("llama").manifest, tmp_path, str(run("llama").model), "cpu")
 
 
 def test_compare_shows_both_ways_of_rounding_with_and_without_the_list(run, monkeypatch):

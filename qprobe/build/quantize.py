@@ -1,0 +1,134 @@
+"""`qprobe quantize`: the model of a manifest as a checkpoint that transformers loads by itself."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe.build.audit import audit
+from qprobe.build.card import model_card
+from qprobe.build.load import load_dynamic_4bit
+from qprobe.build.matching import check_keys
+from qprobe.build.storage import stored_bytes
+from qprobe.errors import ManifestError, ModelError, VerificationError
+from qprobe.exports.keys import exact, exact_entries, transformers_readers
+from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
+from qprobe.options import Progress, no_progress
+
+# A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
+MAX_SHARD = "2GB"
+MANIFEST_FILE = "skiplist.json"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A checkpoint that was written. files: name -> bytes; the rest as in `StoredBytes`."""
+
+    out: Path
+    layers_4bit: int
+    layers_16bit: int
+    parameter_bytes: int
+    total_bytes: int
+    files: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `quantize --json`."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def quantize(
+    manifest: Manifest | str | Path,
+    out: Path | str,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    folder: Path | str | None = None,
+    progress: Progress = no_progress,
+) -> Quantized:
+    """Writes the model that `manifest` describes into the new folder `out`; `from_pretrained` loads it alone.
+
+    The weights are read one by one and kept in 4-bit, so memory holds the 4-bit model and the weight at
+    hand. The folder has its name only once it is complete and audited; a killed run leaves a hidden
+    `.NAME.*.tmp` beside it, which nothing reads. Arguments and errors as of `load_dynamic_4bit`; ModelError
+    if `out` is there already and not empty, or cannot be written; ManifestError if no list of entries means
+    the same to every transformers 5.
+    """
+    target = Path(out)
+    refuse_to_overwrite(target)
+    written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+    entries = exact_entries(transformers_readers(written), str, exact)
+    progress("load in 4-bit", 0, 3)
+    loaded, processor = load_dynamic_4bit(manifest, model, device, dtype, folder)
+    four_bit = [x.name for x in written.layers if x.precision == "nf4"]
+    check_keys(loaded, entries, four_bit, written.skip_modules)
+    loaded.config.quantization_config.llm_int8_skip_modules = entries
+    progress("write", 1, 3)
+    origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
+    with new_folder(target) as place:
+        loaded.save_pretrained(place, max_shard_size=MAX_SHARD)
+        save_processor(processor, place)
+        write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
+        (place / "README.md").write_text(model_card(written, type(loaded).__name__), "utf-8")
+        progress("audit", 2, 3)
+        found = audit(place, written if dtype is None else None)
+        if not found.ok:
+            raise VerificationError(
+                f"The checkpoint that was written is not what its manifest lists: {found.problems[0]} "
+                f"Nothing was kept; report this with the versions that `qprobe doctor` prints."
+            )
+        files = {x.name: x.stat().st_size for x in sorted(place.iterdir())}
+    progress("done", 3, 3)
+    kept, stored = len(written.skip_modules), stored_bytes(loaded)
+    return Quantized(target, len(four_bit), kept, stored.parameter_bytes, stored.total_bytes, files)
+
+
+def refuse_to_overwrite(target: Path) -> None:
+    """Raises ModelError unless `target` is missing or an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"{target} is there already and not empty. Pass another folder, or remove it first.")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends without an error.
+
+    After an error it is gone. Raises ModelError if it cannot be written or `target` got files meanwhile.
+    """
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        os.replace(folder, target)
+    except (OSError, ManifestError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(
+            f"{target} cannot be written ({reason}). Make room, or pass another folder."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """`processor`, a tokenizer or None, into `folder`, as transformers reads it again.
+
+    One that lacks a part, as Qwen2-VL's lacks its video half on a machine without torchvision, cannot be
+    saved whole; its parts then lie in the folder as they do in checkpoints on the hub.
+    """
+    if processor is None:
+        return
+    names = processor.get_attributes() if hasattr(processor, "get_attributes") else ()
+    parts = [getattr(processor, name, None) for name in names]
+    if None not in parts:
+        processor.save_pretrained(folder)
+        return
+    if processor.chat_template:
+        (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
+    for part in parts:
+        if part is not None:
+            part.save_pretrained(folder)

@@ -1,0 +1,183 @@
+"""`qprobe finetune`: QLoRA on the dynamic model, or on one of the two it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from qprobe.cli import shared
+from qprobe.options import FinetuneOptions
+
+_POSITIVE = click.IntRange(min=1)
+_OPTIONS = (
+    click.option(
+        "--data",
+        type=shared.PATH,
+        required=True,
+        metavar="FILE",
+        help="JSONL file, one conversation a line; image paths are relative to its folder.",
+    ),
+    click.option("--out", type=shared.PATH, required=True, metavar="DIR", help="Folder for the adapter."),
+    click.option(
+        "--base",
+        type=click.Choice(["16-bit", "nf4", "dynamic"]),
+        default="dynamic",
+        show_default=True,
+        help="What the adapter goes on: the model in 16-bit, in standard 4-bit, or as F lists it.",
+    ),
+    click.option(
+        "--model",
+        metavar="M",
+        help="Where the 16-bit weights are: known name, hub id or folder.  [default: the model F names]",
+    ),
+    click.option(
+        "--eval-data", type=shared.PATH, metavar="FILE", help="Lines to evaluate on, never trained on."
+    ),
+    click.option(
+        "--held-out",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.1,
+        show_default=True,
+        metavar="SHARE",
+        help="Without --eval-data: share of the lines that is evaluated and not trained on.",
+    ),
+    click.option(
+        "--bad-data",
+        type=click.Choice(["refuse", "skip"]),
+        default="refuse",
+        show_default=True,
+        help="A line that cannot be trained on: name it and stop, or name it and go on without it.",
+    ),
+    click.option(
+        "--steps", type=_POSITIVE, metavar="N", help="Optimizer steps.  [default: as many as --epochs takes]"
+    ),
+    click.option(
+        "--epochs",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        show_default=True,
+        metavar="X",
+        help="Passes over the data.",
+    ),
+    click.option(
+        "--rank", type=_POSITIVE, default=16, show_default=True, metavar="N", help="Of the adapters."
+    ),
+    click.option(
+        "--learning-rate",
+        type=click.FloatRange(min=0, min_open=True),
+        default=2e-4,
+        show_default=True,
+        metavar="X",
+        help="Highest one; it rises for 5 % of the steps and then falls to 0.",
+    ),
+    click.option(
+        "--batch-size",
+        type=_POSITIVE,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Lines that run at once.",
+    ),
+    click.option(
+        "--accumulation", type=_POSITIVE, default=4, show_default=True, metavar="N", help="Batches a step."
+    ),
+    click.option(
+        "--max-length",
+        type=_POSITIVE,
+        default=2048,
+        show_default=True,
+        metavar="N",
+        help="Longest line in tokens, image included; a longer one is bad data, never cut.",
+    ),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw_8bit", "adamw_torch"]),
+        help="[default: adamw_8bit on CUDA; adamw_torch on a CPU, for which there is no 8-bit one]",
+    ),
+    click.option("--vision", is_flag=True, help="Put adapters on the vision tower as well."),
+    click.option(
+        "--save-every",
+        type=_POSITIVE,
+        default=50,
+        show_default=True,
+        metavar="N",
+        help="Steps between two checkpoints, each with an evaluation.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Of the adapters, the order of the lines and the held-out ones.",
+    ),
+)
+
+
+def _options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@shared.command("finetune", short_help="QLoRA on the dynamic model.")
+@click.argument("manifest", type=shared.PATH, metavar="F")
+@_options
+@shared.device_option
+@shared.dtype_option(None, "the manifest's")
+def finetune(as_json: bool, **asked: Any) -> None:
+    """Fine-tune adapters (QLoRA) on the model that the skiplist.json F describes, with the Trainer of
+    transformers.
+
+    \b
+    A line of the data is one of
+      {"image": "a.png", "conversations": [{"from": "human", "value": "..."},
+                                           {"from": "gpt", "value": "..."}]}
+      {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"},
+                                                 {"type": "text", "text": "..."}]}, ...]}
+      {"image": "a.png", "prompt": "...", "answer": "..."}
+
+    The loss is on the tokens of the answers only. Every line and image is checked first. The same command
+    goes on from the last checkpoint after an interruption. DIR gets the adapter as peft reads it, the
+    processor, F, and finetune.json with every choice and F's fingerprint.
+
+    \b
+    --json prints: out, base, fingerprint, steps, resumed_from, trained_lines, held_out_lines, skipped [text],
+    trainable_parameters, optimizer, eval_loss_before, eval_loss (nats per answer token, mean over lines),
+    history [{step, loss}], eval_history [{step, loss}], seconds, peak_bytes (of device memory).
+    """
+    from qprobe.training.finetune import finetune as train
+
+    refuse_two_splits(asked)
+    with shared.progress_bars() as progress:
+        done = train(FinetuneOptions(**asked), progress).to_json()
+    if as_json:
+        shared.print_json(done)
+        return
+    for sentence in done["skipped"]:
+        click.echo(f"Skipped: {sentence}", err=True)
+    click.echo(_verdict(done))
+
+
+def refuse_two_splits(asked: Mapping[str, Any]) -> None:
+    """Raises UsageError where --held-out was passed beside --eval-data."""
+    source = click.get_current_context().get_parameter_source("held_out")
+    if asked["eval_data"] is not None and source == click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--eval-data and --held-out both say what to evaluate on; pass one of them.")
+
+
+def _verdict(done: Mapping[str, Any]) -> str:
+    resumed = f" (from step {done['resumed_from']} on)" if done["resumed_from"] is not None else ""
+    text = (
+        f"{done['out']}: adapter of {done['trainable_parameters']:,} parameters on the {done['base']} base, "
+        f"{done['steps']} steps{resumed} of {done['optimizer']} on {done['trained_lines']} lines, "
+        f"{done['seconds']:.0f} s."
+    )
+    if done["eval_loss"] is None:
+        return f"{text} Nothing was held out."
+    return (
+        f"{text} Loss on {done['held_out_lines']} held-out lines: {done['eval_loss_before']:.4g} before, "
+        f"{done['eval_loss']:.4g} after (nats per answer token)."
+    )

@@ -1,0 +1,49 @@
+"""`qprobe quantize`: a standard checkpoint of the dynamic model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qprobe.cli import shared
+
+
+@shared.command("quantize", short_help="Write the dynamic model as a checkpoint that from_pretrained loads.")
+@click.argument("manifest", type=shared.PATH, metavar="F")
+@click.option(
+    "--out", type=shared.PATH, required=True, metavar="DIR", help="Folder to make; never overwritten."
+)
+@click.option(
+    "--model",
+    metavar="M",
+    help="Where the 16-bit weights are: known name, hub id or folder.  [default: the model F names]",
+)
+@shared.device_option
+@shared.dtype_option(None, "the manifest's")
+def quantize(
+    manifest: Path, out: Path, model: str | None, device: str | None, dtype: str | None, as_json: bool
+) -> None:
+    """Write the model that the skiplist.json F describes into the new folder DIR.
+
+    DIR is a standard checkpoint: safetensors shards, a config with the exact list of the layers in 16-bit,
+    the processor, a model card with what the scan measured, and F itself. Plain from_pretrained loads it
+    where qprobe is not installed. The 16-bit weights are read one by one; memory holds the 4-bit model. DIR
+    gets its name only once it is complete and audited.
+
+    \b
+    --json prints: out, layers_4bit, layers_16bit, parameter_bytes, total_bytes, files {name: bytes}.
+    """
+    from qprobe.build.quantize import quantize as write
+
+    with shared.progress_bars() as progress:
+        done = write(manifest, out, model, device, dtype, progress=progress)
+    if as_json:
+        shared.print_json(done.to_json())
+        return
+    from qprobe.report.terminal import readable_bytes
+
+    click.echo(
+        f"{done.out}: {done.layers_4bit} linear layers in 4-bit, {done.layers_16bit} in 16-bit, "
+        f"{readable_bytes(done.total_bytes)} with quantization state, {len(done.files)} files."
+    )

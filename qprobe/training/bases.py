@@ -1,0 +1,93 @@
+"""The models an adapter can be put on, and the adapter of a finished run put on its base again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qprobe.build.load import check_model, load_dynamic_4bit, load_standard_4bit, with_dtype
+from qprobe.build.ready import ready_for_training
+from qprobe.errors import MachineError, ManifestError, RunError
+from qprobe.manifest import Manifest, read_manifest
+from qprobe.models.reference import load_processor, load_reference
+from qprobe.options import Base
+
+RECORD = "finetune.json"
+MANIFEST_FILE = "skiplist.json"
+
+
+def load_base(
+    manifest: Path | Manifest,
+    base: Base,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> tuple[Any, Any]:
+    """(model, processor): the manifest's model in 16-bit, in standard 4-bit or dynamic, ready for adapters.
+
+    Errors as of `load_dynamic_4bit`; a model other than the manifest's is refused for each base.
+    """
+    if base == "dynamic":
+        return load_dynamic_4bit(manifest, model, device, dtype, for_training=True)
+    written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+    source = check_model(written, model).source
+    spec = with_dtype(written.format, dtype)
+    if base == "nf4":
+        loaded, processor = load_standard_4bit(
+            source.location, replace(spec, name="nf4"), device, source.revision
+        )
+        return ready_for_training(loaded), processor
+    reference = load_reference(source.location, device, spec.compute_dtype, source.revision)
+    return ready_for_training(reference.model), load_processor(source)
+
+
+def peft_library() -> Any:
+    """The module peft. Raises MachineError, saying how to get it, if it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MachineError(
+            f"Fine-tuning needs peft, which cannot be imported ({error}). Install it with "
+            f"`pip install 'qprobe[train]'`."
+        ) from error
+    return peft
+
+
+def load_finetuned(
+    folder: Path | str, model: str | None = None, device: str | None = None
+) -> tuple[Any, Any]:
+    """(peft model, processor): the adapter that `finetune` wrote to `folder`, on the base it was trained on.
+
+    model, device: as of `load_dynamic_4bit`. Raises RunError if the folder holds no finished adapter,
+    ManifestError if adapter and manifest were not made for one model.
+    """
+    where = Path(folder)
+    record = read_record(where)
+    if record is None or record.get("status") != "finished":
+        raise RunError(f"{where} holds no finished adapter. Run qprobe finetune to its end first.")
+    manifest = read_manifest(where / MANIFEST_FILE)
+    if record["fingerprint"] != manifest.model.fingerprint:
+        raise ManifestError(
+            f"The adapter in {where} was trained on a model with fingerprint "
+            f"{str(record['fingerprint'])[:16]}, but its manifest is of one with "
+            f"{manifest.model.fingerprint[:16]}. Put the two together that belong together."
+        )
+    spec = record["spec"]
+    base, processor = load_base(where / MANIFEST_FILE, spec["base"], model, device, spec["dtype"])
+    return peft_library().PeftModel.from_pretrained(base, str(where)).eval(), processor
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What finetune.json in `folder` holds; None if there is none. Raises RunError if it is broken."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is no valid JSON ({error}). Remove the folder and train again.") from error
+    if not isinstance(record, dict) or not {"status", "spec", "fingerprint"} <= record.keys():
+        raise RunError(f"{path} is no record of qprobe finetune. Pass another folder.")
+    return record

@@ -1,0 +1,317 @@
+"""`qprobe finetune`: QLoRA on one of three bases by transformers' Trainer, resumable and recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qprobe import __version__
+from qprobe.build.quantize import save_processor
+from qprobe.build.ready import lora_targets
+from qprobe.errors import MachineError, RunError, SampleError
+from qprobe.exports.shared import yaml
+from qprobe.manifest import Manifest, moved, read_manifest, write_atomic, write_manifest
+from qprobe.models.reference import pick_device
+from qprobe.options import FinetuneOptions, Optimizer, Progress, no_progress
+from qprobe.training.bases import MANIFEST_FILE, RECORD, load_base, peft_library, read_record
+from qprobe.training.conversations import (
+    BadLine,
+    Conversation,
+    Conversations,
+    keep_good,
+    read_conversations,
+)
+from qprobe.training.encoding import encode_conversations, encoding_problem
+from qprobe.training.trainer import Watch, make_trainer
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A finished run.
+
+    losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
+    base's; both are None without held-out lines. history: (step, loss) as logged, mean since the last log.
+    peak_bytes: of device memory, None on a CPU. skipped: one sentence a line that was left out.
+    """
+
+    out: Path
+    base: str
+    fingerprint: str
+    steps: int
+    resumed_from: int | None
+    trained_lines: int
+    held_out_lines: int
+    skipped: tuple[str, ...]
+    trainable_parameters: int
+    optimizer: str
+    eval_loss_before: float | None
+    eval_loss: float | None
+    history: tuple[tuple[int, float], ...]
+    eval_history: tuple[tuple[int, float], ...]
+    seconds: float
+    peak_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `finetune --json`."""
+        curves = {
+            "history": [{"step": step, "loss": loss} for step, loss in self.history],
+            "eval_history": [{"step": step, "loss": loss} for step, loss in self.eval_history],
+        }
+        return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped), **curves}
+
+
+def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Finetuned:
+    """Trains an adapter as `options` ask and writes it to their `out`, with manifest, processor and record.
+
+    Run again with the same options after an interruption, it goes on from the last checkpoint.
+    Raises SampleError for data that cannot be trained on, RunError if `out` holds something else or a
+    finished adapter, MachineError without peft or for an optimizer the device lacks.
+    """
+    peft = peft_library()
+    manifest = read_manifest(options.manifest)
+    spec = _spec(options, manifest)
+    _check_out(options.out, spec)
+    found = [read_conversations(x, progress) for x in (options.data, options.eval_data) if x is not None]
+    for one in found:
+        keep_good(one, options.bad_data)  # before a model is loaded
+    model, processor = load_base(options.manifest, options.base, options.model, options.device, options.dtype)
+    checked = [_encodable(x, processor, model.dtype, options.max_length, progress) for x in found]
+    train, held_out = _split([keep_good(x, options.bad_data) for x in checked], options)
+    torch.manual_seed(options.seed)
+    config = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank,
+        lora_dropout=0.0,
+        target_modules=lora_targets(model, options.vision),
+    )
+    tuned = peft.get_peft_model(model, config)
+    _write_record(options.out, {"status": "running", "fingerprint": manifest.model.fingerprint, "spec": spec})
+    result = _train(options, spec["optimizer"], tuned, processor, train, held_out, progress)
+    skipped = tuple(sentence for one in checked for sentence in one.sentences())
+    done = Finetuned(
+        out=options.out, base=options.base, fingerprint=manifest.model.fingerprint, skipped=skipped, **result
+    )
+    _finish(options, tuned, processor, manifest, spec, done)
+    return done
+
+
+def _spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:
+    """Everything that decides the adapter, in JSON values; two runs with equal specs may share a folder."""
+    device = pick_device(options.device)
+    if (device.index or 0) > 0:
+        raise MachineError(
+            f"transformers' Trainer works on the first GPU it sees, not on {device}. Set "
+            f"CUDA_VISIBLE_DEVICES={device.index} and leave --device out."
+        )
+    asked = {
+        key: value
+        for key, value in asdict(options).items()
+        if key not in ("manifest", "data", "eval_data", "out", "model", "device", "save_every", "optimizer")
+    }
+    return {
+        **asked,
+        "optimizer": _optimizer(options.optimizer, device),
+        "fingerprint": manifest.model.fingerprint,
+        "skip_modules": _digest("\n".join(manifest.skip_modules).encode()),
+        "data": _file_digest(options.data),
+        "eval_data": None if options.eval_data is None else _file_digest(options.eval_data),
+    }
+
+
+def _optimizer(wanted: Optimizer | None, device: torch.device) -> Optimizer:
+    if wanted == "adamw_8bit" and device.type != "cuda":
+        raise MachineError(
+            f"The optimizer adamw_8bit needs a CUDA device, and this run is on {device}. Leave --optimizer "
+            f"out: on a CPU it is adamw_torch."
+        )
+    return wanted or ("adamw_8bit" if device.type == "cuda" else "adamw_torch")
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return _digest(path.read_bytes())
+    except OSError as error:
+        raise SampleError(f"{path} cannot be read ({error.strerror}). Pass a .jsonl file.") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _check_out(out: Path, spec: dict[str, Any]) -> None:
+    """Raises RunError unless `out` is new, empty, or an unfinished run with the same spec."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    record = read_record(out) if out.is_dir() else None
+    if record is None:
+        raise RunError(f"{out} is there already and holds no run of qprobe finetune. Pass another folder.")
+    if record["status"] == "finished":
+        raise RunError(f"{out} holds a finished adapter. Pass another folder, or remove it to train again.")
+    differing = sorted(key for key in spec if record["spec"].get(key) != spec[key])
+    if differing:
+        raise RunError(
+            f"{out} holds an unfinished run that was asked for otherwise ({', '.join(differing)}). Pass the "
+            f"same options to continue it, or another folder."
+        )
+
+
+def _encodable(
+    found: Conversations, processor: Any, dtype: torch.dtype, max_length: int, progress: Progress
+) -> Conversations:
+    """`found` with the lines that the model's processor cannot encode moved to the bad ones."""
+    good: list[Conversation] = []
+    bad = list(found.bad)
+    for done, one in enumerate(found.good, start=1):
+        problem = encoding_problem(processor, one, dtype, max_length)
+        if problem is None:
+            good.append(one)
+        else:
+            bad.append(BadLine(one.line, problem))
+        progress("check data", done, len(found.good))
+    return Conversations(found.name, tuple(good), tuple(sorted(bad, key=lambda x: x.line)))
+
+
+def _split(
+    files: Sequence[tuple[Conversation, ...]], options: FinetuneOptions
+) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
+    """(to train on, held out): the two files, or a share of the one that the seed draws."""
+    lines = files[0]
+    if len(files) > 1:
+        return lines, files[1]
+    count = round(options.held_out * len(lines))
+    if options.held_out > 0 and len(lines) > 1:
+        count = min(max(count, 1), len(lines) - 1)
+    chosen = set(random.Random(options.seed).sample(range(len(lines)), count))
+    train = tuple(x for i, x in enumerate(lines) if i not in chosen)
+    if not train:
+        raise SampleError(f"--held-out {options.held_out} leaves nothing to train on. Pass a smaller share.")
+    return train, tuple(lines[i] for i in sorted(chosen))
+
+
+def _train(
+    options: FinetuneOptions,
+    optimizer: Optimizer,
+    tuned: Any,
+    processor: Any,
+    train: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Runs the Trainer; the fields of `Finetuned` that it decides."""
+    dtype = tuned.get_base_model().dtype
+    device = next(tuned.parameters()).device
+    checkpoints = options.out / CHECKPOINTS
+    watch = Watch(progress)
+    trainer = make_trainer(
+        tuned,
+        options,
+        optimizer,
+        checkpoints,
+        list(train),
+        list(held_out),
+        lambda rows: encode_conversations(processor, rows, dtype),
+        watch,
+    )
+    resume = last_checkpoint(checkpoints)
+    if resume is not None:
+        trainer.args.eval_on_start = False  # the loss at its step is in the state already
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if held_out and (not watch.evaluations or watch.evaluations[-1][0] != trainer.state.global_step):
+        trainer.evaluate()
+    log = trainer.state.log_history
+    evaluations = tuple((x["step"], x["eval_loss"]) for x in log if "eval_loss" in x)
+    return {
+        "steps": trainer.state.global_step,
+        "resumed_from": None if resume is None else int(resume.name.rpartition("-")[2]),
+        "trained_lines": len(train),
+        "held_out_lines": len(held_out),
+        "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        "optimizer": optimizer,
+        "eval_loss_before": evaluations[0][1] if evaluations else None,
+        "eval_loss": evaluations[-1][1] if evaluations else None,
+        "history": tuple((x["step"], x["loss"]) for x in log if "loss" in x),
+        "eval_history": evaluations,
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`; what a killed run left half written is removed.
+
+    The Trainer writes the state last, so a checkpoint with a readable state is whole.
+    """
+    whole: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text("utf-8"))
+            whole[int(path.name.rpartition("-")[2])] = path
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+    return whole[max(whole)] if whole else None
+
+
+def _write_record(out: Path, record: dict[str, Any]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"{out} cannot be written ({error.strerror}). Pass another folder.") from error
+
+
+def _finish(
+    options: FinetuneOptions,
+    tuned: Any,
+    processor: Any,
+    manifest: Manifest,
+    spec: dict[str, Any],
+    done: Finetuned,
+) -> None:
+    """The adapter and what belongs to it; the record that calls it finished is written last."""
+    out = options.out
+    # The files name the model as the manifest does, never a folder of this machine. peft would look the name
+    # up on the hub to see whether the vocabulary grew, which it cannot have.
+    tuned.peft_config["default"].base_model_name_or_path = manifest.model.id
+    tuned.save_pretrained(out, save_embedding_layers=False)
+    (out / "README.md").write_text(_card(manifest, done), "utf-8")
+    save_processor(processor, out)
+    write_manifest(out / MANIFEST_FILE, moved(manifest, options.manifest.parent, out))
+    result = {key: value for key, value in done.to_json().items() if key != "out"}
+    _write_record(
+        out, {"status": "finished", "fingerprint": done.fingerprint, "spec": spec, "result": result}
+    )
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def _card(manifest: Manifest, done: Finetuned) -> str:
+    """README.md of the adapter: what it is of, how it was trained, how to load it."""
+    head = {"library_name": "peft", "tags": ["qprobe", "lora", "qlora"]}
+    base = {"base_model": manifest.model.id} if "/" in manifest.model.id else {}
+    losses = (
+        f"Loss on {done.held_out_lines} held-out lines: {done.eval_loss_before:.4g} before, "
+        f"{done.eval_loss:.4g} after (nats per answer token)."
+        if done.eval_loss is not None and done.eval_loss_before is not None
+        else "Nothing was held out, so nothing was evaluated."
+    )
+    return (
+        f"---\n{yaml({**head, **base})}---\n\n# Adapter for {manifest.model.id}\n\n"
+        f"LoRA of {done.trainable_parameters:,} parameters, trained for {done.steps} steps of "
+        f"{done.optimizer} on the {done.base} base by qprobe {__version__}. {losses}\n\n"
+        f"Fingerprint of the model: `{done.fingerprint}`. Every choice is in `{RECORD}`.\n\n"
+        f"```python\nimport qprobe\n\n"
+        f'model, processor = qprobe.load_finetuned("path/to/this/folder")\n```\n'
+    )

@@ -1,0 +1,103 @@
+"""transformers' Trainer, set up for one fine-tuning run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from qprobe.errors import QprobeError
+from qprobe.options import FinetuneOptions, Optimizer, Progress
+from qprobe.training.conversations import Conversation
+
+WARMUP = 0.05  # share of the steps in which the learning rate rises, so that the first ones do no harm
+
+
+class Watch(TrainerCallback):
+    """Reports steps to a `Progress`, keeps (step, loss) of evaluations, stops at a loss that is no number."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.evaluations: list[tuple[int, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        self.progress("train", state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise QprobeError(
+                f"The loss became {loss} at step {state.global_step}, so the adapter is lost. Start again "
+                f"with a lower --learning-rate, or continue in another folder with data that was looked over."
+            )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_kwargs: Any) -> None:
+        if "eval_loss" in (metrics or {}):
+            self.evaluations.append((state.global_step, metrics["eval_loss"]))
+
+
+def make_trainer(
+    model: Any,
+    options: FinetuneOptions,
+    optimizer: Optimizer,
+    checkpoints: Path,
+    train: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    encode: Callable[[list[Conversation]], dict[str, Tensor]],
+    watch: Watch,
+) -> Trainer:
+    """The Trainer of one run: nothing is reported anywhere, checkpoints go to `checkpoints`."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        max_steps=options.steps or -1,
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(WARMUP * _steps(options, len(train))),
+        optim=optimizer,
+        # Weights keep their dtypes: adapters are float32 and cast by themselves, so there is no autocast.
+        bf16=False,
+        fp16=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=options.save_every,
+        eval_on_start=bool(held_out),
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=options.save_every,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=not on_cpu,
+        use_cpu=on_cpu,
+        seed=options.seed,
+        data_seed=options.seed,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the Trainer would spread the model over all GPUs it sees
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,  # pyright: ignore[reportArgumentType]  # any sized sequence will do
+        eval_dataset=held_out or None,  # pyright: ignore[reportArgumentType]
+        data_collator=encode,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
+    return trainer
+
+
+def _steps(options: FinetuneOptions, lines: int) -> int:
+    """Optimizer steps of the whole run."""
+    batches = math.ceil(lines / options.batch_size)
+    return options.steps or math.ceil(options.epochs * math.ceil(batches / options.accumulation))

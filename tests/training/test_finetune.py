@@ -1,0 +1,208 @@
+"""A fine-tuning run learns, says what it did, goes on where it stopped, and trains on nothing unnamed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from qprobe.cli import main
+from qprobe.errors import MachineError, ManifestError, QprobeError, RunError, SampleError
+from qprobe.manifest import read_manifest, write_manifest
+from qprobe.options import FinetuneOptions
+from qprobe.training.bases import load_finetuned
+from qprobe.training.conversations import read_conversations
+from qprobe.training.encoding import encode_conversations
+from qprobe.training.finetune import finetune, last_checkpoint
+from tests import tiny
+from tests.build.manifests import every_third, manifest_for
+
+pytestmark = pytest.mark.filterwarnings(
+    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+    "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning",
+)
+BASES = ("16-bit", "nf4", "dynamic")
+
+
+@pytest.fixture
+def asked(tiny_folder: Any, tmp_path: Path) -> FinetuneOptions:
+    """A run on the tiny Mllama: five lines, all with one answer, three steps of two lines."""
+    folder = tiny_folder("mllama")
+    write_manifest(tmp_path / "skiplist.json", manifest_for(folder, every_third(folder)))
+    write_data(tmp_path / "train.jsonl", 5)
+    return FinetuneOptions(
+        tmp_path / "skiplist.json", tmp_path / "train.jsonl", tmp_path / "out", model=str(folder),
+        device="cpu", steps=4, accumulation=2, learning_rate=2e-2, rank=4, max_length=128, save_every=2,
+    )  # fmt: skip
+
+
+def write_data(path: Path, count: int, *more: str) -> None:
+    lines = []
+    for number in range(count):
+        (path.parent / f"{number}.png").write_bytes(tiny.picture(number))
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a coastal train"}]
+        lines.append(json.dumps({"image": f"{number}.png", "conversations": turns}))
+    path.write_text("\n".join([*lines, *more]), "utf-8")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_it_learns_on_every_base_and_the_adapter_loads_as_it_was(base, asked):
+    options = replace(asked, base=base, steps=8)
+    done = finetune(options)
+    assert (done.steps, done.trained_lines, done.held_out_lines, done.optimizer) == (8, 4, 1, "adamw_torch")
+    assert done.eval_loss < 0.7 * done.eval_loss_before
+    assert [step for step, _ in done.eval_history] == [0, 2, 4, 6, 8]
+    tuned, processor = load_finetuned(options.out, options.model, "cpu")
+    losses = []
+    for row in read_conversations(options.data).good:
+        with torch.no_grad():
+            losses.append(float(tuned(**encode_conversations(processor, [row], torch.bfloat16)).loss))
+    assert any(loss == pytest.approx(done.eval_loss, rel=1e-6) for loss in losses)  # one of them was held out
+
+
+def test_the_record_names_the_model_and_no_folder_of_this_machine(asked):
+    done = finetune(asked)
+    manifest = read_manifest(asked.manifest)
+    record = json.loads((asked.out / "finetune.json").read_text())
+    assert record["status"] == "finished"
+    assert record["fingerprint"] == done.fingerprint == manifest.model.fingerprint
+    assert record["result"]["eval_loss"] == done.eval_loss and record["spec"]["rank"] == 4
+    assert read_manifest(asked.out / "skiplist.json") == manifest
+    assert not (asked.out / "checkpoints").exists()
+    for name in ("finetune.json", "adapter_config.json", "README.md"):
+        assert str(asked.out.parent) not in (asked.out / name).read_text()
+    shapes = {n: tuple(t.shape) for n, t in load_file(asked.out / "adapter_model.safetensors").items()}
+    assert shapes and all(4 in shape for shape in shapes.values())
+    assert not any("vision_model" in name for name in shapes)
+    assert sum(a * b for a, b in shapes.values()) == done.trainable_parameters
+
+
+def test_an_interrupted_run_goes_on_and_ends_at_the_same_bits(asked, tmp_path):
+    def stop(stage: str, done: int, _total: int) -> None:
+        if stage == "train" and done == 3:  # the checkpoint of step 2 is there, step 3 is lost
+            raise KeyboardInterrupt
+
+    whole = finetune(replace(asked, out=tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(asked, stop)
+    (asked.out / "checkpoints" / "checkpoint-3").mkdir()  # as a run killed while it was saving leaves it
+    resumed = finetune(asked)
+    assert (resumed.resumed_from, whole.resumed_from) == (2, None)
+    assert resumed.history == whole.history and resumed.eval_history == whole.eval_history
+    first, second = (load_file(x / "adapter_model.safetensors") for x in (tmp_path / "whole", asked.out))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_folder_with_something_else_is_left_alone(asked):
+    asked.out.mkdir()
+    (asked.out / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds no run"):
+        finetune(asked)
+    (asked.out / "notes.txt").unlink()
+    finetune(replace(asked, steps=1))
+    with pytest.raises(RunError, match="finished adapter"):
+        finetune(replace(asked, steps=1))
+    record = json.loads((asked.out / "finetune.json").read_text())
+    (asked.out / "finetune.json").write_text(json.dumps({**record, "status": "running"}))
+    with pytest.raises(RunError, match=r"asked for otherwise \(rank, steps\)"):
+        finetune(replace(asked, rank=8, steps=2))
+    with pytest.raises(RunError, match="no finished adapter"):
+        load_finetuned(asked.out, asked.model, "cpu")
+
+
+def test_an_adapter_beside_another_models_manifest_is_refused(asked, tiny_folder):
+    finetune(replace(asked, steps=1))
+    write_manifest(asked.out / "skiplist.json", manifest_for(tiny_folder("llama")))
+    with pytest.raises(ManifestError, match="fingerprint"):
+        load_finetuned(asked.out, str(tiny_folder("llama")), "cpu")
+
+
+def test_bad_lines_are_refused_before_a_model_loads_or_skipped_by_name(asked, monkeypatch):
+    long = json.dumps(
+        {"conversations": [{"from": "human", "value": "a " * 200}, {"from": "gpt", "value": "b"}]}
+    )
+    write_data(asked.data, 4, '{"image": "0.png", "conv', long)
+    with monkeypatch.context() as patch:
+        patch.setattr("qprobe.training.finetune.load_base", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(SampleError, match=r"line 5: .* no whole JSON object"):
+            finetune(asked)
+    assert not asked.out.exists()
+    done = finetune(replace(asked, bad_data="skip", steps=1))
+    assert (done.trained_lines, done.held_out_lines) == (3, 1)
+    assert [x.split(":")[0] for x in done.skipped] == ["train.jsonl line 5", "train.jsonl line 6"]
+    assert "tokens, more than --max-length 128" in done.skipped[1]
+
+
+def test_a_line_too_long_for_the_model_is_refused_too(asked):
+    with pytest.raises(SampleError, match=r"train\.jsonl line 1: it has \d+ tokens"):
+        finetune(replace(asked, max_length=10))
+    assert not asked.out.exists()
+
+
+def test_a_file_to_evaluate_on_takes_the_place_of_the_split(asked, tmp_path):
+    write_data(tmp_path / "eval.jsonl", 2)
+    done = finetune(replace(asked, eval_data=tmp_path / "eval.jsonl", steps=1))
+    assert (done.trained_lines, done.held_out_lines) == (5, 2)
+    nothing = finetune(replace(asked, held_out=0.0, steps=1, out=tmp_path / "none"))
+    assert (nothing.trained_lines, nothing.held_out_lines, nothing.eval_loss) == (5, 0, None)
+
+
+def test_vision_adapters_on_request(asked):
+    finetune(replace(asked, vision=True, steps=1))
+    names = load_file(asked.out / "adapter_model.safetensors").keys()
+    assert any("vision_model" in name for name in names) and not any("lm_head" in name for name in names)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(asked):
+    with pytest.raises(QprobeError, match=r"The loss became (nan|inf) at step .* lower --learning-rate"):
+        finetune(replace(asked, learning_rate=1e30, held_out=0.0))
+
+
+def test_what_the_machine_lacks_is_one_sentence(asked, monkeypatch):
+    with pytest.raises(MachineError, match=r"needs a CUDA device.*adamw_torch"):
+        finetune(replace(asked, optimizer="adamw_8bit"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MachineError, match=r"pip install 'qprobe\[train\]'"):
+        finetune(asked)
+
+
+def test_half_written_checkpoints_are_removed(tmp_path):
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for number, state in ((9, "{}"), (10, "{}"), (12, '{"glob'), (14, None)):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(main, [str(x) for x in arguments], prog_name="qprobe")
+
+
+def test_the_command_line_is_the_function(asked):
+    line = (
+        *("finetune", asked.manifest, "--data", asked.data, "--out", asked.out, "--model", asked.model),
+        *("--device", "cpu", "--steps", 1, "--accumulation", 2, "--learning-rate", 2e-2, "--rank", 4),
+        *("--max-length", 128, "--base", "nf4", "--json"),
+    )
+    result = run(*line)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["base"], found["steps"], found["held_out_lines"]) == ("nf4", 1, 1)
+    assert [x["step"] for x in found["history"]] == [1]
+    again = run(*line)
+    assert again.exit_code == 1 and "finished adapter" in again.stderr and len(again.stderr.splitlines()) == 1
+
+
+def test_two_ways_to_hold_out_are_wrong_usage():
+    line = ("finetune", "f", "--data", "d", "--out", "o", "--eval-data", "e", "--held-out", "0.2")
+    assert run(*line).exit_code == 2
+    assert run("finetune", "f", "--data", "d", "--out", "o", "--base", "int8").exit_code == 2

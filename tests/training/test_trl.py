@@ -1,0 +1,85 @@
+"""README's three lines: scan, load_dynamic_4bit, TRL's SFTTrainer; on a CPU with the demo."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import qprobe
+from qprobe.demo import demo_folder
+from qprobe.demo.scenes import TRAINING_SEED, scenes
+from qprobe.errors import SampleError
+from qprobe.manifest import write_manifest
+from qprobe.models.reference import load_processor, resolve
+from tests.build.manifests import every_third, manifest_for
+
+pytestmark = [
+    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # trl 1.16.0 hands transformers the options by their old names; can go with the first that does not.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning"),
+]
+
+
+def rows(count: int) -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": x.prompt},
+                {"role": "assistant", "content": x.answer},
+            ],
+            "images": [Image.open(io.BytesIO(x.image or b""))],
+        }
+        for x in scenes(count, TRAINING_SEED + 9)
+    ]
+
+
+def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    monkeypatch.chdir(tmp_path)
+    folder = demo_folder()
+    write_manifest(tmp_path / "skiplist.json", manifest_for(folder, every_third(folder)))
+    dataset = Dataset.from_list(rows(4))
+
+    model, processor = qprobe.load_dynamic_4bit("skiplist.json", str(folder), device="cpu", for_training=True)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig("out", max_steps=2, per_device_train_batch_size=1, logging_steps=1, report_to="none",
+                       use_cpu=True, bf16=False),
+        train_dataset=dataset,
+        processing_class=processor,
+        data_collator=qprobe.answer_collator(processor),
+        peft_config=LoraConfig(r=16, target_modules=qprobe.lora_targets(model)),
+    )  # fmt: skip
+    trainer.train()
+
+    losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    assert len(losses) == 2 and all(0 < x < 5 for x in losses)
+    frozen = {n: p.dtype for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert set(frozen.values()) == {torch.bfloat16, torch.uint8}
+    assert all("lora_" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
+    moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
+    assert all(p.abs().sum() > 0 for p in moved)
+
+
+def test_rows_of_both_kinds_are_learned_alike_and_bad_ones_are_named():
+    processor = load_processor(resolve(str(demo_folder())))
+    (row,) = rows(1)
+    collate = qprobe.answer_collator(processor)
+    user, assistant = row["messages"]
+    split = {"prompt": [user], "completion": [assistant], "image": row["images"][0]}
+    one, other = collate([row]), collate([split])
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert 0 < (one["labels"] != -100).sum() < one["labels"].numel() / 2
+    with pytest.raises(SampleError, match="no answer to learn"):
+        collate([{"messages": [user], "images": row["images"]}])
+    with pytest.raises(SampleError, match="2 images"):
+        collate([{**row, "images": row["images"] * 2}])
