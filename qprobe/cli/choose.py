@@ -105,7 +105,7 @@ def _how_sure(manifest: Manifest) -> str:
     """Whether the KL of the list was measured or is a prediction."""
     quality = manifest.quality
     if quality.kl_dynamic is not None:
-        return f"Its KL was measured on {quality.samples} held-out samples of the scan: {quality.kl_dynamic:.3g}."
+        return f"Its KL was measured on {quality.samples} held-out samples: {quality.kl_dynamic:.3g}."
     if quality.kl_predicted is None:
         return "No KL was measured in this run."
     return f"Its KL is predicted, {quality.kl_predicted:.3g}, and not measured; `qprobe compare` measures it."
