@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
 from qprobe.measure.runner import Measures, applicable_measures, observe
+from qprobe.measure.shards import Shard, entered, finishing, shard_from
 from qprobe.measure.store import missing_units, open_run, read_scan, read_units, update_scan, write_unit
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
@@ -38,7 +40,8 @@ class ScanResult:
 
     seconds: by stage. peak_bytes: of the device (CUDA) or of the process (CPU). kl_*: nats per answer
     token on held-out samples, None where they do not apply. attribution_residual: (sum of the sensitivities
-    - measured KL) / measured KL, on the calibration samples. verdict: one sentence.
+    - measured KL) / measured KL, on the calibration samples. skiplist: None where other processes of this
+    scan have not finished their share, so that one of them chooses. verdict: one sentence.
     """
 
     run: Path
@@ -91,21 +94,37 @@ class Work:
 def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     """Measure every linear of a model, choose a skip-list within the budget, and leave a run folder.
 
-    A folder of the same specification is resumed: finished units are not measured again.
+    A folder of the same specification is resumed: finished units are not measured again. Under torchrun, or
+    wherever RANK and WORLD_SIZE are set, this process measures its share of the units (see
+    `qprobe.measure.shards`), and whichever finds all of them finished goes on to choose.
     Raises QprobeError for anything a user can mend (see `qprobe.errors`).
     """
+    shard = shard_from(os.environ)
     clock = Clock()
     with clock.stage("load"):
-        reference = load_reference(options.model, options.device, options.dtype)
+        reference = load_reference(options.model, shard.device(options.device), options.dtype)
     folder = options.out or Path("runs") / reference.identity.id.replace("/", "--")
     with clock.stage("weights"):
         subject = subject_of(reference, FormatSpec(options.format, compute_dtype=options.dtype))
         check_request(subject, options)
-    with clock.stage("answers"):
-        work = prepare_samples(subject, options, folder, progress)
+    with entered(folder, shard):
+        with clock.stage("answers"):
+            work = prepare_samples(subject, options, folder, progress, shard)
+        with clock.stage("measure"):
+            measures = start_run(subject, work, options, folder)
+            measure_units(subject, work, measures, folder, progress, shard)
+        left = units_left(folder, measures, len(work.calibration))
+        with finishing(folder, shard, left) as is_ours:
+            if not is_ours:
+                return unfinished(subject, folder, work, clock, shard, left)
+            return finish(subject, work, options, folder, clock, progress)
+
+
+def finish(
+    subject: Subject, work: Work, options: ScanOptions, folder: Path, clock: Clock, progress: Progress
+) -> ScanResult:
+    """Everything after the units of the layer table: the table, ablation, choice and report."""
     with clock.stage("measure"):
-        measures = start_run(subject, work, options, folder)
-        measure_units(subject, work, measures, folder, progress)
         write_findings(folder)
     if options.ablate is not None:
         with clock.stage("ablate"):
@@ -119,7 +138,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         read_scan(folder),
         status="finished",
         seconds=clock.seconds,
-        peak_bytes=peak_bytes(reference.device),
+        peak_bytes=peak_bytes(subject.reference.device),
     )
     update_scan(folder, done)
     return ScanResult(
@@ -134,6 +153,31 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         skiplist=folder / "skiplist.json",
         verdict=choice.verdict,
         notes=(*done.notes, *choice.notes),  # the run folder may be asked again, for another choice
+    )
+
+
+def unfinished(
+    subject: Subject, folder: Path, work: Work, clock: Clock, shard: Shard, left: int
+) -> ScanResult:
+    """The result of a process that leaves the choice to another one."""
+    files = "1 unit is" if left == 1 else f"{left} units are"
+    verdict = f"Process {shard.rank} of {shard.world} is done with its share; " + (
+        f"{files} left to the others, and the last of them chooses the list. Where they have folders of "
+        "their own, join these with `qprobe merge`."
+        if left
+        else "another one chooses the list."
+    )
+    return ScanResult(
+        run=folder,
+        layers=len(subject.inventory.layers),
+        samples=work.samples,
+        seconds=clock.seconds,
+        peak_bytes=peak_bytes(subject.reference.device),
+        kl_standard_4bit=None,
+        kl_dynamic=None,
+        attribution_residual=None,
+        skiplist=None,
+        verdict=verdict,
     )
 
 
@@ -153,7 +197,9 @@ def check_request(subject: Subject, options: ScanOptions) -> None:
         )
 
 
-def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progress: Progress) -> Work:
+def prepare_samples(
+    subject: Subject, options: ScanOptions, folder: Path, progress: Progress, shard: Shard
+) -> Work:
     """The scan's samples with answers, split and cut into batches.
 
     Raises SampleError if no sample is usable.
@@ -164,7 +210,9 @@ def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progre
     notes = list(found.skipped)
     samples = found.samples
     if subject.has_head:
-        samples = with_answers(subject, samples, options.max_new_tokens, options.batch_size, folder, progress)
+        samples = with_answers(
+            subject, samples, options.max_new_tokens, options.batch_size, folder, progress, shard
+        )
         notes += why_silent(subject, tuple(s for s in samples if not s.answer))
         samples = tuple(s for s in samples if s.answer)
     if not samples:
@@ -208,17 +256,25 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
     return measures
 
 
-def measure_units(subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress) -> None:
-    """Run the units that are missing, one batch at a time."""
-    if missing_units(folder, "weights", 1):
+def measure_units(
+    subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress, shard: Shard
+) -> None:
+    """Run the missing ones of this process's units, one batch at a time."""
+    if shard.own(missing_units(folder, "weights", 1)):
         write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
-    total = len(work.calibration)
-    todo = {u for stage in measures.stages for u in missing_units(folder, stage, total)}
+    own = shard.own(range(len(work.calibration)))
+    todo = {u for s in measures.stages for u in shard.own(missing_units(folder, s, len(work.calibration)))}
     with walking(subject.path):  # opened once, so that weights change their dtype once
         for unit in sorted(todo):
             for stage, frame in observe(subject, subject.encode(work.calibration[unit]), measures).items():
                 write_unit(folder, stage, unit, frame)
-            progress("measure", total - len([u for u in todo if u > unit]), total)
+            progress("measure", len([u for u in own if u not in todo or u <= unit]), len(own))
+
+
+def units_left(folder: Path, measures: Measures, batches: int) -> int:
+    """How many units of the layer table no process has finished yet."""
+    stages = {"weights": 1, **dict.fromkeys(measures.stages, batches)}
+    return sum(len(missing_units(folder, stage, count)) for stage, count in stages.items())
 
 
 def write_findings(folder: Path) -> None:

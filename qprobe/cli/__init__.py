@@ -10,6 +10,7 @@ from qprobe.cli.choose import rank, report, select
 from qprobe.cli.compare import compare
 from qprobe.cli.exchange import export, import_
 from qprobe.cli.machine import doctor, models
+from qprobe.cli.merge import merge
 from qprobe.cli.plan import plan
 from qprobe.cli.scan import scan
 
@@ -31,6 +32,7 @@ for _command in (
     models,
     plan,
     scan,
+    merge,
     rank,
     select,
     compare,

@@ -65,6 +65,9 @@ def scan(as_json: bool, **asked: Any) -> None:
     Leaves a run folder RUN with the layer table (layers.csv), how sure its ranking is (ranks.csv), the
     skip-list (skiplist.json) and pictures (report/). The same command resumes an interrupted scan.
 
+    `torchrun --nproc-per-node N -m qprobe scan ...` shares the work among N GPUs; so does any scheduler that
+    sets RANK and WORLD_SIZE. Processes that finish before the others print nothing on stdout.
+
     \b
     --json prints: run, layers, samples, seconds {stage: s}, peak_bytes, kl_standard_4bit, kl_dynamic
     (nats per answer token), attribution_residual, skiplist, verdict, notes; null for what does not apply.
@@ -75,7 +78,9 @@ def scan(as_json: bool, **asked: Any) -> None:
 
     with shared.progress_bars() as progress:
         result = run_scan(ScanOptions(**asked), progress)
-    if as_json:
+    if result.skiplist is None:  # stdout belongs to the process that chooses
+        click.echo(result.verdict, err=True)
+    elif as_json:
         shared.print_json(result.to_json())
     else:
         _show(result, ScanOptions(**asked))
@@ -96,7 +101,6 @@ def _show(result: ScanResult, asked: ScanOptions) -> None:
     click.echo(f"\nRun folder  {result.run}")
     if asked.ablate is not None:
         click.echo(f"Ablation    {result.run / 'ablation.csv'}")
-    if result.skiplist is not None:
-        click.echo(f"Skip-list   {result.skiplist}")
+    click.echo(f"Skip-list   {result.skiplist}")
     click.echo()
     click.secho(paragraphs([result.verdict], width, mark=""), bold=True)

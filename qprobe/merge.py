@@ -1,0 +1,101 @@
+"""Joining the run folders of one scan that several machines measured; the model is not needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qprobe.errors import RunError
+from qprobe.manifest import write_atomic
+from qprobe.measure.answers import FOLDER as ANSWERS
+from qprobe.measure.runner import Measures
+from qprobe.measure.shards import Shard, entered
+from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files
+from qprobe.scan import units_left, write_findings
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge left. units: finished ones of all stages. missing: units that the layer table still needs.
+
+    notes: sentences a reader must see.
+    """
+
+    run: Path
+    units: int
+    missing: int
+    notes: tuple[str, ...]
+
+
+def merge(runs: Sequence[Path], out: Path) -> Merged:
+    """Join the finished units of `runs`, all of one specification, in the folder `out`, and make its tables.
+
+    The folders stay as they are. `out` may be new, or hold units of the same scan already. Neither the order
+    of `runs` nor how units were shared among them changes a digit. Where two hold the same unit with other
+    numbers (machines round differently), the same one of them is taken in any order, and a note says so.
+    Raises RunError if there is nothing to join, a folder is no run or damaged, or specifications differ.
+    """
+    if not runs:
+        raise RunError("There is nothing to merge. Pass the run folders to join.")
+    first = read_scan(runs[0])
+    for run in runs[1:]:
+        found = differences(first, read_scan(run))
+        if found:
+            raise RunError(
+                f"{runs[0]} and {run} are different scans: {found}. Merge only runs of the same command with "
+                "the same model, samples and versions."
+            )
+    fresh = replace(first, status="running", unmeasured=(), notes=_notes(runs), seconds={}, peak_bytes=None)
+    with entered(out, Shard()):
+        open_run(out, fresh)
+        sources = [*runs, out]
+        twice = _join_units(sources, out)
+        _join_answers(runs, out)
+        missing = units_left(out, Measures(**first.spec["measures"]), len(first.spec["calibration"]))
+        if not missing:
+            write_findings(out)
+    notes = (
+        f"{len(twice)} units stand in several folders with other numbers, as other machines round them; one "
+        f"of each was taken: {', '.join(twice[:3])}{', ...' if len(twice) > 3 else ''}.",
+    )
+    return Merged(out, len(unit_files(out)), missing, notes if twice else ())
+
+
+def _notes(runs: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for run in runs for note in read_scan(run).notes))
+
+
+def _join_units(sources: Sequence[Path], out: Path) -> list[str]:
+    """Put every unit of `sources` into `out`; the names of those that differ between them."""
+    found: dict[str, dict[str, Path]] = {}
+    for run in sources:
+        for name, path in unit_files(run).items():
+            check_unit(path)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            found.setdefault(name, {}).setdefault(digest, path)
+    for name, versions in sorted(found.items()):
+        chosen = versions[min(versions)]
+        if chosen.parent != out / "units":
+            _copy(chosen, out / "units" / name)
+    return sorted(name.removesuffix(".parquet") for name, versions in found.items() if len(versions) > 1)
+
+
+def _join_answers(runs: Sequence[Path], out: Path) -> None:
+    for run in runs:
+        for path in sorted((run / ANSWERS).glob("*.json")):
+            target = out / ANSWERS / path.name
+            if not target.exists():
+                _copy(path, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, source.read_bytes())
+    except OSError as error:
+        raise RunError(
+            f"{source} cannot be copied to {target} ({error.strerror or error}). Make room and merge again; "
+            "what was copied stays."
+        ) from error
