@@ -10,7 +10,6 @@ from pathlib import Path
 from qprobe.errors import RunError
 from qprobe.manifest import write_atomic
 from qprobe.measure.answers import FOLDER as ANSWERS
-from qprobe.measure.runner import Measures
 from qprobe.measure.shards import Shard, entered
 from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files
 from qprobe.scan import units_left, write_findings
@@ -47,13 +46,16 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
                 f"{runs[0]} and {run} are different scans: {found}. Merge only runs of the same command with "
                 "the same model, samples and versions."
             )
-    fresh = replace(first, status="running", unmeasured=(), notes=_notes(runs), seconds={}, peak_bytes=None)
+    never = first.unmeasured if "files" in first.spec else ()  # of samples that ran, all units decide
+    fresh = replace(
+        first, status="running", unmeasured=never, notes=_notes(runs), seconds={}, peak_bytes=None
+    )
     with entered(out, Shard()):
         open_run(out, fresh)
         sources = [*runs, out]
         twice = _join_units(sources, out)
         _join_answers(runs, out)
-        missing = units_left(out, Measures(**first.spec["measures"]), len(first.spec["calibration"]))
+        missing = units_left(out)
         if not missing:
             write_findings(out)
     notes = (

@@ -24,6 +24,7 @@ from qprobe.measure.store import missing_units, open_run, read_scan, read_units,
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.models.reference import load_reference, reads_images
+from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import Progress, ScanOptions, no_progress
 from qprobe.records import FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
@@ -99,6 +100,11 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     `qprobe.measure.shards`), and whichever finds all of them finished goes on to choose.
     Raises QprobeError for anything a user can mend (see `qprobe.errors`).
     """
+    check_measures(options)
+    if options.measures is not None and {*options.measures} == {"weight"}:
+        from qprobe.weight_scan import scan_weights  # which builds on this module
+
+        return scan_weights(options, progress)
     shard = shard_from(os.environ)
     clock = Clock()
     with clock.stage("load"):
@@ -113,7 +119,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         with clock.stage("measure"):
             measures = start_run(subject, work, options, folder)
             measure_units(subject, work, measures, folder, progress, shard)
-        left = units_left(folder, measures, len(work.calibration))
+        left = units_left(folder)
         with finishing(folder, shard, left) as is_ours:
             if not is_ours:
                 return unfinished(subject, folder, work, clock, shard, left)
@@ -160,13 +166,6 @@ def unfinished(
     subject: Subject, folder: Path, work: Work, clock: Clock, shard: Shard, left: int
 ) -> ScanResult:
     """The result of a process that leaves the choice to another one."""
-    files = "1 unit is" if left == 1 else f"{left} units are"
-    verdict = f"Process {shard.rank} of {shard.world} is done with its share; " + (
-        f"{files} left to the others, and the last of them chooses the list. Where they have folders of "
-        "their own, join these with `qprobe merge`."
-        if left
-        else "another one chooses the list."
-    )
     return ScanResult(
         run=folder,
         layers=len(subject.inventory.layers),
@@ -177,8 +176,34 @@ def unfinished(
         kl_dynamic=None,
         attribution_residual=None,
         skiplist=None,
-        verdict=verdict,
+        verdict=left_to_others(shard, left),
     )
+
+
+def left_to_others(shard: Shard, left: int) -> str:
+    """The verdict of a process that does not choose."""
+    files = "1 unit is" if left == 1 else f"{left} units are"
+    return f"Process {shard.rank} of {shard.world} is done with its share; " + (
+        f"{files} left to the others, and the last of them chooses the list. Where they have folders of "
+        "their own, join these with `qprobe merge`."
+        if left
+        else "another one chooses the list."
+    )
+
+
+def check_measures(options: ScanOptions) -> None:
+    """Raises QprobeError for measures that there are none of, or that do not give what else is asked for."""
+    asked = options.measures
+    if asked is None:
+        return
+    unknown = [name for name in asked if name not in KNOWN_MEASURES]
+    if unknown or not asked:
+        what = f"names {unknown[0]!r}, which is no measure" if unknown else "names none"
+        raise QprobeError(f"--measures {what}. Name one or more of {', '.join(KNOWN_MEASURES)}.")
+    if options.max_kl is not None and "sensitivity" not in asked:
+        raise QprobeError(
+            f"--max-kl chooses by sensitivity, which --measures {','.join(asked)} leaves out. Add it."
+        )
 
 
 def check_request(subject: Subject, options: ScanOptions) -> None:
@@ -271,10 +296,17 @@ def measure_units(
             progress("measure", len([u for u in own if u not in todo or u <= unit]), len(own))
 
 
-def units_left(folder: Path, measures: Measures, batches: int) -> int:
+def units_left(folder: Path) -> int:
     """How many units of the layer table no process has finished yet."""
-    stages = {"weights": 1, **dict.fromkeys(measures.stages, batches)}
+    stages = needed_units(read_scan(folder).spec)
     return sum(len(missing_units(folder, stage, count)) for stage, count in stages.items())
+
+
+def needed_units(spec: dict[str, Any]) -> dict[str, int]:
+    """The stages that a layer table is made of, each with its number of units; spec: of a scan.json."""
+    if "files" in spec:  # a scan of the weights alone, see `qprobe.weight_scan`
+        return {"weights": len(spec["files"])}
+    return {"weights": 1, **dict.fromkeys(Measures(**spec["measures"]).stages, len(spec["calibration"]))}
 
 
 def write_findings(folder: Path) -> None:
@@ -282,7 +314,8 @@ def write_findings(folder: Path) -> None:
 
     Raises SampleError if the KL is finite on no sample.
     """
-    order_layers(folder)
+    if "outputs" in needed_units(read_scan(folder).spec):
+        order_layers(folder)
     write_table(folder)
     write_ranks(folder)
     write_left_out(folder)

@@ -8,7 +8,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.limits import limit_options, refuse_two_limits
-from qprobe.options import DEFAULT_BUDGET, ScanOptions
+from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
 
 if TYPE_CHECKING:
     from qprobe.scan import ScanResult
@@ -36,6 +36,14 @@ TOP = 10  # layers of the ranking that are shown
     "--by",
     metavar="COLUMN",
     help="Score of layers.csv that chooses, e.g. activation_nmse.  [default: the best one measured]",
+)
+@click.option(
+    "--measures",
+    metavar="NAMES",
+    callback=lambda _context, _option, value: _names(value),
+    help=f"What to measure, of {', '.join(MEASURES)}, with commas between them. Weight is always measured, "
+    "and activation with whatever runs samples. weight alone reads the files tensor by tensor, for models "
+    "that fit nowhere.  [default: all]",
 )
 @click.option(
     "--nodes",
@@ -84,6 +92,17 @@ def scan(as_json: bool, **asked: Any) -> None:
         shared.print_json(result.to_json())
     else:
         _show(result, ScanOptions(**asked))
+
+
+def _names(value: str | None) -> tuple[str, ...] | None:
+    """The measures that were typed, in their order of old; raises BadParameter for one there is not."""
+    if value is None:
+        return None
+    typed = {name.strip() for name in value.split(",")}
+    unknown = sorted(typed - {*MEASURES})
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is no measure; name some of {', '.join(MEASURES)}.")
+    return tuple(name for name in MEASURES if name in typed)
 
 
 def _show(result: ScanResult, asked: ScanOptions) -> None:

@@ -6,6 +6,7 @@ Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -28,9 +29,23 @@ class PackedNf4:
 
     def unpack(self) -> Tensor:
         """The weight as bitsandbytes computes with it: (out_features, in_features), original dtype."""
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        return dequantize_4bit(self.codes, self.state)
+        # As one row: where rows are a multiple of 16 and not of the blocksize (SigLIP's 4304), the CPU kernel
+        # of bitsandbytes 0.50.2 begins a new block with each row, which neither its quantizer nor CUDA does.
+        state, shape = self.state, self.state.shape
+        flat = (1, prod(shape))
+        as_row = QuantState(
+            state.absmax,
+            flat,
+            state.code,
+            state.blocksize,
+            state.quant_type,
+            state.dtype,
+            state.offset,
+            state.state2,
+        )
+        return dequantize_4bit(self.codes, as_row).view(shape)
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,7 @@ class Trial:
 
     @property
     def command(self) -> str:
-        asked = self.options
-        limit = f"--budget {asked.budget or DEFAULT_BUDGET}"
-        limit = limit if asked.max_kl is None else f"--max-kl {asked.max_kl}"
-        return f"qprobe scan --model {asked.model} {limit}"
+        return scan_command(self.options)
 
     def measure(self, plans: Mapping[str, Plan]) -> dict[str, Candidate]:
         """Each plan as a candidate, measured on the held-out samples; what is known is not run again."""
@@ -96,6 +93,14 @@ class Trial:
         manifest = manifest_of(self.record, self.table, plan, budget, self.command, quality, compared)
         write_manifest(self.folder / "skiplist.json", manifest)
         return manifest
+
+
+def scan_command(asked: ScanOptions) -> str:
+    """What made a manifest, as it stands in it."""
+    limit = f"--budget {asked.budget or DEFAULT_BUDGET}"
+    limit = limit if asked.max_kl is None else f"--max-kl {asked.max_kl}"
+    measures = f" --measures {','.join(asked.measures)}" if asked.measures else ""
+    return f"qprobe scan --model {asked.model} {limit}{measures}"
 
 
 def choose_list(
