@@ -9,9 +9,8 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := runs/demo-outliers
-FIGURES := reports/demo-outliers
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint browser figures notebooks clean
 
 # One thread: the embedded models are tiny, and threads only wait for each other where cores are shared.
 demo: export OMP_NUM_THREADS = 1
@@ -23,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/qprobe report $(DEMO)
 
 # Two workers of one thread each: the models are tiny, and threads would only get in each other's way.
-test: lint
+test: lint browser
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
@@ -32,11 +31,27 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# The picture in README.md, from nothing.
+# The tests of the report page drive a real browser. Root on Debian gets one; elsewhere those tests are skipped,
+# except in CI (CI is set), where a missing browser fails.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			chromium fonts-dejavu-core; } || { \
+		test -z "$$CI" && echo "No chromium: the tests of the report page will be skipped."; }
+
+# Every picture in README.md and reports/, from nothing.
+figures: export OMP_NUM_THREADS = 1
 figures: $(STAMP)
-	rm -rf $(DEMO)
-	$(BIN)/qprobe scan --model demo-outliers --out $(DEMO)
-	$(BIN)/qprobe report $(DEMO) --out $(FIGURES)
+	rm -rf runs/demo runs/demo-outliers
+	for model in demo demo-outliers; do \
+		$(BIN)/qprobe scan --model $$model --out runs/$$model && \
+		$(BIN)/qprobe compare --manifest runs/$$model/skiplist.json && \
+		$(BIN)/qprobe report runs/$$model --out reports/$$model || exit 1; done
+
+# The outputs that the notebooks show, made anew.
+notebooks: $(STAMP)
+	$(BIN)/python -m tests.notebooks
 
 clean:
 	rm -rf .venv runs dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

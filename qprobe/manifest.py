@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator, validators
 
 from qprobe.errors import ManifestError
-from qprobe.records import FormatSpec, ModelIdentity, Precision, Uncovered
+from qprobe.records import CodesFile, FormatSpec, ModelIdentity, Precision, Uncovered
 
 SCHEMA_VERSION = 1
 SCHEMA_PATH = Path(__file__).with_name("manifest.schema.json")
@@ -87,6 +87,7 @@ class Manifest:
 
     compared: the lists that this one was chosen among by measured KL; empty where nothing was measured.
     layers: every linear in execution order. skip_modules: the exact names of those in 16-bit, in that order.
+    codes: the file with the calibrated weights, its path from the manifest's folder; None for other formats.
     """
 
     model: ModelIdentity
@@ -98,6 +99,7 @@ class Manifest:
     uncovered: tuple[Uncovered, ...]
     skip_modules: tuple[str, ...]
     made_by: MadeBy
+    codes: CodesFile | None = None
 
 
 def read_manifest(path: Path | str) -> Manifest:
@@ -132,9 +134,21 @@ def write_manifest(path: Path | str, manifest: Manifest) -> None:
         raise ManifestError(f"{path} cannot be written ({error.strerror}); choose another file.") from error
 
 
+def moved(manifest: Manifest, origin: Path, target: Path) -> Manifest:
+    """`manifest` of the folder `origin` as it must read in `target`: the codes stay where they are."""
+    if manifest.codes is None:
+        return manifest
+    file = (Path(origin) / manifest.codes.file).resolve()
+    path = os.path.relpath(file, Path(target).resolve()).replace(os.sep, "/")
+    return replace(manifest, codes=replace(manifest.codes, file=path))
+
+
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as the JSON object of its schema."""
-    return {"schema_version": SCHEMA_VERSION, **asdict(manifest)}
+    data = {"schema_version": SCHEMA_VERSION, **asdict(manifest)}
+    if manifest.codes is None:
+        del data["codes"]  # older readers know no such key
+    return data
 
 
 def manifest_from_json(data: Any) -> Manifest:
@@ -151,7 +165,9 @@ def manifest_from_json(data: Any) -> Manifest:
         uncovered=tuple(Uncovered(**x) for x in data["uncovered"]),
         skip_modules=tuple(data["skip_modules"]),
         made_by=MadeBy(**data["made_by"]),
+        codes=CodesFile(**data["codes"]) if "codes" in data else None,
     )
+    _check_codes(manifest)
     _check_names(manifest)
     _check_bytes(manifest)
     _check_compared(manifest)
@@ -250,6 +266,14 @@ def _check_schema(data: Any) -> None:
             error.message if len(error.message) <= 200 else f"{error.message[:90]} ... {error.message[-90:]}"
         )
         raise ManifestError(f"{key}: {said}. Make the manifest again with qprobe select.")
+
+
+def _check_codes(manifest: Manifest) -> None:
+    if manifest.format.is_calibrated != (manifest.codes is not None):
+        what = "names no file of weights" if manifest.codes is None else "has no calibrated weights to name"
+        raise ManifestError(
+            f"codes: the format {manifest.format.name} {what}; make the manifest again with qprobe select."
+        )
 
 
 def _check_names(manifest: Manifest) -> None:

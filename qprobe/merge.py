@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qprobe.errors import RunError
+from qprobe.formats.codes_file import checked
 from qprobe.manifest import write_atomic
 from qprobe.measure.answers import FOLDER as ANSWERS
 from qprobe.measure.shards import Shard, entered
-from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files
+from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files, update_scan
 from qprobe.scan import units_left, write_findings
+from qprobe.shown import FILE as SHOWN
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
         open_run(out, fresh)
         sources = [*runs, out]
         twice = _join_units(sources, out)
+        _join_codes(runs, out)
         _join_answers(runs, out)
         missing = units_left(out)
         if not missing:
@@ -85,11 +88,28 @@ def _join_units(sources: Sequence[Path], out: Path) -> list[str]:
 
 
 def _join_answers(runs: Sequence[Path], out: Path) -> None:
+    """Put the answers and what reports show of the samples into `out`; runs of one scan have equal ones."""
     for run in runs:
-        for path in sorted((run / ANSWERS).glob("*.json")):
-            target = out / ANSWERS / path.name
+        for path in (*sorted((run / ANSWERS).glob("*.json")), *run.glob(SHOWN)):
+            target = out / path.relative_to(run)
             if not target.exists():
                 _copy(path, target)
+
+
+def _join_codes(runs: Sequence[Path], out: Path) -> None:
+    """Put the calibrated weights into `out`, which must be the same ones in every run."""
+    found = {record.codes: run for run in runs if (record := read_scan(run)).codes is not None}
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise RunError(
+            f"{one} and {other} were calibrated apart, so their numbers are of different weights. Calibrate "
+            "once and share that folder, or keep them apart."
+        )
+    for codes, run in found.items():
+        assert codes is not None
+        if run != out:
+            _copy(checked(codes, run), out / codes.file)
+        update_scan(out, replace(read_scan(out), codes=codes))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -26,6 +26,10 @@ class ScanOptions:
     model: catalogue alias, hub id or local folder.
     images: folder of images; data: JSONL file of samples; at most one of them, neither for the built-in ones.
     prompt: asked of every image of `images`; samples: how many to measure; None for a sensible number.
+    format: "nf4", or "nf4-calibrated" for codes that are chosen on the samples, at the same bytes.
+    max_memory: for calibration, the bytes that Gram matrices may take at once ("6GiB"); the less, the more
+    often
+        the samples run. None for a quarter of what is free.
     budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB";
         None for DEFAULT_BUDGET. max_kl: ask the other way round, for the fewest bytes with a KL of at most
         this; at most one of the two.
@@ -56,6 +60,7 @@ class ScanOptions:
     measures: tuple[str, ...] | None = None
     nodes: int = 2
     ablate: str | None = None
+    max_memory: str | None = None
 
 
 @dataclass(frozen=True)

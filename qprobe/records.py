@@ -142,6 +142,11 @@ class ModelIdentity:
     fingerprint: str
 
 
+CALIBRATED = "nf4-calibrated"
+FORMATS = ("nf4", CALIBRATED)
+"""The 4-bit formats: rounded to nearest, and with the codes chosen for the outputs on calibration samples."""
+
+
 @dataclass(frozen=True)
 class FormatSpec:
     """How 4-bit layers are stored; `compute_dtype` is the 16-bit dtype of all else."""
@@ -150,6 +155,27 @@ class FormatSpec:
     blocksize: int = 64
     double_quant: bool = True
     compute_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+
+    @property
+    def quant_type(self) -> str:
+        """What bitsandbytes calls the layout; both formats share it."""
+        return "nf4"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True if the codes of each layer were chosen on samples, and lie in a file of their own."""
+        return self.name == CALIBRATED
+
+
+@dataclass(frozen=True)
+class CodesFile:
+    """A file of calibrated weights (`qprobe.formats.codes_file`). sha256: of its bytes, hex.
+
+    file: its path from the folder of what names it, with "/" between folders.
+    """
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -186,6 +212,7 @@ class Scan:
     spec: JSON values only; two runs with equal specs may share a folder and its units.
     unmeasured: names of linears that never ran on the samples.
     notes: sentences a reader must see (skipped files, measures that do not apply, warnings).
+    codes: the calibrated weights, beside scan.json; None before they are there, and for formats without.
     """
 
     model: ModelIdentity
@@ -197,3 +224,4 @@ class Scan:
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    codes: CodesFile | None = None

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.errors import ModelError, QprobeError, SampleError
+from qprobe.errors import ModelError, QprobeError, RunError, SampleError
+from qprobe.measure import calibration
 from qprobe.measure.ablation import ablated_layers, check_ablated, measure_ablation
 from qprobe.measure.answers import with_answers
 from qprobe.measure.attribution import walking
@@ -20,13 +21,14 @@ from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
 from qprobe.measure.runner import Measures, applicable_measures, observe
 from qprobe.measure.shards import Shard, entered, finishing, shard_from
+from qprobe.measure.show import show_samples
 from qprobe.measure.store import missing_units, open_run, read_scan, read_units, update_scan, write_unit
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.models.reference import load_reference, reads_images
 from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import Progress, ScanOptions, no_progress
-from qprobe.records import FormatSpec, Inventory, Sample, Scan
+from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
 from qprobe.select.left_out import check_answers, left_out_notes, named, write_left_out
@@ -118,6 +120,11 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
             work = prepare_samples(subject, options, folder, progress, shard)
         with clock.stage("measure"):
             measures = start_run(subject, work, options, folder)
+            show_samples(subject, work.calibration, folder)
+        if options.format == CALIBRATED:
+            with clock.stage("calibrate"):
+                calibrate(subject, work, options, folder, progress, shard)
+        with clock.stage("measure"):
             measure_units(subject, work, measures, folder, progress, shard)
         left = units_left(folder)
         with finishing(folder, shard, left) as is_ours:
@@ -214,6 +221,10 @@ def check_request(subject: Subject, options: ScanOptions) -> None:
         raise QprobeError(f"{options.by!r} is no measure. Choose by one of {', '.join(MEASURES)}.")
     if options.ablate is not None:
         check_ablated(options.ablate, inventory)
+    if options.format == CALIBRATED:
+        calibration.memory_limit(subject, options.max_memory)
+    elif options.max_memory is not None:
+        raise QprobeError(f"--max-memory is for --format {CALIBRATED}, which needs it; leave it away.")
     asked = "--ablate" if options.ablate is not None else "--max-kl" if options.max_kl is not None else None
     if asked is not None and not subject.has_head:
         raise ModelError(
@@ -276,9 +287,28 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
     measures, more = applicable_measures(subject, batch, wanted, options.nodes)
     fmt = FormatSpec(options.format, compute_dtype=options.dtype)
     spec = run_spec(subject.reference, fmt, measures, work.calibration, work.held_out, first, options.seed)
+    if fmt.is_calibrated:
+        spec["rounding"] = calibration.SETTINGS
     identity = subject.reference.identity
     open_run(folder, Scan(identity, fmt, subject.inventory, spec, notes=(*notes, *more)))
     return measures
+
+
+def calibrate(
+    subject: Subject, work: Work, options: ScanOptions, folder: Path, progress: Progress, shard: Shard
+) -> None:
+    """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured.
+
+    Raises RunError where several processes share a scan that is not calibrated yet.
+    """
+    if not shard.is_alone and read_scan(folder).codes is None:
+        raise RunError(
+            f"{folder} is not calibrated yet, and one process calibrates all weights: run the command "
+            "without RANK and WORLD_SIZE, or share a scan of plain nf4."
+        )
+    limit = calibration.memory_limit(subject, options.max_memory)
+    calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, limit, progress))
+    add_notes(folder, calibration.calibration_notes(folder))
 
 
 def measure_units(

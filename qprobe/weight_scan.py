@@ -25,7 +25,7 @@ from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve
 from qprobe.models.stored import checkpoint_folder, weight_names
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
-from qprobe.records import FormatSpec, Inventory, ModelIdentity, Scan
+from qprobe.records import CALIBRATED, FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.report.write import write_report
 from qprobe.scan import Clock, ScanResult, left_to_others, units_left, write_findings
 from qprobe.select.budget import parse_budget
@@ -98,6 +98,10 @@ def _check(options: ScanOptions) -> None:
     for name, value in asked.items():
         if value is not None:
             raise QprobeError(f"--measures weight runs no samples, so {name} does not apply. Leave one away.")
+    if options.format == CALIBRATED:
+        raise QprobeError(
+            f"--measures weight runs no samples, so --format {CALIBRATED} does not apply. Leave one away."
+        )
     if options.max_kl is not None:
         raise BudgetError("Weight error predicts no KL, so --max-kl does not apply. Pass a --budget instead.")
     if options.by not in (None, SCORE, "weight_peak"):

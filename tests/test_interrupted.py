@@ -201,6 +201,13 @@ def test_another_checkpoint_and_another_processor_are_named_first(llama: Path, w
         scan(options(changed, Path(copytree(whole, tmp_path / "run"))))
 
 
+def test_calibration_is_not_shared(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=r"not calibrated yet.*without RANK and WORLD_SIZE"):
+        scan(options(llama, tmp_path / "run", format="nf4-calibrated"))
+
+
 # Two processes ------------------------------------------------------------------------------------------
 
 
@@ -313,7 +320,7 @@ def test_shares_merged_in_any_order_give_the_same_table(whole: Path, share: Shar
             joined = merge(order, tmp_path / f"joined-{world}-{number}")
             assert joined.missing == 0 and joined.notes == ()
             assert table(joined.run) == table(whole)
-            for file in ("peaks.csv", "ranks.csv"):
+            for file in ("peaks.csv", "ranks.csv", "samples.json"):
                 assert (joined.run / file).read_bytes() == (whole / file).read_bytes()
 
 

@@ -121,7 +121,8 @@ def test_the_manifest_says_what_was_compared(name: str, scanned: Scanned):
     result = scanned(name)
     manifest = read_manifest(result.run / "skiplist.json")
     names = [x.name for x in manifest.compared]
-    assert names == ["nothing kept", "by sensitivity_kl", "by activation_nmse", "by weight_nmse"]
+    scores = ("sensitivity_kl", "activation_nmse", "weight_nmse", "sensitivity_kl, additive")
+    assert names == ["nothing kept", *(f"by {score}" for score in scores)]
     (chosen,) = [x for x in manifest.compared if x.chosen]
     assert chosen.kl == manifest.quality.kl_dynamic == result.kl_dynamic
     assert chosen.total_bytes == manifest.budget.total_bytes

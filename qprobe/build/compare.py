@@ -7,24 +7,26 @@ its answer tokens stay, on the CPU.
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qprobe.build.load import check_model, load_dynamic_4bit, load_standard_4bit, with_dtype
+from qprobe.build.load import check_model, codes_of, load_dynamic_4bit, load_standard_4bit, with_dtype
 from qprobe.build.storage import StoredBytes, stored_bytes
 from qprobe.errors import ModelError, QprobeError
-from qprobe.manifest import Manifest, read_manifest
+from qprobe.manifest import Manifest, read_manifest, write_atomic
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.models.inventory import has_language_head
 from qprobe.models.reference import load_reference
 from qprobe.options import CompareOptions, Progress, no_progress
-from qprobe.records import FormatSpec, Sample
+from qprobe.records import CALIBRATED, FormatSpec, Sample
 from qprobe.samples.answers import answered
 from qprobe.samples.inputs import batches, encode, image_token_id, tokenizer_of
 from qprobe.sampling import Wanted, choose_samples
@@ -96,8 +98,9 @@ class Course:
 
 
 def compare(options: CompareOptions, progress: Progress = no_progress) -> Comparison:
-    """The three models on held-out samples, see `Row`.
+    """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
 
+    Where the manifest lies in a run folder, the result is left there as compare.json, for the report.
     Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
     usable, QprobeError for a model without a language head.
     """
@@ -111,15 +114,12 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> Compar
     model, revision = options.model or manifest.model.id, blueprint.source.revision
     spec = with_dtype(manifest.format, options.dtype)
     course, reference, notes = _run_reference(manifest, model, revision, spec, options, progress)
-    loaders = {
-        "nf4": partial(load_standard_4bit, model, spec, options.device, revision),
-        "dynamic": partial(load_dynamic_4bit, manifest, model, options.device, spec.compute_dtype),
-    }
+    loaders = _loaders(manifest, model, revision, spec, options)
     trials = {"16-bit": reference}
     for name, load in loaders.items():
         _free_memory()
         trials[name] = _run(load, course, options, partial(_staged, progress, name))
-    return Comparison(
+    comparison = Comparison(
         rows=tuple(_row(name, trial, reference, course.samples) for name, trial in trials.items()),
         samples=tuple(
             ComparedSample(s.id, s.prompt, {name: trial.answers[i] for name, trial in trials.items()})
@@ -127,6 +127,46 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> Compar
         ),
         notes=notes,
     )
+    return replace(comparison, notes=(*notes, *keep(comparison, manifest, Path(options.manifest).parent)))
+
+
+def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str, ...]:
+    """Leave `comparison` as FOLDER/compare.json if `folder` is a run folder, see `qprobe.report.comparison`.
+
+    A note if the disk refuses: what was measured is worth more than an error.
+    """
+    if not (folder / "scan.json").is_file():
+        return ()
+    kept = {"skip_modules": list(manifest.skip_modules), **comparison.to_json()}
+    try:
+        write_atomic(
+            folder / "compare.json", (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+    except OSError as error:
+        return (f"{folder / 'compare.json'} cannot be written ({error.strerror}); the report lacks it.",)
+    return ()
+
+
+def _loaders(
+    manifest: Manifest, model: str, revision: str | None, spec: FormatSpec, options: CompareOptions
+) -> dict[str, Callable[[], tuple[Any, Any]]]:
+    """What loads the 4-bit models, by row name.
+
+    Of a manifest of calibrated weights also those weights with nothing kept, and, as "dynamic-nf4", its list
+    with weights that are rounded to nearest.
+    """
+    folder = options.manifest.parent
+    standard = partial(load_standard_4bit, model, spec, options.device, revision)
+    dynamic = partial(load_dynamic_4bit, manifest, model, options.device, spec.compute_dtype, folder)
+    if manifest.codes is None:
+        return {"nf4": standard, "dynamic": dynamic}
+    plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
+    return {
+        "nf4": standard,
+        CALIBRATED: partial(standard, codes_of(manifest, folder)),
+        "dynamic-nf4": partial(load_dynamic_4bit, plain, model, options.device, spec.compute_dtype),
+        "dynamic": dynamic,
+    }
 
 
 def _staged(progress: Progress, name: str, stage: str, done: int, total: int) -> None:

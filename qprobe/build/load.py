@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qprobe.build.calibrated import put_calibrated
 from qprobe.build.matching import skip_keys
 from qprobe.build.verify import Promise, promised, promises_of, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
+from qprobe.formats.codes_file import checked
 from qprobe.manifest import Manifest, read_manifest
 from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import (
@@ -46,22 +48,28 @@ def load_dynamic_4bit(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    folder: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """(model, processor) as `manifest` describes them, verified, in eval mode, frozen and ready for PEFT.
 
     model: where the 16-bit weights are (alias, hub id or folder); None for the id the manifest names.
     device: "cpu", "cuda", ...; None for the best there is.
     dtype: "bfloat16" or "float16" for everything in 16-bit; None for the manifest's.
-    Raises ManifestError if the manifest was written for another model, VerificationError if what was
-    loaded is not what the manifest lists.
+    folder: where the manifest lies, from which it names its calibrated weights; None for that of the file
+    `manifest`, or the working directory.
+    Raises ManifestError if the manifest was written for another model, or its calibrated weights are missing,
+    changed, or of other weights; VerificationError if what was loaded is not what the manifest lists.
     """
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     source = check_model(written, model).source
     wanted = replace(written, format=with_dtype(written.format, dtype))
+    codes = codes_of(written, folder if isinstance(manifest, Manifest) else Path(manifest).parent)
     blueprint = draw(source, wanted.format)
     promises = promises_of(wanted)
     _check_names(blueprint.skeleton, promises)
     loaded = _load(blueprint, promises, device)
+    if codes is not None:
+        put_calibrated(loaded, codes, promises)
     verify(loaded, wanted)
     return loaded, load_processor(source)
 
@@ -71,11 +79,12 @@ def load_standard_4bit(
     format: FormatSpec | None = None,
     device: str | None = None,
     revision: str | None = None,
+    codes: Path | None = None,
 ) -> tuple[Any, Any]:
     """(model, processor) in standard 4-bit: only the layers that can never be quantized stay in 16-bit.
 
     model: alias, hub id or folder; format: None for NF4 with double quantization in bf16.
-    revision: on the hub; None for the newest.
+    revision: on the hub; None for the newest. codes: a file of calibrated weights to put in place.
     Raises VerificationError if what was loaded is something else.
     """
     spec = format or FormatSpec()
@@ -88,8 +97,18 @@ def load_standard_4bit(
         for x in inventory.layers
     ]
     loaded = _load(blueprint, promises, device)
+    if codes is not None:
+        put_calibrated(loaded, codes, promises)
     verify_layers(loaded, promises, inventory.uncovered, spec)
     return loaded, load_processor(blueprint.source)
+
+
+def codes_of(manifest: Manifest, folder: str | Path | None) -> Path | None:
+    """The file of calibrated weights that `manifest`, lying in `folder`, names; None if it names none.
+
+    Raises ManifestError if it is missing or changed.
+    """
+    return None if manifest.codes is None else checked(manifest.codes, Path(folder or "."))
 
 
 def with_dtype(spec: FormatSpec, dtype: str | None) -> FormatSpec:
@@ -176,7 +195,7 @@ def _load(blueprint: Blueprint, promises: Sequence[Promise], device: str | None)
     four_bit = [p.name for p in promises if p.precision == "nf4"]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=spec.name,
+        bnb_4bit_quant_type=spec.quant_type,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skip_keys(blueprint.skeleton, four_bit),

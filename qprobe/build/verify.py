@@ -130,7 +130,7 @@ def _state_problem(state: Any, promise: Promise, spec: FormatSpec) -> str | None
     if getattr(state, "packing_format_for_cpu", False):
         return "was repacked by bitsandbytes for this CPU, which rounds its absmax to bf16"
     wanted = {
-        "quant_type": spec.name,
+        "quant_type": spec.quant_type,
         "blocksize": spec.blocksize,
         "nested": spec.double_quant,
         "shape": promise.shape,

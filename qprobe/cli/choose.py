@@ -70,11 +70,11 @@ def select(
     --json prints the manifest that was written.
     """
     require_a_limit({"budget": budget, "max_kl": max_kl})
-    from qprobe.manifest import manifest_to_json, write_manifest
+    from qprobe.manifest import manifest_to_json, moved, write_manifest
     from qprobe.select import select as choose
 
-    manifest = choose(run, budget, by, max_kl)
     target = out if out is not None else run / "skiplist.json"
+    manifest = moved(choose(run, budget, by, max_kl), run, target.parent)
     write_manifest(target, manifest)
     if as_json:
         shared.print_json(manifest_to_json(manifest))
@@ -85,7 +85,7 @@ def select(
 def _show(manifest: Manifest, target: Path, is_bound: bool) -> None:
     from qprobe.report.terminal import readable_bytes
 
-    kept = [layer for layer in manifest.layers if layer.precision != manifest.format.name]
+    kept = [layer for layer in manifest.layers if layer.precision == "bf16"]
     for layer in kept:
         click.echo(f"{layer.name}  {readable_bytes(layer.bytes)}  ({layer.reason})")
     if kept:
@@ -100,19 +100,31 @@ def _show(manifest: Manifest, target: Path, is_bound: bool) -> None:
     click.echo(f"Skip-list  {target}")
 
 
-@shared.command("report", short_help="Draw the pictures of a run.")
+@shared.command("report", short_help="Draw the page and the pictures of a run.")
 @_RUN
 @click.option("--out", type=shared.PATH, metavar="DIR", help="Where to write it.  [default: RUN/report]")
-def report(run: Path, out: Path | None, as_json: bool) -> None:
-    """Draw the pictures of the run folder RUN: error spikes of every layer, and KL over the budget.
+@click.option(
+    "--against",
+    type=shared.PATH,
+    metavar="RUN2",
+    help="Another run of the same model, for instance of another format, to draw beside it (against.png).",
+)
+def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> None:
+    """Draw the run folder RUN: a page to explore (index.html), error spikes, and KL over the budget.
+
+    The page needs no network and holds everything; a measure that was not taken is left out and named.
 
     \b
-    --json prints: files [path].
+    --json prints: files [path], missing [measures that were not taken].
     """
-    from qprobe.report.write import write_report
+    from qprobe.report.write import missing_measures, write_report
 
-    files = write_report(run, out)
+    files = write_report(run, out, against)
+    missing = missing_measures(run)
     if as_json:
-        shared.print_json({"files": files})
-    else:
-        click.echo("\n".join(f"Picture  {path}" for path in files))
+        shared.print_json({"files": files, "missing": missing})
+        return
+    for path in files:
+        click.echo(f"{'Page' if path.suffix == '.html' else 'Picture':8} {path}")
+    if missing:
+        click.echo(f"Not measured in this run, so left out: {', '.join(missing)}.")

@@ -27,12 +27,14 @@ def compare(as_json: bool, **asked: Any) -> None:
 
     Shows bytes as stored, KL to the 16-bit model (nats per answer token, with its standard error), how
     often the most likely token and the whole answer are the same, facts stated right where the samples
-    carry facts, and a few answers. The built-in samples are other ones than those of a scan.
+    carry facts, and a few answers. The built-in samples are other ones than those of a scan. Where FILE lies
+    in a run folder, the result stays there as compare.json, and `qprobe report` shows it.
 
     \b
     --json prints: rows [{name, parameter_bytes, total_bytes, kl, kl_se, top1_agreement, answer_agreement,
-    facts}] for 16-bit, nf4 and dynamic, and samples [{id, prompt, answers {name: text}}]; shares are
-    0 to 1, null for what does not apply.
+    facts}] for 16-bit, nf4 and dynamic (for calibrated weights also nf4-calibrated, with nothing kept, and
+    dynamic-nf4, the list with weights rounded to nearest), and samples [{id, prompt, answers {name: text}}];
+    shares are 0 to 1, null for what does not apply.
     """
     shared.refuse_two_sources(asked)
     from qprobe.build.compare import compare as run_compare
@@ -42,8 +44,11 @@ def compare(as_json: bool, **asked: Any) -> None:
     if as_json:
         shared.print_json(comparison.to_json())
         return
-    from qprobe.report.terminal import compare_text, paragraphs, terminal_width
+    from qprobe.report.terminal import compare_text, is_terminal, kl_bars, paragraphs, terminal_width
 
+    bars = kl_bars(comparison.to_json())
+    if bars and is_terminal():
+        click.echo(f"KL to the 16-bit model:\n{bars}\n")
     click.echo(compare_text(comparison.to_json(), terminal_width()))
     if comparison.notes:
         click.echo("\n" + paragraphs(comparison.notes, terminal_width()))

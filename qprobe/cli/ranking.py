@@ -36,17 +36,18 @@ def ranking(folder: Path, by: str, top: int) -> pd.DataFrame:
 
 
 def show_ranking(folder: Path, by: str | None, top: int) -> None:
-    """Print a spark line of the score over all layers, and the `top` layers of its ranking."""
+    """Print the `top` layers of the ranking; in a terminal also a spark line of all layers."""
     from qprobe.measure.store import read_scan
-    from qprobe.report.terminal import rank_text, spark_line, terminal_width
+    from qprobe.report.terminal import is_terminal, rank_text, spark_line, table_width
     from qprobe.report.write import kept_layers
     from qprobe.select.table import read_table
 
-    score, table, width = by or default_score(folder), read_table(folder), terminal_width()
+    score, table, width = by or default_score(folder), read_table(folder), table_width()
     ranked = ranking(folder, score, top)
     kept = kept_layers(folder, read_scan(folder))
-    click.echo(f"{score} of {len(table)} layers in execution order:")
-    click.echo(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
+    if is_terminal():
+        click.echo(f"{score} of {len(table)} layers in execution order:")
+        click.echo(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
     click.echo(rank_text(ranked, score, kept, width))
     if "rank_low" in ranked:
         click.echo("ranks: 90 % interval over other samples of the same kind (bootstrap)")

@@ -9,6 +9,7 @@ import click
 from qprobe.cli import shared
 from qprobe.cli.limits import limit_options, refuse_two_limits
 from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
+from qprobe.records import FORMATS
 
 if TYPE_CHECKING:
     from qprobe.scan import ScanResult
@@ -26,10 +27,17 @@ TOP = 10  # layers of the ranking that are shown
 @shared.sample_options
 @click.option(
     "--format",
-    type=click.Choice(["nf4"]),
+    type=click.Choice(FORMATS),
     default="nf4",
     show_default=True,
-    help="4-bit format whose damage is measured.",
+    help="4-bit format whose damage is measured; nf4-calibrated chooses the codes of every weight on the "
+    "samples, for the same bytes.",
+)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="For nf4-calibrated: what Gram matrices may take at once, such as 6GiB; samples run again for the "
+    "rest.  [default: a quarter of what is free]",
 )
 @limit_options(DEFAULT_BUDGET)
 @click.option(
@@ -71,7 +79,8 @@ def scan(as_json: bool, **asked: Any) -> None:
     """Measure what 4-bit costs every linear layer of a model, and choose which layers stay in 16-bit.
 
     Leaves a run folder RUN with the layer table (layers.csv), how sure its ranking is (ranks.csv), the
-    skip-list (skiplist.json) and pictures (report/). The same command resumes an interrupted scan.
+    skip-list (skiplist.json) and pictures (report/); with nf4-calibrated also the weights. The same command
+    resumes an interrupted scan.
 
     `torchrun --nproc-per-node N -m qprobe scan ...` shares the work among N GPUs; so does any scheduler that
     sets RANK and WORLD_SIZE. Processes that finish before the others print nothing on stdout.

@@ -22,12 +22,17 @@ def roundtrip_parts(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(W, W-hat) part by part, both (1, elements) in `dtype` on `device`; the weight is read twice.
 
-    weight: of any shape, dtype and device, cast to `dtype` first. part: elements, a multiple of the
-    blocksize.
+    weight: of any dtype and device, cast to `dtype` first. part: elements, a multiple of the blocksize; a
+    weight whose rows are none is one part.
     """
     from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
     assert part % fmt.blocksize == 0, part
+    if weight.shape[-1] % fmt.blocksize:
+        # bitsandbytes 0.50.2 on the CPU reads such rows back in a way of its own, which depends on the shape.
+        whole = weight.detach().to(device, dtype)
+        yield whole.reshape(1, -1), fmt.roundtrip(whole).reshape(1, -1)
+        return
     flat = weight.detach().reshape(1, -1).split(part, dim=1)
     codes, states = [], []
     for piece in flat:

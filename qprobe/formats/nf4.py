@@ -6,14 +6,13 @@ Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from qprobe.errors import QprobeError
 from qprobe.formats.sizes import four_bit_bytes
-from qprobe.records import FormatSpec
+from qprobe.records import FORMATS, FormatSpec
 
 
 @dataclass(frozen=True)
@@ -29,23 +28,25 @@ class PackedNf4:
 
     def unpack(self) -> Tensor:
         """The weight as bitsandbytes computes with it: (out_features, in_features), original dtype."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit
 
-        # As one row: where rows are a multiple of 16 and not of the blocksize (SigLIP's 4304), the CPU kernel
-        # of bitsandbytes 0.50.2 begins a new block with each row, which neither its quantizer nor CUDA does.
-        state, shape = self.state, self.state.shape
-        flat = (1, prod(shape))
-        as_row = QuantState(
-            state.absmax,
-            flat,
-            state.code,
-            state.blocksize,
-            state.quant_type,
-            state.dtype,
-            state.offset,
-            state.state2,
-        )
-        return dequantize_4bit(self.codes, as_row).view(shape)
+        return dequantize_4bit(self.codes, self.state)
+
+
+@dataclass(frozen=True)
+class StoredNf4:
+    """One weight exactly as bitsandbytes stores it: what `Params4bit.from_prequantized` takes as its own.
+
+    codes: (ceil(n / 2), 1) uint8, two codes a byte. state: with its block scales nested, if the format says
+    so.
+    """
+
+    codes: Tensor
+    state: Any  # bitsandbytes.functional.QuantState
+
+    def packed(self) -> PackedNf4:
+        """The same weight for reading."""
+        return PackedNf4(self.codes, _with_plain_scales(self.state))
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Nf4:
     double_quant: bool = True
     name: str = "nf4"
 
-    def pack(self, weight: Tensor) -> PackedNf4:
+    def stored(self, weight: Tensor) -> StoredNf4:
+        """`weight` rounded to nearest, by bitsandbytes itself."""
         from bitsandbytes.functional import quantize_4bit
 
         codes, state = quantize_4bit(
@@ -65,7 +67,10 @@ class Nf4:
             compress_statistics=self.double_quant,
             quant_type="nf4",
         )
-        return PackedNf4(codes, _with_plain_scales(state))
+        return StoredNf4(codes, state)
+
+    def pack(self, weight: Tensor) -> PackedNf4:
+        return self.stored(weight).packed()
 
     def roundtrip(self, weight: Tensor) -> Tensor:
         return self.pack(weight).unpack()
@@ -91,7 +96,11 @@ def _with_plain_scales(state: Any) -> Any:
 
 
 def format_from(spec: FormatSpec) -> Nf4:
-    """The format that `spec` names. Raises QprobeError for a name that is not known."""
-    if spec.name != "nf4":
-        raise QprobeError(f"Format {spec.name!r} is not known. Known formats: nf4.")
-    return Nf4(spec.blocksize, spec.double_quant)
+    """The format that `spec` names. Raises QprobeError for a name that is not known.
+
+    "nf4-calibrated" is stored as "nf4" is; only the choice of codes and scales differs, and needs the Gram
+    matrix of a layer's inputs (`qprobe.formats.calibrated`). Without one it rounds to nearest.
+    """
+    if spec.name not in FORMATS:
+        raise QprobeError(f"Format {spec.name!r} is not known. Known formats: {', '.join(FORMATS)}.")
+    return Nf4(spec.blocksize, spec.double_quant, spec.name)

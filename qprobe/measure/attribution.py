@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import fsum
 from typing import Any
 
@@ -180,17 +181,19 @@ class _PathLinear(torch.autograd.Function):
         name: str,
         alpha: float,
     ) -> Tensor:
-        weight_hat = round_trips.weight(name).to(x.dtype)
         own = round_trips.modules[name].weight.detach().to(x.dtype)
-        weight = torch.lerp(own, weight_hat, alpha)
-        ctx.save_for_backward(x, weight, weight_hat, own)
+        # At the 16-bit end the 4-bit weight is needed by the backward pass alone.
+        ctx.difference = partial(round_trips.difference, name, x.dtype)
+        difference = ctx.difference() if alpha else None
+        weight = own if difference is None else torch.add(own, difference, alpha=alpha)
+        ctx.save_for_backward(x, weight, difference)
         ctx.samples = step.numel()
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, weight_hat, own = ctx.saved_tensors
-        error = F.linear(x, weight_hat - own)
+        x, weight, difference = ctx.saved_tensors
+        error = F.linear(x, ctx.difference() if difference is None else difference)
         per_sample = (grad * error).reshape(ctx.samples, -1).sum(dim=1, dtype=torch.float32)
         towards_x = grad @ weight if ctx.needs_input_grad[0] else None
         return towards_x, per_sample, None, None, None, None

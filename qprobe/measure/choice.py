@@ -18,11 +18,19 @@ from qprobe.measure.subject import Subject
 from qprobe.models.catalogue import find
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.records import Sample, Scan
-from qprobe.select.bound import Bound, measured_plan, predicted_plan, rounded_up
+from qprobe.select.bound import SCORE, Bound, measured_plan, predicted_plan, rounded_up
 from qprobe.select.budget import Budget
 from qprobe.select.decide import Candidate, decide, on_common_samples
-from qprobe.select.plan import Plan
-from qprobe.select.selection import manifest_of, parse_request, plan_by, predicted_kl, prospect_of
+from qprobe.select.plan import Plan, choose
+from qprobe.select.selection import (
+    damage_of,
+    layer_scores,
+    manifest_of,
+    parse_request,
+    plan_by,
+    predicted_kl,
+    prospect_of,
+)
 from qprobe.select.table import measured, read_table
 from qprobe.select.verdict import verdict
 
@@ -99,8 +107,9 @@ def scan_command(asked: ScanOptions) -> str:
     """What made a manifest, as it stands in it."""
     limit = f"--budget {asked.budget or DEFAULT_BUDGET}"
     limit = limit if asked.max_kl is None else f"--max-kl {asked.max_kl}"
+    fmt = "" if asked.format == "nf4" else f" --format {asked.format}"
     measures = f" --measures {','.join(asked.measures)}" if asked.measures else ""
-    return f"qprobe scan --model {asked.model} {limit}{measures}"
+    return f"qprobe scan --model {asked.model}{fmt} {limit}{measures}"
 
 
 def choose_list(
@@ -151,7 +160,9 @@ def _within_budget(
     decision = decide(candidates[1:], candidates[0])
     chosen = decision.chosen
     manifest = _write(trial, plans[chosen.name], budget, candidates, chosen)
-    said = verdict(candidates[0], chosen, trial.standard_bytes)
+    said = verdict(
+        candidates[0], chosen, trial.standard_bytes, is_calibrated=trial.record.format.is_calibrated
+    )
     is_tied = any(c.kept != chosen.kept for c in (decision.best, *decision.tied))
     tie = (decision.why,) if is_tied else ()
     return Choice(manifest, said, (*tie, *_left_out(trial, candidates)))
@@ -177,7 +188,8 @@ def _within_bound(trial: Trial, bound: Bound, standard: Candidate) -> Choice:
         )
     chosen = next(c for c in candidates if plans[c.name] == best)
     manifest = _write(trial, best, bound.budget_of(best), candidates, chosen)
-    said = verdict(candidates[0], chosen, trial.standard_bytes, bound.max_kl)
+    is_calibrated = trial.record.format.is_calibrated
+    said = verdict(candidates[0], chosen, trial.standard_bytes, bound.max_kl, is_calibrated)
     return Choice(manifest, said, _left_out(trial, candidates))
 
 
@@ -209,11 +221,15 @@ def _write(
 def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
     """The lists to compare by name: one for each measured score, and a published one that fits the budget.
 
-    With `ScanOptions.by`, that score alone.
+    With `ScanOptions.by`, that score alone. Where own damage was measured, the list by sensitivities that
+    simply add up is compared as well: small budgets of a small model may favour either.
     """
     by, inventory = trial.options.by, trial.record.inventory
     columns = [by] if by else [c for c in SCORES if c in measured(trial.table)]
     plans = {f"by {c}": plan_by(inventory, trial.table, c, budget.limit_bytes) for c in columns}
+    if SCORE in columns and damage_of(trial.table) is not None:
+        scores = layer_scores(trial.table, SCORE)
+        plans[f"by {SCORE}, additive"] = choose(inventory, scores, budget.limit_bytes, SCORE)
     entry = find(trial.record.model.id)
     for published in entry.published if entry and not by else ():
         kept = published.kept(inventory)

@@ -95,13 +95,13 @@ class _Room:
         """True, and less room, if all that `block` keeps for the backward pass is expected to fit.
 
         Per row of its first input, each linear keeps its input and output, and what lies between linears is
-        about as much again; the linears of the path keep three forms of their weights.
+        about as much again; the linears of the path keep two forms of their weights.
         """
         x = next(a for a in arguments if isinstance(a, Tensor) and a.dim() > 1)
         linears = [m for m in block.modules() if type(m) is nn.Linear]
         features = sum(m.in_features + m.out_features for m in linears)
         rows = x.numel() // x.shape[-1]
-        kept = (2 * rows * features + 3 * sum(m.weight.numel() for m in linears)) * x.itemsize
+        kept = (2 * rows * features + 2 * sum(m.weight.numel() for m in linears)) * x.itemsize
         is_room = kept <= self.left
         self.left -= kept if is_room else 0
         return is_room

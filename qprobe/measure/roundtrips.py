@@ -20,6 +20,11 @@ class RoundTrips:
         self.modules = dict(modules)
         self._packed: dict[str, Packed] = {name: fmt.pack(m.weight) for name, m in self.modules.items()}
 
+    def put(self, name: str, packed: Packed) -> None:
+        """Let `packed` be the 4-bit weight of the linear `name` from now on, not what `fmt` made of it."""
+        assert name in self._packed, name
+        self._packed[name] = packed
+
     def weight(self, name: str) -> Tensor:
         """W-hat: the 4-bit weight as it is read back, (out_features, in_features), in the model's dtype."""
         return self._packed[name].unpack()
@@ -30,4 +35,5 @@ class RoundTrips:
 
     def between(self, name: str, alpha: float, dtype: torch.dtype) -> Tensor:
         """W + alpha D in `dtype`, rounded once: W at 0, W-hat at 1."""
-        return torch.lerp(self.modules[name].weight.detach().to(dtype), self.weight(name).to(dtype), alpha)
+        own = self.modules[name].weight.detach().to(dtype)
+        return own if alpha == 0 else torch.lerp(own, self.weight(name).to(dtype), alpha)

@@ -42,8 +42,17 @@ UNIT_SCHEMAS: Mapping[str, Mapping[str, pa.DataType]] = {
     "kl": {"sample": _TEXT, "choice": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM, "top1_agree": _COUNT},
     "sensitivity": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
     "alone": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
+    "calibration": {
+        "layer": _TEXT, "tokens": _COUNT, "error": _SUM, "damping": _SUM, "why": _TEXT,
+    },
 }  # fmt: skip
-"""Columns of each stage. Sums are over the sample's tokens; kl_sum is in nats; null means not measured."""
+"""Columns of each stage. Sums are over the sample's tokens; kl_sum is in nats; null means not measured.
+
+calibration: tokens seen; error of the outputs as a share of rounding to nearest; why it is rounded to nearest
+after all, "" where it is not.
+"""
+
+STAGE_CALIBRATION = "calibration"
 
 # A list of kept layers measured on held-out samples, and a list of layers measured one by one, have stages
 # of their own with the schema of "kl": `choice_stage` and `ablation_stage`.
@@ -56,12 +65,16 @@ _ROW_KEYS = {
     "kl": ["sample", "choice"],
     "sensitivity": ["sample", "layer"],
     "alone": ["sample", "layer"],
+    STAGE_CALIBRATION: ["layer"],
 }
 
 # What differs wherever the model or the processor does, since generated answers do: said last.
 _FOLLOWS = ("spec.calibration", "spec.held_out")
 
 _UNIT_NAME = re.compile(r"([a-z0-9-]+)-[0-9]{5,}\.parquet")
+
+# Fields that scan.json may lack: runs of before there were calibrated weights.
+_ADDED: Mapping[Any, set[str]] = {Scan: {"codes"}}
 
 # A temporary file this old belongs to a writer that was killed; writing one takes well under a second.
 _STALE_SECONDS = 3600
@@ -302,9 +315,12 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         names = {x.name for x in fields(kind)}
-        if names != value.keys():
-            raise ValueError(f"{where} lacks or has too much of: {', '.join(sorted(names ^ value.keys()))}")
-        return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})  # pyright: ignore
+        # What came later than the first version has a default, and older files lack it.
+        needed = {x.name for x in fields(kind)} - _ADDED.get(kind, set())
+        if not needed <= value.keys() <= names:
+            wrong = (needed - value.keys()) | (value.keys() - names)
+            raise ValueError(f"{where} lacks or has too much of: {', '.join(sorted(wrong))}")
+        return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})  # pyright: ignore
     if origin is tuple and isinstance(value, list):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):

@@ -34,3 +34,13 @@ def _shorten(name: str) -> str:
         return name
     label = ".".join(parts)
     return f"text.{label}" if label[0].isdigit() else label
+
+
+def kind_of(name: str) -> str:
+    """What a layer is within its block: the last part of its name, with those after it if they are numbers.
+
+    model.language_model.layers.8.cross_attn.o_proj is an o_proj, visual.merger.mlp.0 an mlp.0
+    """
+    parts = name.split(".")
+    last = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
+    return ".".join(parts[last:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from textwrap import fill, indent
@@ -12,7 +13,9 @@ import pandas as pd
 
 from qprobe.report.names import short_names
 
-PIPED_WIDTH = 120  # columns where no terminal says how many it has
+PIPED_WIDTH = 120  # columns of prose where no terminal says how many it has
+UNLIMITED = 10_000  # columns of a piped table
+_BAR = 24  # columns of the longest bar
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _LEVELS = "▁▂▃▄▅▆▇█"
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -28,6 +31,7 @@ _MEASURES = {
     "activation_sqnr_db": "act. dB",
     "weight_peak": "weight peak",
     "sensitivity_kl_se": "sens. se",
+    "alone_kl": "own damage",
 }
 _LEAST_ROOM = 28  # columns for a layer's name; a short name fits
 _SHOWN_BESIDE = ("sensitivity_kl", "activation_nmse", "activation_peak", "propagated_nmse", "weight_nmse")
@@ -36,6 +40,16 @@ _SHOWN_BESIDE = ("sensitivity_kl", "activation_nmse", "activation_peak", "propag
 def terminal_width() -> int:
     """Columns of the terminal; of `COLUMNS` or 120 where output is piped."""
     return shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
+
+
+def is_terminal() -> bool:
+    """True if somebody looks at stdout; where it is piped, output is plain and nothing is shortened."""
+    return sys.stdout.isatty()
+
+
+def table_width() -> int:
+    """Columns that a table may take: those of the terminal, as many as it likes where output is piped."""
+    return terminal_width() if is_terminal() else UNLIMITED
 
 
 def readable_bytes(count: int) -> str:
@@ -174,6 +188,22 @@ def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> s
     blocks = [f"{count}\n\n{text_table(headings, rows, frozenset({0}))}"]
     blocks += [_answers(sample, width) for sample in _telling(comparison["samples"])[:shown]]
     return "\n\n".join(blocks)
+
+
+def kl_bars(comparison: Mapping[str, Any]) -> str:
+    """The KL of each compared model as a bar, linear from zero; empty where none was measured."""
+    rows = [(str(row["name"]), row["kl"]) for row in comparison["rows"] if row["kl"] is not None]
+    highest = max((kl for _, kl in rows), default=0.0)
+    if highest <= 0:
+        return ""
+    margin = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(margin)}  {_bar(max(kl, 0.0) / highest)}" for name, kl in rows)
+
+
+def _bar(share: float) -> str:
+    """A bar of `share` of the longest, in eighths of a character."""
+    whole, part = divmod(round(share * _BAR * 8), 8)
+    return "█" * whole + ("▏▎▍▌▋▊▉"[part - 1] if part else "")
 
 
 def _with_error(value: float | None, error: float | None) -> str:

@@ -1,7 +1,8 @@
-"""The report of a run folder: its pictures, written beside its data."""
+"""The report of a run folder: its pictures and its page, written beside its data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -10,54 +11,134 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from qprobe.errors import RunError
-from qprobe.manifest import read_manifest, write_atomic
+from qprobe.manifest import Compared, Manifest, read_manifest, write_atomic
 from qprobe.measure.store import read_scan
 from qprobe.records import Scan
-from qprobe.report.figures import frontier_plot, spike_plot
+from qprobe.report.against import Side, against_plot
+from qprobe.report.figures import COLUMN, PAGE, Layout, spike_plot
+from qprobe.report.frontier import STANDARD, frontier_plot
+from qprobe.report.page import page_html
+from qprobe.report.panels import PANELS, taken
+from qprobe.report.payload import page_data
+from qprobe.select.selection import predicted_kl
 from qprobe.select.table import layer_table, read_table
 
 MANIFEST = "skiplist.json"
 FRONTIER = "frontier.csv"
+PAGE_FILE = "index.html"
 
 
-def write_report(folder: Path, out: Path | None = None) -> list[Path]:
+def write_report(folder: Path, out: Path | None = None, against: Path | None = None) -> list[Path]:
     """The files of the report on the run `folder`, written to `out` (default: folder/report).
 
-    spikes.png and spikes.svg; frontier.png where the run has a frontier.csv.
-    Raises RunError if the run is missing or holds no finished measurement.
+    index.html, spikes.png and spikes.svg, the same at the width of a column (spikes-column.png and .svg), and
+    frontier.png where the run has a frontier.csv. against: another run of the same model, drawn beside this
+    one in against.png and against.svg.
+    Raises RunError if a run is missing or holds no finished measurement, or the two share no layer.
     """
+    scan, table = _measured(folder)
+    theirs = None if against is None else _measured(against)
+    target = out if out is not None else folder / "report"
+    try:
+        target.mkdir(
+            parents=True, exist_ok=True
+        )  # before the work: a place that cannot be written costs none
+        files = {PAGE_FILE: page_of(folder), **_pictures(folder, scan, table)}
+        if against is not None and theirs is not None:
+            files |= _both("against", _against(folder, against, (scan, table), theirs), PAGE)
+        for name, data in files.items():
+            write_atomic(target / name, data)
+    except OSError as error:
+        raise RunError(f"{target} cannot be written ({error.strerror}). Pass another --out.") from error
+    return [target / name for name in files]
+
+
+def _pictures(folder: Path, scan: Scan, table: pd.DataFrame) -> dict[str, bytes]:
+    """The pictures of one run by file name."""
+    kept, model = kept_layers(folder, scan), f"{scan.model.id} in {scan.format.name}"
+    manifest = _manifest(folder)
+    files = _both("spikes", spike_plot(table, kept, f"{model}: what 4-bit costs each layer"), PAGE)
+    files |= _both("spikes-column", spike_plot(table, kept, model, COLUMN), COLUMN)
+    if (folder / FRONTIER).is_file():
+        compared = manifest.compared if manifest else ()
+        frontier = _frontier(folder, scan, table, compared)
+        figure = frontier_plot(frontier, f"{model}: KL by size", compared)
+        files["frontier.png"] = _image(figure, "png", PAGE)
+    return files
+
+
+def _both(name: str, figure: Figure, layout: Layout) -> dict[str, bytes]:
+    return {f"{name}.{kind}": _image(figure, kind, layout) for kind in ("png", "svg")}
+
+
+def page_of(folder: Path) -> bytes:
+    """The page of the run `folder` alone; raises RunError as `write_report` does."""
+    scan, table = _measured(folder)
+    title = f"{scan.model.id}: which layers 4-bit hurts"
+    return page_html(page_data(folder, scan, table, _manifest(folder)), title).encode()
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    return read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+
+
+def missing_measures(folder: Path) -> list[str]:
+    """What the report on the run `folder` leaves out since it was not measured, in words."""
+    _, table = _measured(folder)
+    present = taken([table])
+    frontier = [] if (folder / FRONTIER).is_file() else ["KL on held-out samples (frontier)"]
+    return [*(p.what for p in PANELS if p not in present), *frontier]
+
+
+def kept_layers(folder: Path, scan: Scan) -> frozenset[str]:
+    """Layers in 16-bit by the run's manifest; without one, those that are fixed there."""
+    manifest = _manifest(folder)
+    if manifest is not None:
+        return frozenset(layer.name for layer in manifest.layers if layer.precision == "bf16")
+    return frozenset(layer.name for layer in scan.inventory.layers if layer.fixed)
+
+
+def _measured(folder: Path) -> tuple[Scan, pd.DataFrame]:
+    """The scan in `folder` and its layer table, from the units where layers.csv is not written yet."""
     scan = read_scan(folder)
     table = read_table(folder) if (folder / "layers.csv").is_file() else layer_table(folder)
     if table.empty:
         raise RunError(
             f"Run {folder} has no layer table yet, so there is nothing to draw. Run `qprobe scan` again."
         )
-    figure = spike_plot(table, kept_layers(folder, scan), f"{scan.model.id}: what 4-bit costs each layer")
-    figures = {"spikes.png": figure, "spikes.svg": figure}
-    if (folder / FRONTIER).is_file():
-        frontier = pd.read_csv(folder / FRONTIER)
-        figures["frontier.png"] = frontier_plot(frontier, f"{scan.model.id}: KL by budget")
-    target = out if out is not None else folder / "report"
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        return [_save(drawn, target / name) for name, drawn in figures.items()]
-    except OSError as error:
-        raise RunError(f"{target} cannot be written ({error.strerror}). Pass another --out.") from error
+    return scan, table
 
 
-def kept_layers(folder: Path, scan: Scan) -> frozenset[str]:
-    """Layers in 16-bit by the run's manifest; without one, those that are fixed there."""
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder / MANIFEST)
-        return frozenset(layer.name for layer in manifest.layers if layer.precision != scan.format.name)
-    return frozenset(layer.name for layer in scan.inventory.layers if layer.fixed)
+def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[Compared]) -> pd.DataFrame:
+    """The rows of frontier.csv, and before them standard 4-bit where it was measured."""
+    frontier = pd.read_csv(folder / FRONTIER)
+    standard = next((x for x in compared if x.name == STANDARD and x.kl is not None), None)
+    if standard is None:
+        return frontier
+    row = {
+        "budget_bytes": scan.inventory.standard_4bit_bytes,
+        "predicted_kl": predicted_kl(table, frozenset(x.name for x in scan.inventory.layers if x.fixed)),
+        "measured_kl": standard.kl,
+        "measured_kl_se": standard.kl_se,
+        "candidate": STANDARD,
+    }
+    return pd.concat([pd.DataFrame([row]), frontier], ignore_index=True)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _against(
+    folder: Path, other: Path, mine: tuple[Scan, pd.DataFrame], theirs: tuple[Scan, pd.DataFrame]
+) -> Figure:
+    one, two = (
+        Side(f"{path}: {scan.model.id}, {scan.format.name}", table)
+        for path, (scan, table) in ((folder, mine), (other, theirs))
+    )
+    return against_plot(one, two, f"{folder.name or folder} against {other.name or other}")
+
+
+def _image(figure: Figure, kind: str, layout: Layout) -> bytes:
     """Same figure, same bytes: no dates, and ids in the SVG that hash its content."""
     drawn = BytesIO()
-    metadata = {"Software": None} if path.suffix == ".png" else {"Date": None}
+    metadata = {"Software": None} if kind == "png" else {"Date": None}
     with matplotlib.rc_context({"svg.hashsalt": "qprobe", "svg.fonttype": "none"}):
-        figure.savefig(drawn, format=path.suffix[1:], dpi=110, metadata=metadata)
-    write_atomic(path, drawn.getvalue())
-    return path
+        figure.savefig(drawn, format=kind, dpi=layout.dpi, metadata=metadata)
+    return drawn.getvalue()

@@ -64,6 +64,22 @@ class Batch:
             self.answers * times,
         )
 
+    def part(self, indices: Sequence[int]) -> Batch:
+        """The samples at `indices`, padded as they are here.
+
+        Every tensor holds as many rows for one sample as for another, since a batch has one image shape.
+        """
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.unflatten(0, (self.size, -1))[list(indices)].flatten(0, 1)
+
+        return Batch(
+            tuple(self.samples[i] for i in indices),
+            {k: rows(v) for k, v in self.inputs.items()},
+            self.kinds[list(indices)],
+            tuple(self.answers[i] for i in indices),
+        )
+
 
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer inside a processor, or the processor itself if it is one."""

@@ -53,6 +53,14 @@ def parse_budget(text: str, standard_4bit_bytes: int) -> Budget:
     return Budget(text.strip(), limit_bytes)
 
 
+def parse_size(text: str) -> int:
+    """The bytes that `text` names, "6GiB" or "6000000000". Raises BudgetError if it cannot be read."""
+    match = _PATTERN.fullmatch(text.strip())
+    if match is None or match[1] or match[3].lower() not in _UNITS:
+        raise BudgetError(f"Size {text[:60]!r} cannot be read. Write a number of bytes, or such as 6GiB.")
+    return int(Fraction(match[2]) * _UNITS[match[3].lower()])
+
+
 def below_standard(budget: str, standard_4bit_bytes: int) -> str:
     """The sentence for a budget that not even standard 4-bit fits."""
     return (

@@ -54,7 +54,7 @@ def select(
         plan = plan_by(scan.inventory, table, column, request.limit_bytes)
         limit, words = request, [*words, "--budget", request.requested]
     command = shlex.join(words if by is None else [*words, "--by", by])
-    return manifest_of(scan, table, plan, limit, command, _held_out_quality(folder, plan))
+    return manifest_of(scan, table, plan, limit, command, held_out_quality(folder, plan))
 
 
 def parse_request(
@@ -179,6 +179,7 @@ def manifest_of(
         uncovered=scan.inventory.uncovered,
         skip_modules=tuple(x.name for x in layers if x.precision == "bf16"),
         made_by=MadeBy(__version__, command, datetime.now(UTC).isoformat(timespec="seconds")),
+        codes=scan.codes,
     )
 
 
@@ -186,7 +187,7 @@ def _column(table: pd.DataFrame, name: str) -> dict[str, float]:
     return dict(zip(table["layer"].tolist(), table[name].tolist(), strict=True))
 
 
-def _held_out_quality(folder: Path, plan: Plan) -> Quality:
+def held_out_quality(folder: Path, plan: Plan) -> Quality:
     """What the scan measured on held-out samples: standard 4-bit and, if it was a candidate, this plan."""
     standard, dynamic = (
         finite_answers(read_units(folder, choice_stage(kept))) for kept in (frozenset(), frozenset(plan.kept))

@@ -31,13 +31,17 @@ _DTYPES = {
     "propagated_nmse": "float64", "sensitivity_kl": "float64", "sensitivity_kl_se": "float64",
     "samples": "Int64", "tokens": "Int64",
     "alone_kl": "float64", "alone_kl_se": "float64",
+    "rounding": "str",
 }  # fmt: skip
 
-COLUMNS = tuple(_DTYPES)
+COLUMNS = tuple(_DTYPES)[:-1]
 """The columns of layers.csv in their order."""
 
 # Came later than the others: a layers.csv without them is read as one in which they were not measured.
 _LATER = ("alone_kl", "alone_kl_se")
+
+ROUNDING = "rounding"
+"""A further column, in runs of calibrated weights only: "calibrated", "nearest: " and why, or "" if fixed."""
 
 MEASURES = (
     "weight_nmse", "weight_sqnr_db", "weight_peak",
@@ -59,17 +63,20 @@ _PEAK_DTYPES = {
 
 
 def layer_table(folder: Path) -> pd.DataFrame:
-    """The layer table of the run in `folder`, columns `COLUMNS`, in execution order.
+    """The layer table of the run in `folder`, columns `COLUMNS` (and `ROUNDING`), in execution order.
 
     nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
     alone_kl (the layer's own damage, to second order) are in nats per answer token with the standard error of
     `ratio_se`; samples and tokens count what the layer saw.
     Raises RunError if the folder is no run or a file of it is damaged.
     """
-    inventory = read_scan(folder).inventory
-    weights, outputs, sensitivity, alone = (
-        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity", "alone")
+    scan = read_scan(folder)
+    inventory = scan.inventory
+    weights, outputs, sensitivity, alone, calibration = (
+        _rows_by_layer(folder, stage, inventory)
+        for stage in ("weights", "outputs", "sensitivity", "alone", "calibration")
     )
+    columns = (*COLUMNS, ROUNDING) if scan.format.is_calibrated else COLUMNS
     rows = [
         {
             **_static(layer),
@@ -77,10 +84,11 @@ def layer_table(folder: Path) -> pd.DataFrame:
             **_output_measures(outputs.get(layer.name)),
             **_kl_share("sensitivity_kl", sensitivity.get(layer.name)),
             **_kl_share("alone_kl", alone.get(layer.name)),
+            ROUNDING: _rounding(layer, calibration.get(layer.name)),
         }
         for layer in inventory.layers
     ]
-    return pd.DataFrame(rows, columns=pd.Index(COLUMNS)).astype(_DTYPES)
+    return pd.DataFrame(rows, columns=pd.Index(columns)).astype({name: _DTYPES[name] for name in columns})
 
 
 def peaks(folder: Path) -> pd.DataFrame:
@@ -223,14 +231,16 @@ def _parse(text: str) -> pd.DataFrame:
     pandas 3 warns of that option.
     """
     header, *body = csv.reader(StringIO(text, newline=""))
-    if [x for x in header if x not in _LATER] != [x for x in COLUMNS if x not in _LATER]:
+    core = [x for x in COLUMNS if x not in _LATER]
+    if [x for x in header if x not in (*_LATER, ROUNDING)] != core:
         raise ValueError(f"its columns are {', '.join(header)[:100]}")
     found = dict(zip(header, zip(*body, strict=True), strict=True))
+    kinds = {name: _DTYPES[name] for name in (*COLUMNS, ROUNDING) if name in COLUMNS or name in header}
     cells = {
         name: [_cell(kind, value) for value in found.get(name, ("",) * len(body))]
-        for name, kind in _DTYPES.items()
+        for name, kind in kinds.items()
     }
-    return pd.DataFrame(cells, columns=pd.Index(COLUMNS)).astype(_DTYPES)
+    return pd.DataFrame(cells, columns=pd.Index(list(kinds))).astype(kinds)
 
 
 def _cell(kind: str, value: str) -> str | float | None:
@@ -296,6 +306,13 @@ def _kl_share(column: str, rows: pd.DataFrame | None) -> dict[str, Any]:
         return {}
     kl, tokens = _numbers(finite, "kl_sum").tolist(), _numbers(finite, "answer_tokens").tolist()
     return {column: fsum(kl) / fsum(tokens), f"{column}_se": ratio_se(kl, tokens)}
+
+
+def _rounding(layer: Linear, rows: pd.DataFrame | None) -> str:
+    if layer.fixed is not None:
+        return ""
+    why = "it never ran on these samples" if rows is None else str(rows["why"].iloc[0])
+    return f"nearest: {why}" if why else "calibrated"
 
 
 def _pooled(rows: pd.DataFrame, prefix: str) -> ErrorSums:

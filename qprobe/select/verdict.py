@@ -9,12 +9,20 @@ from qprobe.select.decide import Candidate, difference
 GIB = 2**30
 
 
-def verdict(standard: Candidate, chosen: Candidate, standard_bytes: int, max_kl: float | None = None) -> str:
+def verdict(
+    standard: Candidate,
+    chosen: Candidate,
+    standard_bytes: int,
+    max_kl: float | None = None,
+    is_calibrated: bool = False,
+) -> str:
     """What standard 4-bit costs, what the chosen list costs in bytes and brings in KL, each with its error.
 
-    max_kl: the bound that was asked for, and that the chosen list is within.
+    max_kl: the bound that was asked for, and that the chosen list is within. is_calibrated: of 4-bit weights
+    whose codes were chosen on samples.
     """
-    cost = f"Standard 4-bit costs a KL of {with_error(standard.kl, standard.kl_se)} nats per answer token"
+    what = "Calibrated" if is_calibrated else "Standard"
+    cost = f"{what} 4-bit costs a KL of {with_error(standard.kl, standard.kl_se)} nats per answer token"
     within = "" if max_kl is None else f", within the {max_kl} asked for"
     if not chosen.kept:
         reason = "no list within the budget measured better than keeping nothing, within the error"

@@ -19,7 +19,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from qprobe.measure.attribution import attribute, walking
 from qprobe.measure.outputs import run_model
-from qprobe.measure.runner import Measures, observe, observe_outputs
+from qprobe.measure.runner import Measures, observe, observe_outputs, own_half
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.models.inventory import fingerprint
@@ -173,6 +173,7 @@ def report(subject: Subject, batch: Batch, device: torch.device) -> None:
     print(f"{subject.reference.identity.id}: path in {path.dtype}; batch of {batch.size}")
     with walking(path):
         ends = path.logits(given, 0.0), path.logits(given, 1.0)
+        half = own_half(given)
         alone, both, default = Measures(False, False), Measures(True, False), Measures(True, True, 2, forever)
         stages: dict[str, Callable[[], object]] = {
             "bare forward": lambda: bare_forward(subject, batch),
@@ -180,7 +181,9 @@ def report(subject: Subject, batch: Batch, device: torch.device) -> None:
             "activation and propagated error": lambda: observe_outputs(subject, given, both),
             "one node of the path, both ends known": lambda: attribute(path, given, 1, forever, ends),
             "two nodes of the path, both ends known": lambda: attribute(path, given, 2, forever, ends),
-            "own damage": lambda: path.own_damage(given, ends[0]),
+            "own damage, half of the samples": lambda: path.own_damage(
+                given.part(half), [ends[0][i] for i in half]
+            ),
             "all of it, two nodes (one end, one on the path)": lambda: observe(subject, given, default),
         }
         # The bare forward runs as often as the longest stage lasts: a card that is warm clocks lower.

@@ -13,7 +13,9 @@ What each ranking maximises over the layers kept in 16-bit:
                         which takes layers by nmse alone. (The sum takes them by nmse per byte.)
     gradient            the sum of <dKL/dW, D> at the 4-bit model
     Fisher              the sum of the mean of (d log p(labels) / d step)^2 / 2 at the 16-bit model
-    path                the sum of the path attributions: the default of `qprobe scan`
+    path                the sum of the path attributions
+    own damage          the sum of the curvatures at the 16-bit model, one random direction a sample
+    own damage and path the default of `qprobe scan`: see `qprobe.select.damage`
     brute force         the sum of the KL measured with that layer alone in 4-bit
 """
 
@@ -25,34 +27,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
-from math import fsum
 from pathlib import Path as FilePath
 
-import pandas as pd
 import torch
-from scipy.stats import spearmanr
 
-from qprobe.measure.attribution import Attribution, walking
+from qprobe.measure.attribution import walking
 from qprobe.measure.outputs import run_model
 from qprobe.samples.inputs import Batch
-from qprobe.select.decide import Candidate, difference
+from qprobe.select.damage import Damage
 from tests.benchmarks.models import NAMES, Case, load_case
-from tests.benchmarks.rankings import additive, beyond
+from tests.benchmarks.rankings import additive, beyond, calibrated
 from tests.benchmarks.rankings.additive import Scores
 from tests.benchmarks.rankings.cost import Cost, counted
-from tests.benchmarks.rankings.lists import Chooser, Lists, Row, every_layer_alone
+from tests.benchmarks.rankings.lists import Chooser, Row, every_layer_alone
 from tests.benchmarks.rankings.measured import NOTHING, Measured
+from tests.benchmarks.rankings.tables import DEFAULT, ORACLE, Tables, completeness, correlations
 
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the bytes that NF4 saves
 SEARCHED_SHARES = (0.05, 0.1, 0.2)  # for what searches anew at each budget
 SEEDS = (0, 1, 2, 3, 4)
 FISHER_DRAWS = 4
 FISHER = f"Fisher, {FISHER_DRAWS} sampled labels"
 SWAP_PROPOSALS = 16
 FOREVER = float("inf")
-DEFAULT = "**path attribution, 2 nodes (default)**"
+PATH, OWN = "path attribution, 1 node and the end", "own damage"
 
 
 @dataclass(frozen=True)
@@ -134,16 +132,19 @@ def report(case: Case) -> Iterator[str]:
             attributions = additive.attributed(bench.path, bench.batches)
         path = Found(additive.mean_scores(additive.path_rows(attributions)), path_cost.per(bench.samples))
         yield completeness(attributions)
-        found = {**local, **end_to_end_scores(bench, calibration), DEFAULT: path}
+        own = bench.found(OWN, lambda: additive.own_damage(bench.path, bench.batches))
+        found = {**local, **end_to_end_scores(bench, calibration), OWN: own, PATH: path}
+        damage = Damage(path.scores, own.scores)
         whole = Chooser(bench.subject.inventory)
-        tables = Tables(held_out, bare_path, path.scores)
+        tables = Tables(held_out, bare_path, damage)
         yield tables.of("Fused groups whole", whole, additive_rows(bench, whole, found))
-        yield correlations(found)
+        yield correlations({name: one.scores for name, one in found.items()})
         alone = Chooser(every_layer_alone(bench.subject.inventory))
         rows = [*additive_rows(bench, alone, found), *combined_rows(alone, found)]
         yield tables.of("Every layer for itself, no fused groups", alone, rows)
         searched = beyond_rows(bench, whole, calibration, found)
-        yield tables.of("Beyond one additive pass, fused groups whole", whole, searched)
+        yield tables.of("Beyond the default, fused groups whole", whole, searched)
+    yield calibrated.table(case, damage)  # last, since calibrated weights stay in place
 
 
 def bare_seconds(case: Case, batches: Sequence[Batch]) -> float:
@@ -201,69 +202,83 @@ def end_to_end_scores(bench: Bench, calibration: Measured) -> dict[str, Found]:
     works: dict[str, Callable[[], Scores]] = {
         "gradient at the 4-bit model": lambda: additive.slope_scores(path, batches, 1.0),
         FISHER: lambda: additive.fisher_scores(path, batches, FISHER_DRAWS, seed=0),
-        "brute force": lambda: additive.brute_force(calibration, progress),
+        ORACLE: lambda: additive.brute_force(calibration, progress),
     }
     return {title: bench.found(title, work) for title, work in works.items()}
 
 
 def additive_rows(bench: Bench, chooser: Chooser, found: dict[str, Found]) -> list[Row]:
-    """Random, and a row for each of the scores."""
+    """Random, a row for each of the scores, and the default."""
     drawn = tuple(chooser.lists(additive.random_scores(bench.subject, seed)) for seed in SEEDS)
     rows = [Row(name, (chooser.lists(one.scores),), one.cost) for name, one in found.items()]
-    return [Row(f"random, mean of {len(SEEDS)} seeds", drawn), *rows]
+    return [
+        Row(f"random, mean of {len(SEEDS)} seeds", drawn),
+        *rows,
+        damage_row(chooser, found, DEFAULT, OWN),
+    ]
+
+
+def damage_row(chooser: Chooser, found: dict[str, Found], name: str, own: str, path: str = PATH) -> Row:
+    """The library's choice from the scores `own` and `path` of `found`."""
+    damage = Damage(found[path].scores, found[own].scores)
+    return Row(name, (chooser.damage_lists(damage),), found[path].cost + found[own].cost)
 
 
 def combined_rows(chooser: Chooser, found: dict[str, Found]) -> list[Row]:
-    """Path and Fisher scores together, in four ways."""
-    path, fisher = found[DEFAULT], found[FISHER]
-    cost = path.cost + fisher.cost
+    """Own damage measured better, and other ways to combine path and Fisher."""
+    path, fisher = found[PATH], found[FISHER]
     combined = {
         "geometric mean of path and Fisher": beyond.geometric_mean,
         "path, clipped at zero, plus Fisher": beyond.clipped_sum,
         "mean of the ranks by path and Fisher": beyond.mean_of_ranks,
     }
     rows = [
-        Row(name, (chooser.lists(combine(path.scores, fisher.scores)),), cost)
+        Row(name, (chooser.lists(combine(path.scores, fisher.scores)),), path.cost + fisher.cost)
         for name, combine in combined.items()
     ]
-    mixed = partial(beyond.mixed_by_what_is_left, path.scores, fisher.scores, chooser)
-    return [*rows, Row("path and Fisher mixed by what is left", (mixed,), cost)]
+    return [
+        *rows,
+        damage_row(chooser, found, "the default with Fisher for own damage", FISHER),
+        damage_row(chooser, found, "the default with brute force for own damage", ORACLE),
+    ]
 
 
 def beyond_rows(bench: Bench, chooser: Chooser, calibration: Measured, found: dict[str, Found]) -> list[Row]:
-    """Combined scores, fewer samples or nodes, a second attribution, and a search on measured KL."""
-    path = found[DEFAULT]
+    """Other combinations, nodes against samples, a second attribution, and a search on measured KL."""
+    damage = Damage(found[PATH].scores, found[OWN].scores)
+    cost = found[PATH].cost + found[OWN].cost
     rows = combined_rows(chooser, found)
-    rows += [Row(name, (chooser.lists(one.scores),), one.cost) for name, one in equal_cost(bench).items()]
+    for name, one in equal_cost(bench).items():
+        rows.append(Row(f"{name}, alone", (chooser.lists(one.scores),), one.cost))
+        rows.append(damage_row(chooser, {**found, name: one}, f"{name}, and own damage", OWN, name))
     again = beyond.attributed_again
     searched = {
         "attribute again after half the budget": lambda share: again(
-            bench.subject, bench.batches, chooser, path.scores, share
+            bench.subject, bench.batches, chooser, damage, share
         ),
-        f"swap search on calibration KL, {SWAP_PROPOSALS} proposals": lambda share: beyond.swapped(
-            calibration, chooser, path.scores, share, SWAP_PROPOSALS
+        f"swap search on calibration KL from path, {SWAP_PROPOSALS} proposals": lambda share: beyond.swapped(
+            calibration, chooser, found[PATH].scores, share, SWAP_PROPOSALS
         ),
     }
     for name, search in searched.items():
         kept: dict[float, frozenset[str]] = {}
-        with counted(bench.subject.model) as cost:
+        with counted(bench.subject.model) as searching:
             for share in SEARCHED_SHARES:
                 kept[share] = search(share)
-        log(f"{bench.case.name}: {name}, {cost.seconds:.0f} s")
-        each = cost.per(bench.samples * len(SEARCHED_SHARES))
-        each.seconds = cost.seconds / len(SEARCHED_SHARES)
-        rows.append(Row(name, (kept.get,), path.cost + each))
+        log(f"{bench.case.name}: {name}, {searching.seconds:.0f} s")
+        each = searching.per(bench.samples * len(SEARCHED_SHARES))
+        each.seconds = searching.seconds / len(SEARCHED_SHARES)
+        rows.append(Row(name, (kept.get,), cost + each))
     return rows
 
 
 def equal_cost(bench: Bench) -> dict[str, Found]:
-    """Attribution at half the default's cost: few nodes on all samples, or more nodes on fewer."""
+    """Attribution with more nodes, on all samples and on so many fewer that the cost is the same."""
     found = {}
-    for nodes in (1, 2, 4):
-        part = fewer(bench.batches, nodes)
-        label = {1: "all", 2: "half", 4: "a quarter"}[nodes]
-        found[f"path, {nodes} node{'s' * (nodes > 1)} on {label} of the samples"] = bench.found(
-            f"path {nodes} nodes",
+    for nodes, divisor, label in ((2, 1, "all"), (2, 2, "half"), (4, 4, "a quarter")):
+        part = fewer(bench.batches, divisor)
+        found[f"path, {nodes} nodes on {label} of the samples"] = bench.found(
+            f"path {nodes} nodes on {label}",
             lambda nodes=nodes, part=part: additive.mean_scores(
                 additive.path_rows(additive.attributed(bench.path, part, nodes, FOREVER))
             ),
@@ -285,100 +300,6 @@ def fewer(batches: Sequence[Batch], divisor: int) -> list[Batch]:
             )
         )
     return parts
-
-
-def completeness(attributions: Sequence[Attribution]) -> str:
-    """How well the attributions sum to the measured KL, over all samples and sample by sample."""
-    rows = additive.path_rows(attributions)
-    by_sample = rows.groupby("sample", sort=False)["kl_sum"].sum()
-    measured = pd.Series([k.kl for a in attributions for k in a.kl if k.tokens])
-    tokens = sum(k.tokens for a in attributions for k in a.kl)
-    sums = pd.Series(by_sample.to_numpy())
-    nodes = ", ".join(str(n) for n in sorted({a.nodes for a in attributions}))
-    residual = fsum(sums) / fsum(measured) - 1
-    return (
-        f"Path attribution sums to {fsum(sums) / tokens:.5g} against a measured "
-        f"{fsum(measured) / tokens:.5g} on the calibration samples "
-        f"(residual {residual:+.2%}; sums by sample correlate {sums.corr(measured):.5f}; "
-        f"nodes used: {nodes}).\n"
-    )
-
-
-def correlations(found: dict[str, Found]) -> str:
-    """Rank correlation over layers of each score with brute force."""
-    oracle = found["brute force"].scores
-    names = sorted(oracle)
-    pairs = [
-        f"{title.strip('*')} {spearmanr([one.scores[n] for n in names], [oracle[n] for n in names])[0]:.2f}"
-        for title, one in found.items()
-        if title != "brute force" and "x bytes" not in title
-    ]
-    return f"Rank correlation with brute force over layers: {'; '.join(pairs)}.\n"
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Prints rows against the default on held-out samples. bare: seconds of the unit of cost."""
-
-    held_out: Measured
-    bare: float
-    default: Scores
-
-    def of(self, title: str, chooser: Chooser, rows: Sequence[Row]) -> str:
-        """One Markdown table: KL of the default with its error, of others the paired difference too."""
-        columns = [f"+{share:.0%}".replace("%", " %") for share in SHARES]
-        baseline = {
-            share: candidate
-            for share in SHARES
-            if (candidate := self._candidate(share, (chooser.lists(self.default),)))
-        }
-        share_left = ", ".join(
-            f"{baseline[s].kl / self.held_out.kl(NOTHING):.0%}".replace("%", " %") for s in SHARES
-        )
-        lines = [
-            f"### {title}\n",
-            f"| ranking by | {' | '.join(columns)} | passes | seconds | bare forwards |",
-            f"|---|{'---|' * (len(columns) + 3)}",
-            *(self._line(row, baseline) for row in rows if row.name != DEFAULT),
-            self._default_line(rows, baseline),
-            f"\nThe default leaves {share_left} of the all-4-bit KL.\n",
-        ]
-        return "\n".join(lines)
-
-    def _default_line(self, rows: Sequence[Row], baseline: dict[float, Candidate]) -> str:
-        cells = [f"**{c.kl:.4g}** ± {c.kl_se:.2g}" for c in baseline.values()]
-        cost = next((row.cost for row in rows if row.name == DEFAULT), None)
-        return f"| {DEFAULT} | {' | '.join(cells)} | {self._cost(cost)} |"
-
-    def _line(self, row: Row, baseline: dict[float, Candidate]) -> str:
-        cells = []
-        for share, default in baseline.items():
-            candidate = self._candidate(share, row.lists)
-            if candidate is None:
-                cells.append("")
-                continue
-            gap, error = difference(candidate, default)
-            cells.append(
-                f"{candidate.kl:.4g} ({gap:+.2g} ± {error:.1g})" if gap else f"{candidate.kl:.4g} (=)"
-            )
-        return f"| {row.name} | {' | '.join(cells)} | {self._cost(row.cost)} |"
-
-    def _candidate(self, share: float, lists: Sequence[Lists]) -> Candidate | None:
-        """The list of a row, or what several measure on average, sample by sample; None if it has no list."""
-        kept = [found for choose in lists if (found := choose(share)) is not None]
-        if not kept:
-            return None
-        frames = [self.held_out.frame(one) for one in kept]
-        mean = frames[0].assign(kl_sum=sum(f["kl_sum"].to_numpy() for f in frames) / len(frames))
-        return Candidate("", NOTHING, 0, mean)
-
-    def _cost(self, cost: Cost | None) -> str:
-        if cost is None:
-            return " | |"
-        passes = [f"{cost.forwards:.4g} f"] * (cost.forwards > 0) + [f"{cost.gradients:.3g} g"] * (
-            cost.gradients > 0
-        )
-        return f"{' + '.join(passes)} | {cost.seconds:.0f} | {cost.seconds / self.bare:.1f}"
 
 
 if __name__ == "__main__":

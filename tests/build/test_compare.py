@@ -14,10 +14,11 @@ from qprobe.build.compare import compare, ratio
 from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.build.storage import stored_bytes
 from qprobe.errors import ManifestError, QprobeError
-from qprobe.manifest import write_manifest
+from qprobe.manifest import read_manifest, write_manifest
 from qprobe.models.reference import load_reference
 from qprobe.options import CompareOptions
 from qprobe.records import Fact
+from qprobe.report.comparison import read_comparison
 from qprobe.samples.answers import answered
 from qprobe.samples.sources import Samples
 from tests import tiny
@@ -209,3 +210,23 @@ def test_ratio_and_its_error_by_hand():
     assert ratio([1.0, 0.0, 2.0], [1, 0, 3]) == (mean, error)  # a sample without answer tokens says nothing
     assert ratio([1.0], [4]) == (0.25, None)
     assert ratio([0.0], [0]) == (None, None)
+
+
+def test_the_result_stays_in_the_run_folder_of_the_manifest(written, use_samples, monkeypatch):
+    options = written("llama")
+    folder = options.manifest.parent
+    use_samples(tiny.questions("llama", 2))
+    result = compare(options)
+    assert not (folder / "compare.json").exists()  # no run folder
+    (folder / "scan.json").write_text("{}")
+    assert compare(options) == result
+    kept = read_comparison(folder)
+    assert kept.pop("skip_modules") == list(read_manifest(options.manifest).skip_modules)
+    assert kept == result.to_json()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare_module, "write_atomic", full)
+    (note,) = compare(options).notes
+    assert "No space left" in note

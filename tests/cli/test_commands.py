@@ -20,9 +20,26 @@ def test_rank_lists_the_worst_layers_first(qprobe: Run, run_folder: Path):
     result = qprobe("rank", run_folder, "--by", "activation_nmse", "--top", "2")
     assert result.exit_code == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[0] == "activation_nmse of 30 layers in execution order:"
     assert [line.split()[0] for line in lines if line[:1].isdigit()] == ["1", "2"]
-    assert "█" in lines[1] and "stays in 16-bit" in lines[-1]
+    assert "stays in 16-bit" in lines[-1]
+
+
+def test_piped_output_is_plain_and_names_layers_in_full(qprobe: Run, run_folder: Path):
+    text = qprobe("rank", run_folder).stdout
+    assert text.isascii() and text.splitlines()[0].split()[:2] == ["#", "layer"]
+    assert "model.language_model.layers.1.self_attn.v_proj" in text  # 17, the first of the ranking
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_gets_a_spark_line_and_a_table_that_fits(
+    qprobe: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch, width: int
+):
+    monkeypatch.setattr("qprobe.report.terminal.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = qprobe("rank", run_folder).stdout.splitlines()
+    assert lines[0] == "sensitivity_kl of 30 layers in execution order:"
+    assert lines[1].count("█") == 1 and lines[1].index("█") == 17 and len(lines[1]) == 30
+    assert max(map(len, lines)) <= width
 
 
 def test_rank_as_json_has_every_column(qprobe: Run, run_folder: Path):
@@ -99,12 +116,25 @@ def test_a_bound_that_cannot_be_met_is_one_sentence(
     assert not (tmp_path / "list.json").exists()
 
 
-def test_report_says_where_the_pictures_are(qprobe: Run, run_folder: Path, tmp_path: Path):
-    files = json.loads(qprobe("report", run_folder, "--out", tmp_path, "--json").stdout)["files"]
-    assert [Path(f).name for f in files] == ["spikes.png", "spikes.svg"] and all(
-        Path(f).exists() for f in files
-    )
-    assert f"Picture  {tmp_path / 'spikes.png'}" in qprobe("report", run_folder, "--out", tmp_path).stdout
+def test_report_says_where_its_files_are_and_what_it_lacks(
+    qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.report.write._image", lambda *_: b"")  # pixels take long
+    report = json.loads(qprobe("report", run_folder, "--out", tmp_path, "--json").stdout)
+    assert [Path(f).name for f in report["files"][:2]] == ["index.html", "spikes.png"]
+    assert all(Path(f).exists() for f in report["files"])
+    assert report["missing"] == ["KL on held-out samples (frontier)"]
+    text = qprobe("report", run_folder, "--out", tmp_path).stdout
+    assert f"Page     {tmp_path / 'index.html'}" in text and f"Picture  {tmp_path / 'spikes.png'}" in text
+    assert text.splitlines()[-1].startswith("Not measured in this run, so left out: KL on held-out samples")
+
+
+def test_report_draws_another_run_beside_this_one(
+    qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.report.write._image", lambda *_: b"")
+    text = qprobe("report", run_folder, "--against", run_folder, "--out", tmp_path).stdout
+    assert f"Picture  {tmp_path / 'against.svg'}" in text
 
 
 def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
@@ -136,7 +166,13 @@ def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
     found = SimpleNamespace(to_json=lambda: COMPARISON, notes=("b.png was left out.",))
     fake("qprobe.build.compare", compare=lambda _options, _progress: found)
     text = qprobe("compare", "--manifest", "f").stdout
-    assert "16-bit" in text and "nf4" in text and "in a station" in text and "b.png was left out." in text
+    assert (
+        "█" not in text
+        and "16-bit" in text
+        and "nf4" in text
+        and "in a station" in text
+        and "b.png was left out." in text
+    )
     assert json.loads(qprobe("compare", "--manifest", "f", "--json").stdout) == COMPARISON
 
 

@@ -8,7 +8,12 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qprobe.report.figures import PANELS, frontier_plot, spike_plot, tower_runs, tower_spans
+from qprobe.errors import RunError
+from qprobe.manifest import Compared
+from qprobe.report.against import Side, against_plot
+from qprobe.report.figures import COLUMN, PAGE, Layout, spike_plot
+from qprobe.report.frontier import frontier_plot
+from qprobe.report.panels import PANELS, tower_runs, tower_spans
 from tests.report.tables import layer_table
 
 SPIKES = {3: 200.0, 4: 180.0, 14: 50.0, 15: 60.0, 16: 70.0, 25: 90.0}
@@ -50,7 +55,8 @@ def test_measures_not_taken_have_no_panel_and_are_named():
     table = layer_table(30).assign(propagated_nmse=np.nan, sensitivity_kl=np.nan)
     figure = spike_plot(table, frozenset(), "a model")
     assert len(figure.axes) == 3
-    assert legend_texts(figure)[0] == "24 samples; not measured: propagated error, sensitivity"
+    said = legend_texts(figure)[0].splitlines()
+    assert said[0] == "24 samples; not measured: propagated error, sensitivity"
 
 
 def test_layers_that_never_ran_are_counted_and_not_drawn():
@@ -75,9 +81,10 @@ def test_nothing_is_named_where_nothing_stands_out():
     assert texts(spike_plot(table, frozenset(), "a model"), "spike") == []
 
 
+@pytest.mark.parametrize("layout", [PAGE, COLUMN])
 @pytest.mark.parametrize("count", [30, 90, 600])
-def test_names_of_spikes_overlap_neither_each_other_nor_a_leader(count: int):
-    figure = spike_plot(layer_table(count, SPIKES), frozenset(), "a model")
+def test_names_of_spikes_overlap_neither_each_other_nor_a_leader(count: int, layout: Layout):
+    figure = spike_plot(layer_table(count, SPIKES), frozenset(), "a model", layout)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -90,6 +97,40 @@ def test_names_of_spikes_overlap_neither_each_other_nor_a_leader(count: int):
         leaders = [ax.transData.transform(x.get_xydata()) for x in ax.lines if x.get_gid() == "leader"]
         for (x, _), (_, top) in leaders:
             assert not any(box.x0 < x < box.x1 and box.y0 < top - 2 and box.y1 < top for box in boxes)
+
+
+def test_neighbouring_spikes_of_a_large_model_are_all_named():
+    figure = spike_plot(layer_table(600, {3: 60.0, 17: 90.0, 25: 40.0}), frozenset(), "a model")
+    named = {t.get_text() for t in figure.axes[1].texts if t.get_gid() == "spike"}
+    assert named == {"vision.0.self_attn.o_proj", "vision.3.self_attn.v_proj", "vision.5.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize("count", [30, 600])
+def test_the_column_form_is_as_wide_as_a_column_and_loses_nothing_on_its_edges(count: int):
+    table = layer_table(count, SPIKES)
+    figure = spike_plot(table, frozenset(table["layer"].iloc[[3]]), "a model", COLUMN)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    assert figure.get_figwidth() == 3.35
+    written = [*figure.texts, *(ax.yaxis.label for ax in figure.axes), *(ax.title for ax in figure.axes)]
+    written += [t for ax in figure.axes for t in (*ax.texts, *ax.get_yticklabels())]
+    (legend,) = figure.legends
+    for box in [t.get_window_extent(renderer) for t in written] + [legend.get_window_extent(renderer)]:
+        assert box.width == 0 or (box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1)
+    assert min(t.get_fontsize() for t in written) >= 4.5  # points at the size of print
+    assert figure.axes[0].get_title(loc="left") == "weight error (nmse)"
+
+
+def test_standard_errors_of_the_sensitivity_are_drawn():
+    table = layer_table(30)
+    figure = spike_plot(table, frozenset(), "a model")
+    (bars,) = figure.axes[4].containers
+    (drawn,) = bars.lines[2]
+    low, high = drawn.get_segments()[7][:, 1]
+    value, error = table["sensitivity_kl"][7], table["sensitivity_kl_se"][7]
+    assert (low, high) == pytest.approx((value - error, value + error))
+    assert "bars: standard error" in legend_texts(figure)[0]
 
 
 def test_towers_are_bands_from_their_first_to_their_last_layer():
@@ -177,3 +218,60 @@ def test_frontier_has_a_line_for_each_way_of_choosing():
 def test_frontier_of_single_candidates_is_one_line():
     (ax,) = frontier_plot(pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]}), "KL by budget").axes
     assert sorted(t.get_text() for t in ax.get_legend().get_texts()) == [MEASURED, "predicted"]
+
+
+COMPARED = (
+    Compared("nothing kept", 2**20, 0.3, 0.02, False),
+    Compared("by sensitivity_kl", 2 * 2**20, 0.1, None, True),
+    Compared("unsloth", 3 * 2**20, 0.2, 0.01, False),
+    Compared("not measured", 3 * 2**20, None, None, False),
+)
+
+
+def frontier_ax(frontier: pd.DataFrame):
+    (ax,) = frontier_plot(frontier, "KL by budget", COMPARED).axes
+    return ax
+
+
+def test_frontier_names_standard_4bit_published_lists_and_the_chosen_one():
+    ax = frontier_ax(pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]}))
+    points = {c.get_label(): c.lines[0].get_xydata().tolist() for c in ax.containers}
+    assert points["standard 4-bit"] == [[1, 0.3]] and points["unsloth"] == [[3, 0.2]]
+    assert points["by sensitivity_kl (chosen)"] == [[2, 0.1]] and "not measured" not in points
+
+
+def test_a_frontier_over_decades_is_logarithmic_and_counts_the_predictions_it_cannot_draw():
+    frontier = pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]})
+    assert frontier_ax(frontier).get_yscale() == "linear"  # 0.1 to 0.4
+    steep = frontier.assign(measured_kl=[0.001, 0.3, 0.4], predicted_kl=[-0.01, 0.0, 0.2])
+    ax = frontier_ax(steep)
+    assert ax.get_yscale() == "log"
+    (predicted,) = [x for x in ax.lines if str(x.get_label()).startswith("predicted")]
+    assert predicted.get_label() == "predicted (2 at or below 0 not drawn)"
+    assert predicted.get_xydata().tolist() == [[1, 0.2]]
+
+
+def test_two_runs_are_drawn_layer_by_layer_and_what_differs_is_named():
+    one, other = layer_table(30, SPIKES), layer_table(30, {**SPIKES, 7: 300.0})
+    figure = against_plot(Side("first, nf4", one), Side("second, fp4", other), "two formats")
+    for panel in PANELS:
+        for i, table in enumerate((one, other), start=1):
+            assert points(figure, f"{panel.column}:run{i}") == list(enumerate(table[panel.column]))
+    named = [t.get_text() for t in figure.axes[1].texts if t.get_gid() == "spike"]
+    assert named == ["vision.1.self_attn.v_proj"]  # layer 7; the spikes that both share are not named
+    assert {"first, nf4; 24 samples", "second, fp4; 24 samples"} <= set(legend_texts(figure))
+
+
+def test_two_runs_are_joined_by_name_not_by_place():
+    one = layer_table(30)
+    shuffled = one.sample(frac=1, random_state=1).iloc[:20].reset_index(drop=True)
+    figure = against_plot(Side("a", one), Side("b", shuffled), "a against b")
+    first, second = (points(figure, f"weight_nmse:run{i}") for i in (1, 2))
+    assert len(first) == 20 and first == second
+    assert "10 layers that only one run has are left out" in legend_texts(figure)[0]
+
+
+def test_runs_without_a_common_layer_are_refused():
+    other = layer_table(30).assign(layer=[f"other.{i}" for i in range(30)])
+    with pytest.raises(RunError, match="no layer of the same name"):
+        against_plot(Side("a", layer_table(30)), Side("b", other), "a against b")

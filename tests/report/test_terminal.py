@@ -112,6 +112,17 @@ def test_comparison_fits_and_shows_disagreements_first(width: int):
     assert "b: Where is it?" in text and "What is it?" not in text
 
 
+def test_bars_are_linear_from_zero_and_leave_out_what_was_not_measured():
+    rows = [
+        {"name": n, "kl": kl} for n, kl in (("16-bit", 0.0), ("nf4", 0.4), ("dynamic", 0.11), ("x", None))
+    ]
+    # 24 columns are 192 eighths: 0.11 / 0.4 of them is 52.8, so 6 whole ones and 5 eighths
+    assert terminal.kl_bars({"rows": rows}).splitlines() == [
+        "16-bit   ", "nf4      " + 24 * "█", "dynamic  " + 6 * "█" + "▋"
+    ]  # fmt: skip
+    assert terminal.kl_bars({"rows": rows[:1]}) == "" == terminal.kl_bars({"rows": rows[3:]})
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_diagnosis_is_one_screen(width: int):
     text = terminal.doctor_text(DIAGNOSIS, width)

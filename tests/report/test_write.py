@@ -1,36 +1,50 @@
 """The report of a run folder: which files, and that the same run gives the same bytes."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qprobe.errors import RunError
 from qprobe.measure.store import read_scan
+from qprobe.report.page import page_html, script_json
 from qprobe.report.write import kept_layers, write_report
+from tests.report.full_run import write_full_run
 from tests.report.runs import write_run
 
 SPIKES = {3: 50.0, 17: 80.0}
+ROOT = Path(__file__).parents[2]
+IMAGES = ["spikes.png", "spikes.svg", "spikes-column.png", "spikes-column.svg"]
 FRONTIER = "budget_bytes,predicted_kl,measured_kl,measured_kl_se,candidate\n1000,0.2,0.3,0.01,sensitivity\n"
 
 
-def test_the_pictures_lie_in_the_run_folder(tmp_path: Path):
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files without their pixels, for what is not about them."""
+    monkeypatch.setattr("qprobe.report.write._image", lambda figure, _kind, _layout: str(figure).encode())
+
+
+def test_the_pictures_lie_in_the_run_folder_and_are_the_same_bytes_each_time(tmp_path: Path):
     write_run(tmp_path, spikes=SPIKES)
-    png, svg = write_report(tmp_path)
-    assert (png, svg) == (tmp_path / "report/spikes.png", tmp_path / "report/spikes.svg")
-    assert png.read_bytes().startswith(b"\x89PNG\r\n") and b"<svg" in svg.read_bytes()
+    files = {file.name: file for file in write_report(tmp_path)}
+    assert set(files) == {"index.html", *IMAGES} and {f.parent for f in files.values()} == {
+        tmp_path / "report"
+    }
+    assert files["spikes.png"].read_bytes().startswith(b"\x89PNG\r\n")
+    assert b"<svg" in files["spikes-column.svg"].read_bytes()
+    again = write_report(tmp_path, tmp_path / "again")
+    assert [f.read_bytes() for f in files.values()] == [f.read_bytes() for f in again]
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path):
-    write_run(tmp_path, spikes=SPIKES)
-    first, second = write_report(tmp_path, tmp_path / "a"), write_report(tmp_path, tmp_path / "b")
-    assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
-
-
+@pytest.mark.usefixtures("undrawn")
 def test_a_measured_frontier_is_drawn(tmp_path: Path):
     write_run(tmp_path)
     (tmp_path / "frontier.csv").write_text(FRONTIER)
-    assert [f.name for f in write_report(tmp_path)] == ["spikes.png", "spikes.svg", "frontier.png"]
+    assert [f.name for f in write_report(tmp_path)] == ["index.html", *IMAGES, "frontier.png"]
 
 
 def test_the_kept_layers_are_those_of_the_manifest(tmp_path: Path):
@@ -52,3 +66,52 @@ def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(RunError, match="another --out"):
         write_report(tmp_path, tmp_path / "taken")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_another_run_is_drawn_beside_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_run(tmp_path / "a", spikes=SPIKES)
+    write_run(tmp_path / "b")
+    names = []
+    monkeypatch.setattr("qprobe.report.write.against_plot", lambda *sides: names.extend(sides))
+    files = write_report(tmp_path / "a", tmp_path / "out", tmp_path / "b")
+    assert [f.name for f in files[-2:]] == ["against.png", "against.svg"]
+    assert [side.name for side in names[:2]] == [f"{tmp_path / run}: owner/model, nf4" for run in "ab"]
+    assert names[2] == "a against b"
+    with pytest.raises(RunError, match=r"scan\.json"):
+        write_report(tmp_path / "a", against=tmp_path / "missing")
+
+
+def test_600_layers_take_less_than_10_seconds_of_processor_time_and_no_torch(tmp_path: Path):
+    write_full_run(tmp_path, 600, 24)
+    code = (
+        "import sys; from qprobe.cli import main\n"
+        f"main(['report', {str(tmp_path)!r}], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    before = os.times()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 10, f"{used:.1f} s"
+
+
+def test_nothing_in_the_page_can_end_its_script():
+    text = script_json({"</script>": ["<!--", "&", "\u2028", "\ud800"]})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {"</script>": ["<!--", "&", "\u2028", "?"]}
+
+
+def test_a_placeholder_in_the_data_stays_what_it_is():
+    page = page_html({"model": "{{script}} {{title}}"}, "a & b")
+    assert page.count("{{script}} {{title}}") == 1 and "<title>a &amp; b</title>" in page
+
+
+def test_every_picture_of_the_readme_is_one_that_make_figures_draws():
+    pictures = [Path(x) for x in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())]
+    (models,) = re.findall(r"^\tfor model in ([a-z -]+); do", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    folders = {Path("reports") / model for model in models.split()}
+    assert pictures and all((ROOT / x).is_file() and x.parent in folders for x in pictures)
+    assert {x.name for x in pictures} <= {*IMAGES, "frontier.png"}
+    for folder in folders:  # each sample report begins with the command that made it
+        assert (ROOT / folder / "README.md").read_text().split("\n\n")[1].startswith("    qprobe scan")

@@ -19,6 +19,7 @@ from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums
 from qprobe.samples.inputs import Batch
+from qprobe.select.damage import Damage
 from tests.benchmarks.rankings.measured import Measured
 
 Scores = dict[str, float]
@@ -64,9 +65,9 @@ def random_scores(subject: Subject, seed: int) -> Scores:
 
 
 def attributed(
-    path: Path, batches: Iterable[Batch], nodes: int = 2, tolerance: float = RESIDUAL
+    path: Path, batches: Iterable[Batch], nodes: int = 1, tolerance: float = RESIDUAL
 ) -> list[Attribution]:
-    """Path attribution by the library, one for each batch."""
+    """Path attribution by the library, one for each batch; `nodes` beside the one at the 16-bit end."""
     return [attribute(path, batch, nodes, tolerance) for batch in batches]
 
 
@@ -80,6 +81,21 @@ def mean_scores(rows: pd.DataFrame) -> Scores:
     return {
         str(name): fsum(part["kl_sum"]) / fsum(part["answer_tokens"]) for name, part in rows.groupby("layer")
     }
+
+
+def own_damage(path: Path, batches: Sequence[Batch]) -> Scores:
+    """Own damage by the library: one random direction a sample at the 16-bit model."""
+    totals: dict[str, list[float]] = {}
+    for batch in batches:
+        for name, values in path.own_damage(batch, path.logits(batch, 0.0)).items():
+            totals.setdefault(name, []).extend(values.tolist())
+    tokens = sum(batch.answer_tokens for batch in batches)
+    return {name: fsum(values) / tokens for name, values in totals.items()}
+
+
+def default_damage(path: Path, batches: Sequence[Batch]) -> Damage:
+    """What `qprobe scan` chooses by: two nodes, one at the 16-bit end and one on the path."""
+    return Damage(mean_scores(path_rows(attributed(path, batches))), own_damage(path, batches))
 
 
 def slope_scores(path: Path, batches: Sequence[Batch], alpha: float) -> Scores:

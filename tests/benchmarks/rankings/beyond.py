@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 
 from qprobe.measure.subject import Subject
 from qprobe.samples.inputs import Batch
+from qprobe.select.damage import Damage
 from tests.benchmarks.rankings.additive import Scores, attributed, mean_scores, path_rows
 from tests.benchmarks.rankings.lists import Chooser
 from tests.benchmarks.rankings.measured import Measured, path_without
@@ -36,27 +37,12 @@ def mean_of_ranks(path: Scores, fisher: Scores) -> Scores:
     return dict(zip(names, (ranks / 2).tolist(), strict=True))
 
 
-def mixed_by_what_is_left(path: Scores, fisher: Scores, chooser: Chooser, share: float) -> frozenset[str]:
-    """The list by 2 r path + (1 - 2 r) Fisher, r the share of the KL that the list is predicted to leave.
-
-    To second order KL = 1/2 sum_lm H_lm over the layers in 4-bit, so path_l = 1/2 sum_m H_lm over all layers
-    and Fisher_l = 1/2 H_ll. With the share r of the rest in 4-bit, putting layer l in 4-bit adds
-    1/2 H_ll + r sum_(m != l) H_lm, which is the score. r and the list are found in turn.
-    """
-    total, left = sum(path.values()), 1.0
-    kept: frozenset[str] = frozenset()
-    for _ in range(4):
-        scores = {name: 2 * left * a + (1 - 2 * left) * fisher[name] for name, a in path.items()}
-        kept = chooser.kept(scores, share)
-        left = 1 - sum(path[name] for name in kept) / total
-    return kept
-
-
 def attributed_again(
-    subject: Subject, batches: Sequence[Batch], chooser: Chooser, scores: Scores, share: float
+    subject: Subject, batches: Sequence[Batch], chooser: Chooser, damage: Damage, share: float
 ) -> frozenset[str]:
-    """Keep half the budget by `scores`, attribute what is still in 4-bit, and spend the rest by that."""
-    half = chooser.kept(scores, share / 2)
+    """Keep half the budget by `damage`, measure what is still in 4-bit, and spend the rest by that."""
+    half = chooser.damage_lists(damage)(share / 2)
+    assert half is not None
     left = mean_scores(path_rows(attributed(path_without(subject, half), batches)))
     return chooser.kept_with(left, share, half)
 

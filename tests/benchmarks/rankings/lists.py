@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from qprobe.records import Inventory
+from qprobe.select.damage import Damage, least_damage
 from qprobe.select.plan import choose
 from tests.benchmarks.rankings.cost import Cost
 
@@ -48,6 +49,10 @@ class Chooser:
     def lists(self, scores: Mapping[str, float]) -> Lists:
         """`kept` as a function of the share alone."""
         return lambda share: self.kept(scores, share)
+
+    def damage_lists(self, damage: Damage) -> Lists:
+        """The library's choice by own damage and path, as a function of the share."""
+        return lambda share: frozenset(least_damage(self.inventory, damage, self.limit_bytes(share), "").kept)
 
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Layers that may be kept, by the group they move with."""

@@ -1,0 +1,113 @@
+"""A file of 4-bit weights: for each layer what a bitsandbytes checkpoint holds, as safetensors.
+
+Keys are those of such a checkpoint, with the layer's module name: `NAME.weight` the codes, two a byte, and
+`NAME.weight.absmax`, `NAME.weight.quant_map`, `NAME.weight.quant_state.bitsandbytes__nf4` and so on its
+quantization state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qprobe.errors import ManifestError
+from qprobe.formats.nf4 import StoredNf4
+from qprobe.manifest import write_atomic
+from qprobe.records import CodesFile
+
+FILE_NAME = "nf4-calibrated.safetensors"
+_WEIGHT = ".weight"
+
+
+def write_codes(path: Path, layers: Mapping[str, StoredNf4]) -> None:
+    """Write the weights of `layers` (by module name) to `path`, whole or not at all. Raises OSError."""
+    write_tensors(path, {key: t for name, one in layers.items() for key, t in _tensors(name, one).items()})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` to `path` as one safetensors file, whole or not at all. Raises OSError."""
+    from safetensors.torch import save
+
+    write_atomic(path, save({key: t.contiguous().cpu() for key, t in tensors.items()}))
+
+
+def _tensors(name: str, stored: StoredNf4) -> dict[str, Tensor]:
+    state = stored.state.as_dict(packed=True)
+    return {f"{name}{_WEIGHT}": stored.codes, **{f"{name}{_WEIGHT}.{key}": t for key, t in state.items()}}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of the bytes of `path`. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked(codes: CodesFile, folder: Path) -> Path:
+    """Where the file `codes` lies, seen from `folder`. Raises ManifestError unless it is there, unchanged."""
+    path = folder / codes.file
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise ManifestError(
+            f"{path}, the calibrated weights, cannot be read ({error.strerror}). Put the file that the scan "
+            "wrote into its run folder back there: a manifest of calibrated weights is nothing without it."
+        ) from None
+    if found != codes.sha256:
+        raise ManifestError(
+            f"{path} has SHA-256 {found[:16]}, not {codes.sha256[:16]}; it is damaged or of another "
+            "scan. Put the right file back, or scan again."
+        )
+    return path
+
+
+class CodesReader:
+    """The layers of an open file of 4-bit weights; see `open_codes`."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file, self.path = file, path
+        keys = set(file.keys())
+        # A state key has a dot more; a layer's own name may have any number of them.
+        self.layers = frozenset(
+            key.removesuffix(_WEIGHT)
+            for key in keys
+            if key.endswith(_WEIGHT) and any(f"{key}.{part}" in keys for part in ("absmax", "quant_map"))
+        )
+        self._states: dict[str, list[str]] = {}
+        for key in sorted(keys):
+            layer, mark, part = key.rpartition(f"{_WEIGHT}.")
+            if mark and layer in self.layers:
+                self._states.setdefault(layer, []).append(part)
+
+    def raw(self, layer: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """(codes, quantization state) of `layer` on the CPU, as `Params4bit.from_prequantized` takes them."""
+        if layer not in self.layers:
+            raise ManifestError(f"{self.path} holds no calibrated weight of {layer}. It is of another scan.")
+        key = f"{layer}{_WEIGHT}"
+        state = {part: self._file.get_tensor(f"{key}.{part}") for part in self._states[layer]}
+        return self._file.get_tensor(key), state
+
+    def stored(self, layer: str, device: Any) -> StoredNf4:
+        """The weight of `layer` on `device`."""
+        from bitsandbytes.functional import QuantState
+
+        codes, state = self.raw(layer)
+        return StoredNf4(codes.to(device), QuantState.from_dict(state, device=device))
+
+
+@contextmanager
+def open_codes(path: Path) -> Iterator[CodesReader]:
+    """The layers in `path`, read when they are asked for. Raises ManifestError if it is no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield CodesReader(file, path)
+    except (OSError, SafetensorError) as error:
+        raise ManifestError(
+            f"{path} is no file of 4-bit weights ({error}). Put the one of the scan back, or scan again."
+        ) from None

@@ -1,0 +1,205 @@
+"""Calibrated weights of a model: gather Gram matrices, round, and leave finished units.
+
+A unit is the linears that read one tensor, numbered in execution order: their weights, as a file of 4-bit
+weights, and a row each in a unit of the stage "calibration", which is written last. No unit needs another, so
+that any split of them among machines gives the same weights. Gram matrices do not outlive their unit: they
+are large (0.8 GB for a down_proj of an 11B), so the samples run once for as many of them as fit the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+
+from qprobe.errors import QprobeError, RunError
+from qprobe.formats.calibrated import Rounded, calibrate
+from qprobe.formats.codes_file import FILE_NAME, checked, open_codes, sha256_of, write_codes, write_tensors
+from qprobe.formats.gptq import DAMPING
+from qprobe.formats.nf4 import Nf4, format_from
+from qprobe.measure.gram import SharedInput, gathered, gram_bytes, passes, shared_inputs
+from qprobe.measure.store import (
+    STAGE_CALIBRATION,
+    missing_units,
+    read_scan,
+    read_units,
+    update_scan,
+    write_unit,
+)
+from qprobe.measure.subject import Subject
+from qprobe.options import Progress, no_progress
+from qprobe.records import CodesFile, Sample
+from qprobe.samples.inputs import Batch
+from qprobe.select.budget import parse_size
+
+APART = "it does not read the same tensor as its neighbours on every batch"
+SETTINGS = {"method": "gptq", "version": 1, "damping": DAMPING}
+"""What decides the codes, beside weights and samples; part of a run's specification."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What calibration needs. samples: in batches. limit_bytes: for the Gram matrices held at once."""
+
+    subject: Subject
+    folder: Path
+    samples: Sequence[tuple[Sample, ...]]
+    limit_bytes: int
+    progress: Progress = no_progress
+
+    @property
+    def batches(self) -> Iterator[Batch]:
+        """The samples as the model reads them, on its device, one batch at a time."""
+        return (self.subject.encode(group) for group in self.samples)
+
+    @property
+    def format(self) -> Nf4:
+        return format_from(read_scan(self.folder).format)
+
+
+def memory_limit(subject: Subject, asked: str | None) -> int:
+    """Bytes for Gram matrices: `asked` ("6GiB"), or a quarter of what is free on the device.
+
+    Raises QprobeError if the largest single one does not fit in what was asked for.
+    """
+    device = subject.reference.device
+    if asked is None:
+        free = (
+            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        )
+        return free // 4
+    limit = parse_size(asked)
+    widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
+    needed = gram_bytes(widest.in_features, device)
+    if limit < needed:
+        raise QprobeError(
+            f"--max-memory {asked} is too little: the Gram matrix of {widest.name} alone takes "
+            f"{needed:,} bytes. Pass --max-memory {needed} or more."
+        )
+    return limit
+
+
+def calibrate_model(work: Work) -> None:
+    """Calibrate every linear that is quantized, and put the weights in place in `work.subject.round_trips`.
+
+    Finished units are not done again. Leaves FOLDER/nf4-calibrated.safetensors, named with its hash in
+    scan.json. Raises ManifestError if such a file is named already but is gone or changed.
+    """
+    codes = read_scan(work.folder).codes
+    if codes is None:
+        inputs = shared_inputs(work.subject, work.batches)
+        calibrate_units(work, inputs, unfinished(work.folder, len(inputs)))
+        codes = _joined(work.folder, len(inputs))
+        update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
+        for unit in range(len(inputs)):
+            codes_unit(work.folder, unit).unlink(missing_ok=True)
+    with open_codes(checked(codes, work.folder)) as file:
+        for name in sorted(file.layers):
+            packed = file.stored(name, work.subject.reference.device).packed()
+            work.subject.round_trips.put(name, packed)
+
+
+def unfinished(folder: Path, count: int) -> list[int]:
+    """The numbers of the units, of `count`, that are to be done."""
+    missing = set(missing_units(folder, STAGE_CALIBRATION, count))
+    return [unit for unit in range(count) if unit in missing or not codes_unit(folder, unit).exists()]
+
+
+def codes_unit(folder: Path, unit: int) -> Path:
+    """The file with the weights of unit number `unit`."""
+    return Path(folder) / "units" / f"{STAGE_CALIBRATION}-{unit:05d}.safetensors"
+
+
+def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[int]) -> None:
+    """Finish the `units` of `inputs` (from `shared_inputs`, all of them), as many at once as fit."""
+    numbers = {inputs[unit].leader: unit for unit in units}
+    parts = passes(
+        [inputs[unit] for unit in numbers.values()], work.limit_bytes, work.subject.reference.device
+    )
+    step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
+    for part in parts:
+        gathering = gathered(work.subject, part, work.batches, step)
+        for one in part:
+            gram = gathering.grams.pop(one.leader)
+            _finish(work, one, gram.total, gram.tokens, gathering.apart, numbers[one.leader])
+            del gram
+            step()
+
+
+def _steps(progress: Progress, total: int) -> Callable[[], None]:
+    """A function that reports one more step of `total` whenever it is called."""
+    done = iter(range(1, total + 1))
+    return lambda: progress("calibrate", next(done), total)
+
+
+def _finish(
+    work: Work, one: SharedInput, total: torch.Tensor, tokens: int, apart: set[str], unit: int
+) -> None:
+    """Round the weights of one shared input and write the unit."""
+    weights = {name: work.subject.modules[name].weight for name in one.names if name not in apart}
+    found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
+    with torch.no_grad():
+        found |= dict(zip(weights, calibrate(list(weights.values()), total, work.format), strict=True))
+    stored = {name: result.stored for name, result in found.items() if result.stored is not None}
+    try:
+        write_codes(codes_unit(work.folder, unit), stored)
+    except OSError as error:
+        raise _cannot_write(codes_unit(work.folder, unit), error) from error
+    write_unit(work.folder, STAGE_CALIBRATION, unit, _rows(found, tokens))
+
+
+def _rows(found: dict[str, Rounded], tokens: int) -> pd.DataFrame:
+    """Columns of the unit stage "calibration"."""
+    rows: list[tuple[Any, ...]] = [
+        (name, tokens, _or_nan(one.error), _or_nan(one.damping), one.why) for name, one in found.items()
+    ]
+    return pd.DataFrame(rows, columns=pd.Index(["layer", "tokens", "error", "damping", "why"]))
+
+
+def _or_nan(value: float | None) -> float:
+    return nan if value is None else value
+
+
+def _joined(folder: Path, units: int) -> CodesFile:
+    """All units' weights in one file."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / FILE_NAME
+    tensors = {}
+    for unit in range(units):
+        tensors |= load_file(codes_unit(folder, unit))
+    try:
+        write_tensors(path, tensors)
+        return CodesFile(FILE_NAME, sha256_of(path))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
+    )
+
+
+def calibration_notes(folder: Path) -> tuple[str, ...]:
+    """A sentence on the layers that are rounded to nearest after all, by reason; none if there are none."""
+    rows = read_units(folder, STAGE_CALIBRATION)
+    scan = read_scan(folder)
+    never = {x.name for x in scan.inventory.layers if not x.fixed} - set(rows["layer"])
+    reasons: dict[str, list[str]] = {}
+    for name, why in zip(rows["layer"].tolist(), rows["why"].tolist(), strict=True):
+        if why:
+            reasons.setdefault(why, []).append(name)
+    if never:
+        reasons["it never ran on these samples"] = sorted(never)
+    return tuple(
+        f"{len(names)} layer{'s are' if len(names) > 1 else ' is'} rounded to nearest only ({why}): "
+        f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}."
+        for why, names in reasons.items()
+    )

@@ -1,0 +1,140 @@
+"""The skip-lists along the budget: what each costs, what it is expected to leave, and its manifest."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import fsum
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from qprobe.manifest import Manifest
+from qprobe.measure.store import choice_stage, read_units
+from qprobe.records import Scan
+from qprobe.select.budget import Budget
+from qprobe.select.decide import ratio_se
+from qprobe.select.plan import Plan
+from qprobe.select.selection import (
+    default_measure,
+    held_out_quality,
+    manifest_of,
+    plan_by,
+    predicted_kl,
+)
+from qprobe.select.table import finite_answers, measured
+
+# Of the bytes that 4-bit saves; the budgets that a scan measures on held-out samples are among them.
+SHARES = (
+    0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15, 0.18, 0.2, 0.25,
+    0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KL:
+    """A KL in nats per answer token, its standard error over samples, and how many there were."""
+
+    value: float
+    error: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One skip-list on the frontier.
+
+    predicted: what the sensitivities say it leaves, on the calibration samples; measured: on held-out ones;
+    None where they were not measured.
+    """
+
+    plan: Plan
+    budget: Budget
+    predicted: KL | None
+    measured: KL | None
+
+
+def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
+    """The best list by the default score at each budget of `SHARES`, each distinct list once."""
+    if not {"sensitivity_kl", "activation_nmse"} & set(measured(table)):
+        return []
+    column, inventory = default_measure(table), scan.inventory
+    standard = inventory.standard_4bit_bytes
+    saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - standard
+    chosen: dict[tuple[str, ...], tuple[Plan, int]] = {}
+    for limit in (standard + int(share * saved) for share in SHARES):
+        plan = plan_by(inventory, table, column, limit)
+        chosen.setdefault(plan.kept, (plan, limit))
+    prediction = Prediction(folder, scan, table)
+    return [
+        Point(
+            plan,
+            Budget(str(limit), limit),
+            prediction.left_by(frozenset(plan.kept)),
+            measured_kl(folder, plan),
+        )
+        for plan, limit in sorted(chosen.values(), key=lambda item: item[1])
+    ]
+
+
+class Prediction:
+    """What each list is predicted to leave, as `qprobe.select` predicts it, with a standard error."""
+
+    def __init__(self, folder: Path, scan: Scan, table: pd.DataFrame) -> None:
+        self.table = table
+        self.fixed = frozenset(x.name for x in scan.inventory.layers if x.fixed)
+        rows = finite_answers(read_units(folder, "sensitivity"))
+        self.path = rows.pivot(index="sample", columns="layer", values="kl_sum").fillna(0.0)
+        self.tokens = rows.groupby("sample")["answer_tokens"].max().reindex(self.path.index)
+        alone = finite_answers(read_units(folder, "alone"))
+        own = alone.pivot(index="sample", columns="layer", values="kl_sum")
+        # Where own damage was not measured the prediction is additive in the path's shares alone.
+        self.own = (
+            self.path if own.empty else own.reindex(self.path.index, columns=self.path.columns).fillna(0.0)
+        )
+
+    def left_by(self, kept: frozenset[str]) -> KL | None:
+        """The KL that `kept` in 16-bit leaves; None where no sensitivity was measured.
+
+        The error is that of the sum over samples at the share of the damage that is left, which is taken as
+        known (see `qprobe.select.damage`).
+        """
+        value = predicted_kl(self.table, kept | self.fixed)
+        if value is None or self.path.empty:
+            return None
+        rest = ~self.path.columns.isin(kept)
+        path, own = (x.loc[:, rest].to_numpy(np.float64).sum(axis=1) for x in (self.path, self.own))
+        whole = float(self.path.to_numpy(np.float64).sum())
+        share = min(max(float(path.sum()) / whole, 0.0), 1.0) if whole > 0 else 0.0
+        left = own + share * (path - own)
+        return KL(value, ratio_se(left.tolist(), self.tokens.tolist()), len(left))
+
+
+def measured_kl(folder: Path, plan: Plan) -> KL | None:
+    """What a scan measured of this very list on held-out samples; None if it did not."""
+    rows = finite_answers(read_units(folder, choice_stage(frozenset(plan.kept))))
+    if rows.empty:
+        return None
+    kl, tokens = rows["kl_sum"].tolist(), rows["answer_tokens"].tolist()
+    return KL(fsum(kl) / fsum(tokens), ratio_se(kl, tokens), len(rows))
+
+
+def manifest_at(folder: Path, scan: Scan, table: pd.DataFrame, point: Point) -> Manifest:
+    """The manifest of `point`, as `qprobe select RUN --budget` gives it."""
+    command = shlex.join(["qprobe", "select", folder.resolve().name, "--budget", point.budget.requested])
+    quality = held_out_quality(folder, point.plan)
+    return manifest_of(scan, table, point.plan, point.budget, command, quality)
+
+
+def reasons(scan: Scan, table: pd.DataFrame, by: str) -> tuple[list[str], list[str]]:
+    """Each layer's reason in a manifest: where it is not kept, and where it is."""
+    everything = tuple(x.name for x in scan.inventory.layers if not x.fixed)
+    budget = Budget("", 0)
+
+    def said(kept: Sequence[str]) -> list[str]:
+        plan = Plan(tuple(kept), 0, 0.0, by)
+        return [layer.reason for layer in manifest_of(scan, table, plan, budget, "").layers]
+
+    return said(()), said(everything)

@@ -1,0 +1,48 @@
+"""The comparison that `qprobe compare` left in a run folder: RUN/compare.json.
+
+The object of `compare --json` (rows and samples), and skip_modules, the layers in 16-bit of the manifest that
+was compared, by which a reader sees whether it still is the run's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qprobe.errors import RunError
+from qprobe.manifest import strict_json
+
+FILE = "compare.json"
+_NUMBERS = ("kl", "kl_se", "top1_agreement", "answer_agreement", "facts")
+
+
+def read_comparison(folder: Path) -> dict[str, Any] | None:
+    """What `compare` left in the run `folder`, None if nothing; raises RunError if the file is damaged."""
+    path = Path(folder) / FILE
+    try:
+        found = strict_json(path.read_bytes())
+        for row in found["rows"]:
+            _check_row(row)
+        for sample in found["samples"]:
+            _check_texts([sample["id"], sample["prompt"], *sample["answers"], *sample["answers"].values()])
+        _check_texts(found["skip_modules"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(
+            f"{path} is damaged ({str(error)[:100]}). Delete it, or run `qprobe compare` again."
+        ) from None
+    return found
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    _check_texts([row["name"]])
+    if not all(type(row[key]) is int for key in ("parameter_bytes", "total_bytes")):
+        raise ValueError(f"row {row['name']} has no bytes")
+    if not all(row[key] is None or type(row[key]) in (int, float) for key in _NUMBERS):
+        raise ValueError(f"row {row['name']} holds something that is no number")
+
+
+def _check_texts(values: list[Any]) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError("something is no text")

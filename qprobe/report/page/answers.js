@@ -1,0 +1,81 @@
+// The comparison with its answers, how it all was measured, and the page's first lines.
+function showHead() {
+  byId("command").textContent = DATA.method.command;
+  const manifest = DATA.chosen && DATA.chosen.manifest;
+  const quality = manifest && manifest.quality;
+  const point = POSITIONS.find((p) => p.isChosen);
+  if (!quality || quality.kl_standard_4bit === null || !point) {
+    byId("verdict").textContent = manifest ? "No KL was measured on held-out samples; the list was chosen by its score alone." : "No skip-list was chosen in this run.";
+    return;
+  }
+  const standard = manifest.compared.find((row) => row.name === "nothing kept");
+  const extra = point.total_bytes - DATA.bytes.standard;
+  const cost = `Standard 4-bit costs a KL of ${withError({ value: quality.kl_standard_4bit, error: standard ? standard.kl_se : null })} nats per answer token`;
+  const list = `${plural(point.kept.size, "layer")} kept in 16-bit (+${((100 * extra) / DATA.bytes.standard).toFixed(1)} %, ${bytes(extra)})`;
+  byId("verdict").textContent = !point.kept.size ? `${cost}; nothing is kept.`
+    : point.measured ? `${cost}; with ${list} it is ${withError(point.measured)}.` : `${cost}; ${list}, not measured.`;
+}
+
+function showAnswers() {
+  const body = byId("answers-body");
+  const found = DATA.comparison;
+  if (!found) {
+    body.replaceChildren(element("p", { class: "hint" }, "Not compared yet: ", element("code", {}, "qprobe compare --manifest RUN/skiplist.json"),
+      " leaves its result in the run folder, and the next report shows it here."));
+    return;
+  }
+  body.replaceChildren();
+  if (!DATA.comparison_is_current) body.append(element("p", { class: "chip" }, "This comparison is of another skip-list than the run's present one."));
+  const headings = ["model", "parameters", "with 4-bit state", "KL / answer token", "top-1", "same answer", "facts right"];
+  const table = element("table", {}, element("thead", {}, element("tr", {}, ...headings.map((h) => element("th", { scope: "col" }, h)))), element("tbody"));
+  for (const row of found.rows) {
+    const cells = [bytes(row.parameter_bytes), bytes(row.total_bytes), withError(row.kl === null ? null : { value: row.kl, error: row.kl_se }),
+      share(row.top1_agreement), share(row.answer_agreement), share(row.facts)];
+    table.tBodies[0].append(element("tr", {}, element("th", { scope: "row", class: "left" }, row.name), ...cells.map((c) => element("td", { class: "number" }, c))));
+  }
+  body.append(element("div", { class: "scroll" }, table));
+  const telling = found.samples.filter((s) => new Set(Object.values(s.answers)).size > 1);
+  const alike = found.samples.length - telling.length;
+  body.append(element("p", { class: "hint" }, `${plural(found.samples.length, "sample")}; the models answer alike on ${alike}. Where they differ:`));
+  body.append(...telling.slice(0, 8).map(answersOf));
+  if (telling.length > 8) {
+    const rest = element("details", {}, element("summary", {}, `${telling.length - 8} more`));
+    rest.addEventListener("toggle", () => { if (rest.children.length === 1) rest.append(...telling.slice(8).map(answersOf)); });
+    body.append(rest);
+  }
+}
+
+function answersOf(sample) {
+  const first = Object.values(sample.answers)[0];
+  const list = facts(element("dl"), Object.entries(sample.answers).map(([name, text]) => [name, text || "(nothing)"]));
+  [...list.querySelectorAll("dd")].slice(1).forEach((dd, i) => {
+    if (Object.values(sample.answers)[i + 1] === first) dd.className = "same";
+  });
+  return element("article", {}, element("h3", {}, `${sample.id}: ${sample.prompt}`), list);
+}
+
+function showMethod() {
+  const m = DATA.method;
+  const residual = m.attribution_residual;
+  facts(byId("method-facts"), [
+    ["command", element("code", {}, m.command)],
+    ["model", `${DATA.model.id}${DATA.model.revision ? ` at ${DATA.model.revision}` : ""}, ${DATA.model.architecture}`],
+    ["format", `${DATA.format.name}, blocks of ${DATA.format.blocksize}${DATA.format.double_quant ? ", double quantization" : ""}, ${DATA.format.compute_dtype} elsewhere`],
+    ["samples", `${m.samples.calibration} for the measures, ${m.samples.held_out} held out for the choice`],
+    m.seed === null || m.seed === undefined ? null : ["seed", m.seed],
+    residual === null ? null : ["attribution residual", `${(100 * residual).toFixed(2)} % of the measured KL (${plural(m.nodes, "node")} to begin with)`],
+    m.device ? ["device", m.device] : null,
+    ["versions", Object.entries(m.versions).map(([name, version]) => `${name} ${version}`).join(", ") || "not noted"],
+    Object.keys(m.seconds).length ? ["time", Object.entries(m.seconds).map(([stage, s]) => `${stage} ${s.toFixed(1)} s`).join(", ")] : null,
+    m.peak_bytes ? ["peak memory", bytes(m.peak_bytes)] : null,
+    m.made ? ["chosen at", m.made] : null,
+    ["report by", `qprobe ${DATA.qprobe}`],
+  ]);
+  const missing = m.missing.length ? [`Not measured in this run, so left out: ${m.missing.join(", ")}.`] : [];
+  byId("missing").textContent = missing.join("");
+  byId("notes").replaceChildren(...[...missing, ...m.notes].map((note) => element("li", {}, note)));
+}
+
+showHead();
+showAnswers();
+showMethod();

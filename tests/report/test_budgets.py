@@ -1,0 +1,43 @@
+"""The lists along the budget are those of `select`, with what it predicts and how sure that is."""
+
+from __future__ import annotations
+
+from math import fsum
+from pathlib import Path
+
+import pytest
+
+from qprobe.measure.store import read_scan, read_units
+from qprobe.report.budgets import Prediction, points
+from qprobe.select import select
+from qprobe.select.decide import ratio_se
+from qprobe.select.table import read_table, write_table
+from tests.report.full_run import write_full_run
+
+
+def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path):
+    folder = write_full_run(tmp_path)
+    found = points(folder, read_scan(folder), read_table(folder))
+    assert found[0].plan.kept == () and len({p.plan.kept for p in found}) == len(found) > 10
+    for point in found[:: len(found) // 4]:
+        manifest = select(folder, point.budget.requested)
+        assert set(manifest.skip_modules) == {*point.plan.kept, "lm_head"}
+        assert point.predicted is not None and point.predicted.value == manifest.quality.kl_predicted
+        assert point.plan.total_bytes == manifest.budget.total_bytes <= point.budget.limit_bytes
+        measured = None if point.measured is None else point.measured.value
+        assert measured == pytest.approx(manifest.quality.kl_dynamic)
+    assert sum(p.measured is not None for p in found) >= 2
+
+
+def test_without_own_damage_the_error_is_that_of_the_summed_sensitivities(tmp_path: Path):
+    folder = write_full_run(tmp_path)
+    next((folder / "units").glob("alone-*")).unlink()
+    write_table(folder)
+    scan, table = read_scan(folder), read_table(folder)
+    kept = frozenset(table["layer"][:20])
+    rows = read_units(folder, "sensitivity")
+    rest = rows[~rows["layer"].isin(kept)].groupby("sample")["kl_sum"].apply(fsum)
+    found = Prediction(folder, scan, table).left_by(kept)
+    assert found is not None and found.samples == 6
+    assert found.value == pytest.approx(fsum(rest) / 30)  # 6 samples of 5 answer tokens
+    assert found.error == pytest.approx(ratio_se(list(rest), [5] * 6))

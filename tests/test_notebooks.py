@@ -1,0 +1,36 @@
+"""The notebooks run, and what they show was made by running them from top to bottom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.notebooks import FOLDER, executed
+
+BOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_the_stored_outputs_are_of_one_run_from_top_to_bottom(path: Path):
+    cells = code_cells(nbformat.read(path, as_version=4))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(cell.outputs for cell in cells)
+    assert all(x.output_type != "error" and x.get("name") != "stderr" for c in cells for x in c.outputs)
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("default")  # of the Jupyter packages; a failing cell raises
+def test_it_runs_and_shows_what_the_stored_one_shows(path: Path):
+    fresh, stored = code_cells(executed(path)), code_cells(nbformat.read(path, as_version=4))
+    assert [kinds(cell) for cell in fresh] == [kinds(cell) for cell in stored]
+
+
+def kinds(cell: nbformat.NotebookNode) -> set[str]:
+    """What kinds of output a cell has; its numbers depend on the processor."""
+    return {x.output_type for x in cell.outputs}
