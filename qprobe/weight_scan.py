@@ -139,7 +139,7 @@ def _record(checkpoint: Checkpoint, device: torch.device) -> Scan:
         "files": list(checkpoint.by_file),
         "format": asdict(checkpoint.fmt),
         "device": device.type,
-        "measures": ["weight"],
+        "measures": {"weight": True},
         "versions": {name: version(name) for name in LIBRARIES},
     }
     missing = checkpoint.missing

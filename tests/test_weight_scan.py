@@ -29,7 +29,9 @@ from qprobe.models.headers import SINGLE
 from qprobe.models.inventory import linear_modules
 from qprobe.models.reference import load_reference
 from qprobe.options import ScanOptions
+from qprobe.report.write import write_report
 from qprobe.scan import scan
+from qprobe.select import select
 from qprobe.select.table import read_table
 from tests import tiny
 
@@ -121,6 +123,18 @@ def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_
     columns = ["layer", "weight_nmse", "weight_sqnr_db", "weight_peak", "nf4_bytes", "bf16_bytes", "group"]
     tables = [read_table(r.run)[columns].sort_values("layer", ignore_index=True) for r in both]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_its_report_is_drawn_and_its_layers_rank(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.weight_scan.write_report", write_report)
+    run = scan(options(tiny_folder("llama"), tmp_path / "run")).run
+    assert {"spikes.png", "spikes.svg"} <= {path.name for path in (run / "report").iterdir()}
+    again = select(run, "+20%")
+    assert any("kept: weight_nmse" in x.reason for x in again.layers)
+    shown = CliRunner().invoke(main, ["rank", str(run)])
+    assert shown.exit_code == 0 and "weight_nmse" in shown.output
 
 
 def test_no_more_than_one_tensor_is_open_at_a_time(
