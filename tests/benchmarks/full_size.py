@@ -409,7 +409,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--shard-gb", type=float, default=5.0, help="size of a checkpoint file")
     parser.add_argument("--folder", type=Path, help="where to work; kept if passed")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
-    parser.add_argument("--share", type=float, default=1.0, help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=float, default=1.0, help="of the layers, for the parts")
     options = parser.parse_args()
     options.parts = options.parts.split(",")
     if unknown := set(options.parts) - {*PARTS, "weight"}:
@@ -428,7 +428,7 @@ def main() -> None:
         if options.images or options.layers:
             growth(options)
         else:
-            stages(Bench(options))
+            stages(Bench(options, options.share))
 
 
 if __name__ == "__main__":
