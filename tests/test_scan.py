@@ -454,3 +454,22 @@ def test_another_request_measures_only_new_lists(
     monkeypatch.setattr("qprobe.measure.held_out.choice_kl", lambda *_: pytest.fail("measured again"))
     result = scan(options(tiny_folder("llama"), run, budget="+10.0%"))
     assert result.notes == scanned("llama").notes  # those of the first choice do not stay behind
+
+
+def test_a_memory_limit_without_calibration_is_refused(tiny_folder: TinyFolder, tmp_path: Path):
+    with pytest.raises(QprobeError, match="--max-memory is for --format nf4-calibrated"):
+        scan(options(tiny_folder("llama"), tmp_path / "run", max_memory="1GiB"))
+
+
+def test_a_calibrated_scan_resumes_as_it_was_and_refuses_to_mix_with_a_plain_one(
+    tiny_folder: TinyFolder, tmp_path: Path
+):
+    asked = options(tiny_folder("llama"), tmp_path / "run", format="nf4-calibrated")
+    first = scan(asked)
+    codes = read_scan(first.run).codes
+    again = scan(asked)
+    assert (again.kl_standard_4bit, again.kl_dynamic) == (first.kl_standard_4bit, first.kl_dynamic)
+    assert read_scan(again.run).codes == codes is not None
+    assert "calibrate" in first.seconds and first.verdict.startswith("Calibrated 4-bit costs a KL of ")
+    with pytest.raises(QprobeError, match=r"format\.name: nf4-calibrated -> nf4"):
+        scan(replace(asked, format="nf4"))

@@ -12,8 +12,9 @@ inverse.
 What that leaves is lowered by coordinate descent: column j is rounded anew where the error is least given all
 other columns, at w-hat_j + (E G)_j / G_jj. GPTQ cannot go back to a column; this can, and never does harm.
 
-Matrices lie with the columns of the weight first, (in_features, rows), so that a column is contiguous, and
-layers that read the same inputs stand side by side as more rows.
+On a GPU the time goes into launching a few small kernels for each column, so the loops below make do with as
+few as they can. Matrices lie with the columns of the weight first, (in_features, rows), so that a column is
+contiguous, and layers that read the same inputs stand side by side as more rows.
 """
 
 from __future__ import annotations
@@ -49,10 +50,17 @@ class Grid:
     below: Tensor
     next_threshold: Tensor
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """int32 codes of the values nearest to `x`; a tie goes to the smaller value, as in bitsandbytes."""
+    def nearest(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """int32 codes of the values nearest to `x`; a tie goes to the smaller value, as in bitsandbytes.
+
+        out: where to write them as well, int32 of the shape of `x`.
+        """
         if x.device.type != "cpu":
-            return torch.bucketize(x, self.thresholds, out_int32=True)
+            return torch.bucketize(x, self.thresholds, out_int32=True, out=out)
+        codes = self._looked_up(x)
+        return codes if out is None else out.copy_(codes)
+
+    def _looked_up(self, x: Tensor) -> Tensor:
         # The same, twenty times as fast on a CPU: look up the cell, then compare with one threshold.
         cell = ((x.clamp(-1, 1) + 1) * (CELLS / 2)).int().clamp_(0, CELLS - 1)
         code = self.below.index_select(0, cell.view(-1)).view(x.shape)
@@ -210,16 +218,17 @@ def improved_codes(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric
     for start in range(0, len(weight), WIDTH):
         span = slice(start, min(start + WIDTH, len(weight)))
         slopes, within = metric.slopes(errors, span), metric.within(span)
-        own, scale, error = weight[span], scales[span], errors[span]
+        scale, without = scales[span], weight[span] - errors[span]  # the weights as they read now
         inverses, curvature = inverse(scale), 1 / within.diagonal()
-        targets = own - error
-        for i in range(len(own)):
-            target = torch.addcmul(targets[i], slopes[i], curvature[i])
-            code = grid.nearest(target * inverses[i])
-            better[span.start + i] = code
-            now = torch.addcmul(own[i], grid.read(code), scale[i], value=-1)
-            slopes[i + 1 :].addr_(within[i, i + 1 :], now - error[i])
-            error[i] = now
+        found = torch.empty_like(without, dtype=torch.int32)
+        change = torch.empty_like(without)
+        for i in range(len(without)):
+            target = torch.addcmul(without[i], slopes[i], curvature[i])
+            code = grid.nearest(target * inverses[i], found[i])
+            torch.addcmul(without[i], grid.read(code), scale[i], value=-1, out=change[i])
+            slopes[i + 1 :].addr_(within[i, i + 1 :], change[i])
+        errors[span] += change
+        better[span] = found
     return better
 
 
@@ -264,8 +273,9 @@ def _round_span(
     inverses = inverse(scales)
     feedback = metric.feedback[span, span]
     own, error = weight[span], errors[span]
+    found = torch.empty_like(own, dtype=torch.int32)
     for i in range(len(targets)):
-        code = grid.nearest(targets[i] * inverses[i])
+        code = grid.nearest(targets[i] * inverses[i], found[i])
         torch.addcmul(own[i], grid.read(code), scales[i], value=-1, out=error[i])
-        codes[span.start + i] = code
         targets[i + 1 :].addr_(feedback[i, i + 1 :], error[i])
+    codes[span] = found

