@@ -190,7 +190,7 @@ def unfinished(
 def left_to_others(shard: Shard, left: int) -> str:
     """The verdict of a process that does not choose."""
     files = "1 unit is" if left == 1 else f"{left} units are"
-    return f"Process {shard.rank} of {shard.world} is done with its share; " + (
+    return f"Rank {shard.rank} of {shard.world} is done with its share; " + (
         f"{files} left to the others, and the last of them chooses the list. Where they have folders of "
         "their own, join these with `qprobe merge`."
         if left

@@ -201,16 +201,21 @@ def read_units(folder: Path, stage: str) -> pd.DataFrame:
 
 
 def unit_files(folder: Path) -> dict[str, Path]:
-    """Every finished unit of any stage in `folder`, by file name."""
-    found = (p for p in (Path(folder) / "units").glob("*.parquet") if _UNIT_NAME.fullmatch(p.name))
-    return {path.name: path for path in found}
+    """Every finished unit of a known stage in `folder`, by file name."""
+    found = sorted((Path(folder) / "units").glob("*.parquet"))
+    return {path.name: path for path in found if _stage_of(path) is not None}
 
 
 def check_unit(path: Path) -> None:
-    """Raises RunError unless `path` is a whole unit file with the columns of its stage."""
+    """Raises RunError unless `path`, one of `unit_files`, is whole and has the columns of its stage."""
+    stage = _stage_of(path)
+    assert stage is not None, path
+    _read_unit(path, pa.schema(list(UNIT_SCHEMAS[_family(stage)].items())))
+
+
+def _stage_of(path: Path) -> str | None:
     match = _UNIT_NAME.fullmatch(path.name)
-    assert match is not None and _family(match[1]) in UNIT_SCHEMAS, path
-    _read_unit(path, pa.schema(list(UNIT_SCHEMAS[_family(match[1])].items())))
+    return match[1] if match and _family(match[1]) in UNIT_SCHEMAS else None
 
 
 def _family(stage: str) -> str:
