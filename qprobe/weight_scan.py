@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from qprobe.formats.nf4 import format_from
 from qprobe.manifest import write_manifest
 from qprobe.measure.choice import scan_command
 from qprobe.measure.files import file_rows, files_digest
-from qprobe.measure.identity import LIBRARIES
+from qprobe.measure.identity import library_versions
 from qprobe.measure.memory import peak_bytes
 from qprobe.measure.shards import Shard, entered, finishing, shard_from
 from qprobe.measure.store import missing_units, open_run, read_scan, update_scan, write_unit
@@ -140,7 +139,7 @@ def _record(checkpoint: Checkpoint, device: torch.device) -> Scan:
         "format": asdict(checkpoint.fmt),
         "device": device.type,
         "measures": {"weight": True},
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": library_versions(),
     }
     missing = checkpoint.missing
     count = "1 linear is" if len(missing) == 1 else f"{len(missing)} linears are"

@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -247,10 +246,12 @@ def head(title: str, columns: str) -> None:
 def machine(options: argparse.Namespace) -> str:
     import torch
 
+    from qprobe.measure.identity import library_versions
+
     card = (
         torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "CPU"
     )
-    libraries = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "bitsandbytes"))
+    libraries = ", ".join(f"{name} {v}" for name, v in library_versions().items())
     return f"{card}, {os.cpu_count()} CPU cores, {libraries}."
 
 
