@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from qprobe.build.load import load_dynamic_4bit
 from qprobe.cli import main
 from qprobe.errors import BudgetError, ModelError, QprobeError, RunError
-from qprobe.formats.chunks import roundtrip_parts
+from qprobe.formats.chunks import roundtrip_parts, row_parts
 from qprobe.formats.nf4 import Nf4
 from qprobe.manifest import read_manifest
 from qprobe.measure import files
@@ -71,10 +73,11 @@ def test_a_round_trip_in_parts_is_the_whole_one(shape: tuple[int, int], part: in
     # 40960 weights are 640 blocks of 64, more than two of 256 scales.
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     fmt = Nf4(double_quant=double_quant)
-    parts = list(roundtrip_parts(weight, fmt, CPU, torch.bfloat16, part))
-    assert len(parts) == (1 if shape[1] % 64 else -(-shape[0] * shape[1] // part))
-    assert torch.equal(torch.cat([w for w, _ in parts], dim=1).view(shape), weight)
-    assert torch.equal(torch.cat([w for _, w in parts], dim=1).view(shape), fmt.roundtrip(weight))
+    cuts = row_parts(shape, 64, part)
+    assert len(cuts) == (1 if shape[1] % 64 else -(-shape[0] // max(1, part // shape[1])))
+    found = list(roundtrip_parts([partial(weight.__getitem__, c) for c in cuts], fmt, CPU, torch.bfloat16))
+    assert torch.equal(torch.cat([w for w, _ in found]), weight)
+    assert torch.equal(torch.cat([w for _, w in found]), fmt.roundtrip(weight))
 
 
 def test_error_sums_of_many_parts_count_each_element_once(monkeypatch: pytest.MonkeyPatch):
@@ -137,24 +140,39 @@ def test_its_report_is_drawn_and_its_layers_rank(
     assert shown.exit_code == 0 and "weight nmse" in shown.output
 
 
-def test_no_more_than_one_tensor_is_open_at_a_time(
+def test_one_tensor_is_open_at_a_time_and_read_in_parts(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import weakref
+    monkeypatch.setattr("qprobe.measure.files.row_parts", partial(row_parts, part=1024))
+    monkeypatch.setattr("qprobe.scan.load_reference", lambda *_: pytest.fail("the model is loaded"))
+    opened, alive, largest, real = [], [], [0], files.opened
 
-    opened: list[weakref.ref] = []
-    real = files._tensor
+    class Watched:
+        def __init__(self, stored: Any) -> None:
+            self.stored = stored
 
-    def watched(path: Path, name: str) -> torch.Tensor:
-        assert not [ref for ref in opened if ref() is not None]
-        tensor = real(path, name)
-        opened.append(weakref.ref(tensor))
-        return tensor
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stored, name)
 
-    monkeypatch.setattr(files, "_tensor", watched)
-    monkeypatch.setattr("qprobe.models.reference.load_reference", lambda *_: pytest.fail("loads the model"))
-    result = scan(options(tiny_folder("mllama"), tmp_path / "run"))
+        def __getitem__(self, cut: slice) -> torch.Tensor:
+            part = self.stored[cut]
+            largest[0] = max(largest[0], part.numel())
+            return part
+
+    @contextmanager
+    def watched(path: Path, name: str) -> Iterator[Any]:
+        assert not alive
+        with real(path, name) as stored:
+            alive.append(name)
+            yield Watched(stored)
+            alive.pop()
+        opened.append(name)
+
+    monkeypatch.setattr(files, "opened", watched)
+    # Every linear of this model but down_proj (96 columns, one part of 6144) has rows of whole blocks.
+    result = scan(options(tiny_folder("llama"), tmp_path / "run"))
     assert len(opened) == 2 * result.layers  # once for the digest, once for the numbers
+    assert largest[0] == 64 * 96
 
 
 def test_a_file_is_a_unit_and_is_not_measured_twice(

@@ -7,7 +7,7 @@ each part is read back: the same numbers as at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,38 +17,39 @@ from qprobe.formats.nf4 import Nf4
 PART = 2**20  # elements; bitsandbytes takes 13 bytes an element while it quantizes on the CPU
 
 
-def roundtrip_parts(
-    weight: Tensor, fmt: Nf4, device: torch.device, dtype: torch.dtype, part: int = PART
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(W, W-hat) part by part, both (1, elements) in `dtype` on `device`; the weight is read twice.
+def row_parts(shape: tuple[int, int], blocksize: int, part: int = PART) -> list[slice]:
+    """The rows of a weight cut into parts of about `part` elements, each of whole blocks.
 
-    weight: of any dtype and device, cast to `dtype` first. part: elements, a multiple of the blocksize; a
-    weight whose rows are none is one part.
+    A weight whose rows are not of whole blocks is one part: bitsandbytes 0.50.2 on the CPU reads such rows
+    back in a way of its own, which depends on the shape.
+    """
+    rows, columns = shape
+    step = rows if columns % blocksize else max(1, part // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def roundtrip_parts(
+    parts: Sequence[Callable[[], Tensor]], fmt: Nf4, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(W, W-hat) of each part of one weight, in `dtype` on `device`.
+
+    parts: functions that read the parts that `row_parts` cuts, of any dtype and device; each is called twice.
     """
     from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
-    assert part % fmt.blocksize == 0, part
-    if weight.shape[-1] % fmt.blocksize:
-        # bitsandbytes 0.50.2 on the CPU reads such rows back in a way of its own, which depends on the shape.
-        whole = weight.detach().to(device, dtype)
-        yield whole.reshape(1, -1), fmt.roundtrip(whole).reshape(1, -1)
-        return
-    flat = weight.detach().reshape(1, -1).split(part, dim=1)
     codes, states = [], []
-    for piece in flat:
-        packed, state = quantize_4bit(
-            piece.to(device, dtype).contiguous(), blocksize=fmt.blocksize, quant_type="nf4"
-        )
+    for read in parts:
+        piece = read().to(device, dtype).contiguous()
+        packed, state = quantize_4bit(piece, blocksize=fmt.blocksize, quant_type="nf4")
         codes.append(packed)
         states.append(state)
     scales = torch.cat([state.absmax for state in states])
     if fmt.double_quant:
         scales = _rounded(scales)
-    for piece, packed, state, own in zip(
-        flat, codes, states, scales.split(part // fmt.blocksize), strict=True
-    ):
-        read = QuantState(own, state.shape, state.code, state.blocksize, state.quant_type, state.dtype)
-        yield piece.to(device, dtype), dequantize_4bit(packed, read)
+    own = scales.split([state.absmax.numel() for state in states])
+    for read, packed, state, absmax in zip(parts, codes, states, own, strict=True):
+        plain = QuantState(absmax, state.shape, state.code, state.blocksize, state.quant_type, state.dtype)
+        yield read().to(device, dtype), dequantize_4bit(packed, plain)
 
 
 def _rounded(scales: Tensor) -> Tensor:
