@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 DEFAULT_BUDGET = "+10%"
+MEASURES = ("weight", "activation", "propagated", "sensitivity")
+"""What `ScanOptions.measures` may name; what runs samples measures activation as well, and all do weight."""
 Dtype = Literal["bfloat16", "float16"]
 Base = Literal["16-bit", "nf4", "dynamic"]
 BadData = Literal["refuse", "skip"]
@@ -37,7 +39,8 @@ class ScanOptions:
     out: the run folder; None for runs/MODEL.
     device: "cpu", "cuda", "cuda:1"; None for the best one there is. dtype: of the 16-bit reference.
     by: the score column that chooses; None for the best one measured.
-    measures: which measures to take; None for all that apply. nodes: of the path attribution.
+    measures: which of `MEASURES` to take; None for all that apply. ("weight",) alone reads the checkpoint
+        tensor by tensor and never loads the model. nodes: of the path attribution.
     ablate: measure the KL of single layers as well, two forward passes each: "all", the number of layers to
         take from the head of the sensitivity ranking, or names with commas between them.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.errors import ModelError, QprobeError, SampleError
+from qprobe.errors import ModelError, QprobeError, RunError, SampleError
 from qprobe.measure import calibration
 from qprobe.measure.ablation import ablated_layers, check_ablated, measure_ablation
 from qprobe.measure.answers import with_answers
@@ -19,11 +20,13 @@ from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
 from qprobe.measure.runner import Measures, applicable_measures, observe, own_half
+from qprobe.measure.shards import Shard, entered, finishing, shard_from
 from qprobe.measure.show import show_samples
 from qprobe.measure.store import missing_units, open_run, read_scan, read_units, update_scan, write_unit
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.models.reference import load_reference, reads_images
+from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import Progress, ScanOptions, no_progress
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
@@ -40,7 +43,8 @@ class ScanResult:
 
     seconds: by stage. peak_bytes: of the device (CUDA) or of the process (CPU). kl_*: nats per answer
     token on held-out samples, None where they do not apply. attribution_residual: (sum of the sensitivities
-    - measured KL) / measured KL, on the calibration samples. verdict: one sentence.
+    - measured KL) / measured KL, on the calibration samples. skiplist: None where other processes of this
+    scan have not finished their share, so that one of them chooses. verdict: one sentence.
     """
 
     run: Path
@@ -93,26 +97,47 @@ class Work:
 def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     """Measure every linear of a model, choose a skip-list within the budget, and leave a run folder.
 
-    A folder of the same specification is resumed: finished units are not measured again.
+    A folder of the same specification is resumed: finished units are not measured again. Under torchrun, or
+    wherever RANK and WORLD_SIZE are set, this process measures its share of the units (see
+    `qprobe.measure.shards`), and whichever finds all of them finished goes on to choose.
     Raises QprobeError for anything a user can mend (see `qprobe.errors`).
     """
+    check_measures(options)
+    if options.measures is not None and {*options.measures} == {"weight"}:
+        from qprobe.weight_scan import scan_weights  # which builds on this module
+
+        return scan_weights(options, progress)
+    shard = shard_from(os.environ)
     clock = Clock()
     with clock.stage("load"):
-        reference = load_reference(options.model, options.device, options.dtype)
+        reference = load_reference(options.model, shard.device(options.device), options.dtype)
     folder = options.out or Path("runs") / reference.identity.id.replace("/", "--")
     with clock.stage("weights"):
         subject = subject_of(reference, FormatSpec(options.format, compute_dtype=options.dtype))
         check_request(subject, options)
-    with clock.stage("answers"):
-        work = prepare_samples(subject, options, folder, progress)
+    with entered(folder, shard):
+        with clock.stage("answers"):
+            work = prepare_samples(subject, options, folder, progress, shard)
+        with clock.stage("measure"):
+            measures = start_run(subject, work, options, folder)
+            show_samples(subject, work.calibration, folder)
+        if options.format == CALIBRATED:
+            with clock.stage("calibrate"):
+                calibrate(subject, work, options, folder, progress, shard)
+        with clock.stage("measure"):
+            measure_units(subject, work, measures, folder, progress, shard)
+        left = units_left(folder)
+        with finishing(folder, shard, left) as is_ours:
+            if not is_ours:
+                return unfinished(subject, folder, work, clock, shard, left)
+            return finish(subject, work, options, folder, clock, progress)
+
+
+def finish(
+    subject: Subject, work: Work, options: ScanOptions, folder: Path, clock: Clock, progress: Progress
+) -> ScanResult:
+    """Everything after the units of the layer table: the table, ablation, choice and report."""
     with clock.stage("measure"):
-        measures = start_run(subject, work, options, folder)
-        show_samples(subject, work.calibration, folder)
-    if options.format == CALIBRATED:
-        with clock.stage("calibrate"):
-            calibrate(subject, work, options, folder, progress)
-    with clock.stage("measure"):
-        measure_units(subject, work, measures, folder, progress)
         write_findings(folder)
     if options.ablate is not None:
         with clock.stage("ablate"):
@@ -126,7 +151,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         read_scan(folder),
         status="finished",
         seconds=clock.seconds,
-        peak_bytes=peak_bytes(reference.device),
+        peak_bytes=peak_bytes(subject.reference.device),
     )
     update_scan(folder, done)
     return ScanResult(
@@ -142,6 +167,50 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         verdict=choice.verdict,
         notes=(*done.notes, *choice.notes),  # the run folder may be asked again, for another choice
     )
+
+
+def unfinished(
+    subject: Subject, folder: Path, work: Work, clock: Clock, shard: Shard, left: int
+) -> ScanResult:
+    """The result of a process that leaves the choice to another one."""
+    return ScanResult(
+        run=folder,
+        layers=len(subject.inventory.layers),
+        samples=work.samples,
+        seconds=clock.seconds,
+        peak_bytes=peak_bytes(subject.reference.device),
+        kl_standard_4bit=None,
+        kl_dynamic=None,
+        attribution_residual=None,
+        skiplist=None,
+        verdict=left_to_others(shard, left),
+    )
+
+
+def left_to_others(shard: Shard, left: int) -> str:
+    """The verdict of a process that does not choose."""
+    files = "1 unit is" if left == 1 else f"{left} units are"
+    return f"Rank {shard.rank} of {shard.world} is done with its share; " + (
+        f"{files} left to the others, and the last of them chooses the list. Where they have folders of "
+        "their own, join these with `qprobe merge`."
+        if left
+        else "another one chooses the list."
+    )
+
+
+def check_measures(options: ScanOptions) -> None:
+    """Raises QprobeError for measures that there are none of, or that do not give what else is asked for."""
+    asked = options.measures
+    if asked is None:
+        return
+    unknown = [name for name in asked if name not in KNOWN_MEASURES]
+    if unknown or not asked:
+        what = f"names {unknown[0]!r}, which is no measure" if unknown else "names none"
+        raise QprobeError(f"--measures {what}. Name one or more of {', '.join(KNOWN_MEASURES)}.")
+    if options.max_kl is not None and "sensitivity" not in asked:
+        raise QprobeError(
+            f"--max-kl chooses by sensitivity, which --measures {','.join(asked)} leaves out. Add it."
+        )
 
 
 def check_request(subject: Subject, options: ScanOptions) -> None:
@@ -164,7 +233,9 @@ def check_request(subject: Subject, options: ScanOptions) -> None:
         )
 
 
-def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progress: Progress) -> Work:
+def prepare_samples(
+    subject: Subject, options: ScanOptions, folder: Path, progress: Progress, shard: Shard
+) -> Work:
     """The scan's samples with answers, split and cut into batches.
 
     Raises SampleError if no sample is usable.
@@ -175,7 +246,9 @@ def prepare_samples(subject: Subject, options: ScanOptions, folder: Path, progre
     notes = list(found.skipped)
     samples = found.samples
     if subject.has_head:
-        samples = with_answers(subject, samples, options.max_new_tokens, options.batch_size, folder, progress)
+        samples = with_answers(
+            subject, samples, options.max_new_tokens, options.batch_size, folder, progress, shard
+        )
         notes += why_silent(subject, tuple(s for s in samples if not s.answer))
         samples = tuple(s for s in samples if s.answer)
     if not samples:
@@ -221,27 +294,51 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
     return measures
 
 
-def calibrate(subject: Subject, work: Work, options: ScanOptions, folder: Path, progress: Progress) -> None:
-    """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured."""
+def calibrate(
+    subject: Subject, work: Work, options: ScanOptions, folder: Path, progress: Progress, shard: Shard
+) -> None:
+    """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured.
+
+    Raises RunError where several processes share a scan that is not calibrated yet.
+    """
+    if not shard.is_alone and read_scan(folder).codes is None:
+        raise RunError(
+            f"{folder} is not calibrated yet, and one process calibrates all weights: run the command "
+            "without RANK and WORLD_SIZE, or share a scan of plain nf4."
+        )
     limit = calibration.memory_limit(subject, options.max_memory)
     calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, limit, progress))
     add_notes(folder, (calibration.FITTED, *calibration.calibration_notes(folder)))
 
 
-def measure_units(subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress) -> None:
-    """Run the units that are missing, one batch at a time."""
-    if missing_units(folder, "weights", 1):
+def measure_units(
+    subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress, shard: Shard
+) -> None:
+    """Run the missing ones of this process's units, one batch at a time."""
+    if shard.own(missing_units(folder, "weights", 1)):
         write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
-    total = len(work.calibration)
-    todo = {u for stage in measures.stages for u in missing_units(folder, stage, total)}
-    own = own_half(sample for group in work.calibration for sample in group)
+    own = shard.own(range(len(work.calibration)))
+    todo = {u for s in measures.stages for u in shard.own(missing_units(folder, s, len(work.calibration)))}
+    half = own_half(sample for group in work.calibration for sample in group)
     with walking(subject.path):  # opened once, so that weights change their dtype once
         for unit in sorted(todo):
-            for stage, frame in observe(
-                subject, subject.encode(work.calibration[unit]), measures, own
-            ).items():
+            batch = subject.encode(work.calibration[unit])
+            for stage, frame in observe(subject, batch, measures, half).items():
                 write_unit(folder, stage, unit, frame)
-            progress("measure", total - len([u for u in todo if u > unit]), total)
+            progress("measure", len([u for u in own if u not in todo or u <= unit]), len(own))
+
+
+def units_left(folder: Path) -> int:
+    """How many units of the layer table no process has finished yet."""
+    stages = needed_units(read_scan(folder).spec)
+    return sum(len(missing_units(folder, stage, count)) for stage, count in stages.items())
+
+
+def needed_units(spec: dict[str, Any]) -> dict[str, int]:
+    """The stages that a layer table is made of, each with its number of units; spec: of a scan.json."""
+    if "files" in spec:  # a scan of the weights alone, see `qprobe.weight_scan`
+        return {"weights": len(spec["files"])}
+    return {"weights": 1, **dict.fromkeys(Measures(**spec["measures"]).stages, len(spec["calibration"]))}
 
 
 def write_findings(folder: Path) -> None:
@@ -249,7 +346,8 @@ def write_findings(folder: Path) -> None:
 
     Raises SampleError if the KL is finite on no sample.
     """
-    order_layers(folder)
+    if "outputs" in needed_units(read_scan(folder).spec):
+        order_layers(folder)
     write_table(folder)
     write_ranks(folder)
     write_left_out(folder)

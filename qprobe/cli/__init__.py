@@ -11,6 +11,7 @@ from qprobe.cli.compare import compare
 from qprobe.cli.exchange import export, import_
 from qprobe.cli.finetune import finetune
 from qprobe.cli.machine import doctor, models
+from qprobe.cli.merge import merge
 from qprobe.cli.plan import plan
 from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
@@ -33,6 +34,7 @@ for _command in (
     models,
     plan,
     scan,
+    merge,
     rank,
     select,
     compare,

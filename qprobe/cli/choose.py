@@ -21,7 +21,7 @@ _RUN = click.argument("run", type=shared.PATH)
 @click.option(
     "--by",
     metavar="COLUMN",
-    help="Column of layers.csv to rank by.  [default: sensitivity_kl, or activation_nmse]",
+    help="Column of layers.csv to rank by.  [default: sensitivity_kl, or the best one measured]",
 )
 @click.option(
     "--top",
@@ -54,7 +54,7 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
 @click.option(
     "--by",
     metavar="COLUMN",
-    help="Score of layers.csv that chooses.  [default: sensitivity_kl, or activation_nmse]",
+    help="Score of layers.csv that chooses.  [default: sensitivity_kl, or the best one measured]",
 )
 @click.option(
     "--out", type=shared.PATH, metavar="FILE", help="Where to write it.  [default: RUN/skiplist.json]"

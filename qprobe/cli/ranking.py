@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def default_score(folder: Path) -> str:
-    """The score that chooses by default: sensitivity where it was measured, else activation error."""
+    """The score that chooses by default: of those measured the one that predicts best."""
+    from qprobe.select.selection import default_measure
     from qprobe.select.table import read_table
 
-    table = read_table(folder)
-    return "sensitivity_kl" if table["sensitivity_kl"].notna().any() else "activation_nmse"
+    return default_measure(read_table(folder))
 
 
 def ranking(folder: Path, by: str, top: int) -> pd.DataFrame:

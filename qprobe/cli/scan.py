@@ -8,7 +8,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.limits import limit_options, refuse_two_limits
-from qprobe.options import DEFAULT_BUDGET, ScanOptions
+from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
 from qprobe.records import FORMATS
 
 if TYPE_CHECKING:
@@ -46,6 +46,14 @@ TOP = 10  # layers of the ranking that are shown
     help="Score of layers.csv that chooses, e.g. activation_nmse.  [default: the best one measured]",
 )
 @click.option(
+    "--measures",
+    metavar="NAMES",
+    callback=lambda _context, _option, value: _names(value),
+    help=f"What to measure, of {', '.join(MEASURES)}, with commas between them. Weight is always measured, "
+    "and activation with whatever runs samples. weight alone reads the files tensor by tensor, for models "
+    "that fit nowhere.  [default: all]",
+)
+@click.option(
     "--nodes",
     type=click.IntRange(min=1),
     default=2,
@@ -74,6 +82,9 @@ def scan(as_json: bool, **asked: Any) -> None:
     skip-list (skiplist.json) and pictures (report/); with nf4-calibrated also the weights. The same command
     resumes an interrupted scan.
 
+    `torchrun --nproc-per-node N -m qprobe scan ...` shares the work among N GPUs; so does any scheduler that
+    sets RANK and WORLD_SIZE. Processes that finish before the others print nothing on stdout.
+
     \b
     --json prints: run, layers, samples, seconds {stage: s}, peak_bytes, kl_standard_4bit, kl_dynamic
     (nats per answer token), attribution_residual, skiplist, verdict, notes; null for what does not apply.
@@ -84,10 +95,23 @@ def scan(as_json: bool, **asked: Any) -> None:
 
     with shared.progress_bars() as progress:
         result = run_scan(ScanOptions(**asked), progress)
-    if as_json:
+    if result.skiplist is None:  # stdout belongs to the process that chooses
+        click.echo(result.verdict, err=True)
+    elif as_json:
         shared.print_json(result.to_json())
     else:
         _show(result, ScanOptions(**asked))
+
+
+def _names(value: str | None) -> tuple[str, ...] | None:
+    """The measures that were typed, in their order of old; raises BadParameter for one there is not."""
+    if value is None:
+        return None
+    typed = {name.strip() for name in value.split(",")}
+    unknown = sorted(typed - {*MEASURES})
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is no measure; name some of {', '.join(MEASURES)}.")
+    return tuple(name for name in MEASURES if name in typed)
 
 
 def _show(result: ScanResult, asked: ScanOptions) -> None:
@@ -105,7 +129,6 @@ def _show(result: ScanResult, asked: ScanOptions) -> None:
     click.echo(f"\nRun folder  {result.run}")
     if asked.ablate is not None:
         click.echo(f"Ablation    {result.run / 'ablation.csv'}")
-    if result.skiplist is not None:
-        click.echo(f"Skip-list   {result.skiplist}")
+    click.echo(f"Skip-list   {result.skiplist}")
     click.echo()
     click.secho(paragraphs([result.verdict], width, mark=""), bold=True)

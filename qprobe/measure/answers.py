@@ -1,20 +1,28 @@
-"""Answers of the samples: the data's, or the reference's own, generated once and kept in the run folder."""
+"""Answers of the samples: the data's, or the reference's own, generated once and kept in the run folder.
+
+A batch of answers is one file, written whole as soon as it is there, so that a killed scan loses one batch at
+most. Batches are cut before any is looked up, so that a resumed scan generates in the same company, and with
+it the same answers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qprobe.errors import RunError
 from qprobe.manifest import write_atomic
 from qprobe.measure.identity import weights_digest
+from qprobe.measure.shards import Shard
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
-from qprobe.samples.answers import answered
+from qprobe.samples.answers import answer_group
 
-FILE = "answers.json"
+FOLDER = "answers"
 
 
 def with_answers(
@@ -24,39 +32,60 @@ def with_answers(
     batch_size: int,
     folder: Path,
     progress: Progress,
+    shard: Shard,
 ) -> tuple[Sample, ...]:
     """`samples`, in order; those without an answer get the reference's greedy one.
 
-    Generated answers are kept in FOLDER/answers.json under the model, the prompt, the image and the
-    length limit, so that a resumed scan finds the same ones.
+    Generated answers are kept in FOLDER/answers/ under the model, the prompts, the images and the length
+    limit, so that a resumed scan finds the same ones. Every process needs all of them: those that share a
+    folder begin with different batches and take what others have finished.
+    Raises RunError if the disk refuses.
     """
-    silent = [s for s in samples if s.answer is None]
+    silent = tuple(s for s in samples if s.answer is None)
     if not silent:
         return samples
     weights = weights_digest(subject.model)
-    keys = {
-        s.id: hashlib.sha256(f"{weights} {max_new_tokens} {s.digest}".encode()).hexdigest() for s in silent
-    }
-    known = _read(folder / FILE)
-    fresh = [s for s in silent if keys[s.id] not in known]
-    if fresh:
-        model, processor = subject.model, subject.reference.processor
-        for sample in answered(model, processor, fresh, max_new_tokens, batch_size, progress):
-            known[keys[sample.id]] = {"sample": sample.id, "answer": sample.answer, "ends": sample.ends}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / FILE, json.dumps(known, indent=1, ensure_ascii=False).encode())
-    return tuple(
-        s
-        if s.answer is not None
-        else replace(s, answer=known[keys[s.id]]["answer"], ends=known[keys[s.id]]["ends"])
-        for s in samples
-    )
+    groups = subject.groups(silent, batch_size)
+    paths = [folder / FOLDER / f"{_key(weights, max_new_tokens, group)}.json" for group in groups]
+    for count, i in enumerate(shard.rotated(range(len(groups))), start=1):
+        if _read(paths[i], groups[i]) is None:
+            own = answer_group(subject.model, subject.reference.processor, groups[i], max_new_tokens)
+            _write(paths[i], own)
+        progress("answers", count, len(groups))
+    found: dict[str, Sample] = {}
+    for path, group in zip(paths, groups, strict=True):
+        found |= {s.id: s for s in _read(path, group) or _vanished(path)}
+    return tuple(found.get(s.id, s) for s in samples)
 
 
-def _read(path: Path) -> dict[str, dict]:
-    """What an earlier run kept; nothing if there is no such file or it is damaged (it is made again)."""
+def _key(weights: str, max_new_tokens: int, group: Sequence[Sample]) -> str:
+    text = " ".join([weights, str(max_new_tokens), *(s.digest for s in group)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _write(path: Path, group: Sequence[Sample]) -> None:
+    lines = [{"sample": s.id, "answer": s.answer, "ends": s.ends} for s in group]
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(lines, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}). Make room or pass another --out; "
+            "what is finished stays, and the same command resumes it."
+        ) from error
+
+
+def _read(path: Path, group: Sequence[Sample]) -> list[Sample] | None:
+    """`group` with the answers kept in `path`; None if there are none or they are damaged (made again)."""
+    try:
+        lines = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            replace(s, answer=str(line["answer"]), ends=bool(line["ends"]))
+            for s, line in zip(group, lines, strict=True)
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _vanished(path: Path) -> list[Sample]:
+    raise RunError(f"{path} is gone or damaged though it was just written. Run the same command again.")

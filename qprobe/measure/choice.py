@@ -85,12 +85,7 @@ class Trial:
 
     @property
     def command(self) -> str:
-        """What a reader of the results types: with the model's id, never the path of a folder here."""
-        asked, words = self.options, ["qprobe", "scan", "--model", self.record.model.id]
-        words += [] if asked.format == "nf4" else ["--format", asked.format]
-        if asked.max_kl is None:
-            return shlex.join([*words, "--budget", str(asked.budget or DEFAULT_BUDGET)])
-        return shlex.join([*words, "--max-kl", str(asked.max_kl)])
+        return scan_command(self.options, self.record.model.id)
 
     def measure(self, plans: Mapping[str, Plan]) -> dict[str, Candidate]:
         """Each plan as a candidate, measured on the held-out samples; what is known is not run again."""
@@ -117,6 +112,18 @@ class Trial:
         manifest = manifest_of(self.record, self.table, plan, budget, self.command, quality, compared)
         write_manifest(self.folder / "skiplist.json", manifest)
         return manifest
+
+
+def scan_command(asked: ScanOptions, model_id: str) -> str:
+    """What a reader of the results types: with the model's id, never the path of a folder here."""
+    words = ["qprobe", "scan", "--model", model_id]
+    words += [] if asked.format == "nf4" else ["--format", asked.format]
+    if asked.max_kl is None:
+        words += ["--budget", str(asked.budget or DEFAULT_BUDGET)]
+    else:
+        words += ["--max-kl", str(asked.max_kl)]
+    words += ["--measures", ",".join(asked.measures)] if asked.measures else []
+    return shlex.join(words)
 
 
 def choose_list(

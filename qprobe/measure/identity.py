@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -38,8 +39,22 @@ def run_spec(
         "calibration": [[_named(s) for s in group] for group in calibration],
         "held_out": [[_named(s) for s in group] for group in held_out],
         "seed": seed,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": library_versions(),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """The versions that can change a number, by distribution name.
+
+    A library that is on the path without having been installed (a checkout) says its version itself.
+    """
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = import_module(name).__version__
+    return found
 
 
 def _named(sample: Sample) -> dict[str, str]:

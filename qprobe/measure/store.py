@@ -68,6 +68,11 @@ _ROW_KEYS = {
     STAGE_CALIBRATION: ["layer"],
 }
 
+# What differs wherever the model or the processor does, since generated answers do: said last.
+_FOLLOWS = ("spec.calibration", "spec.held_out")
+
+_UNIT_NAME = re.compile(r"([a-z0-9-]+)-[0-9]{5,}\.parquet")
+
 # Fields that scan.json may lack: runs of before there were calibrated weights.
 _ADDED: Mapping[Any, set[str]] = {Scan: {"codes"}}
 
@@ -114,13 +119,9 @@ def open_run(folder: Path, scan: Scan) -> None:
     except OSError as error:
         raise RunError(_cannot_write(folder, error)) from error
     if (folder / "scan.json").exists():
-        differences = list(_differences("", _identity(read_scan(folder)), _identity(scan)))
-        if differences:
-            shown = "; ".join(differences[:8]) + ("; ..." if len(differences) > 8 else "")
-            raise RunError(
-                f"{folder} holds another scan, which differs in {len(differences)} "
-                f"{'place' if len(differences) == 1 else 'places'}: {shown}. Pass another --out."
-            )
+        found = differences(read_scan(folder), scan)
+        if found:
+            raise RunError(f"{folder} holds another scan, which differs in {found}. Pass another --out.")
     elif any((folder / "units").glob("*.parquet")):
         raise RunError(
             f"{folder} holds finished units but no scan.json, so nobody can tell which scan they belong to. "
@@ -128,6 +129,15 @@ def open_run(folder: Path, scan: Scan) -> None:
         )
     else:
         update_scan(folder, scan)
+
+
+def differences(old: Scan, new: Scan) -> str:
+    """In how many places, and which, two scans differ that must be equal to share units; or ""."""
+    found = sorted(_differences("", _identity(old), _identity(new)), key=lambda x: x.startswith(_FOLLOWS))
+    if not found:
+        return ""
+    shown = "; ".join(found[:8]) + ("; ..." if len(found) > 8 else "")
+    return f"{len(found)} {'place' if len(found) == 1 else 'places'}: {shown}"
 
 
 def read_scan(folder: Path) -> Scan:
@@ -192,6 +202,24 @@ def read_units(folder: Path, stage: str) -> pd.DataFrame:
             "cut scans were put together. Merge only scans with the same batch size, or scan again."
         )
     return frame
+
+
+def unit_files(folder: Path) -> dict[str, Path]:
+    """Every finished unit of a known stage in `folder`, by file name."""
+    found = sorted((Path(folder) / "units").glob("*.parquet"))
+    return {path.name: path for path in found if _stage_of(path) is not None}
+
+
+def check_unit(path: Path) -> None:
+    """Raises RunError unless `path`, one of `unit_files`, is whole and has the columns of its stage."""
+    stage = _stage_of(path)
+    assert stage is not None, path
+    _read_unit(path, pa.schema(list(UNIT_SCHEMAS[_family(stage)].items())))
+
+
+def _stage_of(path: Path) -> str | None:
+    match = _UNIT_NAME.fullmatch(path.name)
+    return match[1] if match and _family(match[1]) in UNIT_SCHEMAS else None
 
 
 def _family(stage: str) -> str:

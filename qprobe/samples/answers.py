@@ -33,12 +33,16 @@ def answered(
     done: dict[int, Sample] = {}
     index = {id(s): i for i, s in enumerate(samples)}
     for group in batches(processor, samples, batch_size):
-        for sample, (text, ends) in zip(
-            group, _generate(model, processor, group, max_new_tokens), strict=True
-        ):
-            done[index[id(sample)]] = replace(sample, answer=text, ends=ends)
+        for sample, own in zip(group, answer_group(model, processor, group, max_new_tokens), strict=True):
+            done[index[id(sample)]] = own
         progress("answers", len(done), len(samples))
     return [done[i] for i in range(len(samples))]
+
+
+def answer_group(model: Any, processor: Any, group: Sequence[Sample], max_new_tokens: int) -> list[Sample]:
+    """`answered` of one batch, as `qprobe.samples.inputs.batches` cuts it."""
+    found = _generate(model, processor, group, max_new_tokens)
+    return [replace(s, answer=text, ends=ends) for s, (text, ends) in zip(group, found, strict=True)]
 
 
 def _generate(model: Any, processor: Any, group: Sequence[Sample], limit: int) -> list[tuple[str, bool]]:

@@ -114,8 +114,11 @@ def predicted_kl(table: pd.DataFrame, kept: frozenset[str]) -> float | None:
 
 
 def default_measure(table: pd.DataFrame) -> str:
-    """The column that chooses unless the user says otherwise."""
-    return "sensitivity_kl" if "sensitivity_kl" in measured(table) else "activation_nmse"
+    """The column that chooses unless the user says otherwise: the measured one that predicts best."""
+    found = measured(table)
+    return next(
+        (c for c in ("sensitivity_kl", "activation_nmse", "weight_nmse") if c in found), "activation_nmse"
+    )
 
 
 def layer_scores(table: pd.DataFrame, by: str) -> dict[str, float]:

@@ -188,12 +188,12 @@ def test_the_run_says_what_was_calibrated(run):
 def test_an_audit_tells_calibrated_codes_from_rounding_to_nearest(name, run, tmp_path):
     one = run(name)
     manifest = read_manifest(one.manifest)
-    saved = save_dynamic_4bit(one.manifest, tmp_path / "calibrated", str(one.model), "cpu")
+    saved = quantize(one.manifest, tmp_path / "calibrated", str(one.model), "cpu").out
     found = audit(saved, one.manifest)
     assert found.ok, found.problems
     # The same list, the same layout, the same bytes; only the codes are those of plain NF4.
     plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
-    nearest = save_dynamic_4bit(plain, tmp_path / "nearest", str(one.model), "cpu")
+    nearest = quantize(plain, tmp_path / "nearest", str(one.model), "cpu").out
     assert audit(nearest, plain).ok
     (problem,) = audit(nearest, one.manifest).problems
     with open_codes(one.folder / FILE_NAME) as file:
@@ -204,7 +204,7 @@ def test_an_audit_tells_calibrated_codes_from_rounding_to_nearest(name, run, tmp
 
 def test_an_audit_compares_block_scales_and_names_the_one_layer(run, tmp_path):
     one = run("llama")
-    saved = save_dynamic_4bit(one.manifest, tmp_path / "out", str(one.model), "cpu")
+    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
     with open_codes(one.folder / FILE_NAME) as file:
         manifest = read_manifest(one.manifest)
         layer = next(x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers)
@@ -218,7 +218,7 @@ def test_an_audit_compares_block_scales_and_names_the_one_layer(run, tmp_path):
 @pytest.mark.parametrize(("harm", "why"), [("missing", "cannot be read"), ("changed", "SHA-256")])
 def test_an_audit_without_the_calibrated_weights_is_not_clear(harm, why, run, tmp_path):
     one = run("llama")
-    saved = save_dynamic_4bit(one.manifest, tmp_path / "out", str(one.model), "cpu")
+    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
     manifest = Path(shutil.copy(one.manifest, tmp_path))
     if harm == "changed":
         (tmp_path / FILE_NAME).write_bytes((one.folder / FILE_NAME).read_bytes()[:-1] + b"!")

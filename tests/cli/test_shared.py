@@ -81,6 +81,8 @@ def test_a_bug_of_ours_is_not_dressed_up(qprobe: Run, fake: Fake):
 
 @dataclass(frozen=True)
 class FakeResult:
+    skiplist = Path("skiplist.json")
+
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict:
@@ -120,11 +122,13 @@ def test_scan_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
 def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
     line = (
         "scan --model m --images i --prompt p --samples 3 --format nf4 --budget +1GB --out o --device cpu "
-        "--dtype fp16 --seed 5 --batch-size 2 --max-new-tokens 7 --by weight_nmse --nodes 4 --ablate 3"
+        "--dtype fp16 --seed 5 --batch-size 2 --max-new-tokens 7 --by weight_nmse --nodes 4 --ablate 3 "
+        "--measures activation,weight"
     )
     assert asked_of(fake, "qprobe.scan", "scan", qprobe, *line.split()) == ScanOptions(
         "m", Path("i"), None, "p", 3, "nf4", "+1GB", None, Path("o"), "cpu", "float16",
         seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4, ablate="3",
+        measures=("weight", "activation"),
     )  # fmt: skip
     bound = asked_of(fake, "qprobe.scan", "scan", qprobe, "scan", "--model", "m", "--max-kl", "0.01")
     assert bound == ScanOptions("m", max_kl=0.01)

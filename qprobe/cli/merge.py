@@ -1,0 +1,55 @@
+"""`qprobe merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qprobe.cli import shared
+
+if TYPE_CHECKING:
+    from qprobe.merge import Merged
+
+
+@shared.command("merge", short_help="Join the run folders of one scan that several machines shared.")
+@click.argument("runs", type=shared.PATH, nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--out", type=shared.PATH, required=True, metavar="RUN", help="Where to join them; new, or one of them."
+)
+def merge(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Join run folders of one scan, from a job array or several machines, and make the layer table of all.
+
+    A share of a scan is measured by setting RANK and WORLD_SIZE, here the first of four:
+
+        RANK=0 WORLD_SIZE=4 qprobe scan --model M --out part-0
+
+    The order of RUN... changes nothing, and no unit counts twice. Then `qprobe rank` and `qprobe select` work
+    on the joined folder, and the scan's command with that --out, without RANK, measures and chooses the list.
+
+    \b
+    --json prints: run, units, missing (units the layer table still needs), notes.
+    """
+    from qprobe.merge import merge as join
+
+    merged = join(runs, out)
+    if as_json:
+        shared.print_json(merged)
+    else:
+        _show(merged)
+
+
+def _show(merged: Merged) -> None:
+    from qprobe.report.terminal import paragraphs, terminal_width
+
+    if merged.notes:
+        click.echo(paragraphs(merged.notes, terminal_width()))
+    click.echo(f"{merged.units} units joined")
+    if merged.missing:
+        click.echo(
+            f"{merged.missing} units are still missing: merge their folders too, or run the scan again."
+        )
+    else:
+        click.echo(f"Layer table  {merged.run / 'layers.csv'}")
+    click.echo(f"Run folder   {merged.run}")

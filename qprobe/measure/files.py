@@ -1,0 +1,69 @@
+"""Weight error straight from a checkpoint's files, one tensor at a time, for models that fit nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qprobe.errors import ModelError
+from qprobe.formats.chunks import roundtrip_parts, row_parts
+from qprobe.formats.nf4 import Nf4
+from qprobe.measure.weights import COLUMNS, error_sums, weight_row
+from qprobe.records import ErrorSums
+
+_WINDOWS = 16  # rows of each tensor that enter the digest: enough to tell checkpoints apart, at no cost
+
+
+def file_rows(
+    path: Path, weights: Mapping[str, str], fmt: Nf4, device: torch.device, dtype: torch.dtype
+) -> pd.DataFrame:
+    """Rows of the unit stage "weights" for the linears whose weights lie in one file.
+
+    weights: linear -> name of its weight in the file. The same numbers as of the loaded model, which holds
+    them in `dtype`. Holds the 4-bit codes of one tensor and a few parts of it; its pages of the file are
+    mapped meanwhile.
+    """
+    rows = []
+    for layer, name in weights.items():
+        total, peak = ErrorSums(), 0.0
+        with opened(path, name) as stored:
+            cuts = row_parts(tuple(stored.get_shape()), fmt.blocksize)
+            parts = [partial(stored.__getitem__, cut) for cut in cuts]
+            for wanted, got in roundtrip_parts(parts, fmt, device, dtype):
+                sums, largest = error_sums(wanted, got)
+                total, peak = total + sums, max(peak, largest)
+        rows.append(weight_row(layer, total, peak))
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
+
+
+def files_digest(folder: Path, weights: Sequence[tuple[str, str]]) -> str:
+    """SHA-256 over evenly spaced rows of the tensors `weights`: (file, name of the tensor)."""
+    sha = hashlib.sha256()
+    for file, name in weights:
+        with opened(folder / file, name) as stored:
+            shape = stored.get_shape()
+            sha.update(f"{name} {shape} {stored.get_dtype()}".encode())
+            for row in range(0, shape[0], max(1, shape[0] // _WINDOWS)):
+                sha.update(stored[row : row + 1].contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+@contextmanager
+def opened(path: Path, name: str) -> Iterator[Any]:
+    """One tensor in its file, to be read by rows: stored[3:5]; the file is unmapped afterwards.
+
+    Raises ModelError if the file or the tensor cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file.get_slice(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{name} cannot be read from {path} ({error}). Copy the file again.") from error

@@ -1,0 +1,120 @@
+"""Several processes on one scan: which units are whose, who may enter a folder, who finishes; no torch.
+
+The variables are those that torchrun sets, and any scheduler can: RANK of WORLD_SIZE processes takes the
+units `units[RANK::WORLD_SIZE]`, LOCAL_RANK says which GPU of its machine is its own. Processes never talk to
+each other; all they share is the folder, or nothing, where folders are merged later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from qprobe.errors import MachineError, RunError
+
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `world` processes that share a scan. local: its number on its machine, None if not said."""
+
+    rank: int = 0
+    world: int = 1
+    local: int | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        return self.world == 1
+
+    def own(self, units: Sequence[int]) -> list[int]:
+        """Those of `units` that are this process's, by number, so that what is finished moves none."""
+        return [unit for unit in units if unit % self.world == self.rank]
+
+    def rotated(self, units: Sequence[int]) -> list[int]:
+        """All of `units`, from another one on in each process."""
+        first = self.rank * len(units) // self.world
+        return [*units[first:], *units[:first]]
+
+    def device(self, asked: str | None) -> str | None:
+        """The device `asked` for; where that leaves the GPU open, the one of this process on its machine."""
+        if self.local is None or asked not in (None, "cuda"):
+            return asked
+        import torch
+
+        return f"cuda:{self.local}" if torch.cuda.is_available() else asked
+
+
+def shard_from(environment: Mapping[str, str]) -> Shard:
+    """The shard that RANK, WORLD_SIZE and LOCAL_RANK in `environment` name; alone without them.
+
+    Raises MachineError if they are no numbers, one of the first two is missing, or they do not fit together.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: environment[name].strip() for name in names if environment.get(name, "").strip()}
+    rank, world, local = (int(given[n]) if given.get(n, "").isdecimal() else None for n in names)
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
+        return Shard()
+    is_local_right = "LOCAL_RANK" not in given or local is not None
+    if rank is None or world is None or not rank < world or not is_local_right:
+        shown = ", ".join(f"{name}={environment.get(name, '(not set)')}" for name in names)
+        raise MachineError(
+            f"{shown} do not say which of how many processes this is. Set RANK from 0 to WORLD_SIZE - 1, as "
+            "torchrun does, or unset them."
+        )
+    return Shard(rank, world, local)
+
+
+@contextmanager
+def entered(folder: Path, shard: Shard) -> Iterator[None]:
+    """While open, no other scan works in `folder`, but the other ranks of this one may.
+
+    The system lets go of the locks when a process ends, however it ends. Where a file system knows none, two
+    scans in one folder cost time twice but harm nothing: every file is written whole, and the same by both.
+    Raises RunError if another process holds the folder, or the folder cannot be made.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = _lock(held, folder / _LOCK, fcntl.LOCK_EX if shard.is_alone else fcntl.LOCK_SH)
+            if free and not shard.is_alone:
+                free = _lock(held, folder / f"{_LOCK}-{shard.rank}", fcntl.LOCK_EX)
+        except OSError as error:
+            raise RunError(
+                f"{folder} cannot be written ({error.strerror or error}). Make room or pass another --out."
+            ) from error
+        if not free:
+            raise RunError(
+                f"Another process is scanning into {folder}. Wait for it to end, or pass another --out; "
+                "to share one scan, start its processes with torchrun."
+            )
+        yield
+
+
+@contextmanager
+def finishing(folder: Path, shard: Shard, left: int) -> Iterator[bool]:
+    """True for the one process that goes on to choose the list: none while units are `left` to others.
+
+    Each process counts what is left after it wrote its last unit, so the last one counts none.
+    """
+    with ExitStack() as held:
+        is_ours = left == 0
+        if is_ours and not shard.is_alone:
+            is_ours = _lock(held, folder / f"{_LOCK}-choice", fcntl.LOCK_EX)
+        yield is_ours
+
+
+def _lock(held: ExitStack, path: Path, kind: int) -> bool:
+    """False if another process has the file locked; `held` lets go of it."""
+    file: IO[bytes] = held.enter_context(open(path, "ab"))
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True

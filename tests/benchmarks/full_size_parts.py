@@ -1,0 +1,211 @@
+"""The parts of the full-size benchmark, each in a process of its own, and what runs in these processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished process: its JSON object (None if it failed), seconds, and the most memory it held."""
+
+    found: dict[str, Any] | None
+    seconds: float
+    host_bytes: int
+    why: str = ""
+
+
+def run(arguments: Sequence[str], limit_s: float) -> Ran:
+    """`python ARGUMENTS`, killed after `limit_s` seconds; its stdout must be one JSON object."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err)
+        timer = threading.Timer(limit_s, os.kill, (process.pid, signal.SIGKILL))
+        timer.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        timer.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        err.seek(0)
+        text, said = out.read().decode(), err.read().decode(errors="replace")
+    host = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if process.returncode == 0:
+        return Ran(json.loads(text), seconds, host)
+    why = f"killed after {limit_s:.0f} s" if process.returncode == -signal.SIGKILL else said.strip()[-1500:]
+    return Ran(None, seconds, host, why)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is run on. share: of the layers."""
+
+    options: argparse.Namespace
+    share: float = 1.0
+
+    @property
+    def folder(self) -> Path:
+        return self.options.folder / f"model-{self.share}"
+
+    @property
+    def samples(self) -> Path:
+        return self.options.folder / "samples" / "samples.jsonl"
+
+    def write(self) -> Ran:
+        return run([*self._child("write"), "--images", str(self.most_images)], self.options.limit)
+
+    @property
+    def most_images(self) -> int:
+        return max(self.options.images or [32])
+
+    def bare(self, images: int) -> Ran:
+        return run([*self._child("bare"), "--images", str(images)], self.options.limit)
+
+    def scan(self, images: int, name: str, *more: str) -> Ran:
+        """`qprobe scan` into a fresh folder."""
+        out = self.run_folder(name)
+        shutil.rmtree(out, ignore_errors=True)
+        asked = ["-m", "qprobe", "scan", "--json", "--model", str(self.folder), "--out", str(out)]
+        if "weight" not in more:
+            asked += ["--data", str(self.samples), "--samples", str(images)]
+            asked += ["--batch-size", str(self.options.batch_size), "--device", self.options.device]
+        return run([*asked, *more], self.options.limit)
+
+    def run_folder(self, name: str) -> Path:
+        return self.options.folder / f"run-{name}-{self.share}"
+
+    def select(self) -> Ran:
+        asked = ["-m", "qprobe", "select", str(self.run_folder("scan")), "--budget", "+20%", "--json"]
+        return run(asked, self.options.limit)
+
+    def load4(self) -> Ran:
+        return run(self._child("load4"), self.options.limit)
+
+    def weight(self) -> Ran:
+        return self.scan(0, "weight", "--measures", "weight", "--device", "cpu")
+
+    def speeds(self) -> Ran:
+        return run(self._child("speeds"), self.options.limit)
+
+    def _child(self, part: str) -> list[str]:
+        o = self.options
+        own = ["-m", "tests.benchmarks.full_size", "--child", part, "--folder", str(o.folder)]
+        own += ["--device", o.device, "--share", str(self.share), "--bare-seconds", str(o.bare_seconds)]
+        own += ["--batch-size", str(o.batch_size), "--shard-gb", str(o.shard_gb)]
+        return [*own, "--tiny"] if o.tiny else own
+
+
+# What runs in a process of its own ----------------------------------------------------------------------
+
+
+def child_write(bench: Bench) -> dict[str, Any]:
+    from tests.benchmarks.checkpoints import geometry, write_checkpoint, write_samples
+
+    o = bench.options
+    config = geometry(bench.share, o.tiny)
+    write_samples(bench.samples.parent, config, bench.most_images)
+    return {"bytes": write_checkpoint(bench.folder, config, o.device, int(o.shard_gb * 1e9))}
+
+
+def child_bare(bench: Bench) -> dict[str, Any]:
+    """Loading, and the 16-bit model alone on the scan's batches, for as long as a scan takes."""
+    import torch
+
+    from qprobe.measure.memory import peak_bytes
+    from qprobe.measure.outputs import run_model
+    from qprobe.measure.subject import Subject
+    from qprobe.models.inventory import list_layers
+    from qprobe.models.reference import load_reference
+    from qprobe.records import FormatSpec
+    from qprobe.samples.sources import from_jsonl
+    from qprobe.sampling import split_held_out
+
+    o = bench.options
+    start = time.perf_counter()
+    reference = load_reference(str(bench.folder), o.device)
+    load = time.perf_counter() - start
+    subject = Subject(reference, list_layers(reference.model, FormatSpec()), {}, None)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    parts = split_held_out(from_jsonl(bench.samples, None, bench.most_images).samples)
+    batches = [
+        [subject.encode(g) for g in subject.groups(p, o.batch_size)] if p else []  # none held out of two
+        for p in parts
+    ]
+    encode = time.perf_counter() - start
+
+    def synchronize() -> None:
+        if reference.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds_of(part: int) -> float:
+        synchronize()
+        begun = time.perf_counter()
+        for batch in batches[part]:
+            run_model(reference.model, batch)
+        synchronize()
+        return time.perf_counter() - begun
+
+    rounds: list[tuple[float, float]] = []
+    with torch.inference_mode():
+        seconds_of(0)  # warm
+        begun = time.perf_counter()
+        while not rounds or time.perf_counter() - begun < o.bare_seconds:
+            rounds.append((seconds_of(0), seconds_of(1)))
+    middle = [sorted(x)[len(rounds) // 2] for x in zip(*rounds, strict=True)]
+    sizes = [sum(b.size for b in part) for part in batches]
+    batch = batches[0][0]
+    return {
+        "load": load, "encode": encode, "calibration": middle[0], "held_out": middle[1],
+        "rounds": len(rounds), "samples": sizes, "text_tokens": batch.inputs["input_ids"].shape[1],
+        "answer_tokens": batch.answer_tokens // batch.size, "peak_bytes": peak_bytes(reference.device),
+    }  # fmt: skip
+
+
+def child_load4(bench: Bench) -> dict[str, Any]:
+    """The 4-bit model that the scan's skip-list describes, checked on loading."""
+    import torch
+
+    from qprobe.build.load import load_dynamic_4bit
+    from qprobe.measure.memory import peak_bytes
+
+    start = time.perf_counter()
+    load_dynamic_4bit(bench.run_folder("scan") / "skiplist.json", str(bench.folder), bench.options.device)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_bytes": peak_bytes(torch.device(bench.options.device))}
+
+
+def child_speeds(bench: Bench) -> dict[str, Any]:
+    """Bytes a second of reading the files alone, and weights a second of the quantizer alone, on the CPU."""
+    import torch
+
+    from qprobe.formats.nf4 import Nf4
+
+    start, total, buffer = time.perf_counter(), 0, bytearray(16 * 2**20)
+    for path in sorted(bench.folder.glob("*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    read = total / (time.perf_counter() - start)
+    weight = torch.empty(256, 4096, dtype=torch.bfloat16).normal_(std=0.02)
+    Nf4().pack(weight)
+    start, times = time.perf_counter(), 0
+    while time.perf_counter() - start < 5:
+        Nf4().pack(weight)
+        times += 1
+    return {"read": read, "quantizer": times * weight.numel() / (time.perf_counter() - start), "bytes": total}
+
+
+CHILDREN = {"write": child_write, "bare": child_bare, "load4": child_load4, "speeds": child_speeds}

@@ -1,0 +1,44 @@
+"""What the full-size benchmark runs on: the exact geometry, and samples of the size it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qprobe.measure.subject import subject_of
+from qprobe.models.headers import read_headers
+from qprobe.models.reference import load_reference, meta_model
+from qprobe.records import FormatSpec
+from qprobe.samples.sources import from_jsonl
+from tests.benchmarks.checkpoints import geometry, write_checkpoint, write_samples
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    return sum(x.nbytes for x in model.state_dict().values())
+
+
+def test_the_geometry_is_that_of_the_published_model():
+    # 10,670,220,835 parameters of two bytes, as the hub says of meta-llama/Llama-3.2-11B-Vision-Instruct.
+    model = meta_model(geometry(1.0, False), "bfloat16")
+    assert sum(p.numel() for p in model.parameters()) == 10_670_220_835
+    half = meta_model(geometry(0.5, False), "bfloat16")
+    assert 0.5 < stored_bytes(half) / stored_bytes(model) < 0.56  # embeddings and head are not halved
+
+
+def test_a_checkpoint_loads_whole_and_its_samples_have_the_promised_tokens(tmp_path: Path):
+    config = geometry(1.0, True)
+    total = write_checkpoint(tmp_path / "model", config, "cpu", shard_bytes=10**6)
+    headers = read_headers(tmp_path / "model")
+    assert total == sum(x.nbytes for x in headers.values()) == stored_bytes(meta_model(config, "bfloat16"))
+    assert len({x.file for x in headers.values()}) > 1
+    reference = load_reference(str(tmp_path / "model"), "cpu")
+    gates = [p for n, p in reference.model.named_parameters() if n.endswith("gate_attn") or "gate_mlp" in n]
+    assert gates and all(p.item() == 0.5 for p in gates if p.numel() == 1)  # cross-attention is open
+    samples = from_jsonl(write_samples(tmp_path / "samples", config, 3)).samples
+    subject = subject_of(reference, FormatSpec())
+    (group,) = subject.groups(samples, 4)
+    batch = subject.encode(group)
+    assert batch.inputs["input_ids"].shape == (3, 256 + 64) and batch.answer_tokens == 3 * 64
+    assert batch.inputs["aspect_ratio_ids"].tolist() == [[6]] * 3  # 2 x 2 tiles
+    assert torch.isfinite(reference.model(**batch.inputs).logits).all()

@@ -1,0 +1,396 @@
+"""A scan that is killed, runs out of disk, finds another's folder, or is shared among processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qprobe.errors import MachineError, QprobeError, RunError
+from qprobe.measure import store
+from qprobe.measure.shards import Shard, entered, finishing, shard_from
+from qprobe.measure.store import read_scan, update_scan
+from qprobe.merge import merge
+from qprobe.options import ScanOptions
+from qprobe.scan import ScanResult, scan
+
+TinyFolder = Callable[[str], Path]
+Share = Callable[[int, int, Path], ScanResult]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qprobe.scan.write_report", lambda _folder: [])
+
+
+def options(folder: Path, out: Path, **changes: Any) -> ScanOptions:
+    asked = ScanOptions(str(folder), samples=9, batch_size=2, max_new_tokens=4, device="cpu", out=out)
+    return replace(asked, **changes)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_folder: TinyFolder) -> Path:
+    return tiny_folder("llama")
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one undisturbed process: three units of two samples. Tests must not change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qprobe.scan.write_report", lambda _folder: [])
+        return scan(options(llama, tmp_path_factory.mktemp("whole") / "run")).run
+
+
+@pytest.fixture
+def share(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Share:
+    """`share(rank, world, out)`: the scan as that process of that many."""
+
+    def run(rank: int, world: int, out: Path) -> ScanResult:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        try:
+            return scan(options(llama, out))
+        finally:
+            monkeypatch.delenv("RANK")
+            monkeypatch.delenv("WORLD_SIZE")
+
+    return run
+
+
+def table(run: Path) -> bytes:
+    return (run / "layers.csv").read_bytes()
+
+
+def units(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "units").iterdir()}
+
+
+# Resumed ------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_generated_once(
+    llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = Path(copytree(whole, tmp_path / "run"))
+    batches = sorted((run / "answers").iterdir())
+    assert len(batches) == 5  # nine questions, two at a time
+    batches[1].unlink()
+    batches[2].write_text(batches[2].read_text()[:20])  # damaged from outside
+    asked: list[int] = []
+    from qprobe.measure import answers
+
+    real = answers.answer_group
+
+    def counted(model: Any, processor: Any, group: Any, limit: int) -> Any:
+        asked.append(len(group))
+        return real(model, processor, group, limit)
+
+    monkeypatch.setattr(answers, "answer_group", counted)
+    scan(options(llama, run))
+    assert len(asked) == 2 and table(run) == table(whole)
+    assert [p.read_bytes() for p in sorted((run / "answers").iterdir())] == [
+        p.read_bytes() for p in sorted((whole / "answers").iterdir())
+    ]
+
+
+# The disk -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 3, 7, 12, 25])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    after: int, llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, real, written = tmp_path / "run", os.fsync, []
+
+    def fsync(file: int) -> None:
+        if len(written) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+        written.append(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fsync)
+        with pytest.raises(QprobeError, match=r"cannot be written \(No space left on device\)\. Make room"):
+            scan(options(llama, run))
+    finished = units(run) if (run / "units").is_dir() else {}
+    assert not list(run.rglob("*.tmp"))
+    scan(options(llama, run))
+    assert table(run) == table(whole)
+    assert {name: data for name, data in units(run).items() if name in finished} == finished
+
+
+@pytest.mark.parametrize("name", ["outputs-00001", "sensitivity-00000", "weights-00000"])
+def test_a_unit_cut_short_is_named_and_measured_anew(name: str, llama: Path, whole: Path, tmp_path: Path):
+    run = Path(copytree(whole, tmp_path / "run"))
+    path = run / "units" / f"{name}.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(RunError, match=rf"{name}\.parquet is damaged .* Delete it and scan again"):
+        scan(options(llama, run))
+    path.unlink()
+    scan(options(llama, run))
+    assert table(run) == table(whole) and units(run) == units(whole)
+
+
+# Another scan's folder ----------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_version_is_refused_with_both_versions(llama: Path, whole: Path, tmp_path: Path):
+    run = Path(copytree(whole, tmp_path / "run"))
+    record = read_scan(run)
+    versions = {**record.spec["versions"], "torch": "1.0.0"}
+    update_scan(run, replace(record, spec={**record.spec, "versions": versions}))
+    before = units(run)
+    with pytest.raises(RunError, match=r"1 place: spec\.versions\.torch: 1\.0\.0 -> .*Pass another --out"):
+        scan(options(llama, run))
+    assert units(run) == before
+
+
+def test_a_library_that_is_not_installed_says_its_version_itself(monkeypatch: pytest.MonkeyPatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from qprobe import __version__
+    from qprobe.measure import identity
+
+    def version(name: str) -> str:
+        if name == "qprobe":
+            raise PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(identity, "version", version)
+    found = identity.library_versions()
+    assert found["qprobe"] == __version__ and found["torch"] == "1.2.3" and len(found) >= 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 3}, r"spec\.calibration: 3 entries -> 2 entries"),
+        ({"nodes": 1}, r"spec\.measures\.nodes: 2 -> 1"),
+        ({"max_new_tokens": 3}, r"spec\.calibration\[0\]\[0\]\.digest: "),
+        ({"dtype": "float16"}, r"format\.compute_dtype: bfloat16 -> float16"),
+    ],
+)
+def test_a_changed_setting_is_named(
+    changes: dict[str, Any], said: str, llama: Path, whole: Path, tmp_path: Path
+):
+    run = Path(copytree(whole, tmp_path / "run"))
+    with pytest.raises(RunError, match=f"holds another scan, which differs in .*{said}"):
+        scan(options(llama, run, **changes))
+    assert units(run) == units(whole)
+
+
+def test_another_checkpoint_and_another_processor_are_named_first(llama: Path, whole: Path, tmp_path: Path):
+    changed = Path(copytree(llama, tmp_path / "llama"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:9] *= 1.5
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    template = changed / "chat_template.jinja"
+    template.write_text("now: " + template.read_text())
+    # Other weights and other inputs give other answers, but the cause comes before what follows from it.
+    with pytest.raises(RunError, match=r"places: spec\.processor: .*; spec\.weights: .*; spec\.calibration"):
+        scan(options(changed, Path(copytree(whole, tmp_path / "run"))))
+
+
+def test_calibration_is_not_shared(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=r"not calibrated yet.*without RANK and WORLD_SIZE"):
+        scan(options(llama, tmp_path / "run", format="nf4-calibrated"))
+
+
+# Two processes ------------------------------------------------------------------------------------------
+
+
+def hold(path: Path) -> Any:
+    """A lock of the file as another process holds it: locks belong to the open file, not to the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def test_a_second_scan_into_a_folder_is_refused_and_changes_nothing(llama: Path, whole: Path, tmp_path: Path):
+    run = Path(copytree(whole, tmp_path / "run"))
+    with (
+        hold(run / ".lock"),
+        pytest.raises(RunError, match=r"Another process is scanning into .*run.*torchrun"),
+    ):
+        scan(options(llama, run))
+    assert units(run) == units(whole)
+    assert scan(options(llama, run)).skiplist is not None  # the lock is gone with its holder
+
+
+def test_ranks_of_one_scan_may_enter_together_and_nobody_else(tmp_path: Path):
+    with entered(tmp_path, Shard(0, 2)), entered(tmp_path, Shard(1, 2)):
+        for other in (Shard(), Shard(0, 2), Shard(1, 3)):
+            with pytest.raises(RunError, match="Another process"), entered(tmp_path, other):
+                pass
+    with entered(tmp_path, Shard()):
+        pass
+
+
+def test_one_process_chooses_and_none_before_all_units_are_there(tmp_path: Path):
+    with finishing(tmp_path, Shard(0, 2), left=1) as early, finishing(tmp_path, Shard(1, 2), 0) as first:
+        with finishing(tmp_path, Shard(0, 2), 0) as second:
+            assert (early, first, second) == (False, True, False)
+
+
+# Shares -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "shard"),
+    [
+        ({}, Shard()),
+        ({"LOCAL_RANK": "3"}, Shard()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Shard()),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Shard(5, 8, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "3"}, Shard(2, 3)),
+    ],
+)
+def test_the_variables_say_which_process_this_is(environment: dict[str, str], shard: Shard):
+    assert shard_from(environment) == shard
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "one", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+    ],
+)
+def test_variables_that_make_no_sense_are_shown(environment: dict[str, str]):
+    with pytest.raises(MachineError, match=r"RANK=.*WORLD_SIZE=.*Set RANK from 0 to WORLD_SIZE - 1"):
+        shard_from(environment)
+
+
+def test_shares_are_disjoint_and_complete_and_do_not_move_when_units_finish():
+    everything = range(11)
+    for world in (1, 2, 3, 5, 20):
+        shares = [Shard(rank, world).own(everything) for rank in range(world)]
+        assert sorted(unit for share in shares for unit in share) == list(everything)
+        missing = [u for u in everything if u != 4]  # whoever looks later sees less to do
+        assert [Shard(r, world).own(missing) for r in range(world)] == [
+            [u for u in share if u != 4] for share in shares
+        ]
+        assert all(sorted(Shard(r, world).rotated(everything)) == list(everything) for r in range(world))
+
+
+def test_each_rank_has_the_gpu_of_its_place(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert Shard(5, 8, 1).device(None) == "cuda:1" == Shard(5, 8, 1).device("cuda")
+    assert Shard(5, 8, 1).device("cuda:0") == "cuda:0" and Shard(5, 8, 1).device("cpu") == "cpu"
+    assert Shard().device(None) is None and Shard(1, 2).device("cuda") == "cuda"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert Shard(5, 8, 1).device(None) is None
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_processes_one_after_the_other_in_one_folder_give_the_same_table(
+    world: int, whole: Path, share: Share, tmp_path: Path
+):
+    run = tmp_path / "run"
+    results = [share(rank, world, run) for rank in reversed(range(world))]
+    *early, last = results
+    assert all(r.skiplist is None and "left to the others" in r.verdict for r in early)
+    assert last.skiplist is not None and read_scan(run).status == "finished"
+    assert table(run) == table(whole) and units(run) == units(whole)
+
+
+def test_shares_merged_in_any_order_give_the_same_table(whole: Path, share: Share, tmp_path: Path):
+    for world in (2, 3):
+        parts = [tmp_path / f"{rank}-of-{world}" for rank in range(world)]
+        for rank, part in enumerate(parts):
+            assert share(rank, world, part).skiplist is None and not (part / "layers.csv").exists()
+        for number, order in enumerate(permutations(parts)):
+            joined = merge(order, tmp_path / f"joined-{world}-{number}")
+            assert joined.missing == 0 and joined.notes == ()
+            assert table(joined.run) == table(whole)
+            for file in ("peaks.csv", "ranks.csv", "samples.json"):
+                assert (joined.run / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_merged_folder_is_resumed_by_the_scan_that_chooses(
+    llama: Path, whole: Path, share: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    parts = [tmp_path / str(rank) for rank in range(2)]
+    for rank, part in enumerate(parts):
+        share(rank, 2, part)
+    run = merge(parts, parts[0]).run  # into one of them
+    monkeypatch.setattr("qprobe.scan.observe", lambda *_: pytest.fail("a finished unit is measured again"))
+    result = scan(options(llama, run))
+    assert result.skiplist is not None and units(run) == units(whole)
+
+
+def test_overlapping_shares_count_once(whole: Path, share: Share, tmp_path: Path):
+    share(1, 2, tmp_path / "one")
+    joined = merge([whole, tmp_path / "one", whole], tmp_path / "joined")
+    assert table(joined.run) == table(whole) and joined.units == len(units(whole))
+
+
+def test_a_merge_that_lacks_a_share_says_how_much(share: Share, tmp_path: Path):
+    share(1, 2, tmp_path / "one")
+    joined = merge([tmp_path / "one"], tmp_path / "joined")
+    # Of three batches the second is there; each of the other two lacks four stages, and the weights lack.
+    assert joined.missing == 2 * 4 + 1 and not (joined.run / "layers.csv").exists()
+
+
+def test_the_same_unit_with_other_numbers_is_chosen_alike_in_any_order(whole: Path, tmp_path: Path):
+    other = Path(copytree(whole, tmp_path / "other"))
+    (path,) = (other / "units").glob("kl-00001.parquet")
+    frame = store.read_units(other, "kl").iloc[2:4].assign(kl_sum=lambda f: f["kl_sum"] * (1 + 1e-12))
+    store.write_unit(other, "kl", 1, frame)
+    assert path.read_bytes() != (whole / "units" / path.name).read_bytes()
+    joined = [merge(o, tmp_path / str(i)) for i, o in enumerate(permutations([whole, other]))]
+    assert units(joined[0].run) == units(joined[1].run)
+    assert joined[0].notes == joined[1].notes and "kl-00001" in joined[0].notes[0]
+
+
+def test_runs_of_different_scans_are_not_merged(llama: Path, whole: Path, tmp_path: Path):
+    other = scan(options(llama, tmp_path / "other", nodes=1)).run
+    with pytest.raises(RunError, match=r"are different scans: 1 place: spec\.measures\.nodes: 2 -> 1\."):
+        merge([whole, other], tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+    with pytest.raises(RunError, match="no run folder"):
+        merge([whole, tmp_path / "nothing"], tmp_path / "joined")
+    with pytest.raises(RunError, match="nothing to merge"):
+        merge([], tmp_path / "joined")
+
+
+def test_a_damaged_unit_is_not_merged(whole: Path, tmp_path: Path):
+    other = Path(copytree(whole, tmp_path / "other"))
+    path = other / "units" / "kl-00000.parquet"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(RunError, match=r"other.*kl-00000\.parquet is damaged"):
+        merge([whole, other], tmp_path / "joined")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_torchrun_shares_a_scan(world: int, llama: Path, whole: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "-m", "qprobe"]
+    asked = options(llama, run)
+    command += ["scan", "--json", "--model", str(llama), "--out", str(run), "--device", "cpu"]
+    command += ["--samples", str(asked.samples), "--batch-size", str(asked.batch_size)]
+    command += ["--max-new-tokens", str(asked.max_new_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["skiplist"] == str(run / "skiplist.json")  # one object, of one process
+    assert done.stderr.count("is done with its share") == world - 1
+    assert table(run) == table(whole) and units(run) == units(whole)
