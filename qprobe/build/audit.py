@@ -126,7 +126,7 @@ def audit(
     if written is not None:
         problems += _against(written, type(model).__name__, inventory, layers, total_bytes)
         beside = Path(".") if isinstance(manifest, Manifest) or manifest is None else Path(manifest).parent
-        problems += uncalibrated(where, weights, written, Path(manifest_folder or beside))
+        problems += uncalibrated(where, tensors, weights, written, Path(manifest_folder or beside))
     if load:
         from qprobe.build.audit_loaded import loaded_problems
 

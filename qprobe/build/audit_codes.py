@@ -11,19 +11,23 @@ from torch import Tensor
 from qprobe.errors import ManifestError
 from qprobe.formats.codes_file import CodesReader, checked, open_codes
 from qprobe.manifest import Manifest
-from qprobe.models.headers import StoredWeight
+from qprobe.models.headers import StoredTensor, StoredWeight
 
 # What calibration chooses: codes and block scales; the other state tensors are tables and metadata.
 _CHOSEN = ("absmax", "nested_absmax")
 
 
 def uncalibrated(
-    folder: Path, weights: Mapping[str, StoredWeight | None], manifest: Manifest, beside: Path
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    weights: Mapping[str, StoredWeight | None],
+    manifest: Manifest,
+    beside: Path,
 ) -> Iterator[str]:
     """A sentence if 4-bit weights of the checkpoint in `folder` are not the calibrated ones of `manifest`.
 
-    weights: of each linear by module name; beside: the folder from which `manifest` names its file. A layer
-    that this file does not hold is one that calibration left as it was.
+    tensors: of the checkpoint, by key; weights: of each linear by module name; beside: the folder from which
+    `manifest` names its file. A layer that this file does not hold is one that calibration left as it was.
     """
     if manifest.codes is None:
         return
@@ -33,7 +37,7 @@ def uncalibrated(
             four_bit = [x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers]
             packed = {name: weights.get(name) for name in four_bit}
             present = {name: x for name, x in packed.items() if x is not None and x.four_bit == "nf4"}
-            wrong = [name for name, x in present.items() if not _same(folder, x, file, name)]
+            wrong = [name for name, x in present.items() if not _same(folder, tensors, x, file, name)]
     except ManifestError as error:
         yield f"The calibrated codes could not be compared: {error}"
         return
@@ -46,16 +50,22 @@ def uncalibrated(
         )
 
 
-def _same(folder: Path, weight: StoredWeight, file: CodesReader, layer: str) -> bool:
+def _same(
+    folder: Path, tensors: Mapping[str, StoredTensor], weight: StoredWeight, file: CodesReader, layer: str
+) -> bool:
     """True if the checkpoint's codes and block scales of `layer` are those in `file`, byte for byte."""
-    from safetensors import safe_open
-
     codes, state = file.raw(layer)
     wanted = {weight.name: codes}
     wanted |= {f"{weight.name}.{part}": state[part] for part in _CHOSEN if part in state}
-    with safe_open(folder / weight.tensor.file, framework="pt", device="cpu") as found:
-        keys = set(found.keys())
-        return all(key in keys and _equal(found.get_tensor(key), value) for key, value in wanted.items())
+    return all(key in tensors and _equal(_read(folder, tensors, key), x) for key, x in wanted.items())
+
+
+def _read(folder: Path, tensors: Mapping[str, StoredTensor], key: str) -> Tensor:
+    """The tensor `key` from its own shard: a weight and its block scales may lie in two."""
+    from safetensors import safe_open
+
+    with safe_open(folder / tensors[key].file, framework="pt", device="cpu") as found:
+        return found.get_tensor(key)
 
 
 def _equal(found: Tensor, wanted: Tensor) -> bool:

@@ -181,8 +181,7 @@ def outline(source: Source, dtype: str, entry: Entry | None = None) -> tuple[Any
     no network is needed. Raises ModelError if the config cannot be had or builds nothing.
     """
     try:
-        is_embedded = entry is not None and entry.geometry is not None
-        config = catalogue_config(entry) if is_embedded else load_config(source)
+        config = load_config(source) if entry is None or entry.geometry is None else catalogue_config(entry)
         return config, meta_model(config, dtype)
     except ModelError:
         raise

@@ -215,6 +215,15 @@ def test_an_audit_compares_block_scales_and_names_the_one_layer(run, tmp_path):
     assert problem.startswith("1 of ") and f": {layer}." in problem
 
 
+@pytest.mark.parametrize("size", ["5KB", "20KB"])  # at 20KB a weight and its block scales part
+def test_an_audit_finds_calibrated_codes_in_whichever_shard_they_lie(size, run, tmp_path):
+    one = run("llama")
+    model, _ = load_dynamic_4bit(one.manifest, str(one.model), "cpu")
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    found = audit(tmp_path, one.manifest)
+    assert found.ok and len({x.file for x in found.layers}) > 1, found.problems
+
+
 @pytest.mark.parametrize(("harm", "why"), [("missing", "cannot be read"), ("changed", "SHA-256")])
 def test_an_audit_without_the_calibrated_weights_is_not_clear(harm, why, run, tmp_path):
     one = run("llama")
