@@ -76,7 +76,7 @@ def quantize(
         write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
         (place / "README.md").write_text(model_card(written, type(loaded).__name__), "utf-8")
         progress("audit", 2, 3)
-        found = audit(place, written if dtype is None else None)
+        found = audit(place, written if dtype is None else None, manifest_folder=origin)
         if not found.ok:
             raise VerificationError(
                 f"The checkpoint that was written is not what its manifest lists: {found.problems[0]} "
