@@ -118,7 +118,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     with entered(folder, shard):
         with clock.stage("answers"):
             work = prepare_samples(subject, options, folder, progress, shard)
-        with clock.stage("measure"):
+        with clock.stage("prepare"):
             measures = start_run(subject, work, options, folder)
             show_samples(subject, work.calibration, folder)
         if options.format == CALIBRATED:
@@ -137,7 +137,7 @@ def finish(
     subject: Subject, work: Work, options: ScanOptions, folder: Path, clock: Clock, progress: Progress
 ) -> ScanResult:
     """Everything after the units of the layer table: the table, ablation, choice and report."""
-    with clock.stage("measure"):
+    with clock.stage("table"):
         write_findings(folder)
     if options.ablate is not None:
         with clock.stage("ablate"):

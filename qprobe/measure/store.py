@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -315,6 +316,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of the fields of a dataclass; finding them takes longer than all else about a value."""
+    hints = get_type_hints(kind)
+    return {x.name: hints[x.name] for x in fields(kind)}
+
+
 def _decode(kind: Any, value: Any, where: str) -> Any:
     """The JSON value `value` as `kind` (dataclass, tuple, dict, Literal, X | None, int, float, str).
 
@@ -322,10 +330,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind)
-        names = {x.name for x in fields(kind)}
+        hints = _hints(kind)
+        names = hints.keys()
         # What came later than the first version has a default, and older files lack it.
-        needed = {x.name for x in fields(kind)} - _ADDED.get(kind, set())
+        needed = names - _ADDED.get(kind, set())
         if not needed <= value.keys() <= names:
             wrong = (needed - value.keys()) | (value.keys() - names)
             raise ValueError(f"{where} lacks or has too much of: {', '.join(sorted(wrong))}")
