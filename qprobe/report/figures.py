@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,13 @@ from qprobe.report.panels import (
 )
 
 _CHARACTER = 0.55  # width of a character on average, in sizes of its font
-UNITS = "nmse: squared error / squared signal; D: 4-bit weight - 16-bit weight; bars: standard error"
+# Of the three sorts of layers, the sizes as on a page.
+_QUANTIZED: dict[str, Any] = {"color": BLUE, "marker": "o", "ms": 3.2}
+_KEPT: dict[str, Any] = {"color": VERMILION, "marker": "D", "ms": 5.5, "mec": "black", "mew": 0.5}
+_ALWAYS: dict[str, Any] = {"color": "white", "marker": "D", "ms": 5.0, "mec": "black", "mew": 0.8}
+UNITS = (
+    "nmse: squared error / squared signal; D: 4-bit weight \N{MINUS SIGN} 16-bit weight; bars: standard error"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,19 @@ PAGE = Layout(10, 17, 2.0, 9, 90, 6, 110, True)
 COLUMN = Layout(3.35, 3.35, 0.95, 6.5, 0, 3, 300, False)  # a column of a paper: read at its own size
 
 
-def spike_plot(table: pd.DataFrame, kept: frozenset[str], title: str, layout: Layout = PAGE) -> Figure:
+@dataclass(frozen=True)
+class Kept:
+    """Names of the layers in 16-bit: those that a list keeps, and those that standard 4-bit keeps as well."""
+
+    chosen: frozenset[str] = frozenset()
+    always: frozenset[str] = frozenset()
+
+    @property
+    def in_16bit(self) -> frozenset[str]:
+        return self.chosen | self.always
+
+
+def spike_plot(table: pd.DataFrame, kept: Kept, title: str, layout: Layout = PAGE) -> Figure:
     """The error-spike plot of a layer table.
 
     table: the columns of layers.csv, one row a layer, in execution order. kept: layers in 16-bit.
@@ -142,11 +161,11 @@ def _wrapped(text: str, width: float, font: float) -> str:
     return "\n".join(fill(line, characters) for line in text.splitlines())
 
 
-def _draw_panel(ax: Axes, table: pd.DataFrame, kept: frozenset[str], panel: Panel, layout: Layout) -> None:
+def _draw_panel(ax: Axes, table: pd.DataFrame, kept: Kept, panel: Panel, layout: Layout) -> None:
     values = table[panel.column].to_numpy(float)
     x = np.arange(len(values))
     drawn = np.isfinite(values) & ((values > 0) | (not panel.log))
-    is_kept = table["layer"].isin(kept).to_numpy()
+    is_chosen, is_always = (table["layer"].isin(x).to_numpy() for x in (kept.chosen, kept.always))
     set_scale(ax, values[drawn], panel, layout)
     floor = ax.get_ylim()[0] if panel.log else 0.0
     thin = 0.7 * layout.marker(len(values)) * 9 / layout.font
@@ -156,14 +175,12 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, kept: frozenset[str], panel: Pane
         ax.errorbar(x[drawn], values[drawn], spread[drawn], fmt="none", ecolor=GREY, elinewidth=0.8, zorder=2)
     size = layout.marker(len(values))
     for mask, style, gid in (
-        (drawn & ~is_kept, {"color": BLUE, "marker": "o", "ms": 3.2 * size}, "quantized"),
-        (
-            drawn & is_kept,
-            {"color": VERMILION, "marker": "D", "ms": 5.5 * size, "mec": "black", "mew": 0.5 * size},
-            "kept",
-        ),
+        (drawn & ~is_chosen & ~is_always, _QUANTIZED, "quantized"),
+        (drawn & is_always, _ALWAYS, "always"),
+        (drawn & is_chosen, _KEPT, "kept"),
     ):
-        ax.plot(x[mask], values[mask], ls="", zorder=3, gid=f"{panel.column}:{gid}", **style)
+        scaled = {key: style[key] * size for key in ("ms", "mew") if key in style}
+        ax.plot(x[mask], values[mask], ls="", zorder=3, gid=f"{panel.column}:{gid}", **{**style, **scaled})
 
 
 def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> None:
@@ -226,14 +243,21 @@ def _name_layers(ax: Axes, table: pd.DataFrame, layout: Layout) -> None:
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=layout.font - 2.5)
 
 
-def _series_of(table: pd.DataFrame, kept: frozenset[str]) -> list[Line2D]:
-    total, in_16_bit = len(table), int(table["layer"].isin(kept).sum())
-    label = f"4-bit ({total - in_16_bit} layers)"
-    handles = [Line2D([], [], ls="", marker="o", color=BLUE, ms=4, label=label)]
-    if in_16_bit:
-        label = f"kept in 16-bit ({in_16_bit} layers)"
-        handles.append(Line2D([], [], ls="", marker="D", color=VERMILION, mec="black", mew=0.5, label=label))
-    return handles
+def _series_of(table: pd.DataFrame, kept: Kept) -> list[Line2D]:
+    """The legend's lines; as in the verdict, what standard 4-bit keeps as well is named and not counted."""
+    chosen = int(table["layer"].isin(kept.chosen - kept.always).sum())
+    always = [name for name in table["layer"] if name in kept.always]
+    lines = [(f"4-bit ({_layers(len(table) - chosen - len(always))})", _QUANTIZED)]
+    lines += [(f"kept in 16-bit ({_layers(chosen)})", _KEPT)] if chosen else []
+    if always:
+        short = short_names(table["layer"])
+        named = short[always[0]] if len(always) == 1 else _layers(len(always))
+        lines.append((f"in 16-bit in standard 4-bit too ({named})", _ALWAYS))
+    return [Line2D([], [], ls="", label=plain(label), **style) for label, style in lines]
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
 
 
 def _facts(table: pd.DataFrame, panels: list[Panel]) -> str:

@@ -78,6 +78,10 @@ def write_comparison(folder: Path, prompt: str = "What does the dial show?") -> 
     (folder / "compare.json").write_text(json.dumps(found))
 
 
+def share_name(share: float) -> str:
+    return f"{share:.0%} of the bytes that 4-bit saves"
+
+
 def _linears(count: int, names: dict[int, str]) -> tuple[Linear, ...]:
     """`layer_names` with shapes that repeat as in a transformer; lm_head stays in 16-bit."""
     shapes = [(1024, 1024), (1024, 1024), (256, 1024), (1024, 256), (4096, 1024)]
@@ -172,9 +176,9 @@ def _choose(folder: Path, inventory: Inventory) -> None:
     for share, kl in ((0.05, 0.25), (0.2, 0.1)):
         manifest = select(folder, str(standard + int(share * saved)))
         kept = frozenset(manifest.skip_modules) - {"lm_head"}
-        _write_kl(folder, choice_stage(kept), held, list(kl * noise), f"frontier {share:.0%}")
+        _write_kl(folder, choice_stage(kept), held, list(kl * noise), share_name(share))
         numbers = (manifest.budget.total_bytes, manifest.quality.kl_predicted, kl / 5, kl / 50)
-        lines.append(",".join([*map(str, numbers), f"frontier {share:.0%}"]))
+        lines.append(",".join([*map(str, numbers), share_name(share)]))
     header = "budget_bytes,predicted_kl,measured_kl,measured_kl_se,candidate"
     (folder / "frontier.csv").write_text("\n".join([header, *lines]) + "\n")
     chosen = select(folder, "+10%")

@@ -11,6 +11,7 @@ import pytest
 
 from qprobe.errors import RunError
 from qprobe.measure.store import read_scan
+from qprobe.report.figures import Kept
 from qprobe.report.page import page_html, script_json
 from qprobe.report.write import kept_layers, write_report
 from tests.report.full_run import write_full_run
@@ -51,9 +52,10 @@ def test_the_kept_layers_are_those_of_the_manifest(tmp_path: Path):
     write_run(tmp_path, spikes=SPIKES)
     manifest = json.loads((tmp_path / "skiplist.json").read_text())
     kept = kept_layers(tmp_path, read_scan(tmp_path))
-    assert kept == set(manifest["skip_modules"]) and "lm_head" in kept and len(kept) > 1
+    assert kept.in_16bit == set(manifest["skip_modules"]) and len(kept.chosen) > 1
+    assert kept.always == {"lm_head"} and "lm_head" not in kept.chosen
     (tmp_path / "skiplist.json").unlink()
-    assert kept_layers(tmp_path, read_scan(tmp_path)) == {"lm_head"}
+    assert kept_layers(tmp_path, read_scan(tmp_path)) == Kept(frozenset(), frozenset({"lm_head"}))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
