@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
@@ -69,7 +70,7 @@ class Layout:
         return float(np.clip(0.17 * layers, self.least_width, self.most_width))
 
 
-PAGE = Layout(10, 17, 2.0, 9, 90, 6, 110, True)
+PAGE = Layout(10, 17, 2.0, 9, 90, 12, 110, True)
 COLUMN = Layout(3.35, 3.35, 0.95, 6.5, 0, 3, 300, False)  # a column of a paper: read at its own size
 
 
@@ -109,7 +110,9 @@ def framed(table: pd.DataFrame, panels: list[Panel], title: str, layout: Layout)
     named = 1.6 if len(table) <= layout.most_named else 0.3
     count = max(len(panels), 1)
     height = 0.145 * layout.font + layout.panel_height * count + named
-    figure = Figure(figsize=(layout.width(len(table)), height), layout="constrained")
+    # Names of spikes raise the limits afterwards, and with them the width of the tick labels: hence the pad.
+    arranged = ConstrainedLayoutEngine(w_pad=0.04 if layout.beside else 0.08)
+    figure = Figure(figsize=(layout.width(len(table)), height), layout=arranged)
     figure.suptitle(plain(title), fontsize=layout.font + min(4, layout.font - 5), x=0.01, ha="left")
     axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     if not panels:
@@ -128,7 +131,7 @@ def finished(
     """Bands, names and legend; afterwards the layout stands, and labels can be placed by their size."""
     towers = list(table["tower"])
     for ax in axes:
-        _draw_bands(ax, towers)
+        _draw_bands(ax, towers, layout)
     _name_layers(axes[-1], table, layout)
     _name_towers(axes[0], towers, layout)
     patches = [
@@ -190,7 +193,8 @@ def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> Non
         ax.set_yscale("log")
         ax.set_ylim(low, high)
         # Between decades, labels only where there are few of them: all at once cannot be read.
-        ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 0.4)))
+        decades = 2 if layout.beside else 1.2
+        ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(decades, 0.4)))
         ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high / low < 250 else "auto"))
     if not panel.log:
         ax.axhline(0, color="black", lw=0.6, zorder=1)
@@ -213,12 +217,15 @@ def _tint(tower: str) -> str:
     return TOWER_TINTS.get(tower, TOWER_TINTS["other"])
 
 
-def _draw_bands(ax: Axes, towers: list[str]) -> None:
+def _draw_bands(ax: Axes, towers: list[str], layout: Layout) -> None:
     for tower, first, last in tower_runs(towers):
         ax.axvspan(
             first - 0.5, last + 0.5, color=_tint(tower), alpha=0.28, lw=0, zorder=0, gid=f"tower:{tower}"
         )
-    ax.set_xlim(-0.5, max(len(towers), 1) - 0.5)
+    count = max(len(towers), 1)
+    points_each = 65 * layout.width(count) / count  # a little of the 72 is the axis' own
+    margin = max(0.5, 5 * layout.marker(count) / points_each)  # or the edge would halve the last mark
+    ax.set_xlim(-margin, count - 1 + margin)
 
 
 def _name_towers(ax: Axes, towers: list[str], layout: Layout) -> None:
@@ -241,6 +248,10 @@ def _name_layers(ax: Axes, table: pd.DataFrame, layout: Layout) -> None:
     if len(table) <= layout.most_named:
         names = list(short_names(table["layer"]).values())
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=layout.font - 2.5)
+        return
+    step = next(x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if 8 * x >= len(table) or x == 1000)
+    counted = [1, *range(step, len(table) + 1, step)] if step > 1 else list(range(1, len(table) + 1))
+    ax.set_xticks([number - 1 for number in counted], [str(number) for number in counted])
 
 
 def _series_of(table: pd.DataFrame, kept: Kept) -> list[Line2D]:

@@ -25,7 +25,7 @@ TOWER_TINTS = {
     "language": "#BBBBBB",
     "other": PURPLE,
 }
-LABELLED_SPIKES = 6  # a panel
+LABELLED_SPIKES = 12  # a panel at most; those that find no room stay without a name
 LEAST_HEIGHT = 0.05  # of the tallest spike of a linear panel; below, a point lies on the axis
 
 

@@ -13,7 +13,7 @@ from qprobe.manifest import NEAREST, Compared
 from qprobe.report.against import Side, against_plot
 from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
 from qprobe.report.frontier import frontier_plot
-from qprobe.report.panels import PANELS, tower_runs, tower_spans
+from qprobe.report.panels import LABELLED_SPIKES, PANELS, tower_runs, tower_spans
 from tests.report.tables import layer_table
 
 SPIKES = {3: 200.0, 4: 180.0, 14: 50.0, 15: 60.0, 16: 70.0, 25: 90.0}
@@ -78,7 +78,7 @@ def test_the_tallest_spikes_are_named():
     figure = spike_plot(layer_table(30, SPIKES), Kept(), "a model")
     activation = [t.get_text() for t in figure.axes[1].texts if t.get_gid() == "spike"]
     assert {"vision.0.self_attn.o_proj", "vision.0.mlp.fc1"} <= set(activation)
-    assert len(activation) <= 6
+    assert len(activation) <= LABELLED_SPIKES
 
 
 def test_nothing_is_named_where_nothing_stands_out():
@@ -165,6 +165,28 @@ def test_small_models_name_every_layer_below_the_axis():
     ticks = [t.get_text() for t in figure.axes[-1].get_xticklabels()]
     assert len(ticks) == 30 and ticks[0] == "vision.0.self_attn.q_proj" and ticks[-1] == "lm_head"
     assert figure.axes[-1].get_xlabel() == "layer, in execution order"
+
+
+def test_a_large_model_counts_its_layers_from_one_in_round_steps():
+    (*_, last) = spike_plot(layer_table(522), Kept(), "a model").axes
+    labels = [t.get_text() for t in last.get_xticklabels()]
+    assert labels == ["1", "100", "200", "300", "400", "500"]
+    assert list(last.get_xticks()) == [0, 99, 199, 299, 399, 499]
+
+
+@pytest.mark.parametrize("layout", [PAGE, COLUMN])
+def test_the_labels_of_every_axis_are_legible(layout: Layout):
+    figure = spike_plot(layer_table(522, {40: 9.0, 300: 30.0}), Kept(), "a model", layout)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            low, high = sorted(axis.get_view_interval())
+            shown = [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_visible()]
+            boxes = [label.get_window_extent(renderer) for label in shown if label.get_text()]
+            assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_errors_that_span_decades_are_logarithmic_and_signed_ones_linear():
