@@ -16,13 +16,14 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from qprobe.build.load import load_dynamic_4bit
-from qprobe.manifest import NEAREST, manifest_to_json, read_manifest
+from qprobe.manifest import NEAREST, manifest_to_json, read_manifest, write_manifest
 from qprobe.measure.store import read_scan
 from qprobe.records import CodesFile
-from qprobe.report.write import page_of
+from qprobe.report.figures import spike_plot
+from qprobe.report.write import kept_layers, page_of
 from qprobe.scan import scan
 from qprobe.select import select
-from qprobe.select.table import read_table
+from qprobe.select.table import read_table, write_table
 from tests.report.full_run import write_comparison, write_full_run
 from tests.test_scan import options
 
@@ -396,19 +397,59 @@ def test_markup_in_names_is_text_everywhere(opened: Open, tmp_path: Path, name: 
     assert page.locator("script").count() == 2 and page.locator("img[src=x]").count() == 0
 
 
-def test_a_run_without_kl_leaves_its_parts_out_and_says_so(opened: Open, tmp_path: Path):
-    folder = write_full_run(tmp_path / "run")
-    for stage in ("kl", "sensitivity", "alone", "heldout"):
-        for file in (folder / "units").glob(f"{stage}-*"):
+def only(folder: Path, *stages: str) -> Path:
+    """The run `folder` as if just these stages had been measured, and chosen nothing."""
+    for file in (folder / "units").iterdir():
+        if not file.name.startswith(tuple(f"{stage}-" for stage in stages)):
             file.unlink()
-    for file in ("frontier.csv", "skiplist.json", "ranks.csv", "samples.json", "layers.csv"):
-        (folder / file).unlink()
-    page = opened(page_file(folder))
+    for name in ("frontier.csv", "skiplist.json", "ranks.csv", "samples.json", "layers.csv"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_a_model_without_a_head_leaves_its_parts_out_and_says_so(opened: Open, tmp_path: Path):
+    page = opened(page_file(only(write_full_run(tmp_path / "run"), "weights", "outputs")))
     assert page.locator("svg.panel").count() == 4
     assert page.locator("#missing").inner_text() == "Not measured in this run, so left out: sensitivity."
     assert "no sensitivity was measured" in page.locator("#buys").inner_text()
     assert "No KL was measured" in page.locator("#frontier").inner_text()
     assert "Not compared yet" in page.locator("#answers").inner_text()
+    assert page.locator("#verdict").inner_text() == "No skip-list was chosen in this run."
+
+
+def test_a_scan_of_the_weights_alone_shows_its_list_and_what_is_missing(opened: Open, tmp_path: Path):
+    folder = only(write_full_run(tmp_path / "run"), "weights")
+    write_table(folder)
+    write_manifest(folder / "skiplist.json", select(folder, "+10%", by="weight_nmse"))
+    page = opened(page_file(folder))
+    assert page.locator("svg.panel").evaluate_all("all => all.map(s => s.dataset.panel)") == ["weight_nmse"]
+    missing = "activation error, activation peak, propagated error, sensitivity"
+    assert missing in page.locator("#missing").inner_text()
+    assert page.locator("#verdict").inner_text().startswith("No KL was measured on held-out samples")
+    assert "not measured" in page.locator("#buys").inner_text() and "NaN" not in page.content()
+    assert len(boxes_of(page, "#rows thead th")) == 7  # weight error and its largest, and what is no measure
+    page.locator("#charts").focus()
+    page.keyboard.press("Home")
+    assert page.locator("#detail img").count() == 0 and "weight error" in page.locator("#detail").inner_text()
+    figure = spike_plot(read_table(folder), kept_layers(folder, read_scan(folder)), "a model")
+    assert len(figure.axes) == 1 and missing in figure.legends[0].get_title().get_text()
+
+
+def test_a_run_not_yet_finished_shows_what_it_has(opened: Open, tmp_path: Path):
+    folder = only(write_full_run(tmp_path / "run"), "weights", "outputs")
+    text = (folder / "scan.json").read_text()
+    (folder / "scan.json").write_text(text.replace('"finished"', '"running"'))
+    page = opened(page_file(folder))
+    assert "not finished" in page.locator("#missing").inner_text()
+    assert "not finished" in page.locator("#notes").inner_text()
+    assert page.locator("svg.panel").count() == 4 and page.locator("#rows tbody tr").count() == 30
+
+
+def test_the_page_that_a_scan_writes_last_does_not_call_it_unfinished(opened: Open, tmp_path: Path):
+    folder = write_full_run(tmp_path / "run")
+    text = (folder / "scan.json").read_text()
+    (folder / "scan.json").write_text(text.replace('"finished"', '"running"'))
+    assert "not finished" not in opened(page_file(folder)).locator("#method").inner_text()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (400, "light")])

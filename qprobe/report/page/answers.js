@@ -80,9 +80,11 @@ function showMethod() {
     m.made ? ["chosen at", m.made] : null,
     ["report by", `qprobe ${DATA.qprobe}`],
   ]);
+  // A scan writes its page last of all, its list chosen, and only then calls itself finished.
+  const open = m.status === "finished" || DATA.chosen ? [] : ["The scan is not finished, so these figures are of what it has measured so far."];
   const missing = m.missing.length ? [`Not measured in this run, so left out: ${m.missing.join(", ")}.`] : [];
-  byId("missing").textContent = missing.join("");
-  byId("notes").replaceChildren(...[...missing, ...m.notes].map((note) => element("li", {}, note)));
+  byId("missing").textContent = [...open, ...missing].join(" ");
+  byId("notes").replaceChildren(...[...open, ...missing, ...m.notes].map((note) => element("li", {}, note)));
 }
 
 showHead();
