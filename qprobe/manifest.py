@@ -28,6 +28,11 @@ SCHEMA_PATH = Path(__file__).with_name("manifest.schema.json")
 MAX_FILE_BYTES = 64 * 2**20
 
 
+# Names of two lists among those compared.
+NOTHING = "nothing kept"
+NEAREST = "standard 4-bit: rounded to nearest, nothing kept"  # compared with calibrated weights
+
+
 @dataclass(frozen=True)
 class ManifestBudget:
     """requested: as typed ("+10%"); the rest in bytes of every parameter and persistent buffer as stored."""

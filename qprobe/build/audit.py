@@ -1,4 +1,4 @@
-"""`qprobe audit`: what is really 4-bit in a checkpoint, from its config and the headers of its files."""
+"""`qprobe audit`: what is really 4-bit in a checkpoint, from its config, headers and quantization states."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qprobe.build.audit_codes import uncalibrated
+from qprobe.build.audit_states import wrong_states
 from qprobe.build.config_format import four_bit_format, is_four_bit, model_dtype
 from qprobe.build.imports import LIST_KEYS
 from qprobe.errors import ModelError
@@ -121,7 +122,9 @@ def audit(
     weights = {x.name: _find(tensors, x) for x in inventory.layers}
     layers = tuple(_audited(x, weights[x.name], x.name in in_16bit) for x in inventory.layers)
     problems = [*_broken(layers, config, read), *_dropped(inventory, in_16bit)]
-    problems += _wrong_codes(inventory, weights, spec)
+    unlike = [*_wrong_codes(inventory, weights, spec)]
+    packed = [(x, w) for x in inventory.layers if (w := weights[x.name]) is not None and w.four_bit]
+    problems += unlike or wrong_states(where, tensors, packed, spec)
     parameter_bytes, total_bytes = _bytes(tensors)
     if written is not None:
         problems += _against(written, type(model).__name__, inventory, layers, total_bytes)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qprobe.build.audit_states import numbers_of
 from qprobe.errors import ManifestError
 from qprobe.formats.codes_file import CodesReader, checked, open_codes
 from qprobe.manifest import Manifest
-from qprobe.models.headers import StoredTensor, StoredWeight
+from qprobe.models.headers import QUANT_STATE, StoredTensor, StoredWeight
 
-# What calibration chooses: codes and block scales; the other state tensors are tables and metadata.
+# What calibration chooses: codes and block scales; the other state tensors are tables and metadata, among it
+# the offset of nested scales, which lies in the JSON object of the state.
 _CHOSEN = ("absmax", "nested_absmax")
+_OFFSET = "nested_offset"
 
 
 def uncalibrated(
@@ -57,7 +61,18 @@ def _same(
     codes, state = file.raw(layer)
     wanted = {weight.name: codes}
     wanted |= {f"{weight.name}.{part}": state[part] for part in _CHOSEN if part in state}
-    return all(key in tensors and _equal(_read(folder, tensors, key), x) for key, x in wanted.items())
+    if not all(key in tensors and _equal(_read(folder, tensors, key), x) for key, x in wanted.items()):
+        return False
+    part = f"{QUANT_STATE}{weight.four_bit}"
+    key, ours = f"{weight.name}{part}", state.get(part.removeprefix("."))
+    if ours is None or key not in tensors:
+        return False
+    found, wanted_numbers = numbers_of(_read(folder, tensors, key)), numbers_of(ours)
+    return None not in (found, wanted_numbers) and _offset(found) == _offset(wanted_numbers)
+
+
+def _offset(numbers: Mapping[str, Any] | None) -> Any:
+    return None if numbers is None else numbers.get(_OFFSET)
 
 
 def _read(folder: Path, tensors: Mapping[str, StoredTensor], key: str) -> Tensor:

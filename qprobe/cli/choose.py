@@ -84,6 +84,7 @@ def select(
 
 def _show(manifest: Manifest, target: Path, is_bound: bool) -> None:
     from qprobe.report.terminal import readable_bytes
+    from qprobe.select.selection import always_16bit
 
     kept = [layer for layer in manifest.layers if layer.precision == "bf16"]
     for layer in kept:
@@ -92,7 +93,12 @@ def _show(manifest: Manifest, target: Path, is_bound: bool) -> None:
         click.echo()
     sizes = (manifest.budget.total_bytes, manifest.budget.limit_bytes, manifest.budget.standard_4bit_bytes)
     total, limit, standard = map(readable_bytes, sizes)
-    click.echo(f"{len(kept)} of {len(manifest.layers)} layers stay in 16-bit.")
+    always = always_16bit(manifest)
+    besides = f", besides {', '.join(always)}, as in standard 4-bit" if always else ""
+    chosen = len(kept) - len(always)
+    click.echo(
+        f"{chosen} of {len(manifest.layers)} layers {'is' if chosen == 1 else 'are'} kept in 16-bit{besides}."
+    )
     what = f"of the {limit} allowed"
     if is_bound:
         what = f"for a predicted KL of {manifest.quality.kl_predicted:.3g}"

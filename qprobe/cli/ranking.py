@@ -44,7 +44,7 @@ def show_ranking(folder: Path, by: str | None, top: int) -> None:
 
     score, table, width = by or default_score(folder), read_table(folder), table_width()
     ranked = ranking(folder, score, top)
-    kept = kept_layers(folder, read_scan(folder))
+    kept = kept_layers(folder, read_scan(folder)).in_16bit
     if is_terminal():
         click.echo(f"{score} of {len(table)} layers in execution order:")
         click.echo(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")

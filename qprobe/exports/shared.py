@@ -23,14 +23,29 @@ def where_notes(manifest: Manifest) -> tuple[str, ...]:
     return (f"{manifest.model.id!r} is no name on the hub: write the folder of the 16-bit weights instead.",)
 
 
-def rounding_notes(manifest: Manifest) -> tuple[str, ...]:
-    """What a tool that makes the 4-bit weights itself loses of calibrated ones; nothing for plain NF4."""
+# How the tools that do not round to nearest choose their codes, as each documents it.
+OWN_CODES = {
+    "llm-compressor": "by the modifier that is given the list: QuantizationModifier rounds to nearest, "
+    "GPTQModifier fits them to its own calibration samples",
+    "gptqmodel": "by GPTQ on its own calibration samples",
+    "autoround": "by signed gradient descent on its own calibration samples",
+    "llama.cpp": "with scales of its own for each block, weighted by an importance matrix if it is given one",
+}
+
+
+def rounding_notes(manifest: Manifest, tool: str) -> tuple[str, ...]:
+    """What `tool`, which makes the 4-bit weights itself, loses of calibrated ones; nothing for plain NF4."""
     if not manifest.format.is_calibrated:
         return ()
+    figure = "The KL in the manifest is that of calibrated NF4."
+    if tool in OWN_CODES:
+        return (
+            f"The calibrated weights are not carried over: the tool chooses 4-bit codes of its own, "
+            f"{OWN_CODES[tool]}. {figure}",
+        )
     return (
         "The tool makes the 4-bit weights from 16-bit ones itself and rounds to nearest: to keep the "
-        "calibration, load the checkpoint that `qprobe quantize` writes. The KL in the manifest is that of "
-        "calibrated NF4.",
+        f"calibration, load the checkpoint that `qprobe quantize` writes. {figure}",
     )
 
 

@@ -50,7 +50,7 @@ def export_manifest(manifest: Manifest | str | Path, to: str) -> Export:
         raise QprobeError(f"No tool {to!r}: qprobe exports to {', '.join(TOOLS)}.")
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     text, notes = TOOLS[to](written)
-    lost = () if to in OF_CHECKPOINTS else rounding_notes(written)
+    lost = () if to in OF_CHECKPOINTS else rounding_notes(written, to)
     return Export(to, text, (*notes, *lost), written.skip_modules)
 
 

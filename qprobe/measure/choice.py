@@ -13,7 +13,7 @@ import pandas as pd
 
 from qprobe.errors import BudgetError
 from qprobe.formats.nf4 import format_from
-from qprobe.manifest import Compared, Manifest, Quality, write_atomic, write_manifest
+from qprobe.manifest import NEAREST, NOTHING, Compared, Manifest, Quality, write_atomic, write_manifest
 from qprobe.measure.held_out import measure_choices, measure_nearest
 from qprobe.measure.store import read_scan
 from qprobe.measure.subject import Subject
@@ -36,8 +36,6 @@ from qprobe.select.selection import (
 from qprobe.select.table import measured, read_table
 from qprobe.select.verdict import verdict
 
-NOTHING = "nothing kept"
-NEAREST = "standard 4-bit: rounded to nearest, nothing kept"  # compared with calibrated weights
 SCORES = ("sensitivity_kl", "activation_nmse", "weight_nmse")  # in the order of what is known of their worth
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves
 
@@ -279,7 +277,8 @@ def frontier_plans(trial: Trial) -> dict[str, Plan]:
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - inventory.standard_4bit_bytes
     limits = {share: inventory.standard_4bit_bytes + int(share * saved) for share in FRONTIER_SHARES}
     return {
-        f"frontier {share:.0%}": plan_by(inventory, trial.table, column, n) for share, n in limits.items()
+        f"{share:.0%} of the bytes that 4-bit saves": plan_by(inventory, trial.table, column, n)
+        for share, n in limits.items()
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from qprobe.models.matchers import whole_parts
 from qprobe.records import Inventory
 
 
@@ -19,17 +20,13 @@ class PublishedList:
     def kept(self, inventory: Inventory) -> frozenset[str]:
         """Names of the linears that the list keeps in 16-bit."""
         return frozenset(
-            x.name for e in self.entries for x in inventory.layers if _meets(e, x.checkpoint_name)
+            x.name for e in self.entries for x in inventory.layers if whole_parts(e, x.checkpoint_name)
         )
 
     def dead(self, inventory: Inventory) -> tuple[str, ...]:
         """Entries that match no linear of the model."""
         names = [x.checkpoint_name for x in inventory.layers]
-        return tuple(e for e in self.entries if not any(_meets(e, name) for name in names))
-
-
-def _meets(entry: str, checkpoint_name: str) -> bool:
-    return f".{entry}." in f".{checkpoint_name}."
+        return tuple(e for e in self.entries if not any(whole_parts(e, name) for name in names))
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,8 @@ _ON_THE_HUB: tuple[tuple[str, str, str, str, str], ...] = (
         "llava-v1.6-mistral-7b",
     ),
     ("idefics3-8b", "HuggingFaceM4/Idefics3-8B-Llama3", _IDEFICS3, OPEN, "idefics3-8b"),
-    ("smolvlm", "HuggingFaceTB/SmolVLM2-2.2B-Instruct", _SMOLVLM, OPEN, "smolvlm2-2.2b"),
+    # No plain "smolvlm": it would have to be the first SmolVLM-Instruct, which is another checkpoint.
+    ("smolvlm2", "HuggingFaceTB/SmolVLM2-2.2B-Instruct", _SMOLVLM, OPEN, "smolvlm2-2.2b"),
     ("smolvlm2-2.2b", "HuggingFaceTB/SmolVLM2-2.2B-Instruct", _SMOLVLM, OPEN, "smolvlm2-2.2b"),
     ("smolvlm-500m", "HuggingFaceTB/SmolVLM-500M-Instruct", _IDEFICS3, OPEN, "smolvlm-500m"),
     ("smolvlm-256m", "HuggingFaceTB/SmolVLM-256M-Instruct", _IDEFICS3, OPEN, "smolvlm-256m"),

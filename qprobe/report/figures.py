@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
@@ -32,7 +34,13 @@ from qprobe.report.panels import (
 )
 
 _CHARACTER = 0.55  # width of a character on average, in sizes of its font
-UNITS = "nmse: squared error / squared signal; D: 4-bit weight - 16-bit weight; bars: standard error"
+# Of the three sorts of layers, the sizes as on a page.
+_QUANTIZED: dict[str, Any] = {"color": BLUE, "marker": "o", "ms": 3.2}
+_KEPT: dict[str, Any] = {"color": VERMILION, "marker": "D", "ms": 5.5, "mec": "black", "mew": 0.5}
+_ALWAYS: dict[str, Any] = {"color": "white", "marker": "D", "ms": 5.0, "mec": "black", "mew": 0.8}
+UNITS = (
+    "nmse: squared error / squared signal; D: 4-bit weight \N{MINUS SIGN} 16-bit weight; bars: standard error"
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,23 @@ class Layout:
         return float(np.clip(0.17 * layers, self.least_width, self.most_width))
 
 
-PAGE = Layout(10, 17, 2.0, 9, 90, 6, 110, True)
+PAGE = Layout(10, 17, 2.0, 9, 90, 12, 110, True)
 COLUMN = Layout(3.35, 3.35, 0.95, 6.5, 0, 3, 300, False)  # a column of a paper: read at its own size
 
 
-def spike_plot(table: pd.DataFrame, kept: frozenset[str], title: str, layout: Layout = PAGE) -> Figure:
+@dataclass(frozen=True)
+class Kept:
+    """Names of the layers in 16-bit: those that a list keeps, and those that standard 4-bit keeps as well."""
+
+    chosen: frozenset[str] = frozenset()
+    always: frozenset[str] = frozenset()
+
+    @property
+    def in_16bit(self) -> frozenset[str]:
+        return self.chosen | self.always
+
+
+def spike_plot(table: pd.DataFrame, kept: Kept, title: str, layout: Layout = PAGE) -> Figure:
     """The error-spike plot of a layer table.
 
     table: the columns of layers.csv, one row a layer, in execution order. kept: layers in 16-bit.
@@ -90,7 +110,9 @@ def framed(table: pd.DataFrame, panels: list[Panel], title: str, layout: Layout)
     named = 1.6 if len(table) <= layout.most_named else 0.3
     count = max(len(panels), 1)
     height = 0.145 * layout.font + layout.panel_height * count + named
-    figure = Figure(figsize=(layout.width(len(table)), height), layout="constrained")
+    # Names of spikes raise the limits afterwards, and with them the width of the tick labels: hence the pad.
+    arranged = ConstrainedLayoutEngine(w_pad=0.04 if layout.beside else 0.08)
+    figure = Figure(figsize=(layout.width(len(table)), height), layout=arranged)
     figure.suptitle(plain(title), fontsize=layout.font + min(4, layout.font - 5), x=0.01, ha="left")
     axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     if not panels:
@@ -109,7 +131,7 @@ def finished(
     """Bands, names and legend; afterwards the layout stands, and labels can be placed by their size."""
     towers = list(table["tower"])
     for ax in axes:
-        _draw_bands(ax, towers)
+        _draw_bands(ax, towers, layout)
     _name_layers(axes[-1], table, layout)
     _name_towers(axes[0], towers, layout)
     patches = [
@@ -142,11 +164,11 @@ def _wrapped(text: str, width: float, font: float) -> str:
     return "\n".join(fill(line, characters) for line in text.splitlines())
 
 
-def _draw_panel(ax: Axes, table: pd.DataFrame, kept: frozenset[str], panel: Panel, layout: Layout) -> None:
+def _draw_panel(ax: Axes, table: pd.DataFrame, kept: Kept, panel: Panel, layout: Layout) -> None:
     values = table[panel.column].to_numpy(float)
     x = np.arange(len(values))
     drawn = np.isfinite(values) & ((values > 0) | (not panel.log))
-    is_kept = table["layer"].isin(kept).to_numpy()
+    is_chosen, is_always = (table["layer"].isin(x).to_numpy() for x in (kept.chosen, kept.always))
     set_scale(ax, values[drawn], panel, layout)
     floor = ax.get_ylim()[0] if panel.log else 0.0
     thin = 0.7 * layout.marker(len(values)) * 9 / layout.font
@@ -156,14 +178,12 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, kept: frozenset[str], panel: Pane
         ax.errorbar(x[drawn], values[drawn], spread[drawn], fmt="none", ecolor=GREY, elinewidth=0.8, zorder=2)
     size = layout.marker(len(values))
     for mask, style, gid in (
-        (drawn & ~is_kept, {"color": BLUE, "marker": "o", "ms": 3.2 * size}, "quantized"),
-        (
-            drawn & is_kept,
-            {"color": VERMILION, "marker": "D", "ms": 5.5 * size, "mec": "black", "mew": 0.5 * size},
-            "kept",
-        ),
+        (drawn & ~is_chosen & ~is_always, _QUANTIZED, "quantized"),
+        (drawn & is_always, _ALWAYS, "always"),
+        (drawn & is_chosen, _KEPT, "kept"),
     ):
-        ax.plot(x[mask], values[mask], ls="", zorder=3, gid=f"{panel.column}:{gid}", **style)
+        scaled = {key: style[key] * size for key in ("ms", "mew") if key in style}
+        ax.plot(x[mask], values[mask], ls="", zorder=3, gid=f"{panel.column}:{gid}", **{**style, **scaled})
 
 
 def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> None:
@@ -173,7 +193,8 @@ def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> Non
         ax.set_yscale("log")
         ax.set_ylim(low, high)
         # Between decades, labels only where there are few of them: all at once cannot be read.
-        ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 0.4)))
+        decades = 2 if layout.beside else 1.2
+        ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(decades, 0.4)))
         ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high / low < 250 else "auto"))
     if not panel.log:
         ax.axhline(0, color="black", lw=0.6, zorder=1)
@@ -196,12 +217,15 @@ def _tint(tower: str) -> str:
     return TOWER_TINTS.get(tower, TOWER_TINTS["other"])
 
 
-def _draw_bands(ax: Axes, towers: list[str]) -> None:
+def _draw_bands(ax: Axes, towers: list[str], layout: Layout) -> None:
     for tower, first, last in tower_runs(towers):
         ax.axvspan(
             first - 0.5, last + 0.5, color=_tint(tower), alpha=0.28, lw=0, zorder=0, gid=f"tower:{tower}"
         )
-    ax.set_xlim(-0.5, max(len(towers), 1) - 0.5)
+    count = max(len(towers), 1)
+    points_each = 65 * layout.width(count) / count  # a little of the 72 is the axis' own
+    margin = max(0.5, 5 * layout.marker(count) / points_each)  # or the edge would halve the last mark
+    ax.set_xlim(-margin, count - 1 + margin)
 
 
 def _name_towers(ax: Axes, towers: list[str], layout: Layout) -> None:
@@ -224,16 +248,27 @@ def _name_layers(ax: Axes, table: pd.DataFrame, layout: Layout) -> None:
     if len(table) <= layout.most_named:
         names = list(short_names(table["layer"]).values())
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=layout.font - 2.5)
+        return
+    step = next(x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if 8 * x >= len(table) or x == 1000)
+    counted = [1, *range(step, len(table) + 1, step)] if step > 1 else list(range(1, len(table) + 1))
+    ax.set_xticks([number - 1 for number in counted], [str(number) for number in counted])
 
 
-def _series_of(table: pd.DataFrame, kept: frozenset[str]) -> list[Line2D]:
-    total, in_16_bit = len(table), int(table["layer"].isin(kept).sum())
-    label = f"4-bit ({total - in_16_bit} layers)"
-    handles = [Line2D([], [], ls="", marker="o", color=BLUE, ms=4, label=label)]
-    if in_16_bit:
-        label = f"kept in 16-bit ({in_16_bit} layers)"
-        handles.append(Line2D([], [], ls="", marker="D", color=VERMILION, mec="black", mew=0.5, label=label))
-    return handles
+def _series_of(table: pd.DataFrame, kept: Kept) -> list[Line2D]:
+    """The legend's lines; as in the verdict, what standard 4-bit keeps as well is named and not counted."""
+    chosen = int(table["layer"].isin(kept.chosen - kept.always).sum())
+    always = [name for name in table["layer"] if name in kept.always]
+    lines = [(f"4-bit ({_layers(len(table) - chosen - len(always))})", _QUANTIZED)]
+    lines += [(f"kept in 16-bit ({_layers(chosen)})", _KEPT)] if chosen else []
+    if always:
+        short = short_names(table["layer"])
+        named = short[always[0]] if len(always) == 1 else _layers(len(always))
+        lines.append((f"in 16-bit in standard 4-bit too ({named})", _ALWAYS))
+    return [Line2D([], [], ls="", label=plain(label), **style) for label, style in lines]
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
 
 
 def _facts(table: pd.DataFrame, panels: list[Panel]) -> str:

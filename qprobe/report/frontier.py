@@ -9,11 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qprobe.manifest import Compared
+from qprobe.manifest import NEAREST, NOTHING, Compared
 from qprobe.report.names import plain
-from qprobe.report.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from qprobe.report.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, list_name
 
-STANDARD = "nothing kept"  # the name of standard 4-bit among the lists compared
 _DECADES = 20.0  # KL that spans more than this factor is drawn on a logarithmic scale
 
 
@@ -47,7 +46,10 @@ def frontier_plot(frontier: pd.DataFrame, title: str, compared: Sequence[Compare
     ax.set_xlabel(f"size of the model ({unit})")
     ax.set_ylabel("KL to the 16-bit model (nats / answer token)")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, frameon=False)
+    handles, labels = ax.get_legend_handles_labels()
+    lines = [i for i, label in enumerate(labels) if "predicted" in label]  # behind what was measured
+    order = [*(i for i in range(len(labels)) if i not in lines), *lines]
+    ax.legend([handles[i] for i in order], [labels[i] for i in order], fontsize=8, frameon=False)
     ax.set_title(plain(title), loc="left")
     return figure
 
@@ -80,17 +82,25 @@ def _draw_line(ax: Axes, points: pd.DataFrame, name: str, place: int, log: bool)
 
 def _draw_lists(ax: Axes, lists: Sequence[Compared], divisor: int) -> None:
     """Each list as a point with its standard error; the chosen one as a star."""
-    for i, one in enumerate(lists):
-        style = {
-            "marker": "s",
-            "ms": 6,
-            "color": GREY if one.name == STANDARD else (GREEN, PURPLE, ORANGE)[i % 3],
-        }
-        name = "standard 4-bit" if one.name == STANDARD else one.name
+    names = _names(lists)
+    for i, (one, name) in enumerate(zip(lists, names, strict=True)):
+        keeps_nothing = one.name in (NOTHING, NEAREST)
+        style = {"marker": "s", "ms": 6, "color": GREY if keeps_nothing else (GREEN, PURPLE, ORANGE)[i % 3]}
+        if one.name == NEAREST:
+            style["mfc"] = "none"
         if one.chosen:
             style = {"marker": "*", "ms": 15, "color": VERMILION, "mec": "black", "mew": 0.6}
             name = f"{name} (chosen)"
         kl = np.nan if one.kl is None else one.kl
         gid = "chosen" if one.chosen else "list"
         size = one.total_bytes / divisor
-        ax.errorbar(size, kl, one.kl_se or 0.0, ls="", capsize=2, zorder=3, label=name, gid=gid, **style)
+        ax.errorbar(
+            size, kl, one.kl_se or 0.0, ls="", capsize=2, zorder=3, label=plain(name), gid=gid, **style
+        )
+
+
+def _names(lists: Sequence[Compared]) -> list[str]:
+    """What the lists are called; of calibrated weights, standard 4-bit is the one rounded to nearest."""
+    is_calibrated = any(x.name == NEAREST for x in lists)
+    known = {NOTHING: "calibrated 4-bit" if is_calibrated else "standard 4-bit", NEAREST: "standard 4-bit"}
+    return [known.get(x.name) or list_name(x.name) for x in lists]

@@ -25,8 +25,36 @@ TOWER_TINTS = {
     "language": "#BBBBBB",
     "other": PURPLE,
 }
-LABELLED_SPIKES = 6  # a panel
+LABELLED_SPIKES = 12  # a panel at most; those that find no room stay without a name
 LEAST_HEIGHT = 0.05  # of the tallest spike of a linear panel; below, a point lies on the axis
+
+
+# Column of the layer table -> its heading, its unit, and what it says; shown in this order.
+MEASURES = {
+    "weight_nmse": ("weight error", "nmse", "squared error of the 4-bit weights / their squares"),
+    "weight_peak": ("largest weight error", "max |D|", "of all weights; D is 4-bit minus 16-bit"),
+    "activation_nmse": (
+        "activation error",
+        "nmse",
+        "squared error of the output, with 4-bit in this layer alone / its squares",
+    ),
+    "activation_peak": ("largest activation error", "max |D x|", "of all tokens and outputs"),
+    "propagated_nmse": (
+        "propagated error",
+        "nmse",
+        "squared error of the output, with 4-bit in every layer / its squares",
+    ),
+    "sensitivity_kl": (
+        "sensitivity",
+        "nats / answer token",
+        "share of the KL of standard 4-bit that this layer causes",
+    ),
+    "alone_kl": (
+        "own damage",
+        "nats / answer token",
+        "KL with 4-bit in this layer alone, to second order",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +105,12 @@ def spike_indices(table: pd.DataFrame, panel: Panel) -> list[int]:
         fence = max(fence, LEAST_HEIGHT * float(values[drawn].max()))
     spikes = np.flatnonzero(drawn & (np.nan_to_num(scaled, nan=-np.inf) > fence))
     return [int(i) for i in spikes[np.argsort(-values[spikes], kind="stable")][:LABELLED_SPIKES]]
+
+
+def list_name(name: str) -> str:
+    """What a list is called where it is drawn: the name of its measure in place of the column's."""
+    column = next((c for c in MEASURES if c in name), "")
+    return name.replace(column, MEASURES[column][0]) if column else name
 
 
 def upper_fence(values: np.ndarray) -> float:

@@ -11,27 +11,16 @@ from typing import Any
 import pandas as pd
 
 from qprobe import __version__
-from qprobe.manifest import Manifest, manifest_to_json
+from qprobe.manifest import NEAREST, NOTHING, Manifest, manifest_to_json
 from qprobe.records import Scan
 from qprobe.report.budgets import KL, Point, Prediction, manifest_at, points, reasons
 from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
-from qprobe.report.panels import PANELS, spike_indices
+from qprobe.report.panels import MEASURES, PANELS, spike_indices
 from qprobe.report.worst import Worst, worst_tokens
 from qprobe.select.ranks import read_ranks
 from qprobe.select.table import attribution_residual
 from qprobe.shown import ShownSample, read_shown
-
-# Column of the layer table -> its heading and unit; shown in this order.
-MEASURES = {
-    "weight_nmse": ("weight error", "nmse"),
-    "weight_peak": ("largest weight error", "max |D|"),
-    "activation_nmse": ("activation error", "nmse"),
-    "activation_peak": ("largest activation error", "max |D x|"),
-    "propagated_nmse": ("propagated error", "nmse"),
-    "sensitivity_kl": ("sensitivity", "nats / answer token"),
-    "alone_kl": ("own damage", "nats / answer token, this layer alone in 4-bit, to second order"),
-}
 
 
 def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:
@@ -47,6 +36,7 @@ def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest 
     return plain(
         {
             "qprobe": __version__,
+            "names": {"nothing": NOTHING, "nearest": NEAREST},
             "run": folder.resolve().name,
             "model": asdict(scan.model),
             "format": asdict(scan.format),
@@ -55,8 +45,8 @@ def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest 
                 "full": scan.inventory.total_bytes(frozenset(x.name for x in scan.inventory.layers)),
             },
             "measures": [
-                {"column": c, "name": name, "unit": unit}
-                for c, (name, unit) in MEASURES.items()
+                {"column": c, "name": name, "unit": unit, "what": what}
+                for c, (name, unit, what) in MEASURES.items()
                 if c in table and table[c].notna().any()
             ],
             "panels": _panels(table),

@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from qprobe.errors import RunError
-from qprobe.manifest import Compared, Manifest, read_manifest, write_atomic
+from qprobe.manifest import NOTHING, Compared, Manifest, read_manifest, write_atomic
 from qprobe.measure.store import read_scan
 from qprobe.records import Scan
 from qprobe.report.against import Side, against_plot
-from qprobe.report.figures import COLUMN, PAGE, Layout, spike_plot
-from qprobe.report.frontier import STANDARD, frontier_plot
+from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
+from qprobe.report.frontier import frontier_plot
 from qprobe.report.page import page_html
 from qprobe.report.panels import PANELS, taken
 from qprobe.report.payload import page_data
@@ -90,12 +90,12 @@ def missing_measures(folder: Path) -> list[str]:
     return [*(p.what for p in PANELS if p not in present), *frontier]
 
 
-def kept_layers(folder: Path, scan: Scan) -> frozenset[str]:
-    """Layers in 16-bit by the run's manifest; without one, those that are fixed there."""
+def kept_layers(folder: Path, scan: Scan) -> Kept:
+    """Layers in 16-bit by the run's manifest; without one, only those that standard 4-bit keeps."""
     manifest = _manifest(folder)
-    if manifest is not None:
-        return frozenset(layer.name for layer in manifest.layers if layer.precision == "bf16")
-    return frozenset(layer.name for layer in scan.inventory.layers if layer.fixed)
+    always = frozenset(layer.name for layer in scan.inventory.layers if layer.fixed)
+    in_16bit = frozenset() if manifest is None else frozenset(manifest.skip_modules)
+    return Kept(in_16bit - always, always)
 
 
 def _measured(folder: Path) -> tuple[Scan, pd.DataFrame]:
@@ -110,17 +110,17 @@ def _measured(folder: Path) -> tuple[Scan, pd.DataFrame]:
 
 
 def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[Compared]) -> pd.DataFrame:
-    """The rows of frontier.csv, and before them standard 4-bit where it was measured."""
+    """The rows of frontier.csv, and before them the list that keeps nothing, where it was measured."""
     frontier = pd.read_csv(folder / FRONTIER)
-    standard = next((x for x in compared if x.name == STANDARD and x.kl is not None), None)
-    if standard is None:
+    nothing = next((x for x in compared if x.name == NOTHING and x.kl is not None), None)
+    if nothing is None:
         return frontier
     row = {
         "budget_bytes": scan.inventory.standard_4bit_bytes,
         "predicted_kl": predicted_kl(table, frozenset(x.name for x in scan.inventory.layers if x.fixed)),
-        "measured_kl": standard.kl,
-        "measured_kl_se": standard.kl_se,
-        "candidate": STANDARD,
+        "measured_kl": nothing.kl,
+        "measured_kl_se": nothing.kl_se,
+        "candidate": NOTHING,
     }
     return pd.concat([pd.DataFrame([row]), frontier], ignore_index=True)
 

@@ -31,6 +31,12 @@ _FIXED_REASONS = {
 }
 
 
+def always_16bit(manifest: Manifest) -> tuple[str, ...]:
+    """Layers of `manifest` in 16-bit that standard 4-bit keeps as well; a list's own are all others."""
+    reasons = frozenset(_FIXED_REASONS.values())
+    return tuple(x.name for x in manifest.layers if x.precision == "bf16" and x.reason in reasons)
+
+
 def select(
     folder: Path, budget: str | None = None, by: str | None = None, max_kl: float | None = None
 ) -> Manifest:

@@ -163,6 +163,58 @@ def test_codes_of_another_format_are_caught(stale: Any, key: str, value: object,
     assert said in audit(folder).problems[0]
 
 
+PREFIX = "model.layers.0.mlp.up_proj.weight"
+STATE = f"{PREFIX}.quant_state.bitsandbytes__nf4"
+
+
+def numbers(**changed: object) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Changes the JSON object of one layer's quantization state."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        found = {**json.loads(bytes(tensors[STATE].tolist())), **changed}
+        tensors[STATE] = torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
+
+    return change
+
+
+def scaled(part: str, factor: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({f"{PREFIX}.{part}": tensors[f"{PREFIX}.{part}"] * factor})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (scaled("quant_map", 1.001), "a code table (quant_map) that is not that of nf4"),
+        (lambda t: t.update({f"{PREFIX}.quant_map": t[f"{PREFIX}.quant_map"].flip(0)}), "quant_map"),
+        (lambda t: t.pop(f"{PREFIX}.quant_map"), "quant_map"),
+        (
+            scaled("nested_quant_map", -1.0),
+            "block scales (nested_quant_map) that is not that of bitsandbytes",
+        ),
+        (scaled("nested_absmax", -1.0), "nested_absmax) that are missing, negative or not finite"),
+        (scaled("nested_absmax", float("nan")), "nested_absmax) that are missing, negative or not finite"),
+        (numbers(blocksize=128), "has blocksize 128, not 64"),
+        (numbers(shape=[64, 96]), "has shape [64, 96], not [96, 64]"),
+        (numbers(quant_type="fp4"), "has quant_type 'fp4', not 'nf4'"),
+        (numbers(nested_blocksize=128), "has nested_blocksize 128, not 256"),
+        (numbers(nested_offset=-0.1), "has nested_offset -0.1, which is no mean of block scales"),
+        (numbers(nested_offset=0.0), "has nested_offset 0, though its block scales are not all 0"),
+        (numbers(nested_offset="0.1"), "which is no mean of block scales"),
+        (lambda t: t.update({STATE: torch.zeros(4, dtype=torch.uint8)}), "a state that is no JSON object"),
+    ],
+)
+def test_a_quantization_state_that_reads_other_weights_is_caught(
+    change: Callable[[dict[str, torch.Tensor]], object], said: str, stale: Any
+):
+    folder, manifest = stale("llama", lambda _: None)
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    (problem,) = (x for x in audit(folder, manifest).problems if "quantization state" in x)
+    assert problem.startswith("1 of 14 linears in 4-bit") and "model.layers.0.mlp.up_proj has" in problem
+    assert said in problem
+
+
 def test_a_lost_weight_and_a_weight_of_another_shape(stale: Any):
     folder, _ = stale("llama", lambda _: None)
     tensors = load_file(folder / SINGLE)

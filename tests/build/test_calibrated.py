@@ -215,6 +215,22 @@ def test_an_audit_compares_block_scales_and_names_the_one_layer(run, tmp_path):
     assert problem.startswith("1 of ") and f": {layer}." in problem
 
 
+def test_an_audit_finds_another_offset_of_the_block_scales(run, tmp_path):
+    one = run("llama")
+    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
+    with open_codes(one.folder / FILE_NAME) as file:
+        manifest = read_manifest(one.manifest)
+        layer = next(x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers)
+    tensors = load_file(saved / "model.safetensors")
+    state = f"{layer}.weight.quant_state.bitsandbytes__nf4"
+    numbers = json.loads(bytes(tensors[state].tolist()))
+    numbers["nested_offset"] *= 1.01  # every block scale is larger, all tables and codes the same
+    tensors[state] = torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8)
+    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
+    (problem,) = audit(saved, one.manifest).problems
+    assert "do not hold the calibrated codes" in problem and f": {layer}." in problem
+
+
 @pytest.mark.parametrize("size", ["5KB", "20KB"])  # at 20KB a weight and its block scales part
 def test_an_audit_finds_calibrated_codes_in_whichever_shard_they_lie(size, run, tmp_path):
     one = run("llama")

@@ -125,7 +125,15 @@ def test_gemma_3_has_a_projector_without_a_linear() -> None:
         *(f"llama-3.2-{size}-vision{tuned}" for size in ("11b", "90b") for tuned in ("", "-instruct")),
         *(f"qwen2-vl-{size}{tuned}" for size in ("2b", "7b", "72b") for tuned in ("", "-instruct")),
         *(f"qwen2.5-vl-{size}" for size in ("3b", "7b", "72b")),
-        *("pixtral-12b", "llava-1.5-7b", "llava-next", "idefics3-8b", "smolvlm", "paligemma", "internvl3-1b"),
+        *(
+            "pixtral-12b",
+            "llava-1.5-7b",
+            "llava-next",
+            "idefics3-8b",
+            "smolvlm2",
+            "paligemma",
+            "internvl3-1b",
+        ),
         *(f"gemma-3-{size}" for size in ("4b", "12b", "27b")),
         *("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "qwen3-0.6b", "demo", "demo-outliers"),
     ],
@@ -162,6 +170,14 @@ def test_base_and_tuned_llama_11b_differ_in_their_tiles() -> None:
 )
 def test_the_nearest_name_comes_first(typed: str, meant: str) -> None:
     assert nearest(typed)[0] == meant
+
+
+def test_an_alias_names_the_generation_that_its_checkpoint_is_of() -> None:
+    for entry in ENTRIES:
+        digits = re.match(r"[a-z]+(\d*)", entry.alias)
+        if entry.alias.startswith("smolvlm") and digits and entry.hub_id:
+            assert f"/smolvlm{digits[1]}-" in entry.hub_id.lower(), entry.alias
+    assert find("smolvlm") is None and "smolvlm2" in nearest("smolvlm")
 
 
 def test_nothing_is_near_to_nonsense() -> None:

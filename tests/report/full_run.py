@@ -1,4 +1,4 @@
-"""A finished run of any size with everything a scan leaves, made up, without torch.
+"""A finished run of any size with everything a scan leaves, made up.
 
 Values are like those of a real scan: errors of half a decade around a level, a few layers far above it,
 sensitivities of both signs that sum to the measured KL.
@@ -18,6 +18,10 @@ from PIL import Image
 
 from qprobe.manifest import Compared, Quality, write_manifest
 from qprobe.measure.store import choice_stage, open_run, write_unit
+from qprobe.models.catalogue import find
+from qprobe.models.geometry import catalogue_config
+from qprobe.models.inventory import list_layers
+from qprobe.models.reference import meta_model
 from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Scan
 from qprobe.select import select
 from qprobe.select.ranks import write_ranks
@@ -50,12 +54,37 @@ def write_full_run(
     scan = _scan(ModelIdentity(model, None, "MllamaForConditionalGeneration", "f" * 64), inventory, ids)
     if codes is not None:
         scan = replace(scan, format=FormatSpec("nf4-calibrated"), codes=codes)
+    return _measured(folder, scan, SPIKES)
+
+
+def write_llama_11b(folder: Path, samples: int = 6) -> Path:
+    """`folder`, holding such a run of the 522 linears of Llama-3.2-11B-Vision.
+
+    Layers that a published list keeps are the ones that stand out.
+    """
+    entry = find("llama-3.2-11b-vision")
+    assert entry is not None and entry.hub_id is not None
+    found = list_layers(meta_model(catalogue_config(entry), "bfloat16"), FormatSpec())
+    order = {"vision": 0, "projector": 1}  # as it runs, where modules are in another order
+    linears = tuple(sorted(found.layers, key=lambda x: order.get(x.tower, 2)))
+    published = entry.published[0].kept(found)
+    high = [i for i, x in enumerate(linears) if x.name in published]
+    factors = np.random.default_rng(0).uniform(8, 80, len(high))
+    ids = [f"sample-{i}" for i in range(samples)]
+    model = ModelIdentity(entry.hub_id, None, entry.architecture, "f" * 64)
+    scan = _scan(model, replace(found, layers=linears), ids)
+    return _measured(folder, scan, dict(zip(high, factors.tolist(), strict=True)))
+
+
+def _measured(folder: Path, scan: Scan, spikes: dict[int, float]) -> Path:
+    """`folder` with all that a finished scan leaves. spikes: index -> factor of its errors."""
+    ids = [sample["id"] for batch in scan.spec["calibration"] for sample in batch]
     open_run(folder, scan)
-    _write_units(folder, linears, ids)
+    _write_units(folder, scan.inventory.layers, ids, spikes)
     write_table(folder)
     write_ranks(folder)
     write_shown(folder, [_shown(name, i) for i, name in enumerate(ids)])
-    _choose(folder, inventory)
+    _choose(folder, scan.inventory)
     return folder
 
 
@@ -76,6 +105,10 @@ def write_comparison(folder: Path, prompt: str = "What does the dial show?") -> 
         ],
     }
     (folder / "compare.json").write_text(json.dumps(found))
+
+
+def share_name(share: float) -> str:
+    return f"{share:.0%} of the bytes that 4-bit saves"
 
 
 def _linears(count: int, names: dict[int, str]) -> tuple[Linear, ...]:
@@ -108,9 +141,9 @@ def _scan(model: ModelIdentity, inventory: Inventory, ids: list[str]) -> Scan:
     return Scan(model, FormatSpec(), inventory, spec, "finished", notes=("x.txt: skipped, it is no image",))
 
 
-def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str]) -> None:
+def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spikes: dict[int, float]) -> None:
     rng = np.random.default_rng(len(linears))
-    factor = np.array([SPIKES.get(i, 1.0) for i in range(len(linears))]) * np.exp(
+    factor = np.array([spikes.get(i, 1.0) for i in range(len(linears))]) * np.exp(
         0.3 * rng.normal(size=len(linears))
     )
     weights = [
@@ -172,9 +205,9 @@ def _choose(folder: Path, inventory: Inventory) -> None:
     for share, kl in ((0.05, 0.25), (0.2, 0.1)):
         manifest = select(folder, str(standard + int(share * saved)))
         kept = frozenset(manifest.skip_modules) - {"lm_head"}
-        _write_kl(folder, choice_stage(kept), held, list(kl * noise), f"frontier {share:.0%}")
+        _write_kl(folder, choice_stage(kept), held, list(kl * noise), share_name(share))
         numbers = (manifest.budget.total_bytes, manifest.quality.kl_predicted, kl / 5, kl / 50)
-        lines.append(",".join([*map(str, numbers), f"frontier {share:.0%}"]))
+        lines.append(",".join([*map(str, numbers), share_name(share)]))
     header = "budget_bytes,predicted_kl,measured_kl,measured_kl_se,candidate"
     (folder / "frontier.csv").write_text("\n".join([header, *lines]) + "\n")
     chosen = select(folder, "+10%")

@@ -9,11 +9,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qprobe.errors import RunError
-from qprobe.manifest import Compared
+from qprobe.manifest import NEAREST, Compared
 from qprobe.report.against import Side, against_plot
-from qprobe.report.figures import COLUMN, PAGE, Layout, spike_plot
+from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
 from qprobe.report.frontier import frontier_plot
-from qprobe.report.panels import PANELS, tower_runs, tower_spans
+from qprobe.report.panels import LABELLED_SPIKES, PANELS, tower_runs, tower_spans
 from tests.report.tables import layer_table
 
 SPIKES = {3: 200.0, 4: 180.0, 14: 50.0, 15: 60.0, 16: 70.0, 25: 90.0}
@@ -36,24 +36,31 @@ def legend_texts(figure: Figure) -> list[str]:
 @pytest.mark.parametrize("count", [30, 600])
 def test_every_layer_is_drawn_once_at_its_place_and_value(count: int):
     table = layer_table(count, SPIKES)
-    kept = frozenset(table["layer"].iloc[[3, 14]])
+    kept = Kept(frozenset(table["layer"].iloc[[3, 14]]), frozenset(["lm_head"]))
     figure = spike_plot(table, kept, "a model")
     for panel in PANELS:
-        drawn = points(figure, f"{panel.column}:kept") + points(figure, f"{panel.column}:quantized")
+        drawn = [
+            x for how in ("kept", "always", "quantized") for x in points(figure, f"{panel.column}:{how}")
+        ]
         assert sorted(drawn) == list(enumerate(table[panel.column]))
 
 
 def test_layers_in_16_bit_are_the_marked_ones():
     table = layer_table(30, SPIKES)
-    figure = spike_plot(table, frozenset(table["layer"].iloc[[3, 14]]), "a model")
+    figure = spike_plot(
+        table, Kept(frozenset(table["layer"].iloc[[3, 14]]), frozenset(["lm_head"])), "a model"
+    )
     assert [x for x, _ in points(figure, "activation_nmse:kept")] == [3, 14]
     assert "kept in 16-bit (2 layers)" in legend_texts(figure)
-    assert "4-bit (28 layers)" in legend_texts(figure)
+    assert [x for x, _ in points(figure, "activation_nmse:always")] == [29]
+    # As in the verdict: what standard 4-bit keeps as well is named and not counted.
+    assert "in 16-bit in standard 4-bit too (lm_head)" in legend_texts(figure)
+    assert "4-bit (27 layers)" in legend_texts(figure)
 
 
 def test_measures_not_taken_have_no_panel_and_are_named():
     table = layer_table(30).assign(propagated_nmse=np.nan, sensitivity_kl=np.nan)
-    figure = spike_plot(table, frozenset(), "a model")
+    figure = spike_plot(table, Kept(), "a model")
     assert len(figure.axes) == 3
     said = legend_texts(figure)[0].splitlines()
     assert said[0] == "24 samples; not measured: propagated error, sensitivity"
@@ -62,29 +69,29 @@ def test_measures_not_taken_have_no_panel_and_are_named():
 def test_layers_that_never_ran_are_counted_and_not_drawn():
     table = layer_table(30)
     table.loc[[5, 6], ["activation_nmse", "activation_peak"]] = np.nan
-    figure = spike_plot(table, frozenset(), "a model")
+    figure = spike_plot(table, Kept(), "a model")
     assert {5, 6}.isdisjoint(x for x, _ in points(figure, "activation_nmse:quantized"))
     assert "2 of 30 layers have no activation error" in legend_texts(figure)[0]
 
 
 def test_the_tallest_spikes_are_named():
-    figure = spike_plot(layer_table(30, SPIKES), frozenset(), "a model")
+    figure = spike_plot(layer_table(30, SPIKES), Kept(), "a model")
     activation = [t.get_text() for t in figure.axes[1].texts if t.get_gid() == "spike"]
     assert {"vision.0.self_attn.o_proj", "vision.0.mlp.fc1"} <= set(activation)
-    assert len(activation) <= 6
+    assert len(activation) <= LABELLED_SPIKES
 
 
 def test_nothing_is_named_where_nothing_stands_out():
     table = layer_table(30)
     for panel in PANELS:
         table[panel.column] = np.linspace(1.0, 1.1, 30)  # no value beyond the fences of a uniform spread
-    assert texts(spike_plot(table, frozenset(), "a model"), "spike") == []
+    assert texts(spike_plot(table, Kept(), "a model"), "spike") == []
 
 
 @pytest.mark.parametrize("layout", [PAGE, COLUMN])
 @pytest.mark.parametrize("count", [30, 90, 600])
 def test_names_of_spikes_overlap_neither_each_other_nor_a_leader(count: int, layout: Layout):
-    figure = spike_plot(layer_table(count, SPIKES), frozenset(), "a model", layout)
+    figure = spike_plot(layer_table(count, SPIKES), Kept(), "a model", layout)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -100,7 +107,7 @@ def test_names_of_spikes_overlap_neither_each_other_nor_a_leader(count: int, lay
 
 
 def test_neighbouring_spikes_of_a_large_model_are_all_named():
-    figure = spike_plot(layer_table(600, {3: 60.0, 17: 90.0, 25: 40.0}), frozenset(), "a model")
+    figure = spike_plot(layer_table(600, {3: 60.0, 17: 90.0, 25: 40.0}), Kept(), "a model")
     named = {t.get_text() for t in figure.axes[1].texts if t.get_gid() == "spike"}
     assert named == {"vision.0.self_attn.o_proj", "vision.3.self_attn.v_proj", "vision.5.self_attn.q_proj"}
 
@@ -108,7 +115,7 @@ def test_neighbouring_spikes_of_a_large_model_are_all_named():
 @pytest.mark.parametrize("count", [30, 600])
 def test_the_column_form_is_as_wide_as_a_column_and_loses_nothing_on_its_edges(count: int):
     table = layer_table(count, SPIKES)
-    figure = spike_plot(table, frozenset(table["layer"].iloc[[3]]), "a model", COLUMN)
+    figure = spike_plot(table, Kept(frozenset(table["layer"].iloc[[3]])), "a model", COLUMN)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -124,7 +131,7 @@ def test_the_column_form_is_as_wide_as_a_column_and_loses_nothing_on_its_edges(c
 
 def test_standard_errors_of_the_sensitivity_are_drawn():
     table = layer_table(30)
-    figure = spike_plot(table, frozenset(), "a model")
+    figure = spike_plot(table, Kept(), "a model")
     (bars,) = figure.axes[4].containers
     (drawn,) = bars.lines[2]
     low, high = drawn.get_segments()[7][:, 1]
@@ -135,7 +142,7 @@ def test_standard_errors_of_the_sensitivity_are_drawn():
 
 def test_towers_are_bands_from_their_first_to_their_last_layer():
     table = layer_table(30)
-    figure = spike_plot(table, frozenset(), "a model")
+    figure = spike_plot(table, Kept(), "a model")
     vision = [p for p in figure.axes[0].patches if p.get_gid() == "tower:vision"]
     assert [(p.get_x(), p.get_x() + p.get_width()) for p in vision] == [(-0.5, 9.5)]
     assert {"vision", "projector", "cross-attention", "language"} <= set(legend_texts(figure))
@@ -154,16 +161,38 @@ def test_tower_runs_and_spans():
 
 
 def test_small_models_name_every_layer_below_the_axis():
-    figure = spike_plot(layer_table(30), frozenset(), "a model")
+    figure = spike_plot(layer_table(30), Kept(), "a model")
     ticks = [t.get_text() for t in figure.axes[-1].get_xticklabels()]
     assert len(ticks) == 30 and ticks[0] == "vision.0.self_attn.q_proj" and ticks[-1] == "lm_head"
     assert figure.axes[-1].get_xlabel() == "layer, in execution order"
 
 
+def test_a_large_model_counts_its_layers_from_one_in_round_steps():
+    (*_, last) = spike_plot(layer_table(522), Kept(), "a model").axes
+    labels = [t.get_text() for t in last.get_xticklabels()]
+    assert labels == ["1", "100", "200", "300", "400", "500"]
+    assert list(last.get_xticks()) == [0, 99, 199, 299, 399, 499]
+
+
+@pytest.mark.parametrize("layout", [PAGE, COLUMN])
+def test_the_labels_of_every_axis_are_legible(layout: Layout):
+    figure = spike_plot(layer_table(522, {40: 9.0, 300: 30.0}), Kept(), "a model", layout)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            low, high = sorted(axis.get_view_interval())
+            shown = [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_visible()]
+            boxes = [label.get_window_extent(renderer) for label in shown if label.get_text()]
+            assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
 def test_errors_that_span_decades_are_logarithmic_and_signed_ones_linear():
     table = layer_table(30, SPIKES)
     table.loc[7, "sensitivity_kl"] = -2e-4
-    figure = spike_plot(table, frozenset(), "a model")
+    figure = spike_plot(table, Kept(), "a model")
     assert [ax.get_yscale() for ax in figure.axes] == ["log", "log", "log", "log", "linear"]
     assert (7, -2e-4) in points(figure, "sensitivity_kl:quantized")
 
@@ -171,23 +200,23 @@ def test_errors_that_span_decades_are_logarithmic_and_signed_ones_linear():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_tiny_tables_draw(count: int):
     table = layer_table(30).iloc[:count]
-    FigureCanvasAgg(spike_plot(table, frozenset(), "a model")).draw()
+    FigureCanvasAgg(spike_plot(table, Kept(), "a model")).draw()
 
 
 def test_an_error_of_exactly_zero_does_not_break_the_logarithm():
     table = layer_table(30).assign(weight_nmse=0.0)
-    FigureCanvasAgg(spike_plot(table, frozenset(), "a model")).draw()
+    FigureCanvasAgg(spike_plot(table, Kept(), "a model")).draw()
 
 
 def test_a_table_without_any_measure_says_so():
     table = layer_table(5).assign(**{p.column: np.nan for p in PANELS})
-    figure = spike_plot(table, frozenset(), "a model")
+    figure = spike_plot(table, Kept(), "a model")
     assert "nothing was measured" in [t.get_text() for t in figure.axes[0].texts]
 
 
 def test_points_too_low_to_see_are_no_spikes_of_a_linear_panel():
     table = layer_table(30, {3: 1000.0, 20: 20.0})  # 20 / 1000 of the tallest
-    figure = spike_plot(table, frozenset(), "a model")
+    figure = spike_plot(table, Kept(), "a model")
     named = [[t.get_text() for t in ax.texts if t.get_gid() == "spike"] for ax in figure.axes]
     assert len(named[0]) >= 2 and named[4] == ["vision.0.self_attn.o_proj"]
 
@@ -237,7 +266,15 @@ def test_frontier_names_standard_4bit_published_lists_and_the_chosen_one():
     ax = frontier_ax(pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]}))
     points = {c.get_label(): c.lines[0].get_xydata().tolist() for c in ax.containers}
     assert points["standard 4-bit"] == [[1, 0.3]] and points["unsloth"] == [[3, 0.2]]
-    assert points["by sensitivity_kl (chosen)"] == [[2, 0.1]] and "not measured" not in points
+    assert points["by sensitivity (chosen)"] == [[2, 0.1]] and "not measured" not in points
+
+
+def test_beside_calibrated_weights_standard_4bit_is_rounded_to_nearest():
+    lists = (COMPARED[0], Compared(NEAREST, 2**20, 0.5, 0.02, False))
+    frontier = pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]})
+    (ax,) = frontier_plot(frontier, "KL by budget", lists).axes
+    points = {c.get_label(): c.lines[0].get_xydata().tolist() for c in ax.containers}
+    assert points["calibrated 4-bit"] == [[1, 0.3]] and points["standard 4-bit"] == [[1, 0.5]]
 
 
 def test_a_frontier_over_decades_is_logarithmic_and_counts_the_predictions_it_cannot_draw():

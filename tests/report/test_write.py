@@ -5,15 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from qprobe.errors import RunError
 from qprobe.measure.store import read_scan
+from qprobe.report.figures import Kept, spike_plot
 from qprobe.report.page import page_html, script_json
 from qprobe.report.write import kept_layers, write_report
-from tests.report.full_run import write_full_run
+from qprobe.select.table import read_table
+from tests.report.full_run import write_full_run, write_llama_11b
 from tests.report.runs import write_run
 
 SPIKES = {3: 50.0, 17: 80.0}
@@ -51,9 +55,10 @@ def test_the_kept_layers_are_those_of_the_manifest(tmp_path: Path):
     write_run(tmp_path, spikes=SPIKES)
     manifest = json.loads((tmp_path / "skiplist.json").read_text())
     kept = kept_layers(tmp_path, read_scan(tmp_path))
-    assert kept == set(manifest["skip_modules"]) and "lm_head" in kept and len(kept) > 1
+    assert kept.in_16bit == set(manifest["skip_modules"]) and len(kept.chosen) > 1
+    assert kept.always == {"lm_head"} and "lm_head" not in kept.chosen
     (tmp_path / "skiplist.json").unlink()
-    assert kept_layers(tmp_path, read_scan(tmp_path)) == {"lm_head"}
+    assert kept_layers(tmp_path, read_scan(tmp_path)) == Kept(frozenset(), frozenset({"lm_head"}))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
@@ -110,6 +115,30 @@ def test_600_layers_take_less_than_10_seconds_of_processor_time_and_no_torch(tmp
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     assert used < 10, f"{used:.1f} s"
+
+
+def test_the_522_layers_of_llama_11b_draw_with_towers_spikes_and_marks_in_sight(tmp_path: Path):
+    write_llama_11b(tmp_path)
+    scan, table = read_scan(tmp_path), read_table(tmp_path)
+    kept = kept_layers(tmp_path, scan)
+    figure = spike_plot(table, kept, "a model")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    assert len(table) == 522 and len(figure.axes) == 5
+    named = {t.get_text(): t for t in figure.axes[0].texts if t.get_gid() == "tower-name"}
+    assert set(named) == {"vision", "language, cross-attention"}
+    for ax in figure.axes:
+        spikes = [t for t in ax.texts if t.get_gid() == "spike"]
+        boxes = [t.get_window_extent(renderer) for t in (*spikes, *named.values())]
+        assert len(spikes) >= 8 and not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+        inside = ax.get_window_extent()
+        assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 + 1 for box in boxes)
+        for line in ax.lines:  # marks of the first and the last layer stand within the axes in full
+            half = 0.7 * line.get_markersize() * figure.dpi / 72 if line.get_marker() != "None" else 0
+            if half and len(line.get_xdata()) and ":" in str(line.get_gid()):
+                x = ax.transData.transform(line.get_xydata())[:, 0]
+                assert inside.x0 <= x.min() - half and x.max() + half <= inside.x1
 
 
 def test_nothing_in_the_page_can_end_its_script():

@@ -17,7 +17,7 @@ from qprobe.records import Inventory
 from qprobe.select import select
 from qprobe.select.budget import Budget
 from qprobe.select.plan import Plan
-from qprobe.select.selection import damage_of, manifest_of
+from qprobe.select.selection import always_16bit, damage_of, manifest_of
 from qprobe.select.table import layer_table, read_table, write_table
 from tests.select.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
 
@@ -202,3 +202,8 @@ def test_without_a_finite_own_damage_a_layer_counts_by_its_share(tmp_path: Path)
     assert damage is not None and damage.path == {"model.a": 0.2, "model.b": 0.1}
     assert damage.alone == {"model.a": 0.2, "model.b": 0.05}
     assert damage.left(frozenset()) == pytest.approx(0.3)
+
+
+def test_what_standard_4bit_keeps_as_well_is_told_from_the_lists_own_layers(run: Path):
+    manifest = select(run, "+7000")
+    assert manifest.skip_modules == ("model.a", "lm_head") and always_16bit(manifest) == ("lm_head",)

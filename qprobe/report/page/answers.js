@@ -8,12 +8,21 @@ function showHead() {
     byId("verdict").textContent = manifest ? "No KL was measured on held-out samples; the list was chosen by its score alone." : "No skip-list was chosen in this run.";
     return;
   }
-  const standard = manifest.compared.find((row) => row.name === "nothing kept");
   const extra = point.total_bytes - DATA.bytes.standard;
-  const cost = `Standard 4-bit costs a KL of ${withError({ value: quality.kl_standard_4bit, error: standard ? standard.kl_se : null })} nats per answer token`;
-  const list = `${plural(point.kept.size, "layer")} kept in 16-bit (+${((100 * extra) / DATA.bytes.standard).toFixed(1)} %, ${bytes(extra)})`;
-  byId("verdict").textContent = !point.kept.size ? `${cost}; nothing is kept.`
-    : point.measured ? `${cost}; with ${list} it is ${withError(point.measured)}.` : `${cost}; ${list}, not measured.`;
+  const list = `${plural(point.kept.size, "layer")} kept in 16-bit (${signed((100 * extra) / DATA.bytes.standard, 1)} %, ${signedBytes(extra)})`;
+  byId("verdict").textContent = !point.kept.size ? `${costOfNothing(manifest)}; nothing is kept.`
+    : point.measured ? `${costOfNothing(manifest)}; with ${list} it is ${withError(point.measured)}.` : `${costOfNothing(manifest)}; ${list}, not measured.`;
+}
+
+// What the model costs with no layer kept; of calibrated weights, standard 4-bit is another list.
+function costOfNothing(manifest) {
+  const said = (name) => {
+    const row = manifest.compared.find((one) => one.name === name);
+    return row && row.kl !== null ? withError({ value: row.kl, error: row.kl_se }) : null;
+  };
+  const nearest = said(NAMES.nearest);
+  if (nearest !== null) return `Calibrated 4-bit costs a KL of ${said(NAMES.nothing)} nats per answer token (standard 4-bit ${nearest})`;
+  return `Standard 4-bit costs a KL of ${said(NAMES.nothing) || number(manifest.quality.kl_standard_4bit)} nats per answer token`;
 }
 
 function showAnswers() {
@@ -26,17 +35,17 @@ function showAnswers() {
   }
   body.replaceChildren();
   if (!DATA.comparison_is_current) body.append(element("p", { class: "chip" }, "This comparison is of another skip-list than the run's present one."));
-  const headings = ["model", "parameters", "with 4-bit state", "KL / answer token", "top-1", "same answer", "facts right"];
+  const headings = ["model", "parameters", "with 4-bit state", "KL, nats / answer token", "same top token", "same answer", "facts right"];
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...headings.map((h) => element("th", { scope: "col" }, h)))), element("tbody"));
   for (const row of found.rows) {
-    const cells = [bytes(row.parameter_bytes), bytes(row.total_bytes), withError(row.kl === null ? null : { value: row.kl, error: row.kl_se }),
+    const cells = [bytes(row.parameter_bytes), bytes(row.total_bytes), row.kl === 0 ? "0" : withError(row.kl === null ? null : { value: row.kl, error: row.kl_se }),
       share(row.top1_agreement), share(row.answer_agreement), share(row.facts)];
     table.tBodies[0].append(element("tr", {}, element("th", { scope: "row", class: "left" }, row.name), ...cells.map((c) => element("td", { class: "number" }, c))));
   }
   body.append(element("div", { class: "scroll" }, table));
   const telling = found.samples.filter((s) => new Set(Object.values(s.answers)).size > 1);
   const alike = found.samples.length - telling.length;
-  body.append(element("p", { class: "hint" }, `${plural(found.samples.length, "sample")}; the models answer alike on ${alike}. Where they differ:`));
+  body.append(element("p", { class: "hint" }, `${plural(found.samples.length, "sample")}; the models answer alike on ${alike}.${telling.length ? " Where they differ:" : ""} From compare.json.`));
   body.append(...telling.slice(0, 8).map(answersOf));
   if (telling.length > 8) {
     const rest = element("details", {}, element("summary", {}, `${telling.length - 8} more`));
@@ -63,7 +72,7 @@ function showMethod() {
     ["format", `${DATA.format.name}, blocks of ${DATA.format.blocksize}${DATA.format.double_quant ? ", double quantization" : ""}, ${DATA.format.compute_dtype} elsewhere`],
     ["samples", `${m.samples.calibration} for the measures, ${m.samples.held_out} held out for the choice`],
     m.seed === null || m.seed === undefined ? null : ["seed", m.seed],
-    residual === null ? null : ["attribution residual", `${(100 * residual).toFixed(2)} % of the measured KL (${plural(m.nodes, "node")} to begin with)`],
+    residual === null ? null : ["attribution residual", `${signed(100 * residual, 2)} % of the measured KL (${plural(m.nodes, "node")} to begin with)`],
     m.device ? ["device", m.device] : null,
     ["versions", Object.entries(m.versions).map(([name, version]) => `${name} ${version}`).join(", ") || "not noted"],
     Object.keys(m.seconds).length ? ["time", Object.entries(m.seconds).map(([stage, s]) => `${stage} ${s.toFixed(1)} s`).join(", ")] : null,
@@ -71,9 +80,11 @@ function showMethod() {
     m.made ? ["chosen at", m.made] : null,
     ["report by", `qprobe ${DATA.qprobe}`],
   ]);
+  // A scan writes its page last of all, its list chosen, and only then calls itself finished.
+  const open = m.status === "finished" || DATA.chosen ? [] : ["The scan is not finished, so these figures are of what it has measured so far."];
   const missing = m.missing.length ? [`Not measured in this run, so left out: ${m.missing.join(", ")}.`] : [];
-  byId("missing").textContent = missing.join("");
-  byId("notes").replaceChildren(...[...missing, ...m.notes].map((note) => element("li", {}, note)));
+  byId("missing").textContent = [...open, ...missing].join(" ");
+  byId("notes").replaceChildren(...[...open, ...missing, ...m.notes].map((note) => element("li", {}, note)));
 }
 
 showHead();

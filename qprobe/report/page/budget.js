@@ -4,21 +4,32 @@ const slider = byId("slider");
 function showBudget() {
   const point = here();
   const extra = point.total_bytes - DATA.bytes.standard;
+  const more = `${signed((100 * extra) / DATA.bytes.standard, 1)} %`;
   const kept = LAYERS.filter(isKept);
-  const free = kept.filter((layer) => !layer.fixed);
-  const says = `+${((100 * extra) / DATA.bytes.standard).toFixed(1)} %, ${plural(free.length, "layer")} kept`;
-  slider.setAttribute("aria-valuetext", says);
+  const always = kept.filter((layer) => layer.fixed);
+  const count = plural(kept.length - always.length, "layer");
+  slider.setAttribute("aria-valuetext", `${more}, ${count} kept`);
   facts(byId("buys"), [
-    ["list", point.isChosen ? "the one this run chose (skiplist.json)" : `best by ${point.by} for this budget`],
-    ["over standard 4-bit", `+${bytes(extra)} (+${((100 * extra) / DATA.bytes.standard).toFixed(1)} %)`],
+    ["list", point.isChosen ? "the one this run chose (skiplist.json)" : `best by ${listName(point.by)} for this budget`],
+    ["over standard 4-bit", `${signedBytes(extra)} (${more})`],
     ["size of the model", `${bytes(point.total_bytes)} (${point.total_bytes.toLocaleString("en")} bytes)`],
     ["expected KL", expected(point.predicted)],
-    ["measured KL", point.measured ? `${withError(point.measured)}, on ${plural(point.measured.samples, "held-out sample")}` : "not measured for this list"],
-    ["layers in 16-bit", `${free.length} of ${LAYERS.length}${kept.length > free.length ? `, and ${kept.length - free.length} always` : ""}`],
+    ["measured KL", point.measured ? `${withError(point.measured)} nats / answer token, on ${plural(point.measured.samples, "held-out sample")}` : "not measured for this list"],
+    ["kept in 16-bit", `${count} of ${LAYERS.length}${always.length ? `, besides ${namesOf(always)}` : ""}`],
+    ["command", element("code", {}, commandHere())],
   ]);
-  byId("list-title").textContent = `The skip-list: ${plural(kept.length, "layer")}`;
-  byId("kept").replaceChildren(...kept.map((layer) => element("li", { title: layer.name }, layer.short)));
+  byId("list-title").textContent = `The skip-list: ${count}${always.length ? `, and what standard 4-bit keeps as well` : ""}`;
+  byId("kept").replaceChildren(...kept.map((layer) => element("li", { title: layer.name }, layer.short,
+    ...(layer.fixed ? [element("span", { class: "hint" }, " (in standard 4-bit too)")] : []))));
 }
+
+function namesOf(always) {
+  const some = always.slice(0, 2).map((layer) => layer.short).join(", ");
+  const rest = always.length > 2 ? ` and ${always.length - 2} more` : "";
+  return `${some}${rest}, which standard 4-bit keeps as well`;
+}
+
+const commandHere = () => (here().isChosen ? DATA.chosen.manifest.made_by.command : DATA.base.commands[here().index]);
 
 function expected(predicted) {
   if (!predicted) return "not known: no sensitivity was measured";
@@ -49,7 +60,7 @@ function manifestHere() {
     layers,
     skip_modules: layers.filter((layer) => layer.precision === "bf16").map((layer) => layer.name),
     made_by: {
-      qprobe: DATA.qprobe, command: base.commands[point.index],
+      qprobe: DATA.qprobe, command: commandHere(),
       time: `${new Date().toISOString().slice(0, 19)}+00:00`,
     },
     compared: [],

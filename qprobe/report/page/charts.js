@@ -1,6 +1,7 @@
 // One chart a measure, layers in execution order on x, towers as bands.
 const CHART = { left: 58, right: 8, top: 20, height: 132, bottom: 8 };
-const LABEL_ROW = 12;
+const LABEL_ROW = 14; // no less than the height of a line of the labels
+const LABEL_GAP = 8;
 const charts = byId("charts");
 let drawnPanels = [];
 
@@ -37,7 +38,7 @@ function drawPanel(panel, width, isFirst) {
   const [low, high] = limits(present, panel.log);
   const y = scale(low, high, base, top + room, panel.log);
   const svg = drawn("svg", { class: "panel", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "data-panel": panel.column });
-  svg.append(drawn("title", {}, `${panel.label} of ${LAYERS.length} layers`));
+  svg.append(drawn("title", {}, described(panel, values, usable)));
   drawBands(svg, x, top, base, isFirst, width);
   drawAxis(svg, y, ticks(low, high, panel.log, 3), width, !panel.log);
   svg.append(drawn("text", { x: CHART.left, y: isFirst ? 12 : 13, class: "name" }, panel.label));
@@ -53,6 +54,13 @@ function drawPanel(panel, width, isFirst) {
   return { panel, svg, marks, cursor, x, y, values, usable, top, base };
 }
 
+// What a chart says to those who cannot see it.
+function described(panel, values, usable) {
+  const largest = values.reduce((best, v, i) => (usable(v) && (best < 0 || v > values[best]) ? i : best), -1);
+  const what = `${panel.label} of ${plural(LAYERS.length, "layer")} in execution order`;
+  return largest < 0 ? what : `${what}; the largest is ${number(values[largest])}, of ${LAYERS[largest].short}`;
+}
+
 function limits(present, log) {
   if (!present.length) return log ? [0.1, 1] : [0, 1];
   const low = Math.min(...present);
@@ -66,12 +74,10 @@ function limits(present, log) {
 
 function drawBands(svg, x, top, base, isFirst, width) {
   const half = (x(1) - x(0)) / 2;
-  const known = ["vision", "projector", "cross_attention", "language"];
   const named = [];
   for (const run of runsOfTowers()) {
     const [from, to] = [x(run.start) - half, x(run.end) + half];
-    const kind = known.includes(run.tower) ? run.tower : "other";
-    svg.append(drawn("rect", { class: kind, "data-tower": run.tower, x: from, y: top, width: to - from, height: base - top }));
+    svg.append(drawn("rect", { class: towerClass(run.tower), "data-tower": run.tower, x: from, y: top, width: to - from, height: base - top }));
     named.push({ tower: run.tower, from, to });
   }
   if (isFirst) nameBands(svg, named, top, width);
@@ -86,7 +92,7 @@ function nameBands(svg, named, top, width) {
   }
   const taken = [];
   for (const band of [...widest.values()].sort((a, b) => b.to - b.from - (a.to - a.from))) {
-    const room = towerName(band.tower).length * 6.2;
+    const room = textWidth(towerName(band.tower));
     const middle = Math.min(Math.max((band.from + band.to) / 2, room / 2), width - room / 2);
     if (taken.some((t) => Math.abs(t.middle - middle) < (t.room + room) / 2 + 8)) continue;
     taken.push({ middle, room });
@@ -104,7 +110,8 @@ function drawAxis(svg, y, values, width, hasZero) {
 }
 
 // Places for the names of the layers that stand out, in rows above the points (row 0 is the lowest): the way
-// that places most of them wins. shifts: how much of a name may lie left of its leader.
+// that places most of them wins. shifts: how much of a name may lie left of its leader. What finds no place is
+// left to the pointer.
 function placeSpikes(panel, x, width) {
   const rightmost = [...panel.spikes].sort((a, b) => b - a);
   const ways = [
@@ -116,11 +123,11 @@ function placeSpikes(panel, x, width) {
 function placeInOrder(order, shifts, x, width) {
   const placed = [];
   for (const i of order) {
-    const room = LAYERS[i].short.length * 5.7 + 8;
+    const room = textWidth(LAYERS[i].short) + LABEL_GAP;
     const [leader, edge] = [x(i), width - CHART.right - room];
     if (edge < CHART.left) continue;
     const spots = [0, 1, 2, 3].flatMap((row) => shifts.map((shift) => (
-      { i, row, room, leader, left: Math.max(CHART.left, Math.min(leader - 4 - shift * (room - 8), edge)) })));
+      { i, row, room, leader, left: Math.max(CHART.left, Math.min(leader - LABEL_GAP / 2 - shift * (room - LABEL_GAP), edge)) })));
     const free = spots.find((spot) => !placed.some((other) => collide(spot, other)));
     if (free) placed.push(free);
   }
@@ -138,7 +145,7 @@ function nameSpikes(svg, labels, values, x, y, bottom) {
   for (const { i, left, row } of labels) {
     const at = bottom - LABEL_ROW * row - 4;
     svg.append(drawn("line", { class: "leader", x1: x(i), x2: x(i), y1: at + 3, y2: y(values[i]) - 5 }));
-    svg.append(drawn("text", { class: "spike", x: left + 4, y: at }, LAYERS[i].short));
+    svg.append(drawn("text", { class: "spike", x: left + LABEL_GAP / 2, y: at }, LAYERS[i].short));
   }
 }
 
@@ -151,7 +158,7 @@ function markLayers() {
       const out = state.visible[i] ? "" : " out";
       if (!isKept(LAYERS[i])) return drawn("circle", { class: `quantized${out}`, "data-layer": i, cx, cy, r: radius });
       const r = radius + 2;
-      return drawn("path", { class: `kept${out}`, "data-layer": i, d: `M${cx} ${cy - r}L${cx + r} ${cy}L${cx} ${cy + r}L${cx - r} ${cy}Z` });
+      return drawn("path", { class: `${LAYERS[i].fixed ? "always" : "kept"}${out}`, "data-layer": i, d: `M${cx} ${cy - r}L${cx + r} ${cy}L${cx} ${cy + r}L${cx - r} ${cy}Z` });
     }));
   }
 }
@@ -201,6 +208,11 @@ charts.addEventListener("keydown", (event) => {
     set("layer", shown[target]);
   }
 });
+
+// The towers' tints by name: bands of a layer or two are too narrow for theirs.
+byId("towers").replaceChildren(...[...new Set(LAYERS.map((layer) => layer.tower))].map((tower) => element("span", { class: "key" },
+  drawn("svg", { viewBox: "0 0 12 12", "aria-hidden": "true" }, drawn("rect", { class: towerClass(tower), width: 12, height: 12 })), ` ${towerName(tower)} `)));
+byId("always-key").hidden = !FIXED.size;
 listeners.layer.push(pointAtLayer);
 listeners.position.push(markLayers);
 listeners.visible.push(markLayers);

@@ -1,6 +1,7 @@
 // What all parts share: the data, what is selected, and small builders. Text always goes in as text nodes.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const LAYERS = DATA.layers;
+const NAMES = DATA.names; // of the lists that keep nothing
 const byId = (id) => document.getElementById(id);
 
 function element(name, attributes = {}, ...children) {
@@ -17,34 +18,69 @@ function filled(node, attributes, children) {
   return node;
 }
 
+const minus = (text) => text.replaceAll("-", "\u2212");
+const SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079";
+
+// A power of ten as it is set in print: 10\u207b\u2075.
+function powerOfTen(power) {
+  const digits = [...String(Math.abs(power))].map((d) => SUPERSCRIPTS[d]).join("");
+  return `10${power < 0 ? "\u207b" : ""}${digits}`;
+}
+
+// Three digits, without the zeros behind them.
 function number(value) {
   if (value === null || value === undefined) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e-3 && size < 1e4) return String(Number(value.toPrecision(3)));
-  return Number(value.toPrecision(3)).toExponential().replace("e+", "e");
+  if (size >= 1e-3 && size < 1e4) return minus(String(Number(value.toPrecision(3))));
+  const [digits, power] = Number(value.toPrecision(3)).toExponential().split("e");
+  return digits === "1" ? powerOfTen(Number(power)) : `${minus(digits)}·${powerOfTen(Number(power))}`;
 }
 
+// A value with its standard error, to the digits that the error leaves.
 function withError(kl) {
   if (!kl) return "not measured";
-  if (!(kl.error > 0)) return number(kl.value);
-  const digits = Math.min(12, Math.max(0, 1 - Math.floor(Math.log10(kl.error))));
-  return `${kl.value.toFixed(digits)} ± ${kl.error.toFixed(digits)}`;
+  if (!(kl.error > 0)) return `${number(kl.value)} (error unknown)`;
+  if (kl.error < 1e-6) return `${number(kl.value)} ± ${number(kl.error)}`;
+  const digits = Math.max(0, 1 - Math.floor(Math.log10(kl.error)));
+  return `${minus(kl.value.toFixed(digits))} ± ${kl.error.toFixed(digits)}`;
 }
 
 function bytes(count) {
   for (const [size, unit] of [[2 ** 40, "TiB"], [2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) {
-    if (Math.abs(count) >= size) return `${(count / size).toFixed(2)} ${unit}`;
+    if (Math.abs(count) >= size) return minus(`${(count / size).toFixed(2)} ${unit}`);
   }
-  return `${count} B`;
+  return minus(`${count} B`);
 }
 
+// A difference with its sign; ± where nothing of it is left after rounding.
+function signed(value, digits) {
+  const size = Math.abs(value).toFixed(digits);
+  return `${Number(size) === 0 ? "±" : value < 0 ? "\u2212" : "+"}${size}`;
+}
+
+const signedBytes = (count) => (count > 0 ? `+${bytes(count)}` : count < 0 ? bytes(count) : "±0 B");
 const share = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const towerName = (tower) => tower.replace(/_/g, "-");
+const TOWERS = ["vision", "projector", "cross_attention", "language"];
+const towerClass = (tower) => (TOWERS.includes(tower) ? tower : "other");
+
+// What a list is called: the name of its measure in place of the column's.
+function listName(name) {
+  const measure = DATA.measures.find((m) => name.includes(m.column));
+  return measure ? name.replace(measure.column, measure.name) : name;
+}
+
+// The width of a text of the charts in pixels.
+const pen = document.createElement("canvas").getContext("2d");
+function textWidth(text) {
+  pen.font = "11px system-ui, sans-serif";
+  return pen.measureText(text).width;
+}
 
 // The budgets of the slider, the smallest first; the run's own list takes the place of an equal one.
-const FIXED = new Set(LAYERS.filter((x) => x.fixed).map((x) => x.name));
+const FIXED = new Set(LAYERS.filter((x) => x.fixed).map((x) => x.name)); // in 16-bit in standard 4-bit as well
 const POSITIONS = positions();
 
 function positions() {

@@ -18,17 +18,18 @@ function showDetail() {
   detail.replaceChildren(heading, full, facts(element("dl"), [
     ["tower", towerName(layer.tower)],
     ["shape", `${layer.shape[0]} × ${layer.shape[1]}`],
-    ["precision", kept ? "16-bit" : "4-bit"],
+    ["precision", layer.fixed ? "16-bit, in standard 4-bit too" : kept ? "16-bit" : "4-bit"],
     ["16-bit costs", `+${bytes(layer.bf16_bytes - layer.nf4_bytes)}`],
-    ...DATA.measures.map((m) => [m.name, valueOf(layer, m.column)]),
+    ...DATA.measures.map((m) => [m.name, valueOf(layer, m)]),
     rankOf(layer),
   ]), element("p", { class: "hint" }, layer.reasons[kept ? 1 : 0]), ...worstOf(layer));
 }
 
-function valueOf(layer, column) {
-  const error = column === "sensitivity_kl" ? layer.values.sensitivity_kl_se : null;
-  const value = layer.values[column];
-  return error ? `${number(value)} ± ${number(error)}` : number(value);
+function valueOf(layer, measure) {
+  const error = measure.column === "sensitivity_kl" ? layer.values.sensitivity_kl_se : null;
+  const value = layer.values[measure.column];
+  if (value === null) return "not measured";
+  return element("span", { title: measure.what }, error ? withError({ value, error }) : number(value), " ", element("span", { class: "unit" }, measure.unit));
 }
 
 function rankOf(layer) {

@@ -1,14 +1,17 @@
 // The filters, and the table of all layers that can be sorted by every column.
 const COLUMNS = [
-  { title: "#", value: (_, i) => i + 1 },
   { title: "layer", value: (layer) => layer.short, left: true, head: true },
+  { title: "#", what: "place in execution order", value: (_, i) => i + 1 },
   { title: "tower", value: (layer) => towerName(layer.tower), left: true },
-  { title: "kind", value: (layer) => layer.kind, left: true },
   { title: "bits", value: (layer) => (isKept(layer) ? 16 : 4) },
-  { title: "16-bit costs", value: (layer) => layer.bf16_bytes - layer.nf4_bytes, text: (v) => `+${bytes(v)}` },
-  ...DATA.measures.map((m) => ({ title: m.name, unit: m.unit, value: (layer) => layer.values[m.column], text: number })),
+  {
+    title: "16-bit costs", unit: "MiB", what: "more bytes than in 4-bit", text: (v) => signed(v / 2 ** 20, 2),
+    value: (layer) => layer.bf16_bytes - layer.nf4_bytes,
+  },
+  ...DATA.measures.map((m) => ({ title: m.name, unit: m.unit, what: m.what, value: (layer) => layer.values[m.column], text: number })),
 ];
-const order = { column: 0, falling: false };
+const IN_ORDER = COLUMNS.findIndex((column) => column.title === "#");
+const order = { column: IN_ORDER, falling: false };
 const rows = LAYERS.map(rowOf);
 
 function rowOf(layer, i) {
@@ -18,22 +21,23 @@ function rowOf(layer, i) {
     if (!column.head) return element("td", column.left ? { class: "left" } : {}, text);
     const button = element("button", { type: "button", title: layer.name }, text);
     button.addEventListener("click", () => { state.held = true; set("layer", i); });
-    return element("th", { class: "left", scope: "row" }, button);
+    return element("th", { class: "left stuck", scope: "row" }, button);
   });
   return element("tr", {}, ...cells);
 }
 
 function showHeadings() {
   const cells = COLUMNS.map((column, i) => {
-    const button = element("button", { type: "button", title: column.unit || column.title }, column.title);
+    const button = element("button", { type: "button", title: column.what || column.title }, column.title);
+    if (column.unit) button.append(" ", element("span", { class: "unit" }, column.unit));
     button.addEventListener("click", () => sortBy(i));
-    return element("th", { scope: "col", class: column.left ? "left" : "" }, button);
+    return element("th", { scope: "col", class: [column.left ? "left" : "", column.head ? "stuck" : ""].join(" ") }, button);
   });
   byId("rows").tHead.replaceChildren(element("tr", {}, ...cells));
 }
 
 function sortBy(column) {
-  order.falling = order.column === column ? !order.falling : !COLUMNS[column].left && column > 0;
+  order.falling = order.column === column ? !order.falling : !COLUMNS[column].left && column !== IN_ORDER;
   order.column = column;
   showRows();
 }
