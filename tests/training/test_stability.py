@@ -15,7 +15,9 @@ from tests.benchmarks.stability_report import off_16bit, spread, unrest, write_r
 
 def outcome(base: str, seed: int, losses: list[float]) -> Outcome:
     steps = tuple((i, x) for i, x in enumerate(losses, start=1))
-    return Outcome("demo", base, seed, len(losses), steps, 9.0, 1.0, 0.1, 0.3, 0.9, 0.8, 5.0, "a CPU, torch 1")
+    return Outcome(
+        "demo", base, seed, len(losses), steps, 9.0, 1.0, 0.1, 0.3, 0.9, 0.8, 5.0, "a CPU, torch 1"
+    )
 
 
 def test_a_kept_outcome_is_read_again_and_one_that_lacks_a_figure_is_made_again(tmp_path: Path):
