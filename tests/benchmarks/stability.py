@@ -16,28 +16,24 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.manifest import write_atomic
-from qprobe.models.reference import pick_device
 from qprobe.options import Base, FinetuneOptions, ScanOptions
 from qprobe.records import Sample
 from qprobe.scan import scan
 from qprobe.training.bases import load_base, load_finetuned
 from qprobe.training.finetune import finetune
+from tests.benchmarks.hardware import made_with
 from tests.benchmarks.stability_report import write_report
 
 BASES: tuple[Base, ...] = ("16-bit", "nf4", "dynamic")
@@ -165,24 +161,6 @@ def make(run: Run) -> Outcome:
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(kept, json.dumps(asdict(outcome)).encode())
     return outcome
-
-
-def made_with(device: str | None) -> str:
-    """Hardware and versions in one line."""
-    where = pick_device(device)
-    hardware = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu_name()
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    return ", ".join((hardware, *(f"{x} {version(x)}" for x in packages)))
-
-
-def cpu_name() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def make_all(runs: Sequence[Run], jobs: int, out: Path) -> list[str]:
