@@ -27,10 +27,10 @@ def ready_for_training(model: Any) -> Any:
     """
     model.requires_grad_(False)
     model.enable_input_require_grads = MethodType(_text_gradients, model)
-    # transformers 5.17 knows it by its older name, which newer ones deprecate.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # transformers 5.17 knows it by its old name only; can go with the first release required that has both.
+    recompute = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
-        enable({"use_reentrant": False})
+        recompute({"use_reentrant": False})
     except ValueError as error:
         raise ModelError(
             f"{type(model).__name__} cannot recompute its blocks in the backward pass ({error}), so training "

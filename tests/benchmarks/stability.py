@@ -1,33 +1,39 @@
 """Is fine-tuning steadier on the dynamic model than on standard 4-bit, and does it follow 16-bit?
 
-    python -m tests.benchmarks.stability [--models demo-outliers demo] [--seeds 0 1 2] [--steps 200]
+    python -m tests.benchmarks.stability [--models M ...] [--seeds 0 1 2] [--steps 200] [--jobs N]
 
 A new kind of question is learned: of a product card, everything that the model knows to say, in the reverse
 order. Each base (16-bit, standard 4-bit, dynamic) is trained by `qprobe finetune` on the same lines in the
 same order for each seed, and judged on held-out cards of the new kind and on held-out scenes of the old
-kinds, which it may forget. Manifests are those of `qprobe scan` with 64 scenes. A finished run is kept in
---work and not made again; the report is written from what is there.
+kinds, which it may forget. Manifests are those of `qprobe scan` with 64 scenes. Each run is a process of
+its own with one thread (unless OMP_NUM_THREADS says otherwise), --jobs of them side by side. A finished run
+is kept in --work and not made again; the report is written from what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import shutil
 import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
+from qprobe.manifest import write_atomic
 from qprobe.options import Base, FinetuneOptions, ScanOptions
 from qprobe.records import Sample
 from qprobe.scan import scan
 from qprobe.training.bases import load_base, load_finetuned
 from qprobe.training.finetune import finetune
+from tests.benchmarks.hardware import made_with
 from tests.benchmarks.stability_report import write_report
 
 BASES: tuple[Base, ...] = ("16-bit", "nf4", "dynamic")
@@ -41,7 +47,7 @@ BATCH = 4  # at once, in place of four batches of one line: the same step for le
 class Outcome:
     """One run. Shares of facts stated right, 0 to 1, are on held-out scenes of the new and the old kinds.
 
-    losses: (step, loss of its batch), nats per answer token.
+    losses: (step, loss of its batch), nats per answer token. made_with: hardware and versions.
     """
 
     model: str
@@ -56,6 +62,24 @@ class Outcome:
     old_before: float
     old_after: float
     seconds: float
+    made_with: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run to make; device: None for the best there is."""
+
+    model: str
+    base: Base
+    seed: int
+    steps: int
+    work: Path
+    device: str | None
+
+    @property
+    def name(self) -> str:
+        """Of its file and its adapter's folder in `work`."""
+        return f"{self.model}-{self.base}-{self.seed}-{self.steps}"
 
 
 def reversed_questions(count: int, seed: int) -> list[Sample]:
@@ -79,7 +103,16 @@ def write_lines(path: Path, samples: Sequence[Sample]) -> Path:
     return path
 
 
-def manifest_of(model: str, work: Path, device: str | None) -> Path:
+def write_data(work: Path) -> tuple[Path, Path]:
+    """(lines to train on, held-out lines), written once."""
+    train, held_out = work / "data" / "train.jsonl", work / "data" / "held-out.jsonl"
+    if not held_out.is_file():
+        write_lines(train, reversed_questions(LINES, TRAINING_SEED + 77))
+        write_lines(held_out, reversed_questions(JUDGED, HELD_OUT_SEED + 77))
+    return train, held_out
+
+
+def make_manifest(model: str, work: Path, device: str | None) -> Path:
     """The manifest of a small scan of `model`, made once."""
     run = work / "scans" / model
     if not (run / "skiplist.json").is_file():
@@ -93,35 +126,77 @@ def judge(model: Any, processor: Any, old: Sequence[Sample], new: Sequence[Sampl
     return score(new, answers[0]).share, score(old, answers[1]).share
 
 
-def one_run(model: str, base: Base, seed: int, steps: int, work: Path, device: str | None) -> Outcome:
-    """Trains and judges one base with one seed; a finished one is read from `work`."""
-    kept = work / "outcomes" / f"{model}-{base}-{seed}-{steps}.json"
-    if kept.is_file():
-        found = json.loads(kept.read_text())
-        return Outcome(**{**found, "losses": tuple(map(tuple, found["losses"]))})
-    manifest = manifest_of(model, work, device)
-    train, held_out = work / "data" / "train.jsonl", work / "data" / "held-out.jsonl"
-    if not held_out.is_file():
-        write_lines(train, reversed_questions(LINES, TRAINING_SEED + 77))
-        write_lines(held_out, reversed_questions(JUDGED, HELD_OUT_SEED + 77))
+def kept_outcome(run: Run) -> Outcome | None:
+    """The outcome of `run` in its `work`; None if it is not finished or lacks what is reported now."""
+    path = run.work / "outcomes" / f"{run.name}.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    if found.keys() != {x.name for x in fields(Outcome)}:
+        return None
+    return Outcome(**{**found, "losses": tuple(map(tuple, found["losses"]))})
+
+
+def make(run: Run) -> Outcome:
+    """Trains and judges one base with one seed, and keeps the outcome."""
+    manifest = make_manifest(run.model, run.work, run.device)
+    train, held_out = write_data(run.work)
     new, old = reversed_questions(JUDGED, HELD_OUT_SEED + 77), scenes(JUDGED, HELD_OUT_SEED + 78)
-    before = judge(*load_base(manifest, base, model, device), old, new)
-    out = work / "adapters" / f"{model}-{base}-{seed}-{steps}"
+    before = judge(*load_base(manifest, run.base, run.model, run.device), old, new)
+    out = run.work / "adapters" / run.name
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it was judged
     done = finetune(
         FinetuneOptions(
-            manifest, train, out, base, model, device, eval_data=held_out, steps=steps, batch_size=BATCH,
-            accumulation=1, seed=seed, save_every=steps,
+            manifest, train, out, run.base, run.model, run.device, eval_data=held_out, steps=run.steps,
+            batch_size=BATCH, accumulation=1, seed=run.seed, save_every=run.steps,
         )
     )  # fmt: skip
-    after = judge(*load_finetuned(out, model, device), old, new)
+    after = judge(*load_finetuned(out, run.model, run.device), old, new)
     assert done.eval_loss is not None and done.eval_loss_before is not None
     outcome = Outcome(
-        model, base, seed, done.steps, done.history, done.eval_loss_before, done.eval_loss,
-        before[0], after[0], before[1], after[1], done.seconds,
+        run.model, run.base, run.seed, done.steps, done.history, done.eval_loss_before, done.eval_loss,
+        before[0], after[0], before[1], after[1], done.seconds, made_with(run.device),
     )  # fmt: skip
+    kept = run.work / "outcomes" / f"{run.name}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(asdict(outcome)))
+    write_atomic(kept, json.dumps(asdict(outcome)).encode())
     return outcome
+
+
+def make_all(runs: Sequence[Run], jobs: int, out: Path) -> list[str]:
+    """Makes the missing ones of `runs` in `jobs` processes and writes the report; the failures, in words."""
+    outcomes = {run: outcome for run in runs if (outcome := kept_outcome(run)) is not None}
+    missing = [run for run in runs if run not in outcomes]
+    failures = []
+    # Spawned, each for one run: a thread count is read when torch is imported, and CUDA bears no fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+        needed = {run.model: run for run in missing}.values()
+        for scanned in [pool.submit(make_manifest, x.model, x.work, x.device) for x in needed]:
+            scanned.result()
+        futures = {pool.submit(make, run): run for run in missing}
+        for future in as_completed(futures):
+            run = futures[future]
+            try:
+                outcomes[run] = future.result()
+            except Exception as error:  # the others are hours of work
+                failures.append(f"{run.name}: {type(error).__name__}: {error}")
+                print(failures[-1], file=sys.stderr, flush=True)
+            else:
+                print(line_of(outcomes[run]), flush=True)
+    if outcomes:
+        write_report([asdict(outcomes[run]) for run in runs if run in outcomes], out)
+    return failures
+
+
+def line_of(x: Outcome) -> str:
+    """One outcome as a line of the log."""
+    last = statistics.fmean(loss for _, loss in x.losses[-20:])
+    return (
+        f"{x.model:14} {x.base:8} seed {x.seed}: loss {last:.4f} held out {x.eval_loss:.4f}; facts right new "
+        f"{x.new_before:.3f} -> {x.new_after:.3f}, old {x.old_before:.3f} -> {x.old_after:.3f}; "
+        f"{x.seconds:.0f} s"
+    )
 
 
 def main() -> None:
@@ -130,26 +205,23 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/stability"))
     parser.add_argument("--out", type=Path, default=Path("reports/training"))
     parser.add_argument("--device")
     options = parser.parse_args()
-    if torch.cuda.is_available() and options.device is None:
-        options.device = "cuda"
-    outcomes = []
-    for model in options.models:
-        for seed in options.seeds:
-            for base in BASES:
-                x = one_run(model, base, seed, options.steps, options.work, options.device)
-                outcomes.append(x)
-                last = statistics.fmean(loss for _, loss in x.losses[-20:])
-                print(
-                    f"{model:14} {base:8} seed {seed}: loss {last:.4f} held out {x.eval_loss:.4f}; facts "
-                    f"right new {x.new_before:.3f} -> {x.new_after:.3f}, old {x.old_before:.3f} -> "
-                    f"{x.old_after:.3f}; {x.seconds:.0f} s",
-                    flush=True,
-                )
-                write_report([asdict(x) for x in outcomes], options.out)
+    # Before any child starts: it is on import that a process reads them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    write_data(options.work)
+    runs = [
+        Run(model, base, seed, options.steps, options.work, options.device)
+        for model in options.models
+        for seed in options.seeds
+        for base in BASES
+    ]
+    sys.exit(1 if make_all(runs, options.jobs, options.out) else 0)
 
 
 if __name__ == "__main__":

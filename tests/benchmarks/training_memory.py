@@ -1,24 +1,27 @@
-"""A QLoRA step at full size: what `plan --training` says and what is measured, standard and dynamic 4-bit.
+"""A QLoRA step at full size: what `plan --training` says and what is measured, by part, on three bases.
 
-    python -m tests.benchmarks.training_memory [--full-size] [--device cuda]
+    python -m tests.benchmarks.training_memory [--full-size] [--device cuda] [--out FILE]
 
-Builds the exact geometry of Llama-3.2-11B-Vision with seeded random weights in memory, turns every linear
-but the head (standard), or but the published list (dynamic), into 4-bit, puts adapters of rank 16 on them
-and trains on one sequence of 2,048 tokens and 4 tiles. Prints bytes predicted and measured, and seconds
-a step of both side by side. Without --full-size a tiny model of the same architecture checks the script on
-a CPU.
+Builds the exact geometry of Llama-3.2-11B-Vision with seeded random weights in memory; leaves it in 16-bit,
+or turns every linear but the head (standard), or but the published list (dynamic), into 4-bit; puts adapters
+of rank 16 on them and trains on one sequence of 2,048 tokens and 4 tiles. Prints the bytes of each part,
+predicted and measured, and the seconds of a step, as Markdown. Without --full-size a tiny model of the same
+architecture checks the script on a CPU, where activations are what operations make (`tests.training.peak`).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MllamaConfig
+from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from qprobe.build.ready import lora_targets, ready_for_training
 from qprobe.build.storage import stored_bytes
@@ -36,6 +39,7 @@ from qprobe.training.memory import (
     optimizer_bytes,
 )
 from tests.benchmarks.cost import build, full_config, synchronize, tiny_config
+from tests.benchmarks.hardware import made_with
 from tests.training.peak import LiveBytes
 
 GIB = 1 << 30
@@ -43,13 +47,25 @@ WARM_UP, REPEATS = 2, 5
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One layout: bytes predicted and measured, by part, and seconds of a whole step."""
+class Bytes:
+    """Bytes of each part of a step. whole: at its peak."""
 
-    predicted_weights: int
-    predicted_step: int
     weights: int
-    step: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    whole: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layout: its layers in 4-bit, bytes as predicted and as measured, seconds of a whole step."""
+
+    name: str
+    layers_4bit: int
+    predicted: Bytes
+    measured: Bytes
     seconds: float
 
 
@@ -64,17 +80,15 @@ def into_4bit(model: Any, four_bit: frozenset[str], device: torch.device) -> Non
             old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=torch.bfloat16,
             quant_type="nf4", compress_statistics=True, device="meta",
         )  # fmt: skip
-        # On a device already: it is the move to one that quantizes.
         weight = Params4bit(
-            old.weight.data.cpu() if device.type == "cuda" else old.weight.data,
-            requires_grad=False, quant_type="nf4", compress_statistics=True,
-        )  # fmt: skip
+            old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+        )  # quantized by the move, though it is there already
         new.weight = weight.to(device)
         if old.bias is not None:
             new.bias = torch.nn.Parameter(old.bias.data, requires_grad=False)
         new.support_avx512bf16_for_cpu = False
         setattr(model.get_submodule(parent), leaf, new)
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = bool(four_bit)  # peft asks for it
 
 
 def sequence(config: MllamaConfig, step: Step, device: torch.device) -> dict[str, torch.Tensor]:
@@ -106,24 +120,32 @@ def make_optimizer(parameters: list[Any], name: Optimizer) -> Any:
     return AdamW8bit(parameters, lr=2e-4)
 
 
-def measure(config: MllamaConfig, kept: frozenset[str], step: Step, device: torch.device) -> Measured:
-    """Builds the layout that keeps `kept` in 16-bit, trains a few steps, and gives its bytes and seconds."""
+def predict(model: Any, inventory: Inventory, kept: frozenset[str], step: Step) -> Bytes:
+    """What `plan --training` counts for the layout that keeps `kept`; model: in 16-bit still."""
+    in_4bit = sum(not x.fixed for x in inventory.layers if x.name not in kept)
+    weights = inventory.total_bytes(kept) + CODE_TABLE_BYTES * in_4bit
+    adapter = adapter_sizes(adapted_layers(inventory.layers, step.vision), step.rank)
+    states = optimizer_bytes(adapter, step.optimizer)
+    activations = activations_of(model, inventory.layers, step).peak
+    parameters = 4 * sum(adapter)
+    whole = weights + 2 * parameters + states + activations
+    return Bytes(weights, parameters, parameters, states, activations, whole)
+
+
+def measure(
+    name: str, config: MllamaConfig, kept: frozenset[str], step: Step, device: torch.device
+) -> Measured:
+    """Builds the layout that keeps `kept` in 16-bit, trains a few steps, gives its bytes and seconds."""
     model = build(config, device).model
     inventory = list_layers(model, FormatSpec())
     four_bit = frozenset(x.name for x in inventory.layers if not x.fixed) - kept
-    adapter = adapter_sizes(adapted_layers(inventory.layers, step.vision), step.rank)
-    activations = activations_of(model, inventory.layers, step).peak
-    predicted_weights = inventory.total_bytes(kept) + CODE_TABLE_BYTES * len(four_bit)
-    states = optimizer_bytes(adapter, step.optimizer)
-    predicted_step = predicted_weights + 8 * sum(adapter) + states + activations
-
+    predicted = predict(model, inventory, kept, step)
     into_4bit(model, four_bit, device)
     gc.collect()
+    weights = stored_bytes(model).total_bytes + CODE_TABLE_BYTES * len(four_bit)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         weights = torch.cuda.memory_allocated(device)
-    else:
-        weights = stored_bytes(model).total_bytes + CODE_TABLE_BYTES * len(four_bit)
     ready_for_training(model)
     peft = peft_library()
     lora = peft.LoraConfig(r=step.rank, lora_alpha=step.rank, target_modules=lora_targets(model, step.vision))
@@ -140,20 +162,37 @@ def measure(config: MllamaConfig, kept: frozenset[str], step: Step, device: torc
 
     for _ in range(WARM_UP):
         one_step()
-    peak = _peak(one_step, device, weights + 8 * sum(p.numel() for p in trained) + states)
+    adapters = sum(p.nbytes for p in trained)
+    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    states = state_bytes(optimizer)
+    activations, whole = _peak(one_step, device, weights + adapters + gradients + states)
+    measured = Bytes(weights, adapters, gradients, states, activations, whole)
     seconds = sorted(_seconds(one_step, device) for _ in range(REPEATS))[REPEATS // 2]
-    return Measured(predicted_weights, predicted_step, weights, peak, seconds)
+    return Measured(name, len(four_bit), predicted, measured, seconds)
 
 
-def _peak(work: Any, device: torch.device, standing: int) -> int:
-    """Bytes at the peak of `work`; on a CPU, what it makes on top of what is `standing`."""
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of the optimizer's states, without the code tables that all tensors share and its step counts."""
+    return sum(
+        x.nbytes
+        for state in optimizer.state.values()
+        for key, x in state.items()
+        if isinstance(x, torch.Tensor) and x.dim() and not key.startswith("qmap")
+    )
+
+
+def _peak(work: Any, device: torch.device, standing: int) -> tuple[int, int]:
+    """(bytes that `work` makes at its peak, all bytes then); on a CPU the latter count what is `standing`."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         work()
-        return torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        return peak - before, peak
     with LiveBytes() as live:
         work()
-    return standing + live.peak
+    return live.peak, standing + live.peak
 
 
 def _seconds(work: Any, device: torch.device) -> float:
@@ -171,37 +210,60 @@ def published_kept(inventory: Inventory, full: bool) -> frozenset[str]:
     return frozenset(x.name for x in inventory.layers if x.name.endswith("cross_attn.o_proj"))
 
 
+def report(found: Sequence[Measured], title: str, unit: str) -> str:
+    """Two Markdown tables: bytes by part, each predicted / measured / ratio, and seconds a step."""
+    size = {"GiB": GIB, "MiB": 1 << 20}[unit]
+    lines = [
+        "# Memory and time of a QLoRA step\n",
+        f"{title}\n",
+        f"Predicted / measured, {unit} (ratio). Measured activations are all that a step makes on top of "
+        "what stands before it. The whole is the peak of the step; on a GPU with the batch and "
+        "the workspaces of its libraries.\n",
+        f"| base | 4-bit layers | {' | '.join(x.name for x in fields(Bytes))} | seconds a step |",
+        "|---" * (len(fields(Bytes)) + 3) + "|",
+    ]
+    for x in found:
+        pairs = [(getattr(x.predicted, y.name), getattr(x.measured, y.name)) for y in fields(Bytes)]
+        cells = [f"{p / size:.3f} / {m / size:.3f} ({p / m:.3f})" for p, m in pairs]
+        lines.append(f"| {x.name} | {x.layers_4bit} | {' | '.join(cells)} | {x.seconds:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Print the table."""
+    """Measure the three layouts and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--tokens", type=int, default=None, help="[default: 2048, or 256 at the tiny size]")
     parser.add_argument("--tiles", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="Markdown file to write as well.")
     options = parser.parse_args()
     device = torch.device(options.device)
     config = full_config() if options.full_size else tiny_config()
     optimizer: Optimizer = "adamw_8bit" if device.type == "cuda" else "adamw_torch"
     step = Step(1, options.tokens or (2048 if options.full_size else 256), options.tiles, 16, optimizer)
     with torch.device("meta"):
-        from transformers import MllamaForConditionalGeneration
-
         inventory = list_layers(MllamaForConditionalGeneration(config), FormatSpec())
-    unit, name = (GIB, "GiB") if options.full_size else (1 << 20, "MiB")
-    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{title}, torch {torch.__version__}; {step}")
-    print(f"{'layout':10} {'weights':>22} {'step':>22} {'ratio':>7} {'s/step':>8}")
-    print(f"{'':10} {f'predicted, {name}':>22} {'predicted, measured':>22}")
-    for layout, kept in (
-        ("standard", frozenset()),
+    every = frozenset(x.name for x in inventory.layers)
+    found = []
+    for name, kept in (
+        ("16-bit", every),
+        ("nf4", frozenset()),
         ("dynamic", published_kept(inventory, options.full_size)),
     ):
-        found = measure(config, kept, step, device)
+        found.append(measure(name, config, kept, step, device))
+        print(found[-1], file=sys.stderr, flush=True)  # so that a later failure loses nothing
         gc.collect()
-        weights = f"{found.predicted_weights / unit:.3f} {found.weights / unit:10.3f}"
-        whole = f"{found.predicted_step / unit:.3f} {found.step / unit:10.3f}"
-        ratio = found.predicted_step / found.step
-        print(f"{layout:10} {weights:>22} {whole:>22} {ratio:7.3f} {found.seconds:8.3f}", flush=True)
+    title = (
+        f"{'Geometry of Llama-3.2-11B-Vision' if options.full_size else 'A tiny Mllama'}, random weights, "
+        f"{step.tokens} tokens, {step.tiles} tiles, rank {step.rank}, {step.optimizer}; median of {REPEATS} "
+        f"steps. {made_with(options.device)}. Command: `python -m tests.benchmarks.training_memory"
+        f"{' --full-size' if options.full_size else ''} --device {device.type}`."
+    )
+    text = report(found, title, "GiB" if options.full_size else "MiB")
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
