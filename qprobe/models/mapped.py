@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's mallopt
 _DONTNEED = 4  # MADV_DONTNEED of Linux: on a private mapping of a file, pages are read from it again
 
 
@@ -62,6 +63,17 @@ class Mapped:
             return False
         first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         return first in self._own or any(start <= first and last <= end for start, end in self._regions)
+
+
+def return_freed_memory() -> None:
+    """From now on, let memory of 1 MiB or more go back to the system as soon as it is freed.
+
+    glibc's malloc otherwise comes to keep what was freed, in pieces: several times the size of the weights
+    in use where they come and go. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def _file_regions() -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from qprobe.errors import MachineError, ModelError
 from qprobe.models.catalogue import ENTRIES, Entry, find, nearest
 from qprobe.models.geometry import catalogue_config
 from qprobe.models.inventory import fingerprint
+from qprobe.models.mapped import return_freed_memory
 from qprobe.records import ModelIdentity
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -121,6 +122,8 @@ def load_reference(
     """
     source = at_revision(resolve(model), revision)
     place = pick_device(device)
+    if on_host and place.type == "cpu":
+        return_freed_memory()
     config = load_config(source)
     cls = model_class(config)
     with _explained(source):
