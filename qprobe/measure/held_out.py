@@ -32,7 +32,7 @@ def measure_choices(
         wanted = {stage: kept for stage, kept in lists.items() if unit in missing[stage]}
         if wanted:
             batch = subject.encode(group)
-            with subject.running("choice", batch.elements):
+            with subject.running("choice", batch.elements, like="measure"):
                 frames = choice_kl(subject, batch, wanted)
             for stage, frame in frames.items():
                 write_unit(folder, stage, unit, frame)

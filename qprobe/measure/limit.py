@@ -50,12 +50,13 @@ class MemoryLimit:
             )
 
     @contextmanager
-    def running(self, kind: str, size: int) -> Iterator[None]:
+    def running(self, kind: str, size: int, like: str = "") -> Iterator[None]:
         """Open around one batch of a kind of work; size: of the batch, that memory grows in proportion to.
 
+        like: a kind that takes no less, so that what it took stands in for the first batch of this one.
         Raises MachineError if its first batch did not fit, with the least that would do.
         """
-        needed = self._needed.get(kind)
+        needed = self._needed.get(kind, self._needed.get(like))
         self.store.allow(self._room(needed, size))
         restart_peak(self.device)
         yield
@@ -67,7 +68,7 @@ class MemoryLimit:
                 "smaller --batch-size."
             )
         beside = max(0, peak - self.store.resident_bytes - self.base_bytes)
-        most, largest = needed or (0, 0)
+        most, largest = self._needed.get(kind, (0, 0))
         self._needed[kind] = max(beside, most), max(size, largest)
 
     @property

@@ -94,9 +94,9 @@ class Subject:
         with replaced_forwards({name: self.modules[name] for name in sorted(trips.streamed)}, forward):
             yield
 
-    def running(self, kind: str, size: int = 1) -> AbstractContextManager[None]:
+    def running(self, kind: str, size: int = 1, like: str = "") -> AbstractContextManager[None]:
         """Open around one batch of a kind of work, see `MemoryLimit.running`."""
-        return nullcontext() if self.limit is None else self.limit.running(kind, size)
+        return nullcontext() if self.limit is None else self.limit.running(kind, size, like)
 
     def groups(self, samples: tuple[Sample, ...], size: int) -> list[tuple[Sample, ...]]:
         """`samples` in batches of one processed image shape, see `qprobe.samples.inputs.batches`."""
