@@ -154,7 +154,7 @@ def streamed(bench: Bench, bare: dict[str, Any] | None) -> None:
         return
     copied, speed = ran.found["streamed_bytes"], copy.found["speed"]
     say(
-        f"\nWithin {limit}: {copied / 1e9:.1f} GB of weights copied to the device. At {speed / 1e9:.1f} GB/s, "
+        f"\nWithin {limit}: {copied / 1e9:.1f} GB of weights copied. At {speed / 1e9:.1f} GB/s, "
         f"the speed of copies alone, {copied / speed:.2f} s."
     )
     tables = [bench.run_folder(name) / "layers.csv" for name in ("scan", "streamed")]
