@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,25 +47,24 @@ class Done:
     peak_bytes: int
 
 
+# A process begins with the peak of the one that started it, so a small one stands between: pytest is large.
+LAUNCHER = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(status)
+"""
+
+
 def scan_alone(wide: Path, run: Path, device: str, *more: str) -> Done:
-    arguments = [sys.executable, "-m", "qprobe", "scan", "--json", "--model", str(wide), "--out", str(run)]
-    arguments += ["--data", str(wide / "samples.jsonl"), "--samples", "2", "--device", device, *more]
-    out, err = run.with_suffix(".out"), run.with_suffix(".err")
-    streams = [
-        (os.POSIX_SPAWN_OPEN, n, str(path), os.O_WRONLY | os.O_CREAT, 0o600)
-        for n, path in ((1, out), (2, err))
-    ]
+    command = [sys.executable, "-m", "qprobe", "scan", "--json", "--model", str(wide), "--out", str(run)]
+    command += ["--data", str(wide / "samples.jsonl"), "--samples", "2", "--device", device, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    _, status, usage = os.wait4(
-        os.posix_spawn(sys.executable, arguments, environment, file_actions=streams), 0
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True, env=environment
     )
-    text = out.read_text()
-    return Done(
-        os.waitstatus_to_exitcode(status),
-        json.loads(text) if text else {},
-        err.read_text(),
-        usage.ru_maxrss * 1024,
-    )
+    found = json.loads(done.stdout) if done.stdout else {}
+    return Done(done.returncode, found, done.stderr, int(done.stderr.split()[-1]) * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of mapped files are let go on Linux only")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -19,8 +20,13 @@ def peak_bytes(device: torch.device, since_restart: bool = False) -> int:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         return peak if since_restart else max(peak, _earlier.get(device, 0))
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss begins with the peak of the process that started this one
+        found = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), None)
+        if found is not None:
+            return int(found.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # others count in KiB
 
 
 def restart_peak(device: torch.device) -> None:
