@@ -30,9 +30,8 @@ class ScanOptions:
     images: folder of images; data: JSONL file of samples; at most one of them, neither for the built-in ones.
     prompt: asked of every image of `images`; samples: how many to measure; None for a sensible number.
     format: "nf4", or "nf4-calibrated" for codes that are chosen on the samples, at the same bytes.
-    max_memory: for calibration, the bytes that Gram matrices may take at once ("6GiB"); the less, the more
-    often
-        the samples run. None for a quarter of what is free.
+    max_memory: the most that the scan may hold on its device, on a CPU in its process ("22GiB"); weights that
+        do not fit wait on the host and are copied when a layer runs, for the same results. None for no limit.
     budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB";
         None for DEFAULT_BUDGET. max_kl: ask the other way round, for the fewest bytes with a KL of at most
         this; at most one of the two.

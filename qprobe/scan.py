@@ -23,14 +23,15 @@ from qprobe.measure.runner import Measures, applicable_measures, observe, own_ha
 from qprobe.measure.shards import Shard, entered, finishing, shard_from
 from qprobe.measure.show import show_samples
 from qprobe.measure.store import missing_units, open_run, read_scan, read_units, update_scan, write_unit
-from qprobe.measure.subject import Subject, subject_of
+from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.measure.weights import weight_rows
-from qprobe.models.reference import load_reference, reads_images
+from qprobe.models.reference import Reference, load_reference, reads_images
 from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import Progress, ScanOptions, no_progress
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
+from qprobe.select.budget import parse_size
 from qprobe.select.left_out import check_answers, left_out_notes, named, write_left_out
 from qprobe.select.ranks import write_ranks
 from qprobe.select.selection import parse_request
@@ -45,6 +46,7 @@ class ScanResult:
     token on held-out samples, None where they do not apply. attribution_residual: (sum of the sensitivities
     - measured KL) / measured KL, on the calibration samples. skiplist: None where other processes of this
     scan have not finished their share, so that one of them chooses. verdict: one sentence.
+    streamed_bytes: of weights that were copied to the device for a memory limit; None without one.
     """
 
     run: Path
@@ -58,6 +60,7 @@ class ScanResult:
     skiplist: Path | None
     verdict: str
     notes: tuple[str, ...] = ()
+    streamed_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The documented object of `scan --json`."""
@@ -103,6 +106,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     Raises QprobeError for anything a user can mend (see `qprobe.errors`).
     """
     check_measures(options)
+    limit = None if options.max_memory is None else parse_size(options.max_memory)
     if options.measures is not None and {*options.measures} == {"weight"}:
         from qprobe.weight_scan import scan_weights  # which builds on this module
 
@@ -110,16 +114,19 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     shard = shard_from(os.environ)
     clock = Clock()
     with clock.stage("load"):
-        reference = load_reference(options.model, shard.device(options.device), options.dtype)
+        reference = load_reference(
+            options.model, shard.device(options.device), options.dtype, on_host=limit is not None
+        )
     folder = options.out or Path("runs") / reference.identity.id.replace("/", "--")
     with clock.stage("weights"):
-        subject = subject_of(reference, FormatSpec(options.format, compute_dtype=options.dtype))
+        subject = opened(reference, FormatSpec(options.format, compute_dtype=options.dtype), limit, folder)
         check_request(subject, options)
-    with entered(folder, shard):
+    with subject.streaming(), entered(folder, shard):
         with clock.stage("answers"):
             work = prepare_samples(subject, options, folder, progress, shard)
         with clock.stage("prepare"):
-            measures = start_run(subject, work, options, folder)
+            with subject.running("start"):
+                measures = start_run(subject, work, options, folder)
             show_samples(subject, work.calibration, folder)
         if options.format == CALIBRATED:
             with clock.stage("calibrate"):
@@ -131,6 +138,14 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
             if not is_ours:
                 return unfinished(subject, folder, work, clock, shard, left)
             return finish(subject, work, options, folder, clock, progress)
+
+
+def opened(reference: Reference, fmt: FormatSpec, limit_bytes: int | None, folder: Path) -> Subject:
+    """The subject of `reference`, within a limit if there is one."""
+    if limit_bytes is None:
+        return subject_of(reference, fmt)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return limited_subject(reference, fmt, limit_bytes, there)
 
 
 def finish(
@@ -166,6 +181,7 @@ def finish(
         skiplist=folder / "skiplist.json",
         verdict=choice.verdict,
         notes=(*done.notes, *choice.notes),  # the run folder may be asked again, for another choice
+        streamed_bytes=subject.streamed_bytes,
     )
 
 
@@ -184,6 +200,7 @@ def unfinished(
         attribution_residual=None,
         skiplist=None,
         verdict=left_to_others(shard, left),
+        streamed_bytes=subject.streamed_bytes,
     )
 
 
@@ -222,9 +239,7 @@ def check_request(subject: Subject, options: ScanOptions) -> None:
     if options.ablate is not None:
         check_ablated(options.ablate, inventory)
     if options.format == CALIBRATED:
-        calibration.memory_limit(subject, options.max_memory)
-    elif options.max_memory is not None:
-        raise QprobeError(f"--max-memory is for --format {CALIBRATED}, which needs it; leave it away.")
+        calibration.check_limit(subject)
     asked = "--ablate" if options.ablate is not None else "--max-kl" if options.max_kl is not None else None
     if asked is not None and not subject.has_head:
         raise ModelError(
@@ -269,7 +284,8 @@ def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:
     """For each sample that the model answers nothing to, why it is left out."""
     notes = []
     for sample in samples:
-        layer = first_nonfinite(subject, (sample,))
+        with subject.running("finite"):
+            layer = first_nonfinite(subject, (sample,))
         why = f"in 16-bit its values are not finite from {layer} on" if layer else "the model answers nothing"
         notes.append(f"{sample.id}: left out, {why}")
     return notes
@@ -286,7 +302,16 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
     batch = first if finite is None else subject.encode(finite)
     measures, more = applicable_measures(subject, batch, wanted, options.nodes)
     fmt = FormatSpec(options.format, compute_dtype=options.dtype)
-    spec = run_spec(subject.reference, fmt, measures, work.calibration, work.held_out, first, options.seed)
+    spec = run_spec(
+        subject.reference,
+        fmt,
+        measures,
+        work.calibration,
+        work.held_out,
+        first,
+        options.seed,
+        subject.release,
+    )
     if fmt.is_calibrated:
         spec["rounding"] = calibration.SETTINGS
     identity = subject.reference.identity
@@ -306,8 +331,7 @@ def calibrate(
             f"{folder} is not calibrated yet, and one process calibrates all weights: run the command "
             "without RANK and WORLD_SIZE, or share a scan of plain nf4."
         )
-    limit = calibration.memory_limit(subject, options.max_memory)
-    calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, limit, progress))
+    calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, progress=progress))
     add_notes(folder, (calibration.FITTED, *calibration.calibration_notes(folder)))
 
 
@@ -316,14 +340,17 @@ def measure_units(
 ) -> None:
     """Run the missing ones of this process's units, one batch at a time."""
     if shard.own(missing_units(folder, "weights", 1)):
-        write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
+        with subject.running("weights"):
+            write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
     own = shard.own(range(len(work.calibration)))
     todo = {u for s in measures.stages for u in shard.own(missing_units(folder, s, len(work.calibration)))}
     half = own_half(sample for group in work.calibration for sample in group)
     with walking(subject.path):  # opened once, so that weights change their dtype once
         for unit in sorted(todo):
             batch = subject.encode(work.calibration[unit])
-            for stage, frame in observe(subject, batch, measures, half).items():
+            with subject.running("measure", batch.elements):
+                frames = observe(subject, batch, measures, half)
+            for stage, frame in frames.items():
                 write_unit(folder, stage, unit, frame)
             progress("measure", len([u for u in own if u not in todo or u <= unit]), len(own))
 

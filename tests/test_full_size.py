@@ -12,6 +12,7 @@ from qprobe.models.reference import load_reference, meta_model
 from qprobe.records import FormatSpec
 from qprobe.samples.sources import from_jsonl
 from tests.benchmarks.checkpoints import geometry, write_checkpoint, write_samples
+from tests.benchmarks.full_size_streamed import largest_difference
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
@@ -42,3 +43,19 @@ def test_a_checkpoint_loads_whole_and_its_samples_have_the_promised_tokens(tmp_p
     assert batch.inputs["input_ids"].shape == (3, 256 + 64) and batch.answer_tokens == 3 * 64
     assert batch.inputs["aspect_ratio_ids"].tolist() == [[6]] * 3  # 2 x 2 tiles
     assert torch.isfinite(reference.model(**batch.inputs).logits).all()
+
+
+def test_tables_differ_by_their_worst_number(tmp_path: Path):
+    def written(name: str, *lines: str) -> Path:
+        path = tmp_path / name
+        path.write_text("\n".join(["layer,tower,kl,se", *lines]))
+        return path
+
+    first = written("a", "x,vision,2.0,", "y,language,0.0,1.0")
+    assert largest_difference(first, written("b", "x,vision,2.0,", "y,language,0.0,1.0"))["difference"] == 0
+    found = largest_difference(first, written("c", "x,vision,2.5,", "y,language,0.0,1.1"))
+    assert found == {"difference": 0.25, "column": "kl", "layer": "x"}
+    for other in (("x,vision,2.0,3.0", "y,language,0.0,1.0"), ("x,vision,2.0,", "y,language,1e-9,1.0")):
+        assert largest_difference(first, written("d", *other))["difference"] == float("inf")
+    swapped = written("e", "y,language,0.0,1.0", "x,vision,2.0,")
+    assert largest_difference(first, swapped)["column"] == "layer"

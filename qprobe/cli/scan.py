@@ -36,8 +36,8 @@ TOP = 10  # layers of the ranking that are shown
 @click.option(
     "--max-memory",
     metavar="SIZE",
-    help="For nf4-calibrated: what Gram matrices may take at once, such as 6GiB; samples run again for the "
-    "rest.  [default: a quarter of what is free]",
+    help="The most that the scan may hold on its device (on a CPU: in its process), such as 22GiB. Weights "
+    "that do not fit wait on the host and are copied when a layer runs.  [default: no limit]",
 )
 @limit_options(DEFAULT_BUDGET)
 @click.option(
@@ -87,7 +87,8 @@ def scan(as_json: bool, **asked: Any) -> None:
 
     \b
     --json prints: run, layers, samples, seconds {stage: s}, peak_bytes, kl_standard_4bit, kl_dynamic
-    (nats per answer token), attribution_residual, skiplist, verdict, notes; null for what does not apply.
+    (nats per answer token), attribution_residual, skiplist, verdict, notes, streamed_bytes (copied to
+    the device for --max-memory); null for what does not apply.
     """
     shared.refuse_two_sources(asked)
     refuse_two_limits(asked)

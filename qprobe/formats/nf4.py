@@ -32,6 +32,16 @@ class PackedNf4:
 
         return dequantize_4bit(self.codes, self.state)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes and block scales; the table of 16 values stays with the state."""
+        return self.codes, self.state.absmax
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> PackedNf4:
+        """The same weight with copies of its `tensors`."""
+        codes, absmax = tensors
+        return PackedNf4(codes, _with_scales(self.state, absmax))
+
 
 @dataclass(frozen=True)
 class StoredNf4:
@@ -81,12 +91,19 @@ class Nf4:
 
 def _with_plain_scales(state: Any) -> Any:
     """`state` with its nested block scales read back, the way bitsandbytes' dequantize_4bit does."""
-    from bitsandbytes.functional import QuantState, dequantize_blockwise
+    from bitsandbytes.functional import dequantize_blockwise
 
     if not state.nested:
         return state
+    return _with_scales(state, (dequantize_blockwise(state.absmax, state.state2) + state.offset).float())
+
+
+def _with_scales(state: Any, absmax: Tensor) -> Any:
+    """`state` with the plain block scales `absmax`."""
+    from bitsandbytes.functional import QuantState
+
     return QuantState(
-        absmax=(dequantize_blockwise(state.absmax, state.state2) + state.offset).float(),
+        absmax=absmax,
         shape=state.shape,
         code=state.code,
         blocksize=state.blocksize,

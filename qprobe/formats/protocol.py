@@ -14,6 +14,15 @@ class Packed(Protocol):
         """The weight as the format reads it back: (out_features, in_features), original dtype."""
         ...
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of the stored form that grows with the weight."""
+        ...
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Packed:
+        """The same weight with copies of its `tensors`, maybe on another device."""
+        ...
+
 
 class Format(Protocol):
     """A way to store a weight of a linear layer."""

@@ -93,9 +93,9 @@ def measure_ablation(
     missing = missing_units(folder, stage, len(groups))
     done = len(groups) - len(missing)
     for unit in missing:
-        frame = _unit(
-            subject, subject.encode(groups[unit]), layers, partial(_tick, progress, done, len(groups))
-        )
+        batch = subject.encode(groups[unit])
+        with subject.running("ablation", batch.elements):
+            frame = _unit(subject, batch, layers, partial(_tick, progress, done, len(groups)))
         write_unit(folder, stage, unit, frame)
         done += 1
     rows = ablation_rows(read_units(folder, stage), layers)

@@ -44,12 +44,19 @@ def with_answers(
     silent = tuple(s for s in samples if s.answer is None)
     if not silent:
         return samples
-    weights = weights_digest(subject.model)
+    weights = weights_digest(subject.model, subject.release)
     groups = subject.groups(silent, batch_size)
     paths = [folder / FOLDER / f"{_key(weights, max_new_tokens, group)}.json" for group in groups]
     for count, i in enumerate(shard.rotated(range(len(groups))), start=1):
         if _read(paths[i], groups[i]) is None:
-            own = answer_group(subject.model, subject.reference.processor, groups[i], max_new_tokens)
+            with subject.running("answers", len(groups[i])):
+                own = answer_group(
+                    subject.model,
+                    subject.reference.processor,
+                    groups[i],
+                    max_new_tokens,
+                    subject.reference.device,
+                )
             _write(paths[i], own)
         progress("answers", count, len(groups))
     found: dict[str, Sample] = {}

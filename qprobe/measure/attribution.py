@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from scipy.special import roots_sh_jacobi
 from torch import Tensor, nn
 
-from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
+from qprobe.measure.hooks import ROOM_BYTES, checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, kl_per_sample, kl_sums
 from qprobe.measure.outputs import split_by_sample
 from qprobe.measure.roundtrips import RoundTrips
@@ -62,12 +62,14 @@ class Path:
     """The straight path between a model (alpha = 0) and its all-4-bit form (alpha = 1).
 
     modules: the linears that are quantized. dtype: in which the path is walked; open `walking` around it.
+    room_bytes: what a backward pass may keep to run faster, see `checkpointed_blocks`.
     """
 
     model: Any
     modules: dict[str, nn.Linear]
     round_trips: RoundTrips
     dtype: torch.dtype
+    room_bytes: int = ROOM_BYTES
 
     def logits(self, batch: Batch, alpha: float) -> list[Tensor]:
         """`answer_logits` at W + alpha D, without gradients."""
@@ -117,7 +119,8 @@ class Path:
                 steps[name] = torch.zeros(batch.size, device=x.device, requires_grad=True)
             return _PathLinear.apply(x, steps[name], module.bias, self.round_trips, name, alpha)
 
-        with torch.enable_grad(), checkpointed_blocks(self.model), replaced_forwards(self.modules, forward):
+        keeping = checkpointed_blocks(self.model, self.room_bytes)
+        with torch.enable_grad(), keeping, replaced_forwards(self.modules, forward):
             scale = FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
             total = scale * loss(answer_logits(self.model, batch)).sum()
             names = list(steps)
@@ -148,8 +151,12 @@ def _fisher_root(reference: Tensor, signs: Tensor) -> Tensor:
 
 @contextmanager
 def walking(path: Path) -> Iterator[None]:
-    """While open, the model's narrower parameters and buffers are in the path's dtype."""
-    held = (*path.model.parameters(), *path.model.buffers())
+    """While open, the model's narrower parameters and buffers are in the path's dtype.
+
+    But for streamed weights, which are widened one at a time when they are used.
+    """
+    streamed = {id(path.round_trips.modules[name].weight) for name in path.round_trips.streamed}
+    held = [p for p in (*path.model.parameters(), *path.model.buffers()) if id(p) not in streamed]
     saved = [(p, p.data) for p in held if p.is_floating_point() and p.itemsize < path.dtype.itemsize]
     try:
         for parameter, data in saved:
@@ -184,7 +191,7 @@ class _PathLinear(torch.autograd.Function):
         name: str,
         alpha: float,
     ) -> Tensor:
-        own = round_trips.modules[name].weight.detach().to(x.dtype)
+        own = round_trips.own(name).to(x.dtype)
         # At the 16-bit end the 4-bit weight is needed by the backward pass alone.
         ctx.difference = partial(round_trips.difference, name, x.dtype)
         difference = ctx.difference() if alpha else None

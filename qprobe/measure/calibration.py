@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 import torch
 
-from qprobe.errors import QprobeError, RunError
+from qprobe.errors import RunError
 from qprobe.formats.calibrated import Rounded, calibrate
 from qprobe.formats.codes_file import FILE_NAME, checked, open_codes, sha256_of, write_codes, write_tensors
 from qprobe.formats.gptq import DAMPING
@@ -36,7 +36,6 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
 from qprobe.records import CodesFile, Sample
 from qprobe.samples.inputs import Batch
-from qprobe.select.budget import parse_size
 
 APART = "it does not read the same tensor as its neighbours on every batch"
 SETTINGS = {"method": "gptq", "version": 2, "damping": DAMPING, "shrinkage": "n / (n + tokens)"}
@@ -56,12 +55,15 @@ FITTED = (
 
 @dataclass(frozen=True)
 class Work:
-    """What calibration needs. samples: in batches. limit_bytes: for the Gram matrices held at once."""
+    """What calibration needs. samples: in batches.
+
+    limit_bytes: for the Gram matrices held at once; None for `gram_room`.
+    """
 
     subject: Subject
     folder: Path
     samples: Sequence[tuple[Sample, ...]]
-    limit_bytes: int
+    limit_bytes: int | None = None
     progress: Progress = no_progress
 
     @property
@@ -74,24 +76,41 @@ class Work:
         return format_from(read_scan(self.folder).format)
 
 
-def memory_limit(subject: Subject, asked: str | None) -> int:
-    """Bytes for Gram matrices: `asked` ("6GiB"), or a quarter of what is free, `MOST_MEMORY` at most.
+def check_limit(subject: Subject) -> None:
+    """Raises MachineError if the memory limit has no room for the widest layer's Gram matrix and rounding."""
+    if subject.limit is None:
+        return
+    widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
+    work = gram_bytes(widest.in_features, subject.reference.device) + rounding_bytes(*widest.shape)
+    subject.limit.check(work, f"calibrating {widest.name}")
 
-    Raises QprobeError if the largest single one does not fit in what was asked for.
+
+def rounding_bytes(out_features: int, in_features: int) -> int:
+    """About what `calibrate` holds at most beside the Gram matrix, for weights of so many outputs together.
+
+    In float32: the matrix shrunk, its factor and two copies on the way; the weights twice, their scales
+    twice, errors, and two temporary products.
     """
-    device = subject.reference.device
-    if asked is None:
+    return 4 * (4 * in_features**2 + 7 * in_features * out_features)
+
+
+def gram_room(work: Work, inputs: Sequence[SharedInput]) -> int:
+    """Bytes for Gram matrices: what a memory limit leaves, or a quarter of what is free.
+
+    The quarter is `MOST_MEMORY` at most. inputs: all there are; `shared_inputs` has run. Raises MachineError
+    if the largest matrix does not fit.
+    """
+    subject, device = work.subject, work.subject.reference.device
+    if subject.limit is None:
         free = _free_on_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
         return min(free // 4, MOST_MEMORY)
-    limit = parse_size(asked)
-    widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
-    needed = gram_bytes(widest.in_features, device)
-    if limit < needed:
-        raise QprobeError(
-            f"--max-memory {asked} is too little: the Gram matrix of {widest.name} alone takes "
-            f"{needed:,} bytes. Pass --max-memory {needed} or more."
-        )
-    return limit
+    outputs = {one: sum(subject.modules[name].out_features for name in one.names) for one in inputs}
+    rounding = max((rounding_bytes(out, one.in_features) for one, out in outputs.items()), default=0)
+    # Samples run while matrices are summed, weights are rounded afterwards. A quarter more for float32.
+    beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding)
+    largest = max((gram_bytes(one.in_features, device) for one in inputs), default=0)
+    subject.limit.check_room(beside + largest, "calibration")
+    return subject.limit.left_bytes - beside
 
 
 def _free_on_gpu(device: torch.device) -> int:
@@ -134,15 +153,15 @@ def codes_unit(folder: Path, unit: int) -> Path:
 def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[int]) -> None:
     """Finish the `units` of `inputs` (from `shared_inputs`, all of them), as many at once as fit."""
     numbers = {inputs[unit].leader: unit for unit in units}
-    parts = passes(
-        [inputs[unit] for unit in numbers.values()], work.limit_bytes, work.subject.reference.device
-    )
+    limit = gram_room(work, inputs) if work.limit_bytes is None else work.limit_bytes
+    parts = passes([inputs[unit] for unit in numbers.values()], limit, work.subject.reference.device)
     step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
     for part in parts:
         gathering = gathered(work.subject, part, work.batches, step)
         for one in part:
             gram = gathering.grams.pop(one.leader)
-            _finish(work, one, gram.total, gram.tokens, gathering.apart, numbers[one.leader])
+            with work.subject.running(f"round {one.leader}"):  # a kind of its own: no weight stays meanwhile
+                _finish(work, one, gram.total, gram.tokens, gathering.apart, numbers[one.leader])
             del gram
             step()
 
@@ -157,7 +176,7 @@ def _finish(
     work: Work, one: SharedInput, total: torch.Tensor, tokens: int, apart: set[str], unit: int
 ) -> None:
     """Round the weights of one shared input and write the unit."""
-    weights = {name: work.subject.modules[name].weight for name in one.names if name not in apart}
+    weights = {name: work.subject.round_trips.own(name) for name in one.names if name not in apart}
     found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
     with torch.no_grad():
         found |= dict(

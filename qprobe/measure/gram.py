@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
+from qprobe.measure.roundtrips import RoundTrips
 from qprobe.measure.subject import Subject
 from qprobe.samples.inputs import PAD, Batch
 
@@ -68,9 +69,10 @@ def shared_inputs(subject: Subject, batches: Iterable[Batch]) -> list[SharedInpu
 
     Batches are run until every linear was seen, or all are.
     """
-    survey = _Survey(subject.quantized)
+    survey = _Survey(subject.quantized, subject.round_trips)
     for batch in batches:
-        _run(subject, batch, survey.forward)
+        with subject.running("survey", batch.elements):
+            _run(subject, batch, survey.forward)
         if len(survey.leaders) == len(subject.quantized):
             break
     members: dict[str, list[str]] = {}
@@ -84,6 +86,7 @@ class _Survey:
     """Notes of each linear the first one that read the same tensor."""
 
     wanted: frozenset[str]
+    round_trips: RoundTrips
     leaders: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[Any, int, str]] = field(default_factory=list)  # weak reference, version, leader
 
@@ -94,7 +97,7 @@ class _Survey:
             self.leaders[name] = leader = next(same, name)
             if leader == name:
                 self.inputs.append((ref(x), x._version, name))
-        return F.linear(x, module.weight, module.bias)
+        return F.linear(x, self.round_trips.own(name), module.bias)
 
 
 @dataclass
@@ -111,6 +114,8 @@ class Gathering:
 
     def __post_init__(self) -> None:
         device = self.subject.reference.device
+        if self.subject.limit is not None:
+            self.subject.limit.store.allow(0)
         self._leaders = {name: one.leader for one in self.inputs for name in one.names}
         self._read: dict[str, Any] = {}
         for one in self.inputs:
@@ -129,9 +134,11 @@ class Gathering:
                 read = self._read.get(leader)
                 if read is None or read() is not x:
                     self.apart.add(name)
-            return F.linear(x, module.weight, module.bias)
+            return F.linear(x, self.subject.round_trips.own(name), module.bias)
 
-        _run(self.subject, batch, forward)
+        # Each set of matrices is a kind of work of its own: what it leaves to weights differs.
+        with self.subject.running(f"gram {self.inputs[0].leader}", batch.elements):
+            _run(self.subject, batch, forward)
 
     def _mask(self, name: str, x: Tensor, batch: Batch) -> Tensor | None:
         """(tokens,) False for padding, where the linear reads the text sequence; None where all count."""

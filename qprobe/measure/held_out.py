@@ -31,7 +31,10 @@ def measure_choices(
     for unit, group in enumerate(groups):
         wanted = {stage: kept for stage, kept in lists.items() if unit in missing[stage]}
         if wanted:
-            for stage, frame in choice_kl(subject, subject.encode(group), wanted).items():
+            batch = subject.encode(group)
+            with subject.running("choice", batch.elements, like="measure"):
+                frames = choice_kl(subject, batch, wanted)
+            for stage, frame in frames.items():
                 write_unit(folder, stage, unit, frame)
         progress("choice", unit + 1, len(groups))
     return {name: read_units(folder, choice_stage(kept)) for name, kept in choices.items()}
@@ -46,7 +49,9 @@ def measure_nearest(
     """
     missing = missing_units(folder, NEAREST_STAGE, len(groups))
     for done, unit in enumerate(missing, start=1):
-        frame = nearest_kl(subject, subject.encode(groups[unit]), fmt, NEAREST_STAGE)
+        batch = subject.encode(groups[unit])
+        with subject.running("nearest", batch.elements):
+            frame = nearest_kl(subject, batch, fmt, NEAREST_STAGE)
         write_unit(folder, NEAREST_STAGE, unit, frame)
         progress("nearest", done, len(missing))
     return read_units(folder, NEAREST_STAGE)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qprobe.measure.runner import Measures
 from qprobe.models.reference import Reference
@@ -27,11 +29,15 @@ def run_spec(
     held_out: list[tuple[Sample, ...]],
     first: Batch,
     seed: int,
+    release: Callable[[Tensor], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """The specification of a run: two runs with equal specifications give the same units."""
+    """The specification of a run: two runs with equal specifications give the same units.
+
+    release: see `weights_digest`.
+    """
     return {
         "model": asdict(reference.identity),
-        "weights": weights_digest(reference.model),
+        "weights": weights_digest(reference.model, release),
         "format": asdict(fmt),
         "device": reference.device.type,
         "measures": asdict(measures),
@@ -61,14 +67,18 @@ def _named(sample: Sample) -> dict[str, str]:
     return {"id": sample.id, "digest": sample.digest}
 
 
-def weights_digest(model: Any) -> str:
-    """SHA-256 over up to 4,096 evenly spaced elements of every parameter."""
+def weights_digest(model: Any, release: Callable[[Tensor], None] = lambda _: None) -> str:
+    """SHA-256 over up to 4,096 evenly spaced elements of every parameter.
+
+    release: called with each parameter once it was read.
+    """
     sha = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED)
         sha.update(name.encode())
         sha.update(flat[::step][:_SAMPLED].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        release(parameter)
     return sha.hexdigest()
 
 

@@ -71,20 +71,16 @@ class OutputErrors:
         parts = split_by_sample(x, half * (2 if self.doubled else 1))
         if parts is None:
             self.skipped.add(name)
-            return F.linear(x, module.weight, module.bias)
+            return F.linear(x, self.round_trips.own(name).to(x.dtype), module.bias)
+        own = self.round_trips.own(name).to(x.dtype)
         weight_hat = self.round_trips.weight(name).to(x.dtype)
         outputs = x.new_empty((*parts.shape[:2], module.out_features))
-        linear_into(outputs[:half], parts[:half], module.weight, module.bias)
+        linear_into(outputs[:half], parts[:half], own, module.bias)
         if self.doubled:
-            second = weight_hat if name in self.quantized else module.weight
+            second = weight_hat if name in self.quantized else own
             linear_into(outputs[half:], parts[half:], second, module.bias)
-        self._note(name, outputs, self._noise(module, weight_hat, parts[:half]))
+        self._note(name, outputs, _noise(own, weight_hat, parts[:half]))
         return outputs.reshape(*x.shape[:-1], module.out_features)
-
-    def _noise(self, module: nn.Linear, weight_hat: Tensor, x: Tensor) -> Tensor:
-        """D x, (samples, rows, out_features); in float32 on the CPU, in the input's dtype elsewhere."""
-        work = torch.float32 if x.device.type == "cpu" else x.dtype
-        return F.linear(x.to(work), weight_hat.to(work) - module.weight.to(work))
 
     def _note(self, name: str, outputs: Tensor, noise: Tensor) -> None:
         y = outputs[: self.batch.size]
@@ -144,6 +140,12 @@ class OutputErrors:
 
 
 PROPAGATED = ("propagated_n", "propagated_signal", "propagated_noise", "propagated_nonfinite")
+
+
+def _noise(own: Tensor, weight_hat: Tensor, x: Tensor) -> Tensor:
+    """D x, (samples, rows, out_features); in float32 on the CPU, in the input's dtype elsewhere."""
+    work = torch.float32 if x.device.type == "cpu" else x.dtype
+    return F.linear(x.to(work), weight_hat.to(work) - own.to(work))
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

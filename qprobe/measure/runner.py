@@ -154,8 +154,8 @@ def kl_rows(batch: Batch, choice: str, sums: list[KlSums]) -> pd.DataFrame:
 def nearest_kl(subject: Subject, batch: Batch, fmt: Format, choice: str) -> pd.DataFrame:
     """The KL rows of the batch with every quantized linear rounded to nearest, one at a time as it runs."""
 
-    def forward(_name: str, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, fmt.pack(module.weight).unpack(), module.bias)
+    def forward(name: str, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, fmt.pack(subject.round_trips.own(name)).unpack(), module.bias)
 
     with torch.inference_mode():
         reference = answer_logits(subject.model, batch)

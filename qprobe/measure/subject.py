@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from qprobe.formats.nf4 import format_from
 from qprobe.measure.attribution import Path, path_dtype
+from qprobe.measure.hooks import ROOM_BYTES, repeated_blocks, replaced_forwards
+from qprobe.measure.limit import MemoryLimit
+from qprobe.measure.memory import held_bytes
 from qprobe.measure.roundtrips import RoundTrips
+from qprobe.measure.weight_store import Files, PinnedMemory, WeightStore
 from qprobe.models.inventory import has_language_head, linear_modules, list_layers
+from qprobe.models.mapped import Mapped
 from qprobe.models.reference import Reference
 from qprobe.records import FormatSpec, Inventory, Linear, Sample
 from qprobe.samples.inputs import Batch, batches, encode, image_token_id
+
+# What packing a weight takes for each element while it lasts: bitsandbytes works in parts on a GPU.
+PACKING_BYTES = {"cpu": 13, "cuda": 4}
+ROOM_SHARE = 10  # of a memory limit, one part may be what blocks keep so as not to run again
 
 
 @dataclass(frozen=True)
@@ -23,12 +36,16 @@ class Subject:
     """One loaded reference under measurement.
 
     modules: every linear by name, in module order. round_trips: their 4-bit forms, on the model's device.
+    limit: of the memory it may take; None where all of it is on the device.
+    release: called with a parameter that was read from the host, and is not needed soon.
     """
 
     reference: Reference
     inventory: Inventory
     modules: dict[str, nn.Linear]
     round_trips: RoundTrips
+    limit: MemoryLimit | None = None
+    release: Callable[[Tensor], None] = lambda _: None
 
     @property
     def model(self) -> Any:
@@ -50,12 +67,36 @@ class Subject:
     @cached_property
     def path(self) -> Path:
         """The path from this model to its all-4-bit form."""
-        return Path(self.model, self.quantized_modules, self.round_trips, path_dtype(self.model))
+        room = ROOM_BYTES if self.limit is None else min(ROOM_BYTES, self.limit.limit_bytes // ROOM_SHARE)
+        return Path(self.model, self.quantized_modules, self.round_trips, path_dtype(self.model), room)
+
+    @property
+    def streamed_bytes(self) -> int | None:
+        """Bytes of weights copied to the device so far; None where all of them are there."""
+        return None if self.round_trips.store is None else self.round_trips.store.fetched_bytes
 
     @cached_property
     def has_head(self) -> bool:
         """True if the model gives token logits, so that KL and sensitivity apply."""
         return has_language_head(self.model)
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Open around all that runs the model: its streamed linears fetch their weights.
+
+        The modules are as before afterwards, also when the body raises.
+        """
+        trips = self.round_trips
+
+        def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+            return F.linear(x, trips.own(name).to(x.dtype), module.bias)
+
+        with replaced_forwards({name: self.modules[name] for name in sorted(trips.streamed)}, forward):
+            yield
+
+    def running(self, kind: str, size: int = 1, like: str = "") -> AbstractContextManager[None]:
+        """Open around one batch of a kind of work, see `MemoryLimit.running`."""
+        return nullcontext() if self.limit is None else self.limit.running(kind, size, like)
 
     def groups(self, samples: tuple[Sample, ...], size: int) -> list[tuple[Sample, ...]]:
         """`samples` in batches of one processed image shape, see `qprobe.samples.inputs.batches`."""
@@ -66,6 +107,53 @@ class Subject:
         token = image_token_id(self.model.config)
         batch = encode(self.reference.processor, samples, self.model.dtype, token)
         return batch.to(self.reference.device)
+
+
+def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, folder: FilePath) -> Subject:
+    """`subject_of` within `limit_bytes` of the device: weights of repeated blocks wait on the host.
+
+    reference: loaded `on_host`; the rest of it is moved to the device. folder: where files may be made while
+    it lives, see `Mapped`. Open `Subject.streaming` around all that runs the model.
+    Raises MachineError if the limit is too small, with the least that would do.
+    """
+    modules, inventory = linear_modules(reference.model), list_layers(reference.model, spec)
+    device = reference.device
+    streamed = streamed_names(reference.model, modules, inventory)
+    move_rest(reference.model, {id(modules[name].weight) for name in streamed}, device)
+    mapped = Mapped(folder)
+    host = Files(mapped) if device.type == "cpu" else PinnedMemory(device)
+    store = WeightStore(host, window_bytes(reference.model, modules, streamed))
+    limit = MemoryLimit(limit_bytes, device, store, base_bytes=held_bytes(device))
+    largest = max((m.weight.numel() for m in modules.values()), default=0)
+    work = store.window_bytes + PACKING_BYTES.get(device.type, 4) * largest
+    limit.check(work, "what is never streamed, with one block of the model and one weight in work,")
+    with limit.running("pack", 1), torch.inference_mode():
+        round_trips = RoundTrips(modules, format_from(spec), store, streamed)
+    return Subject(reference, inventory, modules, round_trips, limit, mapped.forget)
+
+
+def streamed_names(
+    model: nn.Module, modules: Mapping[str, nn.Linear], inventory: Inventory
+) -> frozenset[str]:
+    """The linears of repeated blocks that are quantized: nearly all bytes of a large model."""
+    inside = {id(m) for block in repeated_blocks(model) for m in block.modules()}
+    fixed = {x.name for x in inventory.layers if x.fixed}
+    return frozenset(name for name, m in modules.items() if id(m) in inside and name not in fixed)
+
+
+def move_rest(model: nn.Module, streamed: set[int], device: torch.device) -> None:
+    """Move to `device` every parameter whose id is not in `streamed`, and every buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in streamed:
+            tensor.data = tensor.data.to(device)
+
+
+def window_bytes(model: nn.Module, modules: Mapping[str, nn.Linear], streamed: frozenset[str]) -> int:
+    """Bytes of both forms of the streamed weights of the largest block."""
+    ids = {id(modules[name]) for name in streamed}
+    blocks = [sum(m.weight.nbytes for m in b.modules() if id(m) in ids) for b in repeated_blocks(model)]  # type: ignore[union-attr]
+    # Two codes a byte and a float32 scale for 64: 9/16 of a byte for the two of a 16-bit weight.
+    return max(blocks, default=0) * 41 // 32
 
 
 def subject_of(reference: Reference, spec: FormatSpec) -> Subject:

@@ -50,7 +50,7 @@ def weight_row(layer: str, sums: ErrorSums, peak: float) -> tuple[str, int, floa
 def weight_rows(round_trips: RoundTrips) -> pd.DataFrame:
     """One row a linear, columns of the unit stage "weights": layer, n, signal, noise, nonfinite, peak."""
     rows = [
-        weight_row(name, *error_sums(module.weight, round_trips.weight(name)))
-        for name, module in round_trips.modules.items()
+        weight_row(name, *error_sums(round_trips.own(name), round_trips.weight(name)))
+        for name in round_trips.modules
     ]
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS))

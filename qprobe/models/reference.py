@@ -14,6 +14,7 @@ from qprobe.errors import MachineError, ModelError
 from qprobe.models.catalogue import ENTRIES, Entry, find, nearest
 from qprobe.models.geometry import catalogue_config
 from qprobe.models.inventory import fingerprint
+from qprobe.models.mapped import return_freed_memory
 from qprobe.records import ModelIdentity
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,16 +36,19 @@ class Reference:
     """A loaded 16-bit model in eval mode with frozen parameters, and what belongs to it.
 
     processor: a processor for image + text models, a tokenizer for text models, None where neither exists.
+    target: the device that it runs on, where its weights do not all lie there; None where they do.
     """
 
     model: Any  # transformers.PreTrainedModel
     processor: Any
     identity: ModelIdentity
     source: Source
+    target: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where inputs go."""
+        return self.target or next(self.model.parameters()).device
 
 
 def resolve(model: str) -> Source:
@@ -107,15 +111,19 @@ def load_reference(
     device: str | None = None,
     dtype: Literal["bfloat16", "float16"] = "bfloat16",
     revision: str | None = None,
+    on_host: bool = False,
 ) -> Reference:
     """The 16-bit model, processor and identity behind `model` (alias, folder or hub id).
 
     revision: commit, tag or branch on the hub; None for the newest; of no meaning for a folder.
-    Weights go straight to the device. Only safetensors are read, no pickle and no remote code.
+    on_host: leave the weights on the CPU, in the files that are mapped there; else they go straight to the
+    device. Only safetensors are read, no pickle and no remote code.
     Raises ModelError if it cannot be had, MachineError for a device that is not here.
     """
     source = at_revision(resolve(model), revision)
     place = pick_device(device)
+    if on_host and place.type == "cpu":
+        return_freed_memory()
     config = load_config(source)
     cls = model_class(config)
     with _explained(source):
@@ -123,14 +131,14 @@ def load_reference(
             source.location,
             revision=source.revision or "main",
             dtype=DTYPES[dtype],
-            device_map={"": place},
+            device_map={"": torch.device("cpu") if on_host else place},
             use_safetensors=True,
         )
         processor = load_processor(source)
     loaded.eval().requires_grad_(False)
     revision = source.revision or getattr(loaded.config, "_commit_hash", None)
     identity = ModelIdentity(source.id, revision, type(loaded).__name__, fingerprint(loaded))
-    return Reference(loaded, processor, identity, source)
+    return Reference(loaded, processor, identity, source, place if on_host else None)
 
 
 def load_config(source: Source) -> Any:

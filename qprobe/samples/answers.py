@@ -39,18 +39,26 @@ def answered(
     return [done[i] for i in range(len(samples))]
 
 
-def answer_group(model: Any, processor: Any, group: Sequence[Sample], max_new_tokens: int) -> list[Sample]:
-    """`answered` of one batch, as `qprobe.samples.inputs.batches` cuts it."""
-    found = _generate(model, processor, group, max_new_tokens)
+def answer_group(
+    model: Any,
+    processor: Any,
+    group: Sequence[Sample],
+    max_new_tokens: int,
+    device: torch.device | None = None,
+) -> list[Sample]:
+    """`answered` of one batch, as `qprobe.samples.inputs.batches` cuts it; device: None for the weights'."""
+    found = _generate(model, processor, group, max_new_tokens, device)
     return [replace(s, answer=text, ends=ends) for s, (text, ends) in zip(group, found, strict=True)]
 
 
-def _generate(model: Any, processor: Any, group: Sequence[Sample], limit: int) -> list[tuple[str, bool]]:
+def _generate(
+    model: Any, processor: Any, group: Sequence[Sample], limit: int, device: torch.device | None
+) -> list[tuple[str, bool]]:
     """(text, ended by itself) for each sample of one batch."""
     from transformers import GenerationConfig
 
     tokenizer = tokenizer_of(processor)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     texts = [prompt_text(processor, s) for s in group]
     raw = process(processor, group, texts, "left")
     inputs = {

@@ -46,6 +46,11 @@ class Batch:
     def answer_tokens(self) -> int:
         return sum(end - start for start, end in self.answers)
 
+    @property
+    def elements(self) -> int:
+        """Of all inputs together, a measure of what running the batch takes."""
+        return sum(tensor.numel() for tensor in self.inputs.values())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with its inputs on `device`."""
         return replace(self, inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()})

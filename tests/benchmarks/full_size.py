@@ -7,6 +7,7 @@ images of 4 tiles with prompts of 256 tokens and answers of 64, and runs `python
 command in a process of its own. The bare forward of the same samples runs warm and for `--bare-seconds`, so
 that both see the same clocks. Prints Markdown, a row as soon as it is known, so that a killed run leaves a
 table. Parts: write, bare, activation (weight + activation error only), scan, select, load4, and, on request,
+streamed (the default scan within --max-memory, its table beside that of the part scan, and its copies) and
 weight (the weight-only scan on the CPU beside the bare read of the files and the quantizer's own speed).
 With --images or --layers it prints how scan time grows instead. `--tiny` checks all of it on a CPU.
 """
@@ -24,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.full_size_parts import CHILDREN, Bench, Ran
+from tests.benchmarks.full_size_streamed import largest_difference
 
 PARTS = ("write", "bare", "activation", "scan", "select", "load4")
+ON_REQUEST = ("streamed", "weight")
 GIB = 2**30
 
 
@@ -95,6 +98,8 @@ def stages(bench: Bench) -> None:
         )
     if "scan" in parts:
         scanned(bench.scan(bench.most_images, "scan"), "default scan", bare)
+    if "streamed" in parts:
+        streamed(bench, bare)
     if "select" in parts:
         named(bench.select(), "select again, another budget: the whole process")
     if "load4" in parts:
@@ -137,6 +142,26 @@ def scanned(ran: Ran, name: str, bare: dict[str, Any] | None) -> None:
     once = bare["calibration"] + bare["held_out"] if bare else None
     ratio = after / once if once else None
     row(f"{name}: everything after loading", after, ratio, ran.found["peak_bytes"], ran.host_bytes)
+
+
+def streamed(bench: Bench, bare: dict[str, Any] | None) -> None:
+    """The scan within a memory limit: its rows, its table beside that without, and what copies alone take."""
+    limit = bench.options.max_memory
+    ran, copy = bench.streamed(), bench.copy()
+    scanned(ran, f"scan within {limit}", bare)
+    if not (ran.found and copy.found):
+        named_failure(copy)
+        return
+    copied, speed = ran.found["streamed_bytes"], copy.found["speed"]
+    say(
+        f"\nWithin {limit}: {copied / 1e9:.1f} GB of weights copied. At {speed / 1e9:.1f} GB/s, "
+        f"the speed of copies alone, {copied / speed:.2f} s."
+    )
+    tables = [bench.run_folder(name) / "layers.csv" for name in ("scan", "streamed")]
+    if all(path.exists() for path in tables):
+        found = largest_difference(*tables)
+        where = f" ({found['column']} of {found['layer']})" if found["difference"] else ""
+        say(f"\nLargest relative difference from the table of the scan: {found['difference']:.2e}{where}.")
 
 
 def weights(bench: Bench) -> None:
@@ -209,6 +234,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--layers", type=float, nargs="+", help="scan time by share of the layers")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--bare-seconds", type=float, default=15.0, help="how long the bare forward runs")
+    parser.add_argument("--max-memory", default="22GiB", help="of the part streamed")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds after which a part is killed")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="size of a checkpoint file")
     parser.add_argument("--folder", type=Path, help="where to work; kept if passed")
@@ -216,8 +242,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=1.0, help="of the layers, for the parts")
     options = parser.parse_args()
     options.parts = options.parts.split(",")
-    if unknown := set(options.parts) - {*PARTS, "weight"}:
-        parser.error(f"no part is called {sorted(unknown)[0]}; there are {', '.join(PARTS)}, weight")
+    if unknown := set(options.parts) - {*PARTS, *ON_REQUEST}:
+        parser.error(f"no part is called {sorted(unknown)[0]}; there are {', '.join(PARTS + ON_REQUEST)}")
     return options
 
 

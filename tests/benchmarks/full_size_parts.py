@@ -97,6 +97,13 @@ class Bench:
     def weight(self) -> Ran:
         return self.scan(0, "weight", "--measures", "weight", "--device", "cpu")
 
+    def streamed(self) -> Ran:
+        """The default scan within a memory limit."""
+        return self.scan(self.most_images, "streamed", "--max-memory", self.options.max_memory)
+
+    def copy(self) -> Ran:
+        return run(self._child("copy"), self.options.limit)
+
     def speeds(self) -> Ran:
         return run(self._child("speeds"), self.options.limit)
 
@@ -208,4 +215,19 @@ def child_speeds(bench: Bench) -> dict[str, Any]:
     return {"read": read, "quantizer": times * weight.numel() / (time.perf_counter() - start), "bytes": total}
 
 
-CHILDREN = {"write": child_write, "bare": child_bare, "load4": child_load4, "speeds": child_speeds}
+def child_copy(bench: Bench) -> dict[str, Any]:
+    """Bytes a second of copies to the device alone."""
+    import torch
+
+    from tests.benchmarks.full_size_streamed import copy_speed
+
+    return {"speed": copy_speed(torch.device(bench.options.device))}
+
+
+CHILDREN = {
+    "write": child_write,
+    "bare": child_bare,
+    "load4": child_load4,
+    "speeds": child_speeds,
+    "copy": child_copy,
+}

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from qprobe.errors import QprobeError
+from qprobe.errors import MachineError
 from qprobe.formats.calibrated import calibrate
 from qprobe.formats.codes_file import FILE_NAME, open_codes, sha256_of
 from qprobe.formats.gptq import shrunk
 from qprobe.formats.nf4 import Nf4
 from qprobe.measure import calibration
-from qprobe.measure.calibration import Work, calibrate_model, calibrate_units, codes_unit, memory_limit
+from qprobe.measure.calibration import Work, calibrate_model, calibrate_units, codes_unit, gram_room
 from qprobe.measure.gram import Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
+from qprobe.measure.limit import SPARE
 from qprobe.measure.store import open_run, read_scan, read_units
-from qprobe.measure.subject import Subject, subject_of
+from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.models.reference import load_reference
 from qprobe.records import CALIBRATED, FormatSpec, Scan
 from qprobe.samples.inputs import PAD
@@ -204,9 +205,26 @@ def test_layers_that_are_left_to_nearest_are_named_with_the_reason(tiny_folder, 
     assert f"its weights are not finite): {broken}" in notes and "its inputs are not finite" in notes
 
 
-def test_a_limit_below_one_matrix_is_refused_with_the_number(tiny_folder):
-    subject = subject_for(tiny_folder("llama"))
-    with pytest.raises(QprobeError, match=r"down_proj alone takes 73,728 bytes"):  # 96^2 float64
-        memory_limit(subject, "64KiB")
-    assert memory_limit(subject, "72KiB") == 73728
-    assert memory_limit(subject, None) > 2**20
+def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_and_rounding(
+    tiny_folder, tmp_path, monkeypatch
+):
+    reference = load_reference(str(tiny_folder("llama")), "cpu", on_host=True)
+    subject = limited_subject(reference, FormatSpec(CALIBRATED), 2**40, tmp_path)
+    assert subject.limit is not None
+    work = Work(subject, tmp_path, [])
+    inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs: 9.6 and 7 x 6144 numbers
+    rounding = 4 * (4 * 96**2 + 7 * 96 * 64)
+    limits = [(1_000, rounding), (800_000, 1_000_000)]  # what the samples took, and what is set aside for it
+    for took, beside in limits:
+        monkeypatch.setattr(subject.limit, "base_bytes", 2**20)
+        monkeypatch.setattr(subject.limit, "needed_by", lambda kind, took=took: {"survey": took}[kind])
+        least = int((2**20 + beside + 96**2 * 8) / (1 - SPARE)) + 2
+        monkeypatch.setattr(subject.limit, "limit_bytes", least)
+        assert 96**2 * 8 <= gram_room(work, inputs) < 96**2 * 8 + 9
+        monkeypatch.setattr(subject.limit, "limit_bytes", least - 3)
+        with pytest.raises(MachineError, match=f"calibration takes {least - 1:,} B"):
+            gram_room(work, inputs)
+
+
+def test_without_a_memory_limit_matrices_get_a_share_of_what_is_free(tiny_folder, tmp_path):
+    assert gram_room(Work(subject_for(tiny_folder("llama")), tmp_path, []), []) > 2**20

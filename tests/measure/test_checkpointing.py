@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qprobe.measure import attribution
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import _ATTENTION, checkpointed_blocks, repeated_blocks
 from qprobe.measure.kl import answer_logits
@@ -41,26 +41,22 @@ class Kernels(TorchDispatchMode):
         return self.runs[torch.ops.aten.mm.default] + self.runs[torch.ops.aten.addmm.default]
 
 
-def slopes_with_room(
-    case: Case, room: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[dict[str, torch.Tensor], Kernels]:
+def slopes_with_room(case: Case, room: int) -> tuple[dict[str, torch.Tensor], Kernels]:
     """Slopes of the first sample at alpha = 0.4, and what ran for them."""
-    monkeypatch.setattr(attribution, "checkpointed_blocks", lambda model: checkpointed_blocks(model, room))
     subject = case.subject
+    path = replace(subject.path, room_bytes=room)
     batch = subject.encode(case.samples[:1])
-    with walking(subject.path), Kernels() as kernels:
+    with walking(path), Kernels() as kernels:
         with torch.no_grad():
             plain = answer_logits(subject.model, batch)
         kernels.runs.clear()
-        return subject.path.slopes(batch, plain, 0.4), kernels
+        return path.slopes(batch, plain, 0.4), kernels
 
 
 @pytest.mark.parametrize("name", WITH_HEAD)
-def test_running_blocks_again_changes_no_slope_and_runs_attention_once(
-    case: CaseOf, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, once = slopes_with_room(case(name), ANY_ROOM, monkeypatch)
-    again, twice = slopes_with_room(case(name), NO_ROOM, monkeypatch)
+def test_running_blocks_again_changes_no_slope_and_runs_attention_once(case: CaseOf, name: str) -> None:
+    kept, once = slopes_with_room(case(name), ANY_ROOM)
+    again, twice = slopes_with_room(case(name), NO_ROOM)
     assert again.keys() == kept.keys()
     for layer, slope in kept.items():
         torch.testing.assert_close(again[layer], slope, rtol=1e-4, atol=1e-7)
@@ -68,16 +64,16 @@ def test_running_blocks_again_changes_no_slope_and_runs_attention_once(
     assert twice.attention == once.attention > 0
 
 
-def test_what_fits_is_kept_and_the_rest_runs_again(case: CaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits_is_kept_and_the_rest_runs_again(case: CaseOf) -> None:
     found = case("llama")
     blocks = repeated_blocks(found.subject.model)
-    _, none = slopes_with_room(found, NO_ROOM, monkeypatch)
-    _, every = slopes_with_room(found, ANY_ROOM, monkeypatch)
+    _, none = slopes_with_room(found, NO_ROOM)
+    _, every = slopes_with_room(found, ANY_ROOM)
     tokens = found.subject.encode(found.samples[:1]).inputs["input_ids"].shape[1]
     linears = [m for m in blocks[0].modules() if isinstance(m, torch.nn.Linear)]
     features = sum(m.in_features + m.out_features for m in linears)
     one_block = (2 * tokens * features + 2 * sum(m.weight.numel() for m in linears)) * 4
-    _, first = slopes_with_room(found, one_block, monkeypatch)
+    _, first = slopes_with_room(found, one_block)
     assert every.products < first.products < none.products
 
 
