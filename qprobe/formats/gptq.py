@@ -12,19 +12,19 @@ inverse.
 What that leaves is lowered by coordinate descent: column j is rounded anew where the error is least given all
 other columns, at w-hat_j + (E G)_j / G_jj. GPTQ cannot go back to a column; this can, and never does harm.
 
-On a GPU the time goes into launching a few small kernels for each column, so the loops below make do with as
-few as they can. Matrices lie with the columns of the weight first, (in_features, rows), so that a column is
-contiguous, and layers that read the same inputs stand side by side as more rows.
+Matrices lie with the columns of the weight first, (in_features, rows), so that a column is contiguous, and
+layers that read the same inputs stand side by side as more rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qprobe.formats.columns import inverse, nf4_grid, round_columns
 
 DAMPING = 0.01  # of the mean diagonal of G, as Frantar et al. choose
 MOST_DAMPING = 1.0  # beyond it G says nothing any more
@@ -32,58 +32,6 @@ WIDTH = 128  # columns whose errors reach all later columns in one matrix produc
 # Shares of a block's largest value that are tried as its scale. Above 1 the grid's own steps are coarser but
 # its outer ones fit better; below 0.6 the largest weights are cut off too much to win (measured on SmolLM2).
 RATIOS = tuple(0.6 + 0.1 * i for i in range(7))
-
-
-CELLS = 4096  # of the table that finds a code on the CPU; no two thresholds come near one cell
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The 16 NF4 values, ascending in [-1, 1], and the 15 thresholds between them, as bitsandbytes has them.
-
-    below: for each of `CELLS` cells of [-1, 1] the code just left of it. next_threshold: the one above a
-    code.
-    """
-
-    values: Tensor
-    thresholds: Tensor
-    below: Tensor
-    next_threshold: Tensor
-
-    def nearest(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """int32 codes of the values nearest to `x`; a tie goes to the smaller value, as in bitsandbytes.
-
-        out: where to write them as well, int32 of the shape of `x`.
-        """
-        if x.device.type != "cpu":
-            return torch.bucketize(x, self.thresholds, out_int32=True, out=out)
-        codes = self._looked_up(x)
-        return codes if out is None else out.copy_(codes)
-
-    def _looked_up(self, x: Tensor) -> Tensor:
-        # The same, twenty times as fast on a CPU: look up the cell, then compare with one threshold.
-        cell = ((x.clamp(-1, 1) + 1) * (CELLS / 2)).int().clamp_(0, CELLS - 1)
-        code = self.below.index_select(0, cell.view(-1)).view(x.shape)
-        return code + (x > self.next_threshold.index_select(0, code.view(-1)).view(x.shape))
-
-    def read(self, codes: Tensor) -> Tensor:
-        """The values of int32 `codes`."""
-        return self.values.index_select(0, codes.view(-1)).view(codes.shape)
-
-
-@cache
-def nf4_grid(device: torch.device) -> Grid:
-    """The grid on `device`, float32."""
-    from bitsandbytes.functional import get_4bit_type
-
-    values = get_4bit_type("nf4", device="cpu").double()
-    thresholds = ((values[1:] + values[:-1]) / 2).float()
-    # One cell further left than the cell's own edge, so that rounding of its number does no harm.
-    edges = torch.arange(-1, CELLS - 1).double() / (CELLS / 2) - 1
-    below = torch.bucketize(edges.float(), thresholds, out_int32=True)
-    last = torch.full((1,), float("inf"))
-    parts = (values.float(), thresholds, below, torch.cat([thresholds, last]))
-    return Grid(*(x.to(device) for x in parts))
 
 
 @dataclass(frozen=True)
@@ -153,11 +101,6 @@ def output_error(errors: Tensor, gram: Tensor) -> Tensor:
     return ((gram @ errors) * errors).sum(dim=0)
 
 
-def inverse(scales: Tensor) -> Tensor:
-    """1 / `scales`, and 0 for 0: a block of scale 0 reads back as zeros whatever its codes."""
-    return torch.where(scales == 0, 0.0, 1 / scales)
-
-
 def best_scales(values: Tensor, costs: Tensor) -> Tensor:
     """(blocks,) scales under which `values` (blocksize, blocks) round best to NF4.
 
@@ -197,7 +140,7 @@ def scales_at_turn(weight: Tensor, metric: Metric, blocksize: int) -> tuple[Tens
         targets = _targets(weight, errors, metric, span)
         found[block] = best_scales(targets, metric.costs[span, None])
         scales = found[block].expand(blocksize, rows)
-        _round_span(weight, scales, targets, errors, metric, span, codes)
+        codes[span], errors[span] = _rounded(weight[span], scales, targets, metric, span)
     return found.T, codes
 
 
@@ -222,29 +165,23 @@ def choose_codes(weight: Tensor, scales: Tensor, metric: Metric) -> Tensor:
     for start in range(0, len(weight), WIDTH):
         span = slice(start, min(start + WIDTH, len(weight)))
         targets = _targets(weight, errors, metric, span)
-        _round_span(weight, scales[span], targets, errors, metric, span, codes)
+        codes[span], errors[span] = _rounded(weight[span], scales[span], targets, metric, span)
     return codes
 
 
 def improved_codes(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric) -> Tensor:
     """`codes` after one sweep of coordinate descent over the columns; shapes as of `choose_codes`."""
-    grid = nf4_grid(weight.device)
-    errors = weight - grid.read(codes.int()) * scales
+    errors = weight - nf4_grid(weight.device).read(codes.int()) * scales
     better = torch.empty_like(codes)
     for start in range(0, len(weight), WIDTH):
         span = slice(start, min(start + WIDTH, len(weight)))
-        slopes, within = metric.slopes(errors, span), metric.within(span)
-        scale, without = scales[span], weight[span] - errors[span]  # the weights as they read now
-        inverses, curvature = inverse(scale), 1 / within.diagonal()
-        found = torch.empty_like(without, dtype=torch.int32)
-        change = torch.empty_like(without)
-        for i in range(len(without)):
-            target = torch.addcmul(without[i], slopes[i], curvature[i])
-            code = grid.nearest(target * inverses[i], found[i])
-            torch.addcmul(without[i], grid.read(code), scale[i], value=-1, out=change[i])
-            slopes[i + 1 :].addr_(within[i, i + 1 :], change[i])
-        errors[span] += change
-        better[span] = found
+        within = metric.within(span)
+        curvature = within.diagonal()[:, None]
+        read = weight[span] - errors[span]  # the weights as they read now
+        targets = torch.addcdiv(read, metric.slopes(errors, span), curvature)
+        # What a column changes adds to the targets of the columns after it, by the slope that it takes off.
+        better[span], changes = round_columns(targets, read, scales[span], within / curvature)
+        errors[span] += changes
     return better
 
 
@@ -275,23 +212,8 @@ def _targets(weight: Tensor, errors: Tensor, metric: Metric, span: slice) -> Ten
     return torch.addmm(weight[span], before.T, errors[: span.start])
 
 
-def _round_span(
-    weight: Tensor,
-    scales: Tensor,
-    targets: Tensor,
-    errors: Tensor,
-    metric: Metric,
-    span: slice,
-    codes: Tensor,
-) -> None:
-    """Round the columns `span` one by one, writing their `errors` and `codes`; `targets` is used up."""
-    grid = nf4_grid(weight.device)
-    inverses = inverse(scales)
-    feedback = metric.feedback[span, span]
-    own, error = weight[span], errors[span]
-    found = torch.empty_like(own, dtype=torch.int32)
-    for i in range(len(targets)):
-        code = grid.nearest(targets[i] * inverses[i], found[i])
-        torch.addcmul(own[i], grid.read(code), scales[i], value=-1, out=error[i])
-        targets[i + 1 :].addr_(feedback[i, i + 1 :], error[i])
-    codes[span] = found
+def _rounded(
+    own: Tensor, scales: Tensor, targets: Tensor, metric: Metric, span: slice
+) -> tuple[Tensor, Tensor]:
+    """(codes, errors) of the columns `span` of a weight, rounded one by one; `targets` is used up."""
+    return round_columns(targets, own, scales, metric.feedback[span, span].T)

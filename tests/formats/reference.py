@@ -31,3 +31,20 @@ def brute_force(row: Tensor, gram: Tensor, scale: float) -> float:
     choices = torch.tensor(list(product(range(16), repeat=len(row))))
     errors = values[choices] - row
     return float(((errors @ gram) * errors).sum(dim=1).min())
+
+
+def rounded_columns(base: Tensor, own: Tensor, scales: Tensor, coupling: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, errors) of every row and column, one number at a time; see `round_columns`."""
+    values = get_4bit_type("nf4", device="cpu").tolist()
+    thresholds = bitsandbytes_thresholds()
+    codes, errors = torch.empty_like(own, dtype=torch.int32), torch.empty_like(own)
+    for row in range(own.shape[1]):
+        for i in range(own.shape[0]):
+            target = float(base[i, row]) + sum(
+                float(coupling[i, j]) * float(errors[j, row]) for j in range(i)
+            )
+            scale = float(scales[i, row])
+            relative = target / scale if scale else 0.0
+            code = sum(relative > x for x in thresholds)
+            codes[i, row], errors[i, row] = code, float(own[i, row]) - values[code] * scale
+    return codes, errors

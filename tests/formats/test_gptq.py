@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qprobe.formats.calibrated import calibrate, packed_codes
-from qprobe.formats.gptq import best_scales, choose_codes, metric_of, nf4_grid, output_error, shrunk
+from qprobe.formats.columns import nf4_grid
+from qprobe.formats.gptq import best_scales, choose_codes, metric_of, output_error, shrunk
 from qprobe.formats.nf4 import Nf4
 from tests.formats.reference import bitsandbytes_thresholds, brute_force, unpacked
 
