@@ -191,7 +191,16 @@ def test_a_model_without_a_language_head_is_told_what_does_not_apply(scanned: Sc
 def test_the_result_is_the_documented_object(scanned: Scanned):
     data = json.loads(json.dumps(scanned("llama").to_json()))
     assert list(data) == KEYS
-    assert list(data["seconds"]) == ["load", "weights", "answers", "measure", "choose", "report"]
+    assert list(data["seconds"]) == [
+        "load",
+        "weights",
+        "answers",
+        "prepare",
+        "measure",
+        "table",
+        "choose",
+        "report",
+    ]
 
 
 def test_a_scan_draws_its_report(tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
