@@ -6,9 +6,10 @@ Writes a checkpoint of the exact geometry of Llama-3.2-11B-Vision with seeded ra
 images of 4 tiles with prompts of 256 tokens and answers of 64, and runs `python -m qprobe` on them, each
 command in a process of its own. The bare forward of the same samples runs warm and for `--bare-seconds`, so
 that both see the same clocks. Prints Markdown, a row as soon as it is known, so that a killed run leaves a
-table. Parts: write, bare, activation (weight + activation error only), scan, select, load4, and, on request,
-streamed (the default scan within --max-memory, its table beside that of the part scan, and its copies) and
-weight (the weight-only scan on the CPU beside the bare read of the files and the quantizer's own speed).
+table. Parts: write, bare, activation (weight + activation error only), scan, select, load4, quantize, and,
+on request, streamed (the default scan within --max-memory, its table beside that of the part scan, and its
+copies) and weight (the weight-only scan on the CPU beside the bare read of the files and the quantizer's own
+speed).
 With --images or --layers it prints how scan time grows instead. `--tiny` checks all of it on a CPU.
 """
 
@@ -21,13 +22,14 @@ import platform
 import shutil
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.full_size_parts import CHILDREN, Bench, Ran
 from tests.benchmarks.full_size_streamed import largest_difference
 
-PARTS = ("write", "bare", "activation", "scan", "select", "load4")
+PARTS = ("write", "bare", "activation", "scan", "select", "load4", "quantize")
 ON_REQUEST = ("streamed", "weight")
 GIB = 2**30
 
@@ -96,24 +98,19 @@ def stages(bench: Bench) -> None:
             "weight + activation",
             bare,
         )
+        steady(bench, "activation", bare)
     if "scan" in parts:
         scanned(bench.scan(bench.most_images, "scan"), "default scan", bare)
+        steady(bench, "scan", bare)
     if "streamed" in parts:
         streamed(bench, bare)
     if "select" in parts:
         named(bench.select(), "select again, another budget: the whole process")
     if "load4" in parts:
-        ran = bench.load4()
-        if ran.found:
-            row(
-                "load the dynamic 4-bit model",
-                ran.found["seconds"],
-                None,
-                ran.found["peak_bytes"],
-                ran.host_bytes,
-            )
-        else:
-            named(ran, "load the dynamic 4-bit model")
+        loaded(bench.load4(), "load the dynamic 4-bit model from the 16-bit checkpoint")
+    if "quantize" in parts:
+        named(bench.quantize(), "quantize into a checkpoint: the whole process")
+        loaded(bench.load_plain(), "load that checkpoint with transformers alone")
     if "weight" in parts:
         weights(bench)
 
@@ -124,6 +121,26 @@ def named(ran: Ran, name: str) -> None:
     row(f"{name}{failed}", ran.seconds, None, (ran.found or {}).get("peak_bytes"), ran.host_bytes)
     if ran.why:
         say(f"\n```\n{ran.why}\n```\n")
+
+
+def steady(bench: Bench, name: str, bare: dict[str, Any] | None) -> None:
+    """The row of a full batch after the first, which pays for what is done once a process."""
+    done = sorted(x.stat().st_mtime for x in (bench.run_folder(name) / "units").glob("outputs-*.parquet"))
+    gaps = sorted(b - a for a, b in pairwise(done[:-1]))  # the last batch may be a smaller one
+    if gaps and bare:
+        each = bare["calibration"] / bare["samples"][0] * bench.options.batch_size
+        seconds = gaps[len(gaps) // 2]
+        row(f"{name}: one batch, the first left out, median", seconds, seconds / each, None, None)
+
+
+def loaded(ran: Ran, name: str) -> None:
+    """The row of a loaded model, with the peak over its final size."""
+    if ran.found is None:
+        named(ran, name)
+        return
+    ratio = ran.found["peak_bytes"] / ran.found["final_bytes"]
+    name = f"{name} (peak {ratio:.2f} times the {ran.found['final_bytes'] / GIB:.2f} GiB that stay)"
+    row(name, ran.found["seconds"], None, ran.found["peak_bytes"], ran.host_bytes)
 
 
 def scanned(ran: Ran, name: str, bare: dict[str, Any] | None) -> None:

@@ -91,8 +91,22 @@ class Bench:
         asked = ["-m", "qprobe", "select", str(self.run_folder("scan")), "--budget", "+20%", "--json"]
         return run(asked, self.options.limit)
 
+    def quantize(self) -> Ran:
+        """The dynamic model as a checkpoint, which plain transformers loads in `loadplain`."""
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        asked = ["-m", "qprobe", "quantize", str(self.run_folder("scan") / "skiplist.json"), "--json"]
+        asked += ["--model", str(self.folder), "--out", str(self.checkpoint)]
+        return run([*asked, "--device", self.options.device], self.options.limit)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.options.folder / f"dynamic-{self.share}"
+
     def load4(self) -> Ran:
         return run(self._child("load4"), self.options.limit)
+
+    def load_plain(self) -> Ran:
+        return run(self._child("loadplain"), self.options.limit)
 
     def weight(self) -> Ran:
         return self.scan(0, "weight", "--measures", "weight", "--device", "cpu")
@@ -188,10 +202,35 @@ def child_load4(bench: Bench) -> dict[str, Any]:
     from qprobe.build.load import load_dynamic_4bit
     from qprobe.measure.memory import peak_bytes
 
+    device = torch.device(bench.options.device)
     start = time.perf_counter()
-    load_dynamic_4bit(bench.run_folder("scan") / "skiplist.json", str(bench.folder), bench.options.device)
+    manifest = bench.run_folder("scan") / "skiplist.json"
+    model, _ = load_dynamic_4bit(manifest, str(bench.folder), bench.options.device)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_bytes": peak_bytes(torch.device(bench.options.device))}
+    return {"seconds": seconds, "peak_bytes": peak_bytes(device), "final_bytes": _held(model, device)}
+
+
+def _held(model: Any, device: Any) -> int:
+    """Bytes that a loaded model leaves allocated, or on the CPU those of its tensors and their state."""
+    import torch
+
+    from qprobe.build.storage import stored_bytes
+
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else stored_bytes(model).total
+
+
+def child_loadplain(bench: Bench) -> dict[str, Any]:
+    """The checkpoint of `qprobe quantize`, loaded by transformers alone."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from qprobe.measure.memory import peak_bytes
+
+    device = torch.device(bench.options.device)
+    start = time.perf_counter()
+    model = AutoModelForImageTextToText.from_pretrained(bench.checkpoint, device_map={"": device})
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_bytes": peak_bytes(device), "final_bytes": _held(model, device)}
 
 
 def child_speeds(bench: Bench) -> dict[str, Any]:
@@ -228,6 +267,7 @@ CHILDREN = {
     "write": child_write,
     "bare": child_bare,
     "load4": child_load4,
+    "loadplain": child_loadplain,
     "speeds": child_speeds,
     "copy": child_copy,
 }
