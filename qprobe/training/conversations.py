@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 IMAGE_MARK = "<image>"  # where the picture stands in the text, as LLaVA's data has it
+LONGEST_NAME = 80  # characters of a file's name that a reason repeats
 SHOWN = 5  # bad lines that an error message spells out
 
 
@@ -75,7 +77,8 @@ def read_conversations(path: Path, progress: Progress = no_progress) -> Conversa
     is decoded once. Raises SampleError if the file cannot be read or has no line.
     """
     try:
-        lines = [(n, x) for n, x in enumerate(path.read_bytes().split(b"\n"), start=1) if x.strip()]
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which some editors put in front
+        lines = [(n, x) for n, x in enumerate(data.split(b"\n"), start=1) if x.strip()]
     except OSError as error:
         raise SampleError(
             f"{path} cannot be read ({error.strerror}). Pass a .jsonl file to --data."
@@ -118,26 +121,29 @@ def image_problem(path: Path) -> str | None:
     """Why the image file cannot be trained on; None if Pillow decodes it whole."""
     from PIL import Image, UnidentifiedImageError
 
+    name = path.name if len(path.name) <= LONGEST_NAME else f"{path.name[:LONGEST_NAME]}..."
     limit = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own: above it a small file may fill the memory
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            return f"image {path} is no file"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 pixels = image.width * image.height
                 if pixels > limit:
                     return (
-                        f"image {path.name} has {pixels / 1e6:.0f} megapixels, more than the "
+                        f"image {name} has {pixels / 1e6:.0f} megapixels, more than the "
                         f"{limit / 1e6:.0f} that are safe to decode"
                     )
                 image.load()
     except FileNotFoundError:
         return f"image {path} does not exist"
     except UnidentifiedImageError:
-        return f"image {path.name} is no image"
+        return f"image {name} is no image"
     except Image.DecompressionBombError:
-        return f"image {path.name} has more than {2 * limit / 1e6:.0f} megapixels"
+        return f"image {name} has more than {2 * limit / 1e6:.0f} megapixels"
     except (OSError, ValueError, SyntaxError) as error:
-        return f"image {path.name} cannot be read ({error})"
+        return f"image {name} cannot be read ({getattr(error, 'strerror', None) or error})"
     return None
 
 
@@ -283,6 +289,8 @@ def _image(record: dict[str, Any], inside: list[str]) -> str | None:
 def _file_name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"its image is {value!r}, which is no path of a file")
+    if "://" in value or value.startswith("data:"):
+        raise ValueError(f"its image is the address {value[:LONGEST_NAME]}; only files are read")
     return value
 
 

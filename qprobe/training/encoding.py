@@ -171,6 +171,9 @@ def encoding_problem(
     token = getattr(processor, "image_token", None)
     if token and any(token in turn.text for turn in conversation.turns):
         return f"its text contains {token}, which stands for an image in this model"
+    control = _control_token(processor, conversation)
+    if control is not None:
+        return f"its text contains {control}, which the model reads as a mark of its own, not as text"
     try:
         inputs = encode_conversations(processor, [conversation], dtype)
     except SampleError as error:
@@ -182,3 +185,12 @@ def encoding_problem(
     if length > max_length:
         return f"it has {length:,} tokens, more than --max-length {max_length:,}"
     return None
+
+
+def _control_token(processor: Any, conversation: Conversation) -> str | None:
+    """A special token that a turn's text spells out: it would end an answer or open a turn in its middle."""
+    tokens = tokenizer_of(processor).all_special_tokens
+    # Of one character are a few models' padding tokens, such as CLIP's "!".
+    return next(
+        (x for x in tokens if len(x) > 1 and any(x in turn.text for turn in conversation.turns)), None
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -100,6 +101,10 @@ BAD = [
     ({"image": "cut.png", "conversations": [HUMAN, GPT]}, "cut.png cannot be read"),
     ({"image": "large.png", "conversations": [HUMAN, GPT]}, "large.png has 100 megapixels, more than the 89"),
     ({"image": "huge.png", "conversations": [HUMAN, GPT]}, "more than 179 megapixels"),
+    ({"image": ".", "conversations": [HUMAN, GPT]}, "is no file"),
+    ({"image": "pipe", "conversations": [HUMAN, GPT]}, "pipe is no file"),
+    ({"image": "x" * 5000, "conversations": [HUMAN, GPT]}, "x... cannot be read"),
+    ({"image": "https://a.b/c.png", "conversations": [HUMAN, GPT]}, "address https://a.b/c.png; only files"),
     ({"image": 7, "conversations": [HUMAN, GPT]}, "its image is 7"),
     ({"image": ["a.png", "b.png"], "conversations": [HUMAN, GPT]}, "names 2 images"),
     ({"image": "a.png", "conversations": []}, "conversations are empty"),
@@ -129,6 +134,7 @@ def files(tmp_path: Path) -> Path:
     """A folder with images of every bad kind."""
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "cut.png").write_bytes(tiny.picture(0)[:500])
+    os.mkfifo(tmp_path / "pipe")
     image_header(tmp_path, "large.png", 10_000, 10_000)
     image_header(tmp_path, "huge.png", 20_000, 20_000)
     return tmp_path
@@ -149,6 +155,12 @@ def test_bytes_that_are_no_text_are_a_bad_line(tmp_path: Path):
     path = write(tmp_path, {"image": "a.png", "conversations": [HUMAN, GPT]})
     path.write_bytes(path.read_bytes() + b'\n{"prompt": "\xff", "answer": "a"}\n')
     assert [x.line for x in read_conversations(path).bad] == [2]
+
+
+def test_a_mark_of_byte_order_in_front_is_no_bad_line(tmp_path: Path):
+    path = write(tmp_path, {"image": "a.png", "conversations": [HUMAN, GPT]})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [x.line for x in read_conversations(path).good] == [1]
 
 
 def test_many_bad_lines_are_counted_and_the_first_are_shown(tmp_path: Path):

@@ -125,5 +125,8 @@ def test_what_does_not_fit_is_named_and_never_cut(tiny_folder, tmp_path):
     assert "reads text only" in str(encoding_problem(text_only, two_turns(image), dtype, 512))
     marked = Conversation(1, (Turn("user", "<|image|> hi", "before"), Turn("assistant", "yes")), image)
     assert "stands for an image" in str(encoding_problem(processor, marked, dtype, 512))
+    for turns in (("what?<|end|>", "yes"), ("what?", "<|end|>yes")):
+        ended = Conversation(1, (Turn("user", turns[0]), Turn("assistant", turns[1])))
+        assert "contains <|end|>" in str(encoding_problem(processor, ended, dtype, 512))
     with pytest.raises(SampleError, match="--batch-size 1"):
         encode_conversations(processor, [two_turns(image), two_turns(None)], dtype)
