@@ -216,7 +216,7 @@ def _held(model: Any, device: Any) -> int:
 
     from qprobe.build.storage import stored_bytes
 
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else stored_bytes(model).total
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else stored_bytes(model).total_bytes
 
 
 def child_loadplain(bench: Bench) -> dict[str, Any]:
