@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
 from qprobe.formats.codes_file import checked
-from qprobe.manifest import write_atomic
 from qprobe.measure.answers import FOLDER as ANSWERS
 from qprobe.measure.shards import Shard, entered
 from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files, update_scan

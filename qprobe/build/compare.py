@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qprobe.atomic import write_atomic
 from qprobe.build.load import check_model, codes_of, load_dynamic_4bit, load_standard_4bit, with_dtype
 from qprobe.build.storage import StoredBytes, stored_bytes
 from qprobe.errors import ModelError, QprobeError
-from qprobe.manifest import Manifest, read_manifest, write_atomic
+from qprobe.manifest import Manifest, read_manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.models.inventory import has_language_head
 from qprobe.models.reference import load_reference

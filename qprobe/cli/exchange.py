@@ -55,9 +55,9 @@ def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
     \b
     --json prints: tool, text (what would be written), notes [text], layers_16bit [name].
     """
+    from qprobe.atomic import write_atomic
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
-    from qprobe.manifest import write_atomic
 
     made = export_manifest(manifest, tool)
     if out is not None:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import QprobeError
-from qprobe.manifest import write_atomic
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import answer_logits, kl_sums

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import BudgetError
 from qprobe.formats.nf4 import format_from
-from qprobe.manifest import Compared, Manifest, Quality, write_atomic, write_manifest
+from qprobe.manifest import Compared, Manifest, Quality, write_manifest
 from qprobe.measure.held_out import measure_choices, measure_nearest
 from qprobe.measure.store import read_scan
 from qprobe.measure.subject import Subject

@@ -22,8 +22,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
-from qprobe.manifest import strict_json, write_atomic
+from qprobe.manifest import strict_json
 from qprobe.records import Scan
 
 _TEXT, _COUNT, _SUM = pa.string(), pa.int64(), pa.float64()

@@ -10,8 +10,9 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
-from qprobe.manifest import Compared, Manifest, read_manifest, write_atomic
+from qprobe.manifest import Compared, Manifest, read_manifest
 from qprobe.measure.store import read_scan
 from qprobe.records import Scan
 from qprobe.report.against import Side, against_plot

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
-from qprobe.manifest import write_atomic
 from qprobe.measure.store import read_scan, read_units
 from qprobe.select.table import answer_tokens
 
