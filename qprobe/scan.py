@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.errors import ModelError, QprobeError, RunError, SampleError
+from qprobe.errors import QprobeError, RunError, SampleError
 from qprobe.measure import calibration
-from qprobe.measure.ablation import ablated_layers, check_ablated, measure_ablation
+from qprobe.measure.ablation import ablated_layers, measure_ablation
 from qprobe.measure.answers import with_answers
 from qprobe.measure.attribution import walking
 from qprobe.measure.choice import choose_list
@@ -26,15 +26,14 @@ from qprobe.measure.store import missing_units, open_run, read_scan, read_units,
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.models.reference import load_reference, reads_images
-from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import Progress, ScanOptions, no_progress
+from qprobe.preflight import check_inventory, check_model, check_options
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
 from qprobe.select.left_out import check_answers, left_out_notes, named, write_left_out
 from qprobe.select.ranks import write_ranks
-from qprobe.select.selection import parse_request
-from qprobe.select.table import MEASURES, attribution_residual, write_table
+from qprobe.select.table import attribution_residual, write_table
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     `qprobe.measure.shards`), and whichever finds all of them finished goes on to choose.
     Raises QprobeError for anything a user can mend (see `qprobe.errors`).
     """
-    check_measures(options)
+    check_options(options)
     if options.measures is not None and {*options.measures} == {"weight"}:
         from qprobe.weight_scan import scan_weights  # which builds on this module
 
@@ -110,8 +109,8 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     shard = shard_from(os.environ)
     clock = Clock()
     with clock.stage("load"):
+        folder = check_model(options, shard)  # whatever can be refused without weights
         reference = load_reference(options.model, shard.device(options.device), options.dtype)
-    folder = options.out or Path("runs") / reference.identity.id.replace("/", "--")
     with clock.stage("weights"):
         subject = subject_of(reference, FormatSpec(options.format, compute_dtype=options.dtype))
         check_request(subject, options)
@@ -198,39 +197,13 @@ def left_to_others(shard: Shard, left: int) -> str:
     )
 
 
-def check_measures(options: ScanOptions) -> None:
-    """Raises QprobeError for measures that there are none of, or that do not give what else is asked for."""
-    asked = options.measures
-    if asked is None:
-        return
-    unknown = [name for name in asked if name not in KNOWN_MEASURES]
-    if unknown or not asked:
-        what = f"names {unknown[0]!r}, which is no measure" if unknown else "names none"
-        raise QprobeError(f"--measures {what}. Name one or more of {', '.join(KNOWN_MEASURES)}.")
-    if options.max_kl is not None and "sensitivity" not in asked:
-        raise QprobeError(
-            f"--max-kl chooses by sensitivity, which --measures {','.join(asked)} leaves out. Add it."
-        )
-
-
 def check_request(subject: Subject, options: ScanOptions) -> None:
     """Raises QprobeError, before anything is measured, for what this model can never be asked."""
-    inventory = subject.inventory
-    parse_request(options.budget, options.max_kl, options.by, inventory.standard_4bit_bytes)
-    if options.by is not None and options.by not in MEASURES:
-        raise QprobeError(f"{options.by!r} is no measure. Choose by one of {', '.join(MEASURES)}.")
-    if options.ablate is not None:
-        check_ablated(options.ablate, inventory)
+    check_inventory(subject.inventory, subject.model, options)
     if options.format == CALIBRATED:
         calibration.memory_limit(subject, options.max_memory)
     elif options.max_memory is not None:
         raise QprobeError(f"--max-memory is for --format {CALIBRATED}, which needs it; leave it away.")
-    asked = "--ablate" if options.ablate is not None else "--max-kl" if options.max_kl is not None else None
-    if asked is not None and not subject.has_head:
-        raise ModelError(
-            f"{subject.reference.identity.architecture} has no language head, so there is no KL for {asked} "
-            f"to measure. Scan without {asked}."
-        )
 
 
 def prepare_samples(

@@ -24,6 +24,7 @@ from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve
 from qprobe.models.stored import checkpoint_folder, weight_names
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
+from qprobe.preflight import check_model
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.report.write import write_report
 from qprobe.scan import Clock, ScanResult, left_to_others, units_left, write_findings
@@ -75,10 +76,10 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
     device = pick_device(shard.device(options.device))
     clock = Clock()
     with clock.stage("load"):
+        folder = check_model(options, shard)  # before a checkpoint is fetched
         checkpoint = open_checkpoint(options)
         parse_budget(options.budget or DEFAULT_BUDGET, checkpoint.inventory.standard_4bit_bytes)
         record = _record(checkpoint, device)
-    folder = options.out or Path("runs") / checkpoint.source.id.replace("/", "--")
     with entered(folder, shard):
         open_run(folder, record)
         with clock.stage("weights"):

@@ -236,7 +236,7 @@ def test_a_weight_that_is_not_stored_is_named_and_stays_empty(tiny_folder: TinyF
         ({"images": Path("x")}, QprobeError, "runs no samples, so --images does not apply"),
         ({"ablate": "all"}, QprobeError, "runs no samples, so --ablate does not apply"),
         ({"max_kl": 0.1}, QprobeError, "--max-kl chooses by sensitivity"),
-        ({"by": "sensitivity_kl"}, QprobeError, "is not measured by --measures weight"),
+        ({"by": "sensitivity_kl"}, QprobeError, "needs sensitivity, which --measures weight leaves out"),
         ({"budget": "1GiB!"}, BudgetError, "cannot be read"),
         (
             {"measures": ("weight", "luck")},

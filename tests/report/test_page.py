@@ -23,7 +23,7 @@ from qprobe.scan import scan
 from qprobe.select import select
 from qprobe.select.table import read_table
 from tests.report.full_run import write_comparison, write_full_run
-from tests.test_scan import options
+from tests.scan.asked import options
 
 SCRIPT = "<script>alert(1)</script>"
 CLOSING = "</script><img src=x onerror=alert(2)>"
