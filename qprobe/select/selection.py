@@ -76,8 +76,9 @@ def parse_request(
 
 
 def prospect_of(scan: Scan, table: pd.DataFrame) -> Prospect:
-    """What the sensitivities promise; raises QprobeError where they were not measured."""
-    return Prospect(scan.inventory, layer_scores(table, SCORE))
+    """What is predicted of the run's lists, as `predicted_kl` does; QprobeError without sensitivities."""
+    path = layer_scores(table, SCORE)
+    return Prospect(scan.inventory, damage_of(table) or Damage(path, path))
 
 
 def plan_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes: int) -> Plan:

@@ -202,3 +202,16 @@ def test_without_a_finite_own_damage_a_layer_counts_by_its_share(tmp_path: Path)
     assert damage is not None and damage.path == {"model.a": 0.2, "model.b": 0.1}
     assert damage.alone == {"model.a": 0.2, "model.b": 0.05}
     assert damage.left(frozenset()) == pytest.approx(0.3)
+
+
+def test_a_bound_and_a_budget_predict_the_same_kl_where_own_damage_was_measured(tmp_path: Path):
+    # Shares add up to 0.86 nats: q and k keep 0.2 and 0.06 of it together, a 0.6.
+    parts = [("s", "model.a", 1, 0.6), ("s", "model.q", 1, 0.2), ("s", "model.k", 1, 0.06)]
+    own = [("s", "model.a", 1, 0.3), ("s", "model.q", 1, 0.01), ("s", "model.k", 1, 0.01)]
+    run = make_run(tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], alone=[rows("alone", *own)])
+    write_table(run)
+    # a kept leaves 0.02 + 0.26 / 0.86 x (0.19 + 0.05) = 0.0926; adding up the shares would have said 0.26
+    manifest = select(run, max_kl=0.1)
+    assert manifest.skip_modules == ("model.a", "lm_head")
+    assert manifest.quality.kl_predicted == pytest.approx(0.02 + 0.26 / 0.86 * 0.24)
+    assert select(run, "+6076B").quality.kl_predicted == manifest.quality.kl_predicted
