@@ -15,6 +15,7 @@ from qprobe.measure.shards import Shard, entered
 from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files, update_scan
 from qprobe.scan import units_left, write_findings
 from qprobe.shown import FILE as SHOWN
+from qprobe.wording import counted
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
         if not missing:
             write_findings(out)
     notes = (
-        f"{len(twice)} units stand in several folders with other numbers, as other machines round them; one "
-        f"of each was taken: {', '.join(twice[:3])}{', ...' if len(twice) > 3 else ''}.",
+        f"{counted(len(twice), 'unit')} with other numbers in several folders, as other machines round them; "
+        f"one of each was taken: {', '.join(twice[:3])}{', ...' if len(twice) > 3 else ''}.",
     )
     return Merged(out, len(unit_files(out)), missing, notes if twice else ())
 

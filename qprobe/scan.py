@@ -31,9 +31,10 @@ from qprobe.preflight import check_inventory, check_model, check_options
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
-from qprobe.select.left_out import check_answers, left_out_notes, named, write_left_out
+from qprobe.select.left_out import check_answers, left_out_notes, write_left_out
 from qprobe.select.ranks import write_ranks
 from qprobe.select.table import attribution_residual, write_table
+from qprobe.wording import counted, named
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def unfinished(
 
 def left_to_others(shard: Shard, left: int) -> str:
     """The verdict of a process that does not choose."""
-    files = "1 unit is" if left == 1 else f"{left} units are"
+    files = f"{counted(left, 'unit')} {'is' if left == 1 else 'are'}"
     return f"Rank {shard.rank} of {shard.world} is done with its share; " + (
         f"{files} left to the others, and the last of them chooses the list. Where they have folders of "
         "their own, join these with `qprobe merge`."
@@ -226,12 +227,13 @@ def prepare_samples(
         samples = tuple(s for s in samples if s.answer)
     if not samples:
         raise SampleError(
-            f"None of the {len(found.samples)} samples has an answer to measure ({notes[-1]}). "
+            f"None of the {counted(len(found.samples), 'sample')} has an answer to measure ({notes[-1]}). "
             "Pass other prompts, or another --dtype where values are not finite."
         )
     calibration, held_out = split_held_out(samples)
     if subject.has_head and not held_out:
-        notes.append(f"{len(samples)} samples are too few to hold any out; the list is chosen by its score.")
+        few = "1 sample is" if len(samples) == 1 else f"{len(samples)} samples are"
+        notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
     size = options.batch_size
     return Work(
         subject.groups(calibration, size), subject.groups(held_out, size) if held_out else [], tuple(notes)
@@ -339,8 +341,8 @@ def order_layers(folder: Path) -> None:
     inventory = Inventory(tuple(ordered), inventory.uncovered, inventory.other_bytes)
     update_scan(folder, replace(record, inventory=inventory, unmeasured=unmeasured))
     if unmeasured:
-        count = "1 linear" if len(unmeasured) == 1 else f"{len(unmeasured)} linears"
-        add_notes(folder, (f"{count} never ran on these samples and stay unmeasured: {named(unmeasured)}.",))
+        count = counted(len(unmeasured), "linear")
+        add_notes(folder, (f"{count} never ran on these samples, so not measured: {named(unmeasured)}.",))
 
 
 def add_notes(folder: Path, notes: tuple[str, ...]) -> None:

@@ -29,9 +29,9 @@ from qprobe.records import CALIBRATED, FormatSpec, Inventory, ModelIdentity, Sca
 from qprobe.report.write import write_report
 from qprobe.scan import Clock, ScanResult, left_to_others, units_left, write_findings
 from qprobe.select.budget import parse_budget
-from qprobe.select.left_out import named
 from qprobe.select.selection import manifest_of, plan_by
 from qprobe.select.table import read_table
+from qprobe.wording import counted, named
 
 SCORE = "weight_nmse"
 CAUTION = (
@@ -143,7 +143,7 @@ def _record(checkpoint: Checkpoint, device: torch.device) -> Scan:
         "versions": library_versions(),
     }
     missing = checkpoint.missing
-    count = "1 linear is" if len(missing) == 1 else f"{len(missing)} linears are"
+    count = f"{counted(len(missing), 'linear')} {'is' if len(missing) == 1 else 'are'}"
     lost = (f"{count} not stored as one tensor and stay unmeasured: {named(missing)}.",) if missing else ()
     return Scan(
         identity, checkpoint.fmt, checkpoint.inventory, spec, unmeasured=missing, notes=(*lost, CAUTION)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
+from qprobe.wording import counted
 
 if TYPE_CHECKING:
     from qprobe.merge import Merged
@@ -45,10 +46,10 @@ def _show(merged: Merged) -> None:
 
     if merged.notes:
         click.echo(paragraphs(merged.notes, terminal_width()))
-    click.echo(f"{merged.units} units joined")
+    click.echo(f"{counted(merged.units, 'unit')} joined")
     if merged.missing:
         click.echo(
-            f"{merged.missing} units are still missing: merge their folders too, or run the scan again."
+            f"{counted(merged.missing, 'unit')} missing: merge their folders too, or run the scan again."
         )
     else:
         click.echo(f"Layer table  {merged.run / 'layers.csv'}")

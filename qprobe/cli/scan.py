@@ -10,6 +10,7 @@ from qprobe.cli import shared
 from qprobe.cli.limits import limit_options, refuse_two_limits
 from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
 from qprobe.records import FORMATS
+from qprobe.wording import counted
 
 if TYPE_CHECKING:
     from qprobe.scan import ScanResult
@@ -121,7 +122,7 @@ def _show(result: ScanResult, asked: ScanOptions) -> None:
     width = terminal_width()
     stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
-    click.echo(f"{result.layers} linear layers, {result.samples} samples")
+    click.echo(f"{counted(result.layers, 'linear layer')}, {counted(result.samples, 'sample')}")
     click.echo(f"{stages}{peak}\n")
     show_ranking(result.run, asked.by, TOP)
     if result.notes:

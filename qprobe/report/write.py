@@ -129,12 +129,25 @@ def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[
 def _against(
     folder: Path, other: Path, mine: tuple[Scan, pd.DataFrame], theirs: tuple[Scan, pd.DataFrame]
 ) -> Figure:
+    if not _is_same_model(mine[0], theirs[0]):
+        one, two = (f"{scan.model.id} ({scan.model.architecture})" for scan in (mine[0], theirs[0]))
+        raise RunError(
+            f"{folder} is a run of {one} and {other} one of {two}: their layers cannot be put side "
+            "by side. Pass two runs of one model to --against."
+        )
     names = [path.resolve().name for path in (folder, other)]  # a path would tell where its user keeps it
     one, two = (
         Side(f"{name}: {scan.model.id}, {scan.format.name}", table)
         for name, (scan, table) in zip(names, (mine, theirs), strict=True)
     )
     return against_plot(one, two, f"{names[0]} against {names[1]}")
+
+
+def _is_same_model(one: Scan, other: Scan) -> bool:
+    """True for equal names, or equal weights under another name, of one architecture."""
+    weights = one.spec.get("weights")
+    is_same = one.model.id == other.model.id or (weights is not None and weights == other.spec.get("weights"))
+    return is_same and one.model.architecture == other.model.architecture
 
 
 def _image(figure: Figure, kind: str, layout: Layout) -> bytes:

@@ -76,8 +76,8 @@ def all_fit(budget: Budget, inventory: Inventory) -> str | None:
     if budget.limit_bytes < everything:
         return None
     return (
-        f"The budget {budget.requested} ({budget.limit_bytes:,} bytes) has room for every layer in 16-bit "
-        f"({everything:,} bytes), so it leaves nothing out: only layers that do not pay are in 4-bit."
+        f"All layers fit: the budget {budget.requested} ({budget.limit_bytes:,} bytes) has room for "
+        f"every layer in 16-bit ({everything:,} bytes)."
     )
 
 

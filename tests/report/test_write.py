@@ -82,6 +82,16 @@ def test_another_run_is_drawn_beside_this_one(tmp_path: Path, monkeypatch: pytes
         write_report(tmp_path / "a", against=tmp_path / "missing")
 
 
+def test_a_run_of_another_model_is_not_drawn_beside_this_one(tmp_path: Path):
+    for run in "ab":
+        write_run(tmp_path / run)
+    scan = json.loads((tmp_path / "b" / "scan.json").read_text())
+    scan["model"]["id"] = "other/model"
+    (tmp_path / "b" / "scan.json").write_text(json.dumps(scan))
+    with pytest.raises(RunError, match=r"owner/model \(Mllama.* other/model \(Mllama"):
+        write_report(tmp_path / "a", against=tmp_path / "b")
+
+
 def test_names_with_dollars_are_drawn_as_they_are_and_no_path_is(tmp_path: Path):
     # Between two dollars matplotlib would read a formula, and fail on this one.
     for run in ("x$y_$z", "b"):

@@ -103,4 +103,4 @@ def test_a_budget_that_excludes_nothing_says_so():
     standard = inventory.standard_4bit_bytes
     assert all_fit(parse_budget("17383", standard), inventory) is None
     said = all_fit(parse_budget("17384", standard), inventory)
-    assert said is not None and "room for every layer in 16-bit (17,384 bytes)" in said
+    assert said is not None and "every layer in 16-bit (17,384 bytes)" in said

@@ -214,4 +214,5 @@ def test_a_bound_and_a_budget_predict_the_same_kl_where_own_damage_was_measured(
     manifest = select(run, max_kl=0.1)
     assert manifest.skip_modules == ("model.a", "lm_head")
     assert manifest.quality.kl_predicted == pytest.approx(0.02 + 0.26 / 0.86 * 0.24)
+    assert manifest.layers[0].reason == "kept: sensitivity_kl 0.6, rank 1 of 3; alone_kl 0.3, rank 1"
     assert select(run, "+6076B").quality.kl_predicted == manifest.quality.kl_predicted
