@@ -28,6 +28,7 @@ from qprobe.measure.weights import weight_rows
 from qprobe.models.reference import load_reference, reads_images
 from qprobe.options import Progress, ScanOptions, no_progress
 from qprobe.preflight import check_inventory, check_model, check_options
+from qprobe.quiet import quiet_models
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
@@ -94,6 +95,7 @@ class Work:
         return sum(len(group) for group in (*self.calibration, *self.held_out))
 
 
+@quiet_models()
 def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     """Measure every linear of a model, choose a skip-list within the budget, and leave a run folder.
 

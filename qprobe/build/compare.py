@@ -27,6 +27,7 @@ from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.models.inventory import has_language_head
 from qprobe.models.reference import load_reference
 from qprobe.options import CompareOptions, Progress, no_progress
+from qprobe.quiet import quiet_models
 from qprobe.records import CALIBRATED, FormatSpec, Sample
 from qprobe.samples.answers import answered
 from qprobe.samples.inputs import batches, encode, image_token_id, tokenizer_of
@@ -98,6 +99,7 @@ class Course:
     logits: list[Tensor]
 
 
+@quiet_models()
 def compare(options: CompareOptions, progress: Progress = no_progress) -> Comparison:
     """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
 

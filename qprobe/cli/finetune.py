@@ -123,7 +123,11 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@shared.command("finetune", short_help="QLoRA on the dynamic model.")
+@shared.command(
+    "finetune",
+    interrupted="The last checkpoint, if there is one, is kept in DIR; the same command goes on from it.",
+    short_help="QLoRA on the dynamic model.",
+)
 @click.argument("manifest", type=shared.PATH, metavar="F")
 @_options
 @shared.device_option

@@ -10,7 +10,11 @@ from qprobe.cli import shared
 from qprobe.wording import counted
 
 
-@shared.command("quantize", short_help="Write the dynamic model as a checkpoint that from_pretrained loads.")
+@shared.command(
+    "quantize",
+    interrupted="DIR was not made, nothing is left of it; the same command begins anew.",
+    short_help="Write the dynamic model as a checkpoint that from_pretrained loads.",
+)
 @click.argument("manifest", type=shared.PATH, metavar="F")
 @click.option(
     "--out", type=shared.PATH, required=True, metavar="DIR", help="Folder to make; never overwritten."

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 TOP = 10  # layers of the ranking that are shown
 
 
-@shared.command("scan", short_help="Measure every layer, choose those that stay in 16-bit.")
+@shared.command(
+    "scan",
+    interrupted="Finished units are kept in the run folder; the same command goes on from there.",
+    short_help="Measure every layer, choose those that stay in 16-bit.",
+)
 @click.option(
     "--model",
     required=True,

@@ -23,6 +23,7 @@ from qprobe.exports.shared import yaml
 from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
 from qprobe.models.reference import pick_device
 from qprobe.options import FinetuneOptions, Optimizer, Progress, no_progress
+from qprobe.quiet import quiet_models
 from qprobe.training.bases import MANIFEST_FILE, RECORD, load_base, peft_library, read_record
 from qprobe.training.conversations import (
     BadLine,
@@ -72,6 +73,7 @@ class Finetuned:
         return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped), **curves}
 
 
+@quiet_models()
 def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Finetuned:
     """Trains an adapter as `options` ask and writes it to their `out`, with manifest, processor and record.
 

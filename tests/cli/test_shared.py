@@ -13,9 +13,9 @@ import pytest
 from click.testing import Result
 
 from qprobe.cli import main, shared
-from qprobe.cli.quiet import REMARKS, quiet
 from qprobe.errors import ModelError
 from qprobe.options import CompareOptions, ScanOptions
+from qprobe.quiet import REMARKS, quiet, quiet_models
 
 Run = Callable[..., Result]
 Fake = Callable[..., None]
@@ -72,6 +72,36 @@ def test_running_out_of_memory_is_a_mistake_to_mend(qprobe: Run, fake: Fake):
     fake("qprobe.scan", scan=raising(OutOfMemoryError("CUDA out of memory.\nmore lines")))
     result = qprobe("scan", "--model", "x")
     assert result.exit_code == 1 and "--batch-size" in result.stderr and "more lines" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "module", "said"),
+    [
+        (
+            "scan --model x",
+            "qprobe.scan",
+            "Finished units are kept in the run folder;",
+        ),
+        ("quantize f --out d", "qprobe.build.quantize", "DIR was not made"),
+        (
+            "finetune f --data d --out o",
+            "qprobe.training.finetune",
+            "The last checkpoint, if there is one,",
+        ),
+        ("doctor", "qprobe.doctor", ""),
+    ],
+)
+def test_ctrl_c_says_what_is_left_and_exits_as_shells_expect(
+    qprobe: Run, fake: Fake, line: str, module: str, said: str
+):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    command = line.split()[0]
+    fake(module, **{command: interrupted})
+    result = qprobe(*line.split())
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr.startswith(f"\nInterrupted. {said}".rstrip()) and "Aborted" not in result.stderr
 
 
 def test_a_bug_of_ours_is_not_dressed_up(qprobe: Run, fake: Fake):
@@ -190,3 +220,23 @@ def test_filters_go_even_after_an_error():
     with pytest.raises(click.Abort), quiet():
         raise click.Abort
     assert [list(logger.filters) for logger in loggers] == before
+
+
+def test_loading_from_python_draws_no_bar_where_stderr_is_no_terminal_and_leaves_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from transformers.utils import logging as bars
+
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    was = bars.is_progress_bar_enabled()
+    try:
+        for is_terminal in (False, True):
+            monkeypatch.setattr(sys.stderr, "isatty", lambda answer=is_terminal: answer)
+            bars.enable_progress_bar()
+            with pytest.raises(click.Abort), quiet_models():
+                assert bars.is_progress_bar_enabled() is is_terminal
+                raise click.Abort
+            assert bars.is_progress_bar_enabled()
+    finally:
+        if not was:
+            bars.disable_progress_bar()
