@@ -7,6 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
+from qprobe.choosing.bound import SCORE
+from qprobe.choosing.budget import check_budget, parse_size
+from qprobe.choosing.selection import OWN, parse_request
+from qprobe.choosing.table import MEASURES
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.measure.ablation import ALL, ablated_names, check_ablated
 from qprobe.measure.shards import Shard, entered
@@ -17,10 +21,6 @@ from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import ScanOptions
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.sampling import Wanted, check_wanted
-from qprobe.select.bound import SCORE
-from qprobe.select.budget import check_budget, parse_size
-from qprobe.select.selection import OWN, parse_request
-from qprobe.select.table import MEASURES
 
 
 def check_options(options: ScanOptions) -> None:

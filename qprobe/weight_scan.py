@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qprobe.choosing.budget import parse_budget
+from qprobe.choosing.selection import manifest_of, plan_by
+from qprobe.choosing.table import read_table
 from qprobe.errors import BudgetError, ModelError, QprobeError
 from qprobe.formats.nf4 import format_from
 from qprobe.manifest import write_manifest
@@ -27,10 +30,7 @@ from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.preflight import check_model
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.report.write import write_report
-from qprobe.scan import Clock, ScanResult, left_to_others, units_left, write_findings
-from qprobe.select.budget import parse_budget
-from qprobe.select.selection import manifest_of, plan_by
-from qprobe.select.table import read_table
+from qprobe.scanning import Clock, ScanResult, left_to_others, units_left, write_findings
 from qprobe.wording import counted, named
 
 SCORE = "weight_nmse"

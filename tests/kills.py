@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-import qprobe.scan as road
+import qprobe.scanning as road
 from qprobe.models.reference import load_reference
 from qprobe.options import ScanOptions
 from qprobe.samples.sources import Samples

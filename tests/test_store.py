@@ -23,7 +23,7 @@ from qprobe.measure.store import (
     write_unit,
 )
 from qprobe.records import FormatSpec
-from tests.select.runs import MODEL, four_layers, make_run, output, rows, scan_of
+from tests.choosing.runs import MODEL, four_layers, make_run, output, rows, scan_of
 
 
 @pytest.fixture

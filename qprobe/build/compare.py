@@ -21,6 +21,7 @@ from torch import Tensor
 from qprobe.atomic import write_atomic
 from qprobe.build.load import check_model, codes_of, load_dynamic_4bit, load_standard_4bit, with_dtype
 from qprobe.build.storage import StoredBytes, stored_bytes
+from qprobe.choosing.decide import ratio_se
 from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest import Manifest, read_manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
@@ -32,7 +33,6 @@ from qprobe.records import CALIBRATED, FormatSpec, Sample
 from qprobe.samples.answers import answered
 from qprobe.samples.inputs import batches, encode, image_token_id, tokenizer_of
 from qprobe.sampling import Wanted, choose_samples
-from qprobe.select.decide import ratio_se
 
 
 @dataclass(frozen=True)

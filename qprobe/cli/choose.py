@@ -76,9 +76,9 @@ def select(
     --json prints the manifest that was written.
     """
     require_a_limit({"budget": budget, "max_kl": max_kl})
+    from qprobe.choosing import select as choose
+    from qprobe.choosing.replaced import set_aside
     from qprobe.manifest import manifest_to_json, moved, write_manifest
-    from qprobe.select import select as choose
-    from qprobe.select.replaced import set_aside
 
     target = out if out is not None else run / "skiplist.json"
     manifest = moved(choose(run, budget, by, max_kl), run, target.parent)
@@ -93,10 +93,10 @@ def select(
 
 
 def _show(run: Path, manifest: Manifest, target: Path, is_bound: bool) -> None:
+    from qprobe.choosing.budget import Budget, all_fit
+    from qprobe.choosing.selection import kept_and_fixed
     from qprobe.measure.store import read_scan
     from qprobe.report.terminal import kept_text, paragraphs, readable_bytes, table_width, terminal_width
-    from qprobe.select.budget import Budget, all_fit
-    from qprobe.select.selection import kept_and_fixed
 
     inventory = read_scan(run).inventory
     kept, fixed = kept_and_fixed(manifest, inventory)

@@ -11,7 +11,7 @@ from qprobe.cli import shared
 from qprobe.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.merge import Merged
+    from qprobe.merging import Merged
 
 
 @shared.command("merge", short_help="Join the run folders of one scan that several machines shared.")
@@ -32,7 +32,7 @@ def merge(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     \b
     --json prints: run, units, missing (units the layer table still needs), notes.
     """
-    from qprobe.merge import merge as join
+    from qprobe.merging import merge as join
 
     merged = join(runs, out)
     if as_json:

@@ -13,7 +13,7 @@ from qprobe.records import FORMATS
 from qprobe.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.scan import ScanResult
+    from qprobe.scanning import ScanResult
 
 TOP = 10  # layers of the ranking that are shown
 
@@ -96,7 +96,7 @@ def scan(as_json: bool, **asked: Any) -> None:
     """
     shared.refuse_two_sources(asked)
     refuse_two_limits(asked)
-    from qprobe.scan import scan as run_scan
+    from qprobe.scanning import scan as run_scan
 
     with shared.progress_bars() as progress:
         result = run_scan(ScanOptions(**asked), progress)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.atomic import write_atomic
+from qprobe.choosing.decide import Candidate, difference, on_common_samples
+from qprobe.choosing.table import rank_table, read_table
 from qprobe.errors import QprobeError
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
@@ -27,8 +29,6 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Inventory, Sample
 from qprobe.samples.inputs import Batch
-from qprobe.select.decide import Candidate, difference, on_common_samples
-from qprobe.select.table import rank_table, read_table
 
 ALL = "all"
 FILE = "ablation.csv"

@@ -18,6 +18,7 @@ import pandas as pd
 import psutil
 import torch
 
+from qprobe.choosing.budget import parse_size
 from qprobe.errors import QprobeError, RunError
 from qprobe.formats.calibrated import Rounded, calibrate
 from qprobe.formats.codes_file import FILE_NAME, checked, open_codes, sha256_of, write_codes, write_tensors
@@ -36,7 +37,6 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
 from qprobe.records import CodesFile, Sample
 from qprobe.samples.inputs import Batch
-from qprobe.select.budget import parse_size
 
 APART = "it does not read the same tensor as its neighbours on every batch"
 SETTINGS = {"method": "gptq", "version": 2, "damping": DAMPING, "shrinkage": "n / (n + tokens)"}

@@ -12,6 +12,21 @@ from pathlib import Path
 import pandas as pd
 
 from qprobe.atomic import write_atomic
+from qprobe.choosing.bound import SCORE, Bound, measured_plan, predicted_plan, rounded_up
+from qprobe.choosing.budget import Budget, all_fit
+from qprobe.choosing.decide import Candidate, decide, on_common_samples
+from qprobe.choosing.plan import Plan, choose
+from qprobe.choosing.selection import (
+    damage_of,
+    layer_scores,
+    manifest_of,
+    parse_request,
+    plan_by,
+    predicted_kl,
+    prospect_of,
+)
+from qprobe.choosing.table import measured, read_table
+from qprobe.choosing.verdict import verdict
 from qprobe.errors import BudgetError
 from qprobe.formats.nf4 import format_from
 from qprobe.manifest import Compared, Manifest, Quality, write_manifest
@@ -21,21 +36,6 @@ from qprobe.measure.subject import Subject
 from qprobe.models.catalogue import find
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.records import Sample, Scan
-from qprobe.select.bound import SCORE, Bound, measured_plan, predicted_plan, rounded_up
-from qprobe.select.budget import Budget, all_fit
-from qprobe.select.decide import Candidate, decide, on_common_samples
-from qprobe.select.plan import Plan, choose
-from qprobe.select.selection import (
-    damage_of,
-    layer_scores,
-    manifest_of,
-    parse_request,
-    plan_by,
-    predicted_kl,
-    prospect_of,
-)
-from qprobe.select.table import measured, read_table
-from qprobe.select.verdict import verdict
 from qprobe.wording import counted
 
 NOTHING = "nothing kept"

@@ -11,6 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from qprobe.atomic import write_atomic
+from qprobe.choosing.selection import predicted_kl
+from qprobe.choosing.table import layer_table, read_table
 from qprobe.errors import RunError
 from qprobe.manifest import Compared, Manifest, read_manifest
 from qprobe.measure.store import read_scan
@@ -21,8 +23,6 @@ from qprobe.report.frontier import STANDARD, frontier_plot
 from qprobe.report.page import page_html
 from qprobe.report.panels import PANELS, taken
 from qprobe.report.payload import page_data
-from qprobe.select.selection import predicted_kl
-from qprobe.select.table import layer_table, read_table
 
 MANIFEST = "skiplist.json"
 FRONTIER = "frontier.csv"

@@ -195,7 +195,7 @@ def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
         verdict="Standard 4-bit costs 0.3 nats; the list brings back 0.2 for 9 % more bytes.",
         notes=("a.txt is no image and was left out.",),
     )
-    fake("qprobe.scan", scan=lambda _options, _progress: found)
+    fake("qprobe.scanning", scan=lambda _options, _progress: found)
     result = qprobe("scan", "--model", "m")
     assert result.exit_code == 0 and result.stderr == ""
     assert result.stdout.splitlines()[-1] == found.verdict
@@ -226,7 +226,7 @@ def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
 def test_doctor_exits_1_if_4bit_works_nowhere(qprobe: Run, fake: Fake, ok: bool, code: int):
     diagnosis = {**DIAGNOSIS, "ok": ok}
-    fake("qprobe.doctor", doctor=lambda: SimpleNamespace(ok=ok, to_json=lambda: diagnosis))
+    fake("qprobe.diagnosis", doctor=lambda: SimpleNamespace(ok=ok, to_json=lambda: diagnosis))
     assert qprobe("doctor").exit_code == code
     result = qprobe("doctor", "--json")
     assert result.exit_code == code and json.loads(result.stdout) == diagnosis

@@ -17,8 +17,8 @@ from qprobe.measure.store import ablation_stage, read_units
 from qprobe.options import no_progress
 from qprobe.records import Sample
 from tests import reference
+from tests.choosing.runs import inventory_of, linear, rows
 from tests.measure.conftest import WITH_HEAD, Case
-from tests.select.runs import inventory_of, linear, rows
 
 CaseOf = Callable[[str], Case]
 

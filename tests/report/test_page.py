@@ -16,12 +16,12 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from qprobe.build.load import load_dynamic_4bit
+from qprobe.choosing import select
+from qprobe.choosing.table import read_table
 from qprobe.manifest import manifest_to_json, read_manifest
 from qprobe.records import CodesFile
 from qprobe.report.write import page_of
-from qprobe.scan import scan
-from qprobe.select import select
-from qprobe.select.table import read_table
+from qprobe.scanning import scan
 from tests.report.full_run import write_comparison, write_full_run
 from tests.scan.asked import options
 
@@ -330,7 +330,7 @@ def test_in_print_everything_is_on_paper(page: Page):
 def test_a_downloaded_manifest_builds_the_model(
     opened: Open, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("qprobe.scan.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.write_report", lambda _folder: [])
     model = tiny_folder("mllama")
     found = scan(options(model, tmp_path / "run"))
     page = opened(page_file(found.run))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.options import ScanOptions
-from qprobe.scan import ScanResult
+from qprobe.scanning import ScanResult
 
 TinyFolder = Callable[[str], Path]
 Scanned = Callable[[str], ScanResult]

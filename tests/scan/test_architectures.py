@@ -12,14 +12,14 @@ import pytest
 
 from qprobe.build.load import load_dynamic_4bit
 from qprobe.build.storage import stored_bytes
+from qprobe.choosing.table import read_table
 from qprobe.manifest import read_manifest
 from qprobe.measure.store import read_scan
 from qprobe.models.inventory import linear_modules
 from qprobe.models.reference import load_reference
 from qprobe.report.write import write_report
 from qprobe.samples.inputs import encode
-from qprobe.scan import scan
-from qprobe.select.table import read_table
+from qprobe.scanning import scan
 from tests import tiny
 from tests.scan.asked import Scanned, TinyFolder, options, write_lines
 
@@ -158,7 +158,7 @@ def test_the_result_is_the_documented_object(scanned: Scanned):
 
 
 def test_a_scan_draws_its_report(tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qprobe.scan.write_report", write_report)
+    monkeypatch.setattr("qprobe.scanning.write_report", write_report)
     run = scan(options(tiny_folder("llama"), tmp_path / "run")).run
     drawn = {path.name for path in (run / "report").iterdir()}
     assert drawn >= {"spikes.png", "spikes.svg", "frontier.png"}

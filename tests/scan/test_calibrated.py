@@ -10,7 +10,7 @@ import pytest
 from qprobe.errors import QprobeError
 from qprobe.manifest import read_manifest
 from qprobe.measure.store import read_scan
-from qprobe.scan import scan
+from qprobe.scanning import scan
 from tests.scan.asked import TinyFolder, options
 
 

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 
 from qprobe.build.load import load_dynamic_4bit
+from qprobe.choosing.table import read_table
 from qprobe.errors import BudgetError
 from qprobe.manifest import read_manifest
 from qprobe.measure.store import read_scan
-from qprobe.scan import scan
-from qprobe.select.table import read_table
+from qprobe.scanning import scan
 from tests.scan.asked import Scanned, TinyFolder, options
 
 

@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from qprobe.choosing.table import read_table
 from qprobe.errors import SampleError
 from qprobe.manifest import read_manifest
 from qprobe.measure.store import read_units
-from qprobe.scan import scan
-from qprobe.select.table import read_table
+from qprobe.scanning import scan
 from tests import tiny
 from tests.scan.asked import TinyFolder, options, write_lines
 

@@ -12,7 +12,7 @@ from qprobe.errors import QprobeError, RunError, SampleError
 from qprobe.measure.store import read_scan, update_scan
 from qprobe.models.reference import load_reference
 from qprobe.options import ScanOptions
-from qprobe.scan import scan
+from qprobe.scanning import scan
 from tests.scan.asked import Scanned, TinyFolder, options
 
 
@@ -21,7 +21,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("qprobe.scan.load_reference", loaded)
+    monkeypatch.setattr("qprobe.scanning.load_reference", loaded)
     monkeypatch.setattr("qprobe.weight_scan.checkpoint_folder", loaded)
 
 
@@ -108,7 +108,7 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_once_it_is_load
     monkeypatch.setattr("qprobe.preflight.meta_model", no_outline)
     reads: list[str] = []
     monkeypatch.setattr(
-        "qprobe.scan.load_reference", lambda *asked: (reads.append(asked[0]), load_reference(*asked))[1]
+        "qprobe.scanning.load_reference", lambda *asked: (reads.append(asked[0]), load_reference(*asked))[1]
     )
     with pytest.raises(QprobeError, match="below standard 4-bit"):
         scan(options(tiny_folder("llama"), tmp_path / "run", budget="1KiB"))

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qprobe.errors import BudgetError
-from qprobe.select.bound import (
+from qprobe.choosing.bound import (
     MOST_LISTS,
     Prospect,
     measured_plan,
@@ -17,10 +16,11 @@ from qprobe.select.bound import (
     predicted_plan,
     rounded_up,
 )
-from qprobe.select.damage import Damage
-from qprobe.select.plan import Plan
-from tests.select.reference import all_plans
-from tests.select.runs import inventory_of, linear
+from qprobe.choosing.damage import Damage
+from qprobe.choosing.plan import Plan
+from qprobe.errors import BudgetError
+from tests.choosing.reference import all_plans
+from tests.choosing.runs import inventory_of, linear
 
 # Ten layers of one size with attributions 0.1, 0.2, ... 1.0: 5.5 nats in all.
 TEN = inventory_of(*(linear(f"l{i}") for i in range(10)), linear("lm_head", fixed="lm_head"))

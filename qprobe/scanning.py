@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qprobe.choosing.left_out import check_answers, left_out_notes, write_left_out
+from qprobe.choosing.ranks import write_ranks
+from qprobe.choosing.table import attribution_residual, write_table
 from qprobe.errors import QprobeError, RunError, SampleError
 from qprobe.measure import calibration
 from qprobe.measure.ablation import ablated_layers, measure_ablation
@@ -32,9 +35,6 @@ from qprobe.quiet import quiet_models
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
-from qprobe.select.left_out import check_answers, left_out_notes, write_left_out
-from qprobe.select.ranks import write_ranks
-from qprobe.select.table import attribution_residual, write_table
 from qprobe.wording import counted, named
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 
+from qprobe.choosing.budget import Budget
+from qprobe.choosing.damage import Damage, fewest_bytes, least_damage
+from qprobe.choosing.plan import Plan
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
-from qprobe.select.budget import Budget
-from qprobe.select.damage import Damage, fewest_bytes, least_damage
-from qprobe.select.plan import Plan
 
 SCORE = "sensitivity_kl"  # the one column that predicts a KL
 MOST_LISTS = 6  # measured at most; each halves what is not known, so the last step is 3 % of the range
@@ -44,7 +44,7 @@ def parse_bound(max_kl: float) -> Bound:
 
 @dataclass(frozen=True)
 class Prospect:
-    """What is predicted of the lists of one model, nats per answer token (see `qprobe.select.damage`).
+    """What is predicted of the lists of one model, nats per answer token (see `qprobe.choosing.damage`).
 
     most: predicted KL with nothing kept. least: with everything kept that is predicted to pay.
     """

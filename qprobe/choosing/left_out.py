@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from qprobe.atomic import write_atomic
+from qprobe.choosing.table import STANDARD, finite_answers, left_out
 from qprobe.errors import RunError, SampleError
 from qprobe.measure.store import read_scan, read_units
-from qprobe.select.table import STANDARD, finite_answers, left_out
 from qprobe.wording import counted, named
 
 FILE = "left_out.csv"

@@ -11,16 +11,16 @@ from pathlib import Path
 import pandas as pd
 
 from qprobe import __version__
+from qprobe.choosing.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
+from qprobe.choosing.budget import Budget, parse_budget
+from qprobe.choosing.damage import Damage, least_damage
+from qprobe.choosing.plan import Plan, choose, is_scored
+from qprobe.choosing.table import check_measure, finite_answers, measured, read_table
 from qprobe.errors import BudgetError, QprobeError
 from qprobe.manifest import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.measure.store import NEAREST_STAGE, choice_stage, read_scan, read_units
 from qprobe.options import DEFAULT_BUDGET
 from qprobe.records import Inventory, Linear, Scan
-from qprobe.select.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
-from qprobe.select.budget import Budget, parse_budget
-from qprobe.select.damage import Damage, least_damage
-from qprobe.select.plan import Plan, choose, is_scored
-from qprobe.select.table import check_measure, finite_answers, measured, read_table
 
 OWN = "alone_kl"  # the column of each layer's own damage
 

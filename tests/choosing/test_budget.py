@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qprobe.choosing.budget import Budget, all_fit, parse_budget, parse_size
 from qprobe.errors import BudgetError
-from qprobe.select.budget import Budget, all_fit, parse_budget, parse_size
-from tests.select.runs import inventory_of, linear
+from tests.choosing.runs import inventory_of, linear
 
 STANDARD = 7_178_803_270
 

@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import fsum
 
+from qprobe.choosing.plan import Plan, cheapest, choose
 from qprobe.records import Inventory
-from qprobe.select.plan import Plan, cheapest, choose
 
 # r at which marginal damages are taken; the best one lies near the share that the list leaves. At 0 they are
 # the own damages and at 1/2 the path's, so no list by either alone is predicted to be better.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from qprobe.select.decide import Candidate, difference
+from qprobe.choosing.decide import Candidate, difference
 from qprobe.wording import counted
 
 GIB = 2**30

@@ -10,16 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qprobe.choosing import select
+from qprobe.choosing.budget import Budget
+from qprobe.choosing.plan import Plan
+from qprobe.choosing.selection import damage_of, manifest_of
+from qprobe.choosing.table import layer_table, read_table, write_table
 from qprobe.errors import BudgetError, QprobeError, RunError
 from qprobe.manifest import Quality, read_manifest, write_manifest
 from qprobe.measure.store import choice_stage, write_unit
 from qprobe.records import Inventory
-from qprobe.select import select
-from qprobe.select.budget import Budget
-from qprobe.select.plan import Plan
-from qprobe.select.selection import damage_of, manifest_of
-from qprobe.select.table import layer_table, read_table, write_table
-from tests.select.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
+from tests.choosing.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
 
 NOISE = {"model.a": 0.031, "model.q": 0.5, "model.k": 0.001}  # model.b never ran
 
@@ -180,7 +180,7 @@ def test_600_layers_are_chosen_in_two_seconds_without_torch(tmp_path: Path):
     assert len(manifest.layers) == 600 and manifest.budget.total_bytes <= manifest.budget.limit_bytes
 
     code = (
-        "import sys; from pathlib import Path; from qprobe.select import select; "
+        "import sys; from pathlib import Path; from qprobe.choosing import select; "
         f"select(Path({str(run)!r}), '+10%'); "
         "assert not {'torch', 'transformers', 'bitsandbytes', 'matplotlib'} & set(sys.modules)"
     )

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qprobe.choosing.damage import Damage, fewest_bytes, least_damage
+from qprobe.choosing.plan import choose
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
-from qprobe.select.damage import Damage, fewest_bytes, least_damage
-from qprobe.select.plan import choose
-from tests.select.runs import inventory_of, linear
+from tests.choosing.runs import inventory_of, linear
 
 BY = "sensitivity_kl"
 NAMES = tuple(f"l{i}" for i in range(14))
