@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives. It is imported on first use, so that `import qprobe` costs no torch.
+# Where each public name lives. It is imported on first use, so that `import qprobe` costs no torch. No module
+# of the package may have one of these names: importing it would put the module in the function's place.
 _HOMES = {
     "Audit": "qprobe.build.audit",
     "CompareOptions": "qprobe.options",
@@ -18,19 +19,25 @@ _HOMES = {
     "answer_collator": "qprobe.training.encoding",
     "audit": "qprobe.build.audit",
     "compare": "qprobe.build.compare",
+    "doctor": "qprobe.diagnosis",
     "export_manifest": "qprobe.exports",
     "finetune": "qprobe.training.finetune",
     "import_list": "qprobe.build.imports",
-    "layer_table": "qprobe.select.table",
+    "layer_table": "qprobe.choosing.table",
     "load_dynamic_4bit": "qprobe.build.load",
     "load_finetuned": "qprobe.training.bases",
     "load_standard_4bit": "qprobe.build.load",
     "lora_targets": "qprobe.build.ready",
+    "merge": "qprobe.merging",
     "plan": "qprobe.build.plan",
     "quantize": "qprobe.build.quantize",
+    "rank_table": "qprobe.choosing.table",
     "read_manifest": "qprobe.manifest",
+    "scan": "qprobe.scanning",
+    "select": "qprobe.choosing.selection",
     "verify": "qprobe.build.verify",
     "write_manifest": "qprobe.manifest",
+    "write_report": "qprobe.report.write",
 }
 
 if TYPE_CHECKING:
@@ -42,11 +49,16 @@ if TYPE_CHECKING:
     from qprobe.build.quantize import quantize
     from qprobe.build.ready import lora_targets
     from qprobe.build.verify import verify
+    from qprobe.choosing.selection import select
+    from qprobe.choosing.table import layer_table, rank_table
+    from qprobe.diagnosis import doctor
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
     from qprobe.manifest import Manifest, read_manifest, write_manifest
+    from qprobe.merging import merge
     from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
-    from qprobe.select.table import layer_table
+    from qprobe.report.write import write_report
+    from qprobe.scanning import scan
     from qprobe.training.bases import load_finetuned
     from qprobe.training.encoding import answer_collator
     from qprobe.training.finetune import finetune
@@ -62,6 +74,7 @@ __all__ = [
     "answer_collator",
     "audit",
     "compare",
+    "doctor",
     "export_manifest",
     "finetune",
     "import_list",
@@ -70,11 +83,16 @@ __all__ = [
     "load_finetuned",
     "load_standard_4bit",
     "lora_targets",
+    "merge",
     "plan",
     "quantize",
+    "rank_table",
     "read_manifest",
+    "scan",
+    "select",
     "verify",
     "write_manifest",
+    "write_report",
 ]
 
 

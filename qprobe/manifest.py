@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 from jsonschema import Draft202012Validator, validators
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import ManifestError
 from qprobe.records import CodesFile, FormatSpec, ModelIdentity, Precision, Uncovered
 
@@ -194,24 +194,6 @@ def strict_json(data: bytes) -> Any:
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` by way of a temporary file in the same folder; raises OSError.
-
-    The temporary name is new for each call, so that two writers of one file cannot mix; a killed writer
-    leaves `.{name}.*.tmp` behind, which nobody reads.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read_bytes(path: Path) -> bytes:

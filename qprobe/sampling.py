@@ -7,7 +7,15 @@ from typing import Literal, NamedTuple
 
 from qprobe.errors import SampleError
 from qprobe.records import Sample
-from qprobe.samples.sources import PHOTOGRAPHS, Samples, from_folder, from_jsonl, photographs
+from qprobe.samples.sources import (
+    PHOTOGRAPHS,
+    Samples,
+    check_file,
+    from_folder,
+    from_jsonl,
+    image_files,
+    photographs,
+)
 from qprobe.samples.texts import QUESTIONS, questions
 
 DEMO_MODELS = ("demo", "demo-outliers")
@@ -29,6 +37,23 @@ class Wanted(NamedTuple):
     seed: int = 0
 
 
+def check_wanted(model_id: str, wanted: Wanted) -> None:
+    """Raises SampleError for samples that cannot be had, as far as that shows without reading any."""
+    if wanted.images is not None and wanted.data is not None:
+        raise SampleError("Both --images and --data are given. Pass one of them.")
+    if wanted.count is not None and wanted.count < 1:
+        raise SampleError(f"--samples {wanted.count} asks for no sample. Pass 1 or more.")
+    if wanted.images is not None:
+        image_files(wanted.images)
+    elif wanted.data is not None:
+        check_file(wanted.data)
+    elif model_id in DEMO_MODELS and not 0 <= wanted.seed < SEEDS:
+        raise SampleError(
+            f"--seed {wanted.seed} is out of range: built-in scenes have the seeds 0 to {SEEDS - 1}, so that "
+            "those of a scan are never the held-out ones. Pass one of them."
+        )
+
+
 def choose_samples(
     model_id: str, reads_images: bool, wanted: Wanted, purpose: Literal["scan", "compare"]
 ) -> Samples:
@@ -37,10 +62,7 @@ def choose_samples(
     Built-in samples of the two purposes never overlap; the user's own are used as given.
     Raises SampleError if none is usable, or for a seed that built-in scenes do not have.
     """
-    if wanted.images is not None and wanted.data is not None:
-        raise SampleError("Both --images and --data are given. Pass one of them.")
-    if wanted.count is not None and wanted.count < 1:
-        raise SampleError(f"--samples {wanted.count} asks for no sample. Pass 1 or more.")
+    check_wanted(model_id, wanted)
     limit = wanted.count or SCAN_SAMPLES["given"]
     if wanted.images is not None:
         return from_folder(wanted.images, wanted.prompt, limit)
@@ -58,11 +80,6 @@ def choose_samples(
 def _scenes(count: int, seed: int, purpose: Literal["scan", "compare"]) -> Samples:
     from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
 
-    if not 0 <= seed < SEEDS:
-        raise SampleError(
-            f"--seed {seed} is out of range: built-in scenes have the seeds 0 to {SEEDS - 1}, so that those "
-            "of a scan are never the held-out ones. Pass one of them."
-        )
     first = CALIBRATION_SEED if purpose == "scan" else HELD_OUT_SEED
     return Samples(tuple(scenes(count, first + seed)))
 

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
-from qprobe.manifest import strict_json, write_atomic
+from qprobe.manifest import strict_json
 
 FILE = "samples.json"
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qprobe.choosing.budget import parse_budget
+from qprobe.choosing.selection import manifest_of, plan_by
+from qprobe.choosing.table import read_table
 from qprobe.errors import BudgetError, ModelError, QprobeError
 from qprobe.formats.nf4 import format_from
 from qprobe.manifest import write_manifest
@@ -24,13 +27,11 @@ from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve
 from qprobe.models.stored import checkpoint_folder, weight_names
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
+from qprobe.preflight import check_model
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.report.write import write_report
-from qprobe.scan import Clock, ScanResult, left_to_others, units_left, write_findings
-from qprobe.select.budget import parse_budget
-from qprobe.select.left_out import named
-from qprobe.select.selection import manifest_of, plan_by
-from qprobe.select.table import read_table
+from qprobe.scanning import Clock, ScanResult, left_to_others, units_left, write_findings
+from qprobe.wording import counted, named
 
 SCORE = "weight_nmse"
 CAUTION = (
@@ -75,10 +76,10 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
     device = pick_device(shard.device(options.device))
     clock = Clock()
     with clock.stage("load"):
+        folder = check_model(options, shard)  # before a checkpoint is fetched
         checkpoint = open_checkpoint(options)
         parse_budget(options.budget or DEFAULT_BUDGET, checkpoint.inventory.standard_4bit_bytes)
         record = _record(checkpoint, device)
-    folder = options.out or Path("runs") / checkpoint.source.id.replace("/", "--")
     with entered(folder, shard):
         open_run(folder, record)
         with clock.stage("weights"):
@@ -142,7 +143,7 @@ def _record(checkpoint: Checkpoint, device: torch.device) -> Scan:
         "versions": library_versions(),
     }
     missing = checkpoint.missing
-    count = "1 linear is" if len(missing) == 1 else f"{len(missing)} linears are"
+    count = f"{counted(len(missing), 'linear')} {'is' if len(missing) == 1 else 'are'}"
     lost = (f"{count} not stored as one tensor and stay unmeasured: {named(missing)}.",) if missing else ()
     return Scan(
         identity, checkpoint.fmt, checkpoint.inventory, spec, unmeasured=missing, notes=(*lost, CAUTION)

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-import qprobe.scan as road
+import qprobe.scanning as road
 from qprobe.models.reference import load_reference
 from qprobe.options import ScanOptions
 from qprobe.samples.sources import Samples
@@ -83,7 +83,7 @@ def kill_at(pid: int, seconds: float) -> None:
 def main(folder: Path, count: int) -> None:
     torch.set_num_threads(1)
     reference = load_reference("demo", "cpu")
-    road.load_reference = lambda *_: reference
+    road.load_reference = lambda *_, **__: reference
     road.write_report = lambda *_: []
     road.choose_samples = silent  # type: ignore[assignment]
     road.scan(options(folder / "first"))  # so that children inherit all that is made on first use

@@ -4,6 +4,7 @@
 also sees what third-party packages draw in.
 """
 
+import pkgutil
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ TORCH_FREE = (
     "qprobe.models.headers",
     "qprobe.options",
     "qprobe.report.write",
-    "qprobe.select",
+    "qprobe.choosing",
 )
 
 
@@ -49,6 +50,20 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize("name", qprobe.__all__)
 def test_public_names_exist(name: str):
     assert getattr(qprobe, name) is not None and name in dir(qprobe)
+
+
+def test_no_module_takes_the_place_of_a_public_function():
+    modules = {module.name for module in pkgutil.iter_modules(qprobe.__path__)}
+    assert modules.isdisjoint(qprobe.__all__)
+
+
+def test_functions_stay_functions_once_every_module_is_imported():
+    code = (
+        "import qprobe.cli, qprobe.scanning, qprobe.merging, qprobe.choosing, qprobe.report.write\n"
+        "from qprobe import merge, scan, select\n"
+        "assert all(map(callable, (merge, scan, select)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_names_are_attribute_errors():

@@ -7,8 +7,8 @@ from importlib import metadata
 import pytest
 import torch
 
-from qprobe import doctor as doctor_module
-from qprobe.doctor import (
+from qprobe import diagnosis as doctor_module
+from qprobe.diagnosis import (
     NF4_CODES,
     Device,
     FourBit,

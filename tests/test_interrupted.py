@@ -22,9 +22,9 @@ from qprobe.errors import MachineError, QprobeError, RunError
 from qprobe.measure import store
 from qprobe.measure.shards import Shard, entered, finishing, shard_from
 from qprobe.measure.store import read_scan, update_scan
-from qprobe.merge import merge
+from qprobe.merging import merge
 from qprobe.options import ScanOptions
-from qprobe.scan import ScanResult, scan
+from qprobe.scanning import ScanResult, scan
 
 TinyFolder = Callable[[str], Path]
 Share = Callable[[int, int, Path], ScanResult]
@@ -32,7 +32,7 @@ Share = Callable[[int, int, Path], ScanResult]
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qprobe.scan.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.write_report", lambda _folder: [])
 
 
 def options(folder: Path, out: Path, **changes: Any) -> ScanOptions:
@@ -49,7 +49,7 @@ def llama(tiny_folder: TinyFolder) -> Path:
 def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of one undisturbed process: three units of two samples. Tests must not change it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qprobe.scan.write_report", lambda _folder: [])
+        patch.setattr("qprobe.scanning.write_report", lambda _folder: [])
         return scan(options(llama, tmp_path_factory.mktemp("whole") / "run")).run
 
 
@@ -333,7 +333,9 @@ def test_a_merged_folder_is_resumed_by_the_scan_that_chooses(
     for rank, part in enumerate(parts):
         share(rank, 2, part)
     run = merge(parts, parts[0]).run  # into one of them
-    monkeypatch.setattr("qprobe.scan.observe", lambda *_: pytest.fail("a finished unit is measured again"))
+    monkeypatch.setattr(
+        "qprobe.scanning.observe", lambda *_: pytest.fail("a finished unit is measured again")
+    )
     result = scan(options(llama, run))
     assert result.skiplist is not None and units(run) == units(whole)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qprobe.select.table import read_table
+from qprobe.choosing.table import read_table
 from tests import tiny
 
 MIB = 2**20

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qprobe import manifest
 from qprobe.errors import RunError
 from qprobe.measure.store import (
     UNIT_SCHEMAS,
@@ -24,7 +23,7 @@ from qprobe.measure.store import (
     write_unit,
 )
 from qprobe.records import FormatSpec
-from tests.select.runs import MODEL, four_layers, make_run, output, rows, scan_of
+from tests.choosing.runs import MODEL, four_layers, make_run, output, rows, scan_of
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(manifest.os, "fsync", fsync)
+    monkeypatch.setattr("os.fsync", fsync)
 
 
 def test_scan_survives_its_file(run: Path):
@@ -115,7 +114,7 @@ def test_a_killed_writer_leaves_no_unit_and_hinders_nobody(run: Path, monkeypatc
 
     write_unit(run, "kl", 0, kl_unit("a"))
     with monkeypatch.context() as patch:
-        patch.setattr(manifest.os, "replace", killed)
+        patch.setattr("os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write_unit(run, "kl", 0, kl_unit("b"))
     assert read_units(run, "kl")["sample"].tolist() == ["a"]

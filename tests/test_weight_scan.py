@@ -18,6 +18,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from qprobe.build.load import load_dynamic_4bit
+from qprobe.choosing import select
+from qprobe.choosing.table import read_table
 from qprobe.cli import main
 from qprobe.errors import BudgetError, ModelError, QprobeError, RunError
 from qprobe.formats.chunks import roundtrip_parts, row_parts
@@ -26,15 +28,13 @@ from qprobe.manifest import read_manifest
 from qprobe.measure import files
 from qprobe.measure.store import read_scan
 from qprobe.measure.weights import error_sums
-from qprobe.merge import merge
+from qprobe.merging import merge
 from qprobe.models.headers import SINGLE
 from qprobe.models.inventory import linear_modules
 from qprobe.models.reference import load_reference
 from qprobe.options import ScanOptions
 from qprobe.report.write import write_report
-from qprobe.scan import scan
-from qprobe.select import select
-from qprobe.select.table import read_table
+from qprobe.scanning import scan
 from tests import tiny
 
 TinyFolder = Callable[[str], Path]
@@ -144,7 +144,7 @@ def test_one_tensor_is_open_at_a_time_and_read_in_parts(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("qprobe.measure.files.row_parts", partial(row_parts, part=1024))
-    monkeypatch.setattr("qprobe.scan.load_reference", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qprobe.scanning.load_reference", lambda *_: pytest.fail("the model is loaded"))
     opened, alive, largest, real = [], [], [0], files.opened
 
     class Watched:
@@ -236,7 +236,7 @@ def test_a_weight_that_is_not_stored_is_named_and_stays_empty(tiny_folder: TinyF
         ({"images": Path("x")}, QprobeError, "runs no samples, so --images does not apply"),
         ({"ablate": "all"}, QprobeError, "runs no samples, so --ablate does not apply"),
         ({"max_kl": 0.1}, QprobeError, "--max-kl chooses by sensitivity"),
-        ({"by": "sensitivity_kl"}, QprobeError, "is not measured by --measures weight"),
+        ({"by": "sensitivity_kl"}, QprobeError, "needs sensitivity, which --measures weight leaves out"),
         ({"budget": "1GiB!"}, BudgetError, "cannot be read"),
         (
             {"measures": ("weight", "luck")},
@@ -273,7 +273,7 @@ def test_measures_on_the_command_line(
     asked: str, filled: list[str], empty: list[str], tiny_folder: TinyFolder, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setattr("qprobe.scan.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.write_report", lambda _folder: [])
     arguments = ["scan", "--model", tiny_folder("llama"), "--out", tmp_path / "run", "--measures", asked]
     arguments += ["--samples", 3, "--max-new-tokens", 3, "--device", "cpu", "--json"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])

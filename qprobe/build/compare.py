@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qprobe.atomic import write_atomic
 from qprobe.build.load import check_model, codes_of, load_dynamic_4bit, load_standard_4bit, with_dtype
 from qprobe.build.storage import StoredBytes, stored_bytes
+from qprobe.choosing.decide import ratio_se
 from qprobe.errors import ModelError, QprobeError
-from qprobe.manifest import Manifest, read_manifest, write_atomic
+from qprobe.manifest import Manifest, read_manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.models.inventory import has_language_head
 from qprobe.models.reference import load_reference
 from qprobe.options import CompareOptions, Progress, no_progress
+from qprobe.quiet import quiet_models
 from qprobe.records import CALIBRATED, FormatSpec, Sample
 from qprobe.samples.answers import answered
 from qprobe.samples.inputs import batches, encode, image_token_id, tokenizer_of
 from qprobe.sampling import Wanted, choose_samples
-from qprobe.select.decide import ratio_se
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Course:
     logits: list[Tensor]
 
 
+@quiet_models()
 def compare(options: CompareOptions, progress: Progress = no_progress) -> Comparison:
     """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
 

@@ -29,6 +29,7 @@ from qprobe.models.reference import (
     pick_device,
     resolve,
 )
+from qprobe.quiet import quiet_models
 from qprobe.records import FormatSpec
 
 BLOCKSIZE = 64  # transformers' BitsAndBytesConfig has no field for it; bitsandbytes defaults to 64
@@ -44,6 +45,7 @@ class Blueprint:
     format: FormatSpec
 
 
+@quiet_models()
 def load_dynamic_4bit(
     manifest: Manifest | str | Path,
     model: str | None = None,
@@ -77,6 +79,7 @@ def load_dynamic_4bit(
     return (ready_for_training(loaded) if for_training else loaded), load_processor(source)
 
 
+@quiet_models()
 def load_standard_4bit(
     model: str,
     format: FormatSpec | None = None,

@@ -20,6 +20,7 @@ from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
 from qprobe.options import Progress, no_progress
+from qprobe.quiet import quiet_models
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
 MAX_SHARD = "2GB"
@@ -42,6 +43,7 @@ class Quantized:
         return {**asdict(self), "out": str(self.out)}
 
 
+@quiet_models()
 def quantize(
     manifest: Manifest | str | Path,
     out: Path | str,

@@ -25,7 +25,7 @@ def main() -> None:
 
     Start with `qprobe doctor`, then `qprobe scan --model demo-outliers`.
 
-    Exit codes: 0 success, 1 an error that the message explains, 2 wrong usage.
+    Exit codes: 0 success, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
     """
 
 

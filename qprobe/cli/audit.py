@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
+from qprobe.wording import counted
 
 
 @shared.command("audit", short_help="Say what is really 4-bit in a checkpoint.")
@@ -54,7 +55,7 @@ def _show(found: dict, has_manifest: bool) -> None:
     for remark in found["remarks"]:
         click.echo(f"Note: {remark}")
     click.echo(
-        f"{found['layers_4bit']} linears in 4-bit, {found['layers_16bit']} in 16-bit; "
+        f"{counted(found['layers_4bit'], 'linear')} in 4-bit, {found['layers_16bit']} in 16-bit; "
         f"{readable_bytes(found['total_bytes'])} ({found['total_bytes']:,} bytes)."
     )
     if found["ok"]:

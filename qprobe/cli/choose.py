@@ -9,6 +9,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.limits import limit_options, require_a_limit
+from qprobe.wording import counted, named
 
 if TYPE_CHECKING:
     from qprobe.manifest import Manifest
@@ -57,61 +58,83 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     help="Score of layers.csv that chooses.  [default: sensitivity_kl, or the best one measured]",
 )
 @click.option(
-    "--out", type=shared.PATH, metavar="FILE", help="Where to write it.  [default: RUN/skiplist.json]"
+    "--out",
+    type=shared.PATH,
+    metavar="FILE",
+    help="Where to write it; what stood there is replaced.  [default: RUN/skiplist.json]",
 )
 def select(
     run: Path, budget: str | None, max_kl: float | None, by: str | None, out: Path | None, as_json: bool
 ) -> None:
     """Choose again, for another budget, bound or score, from what the run folder RUN holds.
 
-    Nothing is measured: a --max-kl here is on the predicted KL.
+    Nothing is measured: a --max-kl here is on the predicted KL. Without --out the new list takes the place of
+    RUN/skiplist.json, which rank, report and others read; a list that the scan measured is kept beside it as
+    skiplist-measured.json.
 
     \b
     --json prints the manifest that was written.
     """
     require_a_limit({"budget": budget, "max_kl": max_kl})
+    from qprobe.choosing import select as choose
+    from qprobe.choosing.replaced import set_aside
     from qprobe.manifest import manifest_to_json, moved, write_manifest
-    from qprobe.select import select as choose
 
     target = out if out is not None else run / "skiplist.json"
     manifest = moved(choose(run, budget, by, max_kl), run, target.parent)
+    replaced = set_aside(target)
     write_manifest(target, manifest)
     if as_json:
         shared.print_json(manifest_to_json(manifest))
     else:
-        _show(manifest, target, is_bound=max_kl is not None)
+        _show(run, manifest, target, is_bound=max_kl is not None)
+    if replaced is not None:
+        click.echo(replaced.sentence, err=as_json)
 
 
-def _show(manifest: Manifest, target: Path, is_bound: bool) -> None:
-    from qprobe.report.terminal import readable_bytes
-    from qprobe.select.selection import always_16bit
+def _show(run: Path, manifest: Manifest, target: Path, is_bound: bool) -> None:
+    from qprobe.choosing.budget import Budget, all_fit
+    from qprobe.choosing.selection import kept_and_fixed
+    from qprobe.measure.store import read_scan
+    from qprobe.report.terminal import kept_text, paragraphs, readable_bytes, table_width, terminal_width
 
-    kept = [layer for layer in manifest.layers if layer.precision == "bf16"]
-    for layer in kept:
-        click.echo(f"{layer.name}  {readable_bytes(layer.bytes)}  ({layer.reason})")
+    inventory = read_scan(run).inventory
+    kept, fixed = kept_and_fixed(manifest, inventory)
     if kept:
+        click.echo(kept_text(manifest, {x.name: x.nf4_bytes for x in inventory.layers}, kept, table_width()))
         click.echo()
-    sizes = (manifest.budget.total_bytes, manifest.budget.limit_bytes, manifest.budget.standard_4bit_bytes)
-    total, limit, standard = map(readable_bytes, sizes)
-    always = always_16bit(manifest)
-    besides = f", besides {', '.join(always)}, as in standard 4-bit" if always else ""
-    chosen = len(kept) - len(always)
-    click.echo(
-        f"{chosen} of {len(manifest.layers)} layers {'is' if chosen == 1 else 'are'} kept in 16-bit{besides}."
+    budget = manifest.budget
+    total, limit, standard = map(
+        readable_bytes, (budget.total_bytes, budget.limit_bytes, budget.standard_4bit_bytes)
     )
     what = f"of the {limit} allowed"
+    roomy = None if is_bound else all_fit(Budget(budget.requested, budget.limit_bytes), inventory)
     if is_bound:
         what = f"for a predicted KL of {manifest.quality.kl_predicted:.3g}"
-    click.echo(f"{total} {what}; standard 4-bit takes {standard}.")
-    click.echo(_how_sure(manifest))
+    elif roomy is not None:
+        what = "in all"
+    sentences = [
+        _how_many(len(kept), len(inventory.layers) - len(fixed), fixed),
+        f"{total} {what}; standard 4-bit takes {standard}.",
+        *([roomy] if roomy else []),
+        _how_sure(manifest),
+    ]
+    click.echo(paragraphs(sentences, terminal_width(), mark=""))
     click.echo(f"Skip-list  {target}")
+
+
+def _how_many(kept: int, choosable: int, fixed: tuple[str, ...]) -> str:
+    """How many layers the list keeps, apart from those that standard 4-bit keeps as well."""
+    besides = f", besides {named(fixed)}, which standard 4-bit keeps too" if fixed else ""
+    return f"{kept} of {counted(choosable, 'layer')} kept in 16-bit{besides}."
 
 
 def _how_sure(manifest: Manifest) -> str:
     """Whether the KL of the list was measured or is a prediction."""
     quality = manifest.quality
     if quality.kl_dynamic is not None:
-        return f"Its KL was measured on {quality.samples} held-out samples: {quality.kl_dynamic:.3g}."
+        samples = counted(quality.samples or 0, "held-out sample")
+        return f"Its KL was measured on {samples}: {quality.kl_dynamic:.3g}."
     if quality.kl_predicted is None:
         return "No KL was measured in this run."
     return f"Its KL is predicted, {quality.kl_predicted:.3g}, and not measured; `qprobe compare` measures it."

@@ -10,7 +10,11 @@ from qprobe.cli import shared
 from qprobe.options import CompareOptions
 
 
-@shared.command("compare", short_help="16-bit, standard and dynamic 4-bit, side by side.")
+@shared.command(
+    "compare",
+    interrupted="Nothing was written; the same command begins anew.",
+    short_help="16-bit, standard and dynamic 4-bit, side by side.",
+)
 @click.option(
     "--manifest", type=shared.PATH, required=True, metavar="FILE", help="The skiplist.json of a scan."
 )

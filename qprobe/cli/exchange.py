@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
+from qprobe.wording import counted
 
 # The names of qprobe.exports.TOOLS, which a test holds this against: help must not import the writers.
 TOOLS = (
@@ -55,9 +56,9 @@ def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
     \b
     --json prints: tool, text (what would be written), notes [text], layers_16bit [name].
     """
+    from qprobe.atomic import write_atomic
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
-    from qprobe.manifest import write_atomic
 
     made = export_manifest(manifest, tool)
     if out is not None:
@@ -106,7 +107,7 @@ def import_(config: Path, model: str, out: Path, as_json: bool) -> None:
     from qprobe.report.terminal import readable_bytes
 
     for one in imported.matched:
-        count = f"{len(one.layers)} layer{'' if len(one.layers) == 1 else 's'}" if one.layers else "nothing"
+        count = counted(len(one.layers), "layer") if one.layers else "nothing"
         click.echo(f"{one.entry}  {count}")
     for note in imported.notes:
         click.echo(f"Note: {note}", err=True)

@@ -9,6 +9,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.options import FinetuneOptions
+from qprobe.wording import counted
 
 _POSITIVE = click.IntRange(min=1)
 _OPTIONS = (
@@ -122,7 +123,11 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@shared.command("finetune", short_help="QLoRA on the dynamic model.")
+@shared.command(
+    "finetune",
+    interrupted="The last checkpoint, if there is one, is kept in DIR; the same command goes on from it.",
+    short_help="QLoRA on the dynamic model.",
+)
 @click.argument("manifest", type=shared.PATH, metavar="F")
 @_options
 @shared.device_option
@@ -172,12 +177,13 @@ def _verdict(done: Mapping[str, Any]) -> str:
     resumed = f" (from step {done['resumed_from']} on)" if done["resumed_from"] is not None else ""
     text = (
         f"{done['out']}: adapter of {done['trainable_parameters']:,} parameters on the {done['base']} base, "
-        f"{done['steps']} steps{resumed} of {done['optimizer']} on {done['trained_lines']} lines, "
+        f"{counted(done['steps'], 'step')}{resumed} of {done['optimizer']} on "
+        f"{counted(done['trained_lines'], 'line')}, "
         f"{done['seconds']:.0f} s."
     )
     if done["eval_loss"] is None:
         return f"{text} Nothing was held out."
     return (
-        f"{text} Loss on {done['held_out_lines']} held-out lines: {done['eval_loss_before']:.4g} before, "
-        f"{done['eval_loss']:.4g} after (nats per answer token)."
+        f"{text} Loss on {counted(done['held_out_lines'], 'held-out line')}: "
+        f"{done['eval_loss_before']:.4g} before, {done['eval_loss']:.4g} after (nats per answer token)."
     )

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
+from qprobe.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.merge import Merged
+    from qprobe.merging import Merged
 
 
 @shared.command("merge", short_help="Join the run folders of one scan that several machines shared.")
@@ -31,7 +32,7 @@ def merge(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     \b
     --json prints: run, units, missing (units the layer table still needs), notes.
     """
-    from qprobe.merge import merge as join
+    from qprobe.merging import merge as join
 
     merged = join(runs, out)
     if as_json:
@@ -45,10 +46,10 @@ def _show(merged: Merged) -> None:
 
     if merged.notes:
         click.echo(paragraphs(merged.notes, terminal_width()))
-    click.echo(f"{merged.units} units joined")
+    click.echo(f"{counted(merged.units, 'unit')} joined")
     if merged.missing:
         click.echo(
-            f"{merged.missing} units are still missing: merge their folders too, or run the scan again."
+            f"{counted(merged.missing, 'unit')} missing: merge their folders too, or run the scan again."
         )
     else:
         click.echo(f"Layer table  {merged.run / 'layers.csv'}")

@@ -7,9 +7,14 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
+from qprobe.wording import counted
 
 
-@shared.command("quantize", short_help="Write the dynamic model as a checkpoint that from_pretrained loads.")
+@shared.command(
+    "quantize",
+    interrupted="DIR was not made, nothing is left of it; the same command begins anew.",
+    short_help="Write the dynamic model as a checkpoint that from_pretrained loads.",
+)
 @click.argument("manifest", type=shared.PATH, metavar="F")
 @click.option(
     "--out", type=shared.PATH, required=True, metavar="DIR", help="Folder to make; never overwritten."
@@ -44,6 +49,7 @@ def quantize(
     from qprobe.report.terminal import readable_bytes
 
     click.echo(
-        f"{done.out}: {done.layers_4bit} linear layers in 4-bit, {done.layers_16bit} in 16-bit, "
-        f"{readable_bytes(done.total_bytes)} with quantization state, {len(done.files)} files."
+        f"{done.out}: {counted(done.layers_4bit, 'linear layer')} in 4-bit, {done.layers_16bit} in 16-bit "
+        f"(those that standard 4-bit keeps among them), "
+        f"{readable_bytes(done.total_bytes)} with quantization state, {counted(len(done.files), 'file')}."
     )

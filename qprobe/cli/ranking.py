@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qprobe.wording import counted, named
+
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def default_score(folder: Path) -> str:
     """The score that chooses by default: of those measured the one that predicts best."""
-    from qprobe.select.selection import default_measure
-    from qprobe.select.table import read_table
+    from qprobe.choosing.selection import default_measure
+    from qprobe.choosing.table import read_table
 
     return default_measure(read_table(folder))
 
@@ -24,8 +26,8 @@ def ranking(folder: Path, by: str, top: int) -> pd.DataFrame:
 
     By sensitivity_kl they also have rank_low and rank_high, where the run knows them.
     """
-    from qprobe.select.ranks import read_ranks
-    from qprobe.select.table import rank_table, read_table
+    from qprobe.choosing.ranks import read_ranks
+    from qprobe.choosing.table import rank_table, read_table
 
     ranked = rank_table(read_table(folder), by, top)
     intervals = read_ranks(folder) if by == "sensitivity_kl" else None
@@ -37,19 +39,31 @@ def ranking(folder: Path, by: str, top: int) -> pd.DataFrame:
 
 def show_ranking(folder: Path, by: str | None, top: int) -> None:
     """Print the `top` layers of the ranking; in a terminal also a spark line of all layers."""
-    from qprobe.measure.store import read_scan
+    from qprobe.choosing.table import read_table
     from qprobe.report.terminal import is_terminal, rank_text, spark_line, table_width
-    from qprobe.report.write import kept_layers
-    from qprobe.select.table import read_table
 
     score, table, width = by or default_score(folder), read_table(folder), table_width()
     ranked = ranking(folder, score, top)
-    kept = kept_layers(folder, read_scan(folder)).in_16bit
+    kept, fixed = _in_16bit(folder)
     if is_terminal():
         click.echo(f"{score} of {len(table)} layers in execution order:")
         click.echo(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
-    click.echo(rank_text(ranked, score, kept, width))
+    click.echo(rank_text(ranked, score, frozenset((*kept, *fixed)), width))
+    click.echo("16-bit costs: what keeping a layer adds to its bytes in 4-bit")
     if "rank_low" in ranked:
         click.echo("ranks: 90 % interval over other samples of the same kind (bootstrap)")
-    if any(name in kept for name in ranked["layer"]):
-        click.echo("* stays in 16-bit in skiplist.json")
+    if any(name in (*kept, *fixed) for name in ranked["layer"]):
+        besides = f", besides {named(fixed)}" if fixed else ""
+        click.echo(f"* stays in 16-bit in skiplist.json ({counted(len(kept), 'layer')}{besides})")
+
+
+def _in_16bit(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(layers that the run's skip-list keeps beyond standard 4-bit, those that standard 4-bit keeps)."""
+    from qprobe.choosing.selection import kept_and_fixed
+    from qprobe.manifest import read_manifest
+    from qprobe.measure.store import read_scan
+
+    inventory, path = read_scan(folder).inventory, folder / "skiplist.json"
+    if path.is_file():
+        return kept_and_fixed(read_manifest(path), inventory)
+    return (), tuple(x.name for x in inventory.layers if x.fixed)

@@ -10,14 +10,19 @@ from qprobe.cli import shared
 from qprobe.cli.limits import limit_options, refuse_two_limits
 from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
 from qprobe.records import FORMATS
+from qprobe.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.scan import ScanResult
+    from qprobe.scanning import ScanResult
 
 TOP = 10  # layers of the ranking that are shown
 
 
-@shared.command("scan", short_help="Measure every layer, choose those that stay in 16-bit.")
+@shared.command(
+    "scan",
+    interrupted="Finished units are kept in the run folder; the same command goes on from there.",
+    short_help="Measure every layer, choose those that stay in 16-bit.",
+)
 @click.option(
     "--model",
     required=True,
@@ -92,7 +97,7 @@ def scan(as_json: bool, **asked: Any) -> None:
     """
     shared.refuse_two_sources(asked)
     refuse_two_limits(asked)
-    from qprobe.scan import scan as run_scan
+    from qprobe.scanning import scan as run_scan
 
     with shared.progress_bars() as progress:
         result = run_scan(ScanOptions(**asked), progress)
@@ -122,7 +127,7 @@ def _show(result: ScanResult, asked: ScanOptions) -> None:
     width = terminal_width()
     stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
-    click.echo(f"{result.layers} linear layers, {result.samples} samples")
+    click.echo(f"{counted(result.layers, 'linear layer')}, {counted(result.samples, 'sample')}")
     click.echo(f"{stages}{peak}\n")
     show_ranking(result.run, asked.by, TOP)
     if result.notes:

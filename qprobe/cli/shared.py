@@ -13,20 +13,24 @@ from typing import Any
 
 import click
 
-from qprobe.cli.quiet import quiet
 from qprobe.errors import MachineError, QprobeError
 from qprobe.options import Progress, no_progress
+from qprobe.quiet import quiet
 
 Command = Callable[..., Any]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 PATH = click.Path(path_type=Path)
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended: 128 + SIGINT
 
 
-def command(name: str, **settings: Any) -> Callable[[Command], click.Command]:
-    """A click command with --json whose `QprobeError`s end as one sentence on stderr and exit code 1."""
+def command(name: str, interrupted: str = "", **settings: Any) -> Callable[[Command], click.Command]:
+    """A click command with --json whose `QprobeError`s end as one sentence on stderr and exit code 1.
+
+    interrupted: what is left after Ctrl-C, and what to do; the exit code is `INTERRUPTED`.
+    """
 
     def decorate(function: Command) -> click.Command:
-        as_command = click.command(name, **settings)(_explained(function))
+        as_command = click.command(name, **settings)(_explained(function, interrupted))
         as_command.params.append(
             click.Option(
                 ["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, nothing else."
@@ -37,12 +41,15 @@ def command(name: str, **settings: Any) -> Callable[[Command], click.Command]:
     return decorate
 
 
-def _explained(function: Command) -> Command:
+def _explained(function: Command, interrupted: str) -> Command:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             with quiet():
                 return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            click.echo(f"\nInterrupted. {interrupted}".rstrip(), err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
         except QprobeError as error:
             raise click.ClickException(str(error)) from error
         except Exception as error:

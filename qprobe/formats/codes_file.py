@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import ManifestError
 from qprobe.formats.nf4 import StoredNf4
-from qprobe.manifest import write_atomic
 from qprobe.records import CodesFile
 
 FILE_NAME = "nf4-calibrated.safetensors"

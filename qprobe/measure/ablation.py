@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprobe.atomic import write_atomic
+from qprobe.choosing.decide import Candidate, difference, on_common_samples
+from qprobe.choosing.table import rank_table, read_table
 from qprobe.errors import QprobeError
-from qprobe.manifest import write_atomic
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import answer_logits, kl_sums
@@ -27,8 +29,6 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Inventory, Sample
 from qprobe.samples.inputs import Batch
-from qprobe.select.decide import Candidate, difference, on_common_samples
-from qprobe.select.table import rank_table, read_table
 
 ALL = "all"
 FILE = "ablation.csv"
@@ -36,17 +36,28 @@ COLUMNS = ("layer", "kl_alone", "kl_alone_se", "kl_saved", "kl_saved_se", "sampl
 _ALONE, _KEPT = "alone ", "kept "  # choices in the units: one layer in 4-bit, one layer in 16-bit
 
 
+def ablated_names(asked: str) -> list[str] | None:
+    """The names in `asked` (see `ScanOptions.ablate`); none for a number, None for all layers.
+
+    Raises QprobeError for a number below 1, and for text that names nothing.
+    """
+    text = asked.strip()
+    if text == ALL:
+        return None
+    if text.removeprefix("-").isdecimal():
+        if int(text) < 1:
+            raise QprobeError(f"--ablate {asked} measures no layer. Pass 1 or more, or all.")
+        return []
+    names = _names(asked)
+    if not names:
+        raise QprobeError("--ablate names no layer. Pass all, a number, or names with commas.")
+    return names
+
+
 def check_ablated(asked: str, inventory: Inventory) -> None:
     """Raises QprobeError if `asked` (see `ScanOptions.ablate`) makes no sense for this model."""
-    if asked.strip() == ALL:
-        return
-    if asked.strip().isdecimal():
-        if int(asked) < 1:
-            raise QprobeError(f"--ablate {asked} measures no layer. Pass 1 or more, or all.")
-        return
-    names = _names(asked)
     fixed = {x.name: x.fixed for x in inventory.layers}
-    for name in names:
+    for name in ablated_names(asked) or ():
         if name not in fixed:
             raise QprobeError(
                 f"--ablate names {name!r}, which is no linear layer of this model. "
@@ -54,8 +65,6 @@ def check_ablated(asked: str, inventory: Inventory) -> None:
             )
         if fixed[name] is not None:
             raise QprobeError(f"--ablate names {name}, which is never in 4-bit ({fixed[name]}). Drop it.")
-    if not names:
-        raise QprobeError("--ablate names no layer. Pass all, a number, or names with commas.")
 
 
 def ablated_layers(asked: str, folder: Path) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
-from qprobe.manifest import write_atomic
 from qprobe.measure.identity import weights_digest
 from qprobe.measure.shards import Shard
 from qprobe.measure.subject import Subject

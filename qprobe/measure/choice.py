@@ -11,20 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from qprobe.errors import BudgetError
-from qprobe.formats.nf4 import format_from
-from qprobe.manifest import NEAREST, NOTHING, Compared, Manifest, Quality, write_atomic, write_manifest
-from qprobe.measure.held_out import measure_choices, measure_nearest
-from qprobe.measure.store import read_scan
-from qprobe.measure.subject import Subject
-from qprobe.models.catalogue import find
-from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
-from qprobe.records import Sample, Scan
-from qprobe.select.bound import SCORE, Bound, measured_plan, predicted_plan, rounded_up
-from qprobe.select.budget import Budget
-from qprobe.select.decide import Candidate, decide, on_common_samples
-from qprobe.select.plan import Plan, choose
-from qprobe.select.selection import (
+from qprobe.atomic import write_atomic
+from qprobe.choosing.bound import SCORE, Bound, measured_plan, predicted_plan, rounded_up
+from qprobe.choosing.budget import Budget, all_fit
+from qprobe.choosing.decide import Candidate, decide, on_common_samples
+from qprobe.choosing.plan import Plan, choose
+from qprobe.choosing.selection import (
     damage_of,
     layer_scores,
     manifest_of,
@@ -33,8 +25,18 @@ from qprobe.select.selection import (
     predicted_kl,
     prospect_of,
 )
-from qprobe.select.table import measured, read_table
-from qprobe.select.verdict import verdict
+from qprobe.choosing.table import measured, read_table
+from qprobe.choosing.verdict import verdict
+from qprobe.errors import BudgetError
+from qprobe.formats.nf4 import format_from
+from qprobe.manifest import NEAREST, NOTHING, Compared, Manifest, Quality, write_manifest
+from qprobe.measure.held_out import measure_choices, measure_nearest
+from qprobe.measure.store import read_scan
+from qprobe.measure.subject import Subject
+from qprobe.models.catalogue import find
+from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
+from qprobe.records import Sample, Scan
+from qprobe.wording import counted
 
 SCORES = ("sensitivity_kl", "activation_nmse", "weight_nmse")  # in the order of what is known of their worth
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves
@@ -176,7 +178,9 @@ def _within_budget(
     said = verdict(lists[0], chosen, trial.standard_bytes, nearest=nearest)
     is_tied = any(c.kept != chosen.kept for c in (decision.best, *decision.tied))
     tie = (decision.why,) if is_tied else ()
-    return Choice(manifest, said, (*tie, *_no_better(chosen, nearest), *_left_out(trial, candidates)))
+    roomy = all_fit(budget, trial.record.inventory)
+    notes = (*tie, *([roomy] if roomy else []), *_no_better(chosen, nearest), *_left_out(trial, candidates))
+    return Choice(manifest, said, notes)
 
 
 def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], Candidate | None]:
@@ -223,13 +227,14 @@ def _within_bound(trial: Trial, bound: Bound, standard: Candidate) -> Choice:
 
 def _left_out(trial: Trial, candidates: Sequence[Candidate]) -> tuple[str, ...]:
     """A note on the held-out samples that no KL could be compared on."""
-    counted = set(candidates[0].measured["sample"])
-    missing = [s.id for group in trial.held_out for s in group if s.id not in counted]
+    known = set(candidates[0].measured["sample"])
+    missing = [s.id for group in trial.held_out for s in group if s.id not in known]
     if not missing:
         return ()
     shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    samples = counted(len(missing) + len(known), "held-out sample")
     return (
-        f"{len(missing)} of {len(missing) + len(counted)} held-out samples are left out of the choice, since "
+        f"{len(missing)} of {samples} left out of the choice, since "
         f"they have no finite KL under every list: {shown}.",
     )
 

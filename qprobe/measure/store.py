@@ -3,7 +3,7 @@
 A unit is one piece of work of one stage, numbered from 0: the rows of one batch of samples, or all weights.
 Each is one parquet file with a fixed schema, written whole or not at all, so that resuming a scan is running
 its missing units and merging two scans of one specification is putting their unit files in one folder.
-Units hold sums and counts only; `select.table` turns them into the layer table.
+Units hold sums and counts only; `choosing.table` turns them into the layer table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
-from qprobe.manifest import strict_json, write_atomic
+from qprobe.manifest import strict_json
 from qprobe.records import Scan
 
 _TEXT, _COUNT, _SUM = pa.string(), pa.int64(), pa.float64()

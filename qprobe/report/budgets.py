@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qprobe.manifest import Manifest
-from qprobe.measure.store import choice_stage, read_units
-from qprobe.records import Scan
-from qprobe.select.budget import Budget
-from qprobe.select.decide import ratio_se
-from qprobe.select.plan import Plan
-from qprobe.select.selection import (
+from qprobe.choosing.budget import Budget
+from qprobe.choosing.decide import ratio_se
+from qprobe.choosing.plan import Plan
+from qprobe.choosing.selection import (
     default_measure,
     held_out_quality,
     manifest_of,
     plan_by,
     predicted_kl,
 )
-from qprobe.select.table import finite_answers, measured
+from qprobe.choosing.table import finite_answers, measured
+from qprobe.manifest import Manifest
+from qprobe.measure.store import choice_stage, read_units
+from qprobe.records import Scan
 
 # Of the bytes that 4-bit saves; the budgets that a scan measures on held-out samples are among them.
 SHARES = (
@@ -80,7 +80,7 @@ def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
 
 
 class Prediction:
-    """What each list is predicted to leave, as `qprobe.select` predicts it, with a standard error."""
+    """What each list is predicted to leave, as `qprobe.choosing` predicts it, with a standard error."""
 
     def __init__(self, folder: Path, scan: Scan, table: pd.DataFrame) -> None:
         self.table = table
@@ -97,7 +97,7 @@ class Prediction:
         """The KL that `kept` in 16-bit leaves; None where no sensitivity was measured.
 
         The KL is own damage and path's share of the layers left, weighted by how much of the damage is left
-        (see `qprobe.select.damage`); that weight is taken as known, and the two as independent.
+        (see `qprobe.choosing.damage`); that weight is taken as known, and the two as independent.
         """
         value = predicted_kl(self.table, kept | self.fixed)
         if value is None or self.path.empty:

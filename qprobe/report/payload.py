@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 
 from qprobe import __version__
+from qprobe.choosing.ranks import read_ranks
+from qprobe.choosing.table import attribution_residual
 from qprobe.manifest import NEAREST, NOTHING, Manifest, manifest_to_json
 from qprobe.records import Scan
 from qprobe.report.budgets import KL, Point, Prediction, manifest_at, points, reasons
@@ -18,8 +20,6 @@ from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
 from qprobe.report.panels import MEASURES, PANELS, spike_indices
 from qprobe.report.worst import Worst, worst_tokens
-from qprobe.select.ranks import read_ranks
-from qprobe.select.table import attribution_residual
 from qprobe.shown import ShownSample, read_shown
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from qprobe.manifest import Manifest
 from qprobe.report.names import short_names
+from qprobe.wording import counted
 
 PIPED_WIDTH = 120  # columns of prose where no terminal says how many it has
 UNLIMITED = 10_000  # columns of a piped table
@@ -169,6 +171,32 @@ def _labels(names: list[str], marks: list[str], room: int) -> list[str]:
     return [shortened(label, room - len(mark)) + mark for label, mark in zip(short, marks, strict=True)]
 
 
+def kept_text(manifest: Manifest, nf4_bytes: Mapping[str, int], names: Sequence[str], width: int) -> str:
+    """A row for each layer of `names` that `manifest` keeps: what that costs, and why.
+
+    nf4_bytes: what each takes in 4-bit. Reasons that do not fit `width` stand on lines of their own.
+    """
+    layers = [x for x in manifest.layers if x.name in set(names)]
+    rows = [[f"+{readable_bytes(x.bytes - nf4_bytes[x.name])}", readable_bytes(x.bytes)] for x in layers]
+    reasons = [x.reason.removeprefix("kept: ") for x in layers]
+    headings = ["layer", "16-bit costs", "bytes in 16-bit"]
+
+    def table(room: int, beside: bool) -> list[str]:
+        labels = _labels([x.name for x in layers], [""] * len(layers), room)
+        cells = [
+            [label, *row, *[why] * beside] for label, row, why in zip(labels, rows, reasons, strict=True)
+        ]
+        return text_table([*headings, *["why"] * beside], cells, frozenset({0, 3})).splitlines()
+
+    longest = max(map(len, reasons), default=0)
+    numbers = sum(len(h) + 2 for h in headings[1:])
+    if (room := width - numbers - longest - 2) >= _LEAST_ROOM:
+        return "\n".join(table(room, beside=True))
+    lines = table(max(width - numbers, _LEAST_ROOM), beside=False)
+    said = [indent(fill(why, max(width - 4, 20)), "    ") for why in reasons]
+    return "\n".join([*lines[:2], *(f"{line}\n{why}" for line, why in zip(lines[2:], said, strict=True))])
+
+
 def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> str:
     """The comparison (the object of `compare --json`) as a table, and `shown` answers side by side."""
     headings = ["model", "parameters", "with state", "KL / token", "top-1", "answers", "facts"]
@@ -184,7 +212,7 @@ def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> s
         ]
         for row in comparison["rows"]
     ]
-    count = f"{len(comparison['samples'])} samples"
+    count = counted(len(comparison["samples"]), "sample")
     blocks = [f"{count}\n\n{text_table(headings, rows, frozenset({0}))}"]
     blocks += [_answers(sample, width) for sample in _telling(comparison["samples"])[:shown]]
     return "\n\n".join(blocks)

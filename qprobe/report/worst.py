@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qprobe.choosing.table import peaks
 from qprobe.measure.store import read_scan, read_units
-from qprobe.select.table import peaks
 from qprobe.shown import Grid, ShownSample
 
 _CONTEXT = 6  # tokens shown on either side

@@ -10,8 +10,11 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from qprobe.atomic import write_atomic
+from qprobe.choosing.selection import predicted_kl
+from qprobe.choosing.table import layer_table, read_table
 from qprobe.errors import RunError
-from qprobe.manifest import NOTHING, Compared, Manifest, read_manifest, write_atomic
+from qprobe.manifest import NOTHING, Compared, Manifest, read_manifest
 from qprobe.measure.store import read_scan
 from qprobe.records import Scan
 from qprobe.report.against import Side, against_plot
@@ -20,8 +23,6 @@ from qprobe.report.frontier import frontier_plot
 from qprobe.report.page import page_html
 from qprobe.report.panels import PANELS, taken
 from qprobe.report.payload import page_data
-from qprobe.select.selection import predicted_kl
-from qprobe.select.table import layer_table, read_table
 
 MANIFEST = "skiplist.json"
 FRONTIER = "frontier.csv"
@@ -128,12 +129,25 @@ def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[
 def _against(
     folder: Path, other: Path, mine: tuple[Scan, pd.DataFrame], theirs: tuple[Scan, pd.DataFrame]
 ) -> Figure:
+    if not _is_same_model(mine[0], theirs[0]):
+        one, two = (f"{scan.model.id} ({scan.model.architecture})" for scan in (mine[0], theirs[0]))
+        raise RunError(
+            f"{folder} is a run of {one} and {other} one of {two}: their layers cannot be put side "
+            "by side. Pass two runs of one model to --against."
+        )
     names = [path.resolve().name for path in (folder, other)]  # a path would tell where its user keeps it
     one, two = (
         Side(f"{name}: {scan.model.id}, {scan.format.name}", table)
         for name, (scan, table) in zip(names, (mine, theirs), strict=True)
     )
     return against_plot(one, two, f"{names[0]} against {names[1]}")
+
+
+def _is_same_model(one: Scan, other: Scan) -> bool:
+    """True for equal names, or equal weights under another name, of one architecture."""
+    weights = one.spec.get("weights")
+    is_same = one.model.id == other.model.id or (weights is not None and weights == other.spec.get("weights"))
+    return is_same and one.model.architecture == other.model.architecture
 
 
 def _image(figure: Figure, kind: str, layout: Layout) -> bytes:

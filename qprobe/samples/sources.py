@@ -39,11 +39,7 @@ def from_folder(folder: Path, prompt: str | None = None, limit: int | None = Non
 
     Raises SampleError if the folder is missing, empty, or holds no readable image.
     """
-    if not folder.is_dir():
-        raise SampleError(f"Image folder {folder} does not exist. Pass a folder of image files to --images.")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise SampleError(f"Image folder {folder} is empty. Put PNG or JPEG files there.")
+    files = image_files(folder)
     found: list[Sample] = []
     skipped: list[str] = []
     for path in files:
@@ -57,6 +53,16 @@ def from_folder(folder: Path, prompt: str | None = None, limit: int | None = Non
     if not found:
         raise SampleError(f"None of the {len(files)} files in {folder} is a readable image ({skipped[0]}).")
     return Samples(tuple(found), tuple(skipped))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files of `folder` that may be images, in name order; SampleError if there is no folder or file."""
+    if not folder.is_dir():
+        raise SampleError(f"Image folder {folder} does not exist. Pass a folder of image files to --images.")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise SampleError(f"Image folder {folder} is empty. Put PNG or JPEG files there.")
+    return files
 
 
 def photographs(prompt: str | None = None, limit: int | None = None, offset: int = 0) -> Samples:
@@ -97,9 +103,7 @@ def from_jsonl(path: Path, prompt: str | None = None, limit: int | None = None) 
     {"messages": [{"role", "content"}, ...]}; the first question and its answer are used, "image" and
     the answer may be missing. Raises SampleError if the file is missing or no line is usable.
     """
-    if not path.is_file():
-        what = "is no regular file" if path.exists() else "does not exist"
-        raise SampleError(f"Data file {path} {what}. Pass a .jsonl file to --data.")
+    check_file(path)
     found: list[Sample] = []
     skipped: list[str] = []
     for number, line in _lines(path):
@@ -122,6 +126,13 @@ def from_jsonl(path: Path, prompt: str | None = None, limit: int | None = None) 
             f'there are, "image", a file, and "answer"; lines of text alone are fine.'
         )
     return Samples(tuple(found), tuple(skipped))
+
+
+def check_file(path: Path) -> None:
+    """Raises SampleError unless `path` is a file."""
+    if not path.is_file():
+        what = "is no regular file" if path.exists() else "does not exist"
+        raise SampleError(f"Data file {path} {what}. Pass a .jsonl file to --data.")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

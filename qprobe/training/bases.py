@@ -13,6 +13,7 @@ from qprobe.errors import MachineError, ManifestError, RunError
 from qprobe.manifest import Manifest, read_manifest
 from qprobe.models.reference import load_processor, load_reference
 from qprobe.options import Base
+from qprobe.quiet import quiet_models
 
 RECORD = "finetune.json"
 MANIFEST_FILE = "skiplist.json"
@@ -55,6 +56,7 @@ def peft_library() -> Any:
     return peft
 
 
+@quiet_models()
 def load_finetuned(
     folder: Path | str, model: str | None = None, device: str | None = None
 ) -> tuple[Any, Any]:

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from qprobe import __version__
+from qprobe.atomic import write_atomic
 from qprobe.build.quantize import save_processor
 from qprobe.build.ready import lora_targets
 from qprobe.errors import MachineError, RunError, SampleError
 from qprobe.exports.shared import yaml
-from qprobe.manifest import Manifest, moved, read_manifest, write_atomic, write_manifest
+from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
 from qprobe.models.reference import pick_device
 from qprobe.options import FinetuneOptions, Optimizer, Progress, no_progress
+from qprobe.quiet import quiet_models
 from qprobe.training.bases import MANIFEST_FILE, RECORD, load_base, peft_library, read_record
 from qprobe.training.conversations import (
     BadLine,
@@ -71,6 +73,7 @@ class Finetuned:
         return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped), **curves}
 
 
+@quiet_models()
 def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Finetuned:
     """Trains an adapter as `options` ask and writes it to their `out`, with manifest, processor and record.
 

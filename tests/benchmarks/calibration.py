@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprobe.choosing.decide import ratio_se
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
 from qprobe.formats.calibrated import calibrate
 from qprobe.formats.nf4 import Nf4
@@ -44,7 +45,6 @@ from qprobe.measure.subject import Subject, subject_of
 from qprobe.models.reference import load_reference
 from qprobe.records import FormatSpec, Sample
 from qprobe.samples.inputs import PAD, Batch
-from qprobe.select.decide import ratio_se
 from tests.benchmarks import cost
 from tests.benchmarks.models import smollm2_folder, texts
 

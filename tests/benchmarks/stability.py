@@ -30,7 +30,7 @@ from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.manifest import write_atomic
 from qprobe.options import Base, FinetuneOptions, ScanOptions
 from qprobe.records import Sample
-from qprobe.scan import scan
+from qprobe.scanning import scan
 from qprobe.training.bases import load_base, load_finetuned
 from qprobe.training.finetune import finetune
 from tests.benchmarks.hardware import made_with

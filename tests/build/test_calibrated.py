@@ -22,6 +22,7 @@ from qprobe.build.compare import compare
 from qprobe.build.load import load_dynamic_4bit
 from qprobe.build.quantize import quantize
 from qprobe.build.storage import stored_bytes
+from qprobe.choosing import select
 from qprobe.errors import ManifestError, ModelError
 from qprobe.formats.codes_file import FILE_NAME, open_codes
 from qprobe.manifest import manifest_to_json, moved, read_manifest, write_manifest
@@ -29,8 +30,7 @@ from qprobe.models.reference import Source, load_processor, load_reference, mode
 from qprobe.options import CompareOptions, ScanOptions
 from qprobe.samples.inputs import ANSWER, encode
 from qprobe.samples.sources import Samples
-from qprobe.scan import scan
-from qprobe.select import select
+from qprobe.scanning import scan
 from tests import tiny
 
 NAMES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama", "odd")
@@ -72,7 +72,7 @@ def run(tiny_folder, tmp_path_factory) -> Callable[[str], Run]:
             model = write_odd(root / "model") if name == "odd" else tiny_folder(name)
             asked = ScanOptions(str(model), samples=6, max_new_tokens=5, device="cpu", out=root / "run")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("qprobe.scan.write_report", lambda _folder: [])
+                patch.setattr("qprobe.scanning.write_report", lambda _folder: [])
                 scan(replace(asked, format="nf4-calibrated"))
             done[name] = Run(name, model, root / "run")
         return done[name]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import Result
 
-from qprobe.manifest import read_manifest
+from qprobe.manifest import Compared, read_manifest, write_manifest
 from tests.report.test_terminal import COMPARISON, DIAGNOSIS
 
 Run = Callable[..., Result]
@@ -20,8 +21,9 @@ def test_rank_lists_the_worst_layers_first(qprobe: Run, run_folder: Path):
     result = qprobe("rank", run_folder, "--by", "activation_nmse", "--top", "2")
     assert result.exit_code == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines if line[:1].isdigit()] == ["1", "2"]
-    assert "stays in 16-bit" in lines[-1]
+    assert [line.split()[0] for line in lines if line.split()[0].isdigit()] == ["1", "2"]
+    assert lines[-1].startswith("* stays in 16-bit in skiplist.json (")
+    assert lines[-1].endswith(" layers, besides lm_head)")
 
 
 def test_piped_output_is_plain_and_names_layers_in_full(qprobe: Run, run_folder: Path):
@@ -90,6 +92,51 @@ def test_select_as_json_prints_the_manifest_it_wrote(qprobe: Run, run_folder: Pa
     assert json.loads(result.stdout) == json.loads(out.read_text())
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_select_fits_the_terminal_and_counts_what_standard_4bit_does_not_keep(
+    qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+):
+    monkeypatch.setattr("qprobe.report.terminal.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = tmp_path / "s.json"
+    lines = qprobe("select", run_folder, "--budget", "+20%", "--out", out).stdout.splitlines()
+    assert max(map(len, lines[:-1])) <= width  # the last is a path
+    assert lines[0].split("  ")[0] == "layer" and "16-bit costs" in lines[0] and "bytes in 16-bit" in lines[0]
+    manifest = read_manifest(out)
+    beyond = [x for x in manifest.layers if x.precision == "bf16" and x.name != "lm_head"]
+    said = " ".join(lines)
+    assert f"{len(beyond)} of 29 layers kept in 16-bit, besides lm_head, which standard 4-bit keeps" in said
+    assert all(x.reason.split(",")[0].removeprefix("kept: ") in said for x in beyond)
+
+
+def test_select_says_what_it_replaces_and_keeps_what_was_measured(
+    qprobe: Run, run_folder: Path, tmp_path: Path
+):
+    run = copytree(run_folder, tmp_path / "run")
+    target, copy = run / "skiplist.json", run / "skiplist-measured.json"
+    old = read_manifest(target)
+    quality = replace(old.quality, samples=8, kl_standard_4bit=0.3, kl_dynamic=0.0123)
+    compared = (Compared("nothing kept", old.budget.total_bytes, 0.3, None, True),)
+    write_manifest(target, replace(old, quality=quality, compared=compared))
+    measured = target.read_bytes()
+    said = qprobe("select", run, "--budget", "+20%").stdout
+    assert (
+        f"Replaces the list of `{old.made_by.command}` (measured KL 0.0123), which" in said
+        and f"kept as {copy}" in said
+    )
+    assert copy.read_bytes() == measured != target.read_bytes()
+    # The list that replaced it rests on predictions: its command makes it again, and the copy stays.
+    again = qprobe("select", run, "--budget", "+5%", "--json")
+    assert "Replaces the list of `qprobe select run --budget +20%`; that command" in again.stderr
+    assert json.loads(again.stdout)["budget"]["requested"] == "+5%" and copy.read_bytes() == measured
+    assert "Replaces" not in qprobe("select", run, "--budget", "+5%", "--out", tmp_path / "new.json").stdout
+
+
+def test_select_with_room_for_everything_says_so(qprobe: Run, run_folder: Path, tmp_path: Path):
+    said = qprobe("select", run_folder, "--budget", "7GiB", "--out", tmp_path / "s.json").stdout
+    assert "All layers fit: the budget 7GiB" in said and "allowed" not in said
+
+
 def test_select_below_standard_4bit_is_one_sentence(qprobe: Run, run_folder: Path, tmp_path: Path):
     result = qprobe("select", run_folder, "--budget", "1KiB", "--out", tmp_path / "list.json")
     assert result.exit_code == 1 and "Traceback" not in result.stderr
@@ -148,7 +195,7 @@ def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
         verdict="Standard 4-bit costs 0.3 nats; the list brings back 0.2 for 9 % more bytes.",
         notes=("a.txt is no image and was left out.",),
     )
-    fake("qprobe.scan", scan=lambda _options, _progress: found)
+    fake("qprobe.scanning", scan=lambda _options, _progress: found)
     result = qprobe("scan", "--model", "m")
     assert result.exit_code == 0 and result.stderr == ""
     assert result.stdout.splitlines()[-1] == found.verdict
@@ -179,7 +226,7 @@ def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
 def test_doctor_exits_1_if_4bit_works_nowhere(qprobe: Run, fake: Fake, ok: bool, code: int):
     diagnosis = {**DIAGNOSIS, "ok": ok}
-    fake("qprobe.doctor", doctor=lambda: SimpleNamespace(ok=ok, to_json=lambda: diagnosis))
+    fake("qprobe.diagnosis", doctor=lambda: SimpleNamespace(ok=ok, to_json=lambda: diagnosis))
     assert qprobe("doctor").exit_code == code
     result = qprobe("doctor", "--json")
     assert result.exit_code == code and json.loads(result.stdout) == diagnosis

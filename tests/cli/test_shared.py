@@ -13,9 +13,9 @@ import pytest
 from click.testing import Result
 
 from qprobe.cli import main, shared
-from qprobe.cli.quiet import REMARKS, quiet
 from qprobe.errors import ModelError
 from qprobe.options import CompareOptions, ScanOptions
+from qprobe.quiet import REMARKS, quiet, quiet_models
 
 Run = Callable[..., Result]
 Fake = Callable[..., None]
@@ -59,7 +59,7 @@ def test_wrong_usage_exits_2(qprobe: Run, arguments: tuple[str, ...]):
 
 
 def test_a_mistake_is_one_sentence_and_exit_1(qprobe: Run, fake: Fake):
-    fake("qprobe.scan", scan=raising(ModelError("No model 'x'. Pass a folder.")))
+    fake("qprobe.scanning", scan=raising(ModelError("No model 'x'. Pass a folder.")))
     result = qprobe("scan", "--model", "x")
     assert result.exit_code == 1
     assert (result.stdout, result.stderr) == ("", "Error: No model 'x'. Pass a folder.\n")
@@ -69,13 +69,43 @@ def test_running_out_of_memory_is_a_mistake_to_mend(qprobe: Run, fake: Fake):
     class OutOfMemoryError(RuntimeError):  # as torch.cuda names it
         pass
 
-    fake("qprobe.scan", scan=raising(OutOfMemoryError("CUDA out of memory.\nmore lines")))
+    fake("qprobe.scanning", scan=raising(OutOfMemoryError("CUDA out of memory.\nmore lines")))
     result = qprobe("scan", "--model", "x")
     assert result.exit_code == 1 and "--batch-size" in result.stderr and "more lines" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "module", "said"),
+    [
+        (
+            "scan --model x",
+            "qprobe.scanning",
+            "Finished units are kept in the run folder;",
+        ),
+        ("quantize f --out d", "qprobe.build.quantize", "DIR was not made"),
+        (
+            "finetune f --data d --out o",
+            "qprobe.training.finetune",
+            "The last checkpoint, if there is one,",
+        ),
+        ("doctor", "qprobe.diagnosis", ""),
+    ],
+)
+def test_ctrl_c_says_what_is_left_and_exits_as_shells_expect(
+    qprobe: Run, fake: Fake, line: str, module: str, said: str
+):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    command = line.split()[0]
+    fake(module, **{command: interrupted})
+    result = qprobe(*line.split())
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr.startswith(f"\nInterrupted. {said}".rstrip()) and "Aborted" not in result.stderr
+
+
 def test_a_bug_of_ours_is_not_dressed_up(qprobe: Run, fake: Fake):
-    fake("qprobe.scan", scan=raising(AssertionError("a bug")))
+    fake("qprobe.scanning", scan=raising(AssertionError("a bug")))
     assert isinstance(qprobe("scan", "--model", "x").exception, AssertionError)
 
 
@@ -96,7 +126,7 @@ def test_json_is_all_there_is_on_stdout(qprobe: Run, fake: Fake):
         print("a library that prints its progress", file=sys.stderr)
         return FakeResult(notes=("a note",))
 
-    fake("qprobe.scan", scan=scan)
+    fake("qprobe.scanning", scan=scan)
     result = qprobe("scan", "--model", "x", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {"run": "r", "kl": None, "share": 0.5, "notes": ["a note"]}
@@ -116,7 +146,7 @@ def asked_of(fake: Fake, module: str, function: str, qprobe: Run, *arguments: st
 
 
 def test_scan_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
-    assert asked_of(fake, "qprobe.scan", "scan", qprobe, "scan", "--model", "m") == ScanOptions("m")
+    assert asked_of(fake, "qprobe.scanning", "scan", qprobe, "scan", "--model", "m") == ScanOptions("m")
 
 
 def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
@@ -125,12 +155,12 @@ def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
         "--dtype fp16 --seed 5 --batch-size 2 --max-new-tokens 7 --by weight_nmse --nodes 4 --ablate 3 "
         "--measures activation,weight"
     )
-    assert asked_of(fake, "qprobe.scan", "scan", qprobe, *line.split()) == ScanOptions(
+    assert asked_of(fake, "qprobe.scanning", "scan", qprobe, *line.split()) == ScanOptions(
         "m", Path("i"), None, "p", 3, "nf4", "+1GB", None, Path("o"), "cpu", "float16",
         seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4, ablate="3",
         measures=("weight", "activation"),
     )  # fmt: skip
-    bound = asked_of(fake, "qprobe.scan", "scan", qprobe, "scan", "--model", "m", "--max-kl", "0.01")
+    bound = asked_of(fake, "qprobe.scanning", "scan", qprobe, "scan", "--model", "m", "--max-kl", "0.01")
     assert bound == ScanOptions("m", max_kl=0.01)
 
 
@@ -190,3 +220,23 @@ def test_filters_go_even_after_an_error():
     with pytest.raises(click.Abort), quiet():
         raise click.Abort
     assert [list(logger.filters) for logger in loggers] == before
+
+
+def test_loading_from_python_draws_no_bar_where_stderr_is_no_terminal_and_leaves_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from transformers.utils import logging as bars
+
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    was = bars.is_progress_bar_enabled()
+    try:
+        for is_terminal in (False, True):
+            monkeypatch.setattr(sys.stderr, "isatty", lambda answer=is_terminal: answer)
+            bars.enable_progress_bar()
+            with pytest.raises(click.Abort), quiet_models():
+                assert bars.is_progress_bar_enabled() is is_terminal
+                raise click.Abort
+            assert bars.is_progress_bar_enabled()
+    finally:
+        if not was:
+            bars.disable_progress_bar()

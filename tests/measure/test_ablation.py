@@ -17,8 +17,8 @@ from qprobe.measure.store import ablation_stage, read_units
 from qprobe.options import no_progress
 from qprobe.records import Sample
 from tests import reference
+from tests.choosing.runs import inventory_of, linear, rows
 from tests.measure.conftest import WITH_HEAD, Case
-from tests.select.runs import inventory_of, linear, rows
 
 CaseOf = Callable[[str], Case]
 
@@ -138,7 +138,7 @@ def test_what_can_be_asked(asked: str) -> None:
         ("0", "measures no layer"),
         ("", "names no layer"),
         (" , ", "names no layer"),
-        ("-3", r"names '-3', which is no linear layer .* such as model\.a"),
+        ("-3", "--ablate -3 measures no layer"),
         ("model.c", r"names 'model\.c', which is no linear layer"),
         ("model.a,lm_head", r"names lm_head, which is never in 4-bit \(lm_head\)"),
     ],

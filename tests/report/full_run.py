@@ -16,6 +16,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from qprobe.choosing import select
+from qprobe.choosing.ranks import write_ranks
+from qprobe.choosing.table import write_table
 from qprobe.manifest import Compared, Quality, write_manifest
 from qprobe.measure.store import choice_stage, open_run, write_unit
 from qprobe.models.catalogue import find
@@ -23,9 +26,6 @@ from qprobe.models.geometry import catalogue_config
 from qprobe.models.inventory import list_layers
 from qprobe.models.reference import meta_model
 from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Scan
-from qprobe.select import select
-from qprobe.select.ranks import write_ranks
-from qprobe.select.table import write_table
 from qprobe.shown import Grid, ShownSample, write_shown
 from tests.report.tables import layer_names
 

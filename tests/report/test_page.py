@@ -16,16 +16,16 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from qprobe.build.load import load_dynamic_4bit
+from qprobe.choosing import select
+from qprobe.choosing.table import read_table, write_table
 from qprobe.manifest import NEAREST, manifest_to_json, read_manifest, write_manifest
 from qprobe.measure.store import read_scan
 from qprobe.records import CodesFile
 from qprobe.report.figures import spike_plot
 from qprobe.report.write import kept_layers, page_of
-from qprobe.scan import scan
-from qprobe.select import select
-from qprobe.select.table import read_table, write_table
+from qprobe.scanning import scan
 from tests.report.full_run import write_comparison, write_full_run
-from tests.test_scan import options
+from tests.scan.asked import options
 
 SCRIPT = "<script>alert(1)</script>"
 CLOSING = "</script><img src=x onerror=alert(2)>"
@@ -472,7 +472,7 @@ def test_in_print_everything_is_on_paper(page: Page):
 def test_a_downloaded_manifest_builds_the_model(
     opened: Open, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("qprobe.scan.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.write_report", lambda _folder: [])
     model = tiny_folder("mllama")
     found = scan(options(model, tmp_path / "run"))
     page = opened(page_file(found.run))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qprobe.choosing.table import peaks
 from qprobe.errors import RunError
 from qprobe.report.worst import patch_at, worst_tokens
-from qprobe.select.table import peaks
 from qprobe.shown import FILE, Grid, ShownSample, read_shown, write_shown
 from tests.report.full_run import ANSWER, write_full_run
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from qprobe.choosing.table import read_table
 from qprobe.errors import RunError
 from qprobe.measure.store import read_scan
 from qprobe.report.figures import Kept, spike_plot
 from qprobe.report.page import page_html, script_json
 from qprobe.report.write import kept_layers, write_report
-from qprobe.select.table import read_table
 from tests.report.full_run import write_full_run, write_llama_11b
 from tests.report.runs import write_run
 
@@ -85,6 +85,16 @@ def test_another_run_is_drawn_beside_this_one(tmp_path: Path, monkeypatch: pytes
     assert names[2] == "a against b"
     with pytest.raises(RunError, match=r"scan\.json"):
         write_report(tmp_path / "a", against=tmp_path / "missing")
+
+
+def test_a_run_of_another_model_is_not_drawn_beside_this_one(tmp_path: Path):
+    for run in "ab":
+        write_run(tmp_path / run)
+    scan = json.loads((tmp_path / "b" / "scan.json").read_text())
+    scan["model"]["id"] = "other/model"
+    (tmp_path / "b" / "scan.json").write_text(json.dumps(scan))
+    with pytest.raises(RunError, match=r"owner/model \(Mllama.* other/model \(Mllama"):
+        write_report(tmp_path / "a", against=tmp_path / "b")
 
 
 def test_names_with_dollars_are_drawn_as_they_are_and_no_path_is(tmp_path: Path):

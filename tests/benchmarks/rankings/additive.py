@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qprobe.choosing.damage import Damage
 from qprobe.measure.attribution import RESIDUAL, Attribution, Path, attribute
 from qprobe.measure.runner import Measures, observe_outputs, own_half
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums
 from qprobe.samples.inputs import Batch
-from qprobe.select.damage import Damage
 from tests.benchmarks.rankings.measured import Measured
 
 Scores = dict[str, float]

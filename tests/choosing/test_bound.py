@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qprobe.errors import BudgetError
-from qprobe.select.bound import (
+from qprobe.choosing.bound import (
     MOST_LISTS,
     Prospect,
     measured_plan,
@@ -17,14 +16,16 @@ from qprobe.select.bound import (
     predicted_plan,
     rounded_up,
 )
-from qprobe.select.plan import Plan
-from tests.select.reference import all_plans
-from tests.select.runs import inventory_of, linear
+from qprobe.choosing.damage import Damage
+from qprobe.choosing.plan import Plan
+from qprobe.errors import BudgetError
+from tests.choosing.reference import all_plans
+from tests.choosing.runs import inventory_of, linear
 
 # Ten layers of one size with attributions 0.1, 0.2, ... 1.0: 5.5 nats in all.
 TEN = inventory_of(*(linear(f"l{i}") for i in range(10)), linear("lm_head", fixed="lm_head"))
 SCORES = {f"l{i}": (i + 1) / 10 for i in range(10)}
-TENTHS = Prospect(TEN, SCORES)
+TENTHS = Prospect(TEN, Damage(SCORES, SCORES))
 
 
 def left(plan: Plan) -> float:
@@ -57,17 +58,27 @@ def test_the_predicted_plan_equals_brute_force(layers: list[tuple[int, float]], 
     scores = {f"l{i}": score for i, (_, score) in enumerate(layers)}
     total = fsum(scores.values())
     fitting = [size for size, score in all_plans(inventory, scores) if total - score <= bound - 1e-9]
-    prospect = Prospect(inventory, scores)
+    prospect = Prospect(inventory, Damage(scores, scores))
     if fitting:
         plan = predicted_plan(prospect, parse_bound(bound))
         assert plan.total_bytes <= min(fitting) and total - plan.score <= bound + 1e-9
 
 
+def test_own_damage_counts_as_in_every_other_prediction():
+    # With l0 kept, 0.9 + 0.1 of their own are left, and 4/14 of (1 - 0.9) + (3 - 0.1) between layers: 1.86.
+    # Shares that simply add up would have said 4, and kept l2 as well.
+    inventory = inventory_of(linear("l0"), linear("l1"), linear("l2"))
+    damage = Damage({"l0": 10.0, "l1": 1.0, "l2": 3.0}, {"l0": 7.0, "l1": 0.9, "l2": 0.1})
+    plan = predicted_plan(Prospect(inventory, damage), parse_bound(2.0))
+    assert plan.kept == ("l0",) and damage.left(frozenset(plan.kept)) == pytest.approx(1 + 3 * 4 / 14)
+
+
 def test_a_bound_that_no_prediction_reaches_says_what_can_be_had():
     # The group of q is never kept, since k has no score; its 0.5 stays.
     inventory = inventory_of(linear("q", "qk"), linear("k", "qk"), linear("a"))
+    scores = {"q": 0.5, "a": 1.0}
     with pytest.raises(BudgetError, match=r"KL of 0\.4 or less.*0\.5 is left\. Pass --max-kl 0\.5 or more"):
-        predicted_plan(Prospect(inventory, {"q": 0.5, "a": 1.0}), parse_bound(0.4))
+        predicted_plan(Prospect(inventory, Damage(scores, scores)), parse_bound(0.4))
 
 
 def test_a_prediction_that_measures_true_is_taken_and_then_shortened():
@@ -104,7 +115,8 @@ def test_16_bit_is_no_answer():
 
 def test_the_last_list_is_the_most_that_can_be_kept():
     # l0 does not pay, so the richest list leaves it in 4-bit; only that one measures low enough.
-    prospect = Prospect(TEN, {**SCORES, "l0": -0.1})
+    scores = {**SCORES, "l0": -0.1}
+    prospect = Prospect(TEN, Damage(scores, scores))
     best, tried = measured_plan(prospect, parse_bound(1e-6), lambda p: 0.0 if len(p.kept) == 9 else 1.0)
     assert best is not None and len(best.kept) == 9 and len(tried) <= MOST_LISTS
 
@@ -120,5 +132,5 @@ def test_the_number_to_type_is_never_too_small(value: float):
 
 def test_the_smallest_scores_can_be_asked_for_nothing():
     # The target, 2e-300 - 1, divided by the largest score lies beyond double precision.
-    prospect = Prospect(inventory_of(linear("l0")), {"l0": 2e-300})
+    prospect = Prospect(inventory_of(linear("l0")), Damage({"l0": 2e-300}, {"l0": 2e-300}))
     assert predicted_plan(prospect, parse_bound(1.0)).kept == ()

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
 from qprobe.formats.codes_file import checked
-from qprobe.manifest import write_atomic
 from qprobe.measure.answers import FOLDER as ANSWERS
 from qprobe.measure.shards import Shard, entered
 from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files, update_scan
-from qprobe.scan import units_left, write_findings
+from qprobe.scanning import units_left, write_findings
 from qprobe.shown import FILE as SHOWN
+from qprobe.wording import counted
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
         if not missing:
             write_findings(out)
     notes = (
-        f"{len(twice)} units stand in several folders with other numbers, as other machines round them; one "
-        f"of each was taken: {', '.join(twice[:3])}{', ...' if len(twice) > 3 else ''}.",
+        f"{counted(len(twice), 'unit')} with other numbers in several folders, as other machines round them; "
+        f"one of each was taken: {', '.join(twice[:3])}{', ...' if len(twice) > 3 else ''}.",
     )
     return Merged(out, len(unit_files(out)), missing, notes if twice else ())
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from qprobe.errors import BudgetError
+from qprobe.records import Inventory
 
 _FORMS = "+10% (of standard 4-bit), +690MiB (on top of it), or a total such as 7.3GiB or 7900000000"
 
@@ -35,10 +36,25 @@ def parse_budget(text: str, standard_4bit_bytes: int) -> Budget:
     KB, MB, GB are powers of 1000 and KiB, MiB, GiB of 1024, in any case.
     Raises BudgetError if it cannot be read or is below `standard_4bit_bytes`.
     """
+    plus, number, unit = _budget_parts(text)
+    amount = number * standard_4bit_bytes / 100 if unit == "%" else number * _UNITS[unit]
+    limit_bytes = int(amount) + (standard_4bit_bytes if plus else 0)
+    if limit_bytes < standard_4bit_bytes:
+        raise BudgetError(below_standard(f"{text!r} ({limit_bytes:,} bytes)", standard_4bit_bytes))
+    return Budget(text.strip(), limit_bytes)
+
+
+def check_budget(text: str) -> None:
+    """Raises BudgetError if `text` is a budget of no model, as `parse_budget` does."""
+    _budget_parts(text)
+
+
+def _budget_parts(text: str) -> tuple[bool, Fraction, str]:
+    """(whether it is on top of standard 4-bit, number, unit in lower case) of a budget as typed."""
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
         raise BudgetError(f"Budget {text[:60]!r} cannot be read. Write {_FORMS}.")
-    plus, number, unit = match[1], Fraction(match[2]), match[3].lower()
+    plus, number, unit = match[1] != "", Fraction(match[2]), match[3].lower()
     if unit == "%" and not plus:
         raise BudgetError(
             f"Budget {text!r} does not say what it is a share of. Write +{text.strip()} for that much more "
@@ -46,11 +62,23 @@ def parse_budget(text: str, standard_4bit_bytes: int) -> Budget:
         )
     if unit != "%" and unit not in _UNITS:
         raise BudgetError(f"Budget {text!r} has the unknown unit {match[3]!r}. Write {_FORMS}.")
-    amount = number * standard_4bit_bytes / 100 if unit == "%" else number * _UNITS[unit]
-    limit_bytes = int(amount) + (standard_4bit_bytes if plus else 0)
-    if limit_bytes < standard_4bit_bytes:
-        raise BudgetError(below_standard(f"{text!r} ({limit_bytes:,} bytes)", standard_4bit_bytes))
-    return Budget(text.strip(), limit_bytes)
+    if plus and not unit:  # whoever types +690 has hardly 690 bytes in mind
+        raise BudgetError(
+            f"Budget {text!r} has no unit. Write {text.strip()}MiB, {text.strip()}% of standard 4-bit, or "
+            f"{text.strip()}B if bytes are meant."
+        )
+    return plus, number, unit
+
+
+def all_fit(budget: Budget, inventory: Inventory) -> str | None:
+    """A sentence where `budget` is so large that it excludes no layer of `inventory`; else None."""
+    everything = inventory.total_bytes(frozenset(x.name for x in inventory.layers))
+    if budget.limit_bytes < everything:
+        return None
+    return (
+        f"All layers fit: the budget {budget.requested} ({budget.limit_bytes:,} bytes) has room for "
+        f"every layer in 16-bit ({everything:,} bytes)."
+    )
 
 
 def parse_size(text: str) -> int:

@@ -5,8 +5,8 @@ from math import inf, isnan, nan, sqrt
 import pandas as pd
 import pytest
 
-from qprobe.select.decide import Candidate, decide, difference, on_common_samples, ratio_se
-from qprobe.select.verdict import verdict, with_error
+from qprobe.choosing.decide import Candidate, decide, difference, on_common_samples, ratio_se
+from qprobe.choosing.verdict import verdict, with_error
 
 
 def candidate(name: str, total_bytes: int, *kl: float, kept: tuple[str, ...] | None = None) -> Candidate:

@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qprobe.errors import QprobeError, RunError
-from qprobe.measure.store import update_scan
-from qprobe.select.table import (
+from qprobe.choosing.table import (
     COLUMNS,
     attribution_residual,
     layer_table,
@@ -20,7 +18,9 @@ from qprobe.select.table import (
     read_table,
     write_table,
 )
-from tests.select.runs import inventory_of, linear, make_run, output, rows, scan_of
+from qprobe.errors import QprobeError, RunError
+from qprobe.measure.store import update_scan
+from tests.choosing.runs import inventory_of, linear, make_run, output, rows, scan_of
 
 
 def table_of(folder: Path, **units: list[pd.DataFrame]) -> pd.DataFrame:

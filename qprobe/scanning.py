@@ -10,9 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.errors import ModelError, QprobeError, RunError, SampleError
+from qprobe.choosing.budget import parse_size
+from qprobe.choosing.left_out import check_answers, left_out_notes, write_left_out
+from qprobe.choosing.ranks import write_ranks
+from qprobe.choosing.table import attribution_residual, write_table
+from qprobe.errors import RunError, SampleError
 from qprobe.measure import calibration
-from qprobe.measure.ablation import ablated_layers, check_ablated, measure_ablation
+from qprobe.measure.ablation import ablated_layers, measure_ablation
 from qprobe.measure.answers import with_answers
 from qprobe.measure.attribution import walking
 from qprobe.measure.choice import choose_list
@@ -26,16 +30,13 @@ from qprobe.measure.store import missing_units, open_run, read_scan, read_units,
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.models.reference import Reference, load_reference, reads_images
-from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import Progress, ScanOptions, no_progress
+from qprobe.preflight import check_inventory, check_model, check_options
+from qprobe.quiet import quiet_models
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
-from qprobe.select.budget import parse_size
-from qprobe.select.left_out import check_answers, left_out_notes, named, write_left_out
-from qprobe.select.ranks import write_ranks
-from qprobe.select.selection import parse_request
-from qprobe.select.table import MEASURES, attribution_residual, write_table
+from qprobe.wording import counted, named
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Work:
         return sum(len(group) for group in (*self.calibration, *self.held_out))
 
 
+@quiet_models()
 def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     """Measure every linear of a model, choose a skip-list within the budget, and leave a run folder.
 
@@ -105,7 +107,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     `qprobe.measure.shards`), and whichever finds all of them finished goes on to choose.
     Raises QprobeError for anything a user can mend (see `qprobe.errors`).
     """
-    check_measures(options)
+    check_options(options)
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     if options.measures is not None and {*options.measures} == {"weight"}:
         from qprobe.weight_scan import scan_weights  # which builds on this module
@@ -114,10 +116,10 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     shard = shard_from(os.environ)
     clock = Clock()
     with clock.stage("load"):
+        folder = check_model(options, shard)  # whatever can be refused without weights
         reference = load_reference(
             options.model, shard.device(options.device), options.dtype, on_host=limit is not None
         )
-    folder = options.out or Path("runs") / reference.identity.id.replace("/", "--")
     with clock.stage("weights"):
         subject = opened(reference, FormatSpec(options.format, compute_dtype=options.dtype), limit, folder)
         check_request(subject, options)
@@ -206,7 +208,7 @@ def unfinished(
 
 def left_to_others(shard: Shard, left: int) -> str:
     """The verdict of a process that does not choose."""
-    files = "1 unit is" if left == 1 else f"{left} units are"
+    files = f"{counted(left, 'unit')} {'is' if left == 1 else 'are'}"
     return f"Rank {shard.rank} of {shard.world} is done with its share; " + (
         f"{files} left to the others, and the last of them chooses the list. Where they have folders of "
         "their own, join these with `qprobe merge`."
@@ -215,37 +217,11 @@ def left_to_others(shard: Shard, left: int) -> str:
     )
 
 
-def check_measures(options: ScanOptions) -> None:
-    """Raises QprobeError for measures that there are none of, or that do not give what else is asked for."""
-    asked = options.measures
-    if asked is None:
-        return
-    unknown = [name for name in asked if name not in KNOWN_MEASURES]
-    if unknown or not asked:
-        what = f"names {unknown[0]!r}, which is no measure" if unknown else "names none"
-        raise QprobeError(f"--measures {what}. Name one or more of {', '.join(KNOWN_MEASURES)}.")
-    if options.max_kl is not None and "sensitivity" not in asked:
-        raise QprobeError(
-            f"--max-kl chooses by sensitivity, which --measures {','.join(asked)} leaves out. Add it."
-        )
-
-
 def check_request(subject: Subject, options: ScanOptions) -> None:
     """Raises QprobeError, before anything is measured, for what this model can never be asked."""
-    inventory = subject.inventory
-    parse_request(options.budget, options.max_kl, options.by, inventory.standard_4bit_bytes)
-    if options.by is not None and options.by not in MEASURES:
-        raise QprobeError(f"{options.by!r} is no measure. Choose by one of {', '.join(MEASURES)}.")
-    if options.ablate is not None:
-        check_ablated(options.ablate, inventory)
+    check_inventory(subject.inventory, subject.model, options)
     if options.format == CALIBRATED:
         calibration.check_limit(subject)
-    asked = "--ablate" if options.ablate is not None else "--max-kl" if options.max_kl is not None else None
-    if asked is not None and not subject.has_head:
-        raise ModelError(
-            f"{subject.reference.identity.architecture} has no language head, so there is no KL for {asked} "
-            f"to measure. Scan without {asked}."
-        )
 
 
 def prepare_samples(
@@ -268,12 +244,13 @@ def prepare_samples(
         samples = tuple(s for s in samples if s.answer)
     if not samples:
         raise SampleError(
-            f"None of the {len(found.samples)} samples has an answer to measure ({notes[-1]}). "
+            f"None of the {counted(len(found.samples), 'sample')} has an answer to measure ({notes[-1]}). "
             "Pass other prompts, or another --dtype where values are not finite."
         )
     calibration, held_out = split_held_out(samples)
     if subject.has_head and not held_out:
-        notes.append(f"{len(samples)} samples are too few to hold any out; the list is chosen by its score.")
+        few = "1 sample is" if len(samples) == 1 else f"{len(samples)} samples are"
+        notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
     size = options.batch_size
     return Work(
         subject.groups(calibration, size), subject.groups(held_out, size) if held_out else [], tuple(notes)
@@ -393,8 +370,8 @@ def order_layers(folder: Path) -> None:
     inventory = Inventory(tuple(ordered), inventory.uncovered, inventory.other_bytes)
     update_scan(folder, replace(record, inventory=inventory, unmeasured=unmeasured))
     if unmeasured:
-        count = "1 linear" if len(unmeasured) == 1 else f"{len(unmeasured)} linears"
-        add_notes(folder, (f"{count} never ran on these samples and stay unmeasured: {named(unmeasured)}.",))
+        count = counted(len(unmeasured), "linear")
+        add_notes(folder, (f"{count} never ran on these samples, so not measured: {named(unmeasured)}.",))
 
 
 def add_notes(folder: Path, notes: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Silence for known remarks of other packages that tell a user of the command line nothing.
+"""Silence for known remarks of other packages that tell a user nothing.
 
 Each entry is one remark, with the reason why it may go. All else passes, above all every error and
 every warning about a checkpoint that does not fit its model.
@@ -23,6 +23,8 @@ class Remark:
     why: str
 
 
+_NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+
 REMARKS = (
     Remark(
         "bitsandbytes.backends.cpu.ops",
@@ -34,10 +36,39 @@ REMARKS = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out `REMARKS` while it lasts, and other packages' progress bars where stderr is no terminal."""
+    """Leaves out `REMARKS` while it lasts, and other packages' progress bars where stderr is no terminal.
+
+    Imports none of these packages: for the command line, whose process is ours.
+    """
     if not sys.stderr.isatty():
         # Read by huggingface_hub on import, and by transformers through it.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault(_NO_BARS, "1")
+    with _without_remarks():
+        yield
+
+
+@contextmanager
+def quiet_models() -> Iterator[None]:
+    """The same for a function that loads models in a process that is not ours: afterwards all is as before.
+
+    Serves as a decorator. Who sets HF_HUB_DISABLE_PROGRESS_BARS has decided already.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    hides = not sys.stderr.isatty() and _NO_BARS not in os.environ
+    hides = hides and transformers_logging.is_progress_bar_enabled()
+    if hides:
+        transformers_logging.disable_progress_bar()
+    try:
+        with _without_remarks():
+            yield
+    finally:
+        if hides:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
     attached = [(logging.getLogger(r.logger), _without(r.text)) for r in REMARKS]
     for logger, drop in attached:
         logger.addFilter(drop)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qprobe.atomic import write_atomic
+from qprobe.choosing.decide import ratio_se
 from qprobe.errors import QprobeError, RunError
-from qprobe.manifest import write_atomic
 from qprobe.measure.store import read_scan, read_units
 from qprobe.records import ErrorSums, Inventory, Linear
-from qprobe.select.decide import ratio_se
 
 _DTYPES = {
     "layer": "str", "tower": "str", "group": "str",

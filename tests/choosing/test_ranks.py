@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qprobe.choosing.ranks import rank_intervals, read_ranks, write_ranks
+from qprobe.choosing.table import layer_table, rank_table
 from qprobe.errors import RunError
-from qprobe.select.ranks import rank_intervals, read_ranks, write_ranks
-from qprobe.select.table import layer_table, rank_table
-from tests.select.runs import inventory_of, linear, make_run, rows
+from tests.choosing.runs import inventory_of, linear, make_run, rows
 
 NAMES = [f"l{i}" for i in range(6)]
 

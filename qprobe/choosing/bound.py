@@ -1,15 +1,17 @@
-"""The fewest bytes for a bound on KL: predicted from attributions, then searched for on measured KL."""
+"""The fewest bytes for a bound on KL: predicted from damages, then searched for on measured KL."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import fsum, isfinite
+from functools import cached_property
+from math import isfinite
 
+from qprobe.choosing.budget import Budget
+from qprobe.choosing.damage import Damage, fewest_bytes, least_damage
+from qprobe.choosing.plan import Plan
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
-from qprobe.select.budget import Budget
-from qprobe.select.plan import Plan, cheapest, choose
 
 SCORE = "sensitivity_kl"  # the one column that predicts a KL
 MOST_LISTS = 6  # measured at most; each halves what is not known, so the last step is 3 % of the range
@@ -42,32 +44,32 @@ def parse_bound(max_kl: float) -> Bound:
 
 @dataclass(frozen=True)
 class Prospect:
-    """What attributions promise of the lists of one model, nats per answer token.
+    """What is predicted of the lists of one model, nats per answer token (see `qprobe.choosing.damage`).
 
-    most: predicted KL with nothing kept. least: with everything kept whose attribution says that it pays.
+    most: predicted KL with nothing kept. least: with everything kept that is predicted to pay.
     """
 
     inventory: Inventory
-    scores: Mapping[str, float]
+    damage: Damage
 
     @property
     def most(self) -> float:
-        return fsum(self.scores.values())
+        return self.damage.left(frozenset())
 
     @property
     def least(self) -> float:
-        return self.most - self.richest.score
+        return self.damage.left(frozenset(self.richest.kept))
 
-    @property
+    @cached_property
     def richest(self) -> Plan:
-        """Everything kept whose attribution is positive."""
+        """The list that is predicted to leave the least."""
         everything = self.inventory.total_bytes(frozenset(x.name for x in self.inventory.layers))
         limit = max(everything, self.inventory.standard_4bit_bytes)
-        return choose(self.inventory, self.scores, limit, SCORE)
+        return least_damage(self.inventory, self.damage, limit, SCORE)
 
     def plan_at(self, kl: float) -> Plan:
         """The plan with the fewest bytes that is predicted to leave at most `kl` (at least `least`)."""
-        return cheapest(self.inventory, self.scores, min(self.most - kl, self.richest.score), SCORE)
+        return fewest_bytes(self.inventory, self.damage, kl, SCORE) or self.richest
 
 
 def predicted_plan(prospect: Prospect, bound: Bound) -> Plan:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from qprobe.atomic import write_atomic
+from qprobe.choosing.table import STANDARD, finite_answers, left_out
 from qprobe.errors import RunError, SampleError
-from qprobe.manifest import write_atomic
 from qprobe.measure.store import read_scan, read_units
-from qprobe.select.table import STANDARD, finite_answers, left_out
+from qprobe.wording import counted, named
 
 FILE = "left_out.csv"
-_SHOWN = 3  # names that a sentence spells out
 
 
 def write_left_out(folder: Path) -> None:
@@ -46,11 +45,6 @@ def check_answers(folder: Path) -> None:
     )
 
 
-def named(names: Sequence[str]) -> str:
-    """The first few of `names`, and dots for the others."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
 def _weight_notes(folder: Path, frame: pd.DataFrame) -> tuple[str, ...]:
     hurt = frame.loc[frame["weight"] > 0]
     if hurt.empty:
@@ -61,7 +55,7 @@ def _weight_notes(folder: Path, frame: pd.DataFrame) -> tuple[str, ...]:
         for name, count in zip(hurt["layer"].tolist(), hurt["weight"].tolist(), strict=True)
     ]
     return (
-        f"{_counted(len(shown), 'layer')} with weights that are not finite in 16-bit or in 4-bit (where one "
+        f"{counted(len(shown), 'layer')} with weights that are not finite in 16-bit or in 4-bit (where one "
         f"such value spoils the whole layer); they are left out: {named(shown)}.",
     )
 
@@ -76,7 +70,7 @@ def _output_notes(frame: pd.DataFrame) -> tuple[str, ...]:
             first = str(hurt["layer"].iloc[0])
             samples = str(hurt["samples"].iloc[0]).split("; ")
             notes.append(
-                f"{_counted(len(hurt), 'layer')} with outputs that are not finite {where}, first {first} "
+                f"{counted(len(hurt), 'layer')} with outputs that are not finite {where}, first {first} "
                 f"on {named(samples)}; these values are left out, and counted in {FILE}."
             )
     return tuple(notes)
@@ -98,7 +92,7 @@ def _answer_notes(folder: Path) -> tuple[str, ...]:
     ):
         if names:
             notes.append(
-                f"{_counted(len(names), 'sample')} left out of KL and sensitivity, since the answer is not "
+                f"{counted(len(names), 'sample')} left out of KL and sensitivity, since the answer is not "
                 f"finite {where}: {named(names)}."
             )
     return tuple(notes)
@@ -108,7 +102,3 @@ def _standard(folder: Path) -> pd.DataFrame:
     """KL rows of the calibration samples under standard 4-bit."""
     rows = read_units(folder, "kl")
     return rows.loc[np.asarray(rows["choice"] == STANDARD, dtype=bool)]
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -11,16 +11,16 @@ from pathlib import Path
 import pandas as pd
 
 from qprobe import __version__
+from qprobe.choosing.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
+from qprobe.choosing.budget import Budget, parse_budget
+from qprobe.choosing.damage import Damage, least_damage
+from qprobe.choosing.plan import Plan, choose, is_scored
+from qprobe.choosing.table import check_measure, finite_answers, measured, read_table
 from qprobe.errors import BudgetError, QprobeError
 from qprobe.manifest import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.measure.store import NEAREST_STAGE, choice_stage, read_scan, read_units
 from qprobe.options import DEFAULT_BUDGET
 from qprobe.records import Inventory, Linear, Scan
-from qprobe.select.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
-from qprobe.select.budget import Budget, parse_budget
-from qprobe.select.damage import Damage, least_damage
-from qprobe.select.plan import Plan, choose, is_scored
-from qprobe.select.table import check_measure, finite_answers, measured, read_table
 
 OWN = "alone_kl"  # the column of each layer's own damage
 
@@ -29,12 +29,6 @@ _FIXED_REASONS = {
     "tied": "tied to the embedding",
     "kept in float32 by transformers": "never converted by transformers (float32 beside fp16)",
 }
-
-
-def always_16bit(manifest: Manifest) -> tuple[str, ...]:
-    """Layers of `manifest` in 16-bit that standard 4-bit keeps as well; a list's own are all others."""
-    reasons = frozenset(_FIXED_REASONS.values())
-    return tuple(x.name for x in manifest.layers if x.precision == "bf16" and x.reason in reasons)
 
 
 def select(
@@ -82,8 +76,9 @@ def parse_request(
 
 
 def prospect_of(scan: Scan, table: pd.DataFrame) -> Prospect:
-    """What the sensitivities promise; raises QprobeError where they were not measured."""
-    return Prospect(scan.inventory, layer_scores(table, SCORE))
+    """What is predicted of the run's lists, as `predicted_kl` does; QprobeError without sensitivities."""
+    path = layer_scores(table, SCORE)
+    return Prospect(scan.inventory, damage_of(table) or Damage(path, path))
 
 
 def plan_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes: int) -> Plan:
@@ -157,7 +152,8 @@ def manifest_of(
     kept = frozenset(plan.kept)
     in_16bit = kept | {x.name for x in scan.inventory.layers if x.fixed}
     sensitivity = _column(table, "sensitivity_kl")
-    reasons = _reasons(scan, plan, _column(table, plan.by))
+    own = _column(table, OWN) if plan.by == SCORE and OWN in measured(table) else {}
+    reasons = _reasons(scan, plan, _column(table, plan.by), own)
     layers = tuple(
         LayerChoice(
             name=x.name,
@@ -210,12 +206,27 @@ def _mean_kl(rows: pd.DataFrame) -> float | None:
     return fsum(rows["kl_sum"].tolist()) / sum(rows["answer_tokens"].tolist()) if len(rows) else None
 
 
-def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float]) -> dict[str, str]:
-    """Why each layer has its precision, in words; ranks are among the layers with a score."""
-    kept, never_ran = frozenset(plan.kept), frozenset(scan.unmeasured)
+def kept_and_fixed(manifest: Manifest, inventory: Inventory) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(layers that `manifest` keeps beyond what standard 4-bit keeps, those it keeps as well), in order."""
+    fixed = {x.name for x in inventory.layers if x.fixed}
+    in_16bit = manifest.skip_modules
+    return tuple(x for x in in_16bit if x not in fixed), tuple(x for x in in_16bit if x in fixed)
+
+
+def _ranked(scan: Scan, values: Mapping[str, float]) -> dict[str, int]:
+    """The rank of each layer with a score, from 1 for the highest."""
     scored = [x for x in scan.inventory.layers if is_scored(x, values)]
-    ranked = sorted(scored, key=lambda x: -values[x.name])
-    ranks = {x.name: rank for rank, x in enumerate(ranked, start=1)}
+    ordered = sorted(scored, key=lambda x: -values[x.name])
+    return {x.name: rank for rank, x in enumerate(ordered, start=1)}
+
+
+def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float], own: Mapping[str, float]) -> dict[str, str]:
+    """Why each layer has its precision, in words; ranks are among the layers with a score.
+
+    own: each layer's own damage, where it takes part in the choice.
+    """
+    kept, never_ran = frozenset(plan.kept), frozenset(scan.unmeasured)
+    ranks, own_ranks = _ranked(scan, values), _ranked(scan, own)
     groups: dict[str, list[str]] = {}
     for x in scan.inventory.layers:
         groups.setdefault(x.group, []).append(x.name)
@@ -230,8 +241,9 @@ def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float]) -> dict[str, s
             return "NF4"
         group = groups[layer.group]
         together = f", moves with its group of {len(group)}" if len(group) > 1 and kept >= {*group} else ""
-        return (
-            f"kept: {plan.by} {values[layer.name]:.2g}, rank {ranks[layer.name]} of {len(ranked)}{together}"
-        )
+        shares = f"{plan.by} {values[layer.name]:.2g}, rank {ranks[layer.name]} of {len(ranks)}"
+        if layer.name in own_ranks:
+            shares += f"; {OWN} {own[layer.name]:.2g}, rank {own_ranks[layer.name]}"
+        return f"kept: {shares}{together}"
 
     return {x.name: reason(x) for x in scan.inventory.layers}

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qprobe.choosing.budget import Budget, all_fit, parse_budget, parse_size
 from qprobe.errors import BudgetError
-from qprobe.select.budget import Budget, parse_budget, parse_size
+from tests.choosing.runs import inventory_of, linear
 
 STANDARD = 7_178_803_270
 
@@ -88,3 +89,18 @@ def test_a_size_is_read_in_the_units_of_a_budget(text, wanted):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(BudgetError, match="cannot be read"):
         parse_size(text)
+
+
+def test_more_of_what_is_asked_back():
+    # +690 is hardly meant to be 690 bytes; +690B says so.
+    with pytest.raises(BudgetError, match=r"Write \+690MiB, \+690% of standard 4-bit, or \+690B if bytes"):
+        parse_budget("+690", STANDARD)
+    assert parse_budget("+690B", STANDARD).limit_bytes == STANDARD + 690
+
+
+def test_a_budget_that_excludes_nothing_says_so():
+    inventory = inventory_of(linear("a"), linear("b"))  # 8,192 bytes each in 16-bit, 1,000 around them
+    standard = inventory.standard_4bit_bytes
+    assert all_fit(parse_budget("17383", standard), inventory) is None
+    said = all_fit(parse_budget("17384", standard), inventory)
+    assert said is not None and "every layer in 16-bit (17,384 bytes)" in said

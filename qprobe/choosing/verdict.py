@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import isfinite
 
-from qprobe.select.decide import Candidate, difference
+from qprobe.choosing.decide import Candidate, difference
+from qprobe.wording import counted
 
 GIB = 2**30
 
@@ -30,7 +31,7 @@ def verdict(
         reason = "no list within the budget measured better than keeping nothing, within the error"
         return f"{cost}{within}; {reason if max_kl is None else 'nothing is kept'}."
     extra = chosen.total_bytes - standard_bytes
-    layers = "1 layer" if len(chosen.kept) == 1 else f"{len(chosen.kept)} layers"
+    layers = counted(len(chosen.kept), "layer")  # beyond those that standard 4-bit keeps as well
     gain, error = difference(standard, chosen)
     share = f"{extra / standard_bytes:+.1%}"
     sure = "" if isfinite(error) and abs(gain) > 2 * error else ", a difference within its error"

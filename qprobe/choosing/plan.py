@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite
 
+from qprobe.choosing.budget import below_standard
+from qprobe.choosing.knapsack import knapsack
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory, Linear
-from qprobe.select.budget import below_standard
-from qprobe.select.knapsack import knapsack
 
 # `cheapest` counts scores as integers: the largest becomes 2**44, so that 2**18 of them add up below 2**62.
 _SCORE_STEPS = 2**44

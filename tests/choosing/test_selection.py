@@ -10,16 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qprobe.choosing import select
+from qprobe.choosing.budget import Budget
+from qprobe.choosing.plan import Plan
+from qprobe.choosing.selection import damage_of, manifest_of
+from qprobe.choosing.table import layer_table, read_table, write_table
 from qprobe.errors import BudgetError, QprobeError, RunError
 from qprobe.manifest import Quality, read_manifest, write_manifest
 from qprobe.measure.store import choice_stage, write_unit
 from qprobe.records import Inventory
-from qprobe.select import select
-from qprobe.select.budget import Budget
-from qprobe.select.plan import Plan
-from qprobe.select.selection import always_16bit, damage_of, manifest_of
-from qprobe.select.table import layer_table, read_table, write_table
-from tests.select.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
+from tests.choosing.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
 
 NOISE = {"model.a": 0.031, "model.q": 0.5, "model.k": 0.001}  # model.b never ran
 
@@ -41,7 +41,7 @@ def with_sensitivity(run: Path) -> Path:
 
 def test_manifest_says_what_is_kept_and_why(run: Path):
     # NF4: 2,116 bytes a 64 x 64 layer, 6,076 more in 16-bit; the group needs 12,152.
-    manifest = select(run, "+20000")
+    manifest = select(run, "+20000B")
     assert {x.name: x.reason for x in manifest.layers} == {
         "model.a": "kept: activation_nmse 0.031, rank 2 of 3",
         "model.q": "kept: activation_nmse 0.5, rank 1 of 3, moves with its group of 2",
@@ -51,7 +51,7 @@ def test_manifest_says_what_is_kept_and_why(run: Path):
     }
     assert manifest.skip_modules == ("model.a", "model.q", "model.k", "lm_head")
     assert manifest.budget.total_bytes == manifest.budget.standard_4bit_bytes + 3 * 6076
-    small = select(run, "+7000")
+    small = select(run, "+7000B")
     assert small.skip_modules == ("model.a", "lm_head")
     assert [x.reason for x in small.layers][1:3] == ["NF4", "NF4"]
 
@@ -70,16 +70,16 @@ def test_manifest_is_valid_and_holds_the_run(run: Path, tmp_path: Path):
 
 
 def test_sensitivity_chooses_where_it_was_measured(run: Path):
-    assert select(with_sensitivity(run), "+12200").skip_modules == ("model.a", "lm_head")
-    by_activation = select(run, "+12200", by="activation_nmse")
+    assert select(with_sensitivity(run), "+12200B").skip_modules == ("model.a", "lm_head")
+    by_activation = select(run, "+12200B", by="activation_nmse")
     assert by_activation.skip_modules == ("model.q", "model.k", "lm_head")
-    assert by_activation.made_by.command == "qprobe select run --budget +12200 --by activation_nmse"
+    assert by_activation.made_by.command == "qprobe select run --budget +12200B --by activation_nmse"
 
 
 def test_predicted_kl_is_the_sensitivity_of_what_stays_in_4_bit(run: Path):
-    assert select(run, "+12200").quality == Quality(None, None, None, None)
+    assert select(run, "+12200B").quality == Quality(None, None, None, None)
     # (0.02 + 0.02) nats over 2 answer tokens are left when model.a, 0.5 a token, is kept.
-    manifest = select(with_sensitivity(run), "+12200")
+    manifest = select(with_sensitivity(run), "+12200B")
     assert manifest.quality.kl_predicted == 0.02
     assert manifest.layers[0].sensitivity_kl == 0.5 and manifest.layers[3].sensitivity_kl is None
 
@@ -89,10 +89,10 @@ def test_quality_holds_what_was_measured_on_held_out_samples_of_this_very_list(r
     standard = rows("kl", ("x", "any", 2, 1.0, 1), ("y", "any", 6, 1.0, 1), ("z", "any", 3, nan, 0))
     write_unit(run, choice_stage(frozenset()), 0, standard)
     write_unit(run, choice_stage(frozenset({"model.a"})), 0, standard.assign(kl_sum=[0.2, 0.2, nan]))
-    quality = select(run, "+12200").quality
+    quality = select(run, "+12200B").quality
     # Tokens, not samples, have equal weight: 2 / 8 and not (1/2 + 1/6) / 2.
     assert (quality.samples, quality.kl_standard_4bit, quality.kl_dynamic) == (2, 0.25, 0.05)
-    assert select(run, "+30000").quality.kl_dynamic is None
+    assert select(run, "+30000B").quality.kl_dynamic is None
 
 
 def test_a_bound_on_kl_takes_the_fewest_bytes_that_are_predicted_to_meet_it(run: Path):
@@ -153,7 +153,7 @@ def test_a_list_from_elsewhere_may_keep_unmeasured_layers_and_parts_of_groups(ru
     kept = ("model.q", "model.b")
     total = scan.inventory.total_bytes(frozenset(kept))
     plan = Plan(kept, total, nan, "activation_nmse")
-    manifest = manifest_of(scan, layer_table(run), plan, Budget("+40000", total), "test")
+    manifest = manifest_of(scan, layer_table(run), plan, Budget("+40000B", total), "test")
     assert [x.reason for x in manifest.layers] == [
         "NF4", "kept: activation_nmse 0.5, rank 1 of 3", "NF4", "not measured on these samples, kept",
         "lm_head stays in 16-bit",
@@ -180,7 +180,7 @@ def test_600_layers_are_chosen_in_two_seconds_without_torch(tmp_path: Path):
     assert len(manifest.layers) == 600 and manifest.budget.total_bytes <= manifest.budget.limit_bytes
 
     code = (
-        "import sys; from pathlib import Path; from qprobe.select import select; "
+        "import sys; from pathlib import Path; from qprobe.choosing import select; "
         f"select(Path({str(run)!r}), '+10%'); "
         "assert not {'torch', 'transformers', 'bitsandbytes', 'matplotlib'} & set(sys.modules)"
     )
@@ -204,6 +204,15 @@ def test_without_a_finite_own_damage_a_layer_counts_by_its_share(tmp_path: Path)
     assert damage.left(frozenset()) == pytest.approx(0.3)
 
 
-def test_what_standard_4bit_keeps_as_well_is_told_from_the_lists_own_layers(run: Path):
-    manifest = select(run, "+7000")
-    assert manifest.skip_modules == ("model.a", "lm_head") and always_16bit(manifest) == ("lm_head",)
+def test_a_bound_and_a_budget_predict_the_same_kl_where_own_damage_was_measured(tmp_path: Path):
+    # Shares add up to 0.86 nats: q and k keep 0.2 and 0.06 of it together, a 0.6.
+    parts = [("s", "model.a", 1, 0.6), ("s", "model.q", 1, 0.2), ("s", "model.k", 1, 0.06)]
+    own = [("s", "model.a", 1, 0.3), ("s", "model.q", 1, 0.01), ("s", "model.k", 1, 0.01)]
+    run = make_run(tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], alone=[rows("alone", *own)])
+    write_table(run)
+    # a kept leaves 0.02 + 0.26 / 0.86 x (0.19 + 0.05) = 0.0926; adding up the shares would have said 0.26
+    manifest = select(run, max_kl=0.1)
+    assert manifest.skip_modules == ("model.a", "lm_head")
+    assert manifest.quality.kl_predicted == pytest.approx(0.02 + 0.26 / 0.86 * 0.24)
+    assert manifest.layers[0].reason == "kept: sensitivity_kl 0.6, rank 1 of 3; alone_kl 0.3, rank 1"
+    assert select(run, "+6076B").quality.kl_predicted == manifest.quality.kl_predicted

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qprobe.choosing.plan import cheapest, choose, frontier
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory, Linear
-from qprobe.select.plan import cheapest, choose, frontier
-from tests.select.reference import all_plans
-from tests.select.runs import inventory_of, linear
+from tests.choosing.reference import all_plans
+from tests.choosing.runs import inventory_of, linear
 
 Case = tuple[Inventory, dict[str, float]]
 

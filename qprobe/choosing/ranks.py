@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from qprobe.atomic import write_atomic
+from qprobe.choosing.table import answer_tokens
 from qprobe.errors import RunError
-from qprobe.manifest import write_atomic
 from qprobe.measure.store import read_scan, read_units
-from qprobe.select.table import answer_tokens
 
 FILE = "ranks.csv"
 SHARE = 0.9  # of the resamples that an interval holds

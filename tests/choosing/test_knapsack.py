@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qprobe.select import knapsack as module
-from qprobe.select.knapsack import knapsack
-from tests.select.reference import best_value
+from qprobe.choosing import knapsack as module
+from qprobe.choosing.knapsack import knapsack
+from tests.choosing.reference import best_value
 
 # Multiples of a block make equal sums likely, odd bytes make them rare, and zero costs nothing.
 costs = st.one_of(st.integers(0, 12).map(lambda n: n * 97264), st.integers(0, 10**11))

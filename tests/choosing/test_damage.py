@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qprobe.choosing.damage import Damage, fewest_bytes, least_damage
+from qprobe.choosing.plan import choose
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
-from qprobe.select.damage import Damage, least_damage
-from qprobe.select.plan import choose
-from tests.select.runs import inventory_of, linear
+from tests.choosing.runs import inventory_of, linear
 
 BY = "sensitivity_kl"
 NAMES = tuple(f"l{i}" for i in range(14))
@@ -101,3 +101,23 @@ def test_without_interactions_the_list_is_the_exact_one(case: tuple[Inventory, D
 def test_a_limit_below_standard_4bit_is_refused():
     with pytest.raises(BudgetError, match="below standard 4-bit"):
         least_damage(layers([64, 64], 0), Damage({"l0": 1.0}, {"l0": 1.0}), 100, BY)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.floats(0.001, 1))
+def test_the_fewest_bytes_meet_the_bound_and_no_smaller_limit_does(
+    case: tuple[Inventory, Damage, int], share: float
+):
+    inventory, damage, _ = case
+    bound = share * damage.left(frozenset())
+    plan = fewest_bytes(inventory, damage, bound, BY)
+    everything = inventory.total_bytes(frozenset(x.name for x in inventory.layers))
+    richest = least_damage(inventory, damage, everything, BY)
+    if plan is None:
+        assert damage.left(frozenset(richest.kept)) > bound
+        return
+    assert damage.left(frozenset(plan.kept)) <= bound
+    assert plan.total_bytes == inventory.total_bytes(frozenset(plan.kept))
+    smaller = plan.total_bytes - 1
+    if smaller >= inventory.standard_4bit_bytes and not damage.is_additive:
+        assert damage.left(frozenset(least_damage(inventory, damage, smaller, BY).kept)) > bound
