@@ -93,9 +93,9 @@ def test_answers_are_generated_once(
 
     real = answers.answer_group
 
-    def counted(model: Any, processor: Any, group: Any, limit: int) -> Any:
+    def counted(model: Any, processor: Any, group: Any, *rest: Any) -> Any:
         asked.append(len(group))
-        return real(model, processor, group, limit)
+        return real(model, processor, group, *rest)
 
     monkeypatch.setattr(answers, "answer_group", counted)
     scan(options(llama, run))
