@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qprobe.formats.gptq import (
+    BLOCKS,
     DAMPING,
+    WIDTH,
     Metric,
     choose_codes,
     fitted_scales,
     improved_codes,
+    is_finite,
     metric_of,
     output_error,
     scales_at_turn,
@@ -61,16 +64,13 @@ def calibrate(
     weight is left to rounding to nearest where `gram` has no metric (see `metric_of`), where it is not finite
     itself, or where calibration does not lessen the error under the shrunk matrix.
     """
-    metric = metric_of(shrunk(gram.float(), tokens), damping)
+    metric = metric_of(shrunk(gram, tokens), damping)
     if metric is None:
         return tuple(Rounded(None, why=_why_no_metric(gram)) for _ in weights)
-    columns = [w.detach().float().T.contiguous() for w in weights]
-    together = torch.cat(columns, dim=1)
-    raw, codes = _first_sweep(columns, together, metric, fmt.blocksize)
+    together = _side_by_side(weights)
+    raw, codes = _first_sweep(together, [w.shape[0] for w in weights], metric, fmt.blocksize)
     states = [_state(s, w, fmt) for s, w in zip(raw, weights, strict=True)]
-    read_back = torch.cat(
-        [_spread(_absmax(s), w.shape, fmt.blocksize) for s, w in zip(states, weights, strict=True)], dim=1
-    )
+    read_back = _spread([_absmax(s) for s in states], together, [w.shape[0] for w in weights], fmt.blocksize)
     codes = improved_codes(together, read_back, codes, metric)
     del together, read_back
     parts = codes.split([w.shape[0] for w in weights], dim=1)
@@ -78,32 +78,51 @@ def calibrate(
     return tuple(_judged(w, one, metric, fmt) for w, one in zip(weights, found, strict=True))
 
 
+def workspace_bytes(out_features: int, in_features: int) -> int:
+    """The most bytes that `calibrate` holds at once beside its arguments, for `out_features` rows in all.
+
+    First the shrunk Gram matrix and, while it is factorized, two more; then it, its factor, and of each
+    weight itself, its scale, its error (float32) and two codes, with what a few columns need on the way.
+    """
+    matrix = 4 * in_features**2
+    weights = (3 * 4 + 2) * out_features * in_features
+    on_the_way = 8 * 4 * max(WIDTH * out_features, BLOCKS * 64)
+    return max(3 * matrix, 2 * matrix + weights + on_the_way)
+
+
 def _why_no_metric(gram: Tensor) -> str:
-    if not bool(torch.isfinite(gram).all()):
+    if not is_finite(gram):
         return "its inputs are not finite"
     return "its inputs are all zero" if not bool(gram.any()) else "the Gram matrix of its inputs is singular"
 
 
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """(in_features, rows of all) float32: the transposed `weights`, (rows, in_features) each."""
+    rows = sum(w.shape[0] for w in weights)
+    together = torch.empty((weights[0].shape[1], rows), dtype=torch.float32, device=weights[0].device)
+    for part, weight in zip(together.split([w.shape[0] for w in weights], dim=1), weights, strict=True):
+        part.copy_(weight.detach().T)
+    return together
+
+
 def _first_sweep(
-    columns: Sequence[Tensor], together: Tensor, metric: Metric, blocksize: int
+    together: Tensor, widths: Sequence[int], metric: Metric, blocksize: int
 ) -> tuple[list[Tensor], Tensor]:
     """(scales, codes): the block scales of each weight before double quantization, and codes to start from.
 
-    columns: the weights, (in_features, out_features) each; together: side by side. scales: (blocks,) each in
-    the order of the weight.
+    together: the weights, `widths` rows of each, (in_features, rows). scales: (blocks,) each in the order of
+    the weight.
     """
-    widths = [w.shape[1] for w in columns]
     if len(together) % blocksize:
-        raw = [scales_of_blocks(w, metric, blocksize) for w in columns]
-        pairs = zip(raw, columns, strict=True)
-        spread = torch.cat([_spread(s, (w.shape[1], w.shape[0]), blocksize) for s, w in pairs], dim=1)
+        raw = [scales_of_blocks(w, metric, blocksize) for w in together.split(list(widths), dim=1)]
+        spread = _spread(raw, together, widths, blocksize)
         return raw, improved_codes(together, spread, choose_codes(together, spread, metric), metric)
     # Blocks keep to their rows: scales can follow the errors so far, and be fitted to the codes at the end.
     found, codes = scales_at_turn(together, metric, blocksize)
     spread = found.T.repeat_interleave(blocksize, dim=0)
     codes = improved_codes(together, spread, codes, metric)
     found = fitted_scales(together, spread, codes, metric, blocksize)
-    return [part.reshape(-1) for part in found.split(widths)], codes
+    return [part.reshape(-1) for part in found.split(list(widths))], codes
 
 
 def _state(scales: Tensor, weight: Tensor, fmt: Nf4) -> Any:
@@ -129,10 +148,19 @@ def _absmax(state: Any) -> Tensor:
     return StoredNf4(torch.empty(0), state).packed().state.absmax
 
 
-def _spread(absmax: Tensor, shape: tuple[int, ...], blocksize: int) -> Tensor:
-    """(in_features, out_features): the scale of each weight of `shape`, `absmax` being that of each block."""
-    rows, n = shape
-    return absmax.repeat_interleave(blocksize)[: rows * n].view(rows, n).T.contiguous()
+def _spread(scales: Sequence[Tensor], like: Tensor, widths: Sequence[int], blocksize: int) -> Tensor:
+    """The scale of each weight of `like` (in_features, rows), `widths` rows of each layer.
+
+    scales: for each layer those of its blocks.
+    """
+    spread = torch.empty_like(like)
+    for part, absmax in zip(spread.split(list(widths), dim=1), scales, strict=True):
+        n, rows = part.shape
+        if n % blocksize == 0:
+            part.unflatten(0, (-1, blocksize)).copy_(absmax.view(rows, -1).T.unsqueeze(1))
+        else:
+            part.copy_(absmax.repeat_interleave(blocksize)[: rows * n].view(rows, n).T)
+    return spread
 
 
 def packed_codes(codes: Tensor) -> Tensor:

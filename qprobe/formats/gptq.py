@@ -29,6 +29,7 @@ from qprobe.formats.columns import inverse, nf4_grid, round_columns
 DAMPING = 0.01  # of the mean diagonal of G, as Frantar et al. choose
 MOST_DAMPING = 1.0  # beyond it G says nothing any more
 WIDTH = 128  # columns whose errors reach all later columns in one matrix product
+BLOCKS = 2**10  # whose scales are searched at once, where blocks straddle rows: it bounds the memory
 # Shares of a block's largest value that are tried as its scale. Above 1 the grid's own steps are coarser but
 # its outer ones fit better; below 0.6 the largest weights are cut off too much to win (measured on SmolLM2).
 RATIOS = tuple(0.6 + 0.1 * i for i in range(7))
@@ -65,23 +66,30 @@ def metric_of(gram: Tensor, damping: float = DAMPING) -> Metric | None:
     None if `gram` is not finite, zero, or not positive definite at `MOST_DAMPING` either.
     """
     mean = gram.diagonal().mean()
-    if not bool(torch.isfinite(gram).all()) or not bool(mean > 0):
+    if not is_finite(gram) or not bool(mean > 0):
         return None
     while damping <= MOST_DAMPING:
         reversed_gram = gram.flip(0, 1)  # a copy: reversing rows and columns turns lower factors into upper
         reversed_gram.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(reversed_gram)
         del reversed_gram  # up to 0.8 GB
-        if not bool(failed) and bool(torch.isfinite(factor).all()):
+        if not bool(failed) and is_finite(factor):
             upper = factor.flip(0, 1)
+            del factor
             pivots = upper.diagonal().clone()
             return Metric(gram, upper.div_(pivots), pivots.square(), damping, damping * mean)
         damping *= 10
     return None
 
 
+def is_finite(matrix: Tensor) -> bool:
+    """True if no element is infinite or NaN; makes no copy, unlike torch.isfinite."""
+    least, most = matrix.aminmax()
+    return bool(torch.isfinite(least) & torch.isfinite(most))
+
+
 def shrunk(gram: Tensor, tokens: int) -> Tensor:
-    """`gram` (n, n) of that many tokens, as an estimate of what fresh tokens give: off-diagonal less.
+    """`gram` (n, n) in float32, of that many tokens, as an estimate of what fresh tokens give: off-diagonal less.
 
     (1 - rho) G + rho diag(G) with rho = n / (n + tokens), after Ledoit and Wolf 2004, "A well-conditioned
     estimator for large-dimensional covariance matrices", with the diagonal kept, as outlier features must
@@ -90,9 +98,8 @@ def shrunk(gram: Tensor, tokens: int) -> Tensor:
     independent of one another, which those of one text are not, and rho then comes out too small.
     """
     rho = len(gram) / (len(gram) + tokens)
-    diagonal = gram.diagonal().clone()
-    less = gram * (1 - rho)
-    less.diagonal().copy_(diagonal)
+    less = gram.to(torch.float32, copy=True).mul_(1 - rho)
+    less.diagonal().copy_(gram.diagonal())
     return less
 
 
@@ -151,11 +158,17 @@ def scales_of_blocks(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
     short.
     """
     n, rows = weight.shape
-    missing = -(n * rows) % blocksize
-    flat = F.pad(weight.T.reshape(-1), (0, missing))
-    costs = F.pad(metric.costs.repeat(rows), (0, missing))
-    values, weights = (x.view(-1, blocksize).T.contiguous() for x in (flat, costs))
-    return best_scales(values, weights)
+    flat = weight.T.reshape(-1)
+    found = []
+    for part in flat.split(BLOCKS * blocksize):
+        missing = -len(part) % blocksize
+        start = len(found) * BLOCKS * blocksize
+        columns = torch.arange(start, start + len(part), device=part.device) % n
+        both = (
+            F.pad(x, (0, missing)).view(-1, blocksize).T.contiguous() for x in (part, metric.costs[columns])
+        )
+        found.append(best_scales(*both))
+    return torch.cat(found)
 
 
 def choose_codes(weight: Tensor, scales: Tensor, metric: Metric) -> Tensor:
@@ -171,7 +184,7 @@ def choose_codes(weight: Tensor, scales: Tensor, metric: Metric) -> Tensor:
 
 def improved_codes(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric) -> Tensor:
     """`codes` after one sweep of coordinate descent over the columns; shapes as of `choose_codes`."""
-    errors = weight - nf4_grid(weight.device).read(codes.int()) * scales
+    errors = _errors(weight, scales, codes)
     better = torch.empty_like(codes)
     for start in range(0, len(weight), WIDTH):
         span = slice(start, min(start + WIDTH, len(weight)))
@@ -194,7 +207,7 @@ def fitted_scales(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric,
     n = len(weight)
     assert n % blocksize == 0
     grid = nf4_grid(weight.device)
-    errors = weight - grid.read(codes.int()) * scales
+    errors = _errors(weight, scales, codes)
     found = scales[::blocksize].clone()
     for block, start in enumerate(range(0, n, blocksize)):
         span = slice(start, start + blocksize)
@@ -204,6 +217,16 @@ def fitted_scales(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric,
         found[block] += change
         errors[span] -= values * change
     return found.T
+
+
+def _errors(weight: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+    """`weight` less what `codes` and `scales` read as; a few columns at a time, which saves memory."""
+    grid = nf4_grid(weight.device)
+    errors = torch.empty_like(weight)
+    for start in range(0, len(weight), WIDTH):
+        span = slice(start, start + WIDTH)
+        torch.addcmul(weight[span], grid.read(codes[span].int()), scales[span], value=-1, out=errors[span])
+    return errors
 
 
 def _targets(weight: Tensor, errors: Tensor, metric: Metric, span: slice) -> Tensor:

@@ -11,11 +11,12 @@ from bitsandbytes.functional import dequantize_blockwise, get_4bit_type, quantiz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qprobe.formats.calibrated import calibrate, packed_codes
+from qprobe.formats.calibrated import calibrate, packed_codes, workspace_bytes
 from qprobe.formats.columns import nf4_grid
 from qprobe.formats.gptq import best_scales, choose_codes, metric_of, output_error, shrunk
 from qprobe.formats.nf4 import Nf4
 from tests.formats.reference import bitsandbytes_thresholds, brute_force, unpacked
+from tests.training.peak import LiveBytes
 
 CPU = torch.device("cpu")
 SHAPES = [(8, 128), (5, 13), (64, 96), (7, 60), (3, 65)]
@@ -227,3 +228,18 @@ def test_the_feedback_factorises_the_damped_gram_matrix(seed, blocks):
     assert torch.allclose(product, damped, rtol=1e-3, atol=1e-4 * float(damped.abs().max()))
     assert torch.equal(metric.feedback.tril(-1), torch.zeros(n, n))
     assert list(itertools.chain(metric.feedback.diagonal().tolist())) == [1.0] * n
+
+
+@pytest.mark.parametrize(
+    ("rows", "features"),
+    # The Gram matrix decides, the weights do, several of them, and blocks that straddle rows.
+    [((64,), 1024), ((4096,), 512), ((512, 128, 128), 512), ((2000,), 500)],
+)
+def test_memory_while_rounding_is_what_is_said_of_it(rows, features):
+    # Bytes of every tensor alive, counted at each operation. At least 0.85 of it is really needed.
+    x = inputs(600, features)
+    gram, weights = x.T @ x, [weight_of((n, features), seed=n) for n in rows]
+    calibrate(weights[:1], gram, len(x), Nf4())  # tables that stay
+    with torch.no_grad(), LiveBytes() as live:
+        calibrate(weights, gram, len(x), Nf4())
+    assert 0.85 < live.peak / workspace_bytes(sum(rows), features) <= 1.001
