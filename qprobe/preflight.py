@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -131,11 +132,19 @@ def check_inventory(inventory: Inventory, model: nn.Module, options: ScanOptions
 
 
 def _check_folder(folder: Path, shard: Shard) -> None:
-    """Makes the run folder. Raises RunError if it cannot be one, or another process is at work in it."""
-    if folder.exists() and not folder.is_dir():
+    """Raises RunError if `folder` cannot be a run folder, or another process is at work in it.
+
+    Makes nothing: a scan that is refused leaves no folder behind.
+    """
+    if folder.is_dir():
+        with entered(folder, shard):
+            return
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if there == folder.absolute():
         raise RunError(f"{folder} is a file, so it cannot be the run folder. Pass another --out.")
-    with entered(folder, shard):
-        pass
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is a file"
+        raise RunError(f"{folder} cannot be written: {there} {why}. Pass another --out.")
 
 
 def _check_same(folder: Path, model: ModelIdentity, fmt: FormatSpec) -> None:

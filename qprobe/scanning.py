@@ -13,7 +13,7 @@ from typing import Any
 from qprobe.choosing.budget import parse_size
 from qprobe.choosing.left_out import check_answers, left_out_notes, write_left_out
 from qprobe.choosing.ranks import write_ranks
-from qprobe.choosing.table import attribution_residual, write_table
+from qprobe.choosing.table import attribution_residual, left_out, write_table
 from qprobe.errors import RunError, SampleError
 from qprobe.measure import calibration
 from qprobe.measure.ablation import ablated_layers, measure_ablation
@@ -354,8 +354,9 @@ def write_findings(folder: Path) -> None:
         order_layers(folder)
     write_table(folder)
     write_ranks(folder)
-    write_left_out(folder)
-    add_notes(folder, left_out_notes(folder))
+    missing = left_out(folder)
+    write_left_out(folder, missing)
+    add_notes(folder, left_out_notes(folder, missing))
     check_answers(folder)
 
 

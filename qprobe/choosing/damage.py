@@ -18,11 +18,11 @@ column of H). With r = 0 that is the own damage, with r = 1/2 path_l.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import fsum
 
-from qprobe.choosing.plan import Plan, cheapest, choose
+from qprobe.choosing.plan import Plan, cheapest, choose, frontier
 from qprobe.records import Inventory
 
 # r at which marginal damages are taken; the best one lies near the share that the list leaves. At 0 they are
@@ -67,11 +67,20 @@ def least_damage(inventory: Inventory, damage: Damage, limit_bytes: int, by: str
     tables the best one is at times a few per cent better. The score is the predicted KL that the plan saves.
     Raises BudgetError as `choose` does.
     """
+    (plan,) = least_damages(inventory, damage, [limit_bytes], by)
+    return plan
+
+
+def least_damages(inventory: Inventory, damage: Damage, limits: Sequence[int], by: str) -> list[Plan]:
+    """`least_damage` for each limit in bytes of `limits`, in their order."""
     shares = SHARES[-1:] if damage.is_additive else SHARES
-    plans = [choose(inventory, damage.marginal(share), limit_bytes, by) for share in shares]
+    found = [frontier(inventory, damage.marginal(share), limits, by) for share in shares]
     empty = Plan((), inventory.standard_4bit_bytes, 0.0, by)
-    best = min([empty, *plans], key=lambda p: (damage.left(frozenset(p.kept)), p.total_bytes))
-    return _scored(best, damage)
+    best = [
+        min([empty, *plans], key=lambda p: (damage.left(frozenset(p.kept)), p.total_bytes))
+        for plans in zip(*found, strict=True)
+    ]
+    return [_scored(plan, damage) for plan in best]
 
 
 def fewest_bytes(inventory: Inventory, damage: Damage, max_kl: float, by: str) -> Plan | None:

@@ -55,6 +55,7 @@ class _Search:
     low, high: the last undecided item below and the first above the break. weight, profit: of each partial
     choice, with undecided items as greedy has them; weight ascends and profit with it. steps: for each
     decided item its number, and for each partial choice which one it came from and whether it flips the item.
+    most: the most that a choice with this item flipped can be worth.
     """
 
     def __init__(self, costs: np.ndarray, values: np.ndarray, limit: int) -> None:
@@ -69,6 +70,11 @@ class _Search:
         self.best, self.best_flips = float(self.profit[0]), frozenset[int]()
         self.steps: list[tuple[int, np.ndarray, np.ndarray]] = []
         self.gap = _GAP
+        # A choice with an item flipped is worth at most the optimum in fractions of items, less the item's
+        # reduced cost (its value against that of its weight at the break's rate): most need no branch.
+        at_break = self.rates[self.greedy]
+        relaxed = self.best + float(limit - self.weight[0]) * at_break
+        self.most = relaxed - np.abs(self.values - self.costs * at_break)
 
     def run(self) -> list[int]:
         """The numbers, in the caller's order, of the best choice."""
@@ -87,6 +93,8 @@ class _Search:
             self.high += 1
         else:
             self.low -= 1
+        if self.most[item] <= self.best * (1 + self.gap):
+            return
         count = len(self.weight)
         weight = np.concatenate([self.weight, self.weight + sign * self.costs[item]])
         profit = np.concatenate([self.profit, self.profit + sign * self.values[item]])

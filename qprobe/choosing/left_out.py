@@ -16,9 +16,9 @@ from qprobe.wording import counted, named
 FILE = "left_out.csv"
 
 
-def write_left_out(folder: Path) -> None:
-    """Write FOLDER/left_out.csv, see `left_out`; no file where nothing is left out."""
-    frame, path = left_out(folder), Path(folder) / FILE
+def write_left_out(folder: Path, frame: pd.DataFrame) -> None:
+    """Write `frame`, what `left_out` gave, to FOLDER/left_out.csv; no file where nothing is left out."""
+    path = Path(folder) / FILE
     try:
         if len(frame):
             write_atomic(path, frame.to_csv(index=False, lineterminator="\n").encode())
@@ -28,9 +28,11 @@ def write_left_out(folder: Path) -> None:
         raise RunError(f"{path} cannot be written ({error.strerror}). Make room first.") from error
 
 
-def left_out_notes(folder: Path) -> tuple[str, ...]:
-    """A sentence each on weights, outputs and samples that are left out; none where all is finite."""
-    frame = left_out(folder)
+def left_out_notes(folder: Path, frame: pd.DataFrame) -> tuple[str, ...]:
+    """A sentence each on weights, outputs and samples that are left out; none where all is finite.
+
+    frame: what `left_out` gave of the run in `folder`.
+    """
     return (*_weight_notes(folder, frame), *_output_notes(frame), *_answer_notes(folder))
 
 
@@ -41,7 +43,7 @@ def check_answers(folder: Path) -> None:
         return
     raise SampleError(
         f"None of the {len(rows)} samples has a finite KL, so nothing can be chosen: "
-        f"{' '.join(left_out_notes(folder))} Check the checkpoint, or pass another --dtype."
+        f"{' '.join(left_out_notes(folder, left_out(folder)))} Check the checkpoint, or pass another --dtype."
     )
 
 

@@ -45,20 +45,24 @@ def choose(inventory: Inventory, scores: Mapping[str, float], limit_bytes: int, 
     layer of it has no score (absent or not finite) or its scores sum to 0 or less.
     Raises BudgetError if `limit_bytes` is below standard 4-bit.
     """
-    room = limit_bytes - inventory.standard_4bit_bytes
-    if room < 0:
-        raise BudgetError(below_standard(f"{limit_bytes:,} bytes", inventory.standard_4bit_bytes))
-    free, paid = _free_and_paid(inventory, scores)
-    room -= sum(x.cost_bytes for x in free)
-    chosen = knapsack([x.cost_bytes for x in paid], [x.score for x in paid], room)
-    return _plan(inventory, scores, [*free, *(paid[i] for i in chosen)], by)
+    (plan,) = frontier(inventory, scores, [limit_bytes], by)
+    return plan
 
 
 def frontier(
     inventory: Inventory, scores: Mapping[str, float], budgets: Sequence[int], by: str
 ) -> list[Plan]:
     """`choose` for each limit in bytes of `budgets`, in their order."""
-    return [choose(inventory, scores, limit_bytes, by) for limit_bytes in budgets]
+    standard = inventory.standard_4bit_bytes
+    if budgets and min(budgets) < standard:
+        raise BudgetError(below_standard(f"{min(budgets):,} bytes", standard))
+    free, paid = _free_and_paid(inventory, scores)
+    costs, values = [x.cost_bytes for x in paid], [x.score for x in paid]
+    base = standard + sum(x.cost_bytes for x in free)
+    return [
+        _plan(inventory, scores, [*free, *(paid[i] for i in knapsack(costs, values, limit - base))], by)
+        for limit in budgets
+    ]
 
 
 def cheapest(inventory: Inventory, scores: Mapping[str, float], target_score: float, by: str) -> Plan:

@@ -13,8 +13,8 @@ import pandas as pd
 from qprobe import __version__
 from qprobe.choosing.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
 from qprobe.choosing.budget import Budget, parse_budget
-from qprobe.choosing.damage import Damage, least_damage
-from qprobe.choosing.plan import Plan, choose, is_scored
+from qprobe.choosing.damage import Damage, least_damages
+from qprobe.choosing.plan import Plan, frontier, is_scored
 from qprobe.choosing.table import check_measure, finite_answers, measured, read_table
 from qprobe.errors import BudgetError, QprobeError
 from qprobe.manifest import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
@@ -54,7 +54,7 @@ def select(
         plan = plan_by(scan.inventory, table, column, request.limit_bytes)
         limit, words = request, [*words, "--budget", request.requested]
     command = shlex.join(words if by is None else [*words, "--by", by])
-    return manifest_of(scan, table, plan, limit, command, held_out_quality(folder, plan))
+    return manifest_of(scan, table, plan, limit, command, held_out_quality(folder, scan, plan))
 
 
 def parse_request(
@@ -87,10 +87,16 @@ def plan_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes:
     By sensitivity_kl each layer's own damage counts as well, where it was measured (see `damage_of`).
     Raises BudgetError or QprobeError as `choose` and `layer_scores` do.
     """
+    (plan,) = plans_by(inventory, table, column, [limit_bytes])
+    return plan
+
+
+def plans_by(inventory: Inventory, table: pd.DataFrame, column: str, limits: Sequence[int]) -> list[Plan]:
+    """`plan_by` for each limit in bytes of `limits`, in their order."""
     damage = damage_of(table) if column == SCORE else None
     if damage is None:
-        return choose(inventory, layer_scores(table, column), limit_bytes, column)
-    return least_damage(inventory, damage, limit_bytes, column)
+        return frontier(inventory, layer_scores(table, column), limits, column)
+    return least_damages(inventory, damage, limits, column)
 
 
 def damage_of(table: pd.DataFrame) -> Damage | None:
@@ -189,10 +195,9 @@ def _column(table: pd.DataFrame, name: str) -> dict[str, float]:
     return dict(zip(table["layer"].tolist(), table[name].tolist(), strict=True))
 
 
-def held_out_quality(folder: Path, plan: Plan) -> Quality:
-    """What the scan measured on held-out samples: standard 4-bit and, if it was a candidate, this plan."""
-    is_calibrated = read_scan(folder).format.is_calibrated
-    standard_stage = NEAREST_STAGE if is_calibrated else choice_stage(frozenset())
+def held_out_quality(folder: Path, scan: Scan, plan: Plan) -> Quality:
+    """What `scan` measured on held-out samples: standard 4-bit and, if it was a candidate, this plan."""
+    standard_stage = NEAREST_STAGE if scan.format.is_calibrated else choice_stage(frozenset())
     standard, dynamic = (
         finite_answers(read_units(folder, stage))
         for stage in (standard_stage, choice_stage(frozenset(plan.kept)))

@@ -19,9 +19,10 @@ import pandas as pd
 
 from qprobe.atomic import write_atomic
 from qprobe.choosing.decide import ratio_se
+from qprobe.choosing.layer_rows import Rows, numbers, rows_by_layer
 from qprobe.errors import QprobeError, RunError
 from qprobe.measure.store import read_scan, read_units
-from qprobe.records import ErrorSums, Inventory, Linear
+from qprobe.records import ErrorSums, Linear
 
 _DTYPES = {
     "layer": "str", "tower": "str", "group": "str",
@@ -73,11 +74,12 @@ def layer_table(folder: Path) -> pd.DataFrame:
     """
     scan = read_scan(folder)
     inventory = scan.inventory
+    stages = ("weights", "outputs", "sensitivity", "alone", "calibration")
+    frames = {stage: read_units(folder, stage) for stage in stages}
     weights, outputs, sensitivity, alone, calibration = (
-        _rows_by_layer(folder, stage, inventory)
-        for stage in ("weights", "outputs", "sensitivity", "alone", "calibration")
+        rows_by_layer(folder, stage, frame, inventory) for stage, frame in frames.items()
     )
-    answers = {stage: answer_tokens(read_units(folder, stage)) for stage in ("sensitivity", "alone")}
+    answers = {stage: answer_tokens(frames[stage]) for stage in ("sensitivity", "alone")}
     columns = (*COLUMNS, ROUNDING) if scan.format.is_calibrated else COLUMNS
     rows = [
         {
@@ -101,7 +103,7 @@ def peaks(folder: Path) -> pd.DataFrame:
     first by sample id, then token, is named.
     """
     inventory = read_scan(folder).inventory
-    outputs = _rows_by_layer(folder, "outputs", inventory)
+    outputs = rows_by_layer(folder, "outputs", read_units(folder, "outputs"), inventory)
     rows = [{"layer": x.name, **(_peak(outputs.get(x.name)) or {})} for x in inventory.layers]
     return pd.DataFrame(rows, columns=pd.Index(list(_PEAK_DTYPES))).astype(_PEAK_DTYPES)
 
@@ -148,7 +150,7 @@ def read_table(folder: Path) -> pd.DataFrame:
 
 def measured(table: pd.DataFrame) -> tuple[str, ...]:
     """The columns of `MEASURES` that hold at least one number."""
-    return tuple(name for name in MEASURES if np.any(~np.isnan(_numbers(table, name))))
+    return tuple(name for name in MEASURES if np.any(~np.isnan(numbers(table, name))))
 
 
 def check_measure(table: pd.DataFrame, by: str) -> None:
@@ -184,7 +186,7 @@ def attribution_residual(folder: Path) -> float | None:
     choices = read_units(folder, "kl")
     kl = finite_answers(choices.loc[choices["choice"].to_numpy() == STANDARD])
     parts = read_units(folder, "sensitivity")
-    by_sample = {str(name): _numbers(rows, "kl_sum") for name, rows in parts.groupby("sample")}
+    by_sample = {str(name): numbers(rows, "kl_sum") for name, rows in parts.groupby("sample")}
     both = [
         (fsum(by_sample[sample]), float(kl_sum))
         for sample, kl_sum in zip(kl["sample"].tolist(), kl["kl_sum"].tolist(), strict=True)
@@ -196,7 +198,7 @@ def attribution_residual(folder: Path) -> float | None:
 
 def finite_answers(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with a finite kl_sum and with answer tokens, over which a KL per token can be taken."""
-    return rows.loc[np.isfinite(_numbers(rows, "kl_sum")) & (_numbers(rows, "answer_tokens") > 0)]
+    return rows.loc[np.isfinite(numbers(rows, "kl_sum")) & (numbers(rows, "answer_tokens") > 0)]
 
 
 def answer_tokens(rows: pd.DataFrame) -> dict[str, int]:
@@ -213,7 +215,8 @@ def left_out(folder: Path) -> pd.DataFrame:
     """
     inventory = read_scan(folder).inventory
     weights, outputs, sensitivity, alone = (
-        _rows_by_layer(folder, stage, inventory) for stage in ("weights", "outputs", "sensitivity", "alone")
+        rows_by_layer(folder, stage, read_units(folder, stage), inventory)
+        for stage in ("weights", "outputs", "sensitivity", "alone")
     )
     damage = {x.name: _both(sensitivity.get(x.name), alone.get(x.name)) for x in inventory.layers}
     rows = [
@@ -262,17 +265,6 @@ def _cell(kind: str, value: str) -> str | float | None:
     return float(value) if value else nan
 
 
-def _rows_by_layer(folder: Path, stage: str, inventory: Inventory) -> Mapping[str, pd.DataFrame]:
-    frame = read_units(folder, stage)
-    unknown = sorted(set(frame["layer"]) - {x.name for x in inventory.layers})
-    if unknown:
-        raise RunError(
-            f"{folder} holds {stage} units of {unknown[0]}, which scan.json does not list: they belong to "
-            "another scan. Scan again with another --out."
-        )
-    return {str(name): rows for name, rows in frame.groupby("layer", sort=False)}
-
-
 def _static(layer: Linear) -> dict[str, Any]:
     return {
         "layer": layer.name,
@@ -285,20 +277,20 @@ def _static(layer: Linear) -> dict[str, Any]:
     }
 
 
-def _weight_measures(rows: pd.DataFrame | None) -> dict[str, Any]:
+def _weight_measures(rows: Rows | None) -> dict[str, Any]:
     if rows is None:
         return {}
     sums = _pooled(rows, "")
-    peak = max(_numbers(rows, "peak")) if sums.n else nan
+    peak = max(rows["peak"].tolist()) if sums.n else nan
     return {"weight_nmse": sums.nmse, "weight_sqnr_db": sums.sqnr_db, "weight_peak": peak}
 
 
-def _output_measures(rows: pd.DataFrame | None) -> dict[str, Any]:
+def _output_measures(rows: Rows | None) -> dict[str, Any]:
     if rows is None:
         return {}
     activation, propagated = _pooled(rows, "activation_"), _pooled(rows, "propagated_")
     peak = _peak(rows)
-    tokens = _numbers(rows, "tokens")
+    tokens = rows["tokens"]
     return {
         "activation_nmse": activation.nmse,
         "activation_sqnr_db": activation.sqnr_db,
@@ -309,15 +301,17 @@ def _output_measures(rows: pd.DataFrame | None) -> dict[str, Any]:
     }
 
 
-def _kl_share(column: str, rows: pd.DataFrame | None, tokens: Mapping[str, int]) -> dict[str, Any]:
+def _kl_share(column: str, rows: Rows | None, tokens: Mapping[str, int]) -> dict[str, Any]:
     """What the layer of `rows` adds to the KL per answer token of all samples in `tokens`.
 
     Where the layer did not run on a sample it adds nothing; samples on which it is not finite are left out.
     """
-    finite = None if rows is None else finite_answers(rows)
-    if rows is None or finite is None or finite.empty:
+    if rows is None:
         return {}
-    found = dict(zip(finite["sample"], _numbers(finite, "kl_sum").tolist(), strict=True))
+    finite = np.isfinite(rows["kl_sum"]) & (rows["answer_tokens"] > 0)
+    found = dict(zip(rows["sample"][finite], rows["kl_sum"][finite].tolist(), strict=True))
+    if not found:
+        return {}
     broken = set(rows["sample"]) - found.keys()
     counted = {sample: count for sample, count in tokens.items() if sample not in broken}
     kl = [found.get(sample, 0.0) for sample in counted]
@@ -325,28 +319,28 @@ def _kl_share(column: str, rows: pd.DataFrame | None, tokens: Mapping[str, int])
     return {column: share, f"{column}_se": ratio_se(kl, list(counted.values()))}
 
 
-def _rounding(layer: Linear, rows: pd.DataFrame | None) -> str:
+def _rounding(layer: Linear, rows: Rows | None) -> str:
     if layer.fixed is not None:
         return ""
-    why = "it never ran on these samples" if rows is None else str(rows["why"].iloc[0])
+    why = "it never ran on these samples" if rows is None else str(rows["why"][0])
     return f"nearest: {why}" if why else "calibrated"
 
 
-def _pooled(rows: pd.DataFrame, prefix: str) -> ErrorSums:
+def _pooled(rows: Rows, prefix: str) -> ErrorSums:
     """The sums of the columns `prefix`n, signal, noise over the rows where they were measured and finite."""
-    n, signal, noise = (_numbers(rows, f"{prefix}{name}") for name in ("n", "signal", "noise"))
+    n, signal, noise = (rows[f"{prefix}{name}"] for name in ("n", "signal", "noise"))
     good = (n > 0) & np.isfinite(signal) & np.isfinite(noise)
     return ErrorSums(int(n[good].sum()), fsum(signal[good].tolist()), fsum(noise[good].tolist()))
 
 
-def _peak(rows: pd.DataFrame | None) -> dict[str, Any] | None:
+def _peak(rows: Rows | None) -> dict[str, Any] | None:
     if rows is None:
         return None
-    peak = _numbers(rows, "activation_peak")
-    found = np.flatnonzero(np.isfinite(peak) & (_numbers(rows, "activation_n") > 0))
+    peak = rows["activation_peak"]
+    found = np.flatnonzero(np.isfinite(peak) & (rows["activation_n"] > 0))
     if not len(found):
         return None
-    samples, tokens, kinds = (rows[x].tolist() for x in ("sample", "peak_token", "peak_kind"))
+    samples, tokens, kinds = (rows[x] for x in ("sample", "peak_token", "peak_kind"))
     best = min(found, key=lambda i: (-peak[i], samples[i], tokens[i]))
     return {
         "activation_peak": float(peak[best]),
@@ -356,33 +350,29 @@ def _peak(rows: pd.DataFrame | None) -> dict[str, Any] | None:
     }
 
 
-def _numbers(rows: pd.DataFrame, column: str) -> np.ndarray:
-    """A column as float64, NaN where it is empty; counts are exact up to 2**53."""
-    return rows[column].to_numpy(dtype=np.float64, na_value=nan)
+def _total(rows: Rows | None, column: str) -> int:
+    return 0 if rows is None else int(np.nansum(rows[column]))
 
 
-def _total(rows: pd.DataFrame | None, column: str) -> int:
-    return 0 if rows is None else int(np.nansum(_numbers(rows, column)))
-
-
-def _both(sensitivity: pd.DataFrame | None, alone: pd.DataFrame | None) -> pd.DataFrame | None:
+def _both(sensitivity: Rows | None, alone: Rows | None) -> Rows | None:
     """The rows of both, where there are any."""
-    found = [rows for rows in (sensitivity, alone) if rows is not None]
-    return pd.concat(found, ignore_index=True) if found else None
+    if sensitivity is None or alone is None:
+        return alone if sensitivity is None else sensitivity
+    return {name: np.concatenate([sensitivity[name], alone[name]]) for name in sensitivity}
 
 
-def _not_finite(rows: pd.DataFrame | None) -> int:
+def _not_finite(rows: Rows | None) -> int:
     """On how many samples the KL of `rows` is not finite."""
-    return 0 if rows is None else len(set(rows.loc[~np.isfinite(_numbers(rows, "kl_sum")), "sample"]))
+    return 0 if rows is None else len(set(rows["sample"][~np.isfinite(rows["kl_sum"])]))
 
 
-def _hurt_samples(outputs: pd.DataFrame | None, sensitivity: pd.DataFrame | None) -> list[str]:
+def _hurt_samples(outputs: Rows | None, sensitivity: Rows | None) -> list[str]:
     """Ids of the samples on which a layer left something out, in their order."""
     names: list[str] = []
     if outputs is not None:
-        counts = np.nan_to_num(_numbers(outputs, "activation_nonfinite"))
-        counts = counts + np.nan_to_num(_numbers(outputs, "propagated_nonfinite"))
-        names += outputs.loc[counts > 0, "sample"].tolist()
+        counts = np.nan_to_num(outputs["activation_nonfinite"])
+        counts = counts + np.nan_to_num(outputs["propagated_nonfinite"])
+        names += outputs["sample"][counts > 0].tolist()
     if sensitivity is not None:
-        names += sensitivity.loc[~np.isfinite(_numbers(sensitivity, "kl_sum")), "sample"].tolist()
+        names += sensitivity["sample"][~np.isfinite(sensitivity["kl_sum"])].tolist()
     return list(dict.fromkeys(names))

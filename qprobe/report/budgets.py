@@ -18,7 +18,7 @@ from qprobe.choosing.selection import (
     default_measure,
     held_out_quality,
     manifest_of,
-    plan_by,
+    plans_by,
     predicted_kl,
 )
 from qprobe.choosing.table import finite_answers, measured
@@ -64,8 +64,8 @@ def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
     standard = inventory.standard_4bit_bytes
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - standard
     chosen: dict[tuple[str, ...], tuple[Plan, int]] = {}
-    for limit in (standard + int(share * saved) for share in SHARES):
-        plan = plan_by(inventory, table, column, limit)
+    limits = [standard + int(share * saved) for share in SHARES]
+    for plan, limit in zip(plans_by(inventory, table, column, limits), limits, strict=True):
         chosen.setdefault(plan.kept, (plan, limit))
     prediction = Prediction(folder, scan, table)
     return [
@@ -128,7 +128,7 @@ def measured_kl(folder: Path, plan: Plan) -> KL | None:
 def manifest_at(folder: Path, scan: Scan, table: pd.DataFrame, point: Point) -> Manifest:
     """The manifest of `point`, as `qprobe select RUN --budget` gives it."""
     command = shlex.join(["qprobe", "select", folder.resolve().name, "--budget", point.budget.requested])
-    quality = held_out_quality(folder, point.plan)
+    quality = held_out_quality(folder, scan, point.plan)
     return manifest_of(scan, table, point.plan, point.budget, command, quality)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from qprobe.atomic import write_atomic
@@ -154,6 +156,11 @@ def _image(figure: Figure, kind: str, layout: Layout) -> bytes:
     """Same figure, same bytes: no dates, and ids in the SVG that hash its content."""
     drawn = BytesIO()
     metadata = {"Software": None} if kind == "png" else {"Date": None}
+    figure.set_dpi(layout.dpi)
     with matplotlib.rc_context({"svg.hashsalt": "qprobe", "svg.fonttype": "none"}):
-        figure.savefig(drawn, format=kind, dpi=layout.dpi, metadata=metadata)
+        # Not `savefig`, which draws everything once before, for the sake of a layout that stands already.
+        if kind == "png":
+            FigureCanvasAgg(figure).print_png(drawn, metadata=metadata)
+        else:
+            FigureCanvasSVG(figure).print_svg(drawn, metadata=metadata)
     return drawn.getvalue()

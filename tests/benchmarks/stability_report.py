@@ -1,4 +1,4 @@
-"""The report of the stability study: tables in README.md, and the loss curves as a picture."""
+"""The report of the stability study: tables in stability.md, and the loss curves as a picture."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Rows = list[dict[str, Any]]
 
 
 def write_report(outcomes: Rows, out: Path) -> None:
-    """README.md and losses.png in `out`, from the outcomes of `stability`; nothing in them is made up."""
+    """stability.md and losses.png in `out`, from the outcomes of `stability`; nothing in them is made up."""
     out.mkdir(parents=True, exist_ok=True)
     models = list(dict.fromkeys(x["model"] for x in outcomes))
     draw(outcomes, models, out / "losses.png")
-    (out / "README.md").write_text(_text(outcomes, models), "utf-8")
+    (out / "stability.md").write_text(_text(outcomes, models), "utf-8")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -46,7 +46,7 @@ def _text(outcomes: Rows, models: Sequence[str]) -> str:
     steps = sorted({x["steps"] for x in outcomes})
     made_with = "; ".join(sorted({x["made_with"] for x in outcomes}))
     head = (
-        "# Fine-tuning on 16-bit, standard 4-bit and dynamic 4-bit\n\n"
+        "# Stability study: all figures\n\n"
         "`python -m tests.benchmarks.stability` (what it does stands in that file). "
         f"Seeds {', '.join(map(str, seeds))}; {', '.join(map(str, steps))} steps of 4 lines, rank 16, "
         f"learning rate 2e-4. {made_with}.\n\n"

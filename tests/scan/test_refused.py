@@ -108,7 +108,8 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_once_it_is_load
     monkeypatch.setattr("qprobe.preflight.meta_model", no_outline)
     reads: list[str] = []
     monkeypatch.setattr(
-        "qprobe.scanning.load_reference", lambda *asked: (reads.append(asked[0]), load_reference(*asked))[1]
+        "qprobe.scanning.load_reference",
+        lambda *asked, **more: (reads.append(asked[0]), load_reference(*asked, **more))[1],
     )
     with pytest.raises(QprobeError, match="below standard 4-bit"):
         scan(options(tiny_folder("llama"), tmp_path / "run", budget="1KiB"))

@@ -57,7 +57,7 @@ def test_the_report_pairs_seeds_and_says_what_it_was_made_with(tmp_path: Path):
         outcome("nf4", 1, [50.0, 40.0]),
     ]
     write_report([asdict(x) for x in made], tmp_path)
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "stability.md").read_text()
     row = next(x for x in text.splitlines() if x.startswith("| nf4 |"))
     assert row.split(" | ")[1] == "2" and row.endswith("| 2 | 2 |")
     assert "a CPU, torch 1" in text and (tmp_path / "losses.png").stat().st_size > 1000
