@@ -12,7 +12,15 @@ from qprobe.errors import RunError
 from qprobe.formats.codes_file import checked
 from qprobe.measure.answers import FOLDER as ANSWERS
 from qprobe.measure.shards import Shard, entered
-from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files, update_scan
+from qprobe.measure.store import (
+    check_unit,
+    differences,
+    open_run,
+    read_scan,
+    unit_files,
+    unknown_codes,
+    update_scan,
+)
 from qprobe.scanning import units_left, write_findings
 from qprobe.shown import FILE as SHOWN
 from qprobe.wording import counted
@@ -37,7 +45,8 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
     The folders stay as they are. `out` may be new, or hold units of the same scan already. Neither the order
     of `runs` nor how units were shared among them changes a digit. Where two hold the same unit with other
     numbers (machines round differently), the same one of them is taken in any order, and a note says so.
-    Raises RunError if there is nothing to join, a folder is no run or damaged, or specifications differ.
+    Raises RunError if there is nothing to join, a folder is no run or damaged, or specifications or
+    calibrated weights differ; nothing is copied then.
     """
     if not runs:
         raise RunError("There is nothing to merge. Pass the run folders to join.")
@@ -51,13 +60,14 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
             )
     never = first.unmeasured if "files" in first.spec else ()  # of samples that ran, all units decide
     fresh = replace(
-        first, status="running", unmeasured=never, notes=_notes(runs), seconds={}, peak_bytes=None
+        first, status="running", unmeasured=never, notes=_notes(runs), seconds={}, peak_bytes=None, codes=None
     )
+    _check_codes([*runs, *([out] if (out / "scan.json").exists() else [])])
     with entered(out, Shard()):
         open_run(out, fresh)
         sources = [*runs, out]
+        _join_codes(runs, out)  # first: units without the codes that they are of would be refused later
         twice = _join_units(sources, out)
-        _join_codes(runs, out)
         _join_answers(runs, out)
         missing = units_left(out)
         if not missing:
@@ -97,20 +107,35 @@ def _join_answers(runs: Sequence[Path], out: Path) -> None:
                 _copy(path, target)
 
 
-def _join_codes(runs: Sequence[Path], out: Path) -> None:
-    """Put the calibrated weights into `out`, which must be the same ones in every run."""
-    found = {record.codes: run for run in runs if (record := read_scan(run)).codes is not None}
+def _check_codes(runs: Sequence[Path]) -> None:
+    """Raises RunError unless all measurements of `runs` are of the same calibrated weights, if of any."""
+    found = {}
+    for run in runs:
+        scan = read_scan(run)
+        if unknown_codes(run, scan):
+            raise RunError(
+                f"{run} holds measurements of calibrated weights, but its scan.json names none, so nobody "
+                "can tell which weights they are of. Put its scan.json back, or leave the folder out."
+            )
+        if scan.codes is not None:
+            found.setdefault(scan.codes, run)
     if len(found) > 1:
         one, other, *_ = found.values()
         raise RunError(
             f"{one} and {other} were calibrated apart, so their numbers are of different weights. Calibrate "
             "once and share that folder, or keep them apart."
         )
-    for codes, run in found.items():
-        assert codes is not None
-        if run != out:
-            _copy(checked(codes, run), out / codes.file)
-        update_scan(out, replace(read_scan(out), codes=codes))
+
+
+def _join_codes(runs: Sequence[Path], out: Path) -> None:
+    """Put the calibrated weights into `out`; they are the same in every run (`_check_codes`)."""
+    for run in runs:
+        codes = read_scan(run).codes
+        if codes is not None:
+            if run != out:
+                _copy(checked(codes, run), out / codes.file)
+            update_scan(out, replace(read_scan(out), codes=codes))
+            return
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -8,14 +8,17 @@ quantization state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from qprobe.atomic import write_atomic
+from qprobe.atomic import atomic_file, write_atomic
 from qprobe.errors import ManifestError
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.records import CodesFile
@@ -26,14 +29,83 @@ _WEIGHT = ".weight"
 
 def write_codes(path: Path, layers: Mapping[str, StoredNf4]) -> None:
     """Write the weights of `layers` (by module name) to `path`, whole or not at all. Raises OSError."""
-    write_tensors(path, {key: t for name, one in layers.items() for key, t in _tensors(name, one).items()})
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` to `path` as one safetensors file, whole or not at all. Raises OSError."""
     from safetensors.torch import save
 
+    tensors = {key: t for name, one in layers.items() for key, t in _tensors(name, one).items()}
     write_atomic(path, save({key: t.contiguous().cpu() for key, t in tensors.items()}))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where one tensor lies. start, nbytes: in the file at `path`; shown: its entry in the file's header."""
+
+    path: Path
+    start: int
+    nbytes: int
+    shown: dict[str, Any]
+
+    @property
+    def itemsize(self) -> int:
+        return self.nbytes // max(1, prod(self.shown["shape"]))
+
+
+def join_codes(path: Path, sources: Sequence[Path]) -> None:
+    """Write all tensors of the safetensors files `sources` to `path`, whole or not at all.
+
+    One tensor is in memory at a time. The bytes are those that safetensors writes of all at once: the length
+    of the header, the header, and the tensors, the widest elements first, then by name. Raises OSError, and
+    ManifestError if a source is damaged.
+    """
+    parts = {name: part for source in sources for name, part in _parts(source).items()}
+    order = sorted(parts, key=lambda name: (-parts[name].itemsize, name))
+    header, end = {}, 0
+    for name in order:
+        header[name] = {**parts[name].shown, "data_offsets": [end, end + parts[name].nbytes]}
+        end += parts[name].nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_read(parts[name]))
+
+
+def _parts(source: Path) -> dict[str, _Part]:
+    """The tensors of a safetensors file by name; raises ManifestError if it is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(source, framework="pt"):  # checks the header against the length of the file
+            pass
+    except SafetensorError as error:
+        raise ManifestError(
+            f"{source} is damaged ({error}). Delete it and run the same command again: only it is made anew."
+        ) from None
+    with open(source, "rb") as file:
+        header, start = _header(file)
+    return {
+        name: _Part(
+            source,
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            {key: entry[key] for key in ("dtype", "shape")},
+        )
+        for name, entry in header.items()
+    }
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """(entries by tensor name, where the data starts) of an open safetensors file."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _read(part: _Part) -> bytes:
+    with open(part.path, "rb") as file:
+        file.seek(part.start)
+        return file.read(part.nbytes)
 
 
 def _tensors(name: str, stored: StoredNf4) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def is_finite(matrix: Tensor) -> bool:
 
 
 def shrunk(gram: Tensor, tokens: int) -> Tensor:
-    """`gram` (n, n) in float32, of that many tokens, as an estimate of what fresh tokens give: off-diagonal less.
+    """`gram` (n, n) of that many tokens as an estimate of what fresh tokens give: off-diagonal less; float32.
 
     (1 - rho) G + rho diag(G) with rho = n / (n + tokens), after Ledoit and Wolf 2004, "A well-conditioned
     estimator for large-dimensional covariance matrices", with the diagonal kept, as outlier features must
@@ -157,7 +157,7 @@ def scales_of_blocks(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
     weight: (n, rows) of one layer; blocks are cut from the flattened (rows, n) weight, the last one may be
     short.
     """
-    n, rows = weight.shape
+    n = len(weight)
     flat = weight.T.reshape(-1)
     found = []
     for part in flat.split(BLOCKS * blocksize):

@@ -2,7 +2,8 @@
 
 A unit is the linears that read one tensor, numbered in execution order: their weights, as a file of 4-bit
 weights, and a row each in a unit of the stage "calibration", which is written last. No unit needs another, so
-that any split of them among machines gives the same weights. Gram matrices do not outlive their unit: they
+that neither their order nor an interruption changes a weight. One process does them all: the rest of a scan
+can be shared among machines, this cannot. Gram matrices do not outlive their unit: they
 are large (0.8 GB for a down_proj of an 11B), so the samples run once for as many of them as fit the memory.
 """
 
@@ -19,8 +20,8 @@ import psutil
 import torch
 
 from qprobe.errors import RunError
-from qprobe.formats.calibrated import Rounded, calibrate
-from qprobe.formats.codes_file import FILE_NAME, checked, open_codes, sha256_of, write_codes, write_tensors
+from qprobe.formats.calibrated import Rounded, calibrate, workspace_bytes
+from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
 from qprobe.formats.gptq import DAMPING
 from qprobe.formats.nf4 import Nf4, format_from
 from qprobe.measure.gram import SharedInput, gathered, gram_bytes, passes, shared_inputs
@@ -86,26 +87,22 @@ def check_limit(subject: Subject) -> None:
 
 
 def rounding_bytes(out_features: int, in_features: int) -> int:
-    """About what `calibrate` holds at most beside the Gram matrix, for weights of so many outputs together.
-
-    In float32: the matrix shrunk, its factor and two copies on the way; the weights twice, their scales
-    twice, errors, and two temporary products.
-    """
-    return 4 * (4 * in_features**2 + 7 * in_features * out_features)
+    """What rounding holds at most beside the Gram matrix, with the 16-bit weights, which may be streamed."""
+    return workspace_bytes(out_features, in_features) + 2 * out_features * in_features
 
 
 def gram_room(work: Work, inputs: Sequence[SharedInput]) -> int:
-    """Bytes for Gram matrices: what a memory limit leaves, or a quarter of what is free.
+    """Bytes for Gram matrices: what a memory limit leaves, or a quarter of what is free, beside rounding.
 
     The quarter is `MOST_MEMORY` at most. inputs: all there are; `shared_inputs` has run. Raises MachineError
     if the largest matrix does not fit.
     """
     subject, device = work.subject, work.subject.reference.device
-    if subject.limit is None:
-        free = _free_on_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
-        return min(free // 4, MOST_MEMORY)
     outputs = {one: sum(subject.modules[name].out_features for name in one.names) for one in inputs}
     rounding = max((rounding_bytes(out, one.in_features) for one, out in outputs.items()), default=0)
+    if subject.limit is None:
+        free = _free_on_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
+        return min(free // 4, MOST_MEMORY, max(0, free - rounding))
     # Samples run while matrices are summed, weights are rounded afterwards. A quarter more for float32.
     beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding)
     largest = max((gram_bytes(one.in_features, device) for one in inputs), default=0)
@@ -131,8 +128,8 @@ def calibrate_model(work: Work) -> None:
         calibrate_units(work, inputs, unfinished(work.folder, len(inputs)))
         codes = _joined(work.folder, len(inputs))
         update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
-        for unit in range(len(inputs)):
-            codes_unit(work.folder, unit).unlink(missing_ok=True)
+    for left in (work.folder / "units").glob(f"{STAGE_CALIBRATION}-*.safetensors"):
+        left.unlink(missing_ok=True)  # also what a process left that ended just before this
     with open_codes(checked(codes, work.folder)) as file:
         for name in sorted(file.layers):
             packed = file.stored(name, work.subject.reference.device).packed()
@@ -204,14 +201,9 @@ def _or_nan(value: float | None) -> float:
 
 def _joined(folder: Path, units: int) -> CodesFile:
     """All units' weights in one file."""
-    from safetensors.torch import load_file
-
     path = Path(folder) / FILE_NAME
-    tensors = {}
-    for unit in range(units):
-        tensors |= load_file(codes_unit(folder, unit))
     try:
-        write_tensors(path, tensors)
+        join_codes(path, [codes_unit(folder, unit) for unit in range(units)])
         return CodesFile(FILE_NAME, sha256_of(path))
     except OSError as error:
         raise _cannot_write(path, error) from error

@@ -142,6 +142,12 @@ def differences(old: Scan, new: Scan) -> str:
     return f"{len(found)} {'place' if len(found) == 1 else 'places'}: {shown}"
 
 
+def unknown_codes(folder: Path, scan: Scan) -> bool:
+    """True if `folder`, of `scan`, has units of calibrated weights, but nobody can tell which weights."""
+    measured = (name for name in unit_files(folder) if not name.startswith(f"{STAGE_CALIBRATION}-"))
+    return scan.format.is_calibrated and scan.codes is None and any(measured)
+
+
 def read_scan(folder: Path) -> Scan:
     """The scan that `folder` belongs to; raises RunError if its scan.json is missing or damaged."""
     path = Path(folder) / "scan.json"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qprobe.errors import MachineError
-from qprobe.formats.calibrated import calibrate
+from qprobe.formats.calibrated import calibrate, workspace_bytes
 from qprobe.formats.codes_file import FILE_NAME, open_codes, sha256_of
 from qprobe.formats.gptq import shrunk
 from qprobe.formats.nf4 import Nf4
@@ -168,6 +168,7 @@ def test_finished_units_are_not_done_again(tiny_folder, tmp_path, monkeypatch):
     calibrate_model(work_in(tmp_path, subject_for(tiny_folder("llama")), "llama"))
     assert done == []
     again = subject_for(tiny_folder("llama"))
+    codes_unit(tmp_path, 1).write_bytes(b"left by a process that ended before it cleaned up")
     calibrate_model(replace(work, subject=again))
     assert all(torch.equal(w, first[n]) for n, w in weights(again).items())
     assert not list((tmp_path / "units").glob("*.safetensors"))
@@ -212,9 +213,12 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
     subject = limited_subject(reference, FormatSpec(CALIBRATED), 2**40, tmp_path)
     assert subject.limit is not None
     work = Work(subject, tmp_path, [])
-    inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs: 9.6 and 7 x 6144 numbers
-    rounding = 4 * (4 * 96**2 + 7 * 96 * 64)
-    limits = [(1_000, rounding), (800_000, 1_000_000)]  # what the samples took, and what is set aside for it
+    inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs, in 16-bit
+    rounding = workspace_bytes(64, 96) + 2 * 64 * 96
+    limits = [
+        (1_000, rounding),
+        (8_000_000, 10_000_000),
+    ]  # what the samples took, and what is set aside for it
     for took, beside in limits:
         monkeypatch.setattr(subject.limit, "base_bytes", 2**20)
         monkeypatch.setattr(subject.limit, "needed_by", lambda kind, took=took: {"survey": took}[kind])
