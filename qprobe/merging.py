@@ -120,10 +120,11 @@ def _check_codes(runs: Sequence[Path]) -> None:
         if scan.codes is not None:
             found.setdefault(scan.codes, run)
     if len(found) > 1:
-        one, other, *_ = found.values()
+        (one, here), (other, there), *_ = found.items()
         raise RunError(
-            f"{one} and {other} were calibrated apart, so their numbers are of different weights. Calibrate "
-            "once and share that folder, or keep them apart."
+            f"{here} and {there} were calibrated apart (SHA-256 {one.sha256[:16]} and {other.sha256[:16]}), "
+            "so their numbers are of different weights. Calibrate once and share that folder, or keep them "
+            "apart."
         )
 
 
