@@ -39,10 +39,11 @@ from qprobe.records import CodesFile, Sample
 from qprobe.samples.inputs import Batch
 
 APART = "it does not read the same tensor as its neighbours on every batch"
-SETTINGS = {"method": "gptq", "version": 2, "damping": DAMPING, "shrinkage": "n / (n + tokens)"}
+SETTINGS = {"method": "gptq", "version": 3, "damping": DAMPING, "shrinkage": "n / (n + tokens)"}
 """What decides the codes, beside weights and samples; part of a run's specification.
 
-Version 2 shrinks the Gram matrices by how few tokens they saw; version 1 did not.
+Version 3 leaves out image tiles that no text attends to. Version 2 shrinks the Gram matrices by how few
+tokens they saw; version 1 did not.
 """
 
 

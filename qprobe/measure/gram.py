@@ -1,7 +1,8 @@
 """Gram matrices X^T X of what linears read, summed over the tokens of samples.
 
 They are sums over tokens, so that sums of parts of the samples add up to those of all. Linears that read the
-same tensor (q/k/v, gate/up, every cross-attention's k and v) share one matrix. Padding does not count.
+same tensor (q/k/v, gate/up, every cross-attention's k and v) share one matrix. Padding does not count: of
+texts, and of images where the model leaves it out (see `tiles_that_count`).
 """
 
 from __future__ import annotations
@@ -124,11 +125,12 @@ class Gathering:
 
     def add(self, batch: Batch) -> None:
         """Run the 16-bit model on `batch` and add what the linears read."""
+        tiles = tiles_that_count(batch)
 
         def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
             leader = self._leaders.get(name)
             if leader == name:
-                self.grams[name].add(x, self._mask(name, x, batch))
+                self.grams[name].add(x, self._mask(name, x, batch, tiles))
                 self._read[name] = ref(x)
             elif leader is not None:
                 read = self._read.get(leader)
@@ -140,13 +142,31 @@ class Gathering:
         with self.subject.running(f"gram {self.inputs[0].leader}", batch.elements):
             _run(self.subject, batch, forward)
 
-    def _mask(self, name: str, x: Tensor, batch: Batch) -> Tensor | None:
-        """(tokens,) False for padding, where the linear reads the text sequence; None where all count."""
-        is_text = self.subject.layers[name].reads == "text"
-        if not is_text or x.numel() != batch.kinds.numel() * x.shape[-1]:
+    def _mask(self, name: str, x: Tensor, batch: Batch, tiles: Tensor | None) -> Tensor | None:
+        """(tokens,) on the CPU, False for what pads texts or images; None where all count."""
+        tokens = x.numel() // x.shape[-1]
+        layer = self.subject.layers[name]
+        if layer.reads == "text":
+            mask = (batch.kinds != PAD).reshape(-1)
+            return mask if tokens == len(mask) and not bool(mask.all()) else None
+        if tiles is None or layer.tower == "vision" or tokens % len(tiles):
             return None
-        mask = (batch.kinds != PAD).reshape(-1)
-        return None if bool(mask.all()) else mask
+        return tiles.repeat_interleave(tokens // len(tiles))
+
+
+def tiles_that_count(batch: Batch) -> Tensor | None:
+    """(tiles of all images,) on the CPU, False for those that no text token attends to; None where all count.
+
+    Known where the model takes a mask of whole tiles (Mllama's `cross_attention_mask`). What the projector
+    and the keys and values of cross-attention read of other tiles reaches nothing, so it does not count.
+    Within the vision tower all counts, since Mllama masks padding there from other padding only: the tokens
+    of an image attend to it. Padding of models that mask single pixels or patches is not told apart.
+    """
+    mask = batch.inputs.get("cross_attention_mask")
+    if mask is None or mask.dim() != 4:  # (samples, text tokens, images, tiles)
+        return None
+    tiles = mask.bool().any(dim=1).reshape(-1).cpu()
+    return None if bool(tiles.all()) else tiles
 
 
 def _run(subject: Subject, batch: Batch, forward: Callable[[str, nn.Linear, Tensor], Tensor]) -> None:

@@ -79,6 +79,40 @@ def test_gram_matrices_are_sums_of_outer_products_over_tokens_that_are_no_paddin
         assert float(error) < 0.02, layer
 
 
+def test_tiles_that_no_text_attends_to_do_not_count_behind_the_vision_tower(tiny_folder):
+    # Of two images of two tiles the second has a tile of padding only: three of four tiles count.
+    subject = subject_for(tiny_folder("mllama"))
+    batch = subject.encode(tuple(samples_of("mllama", 2)))
+    mask = torch.ones_like(batch.inputs["cross_attention_mask"])
+    assert mask.shape[2:] == (1, 2)
+    mask[1, :, 0, 1] = 0
+    batch = replace(batch, inputs={**batch.inputs, "cross_attention_mask": mask})
+    inputs = shared_inputs(subject, [batch])
+    read: dict[str, torch.Tensor] = {}
+    handles = [
+        subject.modules[one.leader].register_forward_pre_hook(
+            lambda _, args, name=one.leader: read.update({name: args[0].detach().double()})
+        )
+        for one in inputs
+    ]
+    found = gathered(subject, inputs, [batch])
+    with torch.no_grad():
+        subject.model(**batch.inputs)
+    for handle in handles:
+        handle.remove()
+    counted = {}
+    for one in inputs:
+        layer, gram = subject.layers[one.leader], found.grams[one.leader]
+        if layer.reads == "vision":
+            rows = read[one.leader].reshape(4, -1, one.in_features)
+            rows = (rows if layer.tower == "vision" else rows[:3]).flatten(0, 1)
+            counted[layer.tower] = gram.tokens / rows.shape[0]
+            assert torch.allclose(
+                gram.total, rows.T @ rows, rtol=1e-2, atol=1e-2 * float(rows.square().sum())
+            )
+    assert counted == {"vision": 1, "projector": 1, "cross_attention": 1}
+
+
 def test_linears_that_read_one_tensor_share_one_matrix(tiny_folder):
     subject = subject_for(tiny_folder("mllama"))
     inputs = shared_inputs(subject, [subject.encode(tuple(samples_of("mllama", 2)))])
