@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import platform
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -197,28 +199,27 @@ def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:
     parts = passes(inputs, FULL_GRAM_BYTES, device)
     _say(start, f"{len(inputs)} Gram matrices in {len(parts)} passes")
     gathering_s, done = 0.0, 0
-    for number, part in enumerate(parts, 1):
-        before = time.perf_counter()
-        gathering = gathered(subject, part, batches)
-        cost.synchronize(device)
-        gathering_s += time.perf_counter() - before
-        for one in part:
-            shares = put_rounded(subject, gathering, [one])
-            del gathering.grams[one.leader]
-            done += len(one.names)
-            spent = time.perf_counter() - start
-            if spent > limit_s:
-                _say(start, f"stopped at the limit after {done} of {len(subject.quantized)} linears")
-                return
+    try:
+        for part in parts:
+            before = time.perf_counter()
+            gathering = gathered(subject, part, batches)
+            cost.synchronize(device)
+            gathering_s += time.perf_counter() - before
+            for one in part:
+                shares = put_rounded(subject, gathering, [one])
+                del gathering.grams[one.leader]
+                done += len(one.names)
+                if time.perf_counter() - start > limit_s:
+                    return
+            _say(start, f"{done} linears, last error {shares[-1]:.3f} of nearest")
+    finally:  # also where it is interrupted
+        total = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
-        _say(
-            start,
-            f"pass {number}/{len(parts)}: {done} linears, gathering {gathering_s:.1f} s so far, peak "
-            f"{peak:.1f} GiB, last error {shares[-1]:.3f} of nearest",
+        print(
+            f"calibrated {done} of {len(subject.quantized)} linears in {total:.1f} s: gathering "
+            f"{gathering_s:.1f} s, rounding {total - gathering_s:.1f} s, peak {peak:.1f} GiB",
+            flush=True,
         )
-    total = time.perf_counter() - start
-    print(f"calibrated {done} linears in {total:.1f} s: gathering {gathering_s:.1f} s, rounding "
-          f"{total - gathering_s:.1f} s, peak {peak:.1f} GiB")  # fmt: skip
 
 
 def _varied(batch: Batch, seed: int) -> Batch:
@@ -249,6 +250,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # of `timeout`: print what there is
     if options.full_size:
         full_size(torch.device(options.device), options.tiny, options.limit)
         return
