@@ -19,7 +19,7 @@ from qprobe.choosing.selection import (
     held_out_quality,
     manifest_of,
     plans_by,
-    predicted_kl,
+    predictor,
 )
 from qprobe.choosing.table import finite_answers, measured
 from qprobe.manifest import Manifest, Quality
@@ -83,7 +83,7 @@ class Prediction:
     """What each list is predicted to leave, as `qprobe.choosing` predicts it, with a standard error."""
 
     def __init__(self, folder: Path, scan: Scan, table: pd.DataFrame) -> None:
-        self.table = table
+        self.predicted_kl = predictor(table)
         self.fixed = frozenset(x.name for x in scan.inventory.layers if x.fixed)
         rows = finite_answers(read_units(folder, "sensitivity"))
         self.path = rows.pivot(index="sample", columns="layer", values="kl_sum").fillna(0.0)
@@ -99,7 +99,7 @@ class Prediction:
         The KL is own damage and path's share of the layers left, weighted by how much of the damage is left
         (see `qprobe.choosing.damage`); that weight is taken as known, and the two as independent.
         """
-        value = predicted_kl(self.table, kept | self.fixed)
+        value = self.predicted_kl(kept | self.fixed)
         if value is None or self.path.empty:
             return None
         rest = ~self.path.columns.isin(kept)
