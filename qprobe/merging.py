@@ -13,6 +13,7 @@ from qprobe.formats.codes_file import checked
 from qprobe.measure.answers import FOLDER as ANSWERS
 from qprobe.measure.shards import Shard, entered
 from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files, update_scan
+from qprobe.records import CodesFile
 from qprobe.scanning import units_left, write_findings
 from qprobe.shown import FILE as SHOWN
 from qprobe.wording import counted
@@ -54,6 +55,7 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
         first, status="running", unmeasured=never, notes=_notes(runs), seconds={}, peak_bytes=None
     )
     with entered(out, Shard()):
+        _check_codes([*runs, *([out] if (out / "scan.json").is_file() else [])])
         open_run(out, fresh)
         sources = [*runs, out]
         twice = _join_units(sources, out)
@@ -97,16 +99,26 @@ def _join_answers(runs: Sequence[Path], out: Path) -> None:
                 _copy(path, target)
 
 
-def _join_codes(runs: Sequence[Path], out: Path) -> None:
-    """Put the calibrated weights into `out`, which must be the same ones in every run."""
-    found = {record.codes: run for run in runs if (record := read_scan(run)).codes is not None}
+def _codes(runs: Sequence[Path]) -> dict[CodesFile | None, Path]:
+    """The calibrated weights that `runs` measured, each with a run that has them."""
+    return {record.codes: run for run in runs if (record := read_scan(run)).codes is not None}
+
+
+def _check_codes(runs: Sequence[Path]) -> None:
+    """Raises RunError, before anything is copied, if `runs` measured different calibrated weights."""
+    found = _codes(runs)
     if len(found) > 1:
-        one, other, *_ = found.values()
+        (one_codes, one), (other_codes, other), *_ = found.items()
+        hashes = " and ".join(c.sha256[:12] for c in (one_codes, other_codes) if c is not None)
         raise RunError(
-            f"{one} and {other} were calibrated apart, so their numbers are of different weights. Calibrate "
-            "once and share that folder, or keep them apart."
+            f"{one} and {other} were calibrated apart, so their numbers are of different weights "
+            f"({hashes}). Calibrate once and share that folder, or keep them apart."
         )
-    for codes, run in found.items():
+
+
+def _join_codes(runs: Sequence[Path], out: Path) -> None:
+    """Put the calibrated weights, the same ones in every run, into `out`."""
+    for codes, run in _codes(runs).items():
         assert codes is not None
         if run != out:
             _copy(checked(codes, run), out / codes.file)

@@ -162,14 +162,12 @@ def finish(
             measure_ablation(subject, folder, work.calibration, layers, progress)
     with clock.stage("choose"):
         choice = choose_list(subject, folder, work.held_out, options, progress)
+    peak = peak_bytes(subject.reference.device)
+    # Before the report, which shows it, and again with the time that the report took.
+    update_scan(folder, replace(read_scan(folder), status="finished", seconds=clock.seconds, peak_bytes=peak))
     with clock.stage("report"):
         write_report(folder)
-    done = replace(
-        read_scan(folder),
-        status="finished",
-        seconds=clock.seconds,
-        peak_bytes=peak_bytes(subject.reference.device),
-    )
+    done = replace(read_scan(folder), seconds=clock.seconds)
     update_scan(folder, done)
     return ScanResult(
         run=folder,

@@ -174,10 +174,11 @@ def _finish(options: ScanOptions, folder: Path, clock: Clock, device: torch.devi
             folder / "skiplist.json",
             manifest_of(record, table, plan, budget, scan_command(options, record.model.id)),
         )
+    done = replace(record, status="finished", seconds=clock.seconds, peak_bytes=peak_bytes(device))
+    update_scan(folder, done)  # before the report, which shows it
     with clock.stage("report"):
         write_report(folder)
-    done = replace(record, status="finished", seconds=clock.seconds, peak_bytes=peak_bytes(device))
-    update_scan(folder, done)
+    update_scan(folder, replace(done, seconds=clock.seconds))
     verdict = f"No KL was measured; the list is chosen by {plan.by} alone."
     layers = len(record.inventory.layers)
     return _result(folder, layers, clock, device, folder / "skiplist.json", verdict, done.notes)
