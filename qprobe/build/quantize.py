@@ -60,8 +60,8 @@ def quantize(
     The weights are read one by one and kept in 4-bit. On a GPU the peak is the 4-bit model; in host memory
     transformers reads ahead, on a fast disk most of the 16-bit model. The folder has its name only once it is
     complete and audited; a killed run leaves a hidden `.NAME.*.tmp` beside it, which nothing reads.
-    Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty, or cannot be
-    written; ManifestError if no list of entries means the same to every transformers 5.
+    Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
+    or cannot be written; ManifestError if no list of entries means the same to every transformers 5.
     """
     target = Path(out)
     refuse_to_overwrite(target)
