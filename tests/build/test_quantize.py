@@ -56,6 +56,17 @@ def test_plain_loading_computes_the_same_bits(name, tiny_folder, tmp_path):
     assert AutoTokenizer.from_pretrained(done.out)("a cat") == AutoTokenizer.from_pretrained(folder)("a cat")
 
 
+def test_another_16bit_type_is_told_and_measurements_in_the_first_are_not(tiny_folder, tmp_path):
+    folder = tiny_folder("llama")
+    manifest = replace(manifest_for(folder, every_third(folder)), quality=Quality(5, 0.3, 0.1, 0.1))
+    done = quantize(manifest, tmp_path / "out", str(folder), "cpu", "float16")
+    written = read_manifest(done.out / "skiplist.json")
+    assert written.format.compute_dtype == "float16" and written.quality == Quality()
+    assert audit(done.out, written).ok
+    card = (done.out / "README.md").read_text()
+    assert "float16" in card and "bfloat16" not in card
+
+
 @pytest.mark.parametrize("name", FIVE)
 def test_its_list_means_the_same_to_every_transformers_5(name, tiny_folder, tmp_path):
     folder = tiny_folder(name)
