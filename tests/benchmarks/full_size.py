@@ -16,6 +16,7 @@ With --images or --layers it prints how scan time grows instead. `--tiny` checks
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -190,7 +191,9 @@ def weights(bench: Bench) -> None:
         say(f"\n{speeds.why or ran.why}\n")
         return
     seconds, found = ran.found["seconds"]["weights"], speeds.found
-    rate, reading = found["bytes"] / 2 / seconds, found["bytes"] / found["read"]
+    with open(bench.run_folder("weight") / "layers.csv", newline="") as file:
+        measured = sum(int(x["in_features"]) * int(x["out_features"]) for x in csv.DictReader(file))
+    rate, reading = measured / seconds, found["bytes"] / found["read"]
     say(
         f"\nWeight-only: {found['bytes'] / 1e9:.2f} GB in {seconds:.1f} s, {rate / 1e6:.1f} M weights/s; the "
         f"quantizer alone {found['quantizer'] / 1e6:.1f} M weights/s; the bare read of the files "
