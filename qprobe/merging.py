@@ -13,8 +13,9 @@ from qprobe.formats.codes_file import checked
 from qprobe.measure.answers import FOLDER as ANSWERS
 from qprobe.measure.shards import Shard, entered
 from qprobe.measure.store import check_unit, differences, open_run, read_scan, unit_files, update_scan
+from qprobe.measure.units import units_left
 from qprobe.records import CodesFile
-from qprobe.scanning import units_left, write_findings
+from qprobe.scanning import write_findings
 from qprobe.shown import FILE as SHOWN
 from qprobe.wording import counted
 

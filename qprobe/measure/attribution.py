@@ -88,7 +88,7 @@ class Path:
         """
         return self._gradients(batch, alpha, lambda logits: kl_per_sample(reference, logits))
 
-    def own_damage(self, batch: Batch, reference: list[Tensor]) -> dict[str, Tensor]:
+    def own_damage(self, batch: Batch) -> dict[str, Tensor]:
         """For each linear an unbiased estimate of 1/2 d2KL/ds2 at alpha = 0: (samples,) float64, in nats.
 
         d2KL/ds2 = sum_t j_t^T (diag p_t - p_t p_t^T) j_t with j_t = d logits_t / ds, the Fisher information
@@ -97,10 +97,12 @@ class Path:
         "New Insights and Perspectives on the Natural Gradient Method"). The signs come from the sample alone,
         whatever batch it is in.
         """
-        signs = [_signs(p, sample.digest) for p, sample in zip(reference, batch.samples, strict=True)]
-        weights = [_fisher_root(p, e) for p, e in zip(reference, signs, strict=True)]
 
         def projected(logits: list[Tensor]) -> Tensor:
+            weights = [
+                _fisher_root(z.detach(), _signs(z, sample.digest))
+                for z, sample in zip(logits, batch.samples, strict=True)
+            ]
             return torch.stack([(c * z).double().sum() for c, z in zip(weights, logits, strict=True)])
 
         return {name: g.square() / 2 for name, g in self._gradients(batch, 0.0, projected).items()}
