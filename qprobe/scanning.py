@@ -42,7 +42,7 @@ from qprobe.wording import counted, named
 class ScanResult:
     """What a scan found, and where it lies.
 
-    seconds: by stage. peak_bytes: of the device (CUDA) or of the process (CPU). kl_*: nats per answer
+    seconds: by stage. peak_bytes: of the fullest device (CUDA) or of the process (CPU). kl_*: nats per answer
     token on held-out samples, None where they do not apply. attribution_residual: (sum of the sensitivities
     - measured KL) / measured KL, on the calibration samples. skiplist: None where other processes of this
     scan have not finished their share, so that one of them chooses. verdict: one sentence.
@@ -145,7 +145,7 @@ def finish(
             measure_ablation(subject, folder, work.calibration, layers, progress)
     with clock.stage("choose"):
         choice = choose_list(subject, folder, work.held_out, options, progress)
-    peak = peak_bytes(subject.reference.device)
+    peak = most_held(subject)
     # Before the report, which shows it, and again with the time that the report took.
     update_scan(folder, replace(read_scan(folder), status="finished", seconds=clock.seconds, peak_bytes=peak))
     with clock.stage("report"):
@@ -168,6 +168,11 @@ def finish(
     )
 
 
+def most_held(subject: Subject) -> int:
+    """The peak of the fullest device, in bytes."""
+    return max(peak_bytes(device) for device in subject.reference.devices)
+
+
 def unfinished(
     subject: Subject, folder: Path, work: Work, clock: Clock, shard: Shard, left: int
 ) -> ScanResult:
@@ -177,7 +182,7 @@ def unfinished(
         layers=len(subject.inventory.layers),
         samples=work.samples,
         seconds=clock.seconds,
-        peak_bytes=peak_bytes(subject.reference.device),
+        peak_bytes=most_held(subject),
         kl_standard_4bit=None,
         kl_dynamic=None,
         attribution_residual=None,
