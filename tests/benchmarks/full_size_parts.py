@@ -87,17 +87,8 @@ class Bench:
         out = self.run_folder(name)
         shutil.rmtree(out, ignore_errors=True)
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        asked = [
-            *(torchrun if processes > 1 else ()),
-            "-m",
-            "qprobe",
-            "scan",
-            "--json",
-            "--model",
-            str(self.folder),
-            "--out",
-            str(out),
-        ]
+        asked = [*(torchrun if processes > 1 else ()), "-m", "qprobe", "scan", "--json"]
+        asked += ["--model", str(self.folder), "--out", str(out)]
         if "weight" not in more:
             asked += ["--data", str(self.samples), "--samples", str(images)]
             asked += ["--batch-size", str(self.options.batch_size), "--device", self.options.device]
