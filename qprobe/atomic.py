@@ -17,19 +17,49 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     It is a temporary file in the same folder. Its name is new for each call, so that two writers of one file
     cannot mix; a killed writer leaves `.{name}.*.tmp` behind, which nobody reads.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
+    with _beside(path) as temporary:
+        with _synced(temporary) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all, as `atomic_file` does; raises OSError."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def write_first(path: Path, data: bytes) -> bool:
+    """Write `data` to `path` as `write_atomic` does, unless it is there already; True if it was not.
+
+    Of several writers exactly one gets True. Where a file system knows no links, the last one wins instead.
+    """
+    with _beside(path) as temporary:
+        with _synced(temporary) as file:
+            file.write(data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            os.replace(temporary, path)
+        return True
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A fresh name for a temporary file beside `path`; the file is gone afterwards."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    """The new file `path`, which is on the disk at the end of the block."""
+    with open(path, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

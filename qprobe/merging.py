@@ -21,7 +21,8 @@ from qprobe.measure.store import (
     unknown_codes,
     update_scan,
 )
-from qprobe.scanning import units_left, write_findings
+from qprobe.measure.units import units_left
+from qprobe.scanning import write_findings
 from qprobe.shown import FILE as SHOWN
 from qprobe.wording import counted
 
@@ -62,8 +63,9 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
     fresh = replace(
         first, status="running", unmeasured=never, notes=_notes(runs), seconds={}, peak_bytes=None, codes=None
     )
-    _check_codes([*runs, *([out] if (out / "scan.json").exists() else [])])
+    _check_codes(runs)  # before a folder is made
     with entered(out, Shard()):
+        _check_codes([*runs, *([out] if (out / "scan.json").is_file() else [])])
         open_run(out, fresh)
         sources = [*runs, out]
         _join_codes(runs, out)  # first: units without the codes that they are of would be refused later

@@ -36,7 +36,8 @@ class ScanOptions:
         None for DEFAULT_BUDGET. max_kl: ask the other way round, for the fewest bytes with a KL of at most
         this; at most one of the two.
     out: the run folder; None for runs/MODEL.
-    device: "cpu", "cuda", "cuda:1"; None for the best one there is. dtype: of the 16-bit reference.
+    device: "cpu", "cuda", "cuda:1", "auto" for all GPUs; None for the best one there is, or all GPUs where
+        the model is too large for one. dtype: of the 16-bit reference.
     by: the score column that chooses; None for the best one measured.
     measures: which of `MEASURES` to take; None for all that apply. ("weight",) alone reads the checkpoint
         tensor by tensor and never loads the model. nodes: of the path attribution.

@@ -17,7 +17,7 @@ from qprobe.measure.ablation import ALL, ablated_names, check_ablated
 from qprobe.measure.shards import Shard, entered
 from qprobe.measure.store import differences, read_scan
 from qprobe.models.inventory import fingerprint, has_language_head, list_layers
-from qprobe.models.reference import Source, load_config, meta_model, pick_device, resolve
+from qprobe.models.reference import SPREAD, Source, load_config, meta_model, one_device, pick_device, resolve
 from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import ScanOptions
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
@@ -34,9 +34,13 @@ def check_options(options: ScanOptions) -> None:
         parse_request(options.budget, options.max_kl, options.by, 0)
     if options.max_memory is not None:
         parse_size(options.max_memory)
+        if options.device == SPREAD:
+            raise QprobeError(
+                f"--max-memory keeps a scan to one GPU, and --device {SPREAD} takes all. Leave one away."
+            )
     if options.ablate is not None:
         _check_ablate(options)
-    pick_device(options.device)
+    pick_device(one_device(options.device))
 
 
 def _check_measures(options: ScanOptions) -> None:

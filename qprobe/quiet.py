@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,11 +35,21 @@ REMARKS = (
 )
 
 
+# FutureWarnings of transformers on arguments that its own models pass to each other under their old names:
+# (message, module in which they seem to arise), regular expressions. They name the caller of `forward`, which
+# is torch or, for weights that are moved about, accelerate; of theirs only transformers' wording is left out.
+_DEPRECATIONS = (
+    ("", r"transformers(\.|$)"),
+    (r"`\w+` is deprecated .*for `\w+\.forward`", r"(torch\.nn\.modules\.module|accelerate\.hooks)$"),
+)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out `REMARKS` while it lasts, and other packages' progress bars where stderr is no terminal.
+    """Leaves out `REMARKS` and transformers' deprecations while it lasts.
 
-    Imports none of these packages: for the command line, whose process is ours.
+    Where stderr is no terminal, also other packages' progress bars. Imports none of these packages: for the
+    command line, whose process is ours.
     """
     if not sys.stderr.isatty():
         # Read by huggingface_hub on import, and by transformers through it.
@@ -73,7 +84,10 @@ def _without_remarks() -> Iterator[None]:
     for logger, drop in attached:
         logger.addFilter(drop)
     try:
-        yield
+        with warnings.catch_warnings():
+            for message, module in _DEPRECATIONS:
+                warnings.filterwarnings("ignore", message, FutureWarning, module)
+            yield
     finally:
         for logger, drop in attached:
             logger.removeFilter(drop)

@@ -18,17 +18,16 @@ from qprobe.errors import RunError, SampleError
 from qprobe.measure import calibration
 from qprobe.measure.ablation import ablated_layers, measure_ablation
 from qprobe.measure.answers import with_answers
-from qprobe.measure.attribution import walking
 from qprobe.measure.choice import choose_list
 from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
-from qprobe.measure.runner import Measures, applicable_measures, observe, own_half
+from qprobe.measure.runner import Measures, applicable_measures
 from qprobe.measure.shards import Shard, entered, finishing, shard_from
 from qprobe.measure.show import show_samples
-from qprobe.measure.store import missing_units, open_run, read_scan, read_units, update_scan, write_unit
+from qprobe.measure.store import open_run, read_scan, read_units, update_scan
 from qprobe.measure.subject import Subject, limited_subject, subject_of
-from qprobe.measure.weights import weight_rows
+from qprobe.measure.units import Work, cut_samples, measure_units, needed_units, units_left
 from qprobe.models.reference import Reference, load_reference, reads_images
 from qprobe.options import Progress, ScanOptions, no_progress
 from qprobe.preflight import check_inventory, check_model, check_options
@@ -43,7 +42,7 @@ from qprobe.wording import counted, named
 class ScanResult:
     """What a scan found, and where it lies.
 
-    seconds: by stage. peak_bytes: of the device (CUDA) or of the process (CPU). kl_*: nats per answer
+    seconds: by stage. peak_bytes: of the fullest device (CUDA) or of the process (CPU). kl_*: nats per answer
     token on held-out samples, None where they do not apply. attribution_residual: (sum of the sensitivities
     - measured KL) / measured KL, on the calibration samples. skiplist: None where other processes of this
     scan have not finished their share, so that one of them chooses. verdict: one sentence.
@@ -80,22 +79,6 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The samples of a scan, cut into batches.
-
-    calibration: measured for the layer table. held_out: measured for the choice alone, maybe none.
-    """
-
-    calibration: list[tuple[Sample, ...]]
-    held_out: list[tuple[Sample, ...]]
-    notes: tuple[str, ...]
-
-    @property
-    def samples(self) -> int:
-        return sum(len(group) for group in (*self.calibration, *self.held_out))
 
 
 @quiet_models()
@@ -162,14 +145,12 @@ def finish(
             measure_ablation(subject, folder, work.calibration, layers, progress)
     with clock.stage("choose"):
         choice = choose_list(subject, folder, work.held_out, options, progress)
+    peak = most_held(subject)
+    # Before the report, which shows it, and again with the time that the report took.
+    update_scan(folder, replace(read_scan(folder), status="finished", seconds=clock.seconds, peak_bytes=peak))
     with clock.stage("report"):
         write_report(folder)
-    done = replace(
-        read_scan(folder),
-        status="finished",
-        seconds=clock.seconds,
-        peak_bytes=peak_bytes(subject.reference.device),
-    )
+    done = replace(read_scan(folder), seconds=clock.seconds)
     update_scan(folder, done)
     return ScanResult(
         run=folder,
@@ -187,6 +168,11 @@ def finish(
     )
 
 
+def most_held(subject: Subject) -> int:
+    """The peak of the fullest device, in bytes."""
+    return max(peak_bytes(device) for device in subject.reference.devices)
+
+
 def unfinished(
     subject: Subject, folder: Path, work: Work, clock: Clock, shard: Shard, left: int
 ) -> ScanResult:
@@ -196,7 +182,7 @@ def unfinished(
         layers=len(subject.inventory.layers),
         samples=work.samples,
         seconds=clock.seconds,
-        peak_bytes=peak_bytes(subject.reference.device),
+        peak_bytes=most_held(subject),
         kl_standard_4bit=None,
         kl_dynamic=None,
         attribution_residual=None,
@@ -251,10 +237,7 @@ def prepare_samples(
     if subject.has_head and not held_out:
         few = "1 sample is" if len(samples) == 1 else f"{len(samples)} samples are"
         notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
-    size = options.batch_size
-    return Work(
-        subject.groups(calibration, size), subject.groups(held_out, size) if held_out else [], tuple(notes)
-    )
+    return cut_samples(subject, calibration, held_out, options.batch_size, tuple(notes))
 
 
 def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:
@@ -283,8 +266,7 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
         subject.reference,
         fmt,
         measures,
-        work.calibration,
-        work.held_out,
+        work.batches,
         first,
         options.seed,
         subject.release,
@@ -310,39 +292,6 @@ def calibrate(
         )
     calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, progress=progress))
     add_notes(folder, (calibration.FITTED, *calibration.calibration_notes(folder)))
-
-
-def measure_units(
-    subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress, shard: Shard
-) -> None:
-    """Run the missing ones of this process's units, one batch at a time."""
-    if shard.own(missing_units(folder, "weights", 1)):
-        with subject.running("weights"):
-            write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
-    own = shard.own(range(len(work.calibration)))
-    todo = {u for s in measures.stages for u in shard.own(missing_units(folder, s, len(work.calibration)))}
-    half = own_half(sample for group in work.calibration for sample in group)
-    with walking(subject.path):  # opened once, so that weights change their dtype once
-        for unit in sorted(todo):
-            batch = subject.encode(work.calibration[unit])
-            with subject.running("measure", batch.elements):
-                frames = observe(subject, batch, measures, half)
-            for stage, frame in frames.items():
-                write_unit(folder, stage, unit, frame)
-            progress("measure", len([u for u in own if u not in todo or u <= unit]), len(own))
-
-
-def units_left(folder: Path) -> int:
-    """How many units of the layer table no process has finished yet."""
-    stages = needed_units(read_scan(folder).spec)
-    return sum(len(missing_units(folder, stage, count)) for stage, count in stages.items())
-
-
-def needed_units(spec: dict[str, Any]) -> dict[str, int]:
-    """The stages that a layer table is made of, each with its number of units; spec: of a scan.json."""
-    if "files" in spec:  # a scan of the weights alone, see `qprobe.weight_scan`
-        return {"weights": len(spec["files"])}
-    return {"weights": 1, **dict.fromkeys(Measures(**spec["measures"]).stages, len(spec["calibration"]))}
 
 
 def write_findings(folder: Path) -> None:

@@ -22,6 +22,7 @@ from qprobe.measure.identity import library_versions
 from qprobe.measure.memory import peak_bytes
 from qprobe.measure.shards import Shard, entered, finishing, shard_from
 from qprobe.measure.store import missing_units, open_run, read_scan, update_scan, write_unit
+from qprobe.measure.units import units_left
 from qprobe.models.headers import StoredTensor, read_headers
 from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve
@@ -30,7 +31,7 @@ from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.preflight import check_model
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.report.write import write_report
-from qprobe.scanning import Clock, ScanResult, left_to_others, units_left, write_findings
+from qprobe.scanning import Clock, ScanResult, left_to_others, write_findings
 from qprobe.wording import counted, named
 
 SCORE = "weight_nmse"
@@ -174,10 +175,11 @@ def _finish(options: ScanOptions, folder: Path, clock: Clock, device: torch.devi
             folder / "skiplist.json",
             manifest_of(record, table, plan, budget, scan_command(options, record.model.id)),
         )
+    done = replace(record, status="finished", seconds=clock.seconds, peak_bytes=peak_bytes(device))
+    update_scan(folder, done)  # before the report, which shows it
     with clock.stage("report"):
         write_report(folder)
-    done = replace(record, status="finished", seconds=clock.seconds, peak_bytes=peak_bytes(device))
-    update_scan(folder, done)
+    update_scan(folder, replace(done, seconds=clock.seconds))
     verdict = f"No KL was measured; the list is chosen by {plan.by} alone."
     layers = len(record.inventory.layers)
     return _result(folder, layers, clock, device, folder / "skiplist.json", verdict, done.notes)

@@ -12,7 +12,7 @@ from qprobe.models.reference import load_reference, meta_model
 from qprobe.records import FormatSpec
 from qprobe.samples.sources import from_jsonl
 from tests.benchmarks.checkpoints import geometry, write_checkpoint, write_samples
-from tests.benchmarks.full_size_streamed import largest_difference
+from tests.benchmarks.full_size_streamed import column_differences, largest_difference
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
@@ -59,3 +59,12 @@ def test_tables_differ_by_their_worst_number(tmp_path: Path):
         assert largest_difference(first, written("d", *other))["difference"] == float("inf")
     swapped = written("e", "y,language,0.0,1.0", "x,vision,2.0,")
     assert largest_difference(first, swapped)["column"] == "layer"
+
+
+def test_columns_differ_in_their_sum_their_layers_and_beside_the_largest(tmp_path: Path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_text("layer,kl,same\nx,8.0,1\ny,2.0,1\n")
+    second.write_text("layer,kl,same\nx,7.0,1\ny,2.0,1\n")
+    # 9 instead of 10; the layers differ by 1/8 and by nothing; 1 of 8
+    (line,) = column_differences(first, second)
+    assert line == {"column": "kl", "total": 0.1, "median": 0.0625, "largest": 0.125}

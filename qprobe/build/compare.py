@@ -26,7 +26,7 @@ from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest import Manifest, read_manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.models.inventory import has_language_head
-from qprobe.models.reference import load_reference
+from qprobe.models.reference import load_reference, one_device
 from qprobe.options import CompareOptions, Progress, no_progress
 from qprobe.quiet import quiet_models
 from qprobe.records import CALIBRATED, FormatSpec, Sample
@@ -159,15 +159,16 @@ def _loaders(
     with weights that are rounded to nearest.
     """
     folder = options.manifest.parent
-    standard = partial(load_standard_4bit, model, spec, options.device, revision)
-    dynamic = partial(load_dynamic_4bit, manifest, model, options.device, spec.compute_dtype, folder)
+    device = one_device(options.device)  # the 4-bit models are a quarter as large
+    standard = partial(load_standard_4bit, model, spec, device, revision)
+    dynamic = partial(load_dynamic_4bit, manifest, model, device, spec.compute_dtype, folder)
     if manifest.codes is None:
         return {"nf4": standard, "dynamic": dynamic}
     plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
     return {
         "nf4": standard,
         CALIBRATED: partial(standard, codes_of(manifest, folder)),
-        "dynamic-nf4": partial(load_dynamic_4bit, plain, model, options.device, spec.compute_dtype),
+        "dynamic-nf4": partial(load_dynamic_4bit, plain, model, device, spec.compute_dtype),
         "dynamic": dynamic,
     }
 

@@ -7,18 +7,20 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from qprobe.build.audit import audit
 from qprobe.build.card import model_card
-from qprobe.build.load import load_dynamic_4bit
+from qprobe.build.load import load_dynamic_4bit, with_dtype
 from qprobe.build.matching import check_keys
 from qprobe.build.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
-from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
+from qprobe.manifest import Manifest, Quality, moved, read_manifest, write_manifest
 from qprobe.options import Progress, no_progress
 from qprobe.quiet import quiet_models
 
@@ -55,15 +57,15 @@ def quantize(
 ) -> Quantized:
     """Writes the model that `manifest` describes into the new folder `out`; `from_pretrained` loads it alone.
 
-    The weights are read one by one and kept in 4-bit, so memory holds the 4-bit model and the weight at
-    hand. The folder has its name only once it is complete and audited; a killed run leaves a hidden
-    `.NAME.*.tmp` beside it, which nothing reads. Arguments and errors as of `load_dynamic_4bit`; ModelError
-    if `out` is there already and not empty, or cannot be written; ManifestError if no list of entries means
-    the same to every transformers 5.
+    The weights are read one by one and kept in 4-bit. On a GPU the peak is the 4-bit model; in host memory
+    transformers reads ahead, on a fast disk most of the 16-bit model. The folder has its name only once it is
+    complete and audited; a killed run leaves a hidden `.NAME.*.tmp` beside it, which nothing reads.
+    Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
+    or cannot be written; ManifestError if no list of entries means the same to every transformers 5.
     """
     target = Path(out)
     refuse_to_overwrite(target)
-    written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+    written = _computing_in(manifest if isinstance(manifest, Manifest) else read_manifest(manifest), dtype)
     entries = exact_entries(transformers_readers(written), str, exact)
     progress("load in 4-bit", 0, 3)
     loaded, processor = load_dynamic_4bit(manifest, model, device, dtype, folder)
@@ -78,7 +80,7 @@ def quantize(
         write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
         (place / "README.md").write_text(model_card(written, type(loaded).__name__), "utf-8")
         progress("audit", 2, 3)
-        found = audit(place, written if dtype is None else None, manifest_folder=origin)
+        found = audit(place, written, manifest_folder=origin)
         if not found.ok:
             raise VerificationError(
                 f"The checkpoint that was written is not what its manifest lists: {found.problems[0]} "
@@ -88,6 +90,14 @@ def quantize(
     progress("done", 3, 3)
     kept, stored = len(written.skip_modules), stored_bytes(loaded)
     return Quantized(target, len(four_bit), kept, stored.parameter_bytes, stored.total_bytes, files)
+
+
+def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:
+    """`manifest` with another 16-bit type, and then without what was measured in its own."""
+    spec = with_dtype(manifest.format, dtype)
+    if spec == manifest.format:
+        return manifest
+    return replace(manifest, format=spec, quality=Quality(), compared=())
 
 
 def refuse_to_overwrite(target: Path) -> None:
@@ -107,7 +117,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         os.replace(folder, target)
-    except (OSError, ManifestError) as error:
+    except (OSError, SafetensorError, ManifestError) as error:  # the full disk of a shard is the second
         reason = getattr(error, "strerror", None) or error
         raise ModelError(
             f"{target} cannot be written ({reason}). Make room, or pass another folder."

@@ -74,7 +74,7 @@ class _Search:
         # reduced cost (its value against that of its weight at the break's rate): most need no branch.
         at_break = self.rates[self.greedy]
         relaxed = self.best + float(limit - self.weight[0]) * at_break
-        self.most = relaxed - np.abs(self.values - self.costs * at_break)
+        self.most = (relaxed - np.abs(self.values - self.costs * at_break)).tolist()
 
     def run(self) -> list[int]:
         """The numbers, in the caller's order, of the best choice."""

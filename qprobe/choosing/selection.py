@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from math import fsum, isfinite
 from pathlib import Path
@@ -113,11 +113,17 @@ def predicted_kl(table: pd.DataFrame, kept: frozenset[str]) -> float | None:
 
     Without own damage: attributions sum to the KL of standard 4-bit, and those still in 4-bit remain.
     """
-    damage = damage_of(table)
+    return predictor(table)(kept)
+
+
+def predictor(table: pd.DataFrame) -> Callable[[frozenset[str]], float | None]:
+    """`predicted_kl` for one list after the other, what they share taken from `table` once."""
+    damage, column = damage_of(table), _column(table, SCORE)
     if damage is not None:
-        return damage.left(kept)
-    left = [v for n, v in _column(table, SCORE).items() if isfinite(v) and n not in kept]
-    return fsum(left) if SCORE in measured(table) else None
+        return damage.left
+    if SCORE not in measured(table):
+        return lambda kept: None
+    return lambda kept: fsum(v for n, v in column.items() if isfinite(v) and n not in kept)
 
 
 def default_measure(table: pd.DataFrame) -> str:

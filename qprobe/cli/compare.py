@@ -24,7 +24,7 @@ from qprobe.options import CompareOptions
     help="Where the 16-bit weights are: name, hub id or folder.  [default: as the manifest says]",
 )
 @shared.sample_options
-@shared.device_option
+@shared.devices_option
 @shared.dtype_option(None, "that of the manifest")
 def compare(as_json: bool, **asked: Any) -> None:
     """Run the 16-bit model, standard 4-bit and the dynamic 4-bit model on the same samples, side by side.

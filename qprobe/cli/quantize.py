@@ -33,7 +33,7 @@ def quantize(
 
     DIR is a standard checkpoint: safetensors shards, a config with the exact list of the layers in 16-bit,
     the processor, a model card with what the scan measured, and F itself. Plain from_pretrained loads it
-    where qprobe is not installed. The 16-bit weights are read one by one; memory holds the 4-bit model. DIR
+    where qprobe is not installed. The 16-bit weights are read one by one. DIR
     gets its name only once it is complete and audited.
 
     \b

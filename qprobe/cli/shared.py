@@ -129,6 +129,16 @@ def device_option(function: Command) -> Command:
     )(function)
 
 
+def devices_option(function: Command) -> Command:
+    """--device, of commands that can spread the 16-bit model over several GPUs."""
+    return click.option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ..., or auto to spread the 16-bit model over all GPUs.  [default: the first "
+        "CUDA device, auto where the model is too large for it; the CPU without one]",
+    )(function)
+
+
 def dtype_option(default: str | None, shown: str) -> Callable[[Command], Command]:
     """--dtype, handed on as torch's name of it; `shown` says the default in words."""
     return click.option(

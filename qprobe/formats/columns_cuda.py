@@ -49,9 +49,10 @@ def fused(base: Tensor, own: Tensor, scales: Tensor, coupling: Tensor, grid: Gri
     assert base.stride(1) == own.stride(1) == scales.stride(1) == 1 or rows == 1
     codes = torch.empty((width, rows), dtype=torch.int32, device=base.device)
     errors = torch.empty((width, rows), dtype=torch.float32, device=base.device)
-    _round[(triton.cdiv(rows, ROWS),)](
-        base, base.stride(0), own, own.stride(0), scales, scales.stride(0), coupling.contiguous(),
-        grid.values, grid.thresholds, codes, errors, rows, width,
-        WIDTH=max(16, triton.next_power_of_2(width)), ROWS=ROWS, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device(base.device):  # Triton launches on the current one
+        _round[(triton.cdiv(rows, ROWS),)](
+            base, base.stride(0), own, own.stride(0), scales, scales.stride(0), coupling.contiguous(),
+            grid.values, grid.thresholds, codes, errors, rows, width,
+            WIDTH=max(16, triton.next_power_of_2(width)), ROWS=ROWS, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
     return codes, errors

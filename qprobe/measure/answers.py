@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qprobe.atomic import write_atomic
+from qprobe.atomic import write_atomic, write_first
 from qprobe.errors import RunError
 from qprobe.measure.identity import weights_digest
 from qprobe.measure.shards import Shard
@@ -57,7 +57,7 @@ def with_answers(
                     max_new_tokens,
                     subject.reference.device,
                 )
-            _write(paths[i], own)
+            _write(paths[i], own, groups[i])
         progress("answers", count, len(groups))
     found: dict[str, Sample] = {}
     for path, group in zip(paths, groups, strict=True):
@@ -70,11 +70,14 @@ def _key(weights: str, max_new_tokens: int, group: Sequence[Sample]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _write(path: Path, group: Sequence[Sample]) -> None:
-    lines = [{"sample": s.id, "answer": s.answer, "ends": s.ends} for s in group]
+def _write(path: Path, answered: Sequence[Sample], group: Sequence[Sample]) -> None:
+    """The first process to finish a batch decides its answers: others may have measured with them already."""
+    lines = [{"sample": s.id, "answer": s.answer, "ends": s.ends} for s in answered]
+    data = (json.dumps(lines, indent=1, ensure_ascii=False) + "\n").encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(lines, indent=1, ensure_ascii=False) + "\n").encode())
+        if not write_first(path, data) and _read(path, group) is None:
+            write_atomic(path, data)
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error.strerror or error}). Make room or pass another --out; "

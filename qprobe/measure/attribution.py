@@ -81,14 +81,14 @@ class Path:
             return answer_logits(self.model, batch)
 
     def slopes(self, batch: Batch, reference: list[Tensor], alpha: float) -> dict[str, Tensor]:
-        """For each linear the slope <dKL/dW, D> at W + alpha D: (samples,) float64, in nats.
+        """For each linear the slope <dKL/dW, D> at W + alpha D: (samples,) float64 on the CPU, in nats.
 
         Summed over answer tokens. reference: the answer logits at alpha = 0. A linear that did not run,
         or whose rows cannot be told apart by sample, is missing.
         """
         return self._gradients(batch, alpha, lambda logits: kl_per_sample(reference, logits))
 
-    def own_damage(self, batch: Batch, reference: list[Tensor]) -> dict[str, Tensor]:
+    def own_damage(self, batch: Batch) -> dict[str, Tensor]:
         """For each linear an unbiased estimate of 1/2 d2KL/ds2 at alpha = 0: (samples,) float64, in nats.
 
         d2KL/ds2 = sum_t j_t^T (diag p_t - p_t p_t^T) j_t with j_t = d logits_t / ds, the Fisher information
@@ -97,10 +97,12 @@ class Path:
         "New Insights and Perspectives on the Natural Gradient Method"). The signs come from the sample alone,
         whatever batch it is in.
         """
-        signs = [_signs(p, sample.digest) for p, sample in zip(reference, batch.samples, strict=True)]
-        weights = [_fisher_root(p, e) for p, e in zip(reference, signs, strict=True)]
 
         def projected(logits: list[Tensor]) -> Tensor:
+            weights = [
+                _fisher_root(z.detach(), _signs(z, sample.digest))
+                for z, sample in zip(logits, batch.samples, strict=True)
+            ]
             return torch.stack([(c * z).double().sum() for c, z in zip(weights, logits, strict=True)])
 
         return {name: g.square() / 2 for name, g in self._gradients(batch, 0.0, projected).items()}
@@ -125,7 +127,8 @@ class Path:
             total = scale * loss(answer_logits(self.model, batch)).sum()
             names = list(steps)
             gradients = torch.autograd.grad(total, [steps[n] for n in names], allow_unused=True)
-        return {n: g.double() / scale for n, g in zip(names, gradients, strict=True) if g is not None}
+        found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
+        return {n: g / scale for n, g in on_host(found).items()}
 
     def integrals(self, batch: Batch, reference: list[Tensor], nodes: int) -> dict[str, Tensor]:
         """a_l of each linear by `gauss_radau`: (samples,) float64, nats over all answer tokens."""
@@ -134,6 +137,17 @@ class Path:
             for name, slope in self.slopes(batch, reference, alpha).items():
                 totals[name] = totals.get(name, torch.zeros_like(slope)) + weight * slope
         return totals
+
+
+def on_host(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`values`, of one shape, in float64 on the CPU; one copy from each device that they are on."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in values.items():
+        by_device.setdefault(value.device, []).append(name)
+    copied: dict[str, Tensor] = {}
+    for names in by_device.values():
+        copied |= zip(names, torch.stack([values[n] for n in names]).cpu().double(), strict=True)
+    return {name: copied[name] for name in values}
 
 
 def _signs(reference: Tensor, digest: str) -> Tensor:

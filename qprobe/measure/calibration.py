@@ -95,14 +95,14 @@ def rounding_bytes(out_features: int, in_features: int) -> int:
 def gram_room(work: Work, inputs: Sequence[SharedInput]) -> int:
     """Bytes for Gram matrices: what a memory limit leaves, or a quarter of what is free, beside rounding.
 
-    The quarter is `MOST_MEMORY` at most. inputs: all there are; `shared_inputs` has run. Raises MachineError
-    if the largest matrix does not fit.
+    The quarter is `MOST_MEMORY` at most; of several devices the fullest one counts. inputs: all there are;
+    `shared_inputs` has run. Raises MachineError if the largest matrix does not fit.
     """
     subject, device = work.subject, work.subject.reference.device
     outputs = {one: sum(subject.modules[name].out_features for name in one.names) for one in inputs}
     rounding = max((rounding_bytes(out, one.in_features) for one, out in outputs.items()), default=0)
     if subject.limit is None:
-        free = _free_on_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
+        free = min(free_memory(place) for place in subject.reference.devices)
         return min(free // 4, MOST_MEMORY, max(0, free - rounding))
     # Samples run while matrices are summed, weights are rounded afterwards. A quarter more for float32.
     beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding)
@@ -111,8 +111,10 @@ def gram_room(work: Work, inputs: Sequence[SharedInput]) -> int:
     return subject.limit.left_bytes - beside
 
 
-def _free_on_gpu(device: torch.device) -> int:
-    """Bytes that the device can still give, with those that PyTorch holds but does not use."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give, with those that PyTorch holds on a GPU but does not use."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 
@@ -129,12 +131,13 @@ def calibrate_model(work: Work) -> None:
         calibrate_units(work, inputs, unfinished(work.folder, len(inputs)))
         codes = _joined(work.folder, len(inputs))
         update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
-    for left in (work.folder / "units").glob(f"{STAGE_CALIBRATION}-*.safetensors"):
-        left.unlink(missing_ok=True)  # also what a process left that ended just before this
     with open_codes(checked(codes, work.folder)) as file:
         for name in sorted(file.layers):
-            packed = file.stored(name, work.subject.reference.device).packed()
+            packed = file.stored(name, work.subject.device_of(name)).packed()
             work.subject.round_trips.put(name, packed)
+    # Only now that the joined file was read whole; also what a process left that ended just before this.
+    for left in (work.folder / "units").glob(f"{STAGE_CALIBRATION}-*.safetensors"):
+        left.unlink(missing_ok=True)
 
 
 def unfinished(folder: Path, count: int) -> list[int]:

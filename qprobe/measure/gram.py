@@ -114,13 +114,12 @@ class Gathering:
     apart: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        device = self.subject.reference.device
         if self.subject.limit is not None:
             self.subject.limit.store.allow(0)
         self._leaders = {name: one.leader for one in self.inputs for name in one.names}
         self._read: dict[str, Any] = {}
         for one in self.inputs:
-            size = (one.in_features, one.in_features)
+            size, device = (one.in_features, one.in_features), self.subject.device_of(one.leader)
             self.grams[one.leader] = Gram(torch.zeros(size, dtype=gram_dtype(device), device=device))
 
     def add(self, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,16 @@ def replaced_forwards(modules: Mapping[str, nn.Linear], forward: LinearForward) 
 
 
 def _bound(forward: LinearForward, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    return lambda input: forward(name, module, input)  # "input" is nn.Linear's own argument name
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return lambda input: forward(name, module, input)  # "input" is nn.Linear's own argument name
+
+    def moved(input: Tensor) -> Tensor:
+        # accelerate's hook is in the forward that is replaced: it moves inputs to where the weight lies.
+        (x,), _ = hook.pre_forward(module, input)
+        return hook.post_forward(module, forward(name, module, x))
+
+    return moved
 
 
 def _restore(module: nn.Module, before: Any) -> None:
@@ -147,9 +157,18 @@ def _keeping_attention() -> tuple[Any, Any]:
     return _around_attention(keeping), _around_attention(finding)
 
 
+# Backward passes run in a thread for each GPU, and what is replaced here belongs to all of them.
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def _around_attention(mode: Any) -> Iterator[None]:
     """While open, torch's scaled_dot_product_attention runs inside `mode`."""
+    with _ONE_AT_A_TIME:
+        yield from _replaced_attention(mode)
+
+
+def _replaced_attention(mode: Any) -> Iterator[None]:
     plain = F.scaled_dot_product_attention
 
     def attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -25,15 +25,14 @@ def run_spec(
     reference: Reference,
     fmt: FormatSpec,
     measures: Measures,
-    calibration: list[tuple[Sample, ...]],
-    held_out: list[tuple[Sample, ...]],
+    batches: Mapping[str, Sequence[Sequence[Sample]]],
     first: Batch,
     seed: int,
     release: Callable[[Tensor], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The specification of a run: two runs with equal specifications give the same units.
 
-    release: see `weights_digest`.
+    batches: of samples, by what is measured on them. first: one of them. release: see `weights_digest`.
     """
     return {
         "model": asdict(reference.identity),
@@ -42,8 +41,7 @@ def run_spec(
         "device": reference.device.type,
         "measures": asdict(measures),
         "processor": inputs_digest(first),
-        "calibration": [[_named(s) for s in group] for group in calibration],
-        "held_out": [[_named(s) for s in group] for group in held_out],
+        **{what: [[_named(s) for s in group] for group in groups] for what, groups in batches.items()},
         "seed": seed,
         "versions": library_versions(),
     }

@@ -98,7 +98,8 @@ class OutputErrors:
             return pd.DataFrame()
         alike: dict[tuple, list[int]] = {}
         for i, (name, call) in enumerate(calls):
-            alike.setdefault((call.y.shape[1], self._is_text(name, call)), []).append(i)
+            key = (call.y.device, call.y.shape[1], self._is_text(name, call))
+            alike.setdefault(key, []).append(i)
         columns: dict[str, np.ndarray] = {}
         for members in alike.values():
             for key, values in self._reduced([calls[i] for i in members]).items():

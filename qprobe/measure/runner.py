@@ -19,6 +19,7 @@ from qprobe.measure.subject import Subject
 from qprobe.records import Sample
 from qprobe.samples.inputs import Batch
 
+ALONE = "alone"  # the stage of own damage
 STANDARD = "standard"  # the choice that keeps nothing: every linear but the fixed ones in 4-bit
 
 
@@ -28,7 +29,8 @@ class Measures:
 
     nodes: of the sensitivity's quadrature to begin with, a forward and a backward pass each. With two or more
     the first is the 16-bit end of the path, where the slope is 0 and the pass measures each layer's own
-    damage, on half of the samples (see `own_half`); the others are on the path. tolerance: see `attribute`.
+    damage, on half of the samples (see `own_half`), in batches of their own; the others are on the path.
+    tolerance: see `attribute`.
     """
 
     propagated: bool
@@ -42,9 +44,8 @@ class Measures:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Stages of the store that these measures fill."""
-        with_answers = ("kl", "sensitivity") if self.sensitivity else ()
-        return ("outputs", *with_answers, *(("alone",) if self.own_damage else ()))
+        """Stages of the store that `observe` fills; own damage has its own, `ALONE`."""
+        return ("outputs", *(("kl", "sensitivity") if self.sensitivity else ()))
 
 
 def applicable_measures(
@@ -72,12 +73,8 @@ def applicable_measures(
     return Measures(propagated, sensitivity, nodes), tuple(notes)
 
 
-def observe(
-    subject: Subject, batch: Batch, measures: Measures, own: frozenset[str] | None = None
-) -> dict[str, pd.DataFrame]:
-    """The unit frames of one batch by stage (see `Measures.stages`), all in the dtype of the path.
-
-    own: ids of the samples on which own damage is measured (see `own_half`); None for every one.
+def observe(subject: Subject, measures: Measures, batch: Batch) -> dict[str, pd.DataFrame]:
+    """The unit frames of one batch by stage, all in the dtype of the path; all but own damage.
 
     Samples without answer tokens get outputs but no KL and no sensitivity.
     """
@@ -88,30 +85,27 @@ def observe(
         frames = {"outputs": rows}
         if measures.sensitivity:
             ends = (logits[: batch.size], logits[batch.size :]) if measures.propagated else None
-            frames |= _observe_damage(path, batch, measures, ends, own)
+            frames |= _observe_damage(path, batch, measures, ends)
     return frames
 
 
 def _observe_damage(
-    path: Path, batch: Batch, measures: Measures, ends: Ends | None, own: frozenset[str] | None
+    path: Path, batch: Batch, measures: Measures, ends: Ends | None
 ) -> dict[str, pd.DataFrame]:
-    """The frames "kl", "sensitivity" and, where measured, "alone"; without rows if there is no answer."""
-    nothing = rows_by_sample(batch, {})
+    """The frames "kl" and "sensitivity"; without rows if there is no answer."""
     if not batch.answer_tokens:
-        frames = {"kl": kl_rows(batch, STANDARD, []), "sensitivity": nothing}
-        return {**frames, "alone": nothing} if measures.own_damage else frames
+        return {"kl": kl_rows(batch, STANDARD, []), "sensitivity": rows_by_sample(batch, {})}
     ends = ends or (path.logits(batch, 0.0), path.logits(batch, 1.0))
     found = attribute(path, batch, max(1, measures.nodes - 1), measures.tolerance, ends)
-    frames = {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
-    if measures.own_damage:
-        wanted = [i for i, x in enumerate(batch.samples) if own is None or x.id in own]
-        frames["alone"] = nothing if not wanted else _own_rows(path, batch.part(wanted), wanted, ends[0])
-    return frames
+    return {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
 
 
-def _own_rows(path: Path, part: Batch, indices: list[int], reference: list[torch.Tensor]) -> pd.DataFrame:
-    """The rows "alone" of a part of a batch; reference: the 16-bit answer logits of the whole batch."""
-    return rows_by_sample(part, path.own_damage(part, [reference[i] for i in indices]))
+def observe_alone(subject: Subject, batch: Batch) -> dict[str, pd.DataFrame]:
+    """The unit frame `ALONE` of one batch: each linear's own damage, in the dtype of the path."""
+    path = subject.path
+    batch = batch.in_dtype(path.dtype)
+    with walking(path):
+        return {ALONE: rows_by_sample(batch, path.own_damage(batch))}
 
 
 def own_half(samples: Iterable[Sample]) -> frozenset[str]:

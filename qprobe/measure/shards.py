@@ -41,7 +41,15 @@ class Shard:
         return [*units[first:], *units[:first]]
 
     def device(self, asked: str | None) -> str | None:
-        """The device `asked` for; where that leaves the GPU open, the one of this process on its machine."""
+        """The device `asked` for; where that leaves the GPU open, the one of this process on its machine.
+
+        Raises MachineError if several processes of one machine would each spread over all of its GPUs.
+        """
+        if asked == "auto" and self.local is not None and not self.is_alone:
+            raise MachineError(
+                "--device auto takes all GPUs of a machine, and torchrun starts several processes there. Run "
+                "without torchrun, or leave --device away."
+            )
         if self.local is None or asked not in (None, "cuda"):
             return asked
         import torch

@@ -24,7 +24,7 @@ from qprobe.models.inventory import has_language_head, linear_modules, list_laye
 from qprobe.models.mapped import Mapped
 from qprobe.models.reference import Reference
 from qprobe.records import FormatSpec, Inventory, Linear, Sample
-from qprobe.samples.inputs import Batch, batches, encode, image_token_id
+from qprobe.samples.inputs import Batch, batches, encode, image_token_id, one_shape_groups
 
 # What packing a weight takes for each element while it lasts: bitsandbytes works in parts on a GPU.
 PACKING_BYTES = {"cpu": 13, "cuda": 4}
@@ -70,6 +70,10 @@ class Subject:
         room = ROOM_BYTES if self.limit is None else min(ROOM_BYTES, self.limit.limit_bytes // ROOM_SHARE)
         return Path(self.model, self.quantized_modules, self.round_trips, path_dtype(self.model), room)
 
+    def device_of(self, name: str) -> torch.device:
+        """Where the linear `name` runs: a model may be spread over several devices."""
+        return self.reference.target or self.modules[name].weight.device
+
     @property
     def streamed_bytes(self) -> int | None:
         """Bytes of weights copied to the device so far; None where all of them are there."""
@@ -101,6 +105,10 @@ class Subject:
     def groups(self, samples: tuple[Sample, ...], size: int) -> list[tuple[Sample, ...]]:
         """`samples` in batches of one processed image shape, see `qprobe.samples.inputs.batches`."""
         return batches(self.reference.processor, samples, size)
+
+    def one_shape_groups(self, samples: tuple[Sample, ...]) -> list[tuple[Sample, ...]]:
+        """`samples` in groups of one processed image shape, see `qprobe.samples.inputs.one_shape_groups`."""
+        return one_shape_groups(self.reference.processor, samples)
 
     def encode(self, samples: tuple[Sample, ...]) -> Batch:
         """The batch of `samples` on the model's device."""

@@ -15,8 +15,17 @@ from qprobe.models.catalogue import ENTRIES, Entry, find, nearest
 from qprobe.models.geometry import catalogue_config
 from qprobe.models.inventory import fingerprint
 from qprobe.models.mapped import return_freed_memory
+from qprobe.models.spread import (
+    check_layout,
+    devices_of,
+    free_bytes,
+    is_too_large,
+    needed_bytes,
+    room_for_weights,
+)
 from qprobe.records import ModelIdentity
 
+SPREAD = "auto"  # the device that is every GPU there is
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FOR_EXAMPLE = ("demo", "llama-3.2-11b-vision", "qwen2.5-vl-7b")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,6 +58,11 @@ class Reference:
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.target or next(self.model.parameters()).device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that it runs on: several where it is spread over GPUs."""
+        return (self.target,) if self.target else devices_of(self.model)
 
 
 def resolve(model: str) -> Source:
@@ -106,6 +120,11 @@ def pick_device(device: str | None) -> torch.device:
     return picked
 
 
+def one_device(device: str | None) -> str | None:
+    """`device` for what runs on one: the best there is in place of all GPUs."""
+    return None if device == SPREAD else device
+
+
 def load_reference(
     model: str,
     device: str | None = None,
@@ -116,12 +135,13 @@ def load_reference(
     """The 16-bit model, processor and identity behind `model` (alias, folder or hub id).
 
     revision: commit, tag or branch on the hub; None for the newest; of no meaning for a folder.
+    device: "auto" spreads it over all GPUs, as None does where the first one is too small.
     on_host: leave the weights on the CPU, in the files that are mapped there; else they go straight to the
     device. Only safetensors are read, no pickle and no remote code.
-    Raises ModelError if it cannot be had, MachineError for a device that is not here.
+    Raises ModelError if it cannot be had, MachineError for a device that is not here and for too few GPUs.
     """
     source = at_revision(resolve(model), revision)
-    place = pick_device(device)
+    place = pick_device(one_device(device))
     if on_host and place.type == "cpu":
         return_freed_memory()
     config = load_config(source)
@@ -131,14 +151,29 @@ def load_reference(
             source.location,
             revision=source.revision or "main",
             dtype=DTYPES[dtype],
-            device_map={"": torch.device("cpu") if on_host else place},
+            **_layout(config, dtype, device, torch.device("cpu") if on_host else place),
             use_safetensors=True,
         )
         processor = load_processor(source)
+    check_layout(getattr(loaded, "hf_device_map", {}) if place.type == "cuda" and not on_host else {})
     loaded.eval().requires_grad_(False)
     revision = source.revision or getattr(loaded.config, "_commit_hash", None)
     identity = ModelIdentity(source.id, revision, type(loaded).__name__, fingerprint(loaded))
     return Reference(loaded, processor, identity, source, place if on_host else None)
+
+
+def _layout(config: Any, dtype: str, asked: str | None, place: torch.device) -> dict[str, Any]:
+    """Arguments of from_pretrained that say where the weights go: to `place`, or over all GPUs.
+
+    asked: the device that the user named. Raises MachineError if all GPUs together are too few.
+    """
+    alone: dict[str, Any] = {"device_map": {"": place}}
+    if asked not in (None, SPREAD) or place.type != "cuda" or torch.cuda.device_count() < 2:
+        return alone
+    needed, free = needed_bytes(meta_model(config, dtype)), free_bytes()
+    if asked is None and not is_too_large(needed, free):
+        return alone
+    return {"device_map": "auto", "max_memory": room_for_weights(needed, free)}
 
 
 def load_config(source: Source) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum, sqrt
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from qprobe.choosing.selection import (
     held_out_quality,
     manifest_of,
     plans_by,
-    predicted_kl,
+    predictor,
 )
 from qprobe.choosing.table import finite_answers, measured
-from qprobe.manifest import Manifest
+from qprobe.manifest import Manifest, Quality
 from qprobe.measure.store import choice_stage, read_units
 from qprobe.records import Scan
 
@@ -83,7 +83,7 @@ class Prediction:
     """What each list is predicted to leave, as `qprobe.choosing` predicts it, with a standard error."""
 
     def __init__(self, folder: Path, scan: Scan, table: pd.DataFrame) -> None:
-        self.table = table
+        self.predicted_kl = predictor(table)
         self.fixed = frozenset(x.name for x in scan.inventory.layers if x.fixed)
         rows = finite_answers(read_units(folder, "sensitivity"))
         self.path = rows.pivot(index="sample", columns="layer", values="kl_sum").fillna(0.0)
@@ -99,7 +99,7 @@ class Prediction:
         The KL is own damage and path's share of the layers left, weighted by how much of the damage is left
         (see `qprobe.choosing.damage`); that weight is taken as known, and the two as independent.
         """
-        value = predicted_kl(self.table, kept | self.fixed)
+        value = self.predicted_kl(kept | self.fixed)
         if value is None or self.path.empty:
             return None
         rest = ~self.path.columns.isin(kept)
@@ -127,9 +127,19 @@ def measured_kl(folder: Path, plan: Plan) -> KL | None:
 
 def manifest_at(folder: Path, scan: Scan, table: pd.DataFrame, point: Point) -> Manifest:
     """The manifest of `point`, as `qprobe select RUN --budget` gives it."""
-    command = shlex.join(["qprobe", "select", folder.resolve().name, "--budget", point.budget.requested])
     quality = held_out_quality(folder, scan, point.plan)
-    return manifest_of(scan, table, point.plan, point.budget, command, quality)
+    return manifest_of(scan, table, point.plan, point.budget, command_at(folder, point), quality)
+
+
+def command_at(folder: Path, point: Point) -> str:
+    """What makes the manifest of `point`."""
+    return shlex.join(["qprobe", "select", folder.resolve().name, "--budget", point.budget.requested])
+
+
+def quality_at(point: Point, other: Quality) -> Quality:
+    """The quality in the manifest of `point`; other: in that of any other point."""
+    measured, predicted = (None if kl is None else kl.value for kl in (point.measured, point.predicted))
+    return replace(other, kl_dynamic=measured, kl_predicted=predicted)
 
 
 def reasons(scan: Scan, table: pd.DataFrame, by: str) -> tuple[list[str], list[str]]:

@@ -148,7 +148,9 @@ def finished(
         title_fontsize=layout.font - 1,
         alignment="left",
     )
-    figure.draw_without_rendering()
+    arranged = figure.get_layout_engine()
+    assert arranged is not None, "framed gives a layout engine"
+    arranged.execute(figure)
     figure.set_layout_engine("none")  # it stands now: drawn again, it would move under the labels
 
 

@@ -15,7 +15,7 @@ from qprobe.choosing.ranks import read_ranks
 from qprobe.choosing.table import attribution_residual
 from qprobe.manifest import NEAREST, NOTHING, Manifest, manifest_to_json
 from qprobe.records import Scan
-from qprobe.report.budgets import KL, Point, Prediction, manifest_at, points, reasons
+from qprobe.report.budgets import KL, Point, Prediction, command_at, manifest_at, points, quality_at, reasons
 from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
 from qprobe.report.panels import MEASURES, PANELS, spike_indices
@@ -152,13 +152,13 @@ def _base(folder: Path, scan: Scan, table: pd.DataFrame, frontier: Sequence[Poin
     """What the manifests of all points share, and what each has alone that its list does not tell."""
     if not frontier:
         return None
-    manifests = [manifest_at(folder, scan, table, point) for point in frontier]
-    whole = manifest_to_json(manifests[0])
+    manifest = manifest_at(folder, scan, table, frontier[0])
+    whole = manifest_to_json(manifest)
     own = {"budget", "quality", "compared", "layers", "skip_modules", "made_by"}
     return {
         "shared": {key: value for key, value in whole.items() if key not in own},
-        "qualities": [asdict(m.quality) for m in manifests],
-        "commands": [m.made_by.command for m in manifests],
+        "qualities": [asdict(quality_at(point, manifest.quality)) for point in frontier],
+        "commands": [command_at(folder, point) for point in frontier],
     }
 
 

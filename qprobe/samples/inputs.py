@@ -69,22 +69,6 @@ class Batch:
             self.answers * times,
         )
 
-    def part(self, indices: Sequence[int]) -> Batch:
-        """The samples at `indices`, padded as they are here.
-
-        Every tensor holds as many rows for one sample as for another, since a batch has one image shape.
-        """
-
-        def rows(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(0, (self.size, -1))[list(indices)].flatten(0, 1)
-
-        return Batch(
-            tuple(self.samples[i] for i in indices),
-            {k: rows(v) for k, v in self.inputs.items()},
-            self.kinds[list(indices)],
-            tuple(self.answers[i] for i in indices),
-        )
-
 
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer inside a processor, or the processor itself if it is one."""
@@ -199,10 +183,20 @@ def image_token_id(config: Any) -> int | None:
 
 def batches(processor: Any, samples: Iterable[Sample], size: int) -> list[tuple[Sample, ...]]:
     """`samples` cut into groups of at most `size` whose images have one processed shape, in stable order."""
+    return cut(one_shape_groups(processor, samples), size)
+
+
+def one_shape_groups(processor: Any, samples: Iterable[Sample]) -> list[tuple[Sample, ...]]:
+    """`samples` in groups whose images have one processed shape, in stable order."""
     by_shape: dict[tuple, list[Sample]] = {}
     for sample in samples:
         by_shape.setdefault(_image_shape(processor, sample), []).append(sample)
-    return [tuple(group[i : i + size]) for group in by_shape.values() for i in range(0, len(group), size)]
+    return [tuple(group) for group in by_shape.values()]
+
+
+def cut(groups: Iterable[Sequence[Sample]], size: int) -> list[tuple[Sample, ...]]:
+    """Each of `groups` cut into parts of at most `size`, in order."""
+    return [tuple(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
 
 
 def _image_shape(processor: Any, sample: Sample) -> tuple:

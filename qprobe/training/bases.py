@@ -11,7 +11,7 @@ from qprobe.build.load import check_model, load_dynamic_4bit, load_standard_4bit
 from qprobe.build.ready import ready_for_training
 from qprobe.errors import MachineError, ManifestError, RunError
 from qprobe.manifest import Manifest, read_manifest
-from qprobe.models.reference import load_processor, load_reference
+from qprobe.models.reference import load_processor, load_reference, pick_device
 from qprobe.options import Base
 from qprobe.quiet import quiet_models
 
@@ -40,7 +40,8 @@ def load_base(
             source.location, replace(spec, name="nf4"), device, source.revision
         )
         return ready_for_training(loaded), processor
-    reference = load_reference(source.location, device, spec.compute_dtype, source.revision)
+    place = str(pick_device(device))  # one device, since a spread model does not train
+    reference = load_reference(source.location, place, spec.compute_dtype, source.revision)
     return ready_for_training(reference.model), load_processor(source)
 
 

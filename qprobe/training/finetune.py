@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from qprobe import __version__
 from qprobe.atomic import write_atomic
@@ -21,6 +24,7 @@ from qprobe.build.ready import lora_targets
 from qprobe.errors import MachineError, RunError, SampleError
 from qprobe.exports.shared import yaml
 from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
+from qprobe.measure.identity import weights_digest
 from qprobe.models.reference import pick_device
 from qprobe.options import FinetuneOptions, Optimizer, Progress, no_progress
 from qprobe.quiet import quiet_models
@@ -36,14 +40,15 @@ from qprobe.training.encoding import encode_conversations, encoding_problem
 from qprobe.training.trainer import Watch, make_trainer
 
 CHECKPOINTS = "checkpoints"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
 class Finetuned:
     """A finished run.
 
-    losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
-    base's; both are None without held-out lines. history: (step, loss) as logged, mean since the last log.
+    eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
+    base's; both are None without held-out lines. history: (step, loss), over the step
     peak_bytes: of device memory, None on a CPU. skipped: one sentence a line that was left out.
     """
 
@@ -91,6 +96,10 @@ def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Fine
     model, processor = load_base(options.manifest, options.base, options.model, options.device, options.dtype)
     checked = [_encodable(x, processor, model.dtype, options.max_length, progress) for x in found]
     train, held_out = _split([keep_good(x, options.bad_data) for x in checked], options)
+    _check_batches(train, options.batch_size)
+    # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
+    spec["weights"] = weights_digest(model)
+    _check_out(options.out, spec)
     torch.manual_seed(options.seed)
     config = peft.LoraConfig(
         r=options.rank,
@@ -100,12 +109,14 @@ def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Fine
     )
     tuned = peft.get_peft_model(model, config)
     _write_record(options.out, {"status": "running", "fingerprint": manifest.model.fingerprint, "spec": spec})
-    result = _train(options, spec["optimizer"], tuned, processor, train, held_out, progress)
+    with _disk_explained(options.out):
+        result = _train(options, spec["optimizer"], tuned, processor, train, held_out, progress)
     skipped = tuple(sentence for one in checked for sentence in one.sentences())
     done = Finetuned(
         out=options.out, base=options.base, fingerprint=manifest.model.fingerprint, skipped=skipped, **result
     )
-    _finish(options, tuned, processor, manifest, spec, done)
+    with _disk_explained(options.out):
+        _finish(options, tuned, processor, manifest, spec, done)
     return done
 
 
@@ -126,10 +137,37 @@ def _spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:
         **asked,
         "optimizer": _optimizer(options.optimizer, device),
         "fingerprint": manifest.model.fingerprint,
+        "format": asdict(manifest.format),
+        "codes": None if manifest.codes is None else manifest.codes.sha256,
         "skip_modules": _digest("\n".join(manifest.skip_modules).encode()),
         "data": _file_digest(options.data),
         "eval_data": None if options.eval_data is None else _file_digest(options.eval_data),
     }
+
+
+def _check_batches(lines: Sequence[Conversation], batch_size: int) -> None:
+    """Raises SampleError if a batch could mix lines with and without an image, which processors refuse."""
+    with_image = sum(x.image is not None for x in lines)
+    if batch_size > 1 and 0 < with_image < len(lines):
+        raise SampleError(
+            f"{with_image} of {len(lines)} lines have an image, and a batch cannot mix both kinds. Pass "
+            f"--batch-size 1 with --accumulation {batch_size} times as large."
+        )
+
+
+@contextmanager
+def _disk_explained(out: Path) -> Iterator[None]:
+    """Turns what a full disk raises into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK:
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"{out} cannot be written ({reason}). Make room; the same command goes on from the last "
+            "checkpoint."
+        ) from error
 
 
 def _optimizer(wanted: Optimizer | None, device: torch.device) -> Optimizer:

@@ -55,7 +55,7 @@ def make_trainer(
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_eval_batch_size=1,  # so that the loss is a mean over lines, whatever the batch
         gradient_accumulation_steps=options.accumulation,
         max_steps=options.steps or -1,
         num_train_epochs=options.epochs,

@@ -8,14 +8,16 @@ command in a process of its own. The bare forward of the same samples runs warm 
 that both see the same clocks. Prints Markdown, a row as soon as it is known, so that a killed run leaves a
 table. Parts: write, bare, activation (weight + activation error only), scan, select, load4, quantize, and,
 on request, streamed (the default scan within --max-memory, its table beside that of the part scan, and its
-copies) and weight (the weight-only scan on the CPU beside the bare read of the files and the quantizer's own
-speed).
+copies), spread and shards (the default scan with the model over two GPUs, and by two processes of torchrun,
+with their tables beside that of the part scan) and weight (the weight-only scan on the CPU beside the bare
+read of the files and the quantizer's own speed).
 With --images or --layers it prints how scan time grows instead. `--tiny` checks all of it on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -27,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.full_size_parts import CHILDREN, Bench, Ran
-from tests.benchmarks.full_size_streamed import largest_difference
+from tests.benchmarks.full_size_streamed import column_differences, largest_difference
 
 PARTS = ("write", "bare", "activation", "scan", "select", "load4", "quantize")
-ON_REQUEST = ("streamed", "weight")
+ON_REQUEST = ("streamed", "spread", "shards", "weight")
 GIB = 2**30
 
 
@@ -104,6 +106,12 @@ def stages(bench: Bench) -> None:
         steady(bench, "scan", bare)
     if "streamed" in parts:
         streamed(bench, bare)
+    if "spread" in parts:
+        scanned(bench.spread(), "scan with the model over all GPUs", bare)
+        compared(bench, "spread")
+    if "shards" in parts:
+        scanned(bench.shards(), "scan by two processes of torchrun, the one that chose", bare)
+        compared(bench, "shards")
     if "select" in parts:
         named(bench.select(), "select again, another budget: the whole process")
     if "load4" in parts:
@@ -124,13 +132,26 @@ def named(ran: Ran, name: str) -> None:
 
 
 def steady(bench: Bench, name: str, bare: dict[str, Any] | None) -> None:
-    """The row of a full batch after the first, which pays for what is done once a process."""
-    done = sorted(x.stat().st_mtime for x in (bench.run_folder(name) / "units").glob("outputs-*.parquet"))
-    gaps = sorted(b - a for a, b in pairwise(done[:-1]))  # the last batch may be a smaller one
-    if gaps and bare:
-        each = bare["calibration"] / bare["samples"][0] * bench.options.batch_size
-        seconds = gaps[len(gaps) // 2]
-        row(f"{name}: one batch, the first left out, median", seconds, seconds / each, None, None)
+    """Rows of a full batch after the first, which pays for what is done once a process."""
+    shared, alone = unit_times(bench, name, "outputs"), unit_times(bench, name, "alone")
+    gaps = sorted(b - a for a, b in pairwise(shared[:-1]))  # the last batch may be a smaller one
+    if not (gaps and bare):
+        return
+    each = bare["calibration"] / bare["samples"][0] * bench.options.batch_size
+    seconds = gaps[len(gaps) // 2]
+    row(f"{name}: one batch, the first left out, median", seconds, seconds / each, None, None)
+    if len(alone) > 1:
+        own = sorted(b - a for a, b in pairwise([shared[-1], *alone[:-1]]))
+        half = own[len(own) // 2]
+        row(f"{name}: own damage of one batch, median", half, half / each, None, None)
+        whole = seconds + half / 2  # own damage is measured on half of the samples
+        row(f"{name}: one batch with its share of own damage", whole, whole / each, None, None)
+
+
+def unit_times(bench: Bench, name: str, stage: str) -> list[float]:
+    """When the units of a stage were finished, in order."""
+    found = (bench.run_folder(name) / "units").glob(f"{stage}-*.parquet")
+    return sorted(x.stat().st_mtime for x in found)
 
 
 def loaded(ran: Ran, name: str) -> None:
@@ -174,11 +195,21 @@ def streamed(bench: Bench, bare: dict[str, Any] | None) -> None:
         f"\nWithin {limit}: {copied / 1e9:.1f} GB of weights copied. At {speed / 1e9:.1f} GB/s, "
         f"the speed of copies alone, {copied / speed:.2f} s."
     )
-    tables = [bench.run_folder(name) / "layers.csv" for name in ("scan", "streamed")]
-    if all(path.exists() for path in tables):
-        found = largest_difference(*tables)
-        where = f" ({found['column']} of {found['layer']})" if found["difference"] else ""
-        say(f"\nLargest relative difference from the table of the scan: {found['difference']:.2e}{where}.")
+    compared(bench, "streamed")
+
+
+def compared(bench: Bench, name: str) -> None:
+    """How far the table of another scan is from that of the scan, by column."""
+    tables = [bench.run_folder(x) / "layers.csv" for x in ("scan", name)]
+    if not all(path.exists() for path in tables):
+        return
+    found = largest_difference(*tables)
+    where = f" ({found['column']} of {found['layer']})" if found["difference"] else ""
+    say(f"\nLargest relative difference from the table of the scan: {found['difference']:.2e}{where}.")
+    if found["difference"]:
+        head("Columns that differ", "column | of the sum | of a layer, median | of the largest layer")
+        for line in column_differences(*tables):
+            say("| {column} | {total:.1e} | {median:.1e} | {largest:.1e} |".format(**line))
 
 
 def weights(bench: Bench) -> None:
@@ -190,7 +221,9 @@ def weights(bench: Bench) -> None:
         say(f"\n{speeds.why or ran.why}\n")
         return
     seconds, found = ran.found["seconds"]["weights"], speeds.found
-    rate, reading = found["bytes"] / 2 / seconds, found["bytes"] / found["read"]
+    with open(bench.run_folder("weight") / "layers.csv", newline="") as file:
+        measured = sum(int(x["in_features"]) * int(x["out_features"]) for x in csv.DictReader(file))
+    rate, reading = measured / seconds, found["bytes"] / found["read"]
     say(
         f"\nWeight-only: {found['bytes'] / 1e9:.2f} GB in {seconds:.1f} s, {rate / 1e6:.1f} M weights/s; the "
         f"quantizer alone {found['quantizer'] / 1e6:.1f} M weights/s; the bare read of the files "

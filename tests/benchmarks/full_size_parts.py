@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,17 @@ def run(arguments: Sequence[str], limit_s: float) -> Ran:
         text, said = out.read().decode(), err.read().decode(errors="replace")
     host = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if process.returncode == 0:
-        return Ran(json.loads(text), seconds, host)
+        return Ran(_parsed(text), seconds, host)
     why = f"killed after {limit_s:.0f} s" if process.returncode == -signal.SIGKILL else said.strip()[-1500:]
     return Ran(None, seconds, host, why)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The object on stdout; empty where several processes wrote there."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,13 @@ class Bench:
     def bare(self, images: int) -> Ran:
         return run([*self._child("bare"), "--images", str(images)], self.options.limit)
 
-    def scan(self, images: int, name: str, *more: str) -> Ran:
-        """`qprobe scan` into a fresh folder."""
+    def scan(self, images: int, name: str, *more: str, processes: int = 1) -> Ran:
+        """`qprobe scan` into a fresh folder, by so many processes."""
         out = self.run_folder(name)
         shutil.rmtree(out, ignore_errors=True)
-        asked = ["-m", "qprobe", "scan", "--json", "--model", str(self.folder), "--out", str(out)]
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        asked = [*(torchrun if processes > 1 else ()), "-m", "qprobe", "scan", "--json"]
+        asked += ["--model", str(self.folder), "--out", str(out)]
         if "weight" not in more:
             asked += ["--data", str(self.samples), "--samples", str(images)]
             asked += ["--batch-size", str(self.options.batch_size), "--device", self.options.device]
@@ -114,6 +124,18 @@ class Bench:
     def streamed(self) -> Ran:
         """The default scan within a memory limit."""
         return self.scan(self.most_images, "streamed", "--max-memory", self.options.max_memory)
+
+    def spread(self) -> Ran:
+        """The default scan with the model over all GPUs."""
+        return self.scan(self.most_images, "spread", "--device", "auto")
+
+    def shards(self) -> Ran:
+        """The default scan by two processes of torchrun, a GPU each; what the one that chose left behind."""
+        ran = self.scan(self.most_images, "shards", processes=2)
+        if ran.found is None:
+            return ran
+        left = json.loads((self.run_folder("shards") / "scan.json").read_text())
+        return replace(ran, found={"seconds": left["seconds"], "peak_bytes": left["peak_bytes"]})
 
     def copy(self) -> Ran:
         return run(self._child("copy"), self.options.limit)

@@ -55,6 +55,24 @@ def largest_difference(wanted: Path, found: Path) -> dict[str, Any]:
     return worst
 
 
+def column_differences(wanted: Path, found: Path) -> list[dict[str, Any]]:
+    """For each numeric column that differs: total (of the sum of all layers, relative), median (of the
+    layers, relative) and largest (of a layer, relative to the largest value of the column).
+    """
+    one, other = (pd.read_csv(path).set_index("layer").sort_index() for path in (wanted, found))
+    lines = []
+    for column in one.select_dtypes("number").columns:
+        a, b = one[column].dropna(), other[column].reindex(one[column].dropna().index)
+        if (a != b).any():
+            line = {
+                "total": abs(b.sum() - a.sum()) / abs(a.sum()),
+                "median": _relative(a, b).median(),
+                "largest": (b - a).abs().max() / a.abs().max(),
+            }
+            lines.append({"column": column, **{key: float(value) for key, value in line.items()}})
+    return lines
+
+
 def _relative(wanted: pd.Series, found: pd.Series) -> pd.Series:
     same = (wanted == found) | (wanted.isna() & found.isna())
     if not (pd.api.types.is_numeric_dtype(wanted) and pd.api.types.is_numeric_dtype(found)):

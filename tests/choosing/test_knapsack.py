@@ -86,9 +86,9 @@ def test_600_layers_take_less_than_two_seconds_and_reach_the_linear_bound(kind: 
         "equal": [1.0] * 600,
     }[kind]
     limit = sum(cost) // 10
-    start = time.perf_counter()
+    start = time.process_time()
     chosen = knapsack(cost, value, limit)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     # The linear relaxation is at most one item better than the best whole choice.
     order = sorted(range(600), key=lambda i: -value[i] / cost[i])
     bound, room = 0.0, limit

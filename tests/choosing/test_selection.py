@@ -1,5 +1,6 @@
 """From a run folder to a manifest."""
 
+import resource
 import subprocess
 import sys
 import time
@@ -174,9 +175,9 @@ def large_run(folder: Path) -> Path:
 
 def test_600_layers_are_chosen_in_two_seconds_without_torch(tmp_path: Path):
     run = large_run(tmp_path / "run")
-    start = time.perf_counter()
+    start = time.process_time()
     manifest = select(run, "+10%")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert len(manifest.layers) == 600 and manifest.budget.total_bytes <= manifest.budget.limit_bytes
 
     code = (
@@ -184,13 +185,14 @@ def test_600_layers_are_chosen_in_two_seconds_without_torch(tmp_path: Path):
         f"select(Path({str(run)!r}), '+10%'); "
         "assert not {'torch', 'transformers', 'bitsandbytes', 'matplotlib'} & set(sys.modules)"
     )
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    # Two seconds on a free machine, imports included; the rest is for tests that run beside this one.
-    assert time.perf_counter() - start < 8
+    # Two seconds on a free machine, imports included. CPU time, which tests beside this one stretch less.
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
 
 
 def test_without_a_finite_own_damage_a_layer_counts_by_its_share(tmp_path: Path):

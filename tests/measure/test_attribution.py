@@ -85,8 +85,8 @@ def test_own_damage_is_half_the_squared_slope_along_its_random_direction(case: C
     batch, larger = subject.encode(group[:1]), subject.encode(group)
     with torch.no_grad(), walking(subject.path):
         plain = answer_logits(subject.model, batch)
-        got = subject.path.own_damage(batch, plain)
-        among_others = subject.path.own_damage(larger, answer_logits(subject.model, larger))
+        got = subject.path.own_damage(batch)
+        among_others = subject.path.own_damage(larger)
     signs = _signs(plain[0], group[0].digest)
     scale = max(v.item() for v in got.values())
     for layer in list(got)[:: max(1, len(got) // 5)]:

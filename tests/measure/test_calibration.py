@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from qprobe.errors import MachineError
+from qprobe.errors import MachineError, ManifestError
 from qprobe.formats.calibrated import calibrate, workspace_bytes
-from qprobe.formats.codes_file import FILE_NAME, open_codes, sha256_of
+from qprobe.formats.codes_file import FILE_NAME, join_codes, open_codes, sha256_of
 from qprobe.formats.gptq import shrunk
 from qprobe.formats.nf4 import Nf4
 from qprobe.measure import calibration
@@ -266,3 +266,26 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
 
 def test_without_a_memory_limit_matrices_get_a_share_of_what_is_free(tiny_folder, tmp_path):
     assert gram_room(Work(subject_for(tiny_folder("llama")), tmp_path, []), []) > 2**20
+
+
+def test_unit_weights_outlive_a_joined_file_that_was_cut(tiny_folder, tmp_path, monkeypatch):
+    work = work_in(tmp_path, subject_for(tiny_folder("llama")), "llama")
+
+    def cut(path: Path, sources: list[Path]) -> None:
+        join_codes(path, sources)
+        path.write_bytes(path.read_bytes()[:-1])
+
+    monkeypatch.setattr(calibration, "join_codes", cut)
+    monkeypatch.setattr(calibration, "sha256_of", lambda _path: "0" * 64)  # of the file before it was cut
+    with pytest.raises(ManifestError):
+        calibrate_model(work)
+    assert list((tmp_path / "units").glob("*.safetensors"))
+
+
+def test_a_linear_runs_where_its_weight_is_or_where_it_is_streamed_to(tiny_folder):
+    subject = subject_for(tiny_folder("llama"))
+    name = next(iter(subject.modules))
+    elsewhere = replace(subject, modules={name: nn.Linear(2, 2, device="meta")})
+    assert elsewhere.device_of(name) == torch.device("meta")
+    streamed = replace(elsewhere, reference=replace(subject.reference, target=torch.device("cpu")))
+    assert streamed.device_of(name) == torch.device("cpu")

@@ -13,7 +13,7 @@ from qprobe.errors import SampleError
 from qprobe.models.reference import Reference, load_reference
 from qprobe.records import Sample
 from qprobe.samples.answers import answered
-from qprobe.samples.inputs import ANSWER, PAD, VISION, Batch, batches, encode, image_token_id, tokenizer_of
+from qprobe.samples.inputs import ANSWER, PAD, VISION, batches, encode, image_token_id, tokenizer_of
 from qprobe.samples.sources import photographs
 
 Load = Callable[[str], Reference]
@@ -46,30 +46,6 @@ def test_vision_tokens_in_the_text_are_marked(load: Load) -> None:
     batch = encode(reference.processor, [sample], torch.bfloat16, image_token_id(reference.model.config))
     grid = batch.inputs["image_grid_thw"][0]
     assert (batch.kinds == VISION).sum() == grid.prod() // 4  # Qwen2-VL merges 2 x 2 patches into a token
-
-
-@pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "llava_pixtral", "llama"])
-def test_a_part_of_a_batch_is_its_samples_alone(load: Load, name: str) -> None:
-    reference = load(name)
-    token = image_token_id(reference.model.config)
-    one = replace(_samples(name)[0], answer="seven")
-    samples = [replace(one, id=str(i)) for i in range(3)]  # of one shape, so that nothing is padded
-    batch = encode(reference.processor, samples, torch.bfloat16, token)
-    part, alone = batch.part([0, 2]), encode(reference.processor, samples[:2], torch.bfloat16, token)
-    assert [s.id for s in part.samples] == ["0", "2"] and part.answers == alone.answers
-    assert torch.equal(part.kinds, alone.kinds)
-    assert part.inputs.keys() == alone.inputs.keys()
-    assert all(torch.equal(part.inputs[k], v) for k, v in alone.inputs.items())
-
-
-def test_a_part_takes_the_rows_of_its_own_samples() -> None:
-    samples = tuple(Sample(str(i), "") for i in range(3))
-    inputs = {"input_ids": torch.arange(6).reshape(3, 2), "patches": torch.arange(6)}  # two patches each
-    batch = Batch(samples, inputs, torch.arange(6).reshape(3, 2), ((0, 1), (1, 2), (0, 0)))
-    part = batch.part([2, 0])
-    assert part.inputs["patches"].tolist() == [4, 5, 0, 1]
-    assert part.inputs["input_ids"].tolist() == [[4, 5], [0, 1]]
-    assert part.answers == ((0, 0), (0, 1)) and [s.id for s in part.samples] == ["2", "0"]
 
 
 def test_answers_of_a_batch_equal_answers_alone(load: Load) -> None:

@@ -6,12 +6,13 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qprobe.cli import main
 from qprobe.errors import MachineError, ManifestError, QprobeError, RunError, SampleError
@@ -98,6 +99,31 @@ def test_an_interrupted_run_goes_on_and_ends_at_the_same_bits(asked, tmp_path):
     assert resumed.history == whole.history and resumed.eval_history == whole.eval_history
     first, second = (load_file(x / "adapter_model.safetensors") for x in (tmp_path / "whole", asked.out))
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_run_does_not_go_on_with_other_weights_of_the_same_shapes(asked, tmp_path):
+    def stop(stage: str, done: int, _total: int) -> None:
+        if stage == "train" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(asked, stop)
+    other = Path(copytree(asked.model, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    save_file({n: 1.3 * t for n, t in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match=r"asked for otherwise \(weights\)"):
+        finetune(replace(asked, model=str(other)))
+
+
+def test_lines_with_and_without_an_image_cannot_share_a_batch(asked):
+    plain = json.dumps(
+        {"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]}
+    )
+    write_data(asked.data, 5, plain, plain)
+    with pytest.raises(SampleError, match="cannot mix both kinds"):
+        finetune(replace(asked, batch_size=2))
+    assert not asked.out.exists()
+    assert finetune(replace(asked, steps=1)).steps == 1  # one at a time they can
 
 
 def test_a_folder_with_something_else_is_left_alone(asked):

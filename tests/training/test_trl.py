@@ -13,9 +13,7 @@ import qprobe
 from qprobe.demo import demo_folder
 from qprobe.demo.scenes import TRAINING_SEED, scenes
 from qprobe.errors import SampleError
-from qprobe.manifest import write_manifest
 from qprobe.models.reference import load_processor, resolve
-from tests.build.manifests import every_third, manifest_for
 
 pytestmark = [
     # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
@@ -45,11 +43,11 @@ def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
     from trl.trainer.sft_trainer import SFTTrainer
 
     monkeypatch.chdir(tmp_path)
-    folder = demo_folder()
-    write_manifest(tmp_path / "skiplist.json", manifest_for(folder, every_third(folder)))
     dataset = Dataset.from_list(rows(4))
 
-    model, processor = qprobe.load_dynamic_4bit("skiplist.json", str(folder), device="cpu", for_training=True)
+    found = qprobe.scan(qprobe.ScanOptions("demo", samples=6, device="cpu"))
+    assert found.skiplist is not None
+    model, processor = qprobe.load_dynamic_4bit(found.skiplist, device="cpu", for_training=True)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig("out", max_steps=2, per_device_train_batch_size=1, logging_steps=1, report_to="none",

@@ -84,15 +84,15 @@ def mean_scores(rows: pd.DataFrame) -> Scores:
 
 
 def own_damage(path: Path, batches: Sequence[Batch], every: bool = False) -> Scores:
-    """Own damage by the library, one random direction a sample: of half of each batch, or `every` one."""
+    """Own damage by the library, one random direction a sample: of half of the samples, or `every` one."""
     totals: dict[str, list[float]] = {}
     half = own_half(sample for batch in batches for sample in batch.samples)
-    chosen = [[i for i, x in enumerate(b.samples) if every or x.id in half] for b in batches]
-    parts = [batch.part(found) for batch, found in zip(batches, chosen, strict=True) if found]
-    for part in parts:
-        for name, values in path.own_damage(part, path.logits(part, 0.0)).items():
-            totals.setdefault(name, []).extend(values.tolist())
-    tokens = sum(part.answer_tokens for part in parts)
+    tokens = 0
+    for batch in batches:
+        chosen = [i for i, x in enumerate(batch.samples) if every or x.id in half]
+        tokens += sum(end - start for start, end in (batch.answers[i] for i in chosen))
+        for name, values in path.own_damage(batch).items() if chosen else ():
+            totals.setdefault(name, []).extend(values[chosen].tolist())
     return {name: fsum(values) / tokens for name, values in totals.items()}
 
 

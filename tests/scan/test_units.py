@@ -1,0 +1,50 @@
+"""Which batches a layer table is measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qprobe.measure.runner import Measures, own_half
+from qprobe.measure.store import read_scan, read_units
+from qprobe.measure.units import cut_samples, needed_units
+from qprobe.records import Sample
+from tests.scan.asked import Scanned
+
+
+class TwoShapes:
+    """Stands in for a subject whose samples have one image shape where they are named so, and another."""
+
+    def one_shape_groups(self, samples: tuple[Sample, ...]) -> list[tuple[Sample, ...]]:
+        return [tuple(s for s in samples if s.id[0] == shape) for shape in "ab"]
+
+    def groups(self, samples: tuple[Sample, ...], size: int) -> list[tuple[Sample, ...]]:
+        return [samples] if samples else []
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_own_damage_has_full_batches_of_one_shape(size: int) -> None:
+    samples = tuple(Sample(f"{shape}{i}", str(i), answer="yes") for i in range(11) for shape in "ab")
+    subject: Any = TwoShapes()
+    work = cut_samples(subject, samples, (), size, ())
+    found = [s.id for group in work.own for s in group]
+    assert sorted(found) == sorted(own_half(samples)) and len(found) == 11
+    assert all(len({s.id[0] for s in group}) == 1 for group in work.own)
+    assert sum(len(group) < size for group in work.own) <= 2  # the last one of each shape
+
+
+def test_own_damage_is_measured_once_on_each_sample_of_the_half(scanned: Scanned) -> None:
+    run = scanned("mllama").run
+    alone, all_rows = read_units(run, "alone"), read_units(run, "sensitivity")
+    assert not alone.duplicated(["sample", "layer"]).any()
+    assert alone["sample"].nunique() == (all_rows["sample"].nunique() + 1) // 2
+    assert set(alone["layer"]) == set(all_rows["layer"])
+    needed = needed_units(read_scan(run).spec)
+    assert needed["alone"] == len(read_scan(run).spec["own"])
+
+
+def test_a_run_of_before_own_batches_needs_own_damage_in_every_batch() -> None:
+    spec = {"measures": vars(Measures(True, True)), "calibration": [[], [], []]}
+    assert needed_units(spec) == {"weights": 1, "outputs": 3, "kl": 3, "sensitivity": 3, "alone": 3}
+    assert needed_units({**spec, "own": [[], []]})["alone"] == 2
