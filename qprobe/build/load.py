@@ -148,7 +148,7 @@ def check_model(manifest: Manifest, model: str | None) -> Blueprint:
     model: where its weights are; None for the id that the manifest names. Raises ModelError if it is
     not found, ManifestError, with both fingerprints, if it is another model.
     """
-    blueprint = draw(_source(manifest, model), manifest.format)
+    blueprint = draw(source_of(manifest, model), manifest.format)
     refuse_another_model(manifest, blueprint.skeleton, blueprint.source.id)
     return blueprint
 
@@ -168,7 +168,7 @@ def refuse_another_model(manifest: Manifest | None, skeleton: nn.Module, name: s
     return found
 
 
-def _source(manifest: Manifest, model: str | None) -> Source:
+def source_of(manifest: Manifest, model: str | None) -> Source:
     """Where the weights are: `model`, else the id and revision that the manifest names."""
     if model is not None:
         source = resolve(model)
