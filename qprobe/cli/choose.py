@@ -61,7 +61,7 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     "--out",
     type=shared.PATH,
     metavar="FILE",
-    help="Where to write it; what stood there is replaced.  [default: RUN/skiplist.json]",
+    help="Where to write it; only a skip-list is replaced.  [default: RUN/skiplist.json]",
 )
 def select(
     run: Path, budget: str | None, max_kl: float | None, by: str | None, out: Path | None, as_json: bool
@@ -70,19 +70,20 @@ def select(
 
     Nothing is measured: a --max-kl here is on the predicted KL. Without --out the new list takes the place of
     RUN/skiplist.json, which rank, report and others read; a list that the scan measured is kept beside it as
-    skiplist-measured.json.
+    skiplist-measured.json, another one that select does not make again as skiplist-before.json.
 
     \b
     --json prints the manifest that was written.
     """
     require_a_limit({"budget": budget, "max_kl": max_kl})
     from qprobe.choosing import select as choose
-    from qprobe.choosing.replaced import set_aside
+    from qprobe.choosing.replaced import check_target, set_aside
     from qprobe.manifest import manifest_to_json, moved, write_manifest
 
     target = out if out is not None else run / "skiplist.json"
+    check_target(run, target)
     manifest = moved(choose(run, budget, by, max_kl), run, target.parent)
-    replaced = set_aside(target)
+    replaced = set_aside(run, target)
     write_manifest(target, manifest)
     if as_json:
         shared.print_json(manifest_to_json(manifest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import isfinite, nan
 from pathlib import Path
@@ -39,6 +39,7 @@ from qprobe.records import Sample, Scan
 from qprobe.wording import counted
 
 SCORES = ("sensitivity_kl", "activation_nmse", "weight_nmse")  # in the order of what is known of their worth
+_DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves
 
 
@@ -115,15 +116,29 @@ class Trial:
 
 
 def scan_command(asked: ScanOptions, model_id: str) -> str:
-    """What a reader of the results types: with the model's id, never the path of a folder here."""
-    words = ["qprobe", "scan", "--model", model_id]
-    words += [] if asked.format == "nf4" else ["--format", asked.format]
-    if asked.max_kl is None:
-        words += ["--budget", str(asked.budget or DEFAULT_BUDGET)]
-    else:
-        words += ["--max-kl", str(asked.max_kl)]
-    words += ["--measures", ",".join(asked.measures)] if asked.measures else []
-    return shlex.join(words)
+    """What a reader of the results types: every option that changes them, and no path of a folder here.
+
+    The model has its id, the user's samples the name of their folder or file.
+    """
+    given: list[tuple[str, object, object]] = [  # option, value, default
+        ("--images", None if asked.images is None else asked.images.resolve().name, None),
+        ("--data", None if asked.data is None else asked.data.name, None),
+        ("--prompt", asked.prompt, None),
+        ("--samples", asked.samples, None),
+        ("--seed", asked.seed, _DEFAULTS["seed"]),
+        ("--batch-size", asked.batch_size, _DEFAULTS["batch_size"]),
+        ("--max-new-tokens", asked.max_new_tokens, _DEFAULTS["max_new_tokens"]),
+        ("--dtype", "fp16" if asked.dtype == "float16" else "bf16", "bf16"),
+        ("--format", asked.format, _DEFAULTS["format"]),
+        ("--budget", (asked.budget or DEFAULT_BUDGET) if asked.max_kl is None else None, None),
+        ("--max-kl", asked.max_kl, None),
+        ("--by", asked.by, None),
+        ("--measures", ",".join(asked.measures) if asked.measures else None, None),
+        ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
+        ("--ablate", asked.ablate, None),
+    ]
+    words = [word for name, value, default in given if value != default for word in (name, str(value))]
+    return shlex.join(["qprobe", "scan", "--model", model_id, *words])
 
 
 def choose_list(
