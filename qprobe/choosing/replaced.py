@@ -92,11 +92,11 @@ def _again(run: Path, target: Path, manifest: Manifest) -> str | None:
     """The command that makes `manifest` again from `run`; None if there is none, which is tried."""
     words = shlex.split(manifest.made_by.command)
     asked = dict(zip(words[3::2], words[4::2], strict=False))
-    if words[:2] != ["qprobe", "select"] or not asked.keys() <= {"--budget", "--max-kl", "--by"}:
+    if words[:2] != ["qprobe", "select"] or not asked.keys() <= {"--budget", "--max-kl", "--by", "--for"}:
         return None
     try:
         bound = float(asked["--max-kl"]) if "--max-kl" in asked else None
-        made = select(run, asked.get("--budget"), asked.get("--by"), bound)
+        made = select(run, asked.get("--budget"), asked.get("--by"), bound, asked.get("--for"))
     except (QprobeError, ValueError):
         return None
     if moved(replace(made, made_by=manifest.made_by), run, target.parent) != manifest:

@@ -26,6 +26,7 @@ from qprobe.choosing.selection import (
     prospect_of,
 )
 from qprobe.choosing.table import measured, read_table
+from qprobe.choosing.together import grouped_for, keeps_groups_whole
 from qprobe.choosing.verdict import verdict
 from qprobe.errors import BudgetError
 from qprobe.formats.nf4 import format_from
@@ -64,7 +65,9 @@ class Trial:
 
     @cached_property
     def record(self) -> Scan:
-        return read_scan(self.folder)
+        """The run's, with the groups that every list here keeps whole."""
+        record = read_scan(self.folder)
+        return replace(record, inventory=grouped_for(record.inventory, self.options.for_tool))
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -133,6 +136,7 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
         ("--budget", (asked.budget or DEFAULT_BUDGET) if asked.max_kl is None else None, None),
         ("--max-kl", asked.max_kl, None),
         ("--by", asked.by, None),
+        ("--for", asked.for_tool, None),
         ("--measures", ",".join(asked.measures) if asked.measures else None, None),
         ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
         ("--ablate", asked.ablate, None),
@@ -273,7 +277,8 @@ def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
     """The lists to compare by name: one for each measured score, and a published one that fits the budget.
 
     With `ScanOptions.by`, that score alone. Where own damage was measured, the list by sensitivities that
-    simply add up is compared as well: small budgets of a small model may favour either.
+    simply add up is compared as well: small budgets of a small model may favour either. With
+    `ScanOptions.for_tool` a published list that splits a group is no candidate.
     """
     by, inventory = trial.options.by, trial.record.inventory
     columns = [by] if by else [c for c in SCORES if c in measured(trial.table)]
@@ -286,7 +291,8 @@ def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
         kept = published.kept(inventory)
         names = tuple(x.name for x in inventory.layers if x.name in kept and not x.fixed)
         total = inventory.total_bytes(frozenset(names))
-        if names and total <= budget.limit_bytes:
+        is_served = trial.options.for_tool is None or keeps_groups_whole(inventory, names)
+        if names and is_served and total <= budget.limit_bytes:
             plans[published.author] = Plan(names, total, nan, columns[0])
     return plans
 

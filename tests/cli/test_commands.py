@@ -156,6 +156,19 @@ def test_the_command_that_makes_a_list_again_does_it_and_other_lists_are_kept(
     assert read_manifest(tmp_path / "a list-before.json") == hand
 
 
+def test_select_for_vllm_writes_a_list_that_export_takes(qprobe: Run, run_folder: Path, tmp_path: Path):
+    common = ("select", run_folder, "--budget", "+20%", "--by", "weight_nmse")
+    assert qprobe(*common, "--out", tmp_path / "any.json").exit_code == 0
+    refused = qprobe("export", tmp_path / "any.json", "--to", "vllm")
+    assert refused.exit_code == 1 and "qprobe select RUN --for vllm" in refused.stderr
+    assert qprobe(*common, "--for", "vllm", "--out", tmp_path / "whole.json").exit_code == 0
+    assert qprobe("export", tmp_path / "whole.json", "--to", "vllm").exit_code == 0
+    whole = read_manifest(tmp_path / "whole.json")
+    assert whole.made_by.command.endswith("--by weight_nmse --for vllm")
+    said = qprobe(*common, "--out", tmp_path / "whole.json").stdout
+    assert f"--by weight_nmse --for vllm --out {tmp_path / 'whole.json'}` makes it again" in said
+
+
 def keep_too(manifest: Manifest, name: str) -> Manifest:
     """`manifest` with one more layer in 16-bit."""
     layers = tuple(

@@ -29,6 +29,7 @@ EVERY_OPTION: dict[str, Any] = {
     "max_new_tokens": 9,
     "by": "activation_nmse",
     "measures": ("weight", "activation"),
+    "for_tool": "vllm",
     "nodes": 3,
     "ablate": "5",
 }
