@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qprobe.exports.shared import yaml
 from qprobe.manifest import Manifest
+from qprobe.wording import counted
 
 _TASKS = {"ImageTextToText": "image-text-to-text", "CausalLM": "text-generation"}
 
@@ -64,8 +65,8 @@ def _summary(manifest: Manifest, made_from: str | None) -> str:
     return (
         f"`{made_from or manifest.model.id}`{at} in bitsandbytes {manifest.format.name.upper()} (blocks of "
         f"{manifest.format.blocksize}, {double} double quantization, computing in "
-        f"{manifest.format.compute_dtype}): {total - kept} of {total} linear layers in 4-bit, {kept} in "
-        f"16-bit."
+        f"{manifest.format.compute_dtype}): {total - kept} of {counted(total, 'linear layer')} in 4-bit, "
+        f"{kept} in 16-bit."
     )
 
 
@@ -94,7 +95,8 @@ def _quality(manifest: Manifest, made_from: str | None) -> str:
     ]
     lines = [f"| {name} | {size:,} | {_number(kl)} |" for name, size, kl in rows]
     where = (
-        f"KL divergence to the 16-bit model on {quality.samples} held-out samples, nats per answer token."
+        f"KL divergence to the 16-bit model on {counted(quality.samples, 'held-out sample')}, nats per "
+        f"answer token."
         if quality.samples
         else "The KL divergence to the 16-bit model was not measured for this list."
     )

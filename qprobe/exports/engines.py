@@ -20,6 +20,7 @@ from qprobe.exports.shared import Written, bits_and_bytes
 from qprobe.manifest import LayerChoice, Manifest
 from qprobe.models import matchers
 from qprobe.models.towers import OTHER, PROJECTOR, VISION, VLLM_FUSED, tower_of
+from qprobe.wording import counted
 
 # vLLM 0.19.1, models/qwen2_vl.py and qwen2_5_vl.py, `hf_to_vllm_mapper`. Other models keep the names of the
 # files on the hub.
@@ -182,8 +183,9 @@ def llama_cpp(manifest: Manifest) -> Written:
     outside = _vision_part(manifest) & {x.name for x in manifest.layers}
     if outside:
         notes.append(
-            f"{len(outside)} layers of the vision part lie in the mmproj file, which llama-quantize does not "
-            f"touch: convert it with convert_hf_to_gguf.py --mmproj, and they all stay in 16-bit."
+            f"What lies in the vision part ({counted(len(outside), 'layer')}) is in the mmproj file, which "
+            f"llama-quantize does not touch: convert it with convert_hf_to_gguf.py --mmproj, and they all "
+            f"stay in 16-bit."
         )
     return Written(" \\\n  ".join(lines) + "\n", tuple(notes))
 

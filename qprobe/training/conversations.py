@@ -13,6 +13,7 @@ from typing import Any, Literal
 from qprobe.errors import SampleError
 from qprobe.manifest import strict_json
 from qprobe.options import Progress, no_progress
+from qprobe.wording import counted
 from qprobe.wording import named as listed_names
 
 Role = Literal["system", "user", "assistant"]
@@ -110,8 +111,8 @@ def keep_good(found: Conversations, bad_data: Literal["refuse", "skip"]) -> tupl
     shown = " ".join((*sentences[:SHOWN], *more))
     if sentences and bad_data == "refuse":
         raise SampleError(
-            f"{len(sentences)} of {len(sentences) + len(found.good)} lines cannot be trained on. {shown} "
-            f"Mend them, or pass --bad-data skip to train without them."
+            f"{len(sentences)} of {counted(len(sentences) + len(found.good), 'line')} cannot be trained on. "
+            f"{shown} Mend them, or pass --bad-data skip to train without them."
         )
     if not found.good:
         raise SampleError(f"No line of {found.name} can be trained on. {shown} Mend them.")
