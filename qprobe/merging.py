@@ -51,6 +51,8 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
     """
     if not runs:
         raise RunError("There is nothing to merge. Pass the run folders to join.")
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file, and the joined run is a folder. Pass another --out.")
     first = read_scan(runs[0])
     for run in runs[1:]:
         found = differences(first, read_scan(run))

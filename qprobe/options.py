@@ -10,6 +10,8 @@ from typing import Literal
 DEFAULT_BUDGET = "+10%"
 MEASURES = ("weight", "activation", "propagated", "sensitivity")
 """What `ScanOptions.measures` may name; what runs samples measures activation as well, and all do weight."""
+FOR = ("vllm",)
+"""Tools whose fused groups a skip-list can be asked to keep whole."""
 Dtype = Literal["bfloat16", "float16"]
 Base = Literal["16-bit", "nf4", "dynamic"]
 BadData = Literal["refuse", "skip"]
@@ -41,6 +43,7 @@ class ScanOptions:
     by: the score column that chooses; None for the best one measured.
     measures: which of `MEASURES` to take; None for all that apply. ("weight",) alone reads the checkpoint
         tensor by tensor and never loads the model. nodes: of the path attribution.
+    for_tool: one of FOR, whose fused groups every list keeps whole; None for lists that need not.
     ablate: measure the KL of single layers as well, two forward passes each: "all", the number of layers to
         take from the head of the sensitivity ranking, or names with commas between them.
     """
@@ -60,6 +63,7 @@ class ScanOptions:
     batch_size: int = 4
     max_new_tokens: int = 64
     by: str | None = None
+    for_tool: str | None = None
     measures: tuple[str, ...] | None = None
     nodes: int = 2
     ablate: str | None = None

@@ -12,6 +12,7 @@ from qprobe.choosing.bound import SCORE
 from qprobe.choosing.budget import check_budget, parse_size
 from qprobe.choosing.selection import OWN, parse_request
 from qprobe.choosing.table import MEASURES
+from qprobe.choosing.together import grouped_for
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.measure.ablation import ALL, ablated_names, check_ablated
 from qprobe.measure.shards import Shard, entered
@@ -28,6 +29,7 @@ def check_options(options: ScanOptions) -> None:
     """Raises QprobeError for what no model can be asked: wrong words, and options that exclude each other."""
     _check_measures(options)
     _check_score(options)
+    grouped_for(Inventory((), (), 0), options.for_tool)
     if options.budget is not None:
         check_budget(options.budget)
     if options.max_kl is not None:

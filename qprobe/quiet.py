@@ -41,6 +41,8 @@ REMARKS = (
 _DEPRECATIONS = (
     ("", r"transformers(\.|$)"),
     (r"`\w+` is deprecated .*for `\w+\.forward`", r"(torch\.nn\.modules\.module|accelerate\.hooks)$"),
+    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+    (r"`is_gradient_checkpointing` is deprecated", r"peft(\.|$)"),
 )
 
 
@@ -59,10 +61,11 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_models() -> Iterator[None]:
+def quiet_models(*more: Remark) -> Iterator[None]:
     """The same for a function that loads models in a process that is not ours: afterwards all is as before.
 
-    Serves as a decorator. Who sets HF_HUB_DISABLE_PROGRESS_BARS has decided already.
+    more: remarks to leave out as well. Serves as a decorator. Who sets HF_HUB_DISABLE_PROGRESS_BARS has
+    decided already.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -71,7 +74,7 @@ def quiet_models() -> Iterator[None]:
     if hides:
         transformers_logging.disable_progress_bar()
     try:
-        with _without_remarks():
+        with _without_remarks(*more):
             yield
     finally:
         if hides:
@@ -79,8 +82,8 @@ def quiet_models() -> Iterator[None]:
 
 
 @contextmanager
-def _without_remarks() -> Iterator[None]:
-    attached = [(logging.getLogger(r.logger), _without(r.text)) for r in REMARKS]
+def _without_remarks(*more: Remark) -> Iterator[None]:
+    attached = [(logging.getLogger(r.logger), _without(r.text)) for r in (*REMARKS, *more)]
     for logger, drop in attached:
         logger.addFilter(drop)
     try:

@@ -47,6 +47,11 @@ def check_wanted(model_id: str, wanted: Wanted) -> None:
         image_files(wanted.images)
     elif wanted.data is not None:
         check_file(wanted.data)
+    elif model_id in DEMO_MODELS and wanted.prompt is not None:
+        raise SampleError(
+            "--prompt does not apply to the built-in scenes, which bring their own questions and answers. "
+            "Leave it out, or pass --images or --data."
+        )
     elif model_id in DEMO_MODELS and not 0 <= wanted.seed < SEEDS:
         raise SampleError(
             f"--seed {wanted.seed} is out of range: built-in scenes have the seeds 0 to {SEEDS - 1}, so that "

@@ -13,6 +13,7 @@ from torch import nn
 from qprobe.choosing.budget import parse_budget
 from qprobe.choosing.selection import manifest_of, plan_by
 from qprobe.choosing.table import read_table
+from qprobe.choosing.together import grouped_for
 from qprobe.errors import BudgetError, ModelError, QprobeError
 from qprobe.formats.nf4 import format_from
 from qprobe.manifest import write_manifest
@@ -169,11 +170,12 @@ def _finish(options: ScanOptions, folder: Path, clock: Clock, device: torch.devi
     with clock.stage("choose"):
         write_findings(folder)
         record, table = read_scan(folder), read_table(folder)
+        grouped = replace(record, inventory=grouped_for(record.inventory, options.for_tool))
         budget = parse_budget(options.budget or DEFAULT_BUDGET, record.inventory.standard_4bit_bytes)
-        plan = plan_by(record.inventory, table, options.by or SCORE, budget.limit_bytes)
+        plan = plan_by(grouped.inventory, table, options.by or SCORE, budget.limit_bytes)
         write_manifest(
             folder / "skiplist.json",
-            manifest_of(record, table, plan, budget, scan_command(options, record.model.id)),
+            manifest_of(grouped, table, plan, budget, scan_command(options, record.model.id)),
         )
     done = replace(record, status="finished", seconds=clock.seconds, peak_bytes=peak_bytes(device))
     update_scan(folder, done)  # before the report, which shows it

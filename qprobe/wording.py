@@ -12,6 +12,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def is_or_are(count: int) -> str:
+    """ "is" or "are", behind `counted`."""
+    return "is" if count == 1 else "are"
+
+
 def named(names: Sequence[str]) -> str:
     """The first few of `names`, and dots for the others."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

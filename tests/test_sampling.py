@@ -16,6 +16,12 @@ def test_a_seed_that_could_draw_the_other_purpose_s_scenes_is_refused(seed: int,
         choose_samples("demo", True, Wanted(count=1, seed=seed), purpose)
 
 
+@pytest.mark.parametrize("purpose", ["scan", "compare"])
+def test_a_prompt_for_scenes_that_bring_their_own_is_refused(purpose):
+    with pytest.raises(SampleError, match=r"--prompt does not apply to the built-in scenes"):
+        choose_samples("demo", True, Wanted(prompt="What is it?", count=1), purpose)
+
+
 def test_scenes_of_a_scan_are_never_those_of_a_comparison():
     drawn = {
         purpose: {

@@ -30,6 +30,7 @@ from qprobe.models.matchers import hits, running_rule, whole_parts
 from qprobe.models.reference import outline, resolve
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, Linear
+from qprobe.wording import counted, is_or_are
 
 State = Literal["4-bit", "16-bit", "plain in a 4-bit class", "packed in a 16-bit class", "missing", "tied"]
 BROKEN: tuple[State, ...] = ("plain in a 4-bit class", "packed in a 16-bit class", "missing")
@@ -256,7 +257,7 @@ def _broken(
             hint = "; the config has no list at all"
         greedy = [x for x in read or () if x.too_many]
         if state == "packed in a 16-bit class" and greedy:
-            hint = f"; the entry {greedy[0].entry!r} matches {len(greedy[0].layers)} layers"
+            hint = f"; the entry {greedy[0].entry!r} matches {counted(len(greedy[0].layers), 'layer')}"
         yield f"{what}: {_some(names)}{hint}."
 
 
@@ -302,7 +303,10 @@ def _wrong_codes(
                 f"{layer.name} has {weight.absmax:,} block scales, not one for each {spec.blocksize}"
             )
     if wrong:
-        yield f"{len(wrong)} weights in the files are not what the config says: {_some(wrong, '; ')}."
+        yield (
+            f"{counted(len(wrong), 'weight')} in the files {is_or_are(len(wrong))} not what the config says: "
+            f"{_some(wrong, '; ')}."
+        )
 
 
 def _bytes(tensors: Mapping[str, StoredTensor]) -> tuple[int, int]:
@@ -339,9 +343,15 @@ def _against(
     is_4bit = [n for n, p in wanted.items() if p == "bf16" and found[n] in packed]
     is_16bit = [n for n, p in wanted.items() if p == "nf4" and found[n] not in (*packed, "missing")]
     if is_4bit:
-        yield f"{len(is_4bit)} linears are in 4-bit, though the manifest keeps them: {_some(is_4bit)}."
+        yield (
+            f"{counted(len(is_4bit), 'linear')} {is_or_are(len(is_4bit))} in 4-bit, though the manifest "
+            f"keeps them: {_some(is_4bit)}."
+        )
     if is_16bit:
-        yield f"{len(is_16bit)} linears are in 16-bit, though the manifest does not: {_some(is_16bit)}."
+        yield (
+            f"{counted(len(is_16bit), 'linear')} {is_or_are(len(is_16bit))} in 16-bit, though the manifest "
+            f"does not: {_some(is_16bit)}."
+        )
     if not is_4bit and not is_16bit and total_bytes != manifest.budget.total_bytes:
         yield (
             f"The files hold {total_bytes:,} bytes, but the manifest promises "
@@ -357,12 +367,15 @@ def _remarks(
         yield "The checkpoint is not quantized: its config names no 4-bit and its files hold none."
     dead = [repr(x.entry) for x in read or () if not x.layers]
     if dead:
-        yield f"{len(dead)} of {len(read or ())} entries match no linear: {_some(dead)}."
+        yield (
+            f"{len(dead)} of {len(read or ())} entries {'matches' if len(dead) == 1 else 'match'} no "
+            f"linear: {_some(dead)}."
+        )
     for entry in read or ():
         if entry.too_many:
             yield (
-                f"The entry {entry.entry!r} matches {len(entry.layers)} linears, {len(entry.too_many)} of "
-                f"them only as the ending of a name, such as {entry.too_many[0]}."
+                f"The entry {entry.entry!r} matches {counted(len(entry.layers), 'linear')}, "
+                f"{len(entry.too_many)} of these only as the ending of a name, such as {entry.too_many[0]}."
             )
 
 

@@ -13,6 +13,7 @@ from qprobe.build.verify import verify
 from qprobe.errors import VerificationError
 from qprobe.manifest import Manifest
 from qprobe.models.reference import load_config, model_class, pick_device, resolve
+from qprobe.wording import counted, is_or_are
 
 if TYPE_CHECKING:
     from qprobe.build.audit import AuditedLayer
@@ -45,7 +46,10 @@ def loaded_problems(
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        yield f"{len(wrong)} of {len(layers)} linears are wrong once loaded: {'; '.join(wrong[:3])}{more}."
+        yield (
+            f"{len(wrong)} of {counted(len(layers), 'linear')} {is_or_are(len(wrong))} wrong once loaded: "
+            f"{'; '.join(wrong[:3])}{more}."
+        )
     elif manifest is not None:
         try:
             verify(model, manifest)

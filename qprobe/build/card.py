@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from qprobe.exports.shared import yaml
 from qprobe.manifest import Manifest
+from qprobe.wording import counted
 
 _TASKS = {"ImageTextToText": "image-text-to-text", "CausalLM": "text-generation"}
 
 
-def model_card(manifest: Manifest, architecture: str) -> str:
+def model_card(manifest: Manifest, architecture: str, made_from: str | None = None) -> str:
     """README.md (Markdown with a YAML head) of the checkpoint of `manifest`; architecture: its model class.
 
-    Every number is the manifest's; what was not measured is said to be so.
+    Every number is the manifest's; what was not measured is said to be so. made_from: the name of the
+    weights, where they are not known to be those that were measured.
     """
     auto = _auto_class(architecture)
+    name = made_from or manifest.model.id
     parts = [
-        f"---\n{_head(manifest, auto)}---",
-        f"# {manifest.model.id.rpartition('/')[2]}, dynamic 4-bit",
-        _summary(manifest),
+        f"---\n{_head(manifest, name, auto)}---",
+        f"# {name.rpartition('/')[2]}, dynamic 4-bit",
+        _summary(manifest, made_from),
         "## Measured",
-        _quality(manifest),
+        *([_elsewhere(manifest, made_from)] if made_from and _has_figures(manifest) else []),
+        _quality(manifest, made_from),
         *([_compared(manifest)] if manifest.compared else []),
         "## Use",
         _usage(auto),
@@ -45,36 +49,54 @@ def _auto_class(architecture: str) -> str:
     return ""
 
 
-def _head(manifest: Manifest, auto: str) -> str:
+def _head(manifest: Manifest, name: str, auto: str) -> str:
     values: dict[str, object] = {"library_name": "transformers"}
-    if "/" in manifest.model.id:  # only a name on the hub may stand there
-        values["base_model"] = manifest.model.id
+    if "/" in name:  # only a name on the hub may stand there
+        values["base_model"] = name
     if auto:
         values["pipeline_tag"] = _TASKS[auto]
     return yaml({**values, "tags": ["qprobe", "bitsandbytes", "4-bit", manifest.format.name, "qlora"]})
 
 
-def _summary(manifest: Manifest) -> str:
+def _summary(manifest: Manifest, made_from: str | None) -> str:
     kept, total = len(manifest.skip_modules), len(manifest.layers)
-    at = f" at revision `{manifest.model.revision}`" if manifest.model.revision else ""
+    at = f" at revision `{manifest.model.revision}`" if manifest.model.revision and not made_from else ""
     double = "with" if manifest.format.double_quant else "without"
     return (
-        f"`{manifest.model.id}`{at} in bitsandbytes {manifest.format.name.upper()} (blocks of "
+        f"`{made_from or manifest.model.id}`{at} in bitsandbytes {manifest.format.name.upper()} (blocks of "
         f"{manifest.format.blocksize}, {double} double quantization, computing in "
-        f"{manifest.format.compute_dtype}): {total - kept} of {total} linear layers in 4-bit, {kept} in "
-        f"16-bit."
+        f"{manifest.format.compute_dtype}): {total - kept} of {counted(total, 'linear layer')} in 4-bit, "
+        f"{kept} in 16-bit."
     )
 
 
-def _quality(manifest: Manifest) -> str:
+def _has_figures(manifest: Manifest) -> bool:
+    quality = manifest.quality
+    return bool(manifest.compared) or any(
+        x is not None for x in (quality.kl_standard_4bit, quality.kl_dynamic, quality.kl_predicted)
+    )
+
+
+def _elsewhere(manifest: Manifest, made_from: str) -> str:
+    """That the figures need not be those of this checkpoint."""
+    what = f"`{made_from}`" if made_from != manifest.model.id else "a folder of that name"
+    return (
+        f"**These figures were measured on the weights of `{manifest.model.id}` that were scanned.** This "
+        f"checkpoint was made from {what}, passed as --model; that the weights are the same was not checked. "
+        "`qprobe compare` with the same --model measures them."
+    )
+
+
+def _quality(manifest: Manifest, made_from: str | None) -> str:
     quality, budget = manifest.quality, manifest.budget
     rows = [
         ("standard 4-bit", budget.standard_4bit_bytes, quality.kl_standard_4bit),
-        ("**this model**", budget.total_bytes, quality.kl_dynamic),
+        ("**this model**" if made_from is None else "this list", budget.total_bytes, quality.kl_dynamic),
     ]
     lines = [f"| {name} | {size:,} | {_number(kl)} |" for name, size, kl in rows]
     where = (
-        f"KL divergence to the 16-bit model on {quality.samples} held-out samples, nats per answer token."
+        f"KL divergence to the 16-bit model on {counted(quality.samples, 'held-out sample')}, nats per "
+        f"answer token."
         if quality.samples
         else "The KL divergence to the 16-bit model was not measured for this list."
     )

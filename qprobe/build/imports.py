@@ -20,6 +20,7 @@ from qprobe.models.matchers import Rule, hits, running_rule, transformers_rule
 from qprobe.models.reference import known, resolve
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
+from qprobe.wording import counted
 
 # The two keys under which transformers configs keep such a list; the first is bitsandbytes'.
 LIST_KEYS = ("llm_int8_skip_modules", "modules_to_not_convert")
@@ -38,13 +39,14 @@ class Matched:
 class Imported:
     """The manifest, and what matched what. rule: whose reading of the list was used, in words.
 
-    notes: sentences a reader must see.
+    notes: sentences a reader must see. fixed: layers that stay in 16-bit whatever the list says.
     """
 
     manifest: Manifest
     rule: str
     matched: tuple[Matched, ...]
     notes: tuple[str, ...]
+    fixed: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The object of `import --json`, without the manifest."""
@@ -93,8 +95,9 @@ def import_list(path: Path | str, model: str, out: Path | str | None = None) -> 
     kept = frozenset(name for one in matched for name in one.layers)
     words = ["qprobe", "import", file.name, "--model", blueprint.source.id]
     command = shlex.join([*words, *(["--out", Path(out).name] if out is not None else [])])
+    fixed = tuple(x.name for x in inventory.layers if x.fixed)
     notes = (*published.notes, *_remarks(matched, published, inventory, kept))
-    return Imported(_manifest(blueprint, inventory, kept, matched, command), label, matched, notes)
+    return Imported(_manifest(blueprint, inventory, kept, matched, command), label, matched, notes, fixed)
 
 
 def match_list(entries: Sequence[str], inventory: Inventory, rule: Rule) -> tuple[Matched, ...]:
@@ -184,7 +187,8 @@ def _remarks(
     dead = [repr(x.entry) for x in matched if not x.layers]
     if dead:
         remarks.append(
-            f"{len(dead)} of {len(matched)} entries match nothing in this model: {', '.join(dead)}."
+            f"{len(dead)} of {len(matched)} entries {'matches' if len(dead) == 1 else 'match'} nothing in "
+            f"this model: {', '.join(dead)}."
         )
     today, unread = _read_today(matched, inventory)
     if unread:
@@ -196,7 +200,8 @@ def _remarks(
     elif matched and today != kept:
         remarks.append(
             f"Handed to today's transformers as it stands, the list would keep {len(today & kept)} of these "
-            f"{len(kept)} layers and {len(today - kept)} others; export the manifest instead."
+            f"{counted(len(kept), 'layer')} and {counted(len(today - kept), 'other')}; export the manifest "
+            f"instead."
         )
     dropped = [x.name for x in inventory.layers if x.fixed and x.name not in kept]
     if dropped and published.entries is not None:

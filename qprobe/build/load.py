@@ -31,6 +31,7 @@ from qprobe.models.reference import (
 )
 from qprobe.quiet import quiet_models
 from qprobe.records import FormatSpec
+from qprobe.wording import counted, is_or_are
 
 BLOCKSIZE = 64  # transformers' BitsAndBytesConfig has no field for it; bitsandbytes defaults to 64
 
@@ -148,7 +149,7 @@ def check_model(manifest: Manifest, model: str | None) -> Blueprint:
     model: where its weights are; None for the id that the manifest names. Raises ModelError if it is
     not found, ManifestError, with both fingerprints, if it is another model.
     """
-    blueprint = draw(_source(manifest, model), manifest.format)
+    blueprint = draw(source_of(manifest, model), manifest.format)
     refuse_another_model(manifest, blueprint.skeleton, blueprint.source.id)
     return blueprint
 
@@ -168,7 +169,7 @@ def refuse_another_model(manifest: Manifest | None, skeleton: nn.Module, name: s
     return found
 
 
-def _source(manifest: Manifest, model: str | None) -> Source:
+def source_of(manifest: Manifest, model: str | None) -> Source:
     """Where the weights are: `model`, else the id and revision that the manifest names."""
     if model is not None:
         source = resolve(model)
@@ -190,8 +191,9 @@ def _check_names(skeleton: nn.Module, promises: Sequence[Promise]) -> None:
     missing = [p.name for p in promises if p.name not in dict(skeleton.named_modules())]
     if missing:
         raise VerificationError(
-            f"{len(missing)} of {len(promises)} layers of the manifest are not in the model, first "
-            f"{', '.join(missing[:3])}. Names change between transformers versions; scan again with this one."
+            f"{len(missing)} of {counted(len(promises), 'layer')} of the manifest {is_or_are(len(missing))} "
+            f"not in the model, first {', '.join(missing[:3])}. Names change between transformers versions; "
+            f"scan again with this one."
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from qprobe.errors import MachineError, VerificationError
+from qprobe.wording import counted
 
 
 def convertible_modules(model: nn.Module) -> tuple[str, ...]:
@@ -63,8 +64,8 @@ def check_keys(
     wrong = sorted(_converted((*wanted, *in_16bit), [*keys, *always]) ^ wanted)
     if wrong:
         raise VerificationError(
-            f"Under this transformers the list would load {len(wrong)} layers in the other precision, first "
-            f"{wrong[0]}. Use the transformers version of the scan."
+            f"Under this transformers the list would load {counted(len(wrong), 'layer')} in the other "
+            f"precision, first {wrong[0]}. Use the transformers version of the scan."
         )
 
 

@@ -19,6 +19,7 @@ from qprobe.models.outside import Outside, everything_outside
 from qprobe.models.reference import Source, known, outline, resolve
 from qprobe.models.towers import CROSS, LANGUAGE, OTHER, PROJECTOR, VISION, tower_of
 from qprobe.records import FormatSpec, Inventory, Linear
+from qprobe.wording import counted
 
 MANIFEST = "manifest"  # the layout of the given manifest
 
@@ -168,8 +169,9 @@ def _chosen(manifest: Manifest, inventory: Inventory) -> Layout:
     wrong = sorted(precision.keys() ^ set(names))
     if wrong:
         raise ManifestError(
-            f"The manifest lists {len(precision)} layers and the model has {len(names)}; {wrong[0]} is in "
-            f"only one of them. Names change between transformers versions; scan again with this one."
+            f"The manifest lists {counted(len(precision), 'layer')} and the model has {len(names)}; "
+            f"{wrong[0]} is in only one of them. Names change between transformers versions; scan again "
+            f"with this one."
         )
     four_bit = frozenset(name for name in names if precision[name] == "nf4")
     return Layout(MANIFEST, four_bit, manifest.format.double_quant, manifest.format.blocksize)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,12 +17,13 @@ from safetensors import SafetensorError
 
 from qprobe.build.audit import audit
 from qprobe.build.card import model_card
-from qprobe.build.load import load_dynamic_4bit, with_dtype
+from qprobe.build.load import load_dynamic_4bit, source_of, with_dtype
 from qprobe.build.matching import check_keys
 from qprobe.build.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.manifest import Manifest, Quality, moved, read_manifest, write_manifest
+from qprobe.models.reference import known
 from qprobe.options import Progress, no_progress
 from qprobe.quiet import quiet_models
 
@@ -59,13 +62,14 @@ def quantize(
 
     The weights are read one by one and kept in 4-bit. On a GPU the peak is the 4-bit model; in host memory
     transformers reads ahead, on a fast disk most of the 16-bit model. The folder has its name only once it is
-    complete and audited; a killed run leaves a hidden `.NAME.*.tmp` beside it, which nothing reads.
+    complete and audited; what a killed run leaves beside it, a hidden `.NAME.*.tmp`, the next one removes.
     Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
     or cannot be written; ManifestError if no list of entries means the same to every transformers 5.
     """
     target = Path(out)
     refuse_to_overwrite(target)
     written = _computing_in(manifest if isinstance(manifest, Manifest) else read_manifest(manifest), dtype)
+    made_from = _made_from(written, model)
     entries = exact_entries(transformers_readers(written), str, exact)
     progress("load in 4-bit", 0, 3)
     loaded, processor = load_dynamic_4bit(manifest, model, device, dtype, folder)
@@ -78,7 +82,7 @@ def quantize(
         loaded.save_pretrained(place, max_shard_size=MAX_SHARD)
         save_processor(processor, place)
         write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
-        (place / "README.md").write_text(model_card(written, type(loaded).__name__), "utf-8")
+        (place / "README.md").write_text(model_card(written, type(loaded).__name__, made_from), "utf-8")
         progress("audit", 2, 3)
         found = audit(place, written, manifest_folder=origin)
         if not found.ok:
@@ -100,9 +104,22 @@ def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:
     return replace(manifest, format=spec, quality=Quality(), compared=())
 
 
+def _made_from(manifest: Manifest, model: str | None) -> str | None:
+    """The name of the weights behind `model` where they need not be those that were measured, else None.
+
+    A manifest knows the model by its name and shapes. A name on the hub is the same weights; what lies in a
+    folder may be a fine-tuned copy.
+    """
+    source = source_of(manifest, model)
+    is_users_folder = Path(source.location).is_dir() and known(model or manifest.model.id) is None
+    return source.id if source.id != manifest.model.id or is_users_folder else None
+
+
 def refuse_to_overwrite(target: Path) -> None:
     """Raises ModelError unless `target` is missing or an empty folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target} is a file, and the checkpoint is a folder. Pass a folder that is new.")
+    if target.exists() and any(target.iterdir()):
         raise ModelError(f"{target} is there already and not empty. Pass another folder, or remove it first.")
 
 
@@ -110,13 +127,16 @@ def refuse_to_overwrite(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends without an error.
 
-    After an error it is gone. Raises ModelError if it cannot be written or `target` got files meanwhile.
+    After an error it is gone, and what killed processes left of earlier ones before. Raises ModelError if it
+    cannot be written or `target` got files meanwhile.
     """
     folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
+        _remove_stale(target)
         folder.mkdir(parents=True)
-        yield folder
-        os.replace(folder, target)
+        with _locked(folder):
+            yield folder
+            os.replace(folder, target)
     except (OSError, SafetensorError, ManifestError) as error:  # the full disk of a shard is the second
         reason = getattr(error, "strerror", None) or error
         raise ModelError(
@@ -124,6 +144,31 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes temporary folders of `target` that no living process holds; where locks are unknown, none."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
+    there = target.parent.iterdir() if target.parent.is_dir() else ()
+    for folder in [x for x in there if pattern.fullmatch(x.name) and x.is_dir()]:
+        with _locked(folder) as is_free:
+            if is_free:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of `folder`, which the system lets go of when a process ends; False if it cannot."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_held = True
+    except OSError:  # another process has it, or the file system knows no locks
+        is_held = False
+    try:
+        yield is_held
+    finally:
+        os.close(place)
 
 
 def save_processor(processor: Any, folder: Path) -> None:

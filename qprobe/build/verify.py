@@ -14,6 +14,7 @@ from qprobe.errors import VerificationError
 from qprobe.formats.sizes import NESTED_BLOCKSIZE, packed_bytes
 from qprobe.manifest import Manifest
 from qprobe.records import FormatSpec, Precision, Uncovered
+from qprobe.wording import counted, is_or_are
 
 SHOWN = 5  # problems that an error message spells out
 
@@ -71,8 +72,9 @@ def verify_layers(
         shown = "; ".join(problems[:SHOWN])
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise VerificationError(
-            f"{len(problems)} things in the model are not what was promised of its {len(promises)} layers: "
-            f"{shown}{more}. Load it with load_dynamic_4bit, from the checkpoint and manifest of one scan."
+            f"{counted(len(problems), 'thing')} in the model {is_or_are(len(problems))} not what was "
+            f"promised of its {counted(len(promises), 'layer')}: {shown}{more}. Load it with "
+            f"load_dynamic_4bit, from the checkpoint and manifest of one scan."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from math import fsum, isfinite
 from pathlib import Path
@@ -16,6 +17,7 @@ from qprobe.choosing.budget import Budget, parse_budget
 from qprobe.choosing.damage import Damage, least_damages
 from qprobe.choosing.plan import Plan, frontier, is_scored
 from qprobe.choosing.table import check_measure, finite_answers, measured, read_table
+from qprobe.choosing.together import grouped_for
 from qprobe.errors import BudgetError, QprobeError
 from qprobe.manifest import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.measure.store import NEAREST_STAGE, choice_stage, read_scan, read_units
@@ -32,18 +34,23 @@ _FIXED_REASONS = {
 
 
 def select(
-    folder: Path, budget: str | None = None, by: str | None = None, max_kl: float | None = None
+    folder: Path,
+    budget: str | None = None,
+    by: str | None = None,
+    max_kl: float | None = None,
+    for_tool: str | None = None,
 ) -> Manifest:
     """The manifest of the best choice of layers that `budget` allows, from scan.json and layers.csv.
 
     budget: see `parse_budget`. by: a measured column other than decibels, which do not add up; None for
     sensitivity_kl where measured, else activation_nmse. max_kl: in place of both, the fewest bytes with a
-    predicted KL of at most this. Writes nothing. quality holds what the scan measured on held-out samples;
-    kl_dynamic is None unless this very choice was among its candidates.
+    predicted KL of at most this. for_tool: see `ScanOptions`. Writes nothing. quality holds what the scan
+    measured on held-out samples; kl_dynamic is None unless this very choice was among its candidates.
     Raises RunError for a folder without a finished scan, BudgetError, or QprobeError for a wrong `by`.
     """
     folder = Path(folder)
-    scan, table = read_scan(folder), read_table(folder)
+    record, table = read_scan(folder), read_table(folder)
+    scan = replace(record, inventory=grouped_for(record.inventory, for_tool))
     request = parse_request(budget, max_kl, by, scan.inventory.standard_4bit_bytes)
     words = ["qprobe", "select", folder.resolve().name]
     if isinstance(request, Bound):
@@ -53,7 +60,8 @@ def select(
         column = by or default_measure(table)
         plan = plan_by(scan.inventory, table, column, request.limit_bytes)
         limit, words = request, [*words, "--budget", request.requested]
-    command = shlex.join(words if by is None else [*words, "--by", by])
+    words += [word for name, value in (("--by", by), ("--for", for_tool)) if value for word in (name, value)]
+    command = shlex.join(words)
     return manifest_of(scan, table, plan, limit, command, held_out_quality(folder, scan, plan))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.limits import limit_options, require_a_limit
+from qprobe.cli.limits import for_option, limit_options, require_a_limit
 from qprobe.wording import counted, named
 
 if TYPE_CHECKING:
@@ -57,32 +57,32 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     metavar="COLUMN",
     help="Score of layers.csv that chooses.  [default: sensitivity_kl, or the best one measured]",
 )
+@for_option
 @click.option(
     "--out",
     type=shared.PATH,
     metavar="FILE",
-    help="Where to write it; what stood there is replaced.  [default: RUN/skiplist.json]",
+    help="Where to write it; only a skip-list is replaced.  [default: RUN/skiplist.json]",
 )
-def select(
-    run: Path, budget: str | None, max_kl: float | None, by: str | None, out: Path | None, as_json: bool
-) -> None:
+def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **asked: str | None) -> None:
     """Choose again, for another budget, bound or score, from what the run folder RUN holds.
 
     Nothing is measured: a --max-kl here is on the predicted KL. Without --out the new list takes the place of
     RUN/skiplist.json, which rank, report and others read; a list that the scan measured is kept beside it as
-    skiplist-measured.json.
+    skiplist-measured.json, another one that select does not make again as skiplist-before.json.
 
     \b
     --json prints the manifest that was written.
     """
-    require_a_limit({"budget": budget, "max_kl": max_kl})
+    require_a_limit({**asked, "max_kl": max_kl})
     from qprobe.choosing import select as choose
-    from qprobe.choosing.replaced import set_aside
+    from qprobe.choosing.replaced import check_target, set_aside
     from qprobe.manifest import manifest_to_json, moved, write_manifest
 
     target = out if out is not None else run / "skiplist.json"
-    manifest = moved(choose(run, budget, by, max_kl), run, target.parent)
-    replaced = set_aside(target)
+    check_target(run, target)
+    manifest = moved(choose(run, max_kl=max_kl, **asked), run, target.parent)
+    replaced = set_aside(run, target)
     write_manifest(target, manifest)
     if as_json:
         shared.print_json(manifest_to_json(manifest))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
-from qprobe.wording import counted
+from qprobe.wording import counted, named
 
 # The names of qprobe.exports.TOOLS, which a test holds this against: help must not import the writers.
 TOOLS = (
@@ -112,8 +112,11 @@ def import_(config: Path, model: str, out: Path, as_json: bool) -> None:
     for note in imported.notes:
         click.echo(f"Note: {note}", err=True)
     budget = imported.manifest.budget
+    fixed = named(imported.fixed)
+    besides = f", besides {fixed}, which standard 4-bit keeps too" if fixed else ""
     click.echo(
-        f"{len(imported.manifest.skip_modules)} of {len(imported.manifest.layers)} layers stay in 16-bit, "
+        f"{len(imported.manifest.skip_modules) - len(imported.fixed)} of "
+        f"{counted(len(imported.manifest.layers) - len(imported.fixed), 'layer')} kept in 16-bit{besides}, "
         f"read as {imported.rule} does: {readable_bytes(budget.total_bytes)}; standard 4-bit takes "
         f"{readable_bytes(budget.standard_4bit_bytes)}."
     )

@@ -56,18 +56,18 @@ _OPTIONS = (
     ),
     click.option(
         "--epochs",
-        type=click.FloatRange(min=0, min_open=True),
+        type=float,
         default=1.0,
         show_default=True,
         metavar="X",
-        help="Passes over the data.",
+        help="Passes over the data; instead of --steps.",
     ),
     click.option(
         "--rank", type=_POSITIVE, default=16, show_default=True, metavar="N", help="Of the adapters."
     ),
     click.option(
         "--learning-rate",
-        type=click.FloatRange(min=0, min_open=True),
+        type=float,
         default=2e-4,
         show_default=True,
         metavar="X",
@@ -125,7 +125,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @shared.command(
     "finetune",
-    interrupted="The last checkpoint, if there is one, is kept in DIR; the same command goes on from it.",
+    interrupted="The last checkpoint, if there is one, is kept in {out}; the same command goes on from it.",
     short_help="QLoRA on the dynamic model.",
 )
 @click.argument("manifest", type=shared.PATH, metavar="F")
@@ -156,6 +156,7 @@ def finetune(as_json: bool, **asked: Any) -> None:
     from qprobe.training.finetune import finetune as train
 
     refuse_two_splits(asked)
+    refuse_two_lengths(asked)
     with shared.progress_bars() as progress:
         done = train(FinetuneOptions(**asked), progress).to_json()
     if as_json:
@@ -171,6 +172,13 @@ def refuse_two_splits(asked: Mapping[str, Any]) -> None:
     source = click.get_current_context().get_parameter_source("held_out")
     if asked["eval_data"] is not None and source == click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--eval-data and --held-out both say what to evaluate on; pass one of them.")
+
+
+def refuse_two_lengths(asked: Mapping[str, Any]) -> None:
+    """Raises UsageError where --epochs was passed beside --steps."""
+    source = click.get_current_context().get_parameter_source("epochs")
+    if asked["steps"] is not None and source == click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--steps and --epochs both say how long to train; pass one of them.")
 
 
 def _verdict(done: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from qprobe.options import FOR
+
 Command = Callable[..., Any]
 
 
@@ -29,6 +31,18 @@ def limit_options(default: str | None) -> Callable[[Command], Command]:
         )(bound)
 
     return decorate
+
+
+def for_option(function: Command) -> Command:
+    """--for."""
+    return click.option(
+        "--for",
+        "for_tool",
+        type=click.Choice(FOR),
+        help="Keep the layers that this engine fuses into one matrix (q, k and v; gate and up; in cross-"
+        "attention too) together or not at all, so that `qprobe export` can write the list. With less to "
+        "choose from, a list may leave more KL.",
+    )(function)
 
 
 def refuse_two_limits(asked: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from qprobe.wording import counted
 
 @shared.command(
     "quantize",
-    interrupted="DIR was not made, nothing is left of it; the same command begins anew.",
+    interrupted="{out} was not made, nothing is left of it; the same command begins anew.",
     short_help="Write the dynamic model as a checkpoint that from_pretrained loads.",
 )
 @click.argument("manifest", type=shared.PATH, metavar="F")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.limits import limit_options, refuse_two_limits
+from qprobe.cli.limits import for_option, limit_options, refuse_two_limits
 from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
 from qprobe.records import FORMATS
 from qprobe.wording import counted
@@ -50,6 +50,7 @@ TOP = 10  # layers of the ranking that are shown
     metavar="COLUMN",
     help="Score of layers.csv that chooses, e.g. activation_nmse.  [default: the best one measured]",
 )
+@for_option
 @click.option(
     "--measures",
     metavar="NAMES",

@@ -26,7 +26,8 @@ INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended: 128 + S
 def command(name: str, interrupted: str = "", **settings: Any) -> Callable[[Command], click.Command]:
     """A click command with --json whose `QprobeError`s end as one sentence on stderr and exit code 1.
 
-    interrupted: what is left after Ctrl-C, and what to do; the exit code is `INTERRUPTED`.
+    interrupted: what is left after Ctrl-C, and what to do, with the command's arguments as {name}; the exit
+    code is `INTERRUPTED`.
     """
 
     def decorate(function: Command) -> click.Command:
@@ -48,7 +49,8 @@ def _explained(function: Command, interrupted: str) -> Command:
             with quiet():
                 return function(*args, **kwargs)
         except KeyboardInterrupt:
-            click.echo(f"\nInterrupted. {interrupted}".rstrip(), err=True)
+            said = interrupted.format(**{name: str(value) for name, value in kwargs.items()})
+            click.echo(f"\nInterrupted. {said}".rstrip(), err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
         except QprobeError as error:
             raise click.ClickException(str(error)) from error

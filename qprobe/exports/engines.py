@@ -19,13 +19,9 @@ from qprobe.exports.keys import (
 from qprobe.exports.shared import Written, bits_and_bytes
 from qprobe.manifest import LayerChoice, Manifest
 from qprobe.models import matchers
-from qprobe.models.towers import OTHER, PROJECTOR, VISION, tower_of
+from qprobe.models.towers import OTHER, PROJECTOR, VISION, VLLM_FUSED, tower_of
+from qprobe.wording import counted
 
-# vLLM 0.19.1, models/*.py, `packed_modules_mapping`: these become one matrix with one precision.
-VLLM_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 # vLLM 0.19.1, models/qwen2_vl.py and qwen2_5_vl.py, `hf_to_vllm_mapper`. Other models keep the names of the
 # files on the hub.
 VLLM_QWEN = ((r"^model\.(?!visual\.)", "language_model.model."), (r"^lm_head$", "language_model.lm_head"))
@@ -102,7 +98,8 @@ def _split(joint: str, other: str, other_kept: bool, name: str) -> str:
     in_16bit, in_4bit = (other, name) if other_kept else (name, other)
     return (
         f"vLLM makes one matrix {joint} of layers with different precisions: {in_16bit} stays in 16-bit, "
-        f"{in_4bit} does not. Keep the whole group or none of it, and build the checkpoint from it."
+        f"{in_4bit} does not. Choose a list that keeps such groups whole, with `qprobe select RUN --for "
+        "vllm` or `qprobe scan --for vllm`, and build the checkpoint from it."
     )
 
 
@@ -186,8 +183,9 @@ def llama_cpp(manifest: Manifest) -> Written:
     outside = _vision_part(manifest) & {x.name for x in manifest.layers}
     if outside:
         notes.append(
-            f"{len(outside)} layers of the vision part lie in the mmproj file, which llama-quantize does not "
-            f"touch: convert it with convert_hf_to_gguf.py --mmproj, and they all stay in 16-bit."
+            f"What lies in the vision part ({counted(len(outside), 'layer')}) is in the mmproj file, which "
+            f"llama-quantize does not touch: convert it with convert_hf_to_gguf.py --mmproj, and they all "
+            f"stay in 16-bit."
         )
     return Written(" \\\n  ".join(lines) + "\n", tuple(notes))
 

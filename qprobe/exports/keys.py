@@ -19,6 +19,7 @@ from qprobe.models.matchers import (
     transformers_5_21,
 )
 from qprobe.models.spellings import Spellings, spellings
+from qprobe.wording import counted
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,23 @@ def check_entries(entries: Iterable[str], readers: Sequence[Reader]) -> None:
 
 def _too_much(entry: str, found: Sequence[str], extra: Sequence[str], one: Reader) -> str:
     return (
-        f"Under {one.label} the entry {entry!r} keeps {len(found)} layers in 16-bit, {len(extra)} of them "
-        f"unwanted, first {extra[0]}; name each layer in full, or keep those layers as well."
+        f"Under {one.label} the entry {entry!r} keeps {counted(len(found), 'layer')} in 16-bit, "
+        f"{len(extra)} of them unwanted, first {extra[0]}; name each layer in full, or keep those layers as "
+        f"well."
     )
 
 
 def _missed(entries: Sequence[str], missed: Sequence[str], one: Reader) -> str:
-    what = f"none of the {len(entries)} entries matches" if entries else "the empty list does not name"
+    several = (
+        f"none of the {len(entries)} entries matches" if len(entries) > 1 else "the only entry does not match"
+    )
+    what = several if entries else "the empty list does not name"
     replaced = (
         " A list replaces the tool's own default, so the head must be named." if _is_head(missed) else ""
     )
     return (
-        f"Under {one.label} {what} {missed[0]}, so {len(missed)} layers that must stay in 16-bit would go to "
-        f"4-bit.{replaced} Take the names from the manifest."
+        f"Under {one.label} {what} {missed[0]}, so {counted(len(missed), 'layer')} that must stay in 16-bit "
+        f"would go to 4-bit.{replaced} Take the names from the manifest."
     )
 
 

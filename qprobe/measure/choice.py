@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import isfinite, nan
 from pathlib import Path
@@ -26,6 +26,7 @@ from qprobe.choosing.selection import (
     prospect_of,
 )
 from qprobe.choosing.table import measured, read_table
+from qprobe.choosing.together import grouped_for, keeps_groups_whole
 from qprobe.choosing.verdict import verdict
 from qprobe.errors import BudgetError
 from qprobe.formats.nf4 import format_from
@@ -39,6 +40,7 @@ from qprobe.records import Sample, Scan
 from qprobe.wording import counted
 
 SCORES = ("sensitivity_kl", "activation_nmse", "weight_nmse")  # in the order of what is known of their worth
+_DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves
 
 
@@ -63,7 +65,9 @@ class Trial:
 
     @cached_property
     def record(self) -> Scan:
-        return read_scan(self.folder)
+        """The run's, with the groups that every list here keeps whole."""
+        record = read_scan(self.folder)
+        return replace(record, inventory=grouped_for(record.inventory, self.options.for_tool))
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -115,15 +119,30 @@ class Trial:
 
 
 def scan_command(asked: ScanOptions, model_id: str) -> str:
-    """What a reader of the results types: with the model's id, never the path of a folder here."""
-    words = ["qprobe", "scan", "--model", model_id]
-    words += [] if asked.format == "nf4" else ["--format", asked.format]
-    if asked.max_kl is None:
-        words += ["--budget", str(asked.budget or DEFAULT_BUDGET)]
-    else:
-        words += ["--max-kl", str(asked.max_kl)]
-    words += ["--measures", ",".join(asked.measures)] if asked.measures else []
-    return shlex.join(words)
+    """What a reader of the results types: every option that changes them, and no path of a folder here.
+
+    The model has its id, the user's samples the name of their folder or file.
+    """
+    given: list[tuple[str, object, object]] = [  # option, value, default
+        ("--images", None if asked.images is None else asked.images.resolve().name, None),
+        ("--data", None if asked.data is None else asked.data.name, None),
+        ("--prompt", asked.prompt, None),
+        ("--samples", asked.samples, None),
+        ("--seed", asked.seed, _DEFAULTS["seed"]),
+        ("--batch-size", asked.batch_size, _DEFAULTS["batch_size"]),
+        ("--max-new-tokens", asked.max_new_tokens, _DEFAULTS["max_new_tokens"]),
+        ("--dtype", "fp16" if asked.dtype == "float16" else "bf16", "bf16"),
+        ("--format", asked.format, _DEFAULTS["format"]),
+        ("--budget", (asked.budget or DEFAULT_BUDGET) if asked.max_kl is None else None, None),
+        ("--max-kl", asked.max_kl, None),
+        ("--by", asked.by, None),
+        ("--for", asked.for_tool, None),
+        ("--measures", ",".join(asked.measures) if asked.measures else None, None),
+        ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
+        ("--ablate", asked.ablate, None),
+    ]
+    words = [word for name, value, default in given if value != default for word in (name, str(value))]
+    return shlex.join(["qprobe", "scan", "--model", model_id, *words])
 
 
 def choose_list(
@@ -258,7 +277,8 @@ def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
     """The lists to compare by name: one for each measured score, and a published one that fits the budget.
 
     With `ScanOptions.by`, that score alone. Where own damage was measured, the list by sensitivities that
-    simply add up is compared as well: small budgets of a small model may favour either.
+    simply add up is compared as well: small budgets of a small model may favour either. With
+    `ScanOptions.for_tool` a published list that splits a group is no candidate.
     """
     by, inventory = trial.options.by, trial.record.inventory
     columns = [by] if by else [c for c in SCORES if c in measured(trial.table)]
@@ -271,7 +291,8 @@ def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
         kept = published.kept(inventory)
         names = tuple(x.name for x in inventory.layers if x.name in kept and not x.fixed)
         total = inventory.total_bytes(frozenset(names))
-        if names and total <= budget.limit_bytes:
+        is_served = trial.options.for_tool is None or keeps_groups_whole(inventory, names)
+        if names and is_served and total <= budget.limit_bytes:
             plans[published.author] = Plan(names, total, nan, columns[0])
     return plans
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import __version__ as transformers_version
 
 from qprobe.errors import MachineError, ModelError
 from qprobe.models.catalogue import ENTRIES, Entry, find, nearest
@@ -68,18 +69,24 @@ class Reference:
 def resolve(model: str) -> Source:
     """The source behind a catalogue alias, a local folder or a hub id.
 
-    Raises ModelError if it is none of them.
+    Raises ModelError if it is none of them, or an alias and the name of a checkpoint's folder here.
     """
     if not model.strip():
         raise ModelError("The model is an empty name. Pass a folder, a hub id (owner/name) or a known name.")
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    entry = find(model)
+    if _is_checkpoint(folder) and entry is not None and entry.alias == model.lower():
+        elsewhere = f"pass {entry.hub_id}" if entry.hub_id else "run the command from another folder"
+        raise ModelError(
+            f"{model!r} is both a model that qprobe knows and a folder with a model here. Pass ./{model} for "
+            f"the folder; for the known model {elsewhere}."
+        )
+    if folder.is_dir() and (entry is None or _is_checkpoint(folder)):
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"Folder {model} holds no config.json, so it is no model. Pass the checkpoint's folder."
             )
         return Source(folder.resolve().name, str(folder))
-    entry = find(model)
     if entry is not None and entry.hub_id is None:
         from qprobe.demo import demo_folder, outliers_folder
 
@@ -95,6 +102,10 @@ def resolve(model: str) -> Source:
         f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the {len(ENTRIES)} known "
         f"names. {meant} `qprobe models` lists what is known."
     )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def at_revision(source: Source, revision: str | None) -> Source:
@@ -214,7 +225,7 @@ def meta_model(config: Any, dtype: str) -> nn.Module:
 
 def known(model: str) -> Entry | None:
     """The catalogue's entry for `model`; None for a folder, and for what the catalogue does not know."""
-    return None if Path(model).expanduser().is_dir() else find(model)
+    return None if _is_checkpoint(Path(model).expanduser()) else find(model)
 
 
 def outline(source: Source, dtype: str, entry: Entry | None = None) -> tuple[Any, nn.Module]:
@@ -237,7 +248,22 @@ def outline(source: Source, dtype: str, entry: Entry | None = None) -> tuple[Any
 
 
 def load_processor(source: Source) -> Any:
-    """The processor of `source`, its tokenizer if it has no processor, None if it has neither."""
+    """The processor of `source`, its tokenizer if it has no processor, None if it has neither.
+
+    Raises ModelError where the running transformers has it with torchvision only.
+    """
+    try:
+        return _processor(source)
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        raise ModelError(
+            f"The processor of {source.id!r} needs torchvision with transformers {transformers_version}. "
+            "Install it with `pip install torchvision`, or a newer transformers."
+        ) from error
+
+
+def _processor(source: Source) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     revision = source.revision or "main"

@@ -7,6 +7,7 @@ listed is guessed from the same words that all of them use.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 VISION, PROJECTOR, CROSS, LANGUAGE, OTHER = "vision", "projector", "cross_attention", "language", "other"
@@ -91,6 +92,9 @@ LAYOUTS: dict[str, Layout] = {
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Cross-attention reads its queries from text and its keys from vision: engines fuse only k and v.
 FUSED_CROSS = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# vLLM 0.19.1, models/*.py, `packed_modules_mapping`: these become one matrix with one precision, in every
+# tower.
+VLLM_FUSED = {"qkv_proj": FUSED[0], "gate_up_proj": FUSED[1]}
 
 
 def tower_of(name: str, architecture: str, has_vision: bool) -> str:
@@ -115,8 +119,13 @@ def group_of(name: str, siblings: frozenset[str], tower: str) -> str:
 
     siblings: names of all linears; a group counts only if every member exists.
     """
+    return fused_group(name, siblings, FUSED_CROSS if tower == CROSS else FUSED)
+
+
+def fused_group(name: str, siblings: frozenset[str], fused: Iterable[tuple[str, ...]]) -> str:
+    """`group_of` by the groups `fused`, each of last parts of names."""
     parent, _, leaf = name.rpartition(".")
-    for members in FUSED_CROSS if tower == CROSS else FUSED:
+    for members in fused:
         if leaf in members and all(f"{parent}.{m}" in siblings for m in members):
             return f"{parent}.{{{','.join(members)}}}"
     return name

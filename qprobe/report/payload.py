@@ -13,7 +13,8 @@ import pandas as pd
 from qprobe import __version__
 from qprobe.choosing.ranks import read_ranks
 from qprobe.choosing.table import attribution_residual
-from qprobe.manifest import NEAREST, NOTHING, Manifest, manifest_to_json
+from qprobe.errors import ManifestError
+from qprobe.manifest import NEAREST, NOTHING, Manifest, manifest_to_json, read_manifest
 from qprobe.records import Scan
 from qprobe.report.budgets import KL, Point, Prediction, command_at, manifest_at, points, quality_at, reasons
 from qprobe.report.comparison import read_comparison
@@ -168,7 +169,7 @@ def _method(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | 
     counted = {key: sum(map(len, spec.get(key, []))) for key in ("calibration", "held_out")}
     residual = attribution_residual(folder)
     return {
-        "command": _command(scan, manifest),
+        "command": _command(folder, scan, manifest),
         "made": None if manifest is None else manifest.made_by.time,
         "versions": spec.get("versions", {}),
         "device": spec.get("device"),
@@ -185,8 +186,22 @@ def _method(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | 
     }
 
 
-def _command(scan: Scan, manifest: Manifest | None) -> str:
+def _command(folder: Path, scan: Scan, manifest: Manifest | None) -> str:
     """What made the run, and its skip-list if that was chosen again later."""
-    made = f"qprobe scan --model {scan.model.id}" if manifest is None else manifest.made_by.command
-    is_scan = made.startswith("qprobe scan ")
-    return made if is_scan else f"qprobe scan --model {scan.model.id} && {made}"
+    made = "" if manifest is None else manifest.made_by.command
+    if made.startswith("qprobe scan "):
+        return made
+    first = _first_command(folder) or f"qprobe scan --model {scan.model.id}"
+    return f"{first} && {made}" if made else first
+
+
+def _first_command(folder: Path) -> str | None:
+    """What made the scan, by the list of its own that `select` has set aside."""
+    for name in ("skiplist-measured.json", "skiplist-before.json"):
+        try:
+            made = read_manifest(folder / name).made_by.command
+        except ManifestError:
+            continue
+        if made.startswith("qprobe scan "):
+            return made
+    return None

@@ -57,6 +57,11 @@ def from_folder(folder: Path, prompt: str | None = None, limit: int | None = Non
 
 def image_files(folder: Path) -> list[Path]:
     """The files of `folder` that may be images, in name order; SampleError if there is no folder or file."""
+    if folder.exists() and not folder.is_dir():
+        raise SampleError(
+            f"{folder} is a file, and --images takes a folder of images. Pass its folder, or a .jsonl file "
+            f"with --data."
+        )
     if not folder.is_dir():
         raise SampleError(f"Image folder {folder} does not exist. Pass a folder of image files to --images.")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -7,16 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.build.load import check_model, load_dynamic_4bit, load_standard_4bit, with_dtype
+from qprobe.build.load import check_model, load_dynamic_4bit, load_standard_4bit, source_of, with_dtype
 from qprobe.build.ready import ready_for_training
 from qprobe.errors import MachineError, ManifestError, RunError
 from qprobe.manifest import Manifest, read_manifest
+from qprobe.measure.files import files_digest
+from qprobe.models.headers import read_headers
 from qprobe.models.reference import load_processor, load_reference, pick_device
+from qprobe.models.stored import checkpoint_folder
 from qprobe.options import Base
 from qprobe.quiet import quiet_models
 
 RECORD = "finetune.json"
 MANIFEST_FILE = "skiplist.json"
+BASE_WEIGHTS = "base_weights"  # key of the specification; records of qprobe up to 0.1 lack it
 
 
 def load_base(
@@ -45,6 +49,16 @@ def load_base(
     return ready_for_training(reference.model), load_processor(source)
 
 
+def base_digest(manifest: Manifest, model: str | None) -> str:
+    """SHA-256 over rows of every tensor in the 16-bit files behind `model`, None for the manifest's.
+
+    Of the files and not of the model as loaded, so that device and library versions do not enter.
+    """
+    folder = checkpoint_folder(source_of(manifest, model))
+    tensors = sorted((n, t) for n, t in read_headers(folder).items() if t.elements and t.shape)
+    return files_digest(folder, [(tensor.file, name) for name, tensor in tensors])
+
+
 def peft_library() -> Any:
     """The module peft. Raises MachineError, saying how to get it, if it is not installed."""
     try:
@@ -64,7 +78,7 @@ def load_finetuned(
     """(peft model, processor): the adapter that `finetune` wrote to `folder`, on the base it was trained on.
 
     model, device: as of `load_dynamic_4bit`. Raises RunError if the folder holds no finished adapter,
-    ManifestError if adapter and manifest were not made for one model.
+    ManifestError if adapter, manifest and the weights behind `model` do not belong together.
     """
     where = Path(folder)
     record = read_record(where)
@@ -78,6 +92,11 @@ def load_finetuned(
             f"{manifest.model.fingerprint[:16]}. Put the two together that belong together."
         )
     spec = record["spec"]
+    if BASE_WEIGHTS in spec and spec[BASE_WEIGHTS] != base_digest(manifest, model):
+        raise ManifestError(
+            f"The adapter in {where} was trained on other weights of {manifest.model.id} than "
+            f"{model or manifest.model.id} holds, of the same shapes. Pass the model that it was trained on."
+        )
     base, processor = load_base(where / MANIFEST_FILE, spec["base"], model, device, spec["dtype"])
     return peft_library().PeftModel.from_pretrained(base, str(where)).eval(), processor
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from qprobe.errors import SampleError
 from qprobe.manifest import strict_json
 from qprobe.options import Progress, no_progress
+from qprobe.wording import counted
+from qprobe.wording import named as listed_names
 
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
@@ -109,8 +111,8 @@ def keep_good(found: Conversations, bad_data: Literal["refuse", "skip"]) -> tupl
     shown = " ".join((*sentences[:SHOWN], *more))
     if sentences and bad_data == "refuse":
         raise SampleError(
-            f"{len(sentences)} of {len(sentences) + len(found.good)} lines cannot be trained on. {shown} "
-            f"Mend them, or pass --bad-data skip to train without them."
+            f"{len(sentences)} of {counted(len(sentences) + len(found.good), 'line')} cannot be trained on. "
+            f"{shown} Mend them, or pass --bad-data skip to train without them."
         )
     if not found.good:
         raise SampleError(f"No line of {found.name} can be trained on. {shown} Mend them.")
@@ -211,12 +213,20 @@ def _place_image(turns: list[Turn], has_image: bool) -> None:
 def _turns(record: dict[str, Any]) -> tuple[list[Turn], list[str]]:
     """(turns, image files named inside them)."""
     keys = [x for x in ("conversations", "messages") if x in record]
-    if len(keys) > 1:
-        raise ValueError("it has both conversations and messages; which one is meant?")
-    if not keys and ("prompt" in record or "answer" in record):
-        raw: list[tuple[Any, Any]] = [("user", record.get("prompt")), ("assistant", record.get("answer"))]
+    asked = [x for x in ("prompt", "answer") if x in record]
+    if len(keys) > 1 or (keys and asked):
+        one, other = (*keys, *asked)[:2]
+        raise ValueError(f"it has both {one} and {other}; which one is meant?")
+    if len(asked) == 1:
+        missing = "answer" if asked == ["prompt"] else "prompt"
+        raise ValueError(f"it has no {missing} beside its {asked[0]}")
+    if asked:
+        raw: list[tuple[Any, Any]] = [("user", record["prompt"]), ("assistant", record["answer"])]
     elif not keys:
-        raise ValueError("it has neither conversations nor messages")
+        there = listed_names(sorted(record)) or "nothing"
+        raise ValueError(
+            f"it has none of conversations, messages, or prompt and answer, but {there[:LONGEST_NAME]}"
+        )
     else:
         who, what = ("from", "value") if keys[0] == "conversations" else ("role", "content")
         listed = record[keys[0]]

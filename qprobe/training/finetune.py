@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
+import os
 import random
 import shutil
 import time
@@ -21,14 +21,21 @@ from qprobe import __version__
 from qprobe.atomic import write_atomic
 from qprobe.build.quantize import save_processor
 from qprobe.build.ready import lora_targets
-from qprobe.errors import MachineError, RunError, SampleError
+from qprobe.errors import RunError, SampleError
 from qprobe.exports.shared import yaml
 from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
-from qprobe.measure.identity import weights_digest
-from qprobe.models.reference import pick_device
 from qprobe.options import FinetuneOptions, Optimizer, Progress, no_progress
-from qprobe.quiet import quiet_models
-from qprobe.training.bases import MANIFEST_FILE, RECORD, load_base, peft_library, read_record
+from qprobe.quiet import Remark, quiet_models
+from qprobe.training.alone import LOCK, alone_in
+from qprobe.training.bases import (
+    BASE_WEIGHTS,
+    MANIFEST_FILE,
+    RECORD,
+    base_digest,
+    load_base,
+    peft_library,
+    read_record,
+)
 from qprobe.training.conversations import (
     BadLine,
     Conversation,
@@ -37,9 +44,18 @@ from qprobe.training.conversations import (
     read_conversations,
 )
 from qprobe.training.encoding import encode_conversations, encoding_problem
-from qprobe.training.trainer import Watch, make_trainer
+from qprobe.training.refused import check_options, refuse_several_processes
+from qprobe.training.spec import asked_spec, images_digest
+from qprobe.training.trainer import LossError, Watch, check_adapter, make_trainer
 
+# Of tokenizers whose files name a length; lines that --max-length refuses are named one by one.
+TOO_LONG = Remark(
+    "transformers.tokenization_utils_base",
+    "will result in indexing errors",
+    "length is checked against --max-length, and a longer line is named",
+)
 CHECKPOINTS = "checkpoints"
+DIVERGED = "diverged"  # the status of a run whose loss became no number
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -78,27 +94,45 @@ class Finetuned:
         return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped), **curves}
 
 
-@quiet_models()
+@quiet_models(TOO_LONG)
 def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Finetuned:
     """Trains an adapter as `options` ask and writes it to their `out`, with manifest, processor and record.
 
     Run again with the same options after an interruption, it goes on from the last checkpoint.
-    Raises SampleError for data that cannot be trained on, RunError if `out` holds something else or a
-    finished adapter, MachineError without peft or for an optimizer the device lacks.
+    Raises QprobeError for options that make no run and for a loss that is no number, SampleError for data
+    that cannot be trained on, RunError if `out` holds something else or a finished adapter or another process
+    trains into it, MachineError without peft, under torchrun, or for an optimizer the device lacks.
     """
-    peft = peft_library()
     manifest = read_manifest(options.manifest)
-    spec = _spec(options, manifest)
+    refuse_several_processes(os.environ)
+    check_options(options, manifest)
+    peft = peft_library()
+    spec = asked_spec(options, manifest)
     _check_out(options.out, spec)
     found = [read_conversations(x, progress) for x in (options.data, options.eval_data) if x is not None]
     for one in found:
         keep_good(one, options.bad_data)  # before a model is loaded
+    spec["images"] = images_digest(found)
+    with alone_in(options.out):
+        return _finetune(options, manifest, spec, found, peft, progress)
+
+
+def _finetune(
+    options: FinetuneOptions,
+    manifest: Manifest,
+    spec: dict[str, Any],
+    found: Sequence[Conversations],
+    peft: Any,
+    progress: Progress,
+) -> Finetuned:
+    """The run, in a folder that no other process trains into."""
+    _check_out(options.out, spec)
     model, processor = load_base(options.manifest, options.base, options.model, options.device, options.dtype)
     checked = [_encodable(x, processor, model.dtype, options.max_length, progress) for x in found]
     train, held_out = _split([keep_good(x, options.bad_data) for x in checked], options)
     _check_batches(train, options.batch_size)
     # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
-    spec["weights"] = weights_digest(model)
+    spec = {**spec, BASE_WEIGHTS: base_digest(manifest, options.model)}
     _check_out(options.out, spec)
     torch.manual_seed(options.seed)
     config = peft.LoraConfig(
@@ -108,8 +142,8 @@ def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Fine
         target_modules=lora_targets(model, options.vision),
     )
     tuned = peft.get_peft_model(model, config)
-    _write_record(options.out, {"status": "running", "fingerprint": manifest.model.fingerprint, "spec": spec})
-    with _disk_explained(options.out):
+    _start(options.out, {"fingerprint": manifest.model.fingerprint, "spec": spec})
+    with _disk_explained(options.out), _loss_explained(options.out):
         result = _train(options, spec["optimizer"], tuned, processor, train, held_out, progress)
     skipped = tuple(sentence for one in checked for sentence in one.sentences())
     done = Finetuned(
@@ -118,31 +152,6 @@ def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Fine
     with _disk_explained(options.out):
         _finish(options, tuned, processor, manifest, spec, done)
     return done
-
-
-def _spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:
-    """Everything that decides the adapter, in JSON values; two runs with equal specs may share a folder."""
-    device = pick_device(options.device)
-    if (device.index or 0) > 0:
-        raise MachineError(
-            f"transformers' Trainer works on the first GPU it sees, not on {device}. Set "
-            f"CUDA_VISIBLE_DEVICES={device.index} and leave --device out."
-        )
-    asked = {
-        key: value
-        for key, value in asdict(options).items()
-        if key not in ("manifest", "data", "eval_data", "out", "model", "device", "save_every", "optimizer")
-    }
-    return {
-        **asked,
-        "optimizer": _optimizer(options.optimizer, device),
-        "fingerprint": manifest.model.fingerprint,
-        "format": asdict(manifest.format),
-        "codes": None if manifest.codes is None else manifest.codes.sha256,
-        "skip_modules": _digest("\n".join(manifest.skip_modules).encode()),
-        "data": _file_digest(options.data),
-        "eval_data": None if options.eval_data is None else _file_digest(options.eval_data),
-    }
 
 
 def _check_batches(lines: Sequence[Conversation], batch_size: int) -> None:
@@ -170,29 +179,11 @@ def _disk_explained(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _optimizer(wanted: Optimizer | None, device: torch.device) -> Optimizer:
-    if wanted == "adamw_8bit" and device.type != "cuda":
-        raise MachineError(
-            f"The optimizer adamw_8bit needs a CUDA device, and this run is on {device}. Leave --optimizer "
-            f"out: on a CPU it is adamw_torch."
-        )
-    return wanted or ("adamw_8bit" if device.type == "cuda" else "adamw_torch")
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        return _digest(path.read_bytes())
-    except OSError as error:
-        raise SampleError(f"{path} cannot be read ({error.strerror}). Pass a .jsonl file.") from error
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _check_out(out: Path, spec: dict[str, Any]) -> None:
-    """Raises RunError unless `out` is new, empty, or an unfinished run with the same spec."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    """Raises RunError unless `out` is new, empty, a run that has nothing to lose, or an unfinished one with
+    the same spec.
+    """
+    if not out.exists() or (out.is_dir() and all(x.name == LOCK for x in out.iterdir())):
         return
     record = read_record(out) if out.is_dir() else None
     if record is None:
@@ -200,7 +191,7 @@ def _check_out(out: Path, spec: dict[str, Any]) -> None:
     if record["status"] == "finished":
         raise RunError(f"{out} holds a finished adapter. Pass another folder, or remove it to train again.")
     differing = sorted(key for key in spec if record["spec"].get(key) != spec[key])
-    if differing:
+    if differing and record["status"] != DIVERGED and last_checkpoint(out / CHECKPOINTS) is not None:
         raise RunError(
             f"{out} holds an unfinished run that was asked for otherwise ({', '.join(differing)}). Pass the "
             f"same options to continue it, or another folder."
@@ -273,6 +264,7 @@ def _train(
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if held_out and (not watch.evaluations or watch.evaluations[-1][0] != trainer.state.global_step):
         trainer.evaluate()
+    check_adapter(tuned, watch)
     log = trainer.state.log_history
     evaluations = tuple((x["step"], x["eval_loss"]) for x in log if "eval_loss" in x)
     return {
@@ -304,6 +296,26 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(path, ignore_errors=True)
     return whole[max(whole)] if whole else None
+
+
+def _start(out: Path, record: dict[str, Any]) -> None:
+    """The record of a run that begins or goes on in `out`; of one that diverged nothing is gone on from."""
+    before = read_record(out)
+    if before is not None and (before["status"] == DIVERGED or before["spec"] != record["spec"]):
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    _write_record(out, {"status": "running", **record})
+
+
+@contextmanager
+def _loss_explained(out: Path) -> Iterator[None]:
+    """Notes in the record where the loss became no number, so that the folder serves for another try."""
+    try:
+        yield
+    except LossError:
+        record = read_record(out)
+        assert record is not None
+        _write_record(out, {**record, "status": DIVERGED})
+        raise
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:

@@ -17,27 +17,55 @@ from qprobe.training.conversations import Conversation
 WARMUP = 0.05  # share of the steps in which the learning rate rises, so that the first ones do no harm
 
 
+class LossError(QprobeError):
+    """The loss, or the adapter, is no number any more."""
+
+
 class Watch(TrainerCallback):
     """Reports steps to a `Progress`, keeps (step, loss) of evaluations, stops at a loss that is no number."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.evaluations: list[tuple[int, float]] = []
+        self.last_good: tuple[int, float] | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
         self.progress("train", state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise QprobeError(
-                f"The loss became {loss} at step {state.global_step}, so the adapter is lost. Start again "
-                f"with a lower --learning-rate, or continue in another folder with data that was looked over."
-            )
+        if loss is not None:
+            self._check("The loss", loss, state.global_step)
+            self.last_good = (state.global_step, loss)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_kwargs: Any) -> None:
         if "eval_loss" in (metrics or {}):
+            self._check("The loss on the held-out lines", metrics["eval_loss"], state.global_step)
             self.evaluations.append((state.global_step, metrics["eval_loss"]))
+
+    def _check(self, what: str, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise LossError(f"{what} became {loss} at step {step}{self.advice()}")
+
+    def advice(self) -> str:
+        """What goes behind "... at step N": the last good loss, and what to do."""
+        if self.last_good is None:
+            return (
+                ", before any step was taken well, so nothing was learned. Pass --dtype bf16 if it is fp16, "
+                "a lower --learning-rate, or other lines; the same --out will do."
+            )
+        step, loss = self.last_good
+        return (
+            f", so the adapter is lost; the last good loss was {loss:.4g}, at step {step}. Start again with "
+            "a lower --learning-rate, or with lines that were looked over; the same --out will do."
+        )
+
+
+def check_adapter(model: Any, watch: Watch) -> None:
+    """Raises LossError if a trained parameter is not finite: the last step is behind the last loss."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise LossError(f"The adapter's {name} is not finite after the last step{watch.advice()}")
 
 
 def make_trainer(

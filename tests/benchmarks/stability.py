@@ -7,27 +7,33 @@ order. Each base (16-bit, standard 4-bit, dynamic) is trained by `qprobe finetun
 same order for each seed, and judged on held-out cards of the new kind and on held-out scenes of the old
 kinds, which it may forget. Manifests are those of `qprobe scan` with 64 scenes. Each run is a process of
 its own with one thread (unless OMP_NUM_THREADS says otherwise), --jobs of them side by side. A finished run
-is kept in --work and not made again; the report is written from what is there.
+is kept in --work and not made again under the same conditions (sources, models, machine, versions, threads);
+the report is written from what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import qprobe
+from qprobe.demo import demo_folder, outliers_folder
 from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.manifest import write_atomic
+from qprobe.measure.identity import library_versions
 from qprobe.options import Base, FinetuneOptions, ScanOptions
 from qprobe.records import Sample
 from qprobe.scanning import scan
@@ -75,11 +81,38 @@ class Run:
     steps: int
     work: Path
     device: str | None
+    key: str
 
     @property
     def name(self) -> str:
         """Of its file and its adapter's folder in `work`."""
-        return f"{self.model}-{self.base}-{self.seed}-{self.steps}"
+        return f"{self.model}-{self.base}-{self.seed}-{self.steps}-{self.key}"
+
+
+def conditions(device: str | None) -> dict[str, Any]:
+    """Everything beside a run's own fields that its outcome depends on, in JSON values."""
+    package = Path(qprobe.__file__).parent
+    sources = [*package.rglob("*.py"), Path(__file__)]
+    weights = [x for folder in (demo_folder(), outliers_folder()) for x in folder.rglob("*") if x.is_file()]
+    return {
+        "sources": files_key(x for x in sources if x.parent.name not in ("cli", "report")),  # which only show
+        "models": files_key(weights),
+        "made_with": made_with(device),
+        "versions": library_versions() | {name: version(name) for name in ("numpy", "pillow", "peft")},
+        "device": device,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def files_key(files: Iterable[Path]) -> str:
+    """SHA-256 over the bytes of `files`, in the order of their names."""
+    digests = [hashlib.sha256(x.read_bytes()).hexdigest() for x in sorted(files)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def key_of(found: Mapping[str, Any]) -> str:
+    """`conditions` as a short name."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def reversed_questions(count: int, seed: int) -> list[Sample]:
@@ -103,21 +136,21 @@ def write_lines(path: Path, samples: Sequence[Sample]) -> Path:
     return path
 
 
-def write_data(work: Path) -> tuple[Path, Path]:
-    """(lines to train on, held-out lines), written once."""
-    train, held_out = work / "data" / "train.jsonl", work / "data" / "held-out.jsonl"
+def write_data(work: Path, key: str) -> tuple[Path, Path]:
+    """(lines to train on, held-out lines), written once for the conditions `key`."""
+    train, held_out = (work / f"data-{key}" / name for name in ("train.jsonl", "held-out.jsonl"))
     if not held_out.is_file():
         write_lines(train, reversed_questions(LINES, TRAINING_SEED + 77))
         write_lines(held_out, reversed_questions(JUDGED, HELD_OUT_SEED + 77))
     return train, held_out
 
 
-def make_manifest(model: str, work: Path, device: str | None) -> Path:
-    """The manifest of a small scan of `model`, made once."""
-    run = work / "scans" / model
-    if not (run / "skiplist.json").is_file():
-        scan(ScanOptions(model, samples=64, out=run, device=device))
-    return run / "skiplist.json"
+def make_manifest(run: Run) -> Path:
+    """The manifest of a small scan of the model of `run`, made once for its conditions."""
+    folder = run.work / "scans" / f"{run.model}-{run.key}"
+    if not (folder / "skiplist.json").is_file():
+        scan(ScanOptions(run.model, samples=64, out=folder, device=run.device))
+    return folder / "skiplist.json"
 
 
 def judge(model: Any, processor: Any, old: Sequence[Sample], new: Sequence[Sample]) -> tuple[float, float]:
@@ -139,8 +172,8 @@ def kept_outcome(run: Run) -> Outcome | None:
 
 def make(run: Run) -> Outcome:
     """Trains and judges one base with one seed, and keeps the outcome."""
-    manifest = make_manifest(run.model, run.work, run.device)
-    train, held_out = write_data(run.work)
+    manifest = make_manifest(run)
+    train, held_out = write_data(run.work, run.key)
     new, old = reversed_questions(JUDGED, HELD_OUT_SEED + 77), scenes(JUDGED, HELD_OUT_SEED + 78)
     before = judge(*load_base(manifest, run.base, run.model, run.device), old, new)
     out = run.work / "adapters" / run.name
@@ -172,7 +205,7 @@ def make_all(runs: Sequence[Run], jobs: int, out: Path) -> list[str]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
         needed = {run.model: run for run in missing}.values()
-        for scanned in [pool.submit(make_manifest, x.model, x.work, x.device) for x in needed]:
+        for scanned in [pool.submit(make_manifest, x) for x in needed]:
             scanned.result()
         futures = {pool.submit(make, run): run for run in missing}
         for future in as_completed(futures):
@@ -214,9 +247,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    write_data(options.work)
+    key = key_of(conditions(options.device))
+    write_data(options.work, key)
     runs = [
-        Run(model, base, seed, options.steps, options.work, options.device)
+        Run(model, base, seed, options.steps, options.work, options.device, key)
         for model in options.models
         for seed in options.seeds
         for base in BASES

@@ -134,7 +134,7 @@ def test_an_entry_that_matches_too_much_is_caught(stale: Any):
     found = audit(folder)
     assert "packed 4-bit codes in the files, but the config's list keeps them" in found.problems[0]
     assert "the entry 'proj' matches 16 layers" in found.problems[0]
-    assert any("'proj' matches 16 linears, 14 of them only as the ending" in x for x in found.remarks)
+    assert any("'proj' matches 16 linears, 14 of these only as the ending" in x for x in found.remarks)
     loaded = audit(folder, load=True, device="cpu").problems
     assert len(loaded) == 2
 
@@ -142,7 +142,7 @@ def test_an_entry_that_matches_too_much_is_caught(stale: Any):
 def test_an_entry_that_matches_nothing_but_harms_nothing_is_a_remark(stale: Any):
     folder, manifest = stale("llama", lambda c: entries(c).append("merger"))
     found = audit(folder, manifest)
-    assert found.ok and "1 of 9 entries match no linear: 'merger'." in found.remarks
+    assert found.ok and "1 of 9 entries matches no linear: 'merger'." in found.remarks
 
 
 def test_a_config_without_quantization_over_packed_files(stale: Any):

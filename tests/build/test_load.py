@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from qprobe.build.load import _source, load_dynamic_4bit, load_standard_4bit
+from qprobe.build.load import load_dynamic_4bit, load_standard_4bit, source_of
 from qprobe.build.storage import stored_bytes
 from qprobe.build.verify import verify
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
@@ -73,10 +73,10 @@ def test_weights_outside_linears_stay_in_16bit_and_are_named(cls, config, tmp_pa
 def test_the_manifests_revision_is_loaded_unless_the_user_names_a_place(tiny_folder):
     manifest = manifest_for(tiny_folder("llama"))
     pinned = replace(manifest, model=replace(manifest.model, id="owner/name", revision="abc123"))
-    assert _source(pinned, None).revision == "abc123"
-    assert _source(pinned, "owner/name").revision == "abc123"
-    assert _source(pinned, "other/name").revision is None
-    assert _source(pinned, str(tiny_folder("llama"))).revision is None
+    assert source_of(pinned, None).revision == "abc123"
+    assert source_of(pinned, "owner/name").revision == "abc123"
+    assert source_of(pinned, "other/name").revision is None
+    assert source_of(pinned, str(tiny_folder("llama"))).revision is None
 
 
 @pytest.mark.parametrize("name", tiny.GENERATING_NAMES)

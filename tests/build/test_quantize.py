@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from qprobe.build import quantize as quantize_module
 from qprobe.build.audit import audit
+from qprobe.build.card import model_card
 from qprobe.build.load import load_dynamic_4bit
 from qprobe.build.quantize import quantize
 from qprobe.errors import ManifestError, ModelError
@@ -126,8 +127,8 @@ def test_nothing_is_overwritten(tiny_folder, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name in ("taken", "file"):
-        with pytest.raises(ModelError, match="already and not empty"):
+    for name, said in (("taken", "already and not empty"), ("file", "file is a file")):
+        with pytest.raises(ModelError, match=said):
             quantize(manifest_for(folder), tmp_path / name, str(folder), "cpu")
     assert sorted(x.name for x in tmp_path.rglob("*")) == ["file", "notes.txt", "taken"]
 
@@ -162,9 +163,44 @@ def test_the_card_shows_what_was_measured_and_what_was_not(tiny_folder, tmp_path
     )
     quantize(measured, tmp_path / "measured", str(folder), "cpu")
     card = (tmp_path / "measured" / "README.md").read_text()
-    assert f"| **this model** | {total:,} | 0.00226 |" in card and "| 0.269 |" in card
+    assert f"| this list | {total:,} | 0.00226 |" in card and "| 0.269 |" in card
     assert "64 held-out samples" in card and "0.00226 ± 0.0006" in card
     assert all(f"`{name}`" in card for name in manifest.skip_modules)
+
+
+def test_figures_are_this_model_s_only_where_the_weights_are_those_that_were_measured(tiny_folder, tmp_path):
+    """Another folder of the same shapes has the same fingerprint; a name on the hub is the same weights."""
+    folder = tiny_folder("llama")
+    known = manifest_for(folder)
+    known = replace(
+        known,
+        model=replace(known.model, id="owner/measured", revision="abc"),
+        quality=Quality(9, 0.2, 0.1, 0.1),
+    )
+    card = model_card(known, "LlamaForCausalLM")
+    assert 'base_model: "owner/measured"' in card and "**this model**" in card and "not checked" not in card
+    quantize(known, tmp_path / "out", str(folder), "cpu")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "measured on the weights of `owner/measured`" in card and "**this model**" not in card
+    assert card.count("owner/measured") == 1 and f"# {folder.name}, dynamic" in card
+    assert str(folder) not in card
+    quantize(replace(known, quality=Quality()), tmp_path / "plain", str(folder), "cpu")
+    assert "were measured on" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_one_writes_is_not(tiny_folder, tmp_path):
+    folder = tiny_folder("llama")
+    mine = [tmp_path / x for x in (".out.notes.tmp", ".outer.0123456789ab.tmp", ".other.0123456789ab.tmp")]
+    for place in (tmp_path / ".out.0123456789ab.tmp", *mine):
+        place.mkdir()
+        (place / "model.safetensors").write_text("half")
+    with quantize_module.new_folder(tmp_path / "out") as living:
+        quantize(manifest_for(folder), tmp_path / "out", str(folder), "cpu")
+        assert {*mine, living} == {x for x in tmp_path.iterdir() if x.name.startswith(".")}
+        with pytest.raises(ModelError), quantize_module.new_folder(tmp_path / "out"):
+            pass  # which is there by now
+        (tmp_path / "out").rename(tmp_path / "first")
+    assert (tmp_path / "out").is_dir()
 
 
 PEAK = """

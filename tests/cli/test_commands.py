@@ -1,6 +1,7 @@
 """What each command prints and writes, on a made-up run folder and made-up results."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import Result
 
-from qprobe.manifest import Compared, read_manifest, write_manifest
+from qprobe.manifest import Compared, Manifest, read_manifest, write_manifest
 from tests.report.test_terminal import COMPARISON, DIAGNOSIS
 
 Run = Callable[..., Result]
@@ -127,9 +128,78 @@ def test_select_says_what_it_replaces_and_keeps_what_was_measured(
     assert copy.read_bytes() == measured != target.read_bytes()
     # The list that replaced it rests on predictions: its command makes it again, and the copy stays.
     again = qprobe("select", run, "--budget", "+5%", "--json")
-    assert "Replaces the list of `qprobe select run --budget +20%`; that command" in again.stderr
+    assert (
+        f"Replaces the list of `qprobe select run --budget +20%`; `qprobe select {run} --budget +20%`"
+        in again.stderr
+    )
     assert json.loads(again.stdout)["budget"]["requested"] == "+5%" and copy.read_bytes() == measured
     assert "Replaces" not in qprobe("select", run, "--budget", "+5%", "--out", tmp_path / "new.json").stdout
+
+
+def test_the_command_that_makes_a_list_again_does_it_and_other_lists_are_kept(
+    qprobe: Run, run_folder: Path, tmp_path: Path
+):
+    run, out = copytree(run_folder, tmp_path / "run"), tmp_path / "a list.json"
+    common = ("select", run, "--out", out)
+    assert qprobe(*common, "--budget", "+20%", "--by", "weight_nmse").exit_code == 0
+    first = read_manifest(out)
+    said = qprobe(*common, "--budget", "+5%").stdout
+    command = said.rpartition("; `")[2].partition("` makes it again")[0]
+    assert read_manifest(out) != first
+    assert qprobe(*shlex.split(command)[1:]).exit_code == 0
+    assert replace(read_manifest(out), made_by=first.made_by) == first
+    # A list of this command, and one layer changed by hand: nothing makes it again, so it is kept.
+    hand = keep_too(first, next(x.name for x in first.layers if x.precision == "nf4"))
+    write_manifest(out, hand)
+    said = qprobe(*common, "--budget", "+5%").stdout
+    assert "a list-before.json" in said and "makes it again" not in said
+    assert read_manifest(tmp_path / "a list-before.json") == hand
+
+
+def test_select_for_vllm_writes_a_list_that_export_takes(qprobe: Run, run_folder: Path, tmp_path: Path):
+    common = ("select", run_folder, "--budget", "+20%", "--by", "weight_nmse")
+    assert qprobe(*common, "--out", tmp_path / "any.json").exit_code == 0
+    refused = qprobe("export", tmp_path / "any.json", "--to", "vllm")
+    assert refused.exit_code == 1 and "qprobe select RUN --for vllm" in refused.stderr
+    assert qprobe(*common, "--for", "vllm", "--out", tmp_path / "whole.json").exit_code == 0
+    assert qprobe("export", tmp_path / "whole.json", "--to", "vllm").exit_code == 0
+    whole = read_manifest(tmp_path / "whole.json")
+    assert whole.made_by.command.endswith("--by weight_nmse --for vllm")
+    said = qprobe(*common, "--out", tmp_path / "whole.json").stdout
+    assert f"--by weight_nmse --for vllm --out {tmp_path / 'whole.json'}` makes it again" in said
+
+
+def keep_too(manifest: Manifest, name: str) -> Manifest:
+    """`manifest` with one more layer in 16-bit."""
+    layers = tuple(
+        replace(x, precision="bf16", bytes=2 * x.shape[0] * x.shape[1]) if x.name == name else x
+        for x in manifest.layers
+    )
+    more = sum(x.bytes for x in layers) - sum(x.bytes for x in manifest.layers)
+    total = manifest.budget.total_bytes + more
+    budget = replace(manifest.budget, total_bytes=total, limit_bytes=total)
+    kept = tuple(x.name for x in layers if x.precision == "bf16")
+    return replace(manifest, layers=layers, budget=budget, skip_modules=kept)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.csv", "scan.json", "units", "report", "frontier.csv", "skiplist-measured.json"]
+)
+def test_select_replaces_no_other_file_of_the_run(qprobe: Run, run_folder: Path, tmp_path: Path, name: str):
+    run = copytree(run_folder, tmp_path / "run")
+    if name.startswith("skiplist"):
+        (run / name).write_bytes((run / "skiplist.json").read_bytes())
+    before = {x: x.read_bytes() for x in run.rglob("*") if x.is_file()}
+    result = qprobe("select", run, "--budget", "+5%", "--out", run / name)
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert {x: x.read_bytes() for x in run.rglob("*") if x.is_file()} == before
+
+
+def test_select_makes_a_broken_skip_list_anew(qprobe: Run, run_folder: Path, tmp_path: Path):
+    run = copytree(run_folder, tmp_path / "run")
+    (run / "skiplist.json").write_text("{")
+    assert qprobe("select", run, "--budget", "+5%").exit_code == 0
+    assert read_manifest(run / "skiplist.json").budget.requested == "+5%"
 
 
 def test_select_with_room_for_everything_says_so(qprobe: Run, run_folder: Path, tmp_path: Path):

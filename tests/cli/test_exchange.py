@@ -72,8 +72,11 @@ def test_import_says_what_matched_and_writes_a_manifest(qprobe: Run, tiny_folder
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[:3] == ["lm_head  1 layer", "mlp.down_proj  3 layers", "merger  nothing"]
-    assert "4 of 22 layers stay in 16-bit" in lines[3] and lines[4] == f"Skip-list  {out}"
-    assert "1 of 3 entries match nothing in this model: 'merger'" in result.stderr
+    assert (
+        "3 of 21 layers kept in 16-bit, besides lm_head, which standard 4-bit keeps too" in lines[3]
+        and lines[4] == f"Skip-list  {out}"
+    )
+    assert "1 of 3 entries matches nothing in this model: 'merger'" in result.stderr
     data = json.loads(qprobe(*common, "--json").stdout)
     assert data["dead"] == ["merger"] and data["layers_16bit"] == list(read_manifest(out).skip_modules)
 

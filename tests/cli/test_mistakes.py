@@ -51,6 +51,17 @@ def test_a_missing_image_folder(scan: Run, tmp_path: Path):
     assert "photos does not exist" in explained(scan("--images", tmp_path / "photos"))
 
 
+def test_an_image_in_the_place_of_a_folder(scan: Run, tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(tiny.picture(0))
+    assert "a.png is a file, and --images takes a folder" in explained(scan("--images", tmp_path / "a.png"))
+
+
+def test_a_file_in_the_place_of_the_joined_run(qprobe: Run, run_folder: Path, tmp_path: Path):
+    (tmp_path / "out").write_text("mine")
+    said = explained(qprobe("merge", run_folder, "--out", tmp_path / "out"))
+    assert "out is a file, and the joined run is a folder" in said
+
+
 def test_an_empty_image_folder(scan: Run, tmp_path: Path):
     (tmp_path / "photos").mkdir()
     assert "photos is empty" in explained(scan("--images", tmp_path / "photos"))

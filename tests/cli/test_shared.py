@@ -82,7 +82,7 @@ def test_running_out_of_memory_is_a_mistake_to_mend(qprobe: Run, fake: Fake):
             "qprobe.scanning",
             "Finished units are kept in the run folder;",
         ),
-        ("quantize f --out d", "qprobe.build.quantize", "DIR was not made"),
+        ("quantize f --out d", "qprobe.build.quantize", "d was not made"),
         (
             "finetune f --data d --out o",
             "qprobe.training.finetune",

@@ -69,10 +69,10 @@ def test_one_pattern_writes_layers_with_the_same_numbers_once():
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([], r"the empty list does not name a, so 1 layers"),
-        (["c"], r"none of the 1 entries matches a"),
+        ([], r"the empty list does not name a, so 1 layer that"),
+        (["c"], r"the only entry does not match a, so 1 layer that"),
         (["a", "c"], r"The entry 'c' matches no linear layer under one"),
-        (["a", "b"], r"Under one the entry 'b' keeps 1 layers in 16-bit, 1 of them unwanted, first b;"),
+        (["a", "b"], r"Under one the entry 'b' keeps 1 layer in 16-bit, 1 of them unwanted, first b;"),
     ],
 )
 def test_what_a_check_says(entries, said):

@@ -25,7 +25,16 @@ from qprobe.models.inventory import (
     linear_modules,
     list_layers,
 )
-from qprobe.models.reference import Source, at_revision, load_config, load_reference, meta_model, resolve
+from qprobe.models.reference import (
+    Source,
+    at_revision,
+    known,
+    load_config,
+    load_processor,
+    load_reference,
+    meta_model,
+    resolve,
+)
 from qprobe.records import FormatSpec, Inventory
 from tests import tiny
 from tests.build.manifests import inventory_of
@@ -195,6 +204,33 @@ def test_a_misspelt_name_is_answered_with_the_nearest_ones() -> None:
 def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("demo", "another folder"), ("llama-3.2-11b-vision", "meta-llama/")]
+)
+def test_a_folder_called_like_a_known_model(
+    name: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    there = resolve(name)
+    (tmp_path / name).mkdir()
+    assert resolve(name) == there and known(name) is not None  # it is no model, so there is no question
+    (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=rf"Pass \./{name} for the folder; for the known model .*{other}"):
+        resolve(name)
+    assert resolve(f"./{name}").location == name
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_a_processor_that_needs_torchvision_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_arguments: object, **_keywords: object) -> None:
+        raise ImportError("\nQwen2VLImageProcessor requires the Torchvision library but it was not found ...")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lacking)
+    with pytest.raises(ModelError, match=r"'qwen' needs torchvision .* `pip install torchvision`"):
+        load_processor(Source("qwen", "/nowhere"))
 
 
 def test_weights_only_in_pickles_are_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ BAD = [
     ({"image": "a.png", "conversations": []}, "conversations are empty"),
     ({"image": "a.png", "conversations": "hello"}, "conversations are empty"),
     ({"image": "a.png", "conversations": ["hello"]}, "not a list of objects"),
-    ({"image": "a.png"}, "neither conversations nor messages"),
+    ({"image": "a.png"}, "none of conversations, messages, or prompt and answer, but image"),
+    ({"foo": 1}, "none of conversations, messages, or prompt and answer, but foo"),
     ({"conversations": [HUMAN, GPT], "messages": []}, "both conversations and messages"),
     ({"image": "a.png", "conversations": [GPT, HUMAN]}, "turn 1 is the assistant's, where the user"),
     ({"image": "a.png", "conversations": [HUMAN, HUMAN, GPT]}, "2 of its turns have an image"),
@@ -124,7 +125,10 @@ BAD = [
     ({"conversations": [{"from": "human", "value": ""}, GPT]}, "user is empty"),
     ({"conversations": [HUMAN, GPT]}, "names no image file"),
     ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": "<image>"}]}, "only the user"),
-    ({"image": "a.png", "prompt": "What?"}, "turn 2 has no text"),
+    ({"image": "a.png", "prompt": "What?"}, "no answer beside its prompt"),
+    ({"image": "a.png", "answer": "A cat."}, "no prompt beside its answer"),
+    ({"conversations": [HUMAN, GPT], "prompt": "a", "answer": "b"}, "both conversations and prompt"),
+    ({"messages": [], "answer": "b"}, "both messages and answer"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "part of type 'audio'"),
 ]
 

@@ -25,10 +25,6 @@ from qprobe.training.finetune import finetune, last_checkpoint
 from tests import tiny
 from tests.build.manifests import every_third, manifest_for
 
-pytestmark = pytest.mark.filterwarnings(
-    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
-    "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning",
-)
 BASES = ("16-bit", "nf4", "dynamic")
 
 
@@ -111,7 +107,7 @@ def test_a_run_does_not_go_on_with_other_weights_of_the_same_shapes(asked, tmp_p
     other = Path(copytree(asked.model, tmp_path / "other"))
     tensors = load_file(other / "model.safetensors")
     save_file({n: 1.3 * t for n, t in tensors.items()}, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunError, match=r"asked for otherwise \(weights\)"):
+    with pytest.raises(RunError, match=r"asked for otherwise \(base_weights\)"):
         finetune(replace(asked, model=str(other)))
 
 
@@ -137,6 +133,9 @@ def test_a_folder_with_something_else_is_left_alone(asked):
         finetune(replace(asked, steps=1))
     record = json.loads((asked.out / "finetune.json").read_text())
     (asked.out / "finetune.json").write_text(json.dumps({**record, "status": "running"}))
+    checkpoint = asked.out / "checkpoints" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
     with pytest.raises(RunError, match=r"asked for otherwise \(rank, steps\)"):
         finetune(replace(asked, rank=8, steps=2))
     with pytest.raises(RunError, match="no finished adapter"):
@@ -186,9 +185,102 @@ def test_vision_adapters_on_request(asked):
     assert any("vision_model" in name for name in names) and not any("lm_head" in name for name in names)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(asked):
-    with pytest.raises(QprobeError, match=r"The loss became (nan|inf) at step .* lower --learning-rate"):
-        finetune(replace(asked, learning_rate=1e30, held_out=0.0))
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_folder_free(asked):
+    with pytest.raises(QprobeError, match=r"became (nan|inf) at step \d.* last good loss was .* at step \d"):
+        finetune(replace(asked, learning_rate=1e30, held_out=0.0, save_every=1))
+    assert finetune(replace(asked, steps=1)).resumed_from is None
+
+
+def test_an_adapter_that_the_last_step_broke_is_no_success(asked, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = step(self, *args, **kwargs)
+        self.param_groups[0]["params"][-1].data.fill_(float("nan"))
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    said = r"lora_\w.* is not finite after the last step, .* last good loss was .*, at step 1\."
+    with pytest.raises(QprobeError, match=said):
+        finetune(replace(asked, held_out=0.0, steps=1))
+    with pytest.raises(QprobeError, match=r"The loss on the held-out lines became nan at step 1"):
+        finetune(replace(asked, steps=1))
+
+
+def test_an_option_that_fails_does_not_claim_the_folder(asked, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("qprobe.training.finetune.make_trainer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune(replace(asked, rank=2))
+    assert finetune(replace(asked, rank=3, steps=1)).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("epochs", float("nan"), "--epochs nan"),
+        ("epochs", float("inf"), "--epochs inf"),
+        ("epochs", 0.0, "--epochs 0"),
+        ("epochs", -1.0, "--epochs -1"),
+        ("learning_rate", float("nan"), "--learning-rate nan"),
+        ("learning_rate", 0.0, "--learning-rate 0"),
+        ("held_out", float("nan"), "--held-out nan"),
+        ("steps", 0, "--steps 0"),
+        ("rank", 100_000, r"--rank 100,000 is higher .* which is 64 at most"),
+    ],
+)
+def test_numbers_that_make_no_run_are_refused_before_a_model_loads(option, value, said, asked, monkeypatch):
+    monkeypatch.setattr("qprobe.training.finetune.load_base", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(QprobeError, match=said):
+        finetune(replace(asked, **{option: value}))
+    assert not asked.out.exists()
+
+
+def test_a_second_process_does_not_train_into_the_same_folder(asked):
+    def second(stage: str, _done: int, _total: int) -> None:
+        if stage == "train":
+            with pytest.raises(RunError, match="Another process is training into"):
+                finetune(asked)
+
+    assert finetune(replace(asked, steps=1), second).steps == 1
+    assert not (asked.out / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_torchrun_is_refused(name, asked, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(MachineError, match=f"one process on one GPU, and {name}=1.* without torchrun"):
+        finetune(asked)
+    assert not asked.out.exists()
+
+
+def test_a_run_does_not_go_on_with_other_pixels_under_the_same_names(asked):
+    def stop(stage: str, done: int, _total: int) -> None:
+        if stage == "train" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(asked, stop)
+    (asked.data.parent / "3.png").write_bytes(tiny.picture(77))
+    with pytest.raises(RunError, match=r"asked for otherwise \(images\)"):
+        finetune(asked)
+
+
+def test_an_adapter_on_other_weights_of_the_same_shapes_is_refused(asked, tmp_path):
+    finetune(replace(asked, steps=1))
+    other = Path(copytree(asked.model, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    save_file({n: 1.3 * t for n, t in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ManifestError, match="trained on other weights"):
+        load_finetuned(asked.out, str(other), "cpu")
+
+
+def test_what_other_packages_say_in_vain_is_not_on_stderr(asked, tmp_path, caplog):
+    folder = Path(copytree(asked.model, tmp_path / "short"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 4}))
+    finetune(replace(asked, model=str(folder), steps=1))  # peft's FutureWarning would be an error here
+    assert not [x for x in caplog.messages if "indexing errors" in x]
 
 
 def test_what_the_machine_lacks_is_one_sentence(asked, monkeypatch):
@@ -229,6 +321,7 @@ def test_the_command_line_is_the_function(asked):
 
 
 def test_two_ways_to_hold_out_are_wrong_usage():
-    line = ("finetune", "f", "--data", "d", "--out", "o", "--eval-data", "e", "--held-out", "0.2")
-    assert run(*line).exit_code == 2
+    line = ("finetune", "f", "--data", "d", "--out", "o")
+    assert run(*line, "--eval-data", "e", "--held-out", "0.2").exit_code == 2
+    assert run(*line, "--steps", "3", "--epochs", "1").exit_code == 2
     assert run("finetune", "f", "--data", "d", "--out", "o", "--base", "int8").exit_code == 2

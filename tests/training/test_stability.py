@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.stability import Outcome, Run, kept_outcome
+from tests.benchmarks.stability import Outcome, Run, conditions, files_key, kept_outcome, key_of
 from tests.benchmarks.stability_report import off_16bit, spread, unrest, write_report
 
 
@@ -21,15 +21,28 @@ def outcome(base: str, seed: int, losses: list[float]) -> Outcome:
 
 
 def test_a_kept_outcome_is_read_again_and_one_that_lacks_a_figure_is_made_again(tmp_path: Path):
-    run = Run("demo", "nf4", 1, 2, tmp_path, "cpu")
-    path = tmp_path / "outcomes" / "demo-nf4-1-2.json"
+    run = Run("demo", "nf4", 1, 2, tmp_path, "cpu", "abc")
+    path = tmp_path / "outcomes" / "demo-nf4-1-2-abc.json"
     path.parent.mkdir()
     assert kept_outcome(run) is None
     mine = outcome("nf4", 1, [2.0, 1.0])
     path.write_text(json.dumps(asdict(mine)))
-    assert kept_outcome(run) == mine
+    assert kept_outcome(run) == mine and kept_outcome(replace(run, key="abd")) is None
     path.write_text(json.dumps({key: x for key, x in asdict(mine).items() if key != "made_with"}))
     assert kept_outcome(run) is None
+
+
+def test_outcomes_of_other_conditions_are_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    found = conditions("cpu")
+    assert key_of(found) == key_of(conditions("cpu"))
+    keys = {key_of({**found, name: "other"}) for name in found} | {key_of(found)}
+    assert len(keys) == len(found) + 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert key_of(conditions("cpu")) not in keys
+    (tmp_path / "a.py").write_text("1")
+    before = files_key(tmp_path.glob("*"))
+    (tmp_path / "a.py").write_text("2")
+    assert files_key(tmp_path.glob("*")) != before
 
 
 def test_distance_to_16bit_is_over_the_steps_asked_for():

@@ -1,0 +1,54 @@
+"""One fine-tuning run a folder at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from qprobe.errors import RunError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While open, no other process trains into `folder`; a folder that is empty afterwards is removed.
+
+    The system lets go of the lock when a process ends, however it ends. Raises RunError if another process
+    holds it, or the folder cannot be made.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}). Pass another folder.") from error
+    with file:
+        if not _locked(file, path):
+            raise RunError(
+                f"Another process is training into {folder}. Wait for it to end, or pass another --out."
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _locked(file: IO[bytes], path: Path) -> bool:
+    """False if another process has the lock, or had it and removed the file since this one opened it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,60 @@
+"""What a fine-tuning run is refused for before a model is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+
+from qprobe.errors import MachineError, QprobeError
+from qprobe.manifest import Manifest
+from qprobe.models.towers import VISION, tower_of
+from qprobe.options import FinetuneOptions
+
+_DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun sets, and Trainer acts upon
+
+
+def check_options(options: FinetuneOptions, manifest: Manifest) -> None:
+    """Raises QprobeError for numbers that no run can be made of."""
+    for name, value in (("epochs", options.epochs), ("learning-rate", options.learning_rate)):
+        if not (isfinite(value) and value > 0):
+            raise QprobeError(f"--{name} {value:g} makes no training. Pass a number above 0.")
+    if not 0 <= options.held_out < 1:
+        raise QprobeError(f"--held-out {options.held_out:g} is no share. Pass 0 or more, and less than 1.")
+    counts = {
+        "rank": options.rank,
+        "batch-size": options.batch_size,
+        "accumulation": options.accumulation,
+        "max-length": options.max_length,
+        "save-every": options.save_every,
+        "steps": 1 if options.steps is None else options.steps,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise QprobeError(f"--{name} {count} makes no training. Pass 1 or more.")
+    most = _highest_rank(manifest, options.vision)
+    if options.rank > most:
+        raise QprobeError(
+            f"--rank {options.rank:,} is higher than that of any layer of {manifest.model.id}, which is "
+            f"{most:,} at most. Pass less; 8 to 64 is usual."
+        )
+
+
+def _highest_rank(manifest: Manifest, vision: bool) -> int:
+    """The highest rank that a matrix of the adapted layers can have: the largest of their shorter sides.
+
+    Some models have linears of one or a few outputs (gates), so the smallest of all would refuse too much.
+    """
+    towers = {x.name: tower_of(x.name, manifest.model.architecture, True) for x in manifest.layers}
+    sees_only = set(towers.values()) == {VISION}
+    return max(min(x.shape) for x in manifest.layers if vision or sees_only or towers[x.name] != VISION)
+
+
+def refuse_several_processes(environment: Mapping[str, str]) -> None:
+    """Raises MachineError where a launcher such as torchrun started this process."""
+    found = [f"{name}={environment[name]}" for name in _DISTRIBUTED if environment.get(name, "").strip()]
+    if found:
+        raise MachineError(
+            f"qprobe finetune trains in one process on one GPU, and {', '.join(found)} asks for a share of "
+            "several. Start it without torchrun, or unset these variables; CUDA_VISIBLE_DEVICES chooses the "
+            "GPU."
+        )
