@@ -71,7 +71,7 @@ _ROW_KEYS = {
 }
 
 # What differs wherever the model or the processor does, since generated answers do: said last.
-_FOLLOWS = ("spec.calibration", "spec.held_out")
+_FOLLOWS = ("spec.calibration", "spec.own", "spec.held_out")
 
 _UNIT_NAME = re.compile(r"([a-z0-9-]+)-[0-9]{5,}\.parquet")
 
