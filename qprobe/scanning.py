@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -23,13 +24,13 @@ from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
 from qprobe.measure.runner import Measures, applicable_measures
-from qprobe.measure.shards import Shard, entered, finishing, shard_from
+from qprobe.measure.shards import SKIPLIST, Shard, Turn, entered, finishing, shard_from
 from qprobe.measure.show import show_samples
 from qprobe.measure.store import open_run, read_scan, read_units, update_scan
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.measure.units import Work, cut_samples, measure_units, needed_units, units_left
 from qprobe.models.reference import Reference, load_reference, reads_images
-from qprobe.options import Progress, ScanOptions, no_progress
+from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions, no_progress
 from qprobe.preflight import check_inventory, check_model, check_options
 from qprobe.quiet import quiet_models
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
@@ -119,9 +120,9 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
         with clock.stage("measure"):
             measure_units(subject, work, measures, folder, progress, shard)
         left = units_left(folder)
-        with finishing(folder, shard, left) as is_ours:
-            if not is_ours:
-                return unfinished(subject, folder, work, clock, shard, left)
+        with finishing(folder, shard, left, request_of(options)) as turn:
+            if turn != "ours":
+                return unfinished(subject, folder, work, clock, left_to_others(shard, turn, folder))
             return finish(subject, work, options, folder, clock, progress)
 
 
@@ -161,7 +162,7 @@ def finish(
         kl_standard_4bit=choice.manifest.quality.kl_standard_4bit,
         kl_dynamic=choice.manifest.quality.kl_dynamic,
         attribution_residual=attribution_residual(folder),
-        skiplist=folder / "skiplist.json",
+        skiplist=folder / SKIPLIST,
         verdict=choice.verdict,
         notes=(*done.notes, *choice.notes),  # the run folder may be asked again, for another choice
         streamed_bytes=subject.streamed_bytes,
@@ -173,9 +174,12 @@ def most_held(subject: Subject) -> int:
     return max(peak_bytes(device) for device in subject.reference.devices)
 
 
-def unfinished(
-    subject: Subject, folder: Path, work: Work, clock: Clock, shard: Shard, left: int
-) -> ScanResult:
+def request_of(options: ScanOptions) -> str:
+    """What of `options` bears on what a scan does once all units are there, as text."""
+    return json.dumps([options.budget or DEFAULT_BUDGET, options.max_kl, options.by, options.ablate])
+
+
+def unfinished(subject: Subject, folder: Path, work: Work, clock: Clock, verdict: str) -> ScanResult:
     """The result of a process that leaves the choice to another one."""
     return ScanResult(
         run=folder,
@@ -187,20 +191,24 @@ def unfinished(
         kl_dynamic=None,
         attribution_residual=None,
         skiplist=None,
-        verdict=left_to_others(shard, left),
+        verdict=verdict,
         streamed_bytes=subject.streamed_bytes,
     )
 
 
-def left_to_others(shard: Shard, left: int) -> str:
+def left_to_others(shard: Shard, turn: Turn, folder: Path) -> str:
     """The verdict of a process that does not choose."""
-    files = f"{counted(left, 'unit')} {'is' if left == 1 else 'are'}"
-    return f"Rank {shard.rank} of {shard.world} is done with its share; " + (
-        f"{files} left to the others, and the last of them chooses the list. Where they have folders of "
-        "their own, join these with `qprobe merge`."
-        if left
-        else "another one chooses the list."
-    )
+    if turn == "chosen":
+        rest = f"the list is chosen already: {folder / SKIPLIST}. To choose again, run the command alone."
+    elif turn == "another's":
+        rest = "another one chooses the list."
+    else:
+        left = units_left(folder)
+        rest = (
+            f"{counted(left, 'unit')} {'is' if left == 1 else 'are'} left to the others, and the last of "
+            "them chooses the list. Where they have folders of their own, join these with `qprobe merge`."
+        )
+    return f"Rank {shard.rank} of {shard.world} is done with its share; {rest}"
 
 
 def check_request(subject: Subject, options: ScanOptions) -> None:

@@ -21,7 +21,7 @@ from qprobe.measure.choice import scan_command
 from qprobe.measure.files import file_rows, files_digest
 from qprobe.measure.identity import library_versions
 from qprobe.measure.memory import peak_bytes
-from qprobe.measure.shards import Shard, entered, finishing, shard_from
+from qprobe.measure.shards import SKIPLIST, Shard, entered, finishing, shard_from
 from qprobe.measure.store import missing_units, open_run, read_scan, update_scan, write_unit
 from qprobe.measure.units import units_left
 from qprobe.models.headers import StoredTensor, read_headers
@@ -32,7 +32,7 @@ from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.preflight import check_model
 from qprobe.records import CALIBRATED, FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.report.write import write_report
-from qprobe.scanning import Clock, ScanResult, left_to_others, write_findings
+from qprobe.scanning import Clock, ScanResult, left_to_others, request_of, write_findings
 from qprobe.wording import counted, named
 
 SCORE = "weight_nmse"
@@ -87,10 +87,10 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
         with clock.stage("weights"):
             measure_files(checkpoint, folder, device, shard, progress)
         left = units_left(folder)
-        with finishing(folder, shard, left) as is_ours:
-            if is_ours:
+        with finishing(folder, shard, left, request_of(options)) as turn:
+            if turn == "ours":
                 return _finish(options, folder, clock, device)
-            verdict = left_to_others(shard, left)
+            verdict = left_to_others(shard, turn, folder)
     return _result(folder, len(record.inventory.layers), clock, device, None, verdict, ())
 
 
@@ -174,7 +174,7 @@ def _finish(options: ScanOptions, folder: Path, clock: Clock, device: torch.devi
         budget = parse_budget(options.budget or DEFAULT_BUDGET, record.inventory.standard_4bit_bytes)
         plan = plan_by(grouped.inventory, table, options.by or SCORE, budget.limit_bytes)
         write_manifest(
-            folder / "skiplist.json",
+            folder / SKIPLIST,
             manifest_of(grouped, table, plan, budget, scan_command(options, record.model.id)),
         )
     done = replace(record, status="finished", seconds=clock.seconds, peak_bytes=peak_bytes(device))
@@ -184,7 +184,7 @@ def _finish(options: ScanOptions, folder: Path, clock: Clock, device: torch.devi
     update_scan(folder, replace(done, seconds=clock.seconds))
     verdict = f"No KL was measured; the list is chosen by {plan.by} alone."
     layers = len(record.inventory.layers)
-    return _result(folder, layers, clock, device, folder / "skiplist.json", verdict, done.notes)
+    return _result(folder, layers, clock, device, folder / SKIPLIST, verdict, done.notes)
 
 
 def _result(

@@ -19,6 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qprobe.errors import MachineError, QprobeError, RunError
+from qprobe.manifest import read_manifest
 from qprobe.measure import store
 from qprobe.measure.shards import Shard, entered, finishing, shard_from
 from qprobe.measure.store import read_scan, update_scan
@@ -242,9 +243,34 @@ def test_ranks_of_one_scan_may_enter_together_and_nobody_else(tmp_path: Path):
 
 
 def test_one_process_chooses_and_none_before_all_units_are_there(tmp_path: Path):
-    with finishing(tmp_path, Shard(0, 2), left=1) as early, finishing(tmp_path, Shard(1, 2), 0) as first:
-        with finishing(tmp_path, Shard(0, 2), 0) as second:
-            assert (early, first, second) == (False, True, False)
+    asked = "+10%"
+    with (
+        finishing(tmp_path, Shard(0, 2), 1, asked) as early,
+        finishing(tmp_path, Shard(1, 2), 0, asked) as first,
+        finishing(tmp_path, Shard(0, 2), 0, asked) as second,
+    ):
+        assert (early, first, second) == ("units left", "ours", "another's")
+
+
+def test_who_comes_late_chooses_only_what_nobody_chose(tmp_path: Path):
+    def turn(shard: Shard, asked: str, writes: str | None = "a list") -> str:
+        with finishing(tmp_path, shard, 0, asked) as found:
+            if found == "ours" and writes is not None:
+                (tmp_path / "skiplist.json").write_text(writes)
+        return found
+
+    one, other, alone = Shard(0, 2), Shard(1, 2), Shard()
+    assert turn(one, "+10%", writes=None) == "ours"  # and left no list
+    assert [turn(s, "+10%") for s in (one, other, one)] == ["ours", "chosen", "chosen"]
+    assert [turn(s, "+20%") for s in (one, other)] == ["ours", "chosen"]
+    assert turn(alone, "+20%") == "ours"
+    assert turn(alone, "+10%", writes="another list") == "ours"
+    assert turn(other, "+20%") == "ours"  # the list that lies there is for another budget by now
+    (tmp_path / "skiplist.json").write_text("put there by hand")
+    assert turn(other, "+20%") == "ours"
+    with pytest.raises(KeyboardInterrupt), finishing(tmp_path, alone, 0, "+20%"):
+        raise KeyboardInterrupt
+    assert turn(other, "+20%") == "ours"
 
 
 # Shares -------------------------------------------------------------------------------------------------
@@ -313,6 +339,21 @@ def test_processes_one_after_the_other_in_one_folder_give_the_same_table(
     assert table(run) == table(whole) and units(run) == units(whole)
 
 
+def test_a_rank_that_is_late_says_that_the_list_is_chosen(
+    llama: Path, whole: Path, share: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = Path(copytree(whole, tmp_path / "run"))
+    before = (run / "skiplist.json").read_bytes(), (run / "scan.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("qprobe.scanning.choose_list", lambda *_: pytest.fail("chosen again"))
+        late = share(1, 2, run)
+    assert late.skiplist is None and f"chosen already: {run / 'skiplist.json'}" in late.verdict
+    assert ((run / "skiplist.json").read_bytes(), (run / "scan.json").read_bytes()) == before
+    again = scan(options(llama, run, budget="+40%"))
+    assert again.skiplist is not None
+    assert read_manifest(again.skiplist).budget.requested == "+40%"
+
+
 def test_shares_merged_in_any_order_give_the_same_table(whole: Path, share: Share, tmp_path: Path):
     for world in (2, 3):
         parts = [tmp_path / f"{rank}-of-{world}" for rank in range(world)]
@@ -333,9 +374,8 @@ def test_a_merged_folder_is_resumed_by_the_scan_that_chooses(
     for rank, part in enumerate(parts):
         share(rank, 2, part)
     run = merge(parts, parts[0]).run  # into one of them
-    monkeypatch.setattr(
-        "qprobe.scanning.observe", lambda *_: pytest.fail("a finished unit is measured again")
-    )
+    for name in ("observe", "observe_alone", "weight_rows"):
+        monkeypatch.setattr(f"qprobe.measure.units.{name}", lambda *_: pytest.fail("measured again"))
     result = scan(options(llama, run))
     assert result.skiplist is not None and units(run) == units(whole)
 
@@ -349,8 +389,9 @@ def test_overlapping_shares_count_once(whole: Path, share: Share, tmp_path: Path
 def test_a_merge_that_lacks_a_share_says_how_much(share: Share, tmp_path: Path):
     share(1, 2, tmp_path / "one")
     joined = merge([tmp_path / "one"], tmp_path / "joined")
-    # Of three batches the second is there; each of the other two lacks four stages, and the weights lack.
-    assert joined.missing == 2 * 4 + 1 and not (joined.run / "layers.csv").exists()
+    # Of three batches the second is there; each of the other two lacks three stages. Of the two batches of own
+    # damage the first lacks, and so do the weights.
+    assert joined.missing == 2 * 3 + 1 + 1 and not (joined.run / "layers.csv").exists()
 
 
 def test_the_same_unit_with_other_numbers_is_chosen_alike_in_any_order(whole: Path, tmp_path: Path):

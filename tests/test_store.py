@@ -2,8 +2,10 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pandas as pd
 import pytest
@@ -190,6 +192,29 @@ def test_units_of_an_unknown_scan_are_not_adopted(run: Path):
     (run / "scan.json").unlink()
     with pytest.raises(RunError, match=r"finished units but no scan\.json"):
         open_run(run, scan_of(four_layers()))
+
+
+def test_of_two_scans_that_open_a_folder_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    together, real = Barrier(2, timeout=10), os.fsync
+
+    def fsync(file: int) -> None:
+        together.wait()  # both have seen an empty folder by now, and neither has put its file in place
+        real(file)
+
+    def refusal(seed: int) -> str:
+        try:
+            open_run(tmp_path / "run", scan_of(four_layers(), spec={"seed": seed}))
+        except RunError as error:
+            return str(error)
+        return ""
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(refusal, (0, 1)))
+    winner = read_scan(tmp_path / "run").spec["seed"]
+    assert said[winner] == ""
+    assert f"differs in 1 place: spec.seed: {winner} -> {1 - winner}. Pass another --out" in said[1 - winner]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"units", "scan.json"}
 
 
 def test_a_file_where_the_folder_should_be_is_explained(tmp_path: Path):

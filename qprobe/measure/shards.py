@@ -8,15 +8,20 @@ each other; all they share is the folder, or nothing, where folders are merged l
 from __future__ import annotations
 
 import fcntl
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from qprobe.errors import MachineError, RunError
 
+SKIPLIST = "skiplist.json"
 _LOCK = ".lock"
+
+Turn = Literal["ours", "units left", "another's", "chosen"]
+"""Who chooses: this process; whoever finishes the units that are left; another one right now; nobody more."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,43 @@ def entered(folder: Path, shard: Shard) -> Iterator[None]:
 
 
 @contextmanager
-def finishing(folder: Path, shard: Shard, left: int) -> Iterator[bool]:
-    """True for the one process that goes on to choose the list: none while units are `left` to others.
+def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[Turn]:
+    """Whether this process goes on to choose the list that `request` asks for, which only one of all may.
 
-    Each process counts what is left after it wrote its last unit, so the last one counts none.
+    Each process counts what is `left` after it wrote its last unit, so the last one counts none. A process
+    that comes when the same request was met already does not choose again, unless it is alone: then a user
+    started it for that. A request counts as met once the block has ended without an error.
+    Raises RunError if the folder cannot be written.
     """
+    if left:
+        yield "units left"
+        return
+    path = folder / f"{_LOCK}-choice"  # while it is locked somebody chooses; then it holds what was asked for
     with ExitStack() as held:
-        is_ours = left == 0
-        if is_ours and not shard.is_alone:
-            is_ours = _lock(held, folder / f"{_LOCK}-choice", fcntl.LOCK_EX)
-        yield is_ours
+        try:
+            if not _lock(held, path, fcntl.LOCK_EX):
+                turn: Turn = "another's"
+            elif not shard.is_alone and path.read_bytes() == _met(folder, request):
+                turn = "chosen"
+            else:
+                turn = "ours"
+                path.write_bytes(b"")
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
+            ) from error
+        yield turn
+        if turn == "ours":
+            with suppress(OSError):  # a full disk: a late process then chooses the same again
+                path.write_bytes(_met(folder, request) or b"")
+
+
+def _met(folder: Path, request: str) -> bytes | None:
+    """That the skip-list which lies in `folder` is the one chosen for `request`; None if there is none."""
+    path = folder / SKIPLIST
+    if not path.exists():
+        return None
+    return f"{request}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
 
 
 def _lock(held: ExitStack, path: Path, kind: int) -> bool:

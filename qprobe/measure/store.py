@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qprobe.atomic import write_atomic
+from qprobe.atomic import write_atomic, write_first
 from qprobe.errors import RunError
 from qprobe.manifest import strict_json
 from qprobe.records import Scan
@@ -71,7 +71,7 @@ _ROW_KEYS = {
 }
 
 # What differs wherever the model or the processor does, since generated answers do: said last.
-_FOLLOWS = ("spec.calibration", "spec.held_out")
+_FOLLOWS = ("spec.calibration", "spec.own", "spec.held_out")
 
 _UNIT_NAME = re.compile(r"([a-z0-9-]+)-[0-9]{5,}\.parquet")
 
@@ -111,26 +111,28 @@ def _digest(names: frozenset[str]) -> str:
 def open_run(folder: Path, scan: Scan) -> None:
     """Make `folder` ready for the units of `scan`; if it holds the same scan already, it is resumed as it is.
 
+    Of several processes that open it at once with different scans, one gets the folder.
     Raises RunError if the folder belongs to another specification, model or format (every difference is
     named, old -> new), holds units of an unknown scan, is damaged, or cannot be written.
     """
     folder = Path(folder)
+    path = folder / "scan.json"
     try:
         (folder / "units").mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
     except OSError as error:
         raise RunError(_cannot_write(folder, error)) from error
-    if (folder / "scan.json").exists():
-        found = differences(read_scan(folder), scan)
-        if found:
-            raise RunError(f"{folder} holds another scan, which differs in {found}. Pass another --out.")
-    elif any((folder / "units").glob("*.parquet")):
-        raise RunError(
-            f"{folder} holds finished units but no scan.json, so nobody can tell which scan they belong to. "
-            "Pass another --out, or put its scan.json back."
-        )
-    else:
-        update_scan(folder, scan)
+    if not path.exists():
+        # Looked for once more, as another process may have begun between.
+        if any((folder / "units").glob("*.parquet")) and not path.exists():
+            raise RunError(
+                f"{folder} holds finished units but no scan.json, so nobody can tell which scan they belong "
+                "to. Pass another --out, or put its scan.json back."
+            )
+        _write(path, _scan_bytes(scan), write_first)
+    found = differences(read_scan(folder), scan)
+    if found:
+        raise RunError(f"{folder} holds another scan, which differs in {found}. Pass another --out.")
 
 
 def differences(old: Scan, new: Scan) -> str:
@@ -167,8 +169,7 @@ def read_scan(folder: Path) -> Scan:
 
 def update_scan(folder: Path, scan: Scan) -> None:
     """Write scan.json whole or not at all; raises RunError if the disk refuses."""
-    text = json.dumps(asdict(scan), indent=1, allow_nan=False) + "\n"
-    _write(Path(folder) / "scan.json", text.encode())
+    _write(Path(folder) / "scan.json", _scan_bytes(scan))
 
 
 def write_unit(folder: Path, stage: str, unit: int, frame: pd.DataFrame) -> None:
@@ -262,9 +263,13 @@ def _read_unit(path: Path, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _write(path: Path, data: bytes) -> None:
+def _scan_bytes(scan: Scan) -> bytes:
+    return (json.dumps(asdict(scan), indent=1, allow_nan=False) + "\n").encode()
+
+
+def _write(path: Path, data: bytes, how: Callable[[Path, bytes], object] = write_atomic) -> None:
     try:
-        write_atomic(path, data)
+        how(path, data)
     except OSError as error:
         raise RunError(_cannot_write(path, error)) from error
 
