@@ -389,8 +389,8 @@ def test_overlapping_shares_count_once(whole: Path, share: Share, tmp_path: Path
 def test_a_merge_that_lacks_a_share_says_how_much(share: Share, tmp_path: Path):
     share(1, 2, tmp_path / "one")
     joined = merge([tmp_path / "one"], tmp_path / "joined")
-    # Of three batches the second is there; each of the other two lacks three stages. Of the two batches of own
-    # damage the first lacks, and so do the weights.
+    # Of three batches the second is there; each of the other two lacks three stages. Of the two batches of
+    # own damage the first lacks, and so do the weights.
     assert joined.missing == 2 * 3 + 1 + 1 and not (joined.run / "layers.csv").exists()
 
 

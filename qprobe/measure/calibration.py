@@ -123,21 +123,27 @@ def calibrate_model(work: Work) -> None:
     """Calibrate every linear that is quantized, and put the weights in place in `work.subject.round_trips`.
 
     Finished units are not done again. Leaves FOLDER/nf4-calibrated.safetensors, named with its hash in
-    scan.json. Raises ManifestError if such a file is named already but is gone or changed.
+    scan.json. Raises ManifestError if such a file is named already but is gone or changed, or if a new one
+    does not read back; that one is not named, so that the same command joins the units again.
     """
-    codes = read_scan(work.folder).codes
-    if codes is None:
-        inputs = shared_inputs(work.subject, work.batches)
-        calibrate_units(work, inputs, unfinished(work.folder, len(inputs)))
-        codes = _joined(work.folder, len(inputs))
-        update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
+    named = read_scan(work.folder).codes
+    codes = named or _calibrated(work)
     with open_codes(checked(codes, work.folder)) as file:
         for name in sorted(file.layers):
             packed = file.stored(name, work.subject.device_of(name)).packed()
             work.subject.round_trips.put(name, packed)
-    # Only now that the joined file was read whole; also what a process left that ended just before this.
+    # Only now that the joined file was read whole is it named, and are the units' own files not needed.
+    if named is None:
+        update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
     for left in (work.folder / "units").glob(f"{STAGE_CALIBRATION}-*.safetensors"):
         left.unlink(missing_ok=True)
+
+
+def _calibrated(work: Work) -> CodesFile:
+    """The weights of all units in one file, once those that are missing are done."""
+    inputs = shared_inputs(work.subject, work.batches)
+    calibrate_units(work, inputs, unfinished(work.folder, len(inputs)))
+    return _joined(work.folder, len(inputs))
 
 
 def unfinished(folder: Path, count: int) -> list[int]:

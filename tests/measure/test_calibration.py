@@ -268,18 +268,32 @@ def test_without_a_memory_limit_matrices_get_a_share_of_what_is_free(tiny_folder
     assert gram_room(Work(subject_for(tiny_folder("llama")), tmp_path, []), []) > 2**20
 
 
-def test_unit_weights_outlive_a_joined_file_that_was_cut(tiny_folder, tmp_path, monkeypatch):
-    work = work_in(tmp_path, subject_for(tiny_folder("llama")), "llama")
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
 
-    def cut(path: Path, sources: list[Path]) -> None:
-        join_codes(path, sources)
-        path.write_bytes(path.read_bytes()[:-1])
 
-    monkeypatch.setattr(calibration, "join_codes", cut)
-    monkeypatch.setattr(calibration, "sha256_of", lambda _path: "0" * 64)  # of the file before it was cut
-    with pytest.raises(ManifestError):
-        calibrate_model(work)
-    assert list((tmp_path / "units").glob("*.safetensors"))
+# Cut before it is hashed, its hash agrees and its header does not; cut afterwards, its hash does not.
+CUTS = {
+    "join_codes": lambda path, sources: (join_codes(path, sources), cut(path)),
+    "sha256_of": lambda path: (sha256_of(path), cut(path))[0],
+}
+
+
+@pytest.mark.parametrize("step", CUTS)
+def test_a_joined_file_that_was_cut_is_not_named_and_joined_anew(step, tiny_folder, tmp_path, monkeypatch):
+    subject = subject_for(tiny_folder("llama"))
+    work = work_in(tmp_path, subject, "llama")
+    with monkeypatch.context() as sabotage:
+        sabotage.setattr(calibration, step, CUTS[step])
+        with pytest.raises(ManifestError):
+            calibrate_model(work)
+    assert read_scan(tmp_path).codes is None
+    monkeypatch.setattr(calibration, "_finish", lambda *_: pytest.fail("a unit was done again"))
+    calibrate_model(work)
+    rows = read_units(tmp_path, "calibration")
+    with open_codes(tmp_path / FILE_NAME) as file:
+        assert file.layers == set(rows["layer"][rows["why"] == ""])
+    assert not list((tmp_path / "units").glob("*.safetensors"))
 
 
 def test_a_linear_runs_where_its_weight_is_or_where_it_is_streamed_to(tiny_folder):
@@ -289,3 +303,11 @@ def test_a_linear_runs_where_its_weight_is_or_where_it_is_streamed_to(tiny_folde
     assert elsewhere.device_of(name) == torch.device("meta")
     streamed = replace(elsewhere, reference=replace(subject.reference, target=torch.device("cpu")))
     assert streamed.device_of(name) == torch.device("cpu")
+
+
+def test_each_matrix_lies_where_its_linear_runs(tiny_folder):
+    subject = subject_for(tiny_folder("llama"))
+    here, there = list(subject.quantized_modules)[:2]
+    spread = replace(subject, modules={here: nn.Linear(8, 4), there: nn.Linear(8, 4, device="meta")})
+    grams = Gathering(spread, [SharedInput((here,), 8), SharedInput((there,), 8)]).grams
+    assert [grams[name].total.device.type for name in (here, there)] == ["cpu", "meta"]
