@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def test_a_scan_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path):
-    command = [sys.executable, "-m", "tests.kills", str(tmp_path), "20"]
+    command = [sys.executable, "-m", "tests.resume.kills", str(tmp_path), "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
