@@ -151,7 +151,10 @@ def finish(
     update_scan(folder, replace(read_scan(folder), status="finished", seconds=clock.seconds, peak_bytes=peak))
     with clock.stage("report"):
         write_report(folder)
-    done = replace(read_scan(folder), seconds=clock.seconds)
+    peak = most_held(subject)
+    notes = () if subject.limit is None else subject.limit.note(peak)
+    record = read_scan(folder)
+    done = replace(record, seconds=clock.seconds, peak_bytes=peak, notes=(*record.notes, *notes))
     update_scan(folder, done)
     return ScanResult(
         run=folder,

@@ -17,13 +17,15 @@ from qprobe.measure.memory import held_bytes, peak_bytes, restart_peak
 from qprobe.measure.weight_store import WeightStore
 
 SPARE = 0.03  # of the limit: batches of one size differ by rounding of allocations, libraries by workspaces
+LIBRARIES_BYTES = 64 * 2**20  # that a process has yet to load to choose and to draw, 40 MiB as measured
 
 
 @dataclass
 class MemoryLimit:
     """The most memory that a scan may hold on `device`: allocated on CUDA, of the whole process on the CPU.
 
-    On the CPU no weight stays, since a copy costs little beside a product there.
+    On the CPU no weight stays, since a copy costs little beside a product there. Its peak cannot begin
+    anew, so there a batch is refused for what an earlier one took as well.
     base_bytes: held before any batch ran, no streamed weight among them.
     """
 
@@ -35,12 +37,24 @@ class MemoryLimit:
 
     def check(self, working_bytes: int, what: str) -> None:
         """Raises MachineError if what is held now and `working_bytes` are beyond the limit; what: a name."""
-        self._refuse_below(held_bytes(self.device) + working_bytes, what)
+        self._refuse_below(held_bytes(self.device) + working_bytes + self.later_bytes, what)
 
     def check_room(self, working_bytes: int, what: str) -> None:
         """Raises MachineError if `working_bytes` are more than `left_bytes`; what: names the work."""
         if working_bytes > self.left_bytes:
-            self._refuse_below(int((self.base_bytes + working_bytes) / (1 - SPARE)) + 1, what)
+            least = (self.base_bytes + self.later_bytes + working_bytes) / (1 - SPARE)
+            self._refuse_below(int(least) + 1, what)
+
+    @property
+    def later_bytes(self) -> int:
+        """What the process will hold later beside any batch."""
+        return LIBRARIES_BYTES if self.device.type == "cpu" else 0
+
+    def note(self, peak: int) -> tuple[str, ...]:
+        """A sentence if the scan held more than the limit after all; peak: the most that it held."""
+        if peak <= self.limit_bytes:
+            return ()
+        return (f"--max-memory {self.limit_bytes:,} B was exceeded: the scan held up to {peak:,} B.",)
 
     def _refuse_below(self, least: int, what: str) -> None:
         if least > self.limit_bytes:
@@ -61,11 +75,11 @@ class MemoryLimit:
         restart_peak(self.device)
         yield
         peak = peak_bytes(self.device, since_restart=True)
-        if needed is None and peak > self.limit_bytes:
+        if needed is None and peak + self.later_bytes > self.limit_bytes:
+            least = int(peak * (1 + SPARE)) + self.later_bytes
             raise MachineError(
                 f"--max-memory {self.limit_bytes:,} B is too little: a batch took {peak:,} B with every "
-                f"weight streamed. Pass --max-memory {_rounded_up(int(peak * (1 + SPARE)))} or more, or a "
-                "smaller --batch-size."
+                f"weight streamed. Pass --max-memory {_rounded_up(least)} or more, or a smaller --batch-size."
             )
         beside = max(0, peak - self.store.resident_bytes - self.base_bytes)
         most, largest = self._needed.get(kind, (0, 0))
@@ -74,7 +88,7 @@ class MemoryLimit:
     @property
     def left_bytes(self) -> int:
         """What the limit leaves beside what is always held, for weights and for work."""
-        return self.limit_bytes - int(SPARE * self.limit_bytes) - self.base_bytes
+        return self.limit_bytes - int(SPARE * self.limit_bytes) - self.base_bytes - self.later_bytes
 
     def needed_by(self, kind: str) -> int:
         """Bytes that a batch of this kind took beside weights that stay and what is always held."""

@@ -129,7 +129,7 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     streamed = streamed_names(reference.model, modules, inventory)
     move_rest(reference.model, {id(modules[name].weight) for name in streamed}, device)
     mapped = Mapped(folder)
-    host = Files(mapped) if device.type == "cpu" else PinnedMemory(device)
+    host = Files(mapped) if device.type == "cpu" else PinnedMemory(device, mapped)
     store = WeightStore(host, window_bytes(reference.model, modules, streamed))
     limit = MemoryLimit(limit_bytes, device, store, base_bytes=held_bytes(device))
     largest = max((m.weight.numel() for m in modules.values()), default=0)

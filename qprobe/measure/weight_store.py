@@ -43,10 +43,12 @@ class PinnedMemory:
     """The host's memory, page-locked where a copy to a CUDA device is to be fast.
 
     A weight is page-locked when it is first asked for, so that those that stay on the device cost nothing.
+    The pages of a file that it was mapped from are let go then, so that it is not held twice.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, mapped: Mapped) -> None:
         self._device = device
+        self._mapped = mapped
         self._kept: dict[Key, Tensors] = {}
         self._locked: set[Key] = set()
 
@@ -56,8 +58,11 @@ class PinnedMemory:
 
     def load(self, key: Key) -> Tensors:
         if self._device.type == "cuda" and key not in self._locked:
-            self._kept[key] = tuple(t.pin_memory() for t in self._kept[key])
+            read = self._kept[key]
+            self._kept[key] = tuple(t.pin_memory() for t in read)
             self._locked.add(key)
+            for tensor in read:
+                self._mapped.forget(tensor)
         held = self._kept[key]
         if self._device.type == "cpu":
             return tuple(t.clone() for t in held)

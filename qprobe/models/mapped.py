@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from qprobe.errors import RunError
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's mallopt
 _DONTNEED = 4  # MADV_DONTNEED of Linux: on a private mapping of a file, pages are read from it again
@@ -23,7 +24,7 @@ _DONTNEED = 4  # MADV_DONTNEED of Linux: on a private mapping of a file, pages a
 class Mapped:
     """The files that are mapped into this process when it is made, and those that `keep` adds.
 
-    folder: where `keep` writes; nothing is left there, also after a kill.
+    folder: where `keep` writes files without a name, so that nothing is left there, also after a kill.
     Elsewhere than on Linux nothing is known to be mapped: `keep` and `forget` still work, but save nothing.
     """
 
@@ -33,17 +34,26 @@ class Mapped:
         self._own: set[int] = set()  # addresses of what `keep` mapped
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A tensor with the values of `tensor` that lies in a file: itself, if it does already."""
+        """A tensor with the values of `tensor` that lies in a file: itself, if it does already.
+
+        Raises RunError if the file cannot be written.
+        """
         if self._is_mapped(tensor) or not tensor.numel():
             return tensor
-        handle, name = tempfile.mkstemp(dir=self._folder, prefix=".weight-")
-        os.close(handle)
+        flat = tensor.detach().contiguous().reshape(-1)
         try:
-            flat = tensor.detach().contiguous().reshape(-1)
-            flat.view(torch.uint8).numpy().tofile(name)
-            mapped = torch.from_file(name, shared=False, size=flat.numel(), dtype=tensor.dtype)
-        finally:
-            os.unlink(name)  # the mapping keeps the contents
+            with tempfile.TemporaryFile(
+                dir=self._folder
+            ) as file:  # on Linux it never has a name to be left by
+                file.write(flat.view(torch.uint8).numpy().data)
+                file.flush()
+                name = f"/dev/fd/{file.fileno()}"
+                mapped = torch.from_file(name, shared=False, size=flat.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            raise RunError(
+                f"{self._folder} cannot take the weights that wait for their turn: {error.strerror}. "
+                "Make room there, or raise --max-memory."
+            ) from error
         self._own.add(mapped.data_ptr())
         return mapped.view(tensor.shape)
 

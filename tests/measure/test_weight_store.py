@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qprobe.errors import MachineError
+from qprobe.errors import MachineError, RunError
 from qprobe.measure import limit as limits
-from qprobe.measure.limit import SPARE, MemoryLimit
+from qprobe.measure.limit import LIBRARIES_BYTES, SPARE, MemoryLimit
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.measure.weight_store import Key, PinnedMemory, WeightStore, chosen_keys
 from qprobe.models.mapped import Mapped
@@ -26,7 +28,7 @@ class CountingHost(PinnedMemory):
     """Memory of the CPU that plays the host of a device, and notes what is asked of it."""
 
     def __init__(self) -> None:
-        super().__init__(CPU)
+        super().__init__(CPU, Mapped(Path()))
         self.loads: list[str] = []
 
     def load(self, key: Key) -> tuple[Tensor, ...]:
@@ -148,6 +150,48 @@ def test_a_first_batch_beyond_the_limit_is_refused_with_what_would_do(monkeypatc
             meter.peak = 1_100_000_000
 
 
+def test_on_a_cpu_room_is_left_for_what_the_process_loads_later(monkeypatch: pytest.MonkeyPatch):
+    meter = Meter(monkeypatch)
+    limit = MemoryLimit(1000 * 2**20, CPU, store_of({}, 0)[0], base_bytes=300 * 2**20)
+    assert limit.left_bytes == 1000 * 2**20 * (1 - SPARE) - 300 * 2**20 - LIBRARIES_BYTES
+    fits = 1000 * 2**20 - LIBRARIES_BYTES
+    meter.peak = fits
+    with limit.running("fits", 1):
+        pass
+    meter.peak = fits + 1
+    with limit.running("fits", 1):  # finished batches are never thrown away for a later one
+        pass
+    with pytest.raises(MachineError, match=r"took 981,467,137 B .* Pass --max-memory 1029MiB or more"):
+        with limit.running("does not", 1):
+            pass
+
+
+def test_a_limit_that_was_exceeded_is_noted_with_both_figures():
+    limit = MemoryLimit(1_000, CPU, store_of({}, 0)[0])
+    assert limit.note(1_000) == ()
+    assert limit.note(1_001) == ("--max-memory 1,000 B was exceeded: the scan held up to 1,001 B.",)
+
+
+def test_what_is_page_locked_is_not_held_in_its_file_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    let_go: list[int] = []
+
+    class Watched(Mapped):
+        def forget(self, tensor: Tensor) -> None:
+            let_go.append(tensor.data_ptr())
+            super().forget(tensor)
+
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(Tensor, "to", lambda self, *_, **__: self)
+    mapped = Watched(tmp_path)
+    weight = mapped.keep(torch.arange(2**16))
+    host, key = PinnedMemory(torch.device("cuda"), mapped), Key("own", "a")
+    host.keep(key, (weight,))
+    for _ in range(2):
+        (found,) = host.load(key)
+        assert torch.equal(found, torch.arange(2**16)) and found.data_ptr() != weight.data_ptr()
+    assert let_go == [weight.data_ptr()]
+
+
 # Whole models -------------------------------------------------------------------------------------------
 
 
@@ -203,6 +247,28 @@ def test_memory_of_no_file_is_never_let_go(tmp_path: Path):
         mapped.forget(kept)
         assert torch.equal(kept, tensor) and kept.dtype == tensor.dtype
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_weights_never_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen: list[list[Path]] = []
+    read = torch.from_file
+
+    def watched(*arguments: Any, **more: Any) -> Tensor:
+        seen.append(list(tmp_path.iterdir()))
+        return read(*arguments, **more)
+
+    monkeypatch.setattr(torch, "from_file", watched)
+    Mapped(tmp_path).keep(torch.ones(8))
+    assert seen == [[]]  # so that nothing can be left behind by a kill
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qprobe.models.mapped.tempfile.TemporaryFile", full)
+    with pytest.raises(RunError, match=r"cannot take the weights .*: No space left on device\. Make room"):
+        Mapped(tmp_path).keep(torch.ones(8))
 
 
 def test_a_model_loaded_on_the_host_takes_no_memory_of_its_own(tiny_folder, tmp_path: Path):

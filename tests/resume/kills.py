@@ -1,4 +1,6 @@
-"""Kills a scan of the embedded model again and again and resumes it: `python -m tests.resume.kills FOLDER COUNT`.
+"""Kills a scan of the embedded model again and again and resumes it.
+
+    python -m tests.resume.kills FOLDER COUNT
 
 A process of its own, since forking a process with threads is unsafe, and one that has everything imported and
 the model loaded, so that a scan begins in no time. Nothing but loading is left out: each child runs the whole
