@@ -179,7 +179,8 @@ def most_held(subject: Subject) -> int:
 
 def request_of(options: ScanOptions) -> str:
     """What of `options` bears on what a scan does once all units are there, as text."""
-    return json.dumps([options.budget or DEFAULT_BUDGET, options.max_kl, options.by, options.ablate])
+    asked = (options.budget or DEFAULT_BUDGET, options.max_kl, options.by, options.for_tool, options.ablate)
+    return json.dumps(asked)
 
 
 def unfinished(subject: Subject, folder: Path, work: Work, clock: Clock, verdict: str) -> ScanResult:
@@ -273,15 +274,7 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
     batch = first if finite is None else subject.encode(finite)
     measures, more = applicable_measures(subject, batch, wanted, options.nodes)
     fmt = FormatSpec(options.format, compute_dtype=options.dtype)
-    spec = run_spec(
-        subject.reference,
-        fmt,
-        measures,
-        work.batches,
-        first,
-        options.seed,
-        subject.release,
-    )
+    spec = run_spec(subject, fmt, measures, work.batches, first, options.seed)
     if fmt.is_calibrated:
         spec["rounding"] = calibration.SETTINGS
     identity = subject.reference.identity

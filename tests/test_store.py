@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -297,3 +298,19 @@ json_values = st.recursive(
 def test_spec_key_ignores_the_order_of_keys_and_nothing_else(spec: dict):
     assert spec_key(dict(reversed(spec.items()))) == spec_key(spec)
     assert spec_key({**spec, "one more": 0}) != spec_key(spec)
+
+
+def test_a_temporary_file_that_gets_its_name_meanwhile_is_no_error(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (run / "units" / ".kl-00000.parquet.1.tmp").write_bytes(b"")
+    real = Path.stat
+
+    def renamed_first(path: Path, **asked: Any) -> Any:
+        if path.suffix == ".tmp":
+            path.rename(path.with_suffix(".done"))
+        return real(path, **asked)
+
+    monkeypatch.setattr(Path, "stat", renamed_first)
+    open_run(run, read_scan(run))
+    assert (run / "units" / ".kl-00000.parquet.1.done").exists()

@@ -144,6 +144,7 @@ def test_one_tensor_is_open_at_a_time_and_read_in_parts(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("qprobe.measure.files.row_parts", partial(row_parts, part=1024))
+    monkeypatch.setattr("qprobe.measure.files._PART", 1024)
     monkeypatch.setattr("qprobe.scanning.load_reference", lambda *_: pytest.fail("the model is loaded"))
     opened, alive, largest, real = [], [], [0], files.opened
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from qprobe.atomic import write_atomic, write_first
 from qprobe.errors import RunError
-from qprobe.measure.identity import weights_digest
+from qprobe.measure.digests import reading_digest
+from qprobe.measure.identity import library_versions
 from qprobe.measure.shards import Shard
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
@@ -36,17 +37,17 @@ def with_answers(
 ) -> tuple[Sample, ...]:
     """`samples`, in order; those without an answer get the reference's greedy one.
 
-    Generated answers are kept in FOLDER/answers/ under the model, the prompts, the images and the length
-    limit, so that a resumed scan finds the same ones. Every process needs all of them: those that share a
-    folder begin with different batches and take what others have finished.
+    Generated answers are kept in FOLDER/answers/ under all that decides them, so that a resumed scan finds
+    the same ones, and a changed model, processor, library or prompt none. Every process needs all of them:
+    those that share a folder begin with different batches and take what others have finished.
     Raises RunError if the disk refuses.
     """
     silent = tuple(s for s in samples if s.answer is None)
     if not silent:
         return samples
-    weights = weights_digest(subject.model, subject.release)
+    made_by = _made_by(subject, silent, max_new_tokens)
     groups = subject.groups(silent, batch_size)
-    paths = [folder / FOLDER / f"{_key(weights, max_new_tokens, group)}.json" for group in groups]
+    paths = [folder / FOLDER / f"{_key(made_by, group)}.json" for group in groups]
     for count, i in enumerate(shard.rotated(range(len(groups))), start=1):
         if _read(paths[i], groups[i]) is None:
             with subject.running("answers", len(groups[i])):
@@ -59,14 +60,22 @@ def with_answers(
                 )
             _write(paths[i], own, groups[i])
         progress("answers", count, len(groups))
-    found: dict[str, Sample] = {}
+    found: dict[int, Sample] = {}
     for path, group in zip(paths, groups, strict=True):
-        found |= {s.id: s for s in _read(path, group) or _vanished(path)}
-    return tuple(found.get(s.id, s) for s in samples)
+        answered = _read(path, group) or _vanished(path)
+        found |= {id(asked): own for asked, own in zip(group, answered, strict=True)}
+    return tuple(found.get(id(s), s) for s in samples)
 
 
-def _key(weights: str, max_new_tokens: int, group: Sequence[Sample]) -> str:
-    text = " ".join([weights, str(max_new_tokens), *(s.digest for s in group)])
+def _made_by(subject: Subject, samples: tuple[Sample, ...], max_new_tokens: int) -> str:
+    """All that decides the answers of `samples` but how they are batched, as text."""
+    reading = reading_digest(subject.reference.processor, samples)
+    device = subject.reference.device.type
+    return json.dumps([subject.weights_digest, reading, device, library_versions(), max_new_tokens])
+
+
+def _key(made_by: str, group: Sequence[Sample]) -> str:
+    text = " ".join([made_by, *(s.digest for s in group)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

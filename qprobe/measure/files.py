@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qprobe.formats.nf4 import Nf4
 from qprobe.measure.weights import COLUMNS, error_sums, weight_row
 from qprobe.records import ErrorSums
 
-_WINDOWS = 16  # rows of each tensor that enter the digest: enough to tell checkpoints apart, at no cost
+_PART = 2**22  # elements that enter the digest at once
 
 
 def file_rows(
@@ -45,14 +46,15 @@ def file_rows(
 
 
 def files_digest(folder: Path, weights: Sequence[tuple[str, str]]) -> str:
-    """SHA-256 over evenly spaced rows of the tensors `weights`: (file, name of the tensor)."""
+    """SHA-256 over all of the tensors `weights`: (file, name of the tensor)."""
     sha = hashlib.sha256()
     for file, name in weights:
         with opened(folder / file, name) as stored:
             shape = stored.get_shape()
             sha.update(f"{name} {shape} {stored.get_dtype()}".encode())
-            for row in range(0, shape[0], max(1, shape[0] // _WINDOWS)):
-                sha.update(stored[row : row + 1].contiguous().view(torch.uint8).numpy().tobytes())
+            rows = max(1, _PART // max(1, prod(shape[1:])))
+            for row in range(0, shape[0], rows):
+                sha.update(stored[row : row + rows].contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

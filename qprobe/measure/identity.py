@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from qprobe.measure.digests import inputs_digest, reading_digest
 from qprobe.measure.runner import Measures
-from qprobe.models.reference import Reference
+from qprobe.measure.subject import Subject
 from qprobe.records import FormatSpec, Sample
 from qprobe.samples.inputs import Batch
 
 LIBRARIES = ("qprobe", "torch", "transformers", "bitsandbytes")
-_SAMPLED = 4096  # elements of each weight that enter the digest: enough to tell checkpoints apart, at no cost
 
 
 def run_spec(
-    reference: Reference,
+    subject: Subject,
     fmt: FormatSpec,
     measures: Measures,
     batches: Mapping[str, Sequence[Sequence[Sample]]],
     first: Batch,
     seed: int,
-    release: Callable[[Tensor], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The specification of a run: two runs with equal specifications give the same units.
 
-    batches: of samples, by what is measured on them. first: one of them. release: see `weights_digest`.
+    batches: of samples, by what is measured on them. first: one of them.
     """
+    reference = subject.reference
+    samples = [s for groups in batches.values() for group in groups for s in group]
     return {
         "model": asdict(reference.identity),
-        "weights": weights_digest(reference.model, release),
+        "weights": subject.weights_digest,
         "format": asdict(fmt),
         "device": reference.device.type,
         "measures": asdict(measures),
         "processor": inputs_digest(first),
+        "reading": reading_digest(reference.processor, samples),
         **{what: [[_named(s) for s in group] for group in groups] for what, groups in batches.items()},
         "seed": seed,
         "versions": library_versions(),
@@ -61,29 +59,5 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _named(sample: Sample) -> dict[str, str]:
-    return {"id": sample.id, "digest": sample.digest}
-
-
-def weights_digest(model: Any, release: Callable[[Tensor], None] = lambda _: None) -> str:
-    """SHA-256 over up to 4,096 evenly spaced elements of every parameter.
-
-    release: called with each parameter once it was read.
-    """
-    sha = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLED)
-        sha.update(name.encode())
-        sha.update(flat[::step][:_SAMPLED].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        release(parameter)
-    return sha.hexdigest()
-
-
-def inputs_digest(batch: Batch) -> str:
-    """SHA-256 over the tensors that the processor made of a batch: changes when the processor does."""
-    sha = hashlib.sha256()
-    for key, value in sorted(batch.inputs.items()):
-        sha.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        sha.update(value.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+def _named(sample: Sample) -> dict[str, Any]:
+    return {"id": sample.id, "digest": sample.digest, "ends": sample.ends}

@@ -7,6 +7,7 @@ each other; all they share is the folder, or nothing, where folders are merged l
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from qprobe.errors import MachineError, RunError
 
 SKIPLIST = "skiplist.json"
 _LOCK = ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of a file system that has none
 
 Turn = Literal["ours", "units left", "another's", "chosen"]
 """Who chooses: this process; whoever finishes the units that are left; another one right now; nobody more."""
@@ -150,11 +152,13 @@ def _met(folder: Path, request: str) -> bytes | None:
 
 def _lock(held: ExitStack, path: Path, kind: int) -> bool:
     """False if another process has the file locked; `held` lets go of it."""
-    file: IO[bytes] = held.enter_context(open(path, "ab"))
+    # Over NFS a shared lock wants a file that can be read, an exclusive one a file that can be written.
+    file: IO[bytes] = held.enter_context(open(path, "a+b"))
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     return True

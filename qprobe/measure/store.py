@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -71,7 +72,7 @@ _ROW_KEYS = {
 }
 
 # What differs wherever the model or the processor does, since generated answers do: said last.
-_FOLLOWS = ("spec.calibration", "spec.own", "spec.held_out")
+_FOLLOWS = ("spec.calibration", "spec.own", "spec.held_out", "spec.reading")
 
 _UNIT_NAME = re.compile(r"([a-z0-9-]+)-[0-9]{5,}\.parquet")
 
@@ -283,8 +284,9 @@ def _cannot_write(path: Path, error: OSError) -> str:
 
 def _remove_stale(folder: Path) -> None:
     for path in (*folder.glob(".*.tmp"), *(folder / "units").glob(".*.tmp")):
-        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process may give it its own name meanwhile
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
 
 
 def _identity(scan: Scan) -> dict[str, Any]:

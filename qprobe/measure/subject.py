@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qprobe.formats.nf4 import format_from
 from qprobe.measure.attribution import Path, path_dtype
+from qprobe.measure.digests import weights_digest
 from qprobe.measure.hooks import ROOM_BYTES, repeated_blocks, replaced_forwards
 from qprobe.measure.limit import MemoryLimit
 from qprobe.measure.memory import held_bytes
@@ -50,6 +51,11 @@ class Subject:
     @property
     def model(self) -> Any:
         return self.reference.model
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Of the 16-bit model, see `qprobe.measure.digests.weights_digest`."""
+        return weights_digest(self.model, self.reference.device, self.release)
 
     @cached_property
     def layers(self) -> dict[str, Linear]:

@@ -50,7 +50,7 @@ def load_base(
 
 
 def base_digest(manifest: Manifest, model: str | None) -> str:
-    """SHA-256 over rows of every tensor in the 16-bit files behind `model`, None for the manifest's.
+    """SHA-256 over every tensor in the 16-bit files behind `model`, None for the manifest's.
 
     Of the files and not of the model as loaded, so that device and library versions do not enter.
     """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from itertools import permutations
@@ -82,6 +84,32 @@ def test_who_comes_late_chooses_only_what_nobody_chose(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt), finishing(tmp_path, alone, 0, "+20%"):
         raise KeyboardInterrupt
     assert turn(other, "+20%") == "ours"
+
+
+@pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX])
+def test_a_locked_file_is_open_for_whatever_a_network_file_system_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
+):
+    def of_nfs(file: Any, operation: int) -> None:
+        wanted = os.O_RDONLY if operation & fcntl.LOCK_SH else os.O_WRONLY
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE not in (wanted, os.O_RDWR):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    shard = Shard(0, 2) if kind == fcntl.LOCK_SH else Shard()
+    with pytest.raises(RunError, match="Another process"), entered(tmp_path, shard):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_worked_on_without(tmp_path: Path, monkeypatch, code: int):
+    def none_here(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", none_here)
+    with entered(tmp_path, Shard()), finishing(tmp_path, Shard(), 0, "") as turn:
+        assert turn == "ours"
 
 
 # Shares -------------------------------------------------------------------------------------------------
