@@ -135,6 +135,9 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     streamed = streamed_names(reference.model, modules, inventory)
     move_rest(reference.model, {id(modules[name].weight) for name in streamed}, device)
     mapped = Mapped(folder)
+    if device.type == "cpu":  # those that loading converted lie in no file yet
+        for name in sorted(streamed):
+            modules[name].weight.data = mapped.keep(modules[name].weight.data)
     host = Files(mapped) if device.type == "cpu" else PinnedMemory(device, mapped)
     store = WeightStore(host, window_bytes(reference.model, modules, streamed))
     limit = MemoryLimit(limit_bytes, device, store, base_bytes=held_bytes(device))

@@ -87,13 +87,20 @@ def return_freed_memory() -> None:
 
 
 def _file_regions() -> list[tuple[int, int]]:
-    """(start, end) of the addresses where safetensors files are mapped privately; none but on Linux."""
+    """(start, end) of the addresses where files of data are mapped privately; none but on Linux.
+
+    Whatever their names are: a cache of the hub calls a checkpoint's files by their hashes. A file of which
+    some part may be executed is a library, whose data its code may have changed.
+    """
     if sys.platform != "linux":
         return []
-    found = []
+    found, libraries = [], set()
     for line in Path("/proc/self/maps").read_text().splitlines():
-        span, rights, _, _, _, *path = line.split(maxsplit=5)
-        if rights.endswith("p") and path and path[0].endswith(".safetensors"):
-            start, end = (int(x, 16) for x in span.split("-"))
-            found.append((start, end))
-    return found
+        span, rights, _, device, inode, *_ = line.split(maxsplit=5)
+        if inode == "0" or not rights.endswith("p"):
+            continue
+        start, end = (int(x, 16) for x in span.split("-"))
+        found.append(((device, inode), start, end))
+        if "x" in rights:
+            libraries.add((device, inode))
+    return [(start, end) for file, start, end in found if file not in libraries]

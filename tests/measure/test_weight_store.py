@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,15 @@ def test_a_model_loaded_on_the_host_takes_no_memory_of_its_own(tiny_folder, tmp_
     mapped = Mapped(tmp_path)
     linears = [m.weight for m in reference.model.modules() if isinstance(m, nn.Linear)]
     assert all(mapped.keep(w.data) is w.data or mapped.keep(w).data_ptr() == w.data_ptr() for w in linears)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped files are known on Linux only")
+def test_weights_that_loading_converted_come_to_lie_in_files(tiny_folder, tmp_path: Path):
+    reference = load_reference(str(tiny_folder("llama")), "cpu", "float16", on_host=True)
+    plain = subject_of(load_reference(str(tiny_folder("llama")), "cpu", "float16"), FormatSpec())
+    fmt = FormatSpec(compute_dtype="float16")
+    subject = limited_subject(reference, fmt, LARGE, tmp_path)
+    mapped = subject.limit.store.host._mapped  # type: ignore[union-attr]
+    for name in subject.round_trips.streamed:
+        weight = subject.modules[name].weight
+        assert mapped._is_mapped(weight.data) and torch.equal(weight, plain.modules[name].weight)
