@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -68,22 +67,11 @@ def scan_alone(wide: Path, run: Path, device: str, *more: str) -> Done:
     return Done(done.returncode, found, done.stderr, int(done.stderr.split()[-1]) * 1024)
 
 
-def as_in_the_hub_cache(folder: Path, cache: Path) -> Path:
-    """The checkpoint as the cache of the hub holds it: names that point to files named by their hashes."""
-    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0"
-    snapshot.mkdir(parents=True)
-    shutil.copytree(folder, blobs)
-    for number, path in enumerate(sorted(blobs.iterdir())):
-        blob = path.rename(blobs / f"{number:064x}")
-        (snapshot / path.name).symlink_to(blob)
-    return snapshot
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of mapped files are let go on Linux only")
 @pytest.mark.parametrize("kept", ["folder", "hub cache"])
 def test_a_process_stays_below_its_limit_where_it_would_not_without(wide: Path, tmp_path: Path, kept: str):
     if kept == "hub cache":
-        wide = as_in_the_hub_cache(wide, tmp_path / "cache")
+        wide = tiny.as_in_the_hub_cache(wide, tmp_path / "cache")
     asked = ("--measures", "activation,propagated")
     plain = scan_alone(wide, tmp_path / "plain", "cpu", *asked)
     assert plain.status == 0, plain.said

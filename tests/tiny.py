@@ -9,6 +9,7 @@ number of elements is no multiple of the 4-bit blocksize.
 from __future__ import annotations
 
 import io
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -344,3 +345,14 @@ NAMES = tuple(RECIPES)
 VISION_NAMES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral")
 TEXT_NAMES = ("llama", "llama_tied")
 GENERATING_NAMES = VISION_NAMES + TEXT_NAMES
+
+
+def as_in_the_hub_cache(folder: Path, cache: Path) -> Path:
+    """The checkpoint as the cache of the hub holds it: names that point to files named by their hashes."""
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, blobs)
+    for number, path in enumerate(sorted(blobs.iterdir())):
+        blob = path.rename(blobs / f"{number:064x}")
+        (snapshot / path.name).symlink_to(blob)
+    return snapshot

@@ -272,8 +272,13 @@ def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         Mapped(tmp_path).keep(torch.ones(8))
 
 
-def test_a_model_loaded_on_the_host_takes_no_memory_of_its_own(tiny_folder, tmp_path: Path):
-    reference = load_reference(str(tiny_folder("llama")), "cpu", on_host=True)
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped files are known on Linux only")
+@pytest.mark.parametrize("kept", ["folder", "hub cache"])
+def test_a_model_loaded_on_the_host_takes_no_memory_of_its_own(tiny_folder, tmp_path: Path, kept: str):
+    folder = tiny_folder("llama")
+    if kept == "hub cache":
+        folder = tiny.as_in_the_hub_cache(folder, tmp_path / "cache")
+    reference = load_reference(str(folder), "cpu", on_host=True)
     mapped = Mapped(tmp_path)
     linears = [m.weight for m in reference.model.modules() if isinstance(m, nn.Linear)]
     assert all(mapped.keep(w.data) is w.data or mapped.keep(w).data_ptr() == w.data_ptr() for w in linears)
