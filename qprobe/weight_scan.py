@@ -18,6 +18,7 @@ from qprobe.errors import ModelError, QprobeError
 from qprobe.formats.nf4 import format_from
 from qprobe.manifest import write_manifest
 from qprobe.measure.choice import scan_command
+from qprobe.measure.damaged import set_aside_damaged
 from qprobe.measure.files import file_rows, files_digest
 from qprobe.measure.identity import library_versions
 from qprobe.measure.memory import peak_bytes
@@ -86,6 +87,7 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
         record = _record(checkpoint, device)
     with entered(folder, shard):
         open_run(folder, record)
+        set_aside_damaged(folder)
         with clock.stage("weights"):
             measure_files(checkpoint, folder, device, shard, progress)
         left = units_left(folder)
