@@ -21,7 +21,7 @@ from qprobe.measure.store import (
     unknown_codes,
     update_scan,
 )
-from qprobe.measure.units import units_left
+from qprobe.measure.units import needed_units, units_left
 from qprobe.scanning import write_findings
 from qprobe.shown import FILE as SHOWN
 from qprobe.wording import counted
@@ -61,6 +61,7 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
                 f"{runs[0]} and {run} are different scans: {found}. Merge only runs of the same command with "
                 "the same model, samples and versions."
             )
+    needed_units(first.spec)  # refuses what it cannot read before a folder is made
     never = first.unmeasured if "files" in first.spec else ()  # of samples that ran, all units decide
     fresh = replace(
         first, status="running", unmeasured=never, notes=_notes(runs), seconds={}, peak_bytes=None, codes=None

@@ -20,6 +20,7 @@ from qprobe.measure import calibration
 from qprobe.measure.ablation import ablated_layers, measure_ablation
 from qprobe.measure.answers import with_answers
 from qprobe.measure.choice import choose_list
+from qprobe.measure.damaged import note_damaged, set_aside_damaged
 from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
@@ -279,6 +280,7 @@ def start_run(subject: Subject, work: Work, options: ScanOptions, folder: Path) 
         spec["rounding"] = calibration.SETTINGS
     identity = subject.reference.identity
     open_run(folder, Scan(identity, fmt, subject.inventory, spec, notes=(*notes, *more)))
+    set_aside_damaged(folder)
     return measures
 
 
@@ -310,6 +312,7 @@ def write_findings(folder: Path) -> None:
     missing = left_out(folder)
     write_left_out(folder, missing)
     add_notes(folder, left_out_notes(folder, missing))
+    note_damaged(folder)
     check_answers(folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +14,11 @@ from qprobe.choosing.budget import parse_budget
 from qprobe.choosing.selection import manifest_of, plan_by
 from qprobe.choosing.table import read_table
 from qprobe.choosing.together import grouped_for
-from qprobe.errors import BudgetError, ModelError, QprobeError
+from qprobe.errors import ModelError, QprobeError
 from qprobe.formats.nf4 import format_from
 from qprobe.manifest import write_manifest
 from qprobe.measure.choice import scan_command
+from qprobe.measure.damaged import set_aside_damaged
 from qprobe.measure.files import file_rows, files_digest
 from qprobe.measure.identity import library_versions
 from qprobe.measure.memory import peak_bytes
@@ -30,12 +31,14 @@ from qprobe.models.reference import DTYPES, Source, load_config, meta_model, pic
 from qprobe.models.stored import checkpoint_folder, weight_names
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.preflight import check_model
-from qprobe.records import CALIBRATED, FormatSpec, Inventory, ModelIdentity, Scan
+from qprobe.records import FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.report.write import write_report
 from qprobe.scanning import Clock, ScanResult, left_to_others, request_of, write_findings
 from qprobe.wording import counted, named
 
 SCORE = "weight_nmse"
+APPLIES = frozenset(("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures"))
+"""The fields of `ScanOptions` that bear on weights alone; any other is refused, new ones as well."""
 CAUTION = (
     "Weight error hardly predicts what a layer's damage is: lists chosen by it come close to random ones. "
     "Where the model fits, scan without --measures weight."
@@ -84,6 +87,7 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
         record = _record(checkpoint, device)
     with entered(folder, shard):
         open_run(folder, record)
+        set_aside_damaged(folder)
         with clock.stage("weights"):
             measure_files(checkpoint, folder, device, shard, progress)
         left = units_left(folder)
@@ -96,16 +100,13 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
 
 def _check(options: ScanOptions) -> None:
     """Raises QprobeError for what the weights alone cannot be asked."""
-    asked = {"--images": options.images, "--data": options.data, "--ablate": options.ablate}
-    for name, value in asked.items():
-        if value is not None:
-            raise QprobeError(f"--measures weight runs no samples, so {name} does not apply. Leave one away.")
-    if options.format == CALIBRATED:
-        raise QprobeError(
-            f"--measures weight runs no samples, so --format {CALIBRATED} does not apply. Leave one away."
-        )
-    if options.max_kl is not None:
-        raise BudgetError("Weight error predicts no KL, so --max-kl does not apply. Pass a --budget instead.")
+    for asked in fields(ScanOptions):
+        if asked.name not in APPLIES and getattr(options, asked.name) != asked.default:
+            option = f"--{asked.name.replace('_', '-')}"
+            raise QprobeError(
+                "--measures weight reads the files tensor by tensor and runs no samples, so "
+                f"{option} does not apply. Leave one of them away."
+            )
     if options.by not in (None, SCORE, "weight_peak"):
         raise QprobeError(f"--by {options.by} is not measured by --measures weight. Leave one of them away.")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qprobe.choosing.table import read_table
 from tests import tiny
+from tests.alone import run_alone
 
 MIB = 2**20
 WEIGHTS_MIB = 360  # of the blocks, in 16-bit
@@ -39,32 +39,19 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Done:
-    """A scan that ran in a process of its own. peak_bytes: the most that was resident in it."""
+    """A scan that ran in a process of its own. found: its JSON object."""
 
-    status: int
+    status: int | None
     found: dict[str, Any]
     said: str
     peak_bytes: int
 
 
-# A process begins with the peak of the one that started it, so a small one stands between: pytest is large.
-LAUNCHER = """
-import resource, subprocess, sys
-status = subprocess.run(sys.argv[1:]).returncode
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
-sys.exit(status)
-"""
-
-
 def scan_alone(wide: Path, run: Path, device: str, *more: str) -> Done:
     command = [sys.executable, "-m", "qprobe", "scan", "--json", "--model", str(wide), "--out", str(run)]
     command += ["--data", str(wide / "samples.jsonl"), "--samples", "2", "--device", device, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True, env=environment
-    )
-    found = json.loads(done.stdout) if done.stdout else {}
-    return Done(done.returncode, found, done.stderr, int(done.stderr.split()[-1]) * 1024)
+    done = run_alone(command, environment={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Done(done.status, json.loads(done.out) if done.out else {}, done.err, done.peak_bytes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of mapped files are let go on Linux only")

@@ -265,7 +265,7 @@ def test_a_damaged_unit_is_named_with_what_to_do(run: Path, data: bytes | None):
     write_unit(run, "kl", 3, kl_unit("a"))
     path = run / "units" / "kl-00003.parquet"
     path.write_bytes(path.read_bytes()[:-20] if data is None else data)
-    with pytest.raises(RunError, match=r"kl-00003\.parquet is damaged .*Delete it and scan again"):
+    with pytest.raises(RunError, match=r"kl-00003\.parquet is damaged .*Scan again into the same folder"):
         read_units(run, "kl")
 
 

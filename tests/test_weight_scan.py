@@ -26,6 +26,7 @@ from qprobe.formats.chunks import roundtrip_parts, row_parts
 from qprobe.formats.nf4 import Nf4
 from qprobe.manifest import read_manifest
 from qprobe.measure import files
+from qprobe.measure.shards import SKIPLIST
 from qprobe.measure.store import read_scan
 from qprobe.measure.weights import error_sums
 from qprobe.merging import merge
@@ -118,10 +119,8 @@ def test_the_numbers_are_those_of_the_loaded_model(name: str, tiny_folder: TinyF
 
 def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_path: Path):
     both = [
-        scan(
-            replace(options(tiny_folder("llama"), tmp_path / str(i)), measures=m, samples=4, max_new_tokens=3)
-        )
-        for i, m in enumerate([("weight",), ("activation",)])
+        scan(options(tiny_folder("llama"), tmp_path / str(i), **changes))
+        for i, changes in enumerate([{}, {"measures": ("activation",), "samples": 4, "max_new_tokens": 3}])
     ]
     columns = ["layer", "weight_nmse", "weight_sqnr_db", "weight_peak", "nf4_bytes", "bf16_bytes", "group"]
     tables = [read_table(r.run)[columns].sort_values("layer", ignore_index=True) for r in both]
@@ -234,8 +233,6 @@ def test_a_weight_that_is_not_stored_is_named_and_stays_empty(tiny_folder: TinyF
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"images": Path("x")}, QprobeError, "runs no samples, so --images does not apply"),
-        ({"ablate": "all"}, QprobeError, "runs no samples, so --ablate does not apply"),
         ({"max_kl": 0.1}, QprobeError, "--max-kl chooses by sensitivity"),
         ({"by": "sensitivity_kl"}, QprobeError, "needs sensitivity, which --measures weight leaves out"),
         ({"budget": "1GiB!"}, BudgetError, "cannot be read"),
@@ -253,6 +250,39 @@ def test_what_weights_alone_cannot_be_asked(
     with pytest.raises(error, match=said):
         scan(options(tiny_folder("llama"), tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--images", "x"),
+        ("--data", "x"),
+        ("--prompt", "What?"),
+        ("--samples", "3"),
+        ("--format", "nf4-calibrated"),
+        ("--seed", "1"),
+        ("--batch-size", "2"),
+        ("--max-new-tokens", "9"),
+        ("--nodes", "3"),
+        ("--ablate", "all"),
+        ("--max-memory", "64GiB"),
+    ],
+)
+def test_options_of_samples_are_refused_by_the_name_that_was_typed(
+    option: str, value: str, tiny_folder: TinyFolder, tmp_path: Path
+):
+    asked = ["scan", "--model", str(tiny_folder("llama")), "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(main, [*asked, "--device", "cpu", "--measures", "weight", option, value])
+    assert result.exit_code == 1
+    assert f"runs no samples, so {option} does not apply. Leave one of them away." in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_option_that_bears_on_weights_is_taken(tiny_folder: TinyFolder, tmp_path: Path):
+    asked = {"budget": "+20%", "by": "weight_peak", "for_tool": "vllm", "dtype": "float16"}
+    manifest = read_manifest(scan(options(tiny_folder("llama"), tmp_path / "run", **asked)).run / SKIPLIST)
+    assert manifest.budget.requested == "+20%" and manifest.format.compute_dtype == "float16"
+    assert any("kept: weight_peak" in x.reason for x in manifest.layers)
 
 
 def test_files_of_another_model_are_told(tiny_folder: TinyFolder, tmp_path: Path):

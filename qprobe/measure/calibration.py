@@ -24,6 +24,7 @@ from qprobe.formats.calibrated import Rounded, calibrate, workspace_bytes
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
 from qprobe.formats.gptq import DAMPING
 from qprobe.formats.nf4 import Nf4, format_from
+from qprobe.measure.damaged import lost_units
 from qprobe.measure.gram import SharedInput, gathered, gram_bytes, passes, shared_inputs
 from qprobe.measure.store import (
     STAGE_CALIBRATION,
@@ -122,11 +123,14 @@ def free_memory(device: torch.device) -> int:
 def calibrate_model(work: Work) -> None:
     """Calibrate every linear that is quantized, and put the weights in place in `work.subject.round_trips`.
 
-    Finished units are not done again. Leaves FOLDER/nf4-calibrated.safetensors, named with its hash in
+    Finished units are not done again; of one that was lost since only what was measured is, while the weights
+    that are named stay. Leaves FOLDER/nf4-calibrated.safetensors, named with its hash in
     scan.json. Raises ManifestError if such a file is named already but is gone or changed, or if a new one
     does not read back; that one is not named, so that the same command joins the units again.
     """
     named = read_scan(work.folder).codes
+    if named and (lost := lost_units(work.folder, STAGE_CALIBRATION)):
+        calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
     codes = named or _calibrated(work)
     with open_codes(checked(codes, work.folder)) as file:
         for name in sorted(file.layers):

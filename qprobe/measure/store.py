@@ -83,6 +83,10 @@ _ADDED: Mapping[Any, set[str]] = {Scan: {"codes"}}
 _STALE_SECONDS = 3600
 
 
+class DamagedUnitError(RunError):
+    """A unit file is not whole."""
+
+
 def spec_key(spec: dict) -> str:
     """SHA-256 (hex) of the canonical JSON of `spec`: the order of its keys does not enter it."""
     return hashlib.sha256(_canonical(spec).encode()).hexdigest()
@@ -217,17 +221,21 @@ def read_units(folder: Path, stage: str) -> pd.DataFrame:
 def unit_files(folder: Path) -> dict[str, Path]:
     """Every finished unit of a known stage in `folder`, by file name."""
     found = sorted((Path(folder) / "units").glob("*.parquet"))
-    return {path.name: path for path in found if _stage_of(path) is not None}
+    return {path.name: path for path in found if stage_of(path) is not None}
 
 
 def check_unit(path: Path) -> None:
-    """Raises RunError unless `path`, one of `unit_files`, is whole and has the columns of its stage."""
-    stage = _stage_of(path)
+    """Raises RunError unless `path`, one of `unit_files`, has the columns of its stage.
+
+    That is a DamagedUnitError where it is not whole.
+    """
+    stage = stage_of(path)
     assert stage is not None, path
     _read_unit(path, pa.schema(list(UNIT_SCHEMAS[_family(stage)].items())))
 
 
-def _stage_of(path: Path) -> str | None:
+def stage_of(path: Path) -> str | None:
+    """The stage of a unit file by its name; None if it is no unit of a known one."""
     match = _UNIT_NAME.fullmatch(path.name)
     return match[1] if match and _family(match[1]) in UNIT_SCHEMAS else None
 
@@ -249,12 +257,16 @@ def _unit_paths(folder: Path, stage: str) -> list[Path]:
 
 def _read_unit(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()))
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}). Make it readable.") from None
+    try:
+        table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise RunError(
-            f"{path} is damaged ({reason}). Delete it and scan again into the same --out: "
-            "only it is measured anew."
+        raise DamagedUnitError(
+            f"{path} is damaged ({reason}). Scan again into the same folder: what is damaged is set aside, "
+            "and only that is measured anew."
         ) from None
     if not table.schema.equals(schema):
         raise RunError(

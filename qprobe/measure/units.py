@@ -10,7 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from qprobe.errors import RunError
 from qprobe.measure.attribution import walking
+from qprobe.measure.identity import library_versions
 from qprobe.measure.runner import ALONE, Measures, observe, observe_alone, own_half
 from qprobe.measure.shards import Shard
 from qprobe.measure.store import missing_units, read_scan, write_unit
@@ -103,7 +105,23 @@ def measure_units(
 
 
 def needed_units(spec: Mapping[str, Any]) -> dict[str, int]:
-    """The stages that a layer table is made of, each with its number of units; spec: of a scan.json."""
+    """The stages that a layer table is made of, each with its number of units; spec: of a scan.json.
+
+    Raises RunError if another version of qprobe wrote a specification that this one cannot read.
+    """
+    try:
+        return _needed_units(spec)
+    except (KeyError, TypeError) as error:
+        here, versions = library_versions()["qprobe"], spec.get("versions")
+        there = versions.get("qprobe") if isinstance(versions, dict) else None
+        wrote = f"qprobe {there}" if there else "a qprobe that its scan.json does not name"
+        raise RunError(
+            f"The scan is of {wrote}, and qprobe {here} cannot tell from its scan.json what it measured "
+            f"({error}). Use the version that made it, or scan again with another --out."
+        ) from error
+
+
+def _needed_units(spec: Mapping[str, Any]) -> dict[str, int]:
     if "files" in spec:  # a scan of the weights alone, see `qprobe.weight_scan`
         return {"weights": len(spec["files"])}
     measures = Measures(**spec["measures"])

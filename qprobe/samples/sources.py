@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qprobe.errors import SampleError
 from qprobe.records import Sample
+from qprobe.wording import counted, named
 
 DEFAULT_PROMPT = "Describe this image in detail."
 
@@ -106,17 +107,19 @@ def from_jsonl(path: Path, prompt: str | None = None, limit: int | None = None) 
 
     A line is {"image", "prompt", "answer"}, {"image", "conversations": [{"from", "value"}, ...]} or
     {"messages": [{"role", "content"}, ...]}; the first question and its answer are used, "image" and
-    the answer may be missing. Raises SampleError if the file is missing or no line is usable.
+    the answer may be missing. "id" names the sample; without one, or where it is null, the line does, and a
+    line that repeats an earlier one's id is told apart by its number: measurements are kept by id.
+    Raises SampleError if the file is missing or no line is usable.
     """
     check_file(path)
-    found: list[Sample] = []
+    found: dict[int, Sample] = {}
     skipped: list[str] = []
     for number, line in _lines(path):
         if limit is not None and len(found) >= limit:
             break
         try:
             record = json.loads(line.decode("utf-8"))
-            found.append(_sample(record, f"{path.stem}-{number}", path.parent, prompt))
+            found[number] = _sample(record, f"{path.stem}-{number}", path.parent, prompt)
         except UnicodeDecodeError as error:
             where = f"byte {error.start + 1}"
             skipped.append(f"{path.name} line {number}: skipped, it is not UTF-8 ({where}); save it as UTF-8")
@@ -130,7 +133,24 @@ def from_jsonl(path: Path, prompt: str | None = None, limit: int | None = None) 
             f'{path} holds no usable line{why}. A line is a JSON object with "prompt", the question, and, if '
             f'there are, "image", a file, and "answer"; lines of text alone are fine.'
         )
-    return Samples(tuple(found), tuple(skipped))
+    samples, repeated = _told_apart(found)
+    note = f"{path.name}: {counted(len(repeated), 'line')} with the id of an earlier one: {named(repeated)}."
+    return Samples(samples, (*skipped, *((note,) if repeated else ())))
+
+
+def _told_apart(found: Mapping[int, Sample]) -> tuple[tuple[Sample, ...], list[str]]:
+    """(samples of the lines, each with an id of its own; what was changed)."""
+    lines: dict[str, int] = {}  # of each id
+    samples, repeated = [], []
+    for number, sample in found.items():
+        fresh = sample.id
+        while fresh in lines:
+            fresh += f" (line {number})"
+        if fresh != sample.id:
+            repeated.append(f"{sample.id!r} of line {lines[sample.id]} is called {fresh!r} in line {number}")
+        lines[fresh] = number
+        samples.append(replace(sample, id=fresh))
+    return tuple(samples), repeated
 
 
 def check_file(path: Path) -> None:
@@ -164,7 +184,8 @@ def _sample(record: dict, name: str, folder: Path, prompt: str | None) -> Sample
     question = question or prompt or (DEFAULT_PROMPT if data else None)
     if not question:
         raise ValueError('it has neither a question ("prompt") nor an "image"')
-    return Sample(str(record.get("id", name)), question, data, answer or None)
+    given = record.get("id")
+    return Sample(name if given is None or given == "" else str(given), question, data, answer or None)
 
 
 def _turns(record: dict) -> tuple[str | None, str | None, str | None]:

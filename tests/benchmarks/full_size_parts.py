@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from tests.alone import run_alone
 
 
 @dataclass(frozen=True)
@@ -29,24 +26,15 @@ class Ran:
 
 
 def run(arguments: Sequence[str], limit_s: float) -> Ran:
-    """`python ARGUMENTS`, killed after `limit_s` seconds; its stdout must be one JSON object."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err)
-        timer = threading.Timer(limit_s, os.kill, (process.pid, signal.SIGKILL))
-        timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        timer.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
-        out.seek(0)
-        err.seek(0)
-        text, said = out.read().decode(), err.read().decode(errors="replace")
-    host = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if process.returncode == 0:
-        return Ran(_parsed(text), seconds, host)
-    why = f"killed after {limit_s:.0f} s" if process.returncode == -signal.SIGKILL else said.strip()[-1500:]
-    return Ran(None, seconds, host, why)
+    """`python ARGUMENTS`, killed with all that it started after `limit_s` seconds.
+
+    Its stdout must be one JSON object.
+    """
+    done = run_alone([sys.executable, *arguments], limit_s)
+    if done.status == 0:
+        return Ran(_parsed(done.out), done.seconds, done.peak_bytes)
+    why = f"killed after {limit_s:.0f} s" if done.status is None else done.err.strip()[-1500:]
+    return Ran(None, done.seconds, done.peak_bytes, why or f"ended with status {done.status}")
 
 
 def _parsed(text: str) -> dict[str, Any]:

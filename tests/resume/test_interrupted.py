@@ -71,18 +71,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert {name: data for name, data in units(run).items() if name in finished} == finished
 
 
-@pytest.mark.parametrize("name", ["outputs-00001", "sensitivity-00000", "weights-00000"])
-def test_a_unit_cut_short_is_named_and_measured_anew(name: str, llama: Path, whole: Path, tmp_path: Path):
-    run = Path(copytree(whole, tmp_path / "run"))
-    path = run / "units" / f"{name}.parquet"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(RunError, match=rf"{name}\.parquet is damaged .* Delete it and scan again"):
-        scan(options(llama, run))
-    path.unlink()
-    scan(options(llama, run))
-    assert table(run) == table(whole) and units(run) == units(whole)
-
-
 # Another scan's folder ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pandas as pd
 import pytest
 
 from qprobe.errors import RunError
+from qprobe.measure.identity import library_versions
 from qprobe.measure.runner import Measures
 from qprobe.measure.store import UNIT_SCHEMAS, open_run, read_scan, unit_files, update_scan, write_unit
+from qprobe.measure.units import units_left
 from qprobe.merging import merge
 from qprobe.records import CALIBRATED, CodesFile, FormatSpec, Inventory, ModelIdentity, Scan
 
@@ -60,3 +63,30 @@ def test_measurements_of_weights_that_nobody_knows_are_refused(tmp_path):
         RunError, match=r"1 holds measurements of calibrated weights, but its scan.json names"
     ):
         merge(runs, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"measures": {"propagated": False, "luck": True}}, "luck"),  # one more
+        ({"measures": {"propagated": False}}, "sensitivity"),  # one fewer
+        ({"measures": None}, "None"),
+        ({"calibration": None}, "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("versions", [{"qprobe": "9.8.7"}, None])
+def test_runs_of_a_version_that_measured_something_else_are_refused_before_a_folder_is_made(
+    changes: dict, said: str, versions: dict | None, tmp_path
+):
+    run = run_with(tmp_path / "run", 0, b"same")
+    update_scan(run, replace(read_scan(run), spec={**SPEC, **changes, "versions": versions}))
+    wrote = r"qprobe 9\.8\.7" if versions else "a qprobe that its scan.json does not name"
+    here = library_versions()["qprobe"]
+    refused = (
+        rf"The scan is of {wrote}, and qprobe {re.escape(here)} cannot tell .*{said}.*version that made it"
+    )
+    with pytest.raises(RunError, match=refused):
+        merge([run], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RunError, match=refused):
+        units_left(run)

@@ -92,6 +92,42 @@ def test_a_line_that_is_not_utf8_is_named_and_not_read_with_other_letters(tmp_pa
     assert note.startswith("data.jsonl line 2: skipped, it is not UTF-8 (byte 15)")
 
 
+def ids(path: Path, *lines: object) -> tuple[list[str], tuple[str, ...]]:
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    found = from_jsonl(path)
+    assert [s.prompt for s in found.samples] == [x["prompt"] for x in lines if "prompt" in x]
+    return [s.id for s in found.samples], found.skipped
+
+
+def test_a_line_without_an_id_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    without = [{"prompt": "a"}, {"prompt": "b", "id": None}, {"prompt": "c", "id": ""}]
+    assert ids(path, *without, {"prompt": "d", "id": 0}) == (["data-1", "data-2", "data-3", "0"], ())
+
+
+def test_lines_of_one_id_are_told_apart_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    found, notes = ids(
+        path,
+        {"prompt": "a", "id": 7},
+        {"id": "x"},  # is skipped, so its id is free
+        {"prompt": "b", "id": "7"},
+        {"prompt": "c", "id": "x"},
+        {"prompt": "d", "id": "data-6"},
+        {"prompt": "e"},  # would be called so by its number
+        {"prompt": "f", "id": "7 (line 8)"},
+        {"prompt": "g", "id": 7},  # even the changed name is taken
+    )
+    assert found == [
+        "7", "7 (line 3)", "x", "data-6", "data-6 (line 6)", "7 (line 8)", "7 (line 8) (line 8)"
+    ]  # fmt: skip
+    assert notes[1:] == (
+        "data.jsonl: 3 lines with the id of an earlier one: '7' of line 1 is called '7 (line 3)' in line 3, "
+        "'data-6' of line 5 is called 'data-6 (line 6)' in line 6, "
+        "'7' of line 1 is called '7 (line 8) (line 8)' in line 8.",
+    )
+
+
 @pytest.mark.parametrize("line", ['{"text": "What?"}', '{"messages": [{"content": "What?"}]}'])
 def test_a_file_without_the_keys_names_them(line: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from qprobe.measure.runner import Measures, own_half
 from qprobe.measure.store import read_scan, read_units
 from qprobe.measure.units import cut_samples, needed_units
 from qprobe.records import Sample
-from tests.scan.asked import Scanned
+from qprobe.scanning import scan
+from tests.scan.asked import Scanned, TinyFolder, options, write_lines
 
 
 class TwoShapes:
@@ -48,3 +50,14 @@ def test_a_run_of_before_own_batches_needs_own_damage_in_every_batch() -> None:
     spec = {"measures": vars(Measures(True, True)), "calibration": [[], [], []]}
     assert needed_units(spec) == {"weights": 1, "outputs": 3, "kl": 3, "sensitivity": 3, "alone": 3}
     assert needed_units({**spec, "own": [[], []]})["alone"] == 2
+
+
+def test_samples_of_one_id_are_measured_apart(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    lines = [{"id": name, "prompt": f"what is {i}?"} for i, name in enumerate(["x", "x", None, None, "x", 3])]
+    data = write_lines(tmp_path / "data.jsonl", *lines)
+    result = scan(options(tiny_folder("llama"), tmp_path / "run", data=data))
+    names = {"x", "x (line 2)", "data-3", "data-4", "x (line 5)", "3"}
+    spec = read_scan(result.run).spec
+    measured = {s["id"] for part in ("calibration", "held_out") for group in spec[part] for s in group}
+    assert measured == names and result.samples == 6 and result.skiplist is not None
+    assert any("2 lines with the id of an earlier one: 'x' of line 1" in note for note in result.notes)
