@@ -37,6 +37,7 @@ class Subject:
     """One loaded reference under measurement.
 
     modules: every linear by name, in module order. round_trips: their 4-bit forms, on the model's device.
+    dtype: of the model as it was loaded, in which its inputs are also where the path is walked in another.
     limit: of the memory it may take; None where all of it is on the device.
     release: called with a parameter that was read from the host, and is not needed soon.
     """
@@ -45,6 +46,7 @@ class Subject:
     inventory: Inventory
     modules: dict[str, nn.Linear]
     round_trips: RoundTrips
+    dtype: torch.dtype
     limit: MemoryLimit | None = None
     release: Callable[[Tensor], None] = lambda _: None
 
@@ -119,7 +121,7 @@ class Subject:
     def encode(self, samples: tuple[Sample, ...]) -> Batch:
         """The batch of `samples` on the model's device."""
         token = image_token_id(self.model.config)
-        batch = encode(self.reference.processor, samples, self.model.dtype, token)
+        batch = encode(self.reference.processor, samples, self.dtype, token)
         return batch.to(self.reference.device)
 
 
@@ -146,7 +148,8 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     limit.check(work, "what is never streamed, with one block of the model and one weight in work,")
     with limit.running("pack", 1), torch.inference_mode():
         round_trips = RoundTrips(modules, format_from(spec), store, streamed)
-    return Subject(reference, inventory, modules, round_trips, limit, mapped.forget)
+    dtype = reference.model.dtype
+    return Subject(reference, inventory, modules, round_trips, dtype, limit, mapped.forget)
 
 
 def streamed_names(
@@ -178,4 +181,4 @@ def subject_of(reference: Reference, spec: FormatSpec) -> Subject:
     modules = linear_modules(reference.model)
     with torch.inference_mode():
         round_trips = RoundTrips(modules, format_from(spec))
-    return Subject(reference, list_layers(reference.model, spec), modules, round_trips)
+    return Subject(reference, list_layers(reference.model, spec), modules, round_trips, reference.model.dtype)

@@ -168,7 +168,9 @@ def child_bare(bench: Bench) -> dict[str, Any]:
     start = time.perf_counter()
     reference = load_reference(str(bench.folder), o.device)
     load = time.perf_counter() - start
-    subject = Subject(reference, list_layers(reference.model, FormatSpec()), {}, None)  # type: ignore[arg-type]
+    unpacked: Any = None
+    inventory = list_layers(reference.model, FormatSpec())
+    subject = Subject(reference, inventory, {}, unpacked, reference.model.dtype)
     start = time.perf_counter()
     parts = split_held_out(from_jsonl(bench.samples, None, bench.most_images).samples)
     batches = [

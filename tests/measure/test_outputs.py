@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import halves_are_independent, split_by_sample
 from qprobe.measure.runner import Measures, observe_outputs
@@ -149,3 +150,12 @@ def test_rows_that_no_sample_count_divides_are_not_split() -> None:
     assert split_by_sample(torch.zeros(5, 3), 2) is None
     parts = split_by_sample(torch.arange(12.0).reshape(2, 2, 3), 2)
     assert parts is not None and parts.shape == (2, 2, 3)
+
+
+def test_inputs_are_those_of_the_loaded_model_while_the_path_is_walked(case: CaseOf) -> None:
+    subject, samples = case("mllama").subject, case("mllama").samples[:1]
+    outside = subject.encode(samples).inputs["pixel_values"]
+    with walking(subject.path):
+        assert subject.model.dtype == torch.float32
+        inside = subject.encode(samples).inputs["pixel_values"]
+    assert inside.dtype == outside.dtype == torch.bfloat16 and torch.equal(inside, outside)
