@@ -13,8 +13,11 @@ from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import halves_are_independent, split_by_sample
 from qprobe.measure.runner import Measures, observe_outputs
+from qprobe.measure.subject import subject_of
 from qprobe.measure.weights import error_sums, weight_rows
-from tests import reference
+from qprobe.models.reference import load_reference
+from qprobe.records import FormatSpec
+from tests import reference, tiny
 from tests.measure.conftest import ALL, Case
 
 CaseOf = Callable[[str], Case]
@@ -152,8 +155,9 @@ def test_rows_that_no_sample_count_divides_are_not_split() -> None:
     assert parts is not None and parts.shape == (2, 2, 3)
 
 
-def test_inputs_are_those_of_the_loaded_model_while_the_path_is_walked(case: CaseOf) -> None:
-    subject, samples = case("mllama").subject, case("mllama").samples[:1]
+def test_inputs_are_those_of_the_loaded_model_while_the_path_is_walked(tiny_folder) -> None:
+    subject = subject_of(load_reference(str(tiny_folder("mllama")), "cpu"), FormatSpec())
+    samples = tuple(tiny.questions("mllama", 2))
     outside = subject.encode(samples).inputs["pixel_values"]
     with walking(subject.path):
         assert subject.model.dtype == torch.float32
