@@ -13,6 +13,7 @@ from qprobe.options import CompareOptions
 @shared.command(
     "compare",
     interrupted="Nothing was written; the same command begins anew.",
+    out_of_memory="Pass a smaller --batch-size, or --device auto where there are several GPUs.",
     short_help="16-bit, standard and dynamic 4-bit, side by side.",
 )
 @click.option(

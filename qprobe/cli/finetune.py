@@ -126,6 +126,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 @shared.command(
     "finetune",
     interrupted="The last checkpoint, if there is one, is kept in {out}; the same command goes on from it.",
+    out_of_memory="Pass a smaller --batch-size or --max-length, or another --device.",
     short_help="QLoRA on the dynamic model.",
 )
 @click.argument("manifest", type=shared.PATH, metavar="F")

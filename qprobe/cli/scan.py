@@ -21,6 +21,8 @@ TOP = 10  # layers of the ranking that are shown
 @shared.command(
     "scan",
     interrupted="Finished units are kept in the run folder; the same command goes on from there.",
+    out_of_memory="Pass --max-memory with a limit below what the device has, or --device auto where there "
+    "are several GPUs, and what is finished is kept; or a smaller --batch-size with another --out.",
     short_help="Measure every layer, choose those that stay in 16-bit.",
 )
 @click.option(

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from qprobe.errors import MachineError, QprobeError
+from qprobe.errors import QprobeError
 from qprobe.options import Progress, no_progress
 from qprobe.quiet import quiet
 
@@ -23,15 +23,17 @@ PATH = click.Path(path_type=Path)
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended: 128 + SIGINT
 
 
-def command(name: str, interrupted: str = "", **settings: Any) -> Callable[[Command], click.Command]:
+def command(
+    name: str, interrupted: str = "", out_of_memory: str = "Pass another --device.", **settings: Any
+) -> Callable[[Command], click.Command]:
     """A click command with --json whose `QprobeError`s end as one sentence on stderr and exit code 1.
 
     interrupted: what is left after Ctrl-C, and what to do, with the command's arguments as {name}; the exit
-    code is `INTERRUPTED`.
+    code is `INTERRUPTED`. out_of_memory: what to do when the device's memory does not suffice.
     """
 
     def decorate(function: Command) -> click.Command:
-        as_command = click.command(name, **settings)(_explained(function, interrupted))
+        as_command = click.command(name, **settings)(_explained(function, interrupted, out_of_memory))
         as_command.params.append(
             click.Option(
                 ["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, nothing else."
@@ -42,7 +44,7 @@ def command(name: str, interrupted: str = "", **settings: Any) -> Callable[[Comm
     return decorate
 
 
-def _explained(function: Command, interrupted: str) -> Command:
+def _explained(function: Command, interrupted: str, out_of_memory: str) -> Command:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -57,16 +59,10 @@ def _explained(function: Command, interrupted: str) -> Command:
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            raise click.ClickException(str(_out_of_memory(error))) from error
+            first = str(error).strip().splitlines()[0]
+            raise click.ClickException(f"The device ran out of memory: {first} {out_of_memory}") from error
 
     return run
-
-
-def _out_of_memory(error: Exception) -> MachineError:
-    first = str(error).strip().splitlines()[0]
-    return MachineError(
-        f"The device ran out of memory: {first} Pass a smaller --batch-size, or another --device."
-    )
 
 
 _SAMPLE_OPTIONS = (

@@ -50,7 +50,9 @@ class Shard:
     def device(self, asked: str | None) -> str | None:
         """The device `asked` for; where that leaves the GPU open, the one of this process on its machine.
 
-        Raises MachineError if several processes of one machine would each spread over all of its GPUs.
+        A process that sees one GPU only takes that, as schedulers hand them out. Raises MachineError if it
+        sees several but none of its number, or if several processes of one machine would each spread over
+        all of its GPUs.
         """
         if asked == "auto" and self.local is not None and not self.is_alone:
             raise MachineError(
@@ -61,7 +63,15 @@ class Shard:
             return asked
         import torch
 
-        return f"cuda:{self.local}" if torch.cuda.is_available() else asked
+        if not torch.cuda.is_available():
+            return asked
+        seen = torch.cuda.device_count()
+        if seen > 1 and self.local >= seen:
+            raise MachineError(
+                f"LOCAL_RANK={self.local} asks for the GPU of that number, counted from 0, and this process "
+                f"sees {seen}. Start as many processes on a machine as it has GPUs, or name a --device."
+            )
+        return "cuda:0" if seen == 1 else f"cuda:{self.local}"
 
 
 def shard_from(environment: Mapping[str, str]) -> Shard:

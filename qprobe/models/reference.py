@@ -25,6 +25,7 @@ from qprobe.models.spread import (
     room_for_weights,
 )
 from qprobe.records import ModelIdentity
+from qprobe.wording import counted
 
 SPREAD = "auto"  # the device that is every GPU there is
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -124,7 +125,8 @@ def pick_device(device: str | None) -> torch.device:
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise MachineError(
-            f"Device {device!r} is not here: this machine has {count} CUDA devices. Use --device cpu."
+            f"Device {device!r} is not here: {counted(count, 'CUDA device')} can be seen, numbered from 0. "
+            f"Pass --device {'cuda:0 or ' if count else ''}cpu."
         )
     if picked.type not in ("cpu", "cuda"):
         raise MachineError(f"Device {device!r} is not supported. Use cpu or cuda.")

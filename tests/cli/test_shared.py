@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ Fake = Callable[..., None]
 
 
 def raising(error: Exception) -> Callable[..., None]:
-    def function(*_arguments: object) -> None:
+    def function(*_arguments: object, **_named: object) -> None:
         raise error
 
     return function
@@ -65,13 +66,33 @@ def test_a_mistake_is_one_sentence_and_exit_1(qprobe: Run, fake: Fake):
     assert (result.stdout, result.stderr) == ("", "Error: No model 'x'. Pass a folder.\n")
 
 
-def test_running_out_of_memory_is_a_mistake_to_mend(qprobe: Run, fake: Fake):
+@pytest.mark.parametrize(
+    ("line", "module", "advised"),
+    [
+        ("scan --model x", "qprobe.scanning", {"--batch-size", "--max-memory", "--device auto", "--out"}),
+        ("compare --manifest f", "qprobe.build.compare", {"--batch-size", "--device auto"}),
+        ("quantize f --out d", "qprobe.build.quantize", {"--device"}),
+        (
+            "finetune f --data d --out o",
+            "qprobe.training.finetune",
+            {"--batch-size", "--max-length", "--device"},
+        ),
+    ],
+)
+def test_running_out_of_memory_is_a_mistake_to_mend_with_options_that_the_command_has(
+    qprobe: Run, fake: Fake, line: str, module: str, advised: set[str]
+):
     class OutOfMemoryError(RuntimeError):  # as torch.cuda names it
         pass
 
-    fake("qprobe.scanning", scan=raising(OutOfMemoryError("CUDA out of memory.\nmore lines")))
-    result = qprobe("scan", "--model", "x")
-    assert result.exit_code == 1 and "--batch-size" in result.stderr and "more lines" not in result.stderr
+    command = line.split()[0]
+    fake(module, **{command: raising(OutOfMemoryError("CUDA out of memory.\nmore lines"))})
+    result = qprobe(*line.split())
+    assert result.exit_code == 1 and "more lines" not in result.stderr
+    said = result.stderr.removeprefix("Error: The device ran out of memory: CUDA out of memory. Pass ")
+    assert set(re.findall(r"--[a-z-]+(?: auto)?", said)) == advised
+    options = {name for option in main.commands[command].params for name in option.opts}
+    assert {name.removesuffix(" auto") for name in advised} <= options
 
 
 @pytest.mark.parametrize(

@@ -159,11 +159,25 @@ def test_shares_are_disjoint_and_complete_and_do_not_move_when_units_finish():
 
 def test_each_rank_has_the_gpu_of_its_place(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert Shard(5, 8, 1).device(None) == "cuda:1" == Shard(5, 8, 1).device("cuda")
     assert Shard(5, 8, 1).device("cuda:0") == "cuda:0" and Shard(5, 8, 1).device("cpu") == "cpu"
     assert Shard().device(None) is None and Shard(1, 2).device("cuda") == "cuda"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert Shard(5, 8, 1).device(None) is None
+
+
+def test_a_rank_that_sees_one_gpu_takes_it_and_one_beyond_those_it_sees_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert Shard(3, 4, 3).device(None) == "cuda:0" == Shard(3, 4, 3).device("cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert Shard(2, 4, 2).device(None) == "cuda:2"
+    with pytest.raises(MachineError, match=r"^LOCAL_RANK=3 .* sees 3\. .*--device"):
+        Shard(3, 4, 3).device(None)
+    assert Shard(3, 4, 3).device("cuda:1") == "cuda:1"
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
