@@ -10,9 +10,11 @@ from pathlib import Path
 from qprobe.atomic import write_atomic
 from qprobe.errors import RunError
 from qprobe.formats.codes_file import checked
-from qprobe.measure.answers import FOLDER as ANSWERS
+from qprobe.measure.findings import write_findings
+from qprobe.measure.needed import needed_units, units_left
 from qprobe.measure.shards import Shard, entered
 from qprobe.measure.store import (
+    ANSWERS,
     check_unit,
     differences,
     open_run,
@@ -21,8 +23,6 @@ from qprobe.measure.store import (
     unknown_codes,
     update_scan,
 )
-from qprobe.measure.units import needed_units, units_left
-from qprobe.scanning import write_findings
 from qprobe.shown import FILE as SHOWN
 from qprobe.wording import counted
 

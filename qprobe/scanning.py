@@ -2,85 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from qprobe.choosing.budget import parse_size
-from qprobe.choosing.left_out import check_answers, left_out_notes, write_left_out
-from qprobe.choosing.ranks import write_ranks
-from qprobe.choosing.table import attribution_residual, left_out, write_table
+from qprobe.choosing.table import attribution_residual
 from qprobe.errors import RunError, SampleError
 from qprobe.measure import calibration
 from qprobe.measure.ablation import ablated_layers, measure_ablation
 from qprobe.measure.answers import with_answers
 from qprobe.measure.choice import choose_list
-from qprobe.measure.damaged import note_damaged, set_aside_damaged
+from qprobe.measure.damaged import set_aside_damaged
+from qprobe.measure.findings import add_notes, write_findings
 from qprobe.measure.finite import first_finite, first_nonfinite
 from qprobe.measure.identity import run_spec
 from qprobe.measure.memory import peak_bytes
-from qprobe.measure.runner import Measures, applicable_measures
-from qprobe.measure.shards import SKIPLIST, Shard, Turn, entered, finishing, shard_from
+from qprobe.measure.needed import Measures, units_left
+from qprobe.measure.runner import applicable_measures
+from qprobe.measure.shards import SKIPLIST, Shard, entered, finishing, left_to_others, request_of, shard_from
 from qprobe.measure.show import show_samples
-from qprobe.measure.store import open_run, read_scan, read_units, update_scan
+from qprobe.measure.store import open_run, read_scan, update_scan
 from qprobe.measure.subject import Subject, limited_subject, subject_of
-from qprobe.measure.units import Work, cut_samples, measure_units, needed_units, units_left
+from qprobe.measure.units import Work, cut_samples, measure_units
 from qprobe.models.reference import Reference, load_reference, reads_images
-from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions, no_progress
+from qprobe.options import Progress, ScanOptions, no_progress
 from qprobe.preflight import check_inventory, check_model, check_options
 from qprobe.quiet import quiet_models
-from qprobe.records import CALIBRATED, FormatSpec, Inventory, Sample, Scan
+from qprobe.records import CALIBRATED, FormatSpec, Sample, Scan
 from qprobe.report.write import write_report
 from qprobe.sampling import Wanted, choose_samples, split_held_out
-from qprobe.wording import counted, named
-
-
-@dataclass(frozen=True)
-class ScanResult:
-    """What a scan found, and where it lies.
-
-    seconds: by stage. peak_bytes: of the fullest device (CUDA) or of the process (CPU). kl_*: nats per answer
-    token on held-out samples, None where they do not apply. attribution_residual: (sum of the sensitivities
-    - measured KL) / measured KL, on the calibration samples. skiplist: None where other processes of this
-    scan have not finished their share, so that one of them chooses. verdict: one sentence.
-    streamed_bytes: of weights that were copied to the device for a memory limit; None without one.
-    """
-
-    run: Path
-    layers: int
-    samples: int
-    seconds: dict[str, float]
-    peak_bytes: int | None
-    kl_standard_4bit: float | None
-    kl_dynamic: float | None
-    attribution_residual: float | None
-    skiplist: Path | None
-    verdict: str
-    notes: tuple[str, ...] = ()
-    streamed_bytes: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The documented object of `scan --json`."""
-        skiplist = None if self.skiplist is None else str(self.skiplist)
-        return {**vars(self), "run": str(self.run), "skiplist": skiplist, "notes": list(self.notes)}
-
-
-@dataclass
-class Clock:
-    """Seconds by stage, added up when a stage is entered more than once."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+from qprobe.scan_result import Clock, ScanResult
+from qprobe.weight_scan import scan_weights
+from qprobe.wording import counted
 
 
 @quiet_models()
@@ -95,8 +49,6 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
     check_options(options)
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     if options.measures is not None and {*options.measures} == {"weight"}:
-        from qprobe.weight_scan import scan_weights  # which builds on this module
-
         return scan_weights(options, progress)
     shard = shard_from(os.environ)
     clock = Clock()
@@ -178,12 +130,6 @@ def most_held(subject: Subject) -> int:
     return max(peak_bytes(device) for device in subject.reference.devices)
 
 
-def request_of(options: ScanOptions) -> str:
-    """What of `options` bears on what a scan does once all units are there, as text."""
-    asked = (options.budget or DEFAULT_BUDGET, options.max_kl, options.by, options.for_tool, options.ablate)
-    return json.dumps(asked)
-
-
 def unfinished(subject: Subject, folder: Path, work: Work, clock: Clock, verdict: str) -> ScanResult:
     """The result of a process that leaves the choice to another one."""
     return ScanResult(
@@ -199,21 +145,6 @@ def unfinished(subject: Subject, folder: Path, work: Work, clock: Clock, verdict
         verdict=verdict,
         streamed_bytes=subject.streamed_bytes,
     )
-
-
-def left_to_others(shard: Shard, turn: Turn, folder: Path) -> str:
-    """The verdict of a process that does not choose."""
-    if turn == "chosen":
-        rest = f"the list is chosen already: {folder / SKIPLIST}. To choose again, run the command alone."
-    elif turn == "another's":
-        rest = "another one chooses the list."
-    else:
-        left = units_left(folder)
-        rest = (
-            f"{counted(left, 'unit')} {'is' if left == 1 else 'are'} left to the others, and the last of "
-            "them chooses the list. Where they have folders of their own, join these with `qprobe merge`."
-        )
-    return f"Rank {shard.rank} of {shard.world} is done with its share; {rest}"
 
 
 def check_request(subject: Subject, options: ScanOptions) -> None:
@@ -298,40 +229,3 @@ def calibrate(
         )
     calibration.calibrate_model(calibration.Work(subject, folder, work.calibration, progress=progress))
     add_notes(folder, (calibration.FITTED, *calibration.calibration_notes(folder)))
-
-
-def write_findings(folder: Path) -> None:
-    """The layer table and what goes with it, from the units; notes on what a reader must know of them.
-
-    Raises SampleError if the KL is finite on no sample.
-    """
-    if "outputs" in needed_units(read_scan(folder).spec):
-        order_layers(folder)
-    write_table(folder)
-    write_ranks(folder)
-    missing = left_out(folder)
-    write_left_out(folder, missing)
-    add_notes(folder, left_out_notes(folder, missing))
-    note_damaged(folder)
-    check_answers(folder)
-
-
-def order_layers(folder: Path) -> None:
-    """Note in the run folder in which order the linears ran, and which never did."""
-    record = read_scan(folder)
-    ran = list(dict.fromkeys(read_units(folder, "outputs")["layer"]))
-    position = {name: i for i, name in enumerate(ran)}
-    inventory = record.inventory
-    ordered = sorted(inventory.layers, key=lambda x: position.get(x.name, len(ran)))
-    unmeasured = tuple(x.name for x in ordered if x.name not in position)
-    inventory = Inventory(tuple(ordered), inventory.uncovered, inventory.other_bytes)
-    update_scan(folder, replace(record, inventory=inventory, unmeasured=unmeasured))
-    if unmeasured:
-        count = counted(len(unmeasured), "linear")
-        add_notes(folder, (f"{count} never ran on these samples, so not measured: {named(unmeasured)}.",))
-
-
-def add_notes(folder: Path, notes: tuple[str, ...]) -> None:
-    """Put sentences into the run's notes; those that stand there already are not repeated."""
-    record = read_scan(folder)
-    update_scan(folder, replace(record, notes=tuple(dict.fromkeys((*record.notes, *notes)))))

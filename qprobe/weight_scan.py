@@ -20,11 +20,11 @@ from qprobe.manifest import write_manifest
 from qprobe.measure.choice import scan_command
 from qprobe.measure.damaged import set_aside_damaged
 from qprobe.measure.files import file_rows, files_digest
-from qprobe.measure.identity import library_versions
+from qprobe.measure.findings import write_findings
 from qprobe.measure.memory import peak_bytes
-from qprobe.measure.shards import SKIPLIST, Shard, entered, finishing, shard_from
+from qprobe.measure.needed import units_left
+from qprobe.measure.shards import SKIPLIST, Shard, entered, finishing, left_to_others, request_of, shard_from
 from qprobe.measure.store import missing_units, open_run, read_scan, update_scan, write_unit
-from qprobe.measure.units import units_left
 from qprobe.models.headers import StoredTensor, read_headers
 from qprobe.models.inventory import fingerprint, list_layers
 from qprobe.models.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve
@@ -33,7 +33,8 @@ from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.preflight import check_model
 from qprobe.records import FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.report.write import write_report
-from qprobe.scanning import Clock, ScanResult, left_to_others, request_of, write_findings
+from qprobe.scan_result import Clock, ScanResult
+from qprobe.versions import library_versions
 from qprobe.wording import counted, named
 
 SCORE = "weight_nmse"

@@ -19,6 +19,7 @@ TORCH_FREE = (
     "qprobe.exports",
     "qprobe.formats.sizes",
     "qprobe.manifest",
+    "qprobe.measure.findings",
     "qprobe.measure.store",
     "qprobe.models.catalogue",
     "qprobe.models.geometry",

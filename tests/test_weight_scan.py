@@ -145,7 +145,7 @@ def test_one_tensor_is_open_at_a_time_and_read_in_parts(
     monkeypatch.setattr("qprobe.measure.files.row_parts", partial(row_parts, part=1024))
     monkeypatch.setattr("qprobe.measure.files._PART", 1024)
     monkeypatch.setattr("qprobe.scanning.load_reference", lambda *_: pytest.fail("the model is loaded"))
-    opened, alive, largest, real = [], [], [0], files.opened
+    opened, alive, largest, real = [], [], [0], files.open_tensor
 
     class Watched:
         def __init__(self, stored: Any) -> None:
@@ -168,7 +168,7 @@ def test_one_tensor_is_open_at_a_time_and_read_in_parts(
             alive.pop()
         opened.append(name)
 
-    monkeypatch.setattr(files, "opened", watched)
+    monkeypatch.setattr(files, "open_tensor", watched)
     # Every linear of this model but down_proj (96 columns, one part of 6144) has rows of whole blocks.
     result = scan(options(tiny_folder("llama"), tmp_path / "run"))
     assert len(opened) == 2 * result.layers  # once for the digest, once for the numbers

@@ -13,7 +13,7 @@ from qprobe.records import FORMATS
 from qprobe.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.scanning import ScanResult
+    from qprobe.scan_result import ScanResult
 
 TOP = 10  # layers of the ranking that are shown
 

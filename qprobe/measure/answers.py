@@ -16,14 +16,13 @@ from pathlib import Path
 from qprobe.atomic import write_atomic, write_first
 from qprobe.errors import RunError
 from qprobe.measure.digests import reading_digest
-from qprobe.measure.identity import library_versions
 from qprobe.measure.shards import Shard
+from qprobe.measure.store import ANSWERS
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
 from qprobe.samples.answers import answer_group
-
-FOLDER = "answers"
+from qprobe.versions import library_versions
 
 
 def with_answers(
@@ -37,7 +36,7 @@ def with_answers(
 ) -> tuple[Sample, ...]:
     """`samples`, in order; those without an answer get the reference's greedy one.
 
-    Generated answers are kept in FOLDER/answers/ under all that decides them, so that a resumed scan finds
+    Generated answers are kept in ANSWERS/answers/ under all that decides them, so that a resumed scan finds
     the same ones, and a changed model, processor, library or prompt none. Every process needs all of them:
     those that share a folder begin with different batches and take what others have finished.
     Raises RunError if the disk refuses.
@@ -47,7 +46,7 @@ def with_answers(
         return samples
     made_by = _made_by(subject, silent, max_new_tokens)
     groups = subject.groups(silent, batch_size)
-    paths = [folder / FOLDER / f"{_key(made_by, group)}.json" for group in groups]
+    paths = [folder / ANSWERS / f"{_key(made_by, group)}.json" for group in groups]
     for count, i in enumerate(shard.rotated(range(len(groups))), start=1):
         if _read(paths[i], groups[i]) is None:
             with subject.running("answers", len(groups[i])):

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 
 from qprobe.measure.hooks import ROOM_BYTES, checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, kl_per_sample, kl_sums
+from qprobe.measure.needed import RESIDUAL
 from qprobe.measure.outputs import split_by_sample
 from qprobe.measure.roundtrips import RoundTrips
 from qprobe.samples.inputs import Batch
 
 FLOAT32_UP_TO = 2_500_000_000  # parameters: in 16-bit, float32 and 4-bit together 16 GB, for a 24 GB card
-RESIDUAL = 0.02  # of the KL: what the sum of all attributions may miss
 SMALLEST_KL = 1e-3  # nats an answer token: a batch below it is held to the same absolute error as one at it
 BY_SAMPLE = 5  # times as much may be missed by samples one by one, whose errors cancel in every mean
 MOST_NODES = 8

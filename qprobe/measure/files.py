@@ -35,7 +35,7 @@ def file_rows(
     rows = []
     for layer, name in weights.items():
         total, peak = ErrorSums(), 0.0
-        with opened(path, name) as stored:
+        with open_tensor(path, name) as stored:
             cuts = row_parts(tuple(stored.get_shape()), fmt.blocksize)
             parts = [partial(stored.__getitem__, cut) for cut in cuts]
             for wanted, got in roundtrip_parts(parts, fmt, device, dtype):
@@ -49,7 +49,7 @@ def files_digest(folder: Path, weights: Sequence[tuple[str, str]]) -> str:
     """SHA-256 over all of the tensors `weights`: (file, name of the tensor)."""
     sha = hashlib.sha256()
     for file, name in weights:
-        with opened(folder / file, name) as stored:
+        with open_tensor(folder / file, name) as stored:
             shape = stored.get_shape()
             sha.update(f"{name} {shape} {stored.get_dtype()}".encode())
             rows = max(1, _PART // max(1, prod(shape[1:])))
@@ -59,7 +59,7 @@ def files_digest(folder: Path, weights: Sequence[tuple[str, str]]) -> str:
 
 
 @contextmanager
-def opened(path: Path, name: str) -> Iterator[Any]:
+def open_tensor(path: Path, name: str) -> Iterator[Any]:
     """One tensor in its file, to be read by rows: stored[3:5]; the file is unmapped afterwards.
 
     Raises ModelError if the file or the tensor cannot be read.

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from qprobe.measure.digests import inputs_digest, reading_digest
-from qprobe.measure.runner import Measures
+from qprobe.measure.needed import Measures
 from qprobe.measure.subject import Subject
 from qprobe.records import FormatSpec, Sample
 from qprobe.samples.inputs import Batch
-
-LIBRARIES = ("qprobe", "torch", "transformers", "bitsandbytes")
+from qprobe.versions import library_versions
 
 
 def run_spec(
@@ -43,20 +40,6 @@ def run_spec(
         "seed": seed,
         "versions": library_versions(),
     }
-
-
-def library_versions() -> dict[str, str]:
-    """The versions that can change a number, by distribution name.
-
-    A library that is on the path without having been installed (a checkout) says its version itself.
-    """
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = import_module(name).__version__
-    return found
 
 
 def _named(sample: Sample) -> dict[str, Any]:

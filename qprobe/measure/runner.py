@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -11,41 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from qprobe.formats.protocol import Format
-from qprobe.measure.attribution import RESIDUAL, Ends, Path, attribute, rows_by_sample, walking
+from qprobe.measure.attribution import Ends, Path, attribute, rows_by_sample, walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
+from qprobe.measure.needed import ALONE, Measures
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
 from qprobe.measure.subject import Subject
 from qprobe.records import Sample
 from qprobe.samples.inputs import Batch
 
-ALONE = "alone"  # the stage of own damage
 STANDARD = "standard"  # the choice that keeps nothing: every linear but the fixed ones in 4-bit
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What is measured on every batch. propagated needs independent samples, sensitivity a language head.
-
-    nodes: of the sensitivity's quadrature to begin with, a forward and a backward pass each. With two or more
-    the first is the 16-bit end of the path, where the slope is 0 and the pass measures each layer's own
-    damage, on half of the samples (see `own_half`), in batches of their own; the others are on the path.
-    tolerance: see `attribute`.
-    """
-
-    propagated: bool
-    sensitivity: bool
-    nodes: int = 2
-    tolerance: float = RESIDUAL
-
-    @property
-    def own_damage(self) -> bool:
-        return self.sensitivity and self.nodes > 1
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Stages of the store that `observe` fills; own damage has its own, `ALONE`."""
-        return ("outputs", *(("kl", "sensitivity") if self.sensitivity else ()))
 
 
 def applicable_measures(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import IO, Literal
 
 from qprobe.errors import MachineError, RunError
+from qprobe.measure.needed import units_left
+from qprobe.options import DEFAULT_BUDGET, ScanOptions
+from qprobe.wording import counted
 
 SKIPLIST = "skiplist.json"
 _LOCK = ".lock"
@@ -172,3 +176,24 @@ def _lock(held: ExitStack, path: Path, kind: int) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
     return True
+
+
+def request_of(options: ScanOptions) -> str:
+    """What of `options` bears on what a scan does once all units are there, as text."""
+    asked = (options.budget or DEFAULT_BUDGET, options.max_kl, options.by, options.for_tool, options.ablate)
+    return json.dumps(asked)
+
+
+def left_to_others(shard: Shard, turn: Turn, folder: Path) -> str:
+    """The verdict of a process that does not choose."""
+    if turn == "chosen":
+        rest = f"the list is chosen already: {folder / SKIPLIST}. To choose again, run the command alone."
+    elif turn == "another's":
+        rest = "another one chooses the list."
+    else:
+        left = units_left(folder)
+        rest = (
+            f"{counted(left, 'unit')} {'is' if left == 1 else 'are'} left to the others, and the last of "
+            "them chooses the list. Where they have folders of their own, join these with `qprobe merge`."
+        )
+    return f"Rank {shard.rank} of {shard.world} is done with its share; {rest}"

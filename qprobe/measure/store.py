@@ -56,6 +56,8 @@ after all, "" where it is not.
 """
 
 STAGE_CALIBRATION = "calibration"
+ANSWERS = "answers"
+"""The folder of generated answers in a run folder, one file for each batch."""
 
 # A list of kept layers measured on held-out samples, and a list of layers measured one by one, have stages
 # of their own with the schema of "kl": `choice_stage` and `ablation_stage`.

@@ -1,21 +1,19 @@
-"""The units of a layer table: which there are, which are missing, and measuring those of one process."""
+"""Measuring the units of a layer table that are missing, those of one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from qprobe.errors import RunError
 from qprobe.measure.attribution import walking
-from qprobe.measure.identity import library_versions
-from qprobe.measure.runner import ALONE, Measures, observe, observe_alone, own_half
+from qprobe.measure.needed import ALONE, Measures
+from qprobe.measure.runner import observe, observe_alone, own_half
 from qprobe.measure.shards import Shard
-from qprobe.measure.store import missing_units, read_scan, write_unit
+from qprobe.measure.store import missing_units, write_unit
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.options import Progress
@@ -102,35 +100,3 @@ def measure_units(
             for stage, frame in frames.items():
                 write_unit(folder, stage, unit, frame)
             progress("measure", done, total)
-
-
-def needed_units(spec: Mapping[str, Any]) -> dict[str, int]:
-    """The stages that a layer table is made of, each with its number of units; spec: of a scan.json.
-
-    Raises RunError if another version of qprobe wrote a specification that this one cannot read.
-    """
-    try:
-        return _needed_units(spec)
-    except (KeyError, TypeError) as error:
-        here, versions = library_versions()["qprobe"], spec.get("versions")
-        there = versions.get("qprobe") if isinstance(versions, dict) else None
-        wrote = f"qprobe {there}" if there else "a qprobe that its scan.json does not name"
-        raise RunError(
-            f"The scan is of {wrote}, and qprobe {here} cannot tell from its scan.json what it measured "
-            f"({error}). Use the version that made it, or scan again with another --out."
-        ) from error
-
-
-def _needed_units(spec: Mapping[str, Any]) -> dict[str, int]:
-    if "files" in spec:  # a scan of the weights alone, see `qprobe.weight_scan`
-        return {"weights": len(spec["files"])}
-    measures = Measures(**spec["measures"])
-    needed = {"weights": 1, **dict.fromkeys(measures.stages, len(spec["calibration"]))}
-    # Runs of before there were batches of their own for it measured own damage in those of the others.
-    return {**needed, ALONE: len(spec.get("own", spec["calibration"]))} if measures.own_damage else needed
-
-
-def units_left(folder: Path) -> int:
-    """How many units of the layer table no process has finished yet."""
-    stages = needed_units(read_scan(folder).spec)
-    return sum(len(missing_units(folder, stage, count)) for stage, count in stages.items())

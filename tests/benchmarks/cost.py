@@ -18,8 +18,9 @@ import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from qprobe.measure.attribution import attribute, walking
+from qprobe.measure.needed import Measures
 from qprobe.measure.outputs import run_model
-from qprobe.measure.runner import Measures, observe, observe_alone, observe_outputs
+from qprobe.measure.runner import observe, observe_alone, observe_outputs
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.models.inventory import fingerprint

@@ -17,7 +17,7 @@ from qprobe.formats.nf4 import Nf4
 from qprobe.measure import calibration
 from qprobe.measure.calibration import Work, calibrate_model, calibrate_units, codes_unit, gram_room
 from qprobe.measure.gram import Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
-from qprobe.measure.limit import SPARE
+from qprobe.measure.limit import LIBRARIES_BYTES, SPARE
 from qprobe.measure.store import open_run, read_scan, read_units
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.models.reference import load_reference
@@ -256,7 +256,7 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
     for took, beside in limits:
         monkeypatch.setattr(subject.limit, "base_bytes", 2**20)
         monkeypatch.setattr(subject.limit, "needed_by", lambda kind, took=took: {"survey": took}[kind])
-        least = int((2**20 + beside + 96**2 * 8) / (1 - SPARE)) + 2
+        least = int((2**20 + LIBRARIES_BYTES + beside + 96**2 * 8) / (1 - SPARE)) + 2
         monkeypatch.setattr(subject.limit, "limit_bytes", least)
         assert 96**2 * 8 <= gram_room(work, inputs) < 96**2 * 8 + 9
         monkeypatch.setattr(subject.limit, "limit_bytes", least - 3)

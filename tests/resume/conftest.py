@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qprobe.scanning import ScanResult, scan
+from qprobe.scan_result import ScanResult
+from qprobe.scanning import scan
 from tests.resume.runs import Share, TinyFolder, options
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.options import ScanOptions
-from qprobe.scanning import ScanResult
+from qprobe.scan_result import ScanResult
 
 TinyFolder = Callable[[str], Path]
 Share = Callable[[int, int, Path], ScanResult]

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from qprobe.errors import RunError
 from qprobe.measure import answers, units
+from qprobe.measure.shards import request_of
 from qprobe.options import ScanOptions
-from qprobe.scanning import request_of, scan
+from qprobe.scanning import scan
 from tests.resume.runs import options, table
 
 # What decides the units, so that a folder of other ones is refused, or only where and how the work is done.

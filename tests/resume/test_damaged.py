@@ -15,7 +15,8 @@ from qprobe.errors import ManifestError, RunError
 from qprobe.measure import calibration, damaged
 from qprobe.measure.damaged import set_aside_damaged
 from qprobe.measure.store import check_unit, read_scan, read_units
-from qprobe.scanning import ScanResult, scan
+from qprobe.scan_result import ScanResult
+from qprobe.scanning import scan
 from tests.resume.runs import Share, options, table, units
 
 CALIBRATED = "nf4-calibrated"

@@ -88,16 +88,15 @@ def test_a_folder_of_another_version_is_refused_with_both_versions(llama: Path, 
 def test_a_library_that_is_not_installed_says_its_version_itself(monkeypatch: pytest.MonkeyPatch):
     from importlib.metadata import PackageNotFoundError
 
-    from qprobe import __version__
-    from qprobe.measure import identity
+    from qprobe import __version__, versions
 
     def version(name: str) -> str:
         if name == "qprobe":
             raise PackageNotFoundError(name)
         return "1.2.3"
 
-    monkeypatch.setattr(identity, "version", version)
-    found = identity.library_versions()
+    monkeypatch.setattr(versions, "version", version)
+    found = versions.library_versions()
     assert found["qprobe"] == __version__ and found["torch"] == "1.2.3" and len(found) >= 4
 
 

@@ -11,12 +11,11 @@ import pandas as pd
 import pytest
 
 from qprobe.errors import RunError
-from qprobe.measure.identity import library_versions
-from qprobe.measure.runner import Measures
+from qprobe.measure.needed import Measures, units_left
 from qprobe.measure.store import UNIT_SCHEMAS, open_run, read_scan, unit_files, update_scan, write_unit
-from qprobe.measure.units import units_left
 from qprobe.merging import merge
 from qprobe.records import CALIBRATED, CodesFile, FormatSpec, Inventory, ModelIdentity, Scan
+from qprobe.versions import library_versions
 
 FILE = "nf4-calibrated.safetensors"
 SPEC = {"measures": asdict(Measures(False, False)), "calibration": [[], [], []], "held_out": []}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qprobe.scanning import ScanResult, scan
+from qprobe.scan_result import ScanResult
+from qprobe.scanning import scan
 from tests.scan.asked import Scanned, TinyFolder, options
 
 

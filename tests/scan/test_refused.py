@@ -25,13 +25,16 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qprobe.weight_scan.checkpoint_folder", loaded)
 
 
+NO_SAMPLES = {name: getattr(ScanOptions, name) for name in ("samples", "batch_size", "max_new_tokens")}
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "said"),
     [
         ("llama", {"budget": "much"}, "cannot be read"),
         ("llama", {"budget": "+690"}, r"has no unit\. Write \+690MiB"),
         ("llama", {"budget": "1KiB"}, "below standard 4-bit"),
-        ("llama", {"budget": "1KiB", "measures": ("weight",)}, "below standard 4-bit"),
+        ("llama", {"budget": "1KiB", "measures": ("weight",), **NO_SAMPLES}, "below standard 4-bit"),
         ("llama", {"budget": "+5%", "max_kl": 0.1}, "Pass one of them"),
         ("llama", {"max_kl": -1.0}, "no positive number"),
         ("llama", {"max_kl": float("nan")}, "no positive number"),

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from qprobe.measure.runner import Measures, own_half
+from qprobe.measure.needed import Measures, needed_units
+from qprobe.measure.runner import own_half
 from qprobe.measure.store import read_scan, read_units
-from qprobe.measure.units import cut_samples, needed_units
+from qprobe.measure.units import cut_samples
 from qprobe.records import Sample
 from qprobe.scanning import scan
 from tests.scan.asked import Scanned, TinyFolder, options, write_lines

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qprobe.choosing.damage import Damage
-from qprobe.measure.attribution import RESIDUAL, Attribution, Path, attribute
-from qprobe.measure.runner import Measures, observe_outputs, own_half
+from qprobe.measure.attribution import Attribution, Path, attribute
+from qprobe.measure.needed import RESIDUAL, Measures
+from qprobe.measure.runner import observe_outputs, own_half
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums

@@ -1,0 +1,53 @@
+"""What a scan gives back; no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What a scan found, and where it lies.
+
+    seconds: by stage. peak_bytes: of the fullest device (CUDA) or of the process (CPU). kl_*: nats per answer
+    token on held-out samples, None where they do not apply. attribution_residual: (sum of the sensitivities
+    - measured KL) / measured KL, on the calibration samples. skiplist: None where other processes of this
+    scan have not finished their share, so that one of them chooses. verdict: one sentence.
+    streamed_bytes: of weights that were copied to the device for a memory limit; None without one.
+    """
+
+    run: Path
+    layers: int
+    samples: int
+    seconds: dict[str, float]
+    peak_bytes: int | None
+    kl_standard_4bit: float | None
+    kl_dynamic: float | None
+    attribution_residual: float | None
+    skiplist: Path | None
+    verdict: str
+    notes: tuple[str, ...] = ()
+    streamed_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented object of `scan --json`."""
+        skiplist = None if self.skiplist is None else str(self.skiplist)
+        return {**vars(self), "run": str(self.run), "skiplist": skiplist, "notes": list(self.notes)}
+
+
+@dataclass
+class Clock:
+    """Seconds by stage, added up when a stage is entered more than once."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
