@@ -28,9 +28,9 @@ def file_rows(
 ) -> pd.DataFrame:
     """Rows of the unit stage "weights" for the linears whose weights lie in one file.
 
-    weights: linear -> name of its weight in the file. The same numbers as of the loaded model, which holds
-    them in `dtype`. Holds the 4-bit codes of one tensor and a few parts of it; its pages of the file are
-    mapped meanwhile.
+    weights: linear -> name of its weight in the file. The same as of the loaded model, which holds them in
+    `dtype`, but for the order in which float64 sums are added up. Holds the 4-bit codes of one tensor and a
+    few parts of it; its pages of the file are mapped meanwhile.
     """
     rows = []
     for layer, name in weights.items():

@@ -42,8 +42,9 @@ class Host(Protocol):
 class PinnedMemory:
     """The host's memory, page-locked where a copy to a CUDA device is to be fast.
 
-    A weight is page-locked when it is first asked for, so that those that stay on the device cost nothing.
-    The pages of a file that it was mapped from are let go then, so that it is not held twice.
+    A weight is page-locked when it is first asked for. The pages of a file that it was mapped from are let
+    go then, so that it is not held twice. Where the system locks no more, the rest is copied from memory as
+    it is, several times as slow.
     """
 
     def __init__(self, device: torch.device, mapped: Mapped) -> None:
@@ -51,22 +52,30 @@ class PinnedMemory:
         self._mapped = mapped
         self._kept: dict[Key, Tensors] = {}
         self._locked: set[Key] = set()
+        self._locks = True
 
     def keep(self, key: Key, tensors: Tensors) -> None:
         self._kept[key] = tuple(t.detach().cpu() for t in tensors)
         self._locked.discard(key)
 
     def load(self, key: Key) -> Tensors:
-        if self._device.type == "cuda" and key not in self._locked:
-            read = self._kept[key]
-            self._kept[key] = tuple(t.pin_memory() for t in read)
-            self._locked.add(key)
-            for tensor in read:
-                self._mapped.forget(tensor)
+        if self._device.type == "cuda" and self._locks and key not in self._locked:
+            self._lock(key)
         held = self._kept[key]
         if self._device.type == "cpu":
             return tuple(t.clone() for t in held)
         return tuple(t.to(self._device, non_blocking=True) for t in held)
+
+    def _lock(self, key: Key) -> None:
+        read = self._kept[key]
+        try:
+            self._kept[key] = tuple(t.pin_memory() for t in read)
+        except RuntimeError:  # what torch raises where the system refuses
+            self._locks = False
+            return
+        self._locked.add(key)
+        for tensor in read:
+            self._mapped.forget(tensor)
 
 
 class Files:

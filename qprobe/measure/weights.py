@@ -10,8 +10,8 @@ from qprobe.measure.roundtrips import RoundTrips
 from qprobe.records import ErrorSums
 
 COLUMNS = ["layer", "n", "signal", "noise", "nonfinite", "peak"]
-# Elements that are taken to float64 at once: three copies of what fits a CPU's cache, or 3 GB on a GPU.
-_PART = {"cpu": 2**18, "cuda": 2**27}
+# Elements that are taken to float64 at once: three copies of what fits a CPU's cache, or 0.4 GB on a GPU.
+_PART = {"cpu": 2**18, "cuda": 2**24}
 
 
 def error_sums(reference: Tensor, approximation: Tensor) -> tuple[ErrorSums, float]:

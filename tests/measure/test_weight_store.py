@@ -193,6 +193,24 @@ def test_what_is_page_locked_is_not_held_in_its_file_as_well(monkeypatch: pytest
     assert let_go == [weight.data_ptr()]
 
 
+def test_where_no_more_memory_is_locked_weights_are_copied_as_they_lie(monkeypatch, tmp_path: Path):
+    locked: list[int] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        if locked:
+            raise RuntimeError("CUDA error: out of memory")
+        locked.append(1)
+        return tensor.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", lambda self, *_, **__: self)
+    host = PinnedMemory(torch.device("cuda"), Mapped(tmp_path))
+    for number, name in enumerate("abc"):
+        host.keep(Key("own", name), (torch.full((4,), number),))
+    for _ in range(2):
+        assert [int(host.load(Key("own", name))[0][0]) for name in "abc"] == [0, 1, 2]
+
+
 # Whole models -------------------------------------------------------------------------------------------
 
 
