@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+
+# Where a file system knows no locks, a temporary file this old belongs to a writer that was killed.
+_STALE_SECONDS = 3600
 
 
 @contextmanager
@@ -15,11 +23,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write into, which becomes `path` at the end of the block; raises OSError.
 
     It is a temporary file in the same folder. Its name is new for each call, so that two writers of one file
-    cannot mix; a killed writer leaves `.{name}.*.tmp` behind, which nobody reads.
+    cannot mix; a killed writer leaves `.{name}.*.tmp` behind, which nobody reads (see `remove_left_behind`).
     """
-    with _beside(path) as temporary:
-        with _synced(temporary) as file:
-            yield file
+    with _beside(path) as (temporary, file):
+        yield file
+        _sync(file)
         os.replace(temporary, path)
 
 
@@ -34,9 +42,9 @@ def write_first(path: Path, data: bytes) -> bool:
 
     Of several writers exactly one gets True. Where a file system knows no links, the last one wins instead.
     """
-    with _beside(path) as temporary:
-        with _synced(temporary) as file:
-            file.write(data)
+    with _beside(path) as (temporary, file):
+        file.write(data)
+        _sync(file)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -46,20 +54,55 @@ def write_first(path: Path, data: bytes) -> bool:
         return True
 
 
+def remove_left_behind(folder: Path) -> None:
+    """Remove temporary files in `folder` and its folders whose writers were killed; those of living ones stay.
+
+    The system lets go of a writer's lock when its process ends, however it ends. Raises OSError.
+    """
+    found = (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"))
+    for path in [x for x in found if _TEMPORARY.fullmatch(x.name) and x.is_file()]:
+        # Another process may give it its own name meanwhile.
+        with suppress(FileNotFoundError), open(path, "r+b") as file:
+            is_free = _lock(file)
+            if is_free is None:
+                is_free = time.time() - path.stat().st_mtime > _STALE_SECONDS
+            if is_free:
+                path.unlink()
+
+
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A fresh name for a temporary file beside `path`; the file is gone afterwards."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+def _beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new temporary file beside `path`, locked while it is open; it is gone afterwards."""
+    temporary, file = _begun(path)
+    with file:
+        try:
+            yield temporary, file
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _begun(path: Path) -> tuple[Path, BinaryIO]:
+    """A temporary file that is open and locked; another one where it was removed before it was locked."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        file = open(temporary, "xb")
+        if _lock(file) is not False and temporary.exists():
+            return temporary, file
+        file.close()
+
+
+def _sync(file: BinaryIO) -> None:
+    """Put the file on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Whether the file is ours now, not another's; None where the file system knows no locks."""
     try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
-    """The new file `path`, which is on the disk at the end of the block."""
-    with open(path, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

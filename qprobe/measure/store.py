@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qprobe.atomic import write_atomic, write_first
+from qprobe.atomic import remove_left_behind, write_atomic, write_first
 from qprobe.errors import RunError
 from qprobe.manifest import strict_json
 from qprobe.records import Scan
@@ -81,9 +79,6 @@ _UNIT_NAME = re.compile(r"([a-z0-9-]+)-[0-9]{5,}\.parquet")
 # Fields that scan.json may lack: runs of before there were calibrated weights.
 _ADDED: Mapping[Any, set[str]] = {Scan: {"codes"}}
 
-# A temporary file this old belongs to a writer that was killed; writing one takes well under a second.
-_STALE_SECONDS = 3600
-
 
 class DamagedUnitError(RunError):
     """A unit file is not whole."""
@@ -126,7 +121,7 @@ def open_run(folder: Path, scan: Scan) -> None:
     path = folder / "scan.json"
     try:
         (folder / "units").mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
+        remove_left_behind(folder)
     except OSError as error:
         raise RunError(_cannot_write(folder, error)) from error
     if not path.exists():
@@ -294,13 +289,6 @@ def _cannot_write(path: Path, error: OSError) -> str:
         f"{path} cannot be written ({error.strerror or error}). Make room or pass another --out; "
         "what is finished stays, and the same command resumes it."
     )
-
-
-def _remove_stale(folder: Path) -> None:
-    for path in (*folder.glob(".*.tmp"), *(folder / "units").glob(".*.tmp")):
-        with suppress(FileNotFoundError):  # another process may give it its own name meanwhile
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
 
 
 def _identity(scan: Scan) -> dict[str, Any]:

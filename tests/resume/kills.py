@@ -1,45 +1,108 @@
-"""Kills a scan of the embedded model again and again and resumes it.
+"""Kills each kind of work again and again, does it again, and says what came of it.
 
-    python -m tests.resume.kills FOLDER COUNT
+    python -m tests.resume.kills FOLDER JOB=COUNT...
 
-A process of its own, since forking a process with threads is unsafe, and one that has everything imported and
-the model loaded, so that a scan begins in no time. Nothing but loading is left out: each child runs the whole
-scan. Prints one JSON object: `wanted`, the table of an undisturbed scan, and `kills`, for each the moment in
-seconds, how many units it left, and the table after resuming.
+A process of its own, since forking a process with threads is unsafe, and one that has everything imported,
+so that work begins in no time. Nothing else is left out but pictures: each child does the whole work. Prints
+one JSON object, for each job: `wanted`, the files of an undisturbed run with their digests; `seconds`, the
+CPU time of one; and `kills`, for each its moment in CPU seconds, how the child ended, how many files it left,
+and the files after doing the same again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 import qprobe.scanning as road
-from qprobe.models.reference import load_reference
+import qprobe.weight_scan as weight_road
+from qprobe.build.quantize import quantize
+from qprobe.merging import merge
 from qprobe.options import ScanOptions
-from qprobe.samples.sources import Samples
-from qprobe.sampling import choose_samples
+from tests import tiny
 
 SEED = 0
+MODEL = "llama"
+# What differs between two undisturbed runs of one command: by the name of the file, its keys.
+TIMES = {"scan.json": ("seconds", "peak_bytes"), "skiplist.json": ("made_by",)}
 
 
-def options(out: Path) -> ScanOptions:
-    return ScanOptions("demo", samples=3, batch_size=1, nodes=1, max_new_tokens=4, device="cpu", out=out)
+def options(folder: Path, out: Path) -> ScanOptions:
+    model = folder / MODEL
+    return ScanOptions(str(model), samples=5, batch_size=1, max_new_tokens=4, device="cpu", out=out)
 
 
-def silent(*asked: object) -> Samples:
-    """The demo's scenes without their answers, so that answers are generated and can be interrupted."""
-    found = choose_samples(*asked)  # type: ignore[arg-type]
-    return Samples(tuple(replace(s, answer=None) for s in found.samples))
+def scanned(folder: Path, out: Path) -> None:
+    road.scan(options(folder, out))
+
+
+def calibrated(folder: Path, out: Path) -> None:
+    road.scan(replace(options(folder, out), format="nf4-calibrated"))
+
+
+def limited(folder: Path, out: Path) -> None:
+    # On a CPU every weight of a block waits in a file, whatever the limit.
+    road.scan(replace(options(folder, out), max_memory="64GiB"))
+
+
+def weighed(folder: Path, out: Path) -> None:
+    road.scan(ScanOptions(str(folder / "sharded"), device="cpu", out=out, measures=("weight",)))
+
+
+def merged(folder: Path, out: Path) -> None:
+    merge([folder / "share-0", folder / "share-1"], out)
+
+
+def quantized(folder: Path, out: Path) -> None:
+    if not out.exists():  # else it is complete, which is compared
+        quantize(folder / "whole" / "skiplist.json", out, str(folder / MODEL), "cpu")
+
+
+def shares(folder: Path) -> None:
+    """What is joined: the two shares of one scan."""
+    for rank in ("0", "1"):
+        os.environ |= {"RANK": rank, "WORLD_SIZE": "2"}
+        scanned(folder, folder / f"share-{rank}")
+    del os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def sharded(folder: Path) -> None:
+    """A checkpoint of many files, each of which is a unit."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / MODEL)
+    model.save_pretrained(folder / "sharded", max_shard_size="20KB")
+
+
+def nothing(folder: Path) -> None:
+    """What needs no more than the model."""
+
+
+JOBS: Mapping[str, tuple[Callable[[Path], None], Callable[[Path, Path], None]]] = {
+    "scan": (nothing, scanned),
+    "calibrated": (nothing, calibrated),
+    "limited": (nothing, limited),
+    "weights": (sharded, weighed),
+    "merge": (shares, merged),
+    "quantize": (lambda folder: scanned(folder, folder / "whole"), quantized),
+}
+"""What each needs, which is made once, and the work: from the folder with what it needs, into another one."""
+
+
+QUIET = {"quantize": 0.4}
+"""The share of a job that reads only, and is not worth many kills; 0 where it is not named."""
 
 
 def child(work: Callable[[], object]) -> int:
@@ -62,18 +125,6 @@ def ended(pid: int) -> tuple[int, float]:
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
 
-def table_of(folder: Path) -> str:
-    """The layer table after resuming the scan in `folder` up to its table, which is all that is compared."""
-
-    def resume() -> None:
-        road.choose_list = lambda *_: os._exit(0)
-        road.scan(options(folder))
-
-    status, _ = ended(child(resume))
-    assert status == 0, status
-    return (folder / "layers.csv").read_text()
-
-
 def kill_at(pid: int, seconds: float) -> None:
     """SIGKILL the child once it has used that much CPU time, which a busy machine does not stretch."""
     process = psutil.Process(pid)
@@ -82,29 +133,57 @@ def kill_at(pid: int, seconds: float) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def main(folder: Path, count: int) -> None:
-    torch.set_num_threads(1)
-    reference = load_reference("demo", "cpu")
-    road.load_reference = lambda *_, **__: reference
-    road.write_report = lambda *_: []
-    road.choose_samples = silent  # type: ignore[assignment]
-    road.scan(options(folder / "first"))  # so that children inherit all that is made on first use
-    status, seconds = ended(child(lambda: road.scan(options(folder / "undisturbed"))))
-    assert status == 0, status
-    wanted = (folder / "undisturbed" / "layers.csv").read_text()
+def files(folder: Path) -> dict[str, str]:
+    """Digests of all files in `folder` but empty ones, which are locks, by path; without times."""
+    found = {}
+    for path in sorted(x for x in folder.rglob("*") if x.is_file()):
+        data = path.read_bytes()
+        if path.name in TIMES:
+            values = json.loads(data)
+            for key in TIMES[path.name]:
+                values.pop(key, None)
+            data = json.dumps(values).encode()
+        if data and not path.name.startswith(".lock"):
+            found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def killed(folder: Path, job: str, count: int) -> dict[str, Any]:
+    """The findings of one job."""
+    prepare, work = JOBS[job]
+    prepare(folder)
+    own = folder / job
+    work(folder, own / "first" / "out")  # so that children inherit all that is made on first use
+
+    def seconds_into(place: Path) -> float:
+        status, seconds = ended(child(lambda: work(folder, place / "out")))
+        assert status == 0, (job, status)
+        return seconds
+
+    seconds = seconds_into(own / "undisturbed")
     moments = random.Random(SEED)
     kills = []
     for number in range(count):
-        run = folder / str(number)
-        # One moment in each slice of the scan, so that no part of it is left out by chance.
-        moment = (number + moments.random()) * seconds / count
-        pid = child(lambda run=run: road.scan(options(run)))
+        place = own / str(number)
+        # One moment in each slice of the work, so that no part of it is left out by chance.
+        quiet = QUIET.get(job, 0.0)
+        moment = (quiet + (1 - quiet) * (number + moments.random()) / count) * seconds
+        pid = child(lambda place=place: work(folder, place / "out"))
         kill_at(pid, moment)
         status, _ = ended(pid)
-        units = len(list((run / "units").glob("*.parquet")))
-        kills.append({"moment": moment, "status": status, "units": units, "table": table_of(run)})
-    print(json.dumps({"wanted": wanted, "seconds": seconds, "kills": kills}))
+        left = len(files(place))
+        seconds_into(place)
+        kills.append({"moment": moment, "status": status, "left": left, "files": files(place)})
+    return {"wanted": files(own / "undisturbed"), "seconds": seconds, "kills": kills}
+
+
+def main(folder: Path, *asked: str) -> None:
+    torch.set_num_threads(1)
+    road.write_report = weight_road.write_report = lambda *_: []
+    tiny.write(MODEL, folder / MODEL)
+    jobs = dict(one.split("=") for one in asked)
+    print(json.dumps({job: killed(folder, job, int(count)) for job, count in jobs.items()}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
