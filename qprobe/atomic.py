@@ -55,7 +55,7 @@ def write_first(path: Path, data: bytes) -> bool:
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Remove temporary files in `folder` and its folders whose writers were killed; those of living ones stay.
+    """Remove temporary files in `folder` and its folders whose writers were killed; of living ones they stay.
 
     The system lets go of a writer's lock when its process ends, however it ends. Raises OSError.
     """
