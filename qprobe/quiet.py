@@ -37,10 +37,14 @@ REMARKS = (
 
 # FutureWarnings of transformers on arguments that its own models pass to each other under their old names:
 # (message, module in which they seem to arise), regular expressions. They name the caller of `forward`, which
-# is torch or, for weights that are moved about, accelerate; of theirs only transformers' wording is left out.
+# is torch (its checkpoint, for blocks that run again) or, for weights that are moved about, accelerate; of
+# theirs only transformers' wording is left out.
 _DEPRECATIONS = (
     ("", r"transformers(\.|$)"),
-    (r"`\w+` is deprecated .*for `\w+\.forward`", r"(torch\.nn\.modules\.module|accelerate\.hooks)$"),
+    (
+        r"`\w+` is deprecated .*for `\w+\.forward`",
+        r"(torch\.nn\.modules\.module|torch\.utils\.checkpoint|accelerate\.hooks)$",
+    ),
     # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
     (r"`is_gradient_checkpointing` is deprecated", r"peft(\.|$)"),
 )

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.utils.deprecation import deprecate_kwarg
 
 from qprobe.quiet import quiet_models
@@ -30,6 +31,7 @@ def test_old_names_that_models_pass_to_their_own_layers_are_not_told():
         Renamed()(hidden_state=torch.ones(1))
     with quiet_models():  # warnings are errors here
         assert Renamed()(hidden_state=torch.ones(1)) == 1
+        assert checkpoint(Renamed().forward, hidden_state=torch.ones(1), use_reentrant=False) == 1
 
 
 def test_warnings_of_the_user_s_own_pass():
