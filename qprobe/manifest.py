@@ -136,7 +136,9 @@ def write_manifest(path: Path | str, manifest: Manifest) -> None:
     try:
         write_atomic(Path(path), text.encode())
     except OSError as error:
-        raise ManifestError(f"{path} cannot be written ({error.strerror}); choose another file.") from error
+        raise ManifestError(
+            f"{path} cannot be written ({error.strerror}). Make room, or choose another file."
+        ) from error
 
 
 def moved(manifest: Manifest, origin: Path, target: Path) -> Manifest:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprobe.atomic import write_atomic
 from qprobe.choosing.decide import Candidate, difference, on_common_samples
 from qprobe.choosing.table import rank_table, read_table
 from qprobe.errors import QprobeError
@@ -24,7 +23,7 @@ from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import answer_logits, kl_sums
 from qprobe.measure.runner import STANDARD, kl_rows
-from qprobe.measure.store import ablation_stage, missing_units, read_scan, read_units, write_unit
+from qprobe.measure.store import ablation_stage, missing_units, read_scan, read_units, write_file, write_unit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Inventory, Sample
@@ -108,7 +107,7 @@ def measure_ablation(
         write_unit(folder, stage, unit, frame)
         done += 1
     rows = ablation_rows(read_units(folder, stage), layers)
-    write_atomic(folder / FILE, rows.to_csv(index=False, lineterminator="\n").encode())
+    write_file(folder / FILE, rows.to_csv(index=False, lineterminator="\n").encode())
 
 
 def _tick(progress: Progress, batches_done: int, batches: int, layers_done: int, layers: int) -> None:

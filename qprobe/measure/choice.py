@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from qprobe.atomic import write_atomic
 from qprobe.choosing.bound import SCORE, Bound, measured_plan, predicted_plan, rounded_up
 from qprobe.choosing.budget import Budget, all_fit
 from qprobe.choosing.decide import Candidate, decide, on_common_samples
@@ -32,7 +31,7 @@ from qprobe.errors import BudgetError
 from qprobe.formats.nf4 import format_from
 from qprobe.manifest import NEAREST, NOTHING, Compared, Manifest, Quality, write_manifest
 from qprobe.measure.held_out import measure_choices, measure_nearest
-from qprobe.measure.store import read_scan
+from qprobe.measure.store import read_scan, write_file
 from qprobe.measure.subject import Subject
 from qprobe.models.catalogue import find
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
@@ -320,4 +319,4 @@ def write_frontier(folder: Path, table: pd.DataFrame, points: Sequence[Candidate
         }
         for point in points
     ]
-    write_atomic(folder / "frontier.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+    write_file(folder / "frontier.csv", pd.DataFrame(rows).to_csv(index=False).encode())

@@ -131,7 +131,7 @@ def open_run(folder: Path, scan: Scan) -> None:
                 f"{folder} holds finished units but no scan.json, so nobody can tell which scan they belong "
                 "to. Pass another --out, or put its scan.json back."
             )
-        _write(path, _scan_bytes(scan), write_first)
+        write_file(path, _scan_bytes(scan), write_first)
     found = differences(read_scan(folder), scan)
     if found:
         raise RunError(f"{folder} holds another scan, which differs in {found}. Pass another --out.")
@@ -171,7 +171,7 @@ def read_scan(folder: Path) -> Scan:
 
 def update_scan(folder: Path, scan: Scan) -> None:
     """Write scan.json whole or not at all; raises RunError if the disk refuses."""
-    _write(Path(folder) / "scan.json", _scan_bytes(scan))
+    write_file(Path(folder) / "scan.json", _scan_bytes(scan))
 
 
 def write_unit(folder: Path, stage: str, unit: int, frame: pd.DataFrame) -> None:
@@ -186,7 +186,7 @@ def write_unit(folder: Path, stage: str, unit: int, frame: pd.DataFrame) -> None
     arrays = [pa.Array.from_pandas(complete[name], type=kind) for name, kind in schema.items()]
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(zip(schema, arrays, strict=True))), buffer, compression="zstd")
-    _write(_unit_path(Path(folder), stage, unit), buffer.getvalue().to_pybytes())
+    write_file(_unit_path(Path(folder), stage, unit), buffer.getvalue().to_pybytes())
 
 
 def missing_units(folder: Path, stage: str, count: int) -> list[int]:
@@ -277,7 +277,8 @@ def _scan_bytes(scan: Scan) -> bytes:
     return (json.dumps(asdict(scan), indent=1, allow_nan=False) + "\n").encode()
 
 
-def _write(path: Path, data: bytes, how: Callable[[Path, bytes], object] = write_atomic) -> None:
+def write_file(path: Path, data: bytes, how: Callable[[Path, bytes], object] = write_atomic) -> None:
+    """Write a file of a run folder whole or not at all; raises RunError if the disk refuses."""
     try:
         how(path, data)
     except OSError as error:

@@ -52,7 +52,9 @@ def write_report(folder: Path, out: Path | None = None, against: Path | None = N
         for name, data in files.items():
             write_atomic(target / name, data)
     except OSError as error:
-        raise RunError(f"{target} cannot be written ({error.strerror}). Pass another --out.") from error
+        raise RunError(
+            f"{target} cannot be written ({error.strerror}). Make room, or pass another --out."
+        ) from error
     return [target / name for name in files]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -12,8 +14,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qprobe import atomic
 from qprobe.errors import QprobeError, RunError
 from qprobe.measure.store import read_scan, update_scan
+from qprobe.merging import merge
+from qprobe.options import ScanOptions
+from qprobe.report.write import write_report
 from qprobe.scanning import scan
 from tests.resume.runs import options, table, units
 
@@ -48,27 +54,138 @@ def test_answers_are_generated_once(
 # The disk -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 3, 7, 12, 25])
-def test_a_full_disk_is_one_sentence_and_loses_nothing(
-    after: int, llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    run, real, written = tmp_path / "run", os.fsync, []
+STEPS = ("open", "write", "fsync", "replace")
+KEPT = ("units/", "answers/", "samples.json")  # what is never written anew
+Write = tuple[str, int]
+"""A file of the run, and the number of its write in one go, from 0: some are written several times."""
+Work = Callable[[Path], object]
+"""What leaves a run in a folder."""
 
-    def fsync(file: int) -> None:
-        if len(written) >= after:
+
+class FullDisk:
+    """A disk on which the first write that is not among `passed` fails, in one of its `STEPS`.
+
+    All that goes through `qprobe.atomic` is a write. failed: the one that did.
+    """
+
+    def __init__(self, run: Path, passed: set[Write], step: str, patch: pytest.MonkeyPatch) -> None:
+        self.run, self.passed, self.step = run, passed, step
+        self.count: Counter[str] = Counter()
+        self.failed: Write | None = None
+        self.begun, replace, link, fsync = atomic._begun, os.replace, os.link, os.fsync
+        patch.setattr(atomic, "_begun", self.begin)
+        patch.setattr("os.replace", lambda *a: (self.refuse("replace"), replace(*a)))
+        patch.setattr("os.link", lambda *a: (self.refuse("replace"), link(*a)))
+        patch.setattr("os.fsync", lambda *a: (self.refuse("fsync"), fsync(*a)))
+
+    def refuse(self, step: str) -> None:
+        if self.failed and step == self.step:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(file)
-        written.append(file)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", fsync)
-        with pytest.raises(QprobeError, match=r"cannot be written \(No space left on device\)\. Make room"):
-            scan(options(llama, run))
-    finished = units(run) if (run / "units").is_dir() else {}
-    assert not list(run.rglob("*.tmp"))
-    scan(options(llama, run))
-    assert table(run) == table(whole)
-    assert {name: data for name, data in units(run).items() if name in finished} == finished
+    def begin(self, path: Path) -> tuple[Path, Any]:
+        name = str(path.relative_to(self.run))
+        write = name, self.count[name]
+        self.count[name] += 1
+        if self.failed is None and write not in self.passed:
+            self.failed = write
+        self.refuse("open")
+        temporary, file = self.begun(path)
+        return temporary, Refusing(file, self) if self.failed else file
+
+
+class Refusing:
+    """An open file that cannot be written to."""
+
+    def __init__(self, file: Any, disk: FullDisk) -> None:
+        self.file, self.disk = file, disk
+
+    def write(self, data: bytes) -> int:
+        self.disk.refuse("write")
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Refusing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of the run but the locks."""
+    there = (x for x in run.rglob("*") if x.is_file() and not x.name.startswith(".lock"))
+    return {str(x.relative_to(run)): x.read_bytes() for x in there}
+
+
+def fill(work: Work, run: Path, passed: set[Write], step: str) -> tuple[Write | None, str]:
+    """(the write that failed, what was said) of work in the folder `run`; (None, "") where it got through."""
+    before = contents(run)
+    with pytest.MonkeyPatch.context() as patch:
+        disk, said = FullDisk(run, passed, step, patch), ""
+        try:
+            work(run)
+        except QprobeError as error:
+            said = str(error)
+    after = contents(run)
+    assert before.keys() <= after.keys() and not [name for name in after if name.endswith(".tmp")]
+    assert [name for name in before if name.startswith(KEPT) and after[name] != before[name]] == []
+    return disk.failed, said
+
+
+def fill_again_and_again(work: Work, run: Path, last: str = "") -> set[str]:
+    """The files on which the work failed: each write once, until it gets through, or has failed on `last`."""
+    failed: set[Write] = set()
+    for attempt in range(200):
+        write, said = fill(work, run, failed, STEPS[attempt % len(STEPS)])
+        if write is not None:
+            assert "(No space left on device). Make room" in said and "\n" not in said, write
+            assert str(run / write[0]) in said or f"{run / 'report'} cannot" in said, said
+            failed.add(write)
+        if write is None or write[0] == last:
+            return {name for name, _ in failed}
+    raise AssertionError("it never ends")
+
+
+def scanning(llama: Path, **changes: Any) -> Work:
+    return lambda run: scan(options(llama, run, **{"samples": 3, "batch_size": 3, **changes}))
+
+
+def weighing(llama: Path) -> Work:
+    asked = ScanOptions(str(llama), device="cpu", measures=("weight",))
+    return lambda run: scan(replace(asked, out=run))
+
+
+@pytest.mark.parametrize("kind", ["scan", "weights", "merge"])
+def test_a_disk_that_is_full_at_any_write_is_one_sentence_and_loses_nothing(
+    kind: str, llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pictures = {"spikes.png": b"png", "spikes.svg": b"svg"}  # which take long to draw
+    monkeypatch.setattr("qprobe.report.write._pictures", lambda *_: pictures)
+    monkeypatch.setattr("qprobe.scanning.write_report", write_report)
+    monkeypatch.setattr("qprobe.weight_scan.write_report", write_report)
+    work: Work = {
+        "scan": scanning(llama, ablate="1"),
+        "weights": weighing(llama),
+        "merge": lambda run: merge([whole], run),
+    }[kind]
+    failed = fill_again_and_again(work, tmp_path / "run")
+    work(tmp_path / "undisturbed")
+    run, undisturbed = contents(tmp_path / "run"), contents(tmp_path / "undisturbed")
+    assert failed == run.keys() == undisturbed.keys()
+    differ = {name for name in run if run[name] != undisturbed[name]}
+    assert differ <= {"scan.json", "skiplist.json", "report/index.html"}  # which name times
+
+
+def test_a_disk_that_is_full_while_weights_are_calibrated_loses_nothing(llama: Path, tmp_path: Path):
+    work = scanning(llama, format="nf4-calibrated")
+    failed = fill_again_and_again(work, tmp_path / "run", last="nf4-calibrated.safetensors")
+    assert {"units/calibration-00000.parquet", "units/calibration-00000.safetensors"} < failed
+    for name in ("run", "undisturbed"):
+        work(tmp_path / name)
+    assert units(tmp_path / "run") == units(tmp_path / "undisturbed")
+    assert read_scan(tmp_path / "run").codes == read_scan(tmp_path / "undisturbed").codes is not None
 
 
 # Another scan's folder ----------------------------------------------------------------------------------
