@@ -25,7 +25,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qprobe.weight_scan.checkpoint_folder", loaded)
 
 
-NO_SAMPLES = {name: getattr(ScanOptions, name) for name in ("samples", "batch_size", "max_new_tokens")}
+# Which takes no option of samples, so that those of `options` have their defaults.
+WEIGHTS_ALONE: dict[str, Any] = {"measures": ("weight",), "samples": None, "max_new_tokens": 64}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ NO_SAMPLES = {name: getattr(ScanOptions, name) for name in ("samples", "batch_si
         ("llama", {"budget": "much"}, "cannot be read"),
         ("llama", {"budget": "+690"}, r"has no unit\. Write \+690MiB"),
         ("llama", {"budget": "1KiB"}, "below standard 4-bit"),
-        ("llama", {"budget": "1KiB", "measures": ("weight",), **NO_SAMPLES}, "below standard 4-bit"),
+        ("llama", {"budget": "1KiB", **WEIGHTS_ALONE}, "below standard 4-bit"),
         ("llama", {"budget": "+5%", "max_kl": 0.1}, "Pass one of them"),
         ("llama", {"max_kl": -1.0}, "no positive number"),
         ("llama", {"max_kl": float("nan")}, "no positive number"),
