@@ -31,6 +31,8 @@ import qprobe.weight_scan as weight_road
 from qprobe.build.quantize import quantize
 from qprobe.merging import merge
 from qprobe.options import ScanOptions
+from qprobe.samples.sources import Samples
+from qprobe.sampling import choose_samples
 from tests import tiny
 
 SEED = 0
@@ -46,6 +48,10 @@ def options(folder: Path, out: Path) -> ScanOptions:
 
 def scanned(folder: Path, out: Path) -> None:
     road.scan(options(folder, out))
+
+
+def demo_scanned(_: Path, out: Path) -> None:
+    road.scan(ScanOptions("demo", samples=3, batch_size=1, max_new_tokens=4, device="cpu", out=out))
 
 
 def calibrated(folder: Path, out: Path) -> None:
@@ -91,6 +97,7 @@ def nothing(folder: Path) -> None:
 
 
 JOBS: Mapping[str, tuple[Callable[[Path], None], Callable[[Path, Path], None]]] = {
+    "demo": (nothing, demo_scanned),
     "scan": (nothing, scanned),
     "calibrated": (nothing, calibrated),
     "limited": (nothing, limited),
@@ -162,7 +169,7 @@ def killed(folder: Path, job: str, count: int) -> dict[str, Any]:
 
     seconds = seconds_into(own / "undisturbed")
     moments = random.Random(SEED)
-    kills = []
+    kills: list[dict[str, Any]] = []
     for number in range(count):
         place = own / str(number)
         # One moment in each slice of the work, so that no part of it is left out by chance.
@@ -177,8 +184,14 @@ def killed(folder: Path, job: str, count: int) -> dict[str, Any]:
     return {"wanted": files(own / "undisturbed"), "seconds": seconds, "kills": kills}
 
 
+def without_answers(*asked: Any) -> Samples:
+    """The demo's scenes without their answers, so that answers are generated and can be interrupted."""
+    return Samples(tuple(replace(s, answer=None) for s in choose_samples(*asked).samples))
+
+
 def main(folder: Path, *asked: str) -> None:
     torch.set_num_threads(1)
+    road.choose_samples = without_answers
     road.write_report = weight_road.write_report = lambda *_: []
     tiny.write(MODEL, folder / MODEL)
     jobs = dict(one.split("=") for one in asked)
