@@ -27,6 +27,7 @@ from qprobe.measure.shards import SKIPLIST, Shard, entered, finishing, left_to_o
 from qprobe.measure.store import missing_units, open_run, read_scan, update_scan, write_unit
 from qprobe.models.headers import StoredTensor, read_headers
 from qprobe.models.inventory import fingerprint, list_layers
+from qprobe.models.mapped import return_freed_memory
 from qprobe.models.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve
 from qprobe.models.stored import checkpoint_folder, weight_names
 from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
@@ -77,6 +78,7 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
 
     A unit is one file of the checkpoint. Raises QprobeError for anything a user can mend.
     """
+    return_freed_memory()
     shard = shard_from(os.environ)
     _check(options)
     device = pick_device(shard.device(options.device))
