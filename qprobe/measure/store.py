@@ -71,8 +71,10 @@ _ROW_KEYS = {
     STAGE_CALIBRATION: ["layer"],
 }
 
-# What differs wherever the model or the processor does, since generated answers do: said last.
+# What differs wherever the model, the processor or the seed does: told where none of them is.
 _FOLLOWS = ("spec.calibration", "spec.own", "spec.held_out", "spec.reading")
+_INPUTS = "spec.processor"  # differs with the processor or with the samples
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 _UNIT_NAME = re.compile(r"([a-z0-9-]+)-[0-9]{5,}\.parquet")
 
@@ -139,10 +141,14 @@ def open_run(folder: Path, scan: Scan) -> None:
 
 def differences(old: Scan, new: Scan) -> str:
     """In how many places, and which, two scans differ that must be equal to share units; or ""."""
-    found = sorted(_differences("", _identity(old), _identity(new)), key=lambda x: x.startswith(_FOLLOWS))
+    found = list(_differences("", _identity(old), _identity(new)))
     if not found:
         return ""
-    shown = "; ".join(found[:8]) + ("; ..." if len(found) > 8 else "")
+    first = [place for place in found if not place.startswith(_FOLLOWS)]
+    has_cause = any(not place.startswith(_INPUTS) for place in first)
+    told = (first if has_cause else [*first, *(place for place in found if place not in first)])[:8]
+    left = f"; and {len(found) - len(told)} more{' in the samples' if told == first else ''}"
+    shown = "; ".join(told) + (left if len(found) > len(told) else "")
     return f"{len(found)} {'place' if len(found) == 1 else 'places'}: {shown}"
 
 
@@ -330,6 +336,8 @@ def _shown(value: dict[str, Any], key: str) -> str:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else _canonical(value)
+    if _SHA256.fullmatch(text):
+        return f"{text[:12]}..."
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

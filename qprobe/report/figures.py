@@ -109,7 +109,7 @@ def framed(table: pd.DataFrame, panels: list[Panel], title: str, layout: Layout)
     """An empty figure with room for the panels, one at least, and their axes from top to bottom."""
     named = 1.6 if len(table) <= layout.most_named else 0.3
     count = max(len(panels), 1)
-    height = 0.145 * layout.font + layout.panel_height * count + named
+    height = _around(layout) + layout.panel_height * count + named
     # Names of spikes raise the limits afterwards, and with them the width of the tick labels: hence the pad.
     arranged = ConstrainedLayoutEngine(w_pad=0.04 if layout.beside else 0.08)
     figure = Figure(figsize=(layout.width(len(table)), height), layout=arranged)
@@ -118,6 +118,11 @@ def framed(table: pd.DataFrame, panels: list[Panel], title: str, layout: Layout)
     if not panels:
         axes[0].text(0.5, 0.5, "nothing was measured", transform=axes[0].transAxes, ha="center")
     return figure, axes
+
+
+def _around(layout: Layout) -> float:
+    """Inches for the title and the legend, which `finished` adds to where its legend is higher."""
+    return 0.145 * layout.font
 
 
 def finished(
@@ -138,16 +143,21 @@ def finished(
         Patch(color=_tint(tower), alpha=0.28, lw=0, label=str(tower).replace("_", "-"))
         for tower in dict.fromkeys(towers)
     ]
+    handles, width, font = [*series, *patches], layout.width(len(table)), layout.font - 1
+    columns = _columns([str(h.get_label()) for h in handles], layout, width)
+    title = _wrapped(facts, width, font)
     figure.legend(
-        handles=[*series, *patches],
+        handles=handles,
         loc="outside lower left",
-        ncols=_columns([str(h.get_label()) for h in (*series, *patches)], layout, layout.width(len(table))),
-        fontsize=layout.font - 1,
+        ncols=columns,
+        fontsize=font,
         frameon=False,
-        title=_wrapped(facts, layout.width(len(table)), layout.font - 1),
-        title_fontsize=layout.font - 1,
+        title=title,
+        title_fontsize=font,
         alignment="left",
     )
+    below = (1.5 * -(-len(handles) // columns) + 1.3 * len(title.splitlines()) + 1.2) * font / 72
+    figure.set_figheight(figure.get_figheight() + max(0, below + 0.04 * layout.font - _around(layout)))
     arranged = figure.get_layout_engine()
     assert arranged is not None, "framed gives a layout engine"
     arranged.execute(figure)

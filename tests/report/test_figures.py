@@ -14,7 +14,7 @@ from qprobe.report.against import Side, against_plot
 from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
 from qprobe.report.frontier import frontier_plot
 from qprobe.report.panels import LABELLED_SPIKES, PANELS, tower_runs, tower_spans
-from tests.report.tables import layer_table
+from tests.report.tables import MEASURES, layer_table
 
 SPIKES = {3: 200.0, 4: 180.0, 14: 50.0, 15: 60.0, 16: 70.0, 25: 90.0}
 
@@ -86,6 +86,19 @@ def test_nothing_is_named_where_nothing_stands_out():
     for panel in PANELS:
         table[panel.column] = np.linspace(1.0, 1.1, 30)  # no value beyond the fences of a uniform spread
     assert texts(spike_plot(table, Kept(), "a model"), "spike") == []
+
+
+@pytest.mark.parametrize("layout", [PAGE, COLUMN])
+@pytest.mark.parametrize("measured", [["weight_nmse"], list(MEASURES)])
+def test_the_legend_lies_below_the_panels_however_few_they_are(layout: Layout, measured: list[str]):
+    table = layer_table(30)
+    table[[column for column in MEASURES if column not in measured]] = np.nan
+    figure = spike_plot(table, Kept(frozenset(table["layer"].iloc[[3]])), "a model", layout)
+    (legend,) = figure.legends
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    lowest = figure.axes[len(measured) - 1]
+    assert legend.get_window_extent(renderer).y1 <= lowest.get_tightbbox(renderer).y0 + 1
+    assert lowest.get_window_extent(renderer).height >= 0.6 * layout.panel_height * figure.dpi
 
 
 @pytest.mark.parametrize("layout", [PAGE, COLUMN])
