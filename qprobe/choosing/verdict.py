@@ -34,7 +34,8 @@ def verdict(
     layers = counted(len(chosen.kept), "layer")  # beyond those that standard 4-bit keeps as well
     gain, error = difference(standard, chosen)
     share = f"{extra / standard_bytes:+.1%}"
-    sure = "" if isfinite(error) and abs(gain) > 2 * error else ", a difference within its error"
+    unsure = isfinite(error) and abs(gain) <= 2 * error
+    sure = ", a difference within twice its error" if unsure else ""
     return (
         f"{cost}; keeping {layers} in 16-bit ({share}, {extra / 2**20:,.2f} MiB) leaves "
         f"{with_error(chosen.kl, chosen.kl_se)}{within}, {with_error(gain, error)} less{sure}."

@@ -77,9 +77,11 @@ class MemoryLimit:
         peak = peak_bytes(self.device, since_restart=True)
         if needed is None and peak + self.later_bytes > self.limit_bytes:
             least = int(peak * (1 + SPARE)) + self.later_bytes
+            later = f", and {self.later_bytes:,} B are for what is loaded later" if self.later_bytes else ""
             raise MachineError(
                 f"--max-memory {self.limit_bytes:,} B is too little: a batch took {peak:,} B with every "
-                f"weight streamed. Pass --max-memory {_rounded_up(least)} or more, or a smaller --batch-size."
+                f"weight streamed{later}. Pass --max-memory {_rounded_up(least)} or more, or a smaller "
+                "--batch-size."
             )
         beside = max(0, peak - self.store.resident_bytes - self.base_bytes)
         most, largest = self._needed.get(kind, (0, 0))

@@ -102,8 +102,22 @@ def process(
 ) -> dict:
     """What `processor` makes of the samples' images and of `texts`, padded on `side`.
 
-    Raises SampleError if a sample has an image and the model takes none.
+    Raises SampleError if a sample has an image and the model takes none, or if the processor refuses them.
     """
+    try:
+        return _processed(processor, samples, texts, side)
+    except ValueError as error:
+        names = ", ".join(repr(s.id) for s in samples)
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise SampleError(
+            f"The model's processor cannot read {names} ({said}). Leave such a sample out, or take special "
+            "tokens out of its texts."
+        ) from error
+
+
+def _processed(
+    processor: Any, samples: Sequence[Sample], texts: list[str], side: Literal["left", "right"]
+) -> dict:
     tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

@@ -5,6 +5,7 @@ A file that cannot be used is skipped and named; only when none is left is it an
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -163,6 +164,7 @@ def check_file(path: Path) -> None:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 yield number, line
 

@@ -86,7 +86,7 @@ def test_the_verdict_counts_one_layer_as_one_layer():
 def test_the_verdict_says_when_a_gain_is_within_its_error():
     sure, unsure = candidate("a", 110, 0.1, 0.3, 0.0, 0.1), candidate("b", 110, 0.1, 2.2, 0.5, 0.9)
     assert "within its error" not in verdict(STANDARD, sure, 100)
-    assert verdict(STANDARD, unsure, 100).endswith("less, a difference within its error.")
+    assert verdict(STANDARD, unsure, 100).endswith("less, a difference within twice its error.")
     assert "no list within the budget measured better" in verdict(STANDARD, STANDARD, 100)
 
 

@@ -15,6 +15,7 @@ from qprobe.records import Sample
 from qprobe.samples.answers import answered
 from qprobe.samples.inputs import ANSWER, PAD, VISION, batches, encode, image_token_id, tokenizer_of
 from qprobe.samples.sources import photographs
+from tests import tiny
 
 Load = Callable[[str], Reference]
 
@@ -75,3 +76,13 @@ def _samples(name: str) -> list[Sample]:
     if name == "llama":
         return [Sample("a", "which bag is it"), Sample("b", "what is the number of the bolt hole here")]
     return list(photographs("what is this?", limit=2).samples)
+
+
+def test_a_text_that_the_processor_refuses_is_named(tiny_folder):
+    processor = load_reference(str(tiny_folder("mllama")), "cpu").processor
+    (good,) = tiny.questions("mllama", 1)
+    bad = replace(good, id="line 7", prompt=f"{processor.image_token} and {processor.image_token}?")
+    for read in (batches(processor, [good], 2), encode(processor, [good], torch.bfloat16)):
+        assert read
+    with pytest.raises(SampleError, match=r"processor cannot read 'line 7' \(.*image.*special tokens"):
+        batches(processor, [good, bad], 2)

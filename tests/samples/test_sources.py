@@ -169,3 +169,10 @@ def test_every_third_sample_is_held_out_and_none_is_lost() -> None:
     assert len(held_out) == 2
     assert {s.id for s in (*calibration, *held_out)} == {s.id for s in samples}
     assert not set(calibration) & set(held_out)
+
+
+def test_the_mark_that_some_editors_put_first_is_no_part_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"prompt": "what?", "answer": "a bag"}\n' * 2, encoding="utf-8-sig")
+    found = from_jsonl(path)
+    assert [s.answer for s in found.samples] == ["a bag"] * 2 and found.skipped == ()
