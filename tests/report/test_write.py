@@ -51,6 +51,14 @@ def test_a_measured_frontier_is_drawn(tmp_path: Path):
     assert [f.name for f in write_report(tmp_path)] == ["index.html", *IMAGES, "frontier.png"]
 
 
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"", FRONTIER.encode()[:20]])
+def test_a_damaged_frontier_is_refused(tmp_path: Path, undrawn: None, data: bytes):
+    write_run(tmp_path, spikes=SPIKES)
+    (tmp_path / "frontier.csv").write_bytes(data)
+    with pytest.raises(RunError, match=r"frontier\.csv is damaged .*Run the scan again"):
+        write_report(tmp_path)
+
+
 def test_the_kept_layers_are_those_of_the_manifest(tmp_path: Path):
     write_run(tmp_path, spikes=SPIKES)
     manifest = json.loads((tmp_path / "skiplist.json").read_text())
