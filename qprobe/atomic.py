@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from qprobe.locks import try_lock
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
@@ -63,7 +64,7 @@ def remove_left_behind(folder: Path) -> None:
     for path in [x for x in found if _TEMPORARY.fullmatch(x.name) and x.is_file()]:
         # Another process may give it its own name meanwhile.
         with suppress(FileNotFoundError), open(path, "r+b") as file:
-            is_free = _lock(file)
+            is_free = try_lock(file)
             if is_free is None:
                 is_free = time.time() - path.stat().st_mtime > _STALE_SECONDS
             if is_free:
@@ -86,7 +87,7 @@ def _begun(path: Path) -> tuple[Path, BinaryIO]:
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         file = open(temporary, "xb")
-        if _lock(file) is not False and temporary.exists():
+        if try_lock(file) is not False and temporary.exists():
             return temporary, file
         file.close()
 
@@ -95,14 +96,3 @@ def _sync(file: BinaryIO) -> None:
     """Put the file on the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def _lock(file: BinaryIO) -> bool | None:
-    """Whether the file is ours now, not another's; None where the file system knows no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True

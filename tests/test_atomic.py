@@ -49,7 +49,7 @@ def test_what_killed_writers_left_is_removed_and_what_is_being_written_stays(tmp
 
 
 def test_a_file_removed_before_it_was_locked_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real, left = atomic._lock, [True, True]
+    real, left = atomic.try_lock, [True, True]
 
     def late(file: Any) -> bool | None:
         # The other process had it, and removes it: first it still does so, then it has done so.
@@ -59,7 +59,7 @@ def test_a_file_removed_before_it_was_locked_is_begun_anew(tmp_path: Path, monke
             return real(file) if left else False
         return real(file)
 
-    monkeypatch.setattr(atomic, "_lock", late)
+    monkeypatch.setattr(atomic, "try_lock", late)
     write_atomic(tmp_path / "file", b"data")
     assert not left and {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"data"}
 

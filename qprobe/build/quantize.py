@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from qprobe.build.matching import check_keys
 from qprobe.build.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
+from qprobe.locks import try_lock
 from qprobe.manifest import Manifest, Quality, moved, read_manifest, write_manifest
 from qprobe.models.reference import known
 from qprobe.options import Progress, no_progress
@@ -160,13 +160,11 @@ def _remove_stale(target: Path) -> None:
 def _locked(folder: Path) -> Iterator[bool]:
     """Holds the lock of `folder`, which the system lets go of when a process ends; False if it cannot."""
     place = os.open(folder, os.O_RDONLY)
+    is_held = None
+    with suppress(OSError):  # a folder cannot be opened for writing, which some file systems ask for
+        is_held = try_lock(place)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_held = True
-    except OSError:  # another process has it, or the file system knows no locks
-        is_held = False
-    try:
-        yield is_held
+        yield bool(is_held)
     finally:
         os.close(place)
 

@@ -47,6 +47,7 @@ def command(
 def _explained(function: Command, interrupted: str, out_of_memory: str) -> Command:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        """`function`, whose errors that a user can mend become one sentence and an exit code."""
         try:
             with quiet():
                 return function(*args, **kwargs)

@@ -36,7 +36,7 @@ def with_answers(
 ) -> tuple[Sample, ...]:
     """`samples`, in order; those without an answer get the reference's greedy one.
 
-    Generated answers are kept in ANSWERS/answers/ under all that decides them, so that a resumed scan finds
+    Generated answers are kept in FOLDER/answers/ under all that decides them, so that a resumed scan finds
     the same ones, and a changed model, processor, library or prompt none. Every process needs all of them:
     those that share a folder begin with different batches and take what others have finished.
     Raises RunError if the disk refuses.

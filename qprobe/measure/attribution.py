@@ -205,6 +205,7 @@ class _PathLinear(torch.autograd.Function):
         name: str,
         alpha: float,
     ) -> Tensor:
+        """x (..., in_features) of all samples; step (samples,); the output (..., out_features)."""
         own = round_trips.own(name).to(x.dtype)
         # At the 16-bit end the 4-bit weight is needed by the backward pass alone.
         ctx.difference = partial(round_trips.difference, name, x.dtype)

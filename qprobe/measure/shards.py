@@ -7,7 +7,6 @@ each other; all they share is the folder, or nothing, where folders are merged l
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -15,16 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from qprobe.errors import MachineError, RunError
+from qprobe.locks import try_lock
 from qprobe.measure.needed import units_left
 from qprobe.options import DEFAULT_BUDGET, ScanOptions
 from qprobe.wording import counted
 
 SKIPLIST = "skiplist.json"
 _LOCK = ".lock"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of a file system that has none
 
 Turn = Literal["ours", "units left", "another's", "chosen"]
 """Who chooses: this process; whoever finishes the units that are left; another one right now; nobody more."""
@@ -166,16 +165,8 @@ def _met(folder: Path, request: str) -> bytes | None:
 
 def _lock(held: ExitStack, path: Path, kind: int) -> bool:
     """False if another process has the file locked; `held` lets go of it."""
-    # Over NFS a shared lock wants a file that can be read, an exclusive one a file that can be written.
-    file: IO[bytes] = held.enter_context(open(path, "a+b"))
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
+    file = held.enter_context(open(path, "a+b"))  # for reading and writing, as either kind of lock may want
+    return try_lock(file, kind) is not False
 
 
 def request_of(options: ScanOptions) -> str:

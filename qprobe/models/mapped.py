@@ -42,9 +42,8 @@ class Mapped:
             return tensor
         flat = tensor.detach().contiguous().reshape(-1)
         try:
-            with tempfile.TemporaryFile(
-                dir=self._folder
-            ) as file:  # on Linux it never has a name to be left by
+            # On Linux it never has a name that a kill could leave.
+            with tempfile.TemporaryFile(dir=self._folder) as file:
                 file.write(flat.view(torch.uint8).numpy().data)
                 file.flush()
                 name = f"/dev/fd/{file.fileno()}"

@@ -118,9 +118,8 @@ def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[
     """The rows of frontier.csv, and before them the list that keeps nothing, where it was measured."""
     columns = ["budget_bytes", "predicted_kl", "measured_kl", "measured_kl_se", "candidate"]
     try:
-        frontier = pd.read_csv(folder / FRONTIER)
-        frontier = frontier[[*columns, *(name for name in frontier if name not in columns)]]
-    except (ValueError, KeyError, OSError) as error:
+        frontier = pd.read_csv(folder / FRONTIER, usecols=columns)
+    except (ValueError, OSError) as error:
         raise RunError(f"{folder / FRONTIER} is damaged ({error}). Run the scan again.") from None
     nothing = next((x for x in compared if x.name == NOTHING and x.kl is not None), None)
     if nothing is None:

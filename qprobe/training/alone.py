@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from qprobe.errors import RunError
+from qprobe.locks import try_lock
 
 LOCK = ".lock"
 
@@ -42,12 +42,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def _locked(file: IO[bytes], path: Path) -> bool:
     """False if another process has the lock, or had it and removed the file since this one opened it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
+    found = try_lock(file)
+    if not found:
+        return found is None  # a file system without locks
     try:
         return os.fstat(file.fileno()).st_ino == path.stat().st_ino
     except FileNotFoundError:
