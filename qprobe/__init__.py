@@ -10,57 +10,57 @@ __version__ = "0.1.0"
 # Where each public name lives. It is imported on first use, so that `import qprobe` costs no torch. No module
 # of the package may have one of these names: importing it would put the module in the function's place.
 _HOMES = {
-    "Audit": "qprobe.build.audit",
+    "Audit": "qprobe.checkpoint.audit",
     "CompareOptions": "qprobe.options",
     "FinetuneOptions": "qprobe.options",
-    "Manifest": "qprobe.manifest",
+    "Manifest": "qprobe.manifest.manifest",
     "QprobeError": "qprobe.errors",
     "ScanOptions": "qprobe.options",
-    "answer_collator": "qprobe.training.encoding",
-    "audit": "qprobe.build.audit",
-    "compare": "qprobe.build.compare",
-    "doctor": "qprobe.diagnosis",
+    "answer_collator": "qprobe.inputs.encoding",
+    "audit": "qprobe.checkpoint.audit",
+    "compare": "qprobe.checkpoint.compare",
+    "doctor": "qprobe.loading.doctor",
     "export_manifest": "qprobe.exports",
     "finetune": "qprobe.training.finetune",
-    "import_list": "qprobe.build.imports",
-    "layer_table": "qprobe.choosing.table",
-    "load_dynamic_4bit": "qprobe.build.load",
+    "import_list": "qprobe.checkpoint.import_list",
+    "layer_table": "qprobe.runs.table",
+    "load_dynamic_4bit": "qprobe.checkpoint.load",
     "load_finetuned": "qprobe.training.bases",
-    "load_standard_4bit": "qprobe.build.load",
-    "lora_targets": "qprobe.build.ready",
-    "merge": "qprobe.merging",
-    "plan": "qprobe.build.plan",
-    "quantize": "qprobe.build.quantize",
-    "rank_table": "qprobe.choosing.table",
-    "read_manifest": "qprobe.manifest",
-    "scan": "qprobe.scanning",
-    "select": "qprobe.choosing.selection",
-    "verify": "qprobe.build.verify",
-    "write_manifest": "qprobe.manifest",
+    "load_standard_4bit": "qprobe.checkpoint.load",
+    "lora_targets": "qprobe.checkpoint.ready",
+    "merge": "qprobe.scanning.join",
+    "plan": "qprobe.checkpoint.plan",
+    "quantize": "qprobe.checkpoint.quantize",
+    "rank_table": "qprobe.runs.table",
+    "read_manifest": "qprobe.manifest.manifest",
+    "scan": "qprobe.scanning.scan",
+    "select": "qprobe.selection.select",
+    "verify": "qprobe.checkpoint.verify",
+    "write_manifest": "qprobe.manifest.manifest",
     "write_report": "qprobe.report.write",
 }
 
 if TYPE_CHECKING:
-    from qprobe.build.audit import Audit, audit
-    from qprobe.build.compare import compare
-    from qprobe.build.imports import import_list
-    from qprobe.build.load import load_dynamic_4bit, load_standard_4bit
-    from qprobe.build.plan import plan
-    from qprobe.build.quantize import quantize
-    from qprobe.build.ready import lora_targets
-    from qprobe.build.verify import verify
-    from qprobe.choosing.selection import select
-    from qprobe.choosing.table import layer_table, rank_table
-    from qprobe.diagnosis import doctor
+    from qprobe.checkpoint.audit import Audit, audit
+    from qprobe.checkpoint.compare import compare
+    from qprobe.checkpoint.import_list import import_list
+    from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
+    from qprobe.checkpoint.plan import plan
+    from qprobe.checkpoint.quantize import quantize
+    from qprobe.checkpoint.ready import lora_targets
+    from qprobe.checkpoint.verify import verify
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
-    from qprobe.manifest import Manifest, read_manifest, write_manifest
-    from qprobe.merging import merge
+    from qprobe.inputs.encoding import answer_collator
+    from qprobe.loading.doctor import doctor
+    from qprobe.manifest.manifest import Manifest, read_manifest, write_manifest
     from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
     from qprobe.report.write import write_report
-    from qprobe.scanning import scan
+    from qprobe.runs.table import layer_table, rank_table
+    from qprobe.scanning.join import merge
+    from qprobe.scanning.scan import scan
+    from qprobe.selection.select import select
     from qprobe.training.bases import load_finetuned
-    from qprobe.training.encoding import answer_collator
     from qprobe.training.finetune import finetune
 
 __all__ = [

@@ -17,17 +17,17 @@ TORCH_FREE = (
     "qprobe",
     "qprobe.cli",
     "qprobe.exports",
-    "qprobe.formats.sizes",
-    "qprobe.manifest",
-    "qprobe.measure.findings",
-    "qprobe.measure.store",
+    "qprobe.registry.sizes",
+    "qprobe.manifest.manifest",
+    "qprobe.scanning.findings",
+    "qprobe.runs.store",
     "qprobe.models.catalogue",
     "qprobe.models.geometry",
-    "qprobe.models.layouts",
+    "qprobe.checkpoint.layouts",
     "qprobe.models.headers",
     "qprobe.options",
     "qprobe.report.write",
-    "qprobe.choosing",
+    "qprobe.selection",
 )
 
 
@@ -60,7 +60,7 @@ def test_no_module_takes_the_place_of_a_public_function():
 
 def test_functions_stay_functions_once_every_module_is_imported():
     code = (
-        "import qprobe.cli, qprobe.scanning, qprobe.merging, qprobe.choosing, qprobe.report.write\n"
+        "import qprobe.cli, qprobe.scanning.scan, qprobe.scanning.join, qprobe.report.write\n"
         "from qprobe import merge, scan, select\n"
         "assert all(map(callable, (merge, scan, select)))"
     )

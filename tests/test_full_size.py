@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from qprobe.data.sources import from_jsonl
+from qprobe.loading.reference import load_reference, meta_model
 from qprobe.measure.subject import subject_of
 from qprobe.models.headers import read_headers
-from qprobe.models.reference import load_reference, meta_model
 from qprobe.records import FormatSpec
-from qprobe.samples.sources import from_jsonl
 from tests.benchmarks.checkpoints import geometry, write_checkpoint, write_samples
 from tests.benchmarks.full_size_streamed import column_differences, largest_difference
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
-from qprobe.wording import counted
+from qprobe.system.wording import counted
 
 
 @shared.command("audit", short_help="Say what is really 4-bit in a checkpoint.")
@@ -36,7 +36,7 @@ def audit(folder: Path, manifest: Path | None, load: bool, device: str | None, a
     """
     if device is not None and not load:
         raise click.UsageError("--device says where to load the model; pass --load with it.")
-    from qprobe.build.audit import audit as run_audit
+    from qprobe.checkpoint.audit import audit as run_audit
 
     found = run_audit(folder, manifest, load, device)
     if as_json:

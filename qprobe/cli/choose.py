@@ -9,10 +9,10 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.limits import for_option, limit_options, require_a_limit
-from qprobe.wording import counted, named
+from qprobe.system.wording import counted, named
 
 if TYPE_CHECKING:
-    from qprobe.manifest import Manifest
+    from qprobe.manifest.manifest import Manifest
 
 _RUN = click.argument("run", type=shared.PATH)
 
@@ -75,9 +75,9 @@ def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **a
     --json prints the manifest that was written.
     """
     require_a_limit({**asked, "max_kl": max_kl})
-    from qprobe.choosing import select as choose
-    from qprobe.choosing.replaced import check_target, set_aside
-    from qprobe.manifest import manifest_to_json, moved, write_manifest
+    from qprobe.manifest.manifest import manifest_to_json, moved, write_manifest
+    from qprobe.selection.replaced import check_target, set_aside
+    from qprobe.selection.select import select as choose
 
     target = out if out is not None else run / "skiplist.json"
     check_target(run, target)
@@ -93,10 +93,10 @@ def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **a
 
 
 def _show(run: Path, manifest: Manifest, target: Path, is_bound: bool) -> None:
-    from qprobe.choosing.budget import Budget, all_fit
-    from qprobe.choosing.selection import kept_and_fixed
-    from qprobe.measure.store import read_scan
     from qprobe.report.terminal import kept_text, paragraphs, readable_bytes, table_width, terminal_width
+    from qprobe.runs.store import read_scan
+    from qprobe.selection.budget import Budget, all_fit
+    from qprobe.selection.select import kept_and_fixed
 
     inventory = read_scan(run).inventory
     kept, fixed = kept_and_fixed(manifest, inventory)

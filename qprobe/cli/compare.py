@@ -42,7 +42,7 @@ def compare(as_json: bool, **asked: Any) -> None:
     shares are 0 to 1, null for what does not apply.
     """
     shared.refuse_two_sources(asked)
-    from qprobe.build.compare import compare as run_compare
+    from qprobe.checkpoint.compare import compare as run_compare
 
     with shared.progress_bars() as progress:
         comparison = run_compare(CompareOptions(**asked), progress)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
-from qprobe.wording import counted, named
+from qprobe.system.wording import counted, named
 
 # The names of qprobe.exports.TOOLS, which a test holds this against: help must not import the writers.
 TOOLS = (
@@ -56,9 +56,9 @@ def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
     \b
     --json prints: tool, text (what would be written), notes [text], layers_16bit [name].
     """
-    from qprobe.atomic import write_atomic
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
+    from qprobe.system.files import write_atomic
 
     made = export_manifest(manifest, tool)
     if out is not None:
@@ -96,8 +96,8 @@ def import_(config: Path, model: str, out: Path, as_json: bool) -> None:
     --json prints: out, rule, matched [{entry, layers}], dead [entry], layers_16bit [name], total_bytes,
     notes [text].
     """
-    from qprobe.build.imports import import_list
-    from qprobe.manifest import write_manifest
+    from qprobe.checkpoint.import_list import import_list
+    from qprobe.manifest.manifest import write_manifest
 
     imported = import_list(config, model, out)
     write_manifest(out, imported.manifest)

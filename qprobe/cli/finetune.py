@@ -9,7 +9,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.options import FinetuneOptions
-from qprobe.wording import counted
+from qprobe.system.wording import counted
 
 _POSITIVE = click.IntRange(min=1)
 _OPTIONS = (

@@ -23,7 +23,7 @@ def doctor(as_json: bool) -> None:
     [{name, title, total_bytes, free_bytes, dtype, four_bit {ok, roundtrip_error, roundtrip_bound,
     matmul_error, error}}], hub {status, detail, logged_in}, problems [{what, advice}].
     """
-    from qprobe.diagnosis import doctor as diagnose
+    from qprobe.loading.doctor import doctor as diagnose
 
     diagnosis = diagnose()
     if as_json:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
-from qprobe.wording import counted
+from qprobe.system.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.merging import Merged
+    from qprobe.scanning.join import Merged
 
 
 @shared.command("merge", short_help="Join the run folders of one scan that several machines shared.")
@@ -32,7 +32,7 @@ def merge(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     \b
     --json prints: run, units, missing (units the layer table still needs), notes.
     """
-    from qprobe.merging import merge as join
+    from qprobe.scanning.join import merge as join
 
     merged = join(runs, out)
     if as_json:

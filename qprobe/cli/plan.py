@@ -97,7 +97,7 @@ def plan(as_json: bool, model: str, manifest: Path | None, training: bool, **ste
     usable_bytes, margin_bytes, fits}]}]}.
     """
     refuse_step_without_training(training)
-    from qprobe.build.plan import plan as size_plan
+    from qprobe.checkpoint.plan import plan as size_plan
 
     found = size_plan(model, manifest).to_json()
     if training:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
-from qprobe.wording import counted
+from qprobe.system.wording import counted
 
 
 @shared.command(
@@ -39,7 +39,7 @@ def quantize(
     \b
     --json prints: out, layers_4bit, layers_16bit, parameter_bytes, total_bytes, files {name: bytes}.
     """
-    from qprobe.build.quantize import quantize as write
+    from qprobe.checkpoint.quantize import quantize as write
 
     with shared.progress_bars() as progress:
         done = write(manifest, out, model, device, dtype, progress=progress)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qprobe.wording import counted, named
+from qprobe.system.wording import counted, named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def default_score(folder: Path) -> str:
     """The score that chooses by default: of those measured the one that predicts best."""
-    from qprobe.choosing.selection import default_measure
-    from qprobe.choosing.table import read_table
+    from qprobe.runs.table import read_table
+    from qprobe.selection.select import default_measure
 
     return default_measure(read_table(folder))
 
@@ -26,8 +26,8 @@ def ranking(folder: Path, by: str, top: int) -> pd.DataFrame:
 
     By sensitivity_kl they also have rank_low and rank_high, where the run knows them.
     """
-    from qprobe.choosing.ranks import read_ranks
-    from qprobe.choosing.table import rank_table, read_table
+    from qprobe.runs.ranks import read_ranks
+    from qprobe.runs.table import rank_table, read_table
 
     ranked = rank_table(read_table(folder), by, top)
     intervals = read_ranks(folder) if by == "sensitivity_kl" else None
@@ -39,8 +39,8 @@ def ranking(folder: Path, by: str, top: int) -> pd.DataFrame:
 
 def show_ranking(folder: Path, by: str | None, top: int) -> None:
     """Print the `top` layers of the ranking; in a terminal also a spark line of all layers."""
-    from qprobe.choosing.table import read_table
     from qprobe.report.terminal import is_terminal, rank_text, spark_line, table_width
+    from qprobe.runs.table import read_table
 
     score, table, width = by or default_score(folder), read_table(folder), table_width()
     ranked = ranking(folder, score, top)
@@ -59,9 +59,9 @@ def show_ranking(folder: Path, by: str | None, top: int) -> None:
 
 def _in_16bit(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(layers that the run's skip-list keeps beyond standard 4-bit, those that standard 4-bit keeps)."""
-    from qprobe.choosing.selection import kept_and_fixed
-    from qprobe.manifest import read_manifest
-    from qprobe.measure.store import read_scan
+    from qprobe.manifest.manifest import read_manifest
+    from qprobe.runs.store import read_scan
+    from qprobe.selection.select import kept_and_fixed
 
     inventory, path = read_scan(folder).inventory, folder / "skiplist.json"
     if path.is_file():

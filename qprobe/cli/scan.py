@@ -10,10 +10,10 @@ from qprobe.cli import shared
 from qprobe.cli.limits import for_option, limit_options, refuse_two_limits
 from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
 from qprobe.records import FORMATS
-from qprobe.wording import counted
+from qprobe.system.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.scan_result import ScanResult
+    from qprobe.scanning.result import ScanResult
 
 TOP = 10  # layers of the ranking that are shown
 
@@ -100,7 +100,7 @@ def scan(as_json: bool, **asked: Any) -> None:
     """
     shared.refuse_two_sources(asked)
     refuse_two_limits(asked)
-    from qprobe.scanning import scan as run_scan
+    from qprobe.scanning.scan import scan as run_scan
 
     with shared.progress_bars() as progress:
         result = run_scan(ScanOptions(**asked), progress)

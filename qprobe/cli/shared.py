@@ -15,7 +15,7 @@ import click
 
 from qprobe.errors import QprobeError
 from qprobe.options import Progress, no_progress
-from qprobe.quiet import quiet
+from qprobe.system.log_filters import quiet
 
 Command = Callable[..., Any]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}

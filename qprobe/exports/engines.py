@@ -7,6 +7,7 @@ import re
 import shlex
 
 from qprobe.errors import ManifestError
+from qprobe.exports import matchers
 from qprobe.exports.keys import (
     Reader,
     check_entries,
@@ -17,10 +18,9 @@ from qprobe.exports.keys import (
     transformers_readers,
 )
 from qprobe.exports.shared import Written, bits_and_bytes
-from qprobe.manifest import LayerChoice, Manifest
-from qprobe.models import matchers
+from qprobe.manifest.manifest import LayerChoice, Manifest
 from qprobe.models.towers import OTHER, PROJECTOR, VISION, VLLM_FUSED, tower_of
-from qprobe.wording import counted
+from qprobe.system.wording import counted
 
 # vLLM 0.19.1, models/qwen2_vl.py and qwen2_5_vl.py, `hf_to_vllm_mapper`. Other models keep the names of the
 # files on the hub.

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qprobe.errors import ManifestError
-from qprobe.manifest import LayerChoice, Manifest
-from qprobe.models.matchers import (
+from qprobe.exports.matchers import (
     Rule,
     hits,
     transformers_4,
     transformers_5_0,
     transformers_5_21,
 )
+from qprobe.manifest.manifest import LayerChoice, Manifest
 from qprobe.models.spellings import Spellings, spellings
-from qprobe.wording import counted
+from qprobe.system.wording import counted
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from qprobe.exports.keys import (
     transformers_readers,
 )
 from qprobe.exports.shared import Written, bits_and_bytes, rounding_notes, snippet, where_notes
-from qprobe.manifest import Manifest, read_manifest
+from qprobe.manifest.manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from qprobe.errors import ManifestError
+from qprobe.exports import matchers
 from qprobe.exports.keys import (
     Reader,
     check_entries,
@@ -15,8 +16,7 @@ from qprobe.exports.keys import (
     transformers_readers,
 )
 from qprobe.exports.shared import Written, bits_and_bytes, snippet, where_notes, yaml
-from qprobe.manifest import Manifest
-from qprobe.models import matchers
+from qprobe.manifest.manifest import Manifest
 
 
 def unsloth(manifest: Manifest) -> Written:

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from qprobe.atomic import atomic_file, write_atomic
 from qprobe.errors import ManifestError
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.records import CodesFile
+from qprobe.system.files import atomic_file, write_atomic
 
 FILE_NAME = "nf4-calibrated.safetensors"
 _WEIGHT = ".weight"

@@ -39,5 +39,5 @@ class Format(Protocol):
         ...
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a stored weight of `shape`, see `qprobe.formats.sizes`."""
+        """Bytes of a stored weight of `shape`, see `qprobe.registry.sizes`."""
         ...

@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprobe.choosing.decide import Candidate, difference, on_common_samples
-from qprobe.choosing.table import rank_table, read_table
 from qprobe.errors import QprobeError
+from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import answer_logits, kl_sums
 from qprobe.measure.runner import STANDARD, kl_rows
-from qprobe.measure.store import ablation_stage, missing_units, read_scan, read_units, write_file, write_unit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Inventory, Sample
-from qprobe.samples.inputs import Batch
+from qprobe.runs.store import ablation_stage, missing_units, read_scan, read_units, write_file, write_unit
+from qprobe.runs.table import rank_table, read_table
+from qprobe.selection.decide import Candidate, difference, on_common_samples
 
 ALL = "all"
 FILE = "ablation.csv"

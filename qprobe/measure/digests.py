@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qprobe.inputs.batch import Batch, full_text, tokenizer_of
 from qprobe.records import Sample
-from qprobe.samples.inputs import Batch, full_text, tokenizer_of
 
 CHUNK = 2**21  # elements that are summed at once
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -9,10 +9,10 @@ import pandas as pd
 
 from qprobe.formats.protocol import Format
 from qprobe.measure.runner import choice_kl, nearest_kl
-from qprobe.measure.store import NEAREST_STAGE, choice_stage, missing_units, read_units, write_unit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
+from qprobe.runs.store import NEAREST_STAGE, choice_stage, missing_units, read_units, write_unit
 
 
 def measure_choices(

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprobe.inputs.batch import Batch
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
 from qprobe.measure.roundtrips import RoundTrips
-from qprobe.samples.inputs import Batch
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprobe.inputs.batch import KIND_NAMES, PAD, VISION, Batch
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.roundtrips import RoundTrips
 from qprobe.records import Linear
-from qprobe.samples.inputs import KIND_NAMES, PAD, VISION, Batch
 
 COUNTS = ("tokens", "activation_n", "activation_nonfinite", "propagated_n", "propagated_nonfinite")
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from qprobe.formats.protocol import Format
+from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Ends, Path, attribute, rows_by_sample, walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
-from qprobe.measure.needed import ALONE, Measures
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
 from qprobe.measure.subject import Subject
 from qprobe.records import Sample
-from qprobe.samples.inputs import Batch
+from qprobe.runs.needed import ALONE, Measures
 
 STANDARD = "standard"  # the choice that keeps nothing: every linear but the fixed ones in 4-bit
 

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.formats.nf4 import format_from
+from qprobe.inputs.batch import Batch, batches, encode, image_token_id, one_shape_groups
+from qprobe.loading.inventory import has_language_head, linear_modules, list_layers
+from qprobe.loading.mapped import Mapped
+from qprobe.loading.reference import Reference
 from qprobe.measure.attribution import Path, path_dtype
 from qprobe.measure.digests import weights_digest
 from qprobe.measure.hooks import ROOM_BYTES, repeated_blocks, replaced_forwards
@@ -21,11 +25,7 @@ from qprobe.measure.limit import MemoryLimit
 from qprobe.measure.memory import held_bytes
 from qprobe.measure.roundtrips import RoundTrips
 from qprobe.measure.weight_store import Files, PinnedMemory, WeightStore
-from qprobe.models.inventory import has_language_head, linear_modules, list_layers
-from qprobe.models.mapped import Mapped
-from qprobe.models.reference import Reference
 from qprobe.records import FormatSpec, Inventory, Linear, Sample
-from qprobe.samples.inputs import Batch, batches, encode, image_token_id, one_shape_groups
 
 # What packing a weight takes for each element while it lasts: bitsandbytes works in parts on a GPU.
 PACKING_BYTES = {"cpu": 13, "cuda": 4}
@@ -111,11 +111,11 @@ class Subject:
         return nullcontext() if self.limit is None else self.limit.running(kind, size, like)
 
     def groups(self, samples: tuple[Sample, ...], size: int) -> list[tuple[Sample, ...]]:
-        """`samples` in batches of one processed image shape, see `qprobe.samples.inputs.batches`."""
+        """`samples` in batches of one processed image shape, see `qprobe.inputs.batch.batches`."""
         return batches(self.reference.processor, samples, size)
 
     def one_shape_groups(self, samples: tuple[Sample, ...]) -> list[tuple[Sample, ...]]:
-        """`samples` in groups of one processed image shape, see `qprobe.samples.inputs.one_shape_groups`."""
+        """`samples` in groups of one processed image shape, see `qprobe.inputs.batch.one_shape_groups`."""
         return one_shape_groups(self.reference.processor, samples)
 
     def encode(self, samples: tuple[Sample, ...]) -> Batch:

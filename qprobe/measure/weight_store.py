@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qprobe.models.mapped import Mapped
+from qprobe.loading.mapped import Mapped
 
 Tensors = tuple[Tensor, ...]
 _GOLDEN = 0.6180339887498949

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from qprobe.models.matchers import whole_parts
+from qprobe.models.spellings import whole_parts
 from qprobe.records import Inventory
 
 

@@ -16,8 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qprobe.models.catalogue import Entry
-
 FOLDER = Path(__file__).with_name("geometries")
 
 
@@ -52,17 +50,3 @@ def read_geometry(name: str) -> Geometry:
         raise KeyError(name)
     data = json.loads(path.read_text("utf-8"))
     return Geometry(**{**data, "sizes": Sizes(**data["sizes"])})
-
-
-def catalogue_config(entry: Entry) -> Any:
-    """The transformers config of a catalogue entry, from data alone. The entry must have a geometry."""
-    from transformers import AutoConfig
-
-    assert entry.geometry is not None, entry.alias
-    config = read_geometry(entry.geometry).config
-    if config is None:
-        from qprobe.demo import demo_folder
-
-        return AutoConfig.from_pretrained(demo_folder())
-    # transformers fills the dictionaries that it is given, and these are cached.
-    return AutoConfig.for_model(**json.loads(json.dumps(config)))

@@ -37,3 +37,8 @@ def spellings(name: str, checkpoint_name: str) -> Spellings:
 
 def _wrapped(name: str) -> str:
     return _BARE_TOWER.sub(r"\1.vision_model.\2.", name)
+
+
+def whole_parts(entry: str, name: str) -> bool:
+    """What a reader means by an entry: whole dotted parts of the name, one after another."""
+    return f".{entry}." in f".{name}."

@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qprobe.choosing.budget import Budget
-from qprobe.choosing.decide import ratio_se
-from qprobe.choosing.plan import Plan
-from qprobe.choosing.selection import (
+from qprobe.manifest.manifest import Manifest, Quality
+from qprobe.records import Scan
+from qprobe.runs.statistics import ratio_se
+from qprobe.runs.store import choice_stage, read_units
+from qprobe.runs.table import finite_answers, measured
+from qprobe.selection.budget import Budget
+from qprobe.selection.select import (
     default_measure,
     held_out_quality,
     manifest_of,
     plans_by,
     predictor,
 )
-from qprobe.choosing.table import finite_answers, measured
-from qprobe.manifest import Manifest, Quality
-from qprobe.measure.store import choice_stage, read_units
-from qprobe.records import Scan
+from qprobe.selection.solver import Plan
 
 # Of the bytes that 4-bit saves; the budgets that a scan measures on held-out samples are among them.
 SHARES = (
@@ -80,7 +80,7 @@ def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
 
 
 class Prediction:
-    """What each list is predicted to leave, as `qprobe.choosing` predicts it, with a standard error."""
+    """What each list is predicted to leave, as `qprobe.selection` predicts it, with a standard error."""
 
     def __init__(self, folder: Path, scan: Scan, table: pd.DataFrame) -> None:
         self.predicted_kl = predictor(table)
@@ -97,7 +97,7 @@ class Prediction:
         """The KL that `kept` in 16-bit leaves; None where no sensitivity was measured.
 
         The KL is own damage and path's share of the layers left, weighted by how much of the damage is left
-        (see `qprobe.choosing.damage`); that weight is taken as known, and the two as independent.
+        (see `qprobe.selection.damage`); that weight is taken as known, and the two as independent.
         """
         value = self.predicted_kl(kept | self.fixed)
         if value is None or self.path.empty:

@@ -11,17 +11,17 @@ from typing import Any
 import pandas as pd
 
 from qprobe import __version__
-from qprobe.choosing.ranks import read_ranks
-from qprobe.choosing.table import attribution_residual
 from qprobe.errors import ManifestError
-from qprobe.manifest import NEAREST, NOTHING, Manifest, manifest_to_json, read_manifest
+from qprobe.manifest.manifest import NEAREST, NOTHING, Manifest, manifest_to_json, read_manifest
 from qprobe.records import Scan
 from qprobe.report.budgets import KL, Point, Prediction, command_at, manifest_at, points, quality_at, reasons
 from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
 from qprobe.report.panels import MEASURES, PANELS, spike_indices
 from qprobe.report.worst import Worst, worst_tokens
-from qprobe.shown import ShownSample, read_shown
+from qprobe.runs.ranks import read_ranks
+from qprobe.runs.shown import ShownSample, read_shown
+from qprobe.runs.table import attribution_residual
 
 
 def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from qprobe.manifest import Manifest
+from qprobe.manifest.manifest import Manifest
 from qprobe.report.names import short_names
-from qprobe.wording import counted
+from qprobe.system.wording import counted
 
 PIPED_WIDTH = 120  # columns of prose where no terminal says how many it has
 UNLIMITED = 10_000  # columns of a piped table

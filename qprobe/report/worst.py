@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qprobe.choosing.table import peaks
-from qprobe.measure.store import read_scan, read_units
-from qprobe.shown import Grid, ShownSample
+from qprobe.runs.shown import Grid, ShownSample
+from qprobe.runs.store import read_scan, read_units
+from qprobe.runs.table import peaks
 
 _CONTEXT = 6  # tokens shown on either side
 _SAME_SHAPE = 1.03  # an image and its patches are one shape up to this ratio; the processor rounds to patches
@@ -36,7 +36,7 @@ class Worst:
 def worst_tokens(folder: Path, samples: Mapping[str, ShownSample]) -> dict[str, Worst]:
     """The worst token of each layer that has one, by layer name.
 
-    samples: those of `qprobe.shown.read_shown`; of one that is missing only the index of the token is said.
+    samples: of `qprobe.runs.shown.read_shown`; of one that is missing only the index of the token is said.
     """
     reads = {x.name: x.reads for x in read_scan(folder).inventory.layers}
     found = peaks(folder).dropna(subset=["sample"])

@@ -12,12 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from qprobe.atomic import write_atomic
-from qprobe.choosing.selection import predicted_kl
-from qprobe.choosing.table import layer_table, read_table
 from qprobe.errors import RunError
-from qprobe.manifest import NOTHING, Compared, Manifest, read_manifest
-from qprobe.measure.store import read_scan
+from qprobe.manifest.manifest import NOTHING, Compared, Manifest, read_manifest
 from qprobe.records import Scan
 from qprobe.report.against import Side, against_plot
 from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
@@ -25,6 +21,10 @@ from qprobe.report.frontier import frontier_plot
 from qprobe.report.page import page_html
 from qprobe.report.panels import PANELS, taken
 from qprobe.report.payload import page_data
+from qprobe.runs.store import read_scan
+from qprobe.runs.table import layer_table, read_table
+from qprobe.selection.select import predicted_kl
+from qprobe.system.files import write_atomic
 
 MANIFEST = "skiplist.json"
 FRONTIER = "frontier.csv"

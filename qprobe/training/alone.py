@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from qprobe.errors import RunError
-from qprobe.locks import try_lock
+from qprobe.system.locks import try_lock
 
 LOCK = ".lock"
 

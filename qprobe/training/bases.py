@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.build.load import check_model, load_dynamic_4bit, load_standard_4bit, source_of, with_dtype
-from qprobe.build.ready import ready_for_training
+from qprobe.checkpoint.load import check_model, load_dynamic_4bit, load_standard_4bit, source_of, with_dtype
+from qprobe.checkpoint.ready import ready_for_training
 from qprobe.errors import MachineError, ManifestError, RunError
-from qprobe.manifest import Manifest, read_manifest
+from qprobe.loading.log_filters import quiet_models
+from qprobe.loading.reference import load_processor, load_reference, pick_device
+from qprobe.loading.stored import checkpoint_folder
+from qprobe.manifest.manifest import Manifest, read_manifest
 from qprobe.measure.files import files_digest
 from qprobe.models.headers import read_headers
-from qprobe.models.reference import load_processor, load_reference, pick_device
-from qprobe.models.stored import checkpoint_folder
 from qprobe.options import Base
-from qprobe.quiet import quiet_models
 
 RECORD = "finetune.json"
 MANIFEST_FILE = "skiplist.json"

@@ -18,14 +18,23 @@ import torch
 from safetensors import SafetensorError
 
 from qprobe import __version__
-from qprobe.atomic import write_atomic
-from qprobe.build.quantize import save_processor
-from qprobe.build.ready import lora_targets
+from qprobe.checkpoint.quantize import save_processor
+from qprobe.checkpoint.ready import lora_targets
+from qprobe.data.conversations import (
+    BadLine,
+    Conversation,
+    Conversations,
+    keep_good,
+    read_conversations,
+)
 from qprobe.errors import RunError, SampleError
 from qprobe.exports.shared import yaml
-from qprobe.manifest import Manifest, moved, read_manifest, write_manifest
+from qprobe.inputs.encoding import encode_conversations, encoding_problem
+from qprobe.loading.log_filters import quiet_models
+from qprobe.manifest.manifest import Manifest, moved, read_manifest, write_manifest
 from qprobe.options import FinetuneOptions, Optimizer, Progress, no_progress
-from qprobe.quiet import Remark, quiet_models
+from qprobe.system.files import write_atomic
+from qprobe.system.log_filters import Remark
 from qprobe.training.alone import LOCK, alone_in
 from qprobe.training.bases import (
     BASE_WEIGHTS,
@@ -36,14 +45,6 @@ from qprobe.training.bases import (
     peft_library,
     read_record,
 )
-from qprobe.training.conversations import (
-    BadLine,
-    Conversation,
-    Conversations,
-    keep_good,
-    read_conversations,
-)
-from qprobe.training.encoding import encode_conversations, encoding_problem
 from qprobe.training.refused import check_options, refuse_several_processes
 from qprobe.training.spec import asked_spec, images_digest
 from qprobe.training.trainer import LossError, Watch, check_adapter, make_trainer

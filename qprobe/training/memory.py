@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from qprobe.build.plan import outline_of, plan
-from qprobe.manifest import Manifest, read_manifest
-from qprobe.models.inventory import list_layers
+from qprobe.checkpoint.plan import outline_of, plan
+from qprobe.loading.inventory import list_layers
+from qprobe.manifest.manifest import Manifest, read_manifest
 from qprobe.models.towers import CROSS, PROJECTOR, VISION
 from qprobe.options import Optimizer
 from qprobe.records import FormatSpec, Linear

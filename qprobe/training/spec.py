@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from qprobe.data.conversations import Conversations
 from qprobe.errors import MachineError, SampleError
-from qprobe.manifest import Manifest
-from qprobe.models.reference import pick_device
+from qprobe.loading.reference import pick_device
+from qprobe.manifest.manifest import Manifest
 from qprobe.options import FinetuneOptions, Optimizer
-from qprobe.training.conversations import Conversations
 
 
 def asked_spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:

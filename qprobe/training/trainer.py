@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from qprobe.data.conversations import Conversation
 from qprobe.errors import QprobeError
 from qprobe.options import FinetuneOptions, Optimizer, Progress
-from qprobe.training.conversations import Conversation
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises, so that the first ones do no harm
 

@@ -34,19 +34,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprobe.choosing.decide import ratio_se
+from qprobe.calibration.codes import calibrate
+from qprobe.calibration.gram import Gathering, SharedInput, gathered, passes, shared_inputs
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
-from qprobe.formats.calibrated import calibrate
 from qprobe.formats.nf4 import Nf4
+from qprobe.inputs.batch import PAD, Batch
+from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
-from qprobe.measure.gram import Gathering, SharedInput, gathered, passes, shared_inputs
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import kl_per_sample
 from qprobe.measure.outputs import run_model
 from qprobe.measure.subject import Subject, subject_of
-from qprobe.models.reference import load_reference
 from qprobe.records import FormatSpec, Sample
-from qprobe.samples.inputs import PAD, Batch
+from qprobe.runs.statistics import ratio_se
 from tests.benchmarks import cost
 from tests.benchmarks.models import smollm2_folder, texts
 

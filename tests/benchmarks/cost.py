@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
+from qprobe.inputs.batch import ANSWER, TEXT, Batch
+from qprobe.loading.inventory import fingerprint
+from qprobe.loading.reference import Reference, Source
 from qprobe.measure.attribution import attribute, walking
-from qprobe.measure.needed import Measures
 from qprobe.measure.outputs import run_model
 from qprobe.measure.runner import observe, observe_alone, observe_outputs
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
-from qprobe.models.inventory import fingerprint
-from qprobe.models.reference import Reference, Source
 from qprobe.records import FormatSpec, ModelIdentity, Sample
-from qprobe.samples.inputs import ANSWER, TEXT, Batch
+from qprobe.runs.needed import Measures
 
 SAMPLES, TEXT_TOKENS, ANSWER_TOKENS, SEED = 4, 256, 64, 0
 

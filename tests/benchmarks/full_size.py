@@ -56,7 +56,7 @@ def head(title: str, columns: str) -> None:
 def machine(options: argparse.Namespace) -> str:
     import torch
 
-    from qprobe.versions import library_versions
+    from qprobe.system.versions import library_versions
 
     card = (
         torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "CPU"

@@ -155,14 +155,14 @@ def child_bare(bench: Bench) -> dict[str, Any]:
     """Loading, and the 16-bit model alone on the scan's batches, for as long as a scan takes."""
     import torch
 
+    from qprobe.data.sampling import split_held_out
+    from qprobe.data.sources import from_jsonl
+    from qprobe.loading.inventory import list_layers
+    from qprobe.loading.reference import load_reference
     from qprobe.measure.memory import peak_bytes
     from qprobe.measure.outputs import run_model
     from qprobe.measure.subject import Subject
-    from qprobe.models.inventory import list_layers
-    from qprobe.models.reference import load_reference
     from qprobe.records import FormatSpec
-    from qprobe.samples.sources import from_jsonl
-    from qprobe.sampling import split_held_out
 
     o = bench.options
     start = time.perf_counter()
@@ -211,7 +211,7 @@ def child_load4(bench: Bench) -> dict[str, Any]:
     """The 4-bit model that the scan's skip-list describes, checked on loading."""
     import torch
 
-    from qprobe.build.load import load_dynamic_4bit
+    from qprobe.checkpoint.load import load_dynamic_4bit
     from qprobe.measure.memory import peak_bytes
 
     device = torch.device(bench.options.device)
@@ -226,7 +226,7 @@ def _held(model: Any, device: Any) -> int:
     """Bytes that a loaded model leaves allocated, or on the CPU those of its tensors and their state."""
     import torch
 
-    from qprobe.build.storage import stored_bytes
+    from qprobe.checkpoint.storage import stored_bytes
 
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else stored_bytes(model).total_bytes
 

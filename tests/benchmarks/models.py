@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
+from qprobe.inputs.batch import Batch
+from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of
-from qprobe.models.reference import load_reference
 from qprobe.records import FormatSpec, Sample
-from qprobe.samples.inputs import Batch
 
 NAMES = ("demo", "demo-outliers", "smollm2")
 TEXT_TOKENS = 128

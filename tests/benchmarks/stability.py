@@ -32,13 +32,13 @@ import qprobe
 from qprobe.demo import demo_folder, outliers_folder
 from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
-from qprobe.manifest import write_atomic
+from qprobe.manifest.manifest import write_atomic
 from qprobe.options import Base, FinetuneOptions, ScanOptions
 from qprobe.records import Sample
-from qprobe.scanning import scan
+from qprobe.scanning.scan import scan
+from qprobe.system.versions import library_versions
 from qprobe.training.bases import load_base, load_finetuned
 from qprobe.training.finetune import finetune
-from qprobe.versions import library_versions
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.stability_report import write_report
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
-from qprobe.build.ready import lora_targets, ready_for_training
-from qprobe.build.storage import stored_bytes
+from qprobe.checkpoint.ready import lora_targets, ready_for_training
+from qprobe.checkpoint.storage import stored_bytes
+from qprobe.loading.inventory import list_layers
 from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
-from qprobe.models.inventory import list_layers
 from qprobe.options import Optimizer
 from qprobe.records import FormatSpec, Inventory
 from qprobe.training.bases import peft_library

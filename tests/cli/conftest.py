@@ -29,7 +29,7 @@ def qprobe() -> Callable[..., Result]:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`fake("qprobe.scanning", scan=f)`: that module is replaced by one with these functions."""
+    """`fake("qprobe.scanning.scan", scan=f)`: that module is replaced by one with these functions."""
 
     def replace(module: str, **functions: Any) -> None:
         stand_in = ModuleType(module)

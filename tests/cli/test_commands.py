@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import Result
 
-from qprobe.manifest import Compared, Manifest, read_manifest, write_manifest
+from qprobe.manifest.manifest import Compared, Manifest, read_manifest, write_manifest
 from tests.report.test_terminal import COMPARISON, DIAGNOSIS
 
 Run = Callable[..., Result]
@@ -265,7 +265,7 @@ def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
         verdict="Standard 4-bit costs 0.3 nats; the list brings back 0.2 for 9 % more bytes.",
         notes=("a.txt is no image and was left out.",),
     )
-    fake("qprobe.scanning", scan=lambda _options, _progress: found)
+    fake("qprobe.scanning.scan", scan=lambda _options, _progress: found)
     result = qprobe("scan", "--model", "m")
     assert result.exit_code == 0 and result.stderr == ""
     assert result.stdout.splitlines()[-1] == found.verdict
@@ -281,7 +281,7 @@ def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
 
 def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
     found = SimpleNamespace(to_json=lambda: COMPARISON, notes=("b.png was left out.",))
-    fake("qprobe.build.compare", compare=lambda _options, _progress: found)
+    fake("qprobe.checkpoint.compare", compare=lambda _options, _progress: found)
     text = qprobe("compare", "--manifest", "f").stdout
     assert (
         "█" not in text
@@ -296,7 +296,7 @@ def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
 def test_doctor_exits_1_if_4bit_works_nowhere(qprobe: Run, fake: Fake, ok: bool, code: int):
     diagnosis = {**DIAGNOSIS, "ok": ok}
-    fake("qprobe.diagnosis", doctor=lambda: SimpleNamespace(ok=ok, to_json=lambda: diagnosis))
+    fake("qprobe.loading.doctor", doctor=lambda: SimpleNamespace(ok=ok, to_json=lambda: diagnosis))
     assert qprobe("doctor").exit_code == code
     result = qprobe("doctor", "--json")
     assert result.exit_code == code and json.loads(result.stdout) == diagnosis

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from qprobe.build.load import load_dynamic_4bit
-from qprobe.manifest import read_manifest, write_manifest
-from tests.build.manifests import every_third, manifest_for
+from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.manifest.manifest import read_manifest, write_manifest
+from tests.checkpoint.manifests import every_third, manifest_for
 from tests.cli.test_mistakes import explained
 
 Run = Callable[..., Result]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from qprobe.manifest import write_manifest
+from qprobe.manifest.manifest import write_manifest
 from tests import tiny
-from tests.build.manifests import manifest_for
+from tests.checkpoint.manifests import manifest_for
 
 Run = Callable[..., Result]
 TinyFolder = Callable[[str], Path]

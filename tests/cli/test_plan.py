@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from qprobe.manifest import write_manifest
+from qprobe.manifest.manifest import write_manifest
 from qprobe.models.catalogue import ENTRIES
-from tests.build.manifests import every_third, manifest_for
+from tests.checkpoint.manifests import every_third, manifest_for
 
 Run = Callable[..., Result]
 TinyFolder = Callable[[str], Path]

@@ -15,8 +15,9 @@ from click.testing import Result
 
 from qprobe.cli import main, shared
 from qprobe.errors import ModelError
+from qprobe.loading.log_filters import quiet_models
 from qprobe.options import CompareOptions, ScanOptions
-from qprobe.quiet import REMARKS, quiet, quiet_models
+from qprobe.system.log_filters import REMARKS, quiet
 
 Run = Callable[..., Result]
 Fake = Callable[..., None]
@@ -60,7 +61,7 @@ def test_wrong_usage_exits_2(qprobe: Run, arguments: tuple[str, ...]):
 
 
 def test_a_mistake_is_one_sentence_and_exit_1(qprobe: Run, fake: Fake):
-    fake("qprobe.scanning", scan=raising(ModelError("No model 'x'. Pass a folder.")))
+    fake("qprobe.scanning.scan", scan=raising(ModelError("No model 'x'. Pass a folder.")))
     result = qprobe("scan", "--model", "x")
     assert result.exit_code == 1
     assert (result.stdout, result.stderr) == ("", "Error: No model 'x'. Pass a folder.\n")
@@ -69,9 +70,13 @@ def test_a_mistake_is_one_sentence_and_exit_1(qprobe: Run, fake: Fake):
 @pytest.mark.parametrize(
     ("line", "module", "advised"),
     [
-        ("scan --model x", "qprobe.scanning", {"--batch-size", "--max-memory", "--device auto", "--out"}),
-        ("compare --manifest f", "qprobe.build.compare", {"--batch-size", "--device auto"}),
-        ("quantize f --out d", "qprobe.build.quantize", {"--device"}),
+        (
+            "scan --model x",
+            "qprobe.scanning.scan",
+            {"--batch-size", "--max-memory", "--device auto", "--out"},
+        ),
+        ("compare --manifest f", "qprobe.checkpoint.compare", {"--batch-size", "--device auto"}),
+        ("quantize f --out d", "qprobe.checkpoint.quantize", {"--device"}),
         (
             "finetune f --data d --out o",
             "qprobe.training.finetune",
@@ -100,16 +105,16 @@ def test_running_out_of_memory_is_a_mistake_to_mend_with_options_that_the_comman
     [
         (
             "scan --model x",
-            "qprobe.scanning",
+            "qprobe.scanning.scan",
             "Finished units are kept in the run folder;",
         ),
-        ("quantize f --out d", "qprobe.build.quantize", "d was not made"),
+        ("quantize f --out d", "qprobe.checkpoint.quantize", "d was not made"),
         (
             "finetune f --data d --out o",
             "qprobe.training.finetune",
             "The last checkpoint, if there is one,",
         ),
-        ("doctor", "qprobe.diagnosis", ""),
+        ("doctor", "qprobe.loading.doctor", ""),
     ],
 )
 def test_ctrl_c_says_what_is_left_and_exits_as_shells_expect(
@@ -126,7 +131,7 @@ def test_ctrl_c_says_what_is_left_and_exits_as_shells_expect(
 
 
 def test_a_bug_of_ours_is_not_dressed_up(qprobe: Run, fake: Fake):
-    fake("qprobe.scanning", scan=raising(AssertionError("a bug")))
+    fake("qprobe.scanning.scan", scan=raising(AssertionError("a bug")))
     assert isinstance(qprobe("scan", "--model", "x").exception, AssertionError)
 
 
@@ -147,7 +152,7 @@ def test_json_is_all_there_is_on_stdout(qprobe: Run, fake: Fake):
         print("a library that prints its progress", file=sys.stderr)
         return FakeResult(notes=("a note",))
 
-    fake("qprobe.scanning", scan=scan)
+    fake("qprobe.scanning.scan", scan=scan)
     result = qprobe("scan", "--model", "x", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {"run": "r", "kl": None, "share": 0.5, "notes": ["a note"]}
@@ -167,7 +172,7 @@ def asked_of(fake: Fake, module: str, function: str, qprobe: Run, *arguments: st
 
 
 def test_scan_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
-    assert asked_of(fake, "qprobe.scanning", "scan", qprobe, "scan", "--model", "m") == ScanOptions("m")
+    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, "scan", "--model", "m") == ScanOptions("m")
 
 
 def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
@@ -176,17 +181,17 @@ def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
         "--dtype fp16 --seed 5 --batch-size 2 --max-new-tokens 7 --by weight_nmse --nodes 4 --ablate 3 "
         "--measures activation,weight"
     )
-    assert asked_of(fake, "qprobe.scanning", "scan", qprobe, *line.split()) == ScanOptions(
+    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, *line.split()) == ScanOptions(
         "m", Path("i"), None, "p", 3, "nf4", "+1GB", None, Path("o"), "cpu", "float16",
         seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4, ablate="3",
         measures=("weight", "activation"),
     )  # fmt: skip
-    bound = asked_of(fake, "qprobe.scanning", "scan", qprobe, "scan", "--model", "m", "--max-kl", "0.01")
+    bound = asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, "scan", "--model", "m", "--max-kl", "0.01")
     assert bound == ScanOptions("m", max_kl=0.01)
 
 
 def test_compare_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
-    asked = asked_of(fake, "qprobe.build.compare", "compare", qprobe, "compare", "--manifest", "f")
+    asked = asked_of(fake, "qprobe.checkpoint.compare", "compare", qprobe, "compare", "--manifest", "f")
     assert asked == CompareOptions(Path("f"))
 
 
@@ -195,7 +200,7 @@ def test_every_compare_option_arrives(qprobe: Run, fake: Fake):
         "compare --manifest f --model m --data d --prompt p --samples 3 --device cuda:1 --dtype bf16 "
         "--seed 5 --batch-size 2 --max-new-tokens 7"
     )
-    asked = asked_of(fake, "qprobe.build.compare", "compare", qprobe, *line.split())
+    asked = asked_of(fake, "qprobe.checkpoint.compare", "compare", qprobe, *line.split())
     assert asked == CompareOptions(
         Path("f"), "m", None, Path("d"), "p", 3, "cuda:1", "bfloat16", seed=5, batch_size=2, max_new_tokens=7
     )

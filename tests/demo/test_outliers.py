@@ -15,12 +15,12 @@ from qprobe.demo.evaluate import greedy_answers, inputs, score
 from qprobe.demo.outliers import PLANTED, planted_layers
 from qprobe.demo.scenes import CALIBRATION_SEED, scenes
 from qprobe.errors import MachineError
+from qprobe.inputs.batch import Batch
+from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import attribute
 from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
 from qprobe.measure.subject import Subject, subject_of
-from qprobe.models.reference import load_reference
 from qprobe.records import FormatSpec
-from qprobe.samples.inputs import Batch
 from tests.demo.conftest import load
 
 NODES = 6  # on these scenes 2 nodes miss the KL by 6.2 %, 4 by 4.6 %, 6 by 0.2 %, 8 by 1.2 %

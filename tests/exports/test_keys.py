@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qprobe.errors import ManifestError
+from qprobe.exports import matchers
 from qprobe.exports.keys import (
     Reader,
     check_entries,
@@ -18,7 +19,6 @@ from qprobe.exports.keys import (
     transformers_4_readers,
     transformers_readers,
 )
-from qprobe.models import matchers
 from tests.exports.manifests import manifest_of
 
 AWKWARD = ("proj", "a.proj", "a.b", "aXb", "layers.1.fc", "layers.11.fc", "layers.1", "layers.10", "fc")

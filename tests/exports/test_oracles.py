@@ -1,4 +1,4 @@
-"""Exported lists under each tool's matching rule, written anew here; nothing of `qprobe.models.matchers`.
+"""Exported lists under each tool's matching rule, written anew here; nothing of `qprobe.exports.matchers`.
 
 The writers check their entries with rules of the package. Were such a rule wrong, writer and check would
 agree; these oracles, from each tool's documented behaviour, would not. They look at names as today's
@@ -15,7 +15,7 @@ import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qprobe.exports import export_manifest
-from qprobe.manifest import LayerChoice
+from qprobe.manifest.manifest import LayerChoice
 from tests.exports.test_targets import chosen, entries_in, gguf_options
 from tests.models import trees
 

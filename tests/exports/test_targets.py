@@ -14,10 +14,9 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from qprobe.cli.exchange import TOOLS as HELP_TOOLS
 from qprobe.errors import ManifestError, QprobeError
-from qprobe.exports import TOOLS, export_manifest
+from qprobe.exports import TOOLS, export_manifest, matchers
 from qprobe.exports.engines import vllm_modules
-from qprobe.manifest import Manifest, write_manifest
-from qprobe.models import matchers
+from qprobe.manifest.manifest import Manifest, write_manifest
 from qprobe.models.spellings import spellings
 from qprobe.records import FORMATS, CodesFile, Uncovered
 from tests.exports.manifests import manifest_of, of_tree

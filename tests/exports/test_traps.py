@@ -8,13 +8,12 @@ import pytest
 from transformers import MllamaConfig
 
 from qprobe.errors import ManifestError
-from qprobe.exports import export_manifest
+from qprobe.exports import export_manifest, matchers
 from qprobe.exports.keys import check_entries, reader, transformers_4_readers, transformers_readers
-from qprobe.manifest import Manifest
-from qprobe.models import matchers
+from qprobe.loading.inventory import WHY_ATTENTION, WHY_CONV, WHY_SUBCLASS, list_layers
+from qprobe.loading.reference import meta_model
+from qprobe.manifest.manifest import Manifest
 from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
-from qprobe.models.inventory import WHY_ATTENTION, WHY_CONV, WHY_SUBCLASS, list_layers
-from qprobe.models.reference import meta_model
 from qprobe.records import FormatSpec, Uncovered
 from tests.exports.manifests import manifest_of, of_tree
 

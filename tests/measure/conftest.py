@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import pytest
 
+from qprobe.data.sources import photographs
+from qprobe.inputs.answers import answered
+from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of
-from qprobe.models.reference import load_reference
 from qprobe.records import FormatSpec, Sample
-from qprobe.samples.answers import answered
-from qprobe.samples.sources import photographs
 
 WITH_IMAGES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral")
 WITH_HEAD = (*WITH_IMAGES, "llama", "llama_tied")

@@ -13,12 +13,12 @@ import torch
 from qprobe.errors import QprobeError
 from qprobe.measure.ablation import COLUMNS, ablation_rows, check_ablated, measure_ablation
 from qprobe.measure.kl import answer_logits, kl_sums
-from qprobe.measure.store import ablation_stage, read_units
 from qprobe.options import no_progress
 from qprobe.records import Sample
+from qprobe.runs.store import ablation_stage, read_units
 from tests import reference
-from tests.choosing.runs import inventory_of, linear, rows
 from tests.measure.conftest import WITH_HEAD, Case
+from tests.runs.runs import inventory_of, linear, rows
 
 CaseOf = Callable[[str], Case]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import _fisher_root, _signs, attribute, gauss_radau, walking
 from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
 from qprobe.measure.subject import subject_of
-from qprobe.models.reference import load_reference
 from qprobe.records import FormatSpec
 from tests import reference
 from tests.measure.conftest import WITH_HEAD, Case

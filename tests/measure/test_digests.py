@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qprobe.loading.reference import load_reference
 from qprobe.measure import digests
 from qprobe.measure.digests import reading_digest, weights_digest
 from qprobe.measure.files import files_digest
-from qprobe.models.reference import load_reference
 from tests import tiny
 
 CPU = torch.device("cpu")

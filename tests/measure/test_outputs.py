@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.measure.needed import Measures
 from qprobe.measure.outputs import halves_are_independent, split_by_sample
 from qprobe.measure.runner import observe_outputs
 from qprobe.measure.subject import subject_of
 from qprobe.measure.weights import error_sums, weight_rows
-from qprobe.models.reference import load_reference
 from qprobe.records import FormatSpec
+from qprobe.runs.needed import Measures
 from tests import reference, tiny
 from tests.measure.conftest import ALL, Case
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from qprobe.errors import MachineError, RunError
+from qprobe.loading.mapped import Mapped
+from qprobe.loading.reference import load_reference
 from qprobe.measure import limit as limits
 from qprobe.measure.limit import LIBRARIES_BYTES, SPARE, MemoryLimit
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.measure.weight_store import Key, PinnedMemory, WeightStore, chosen_keys
-from qprobe.models.mapped import Mapped
-from qprobe.models.reference import load_reference
 from qprobe.records import FormatSpec
 from tests import tiny
 
@@ -285,7 +285,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("qprobe.models.mapped.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("qprobe.loading.mapped.tempfile.TemporaryFile", full)
     with pytest.raises(RunError, match=r"cannot take the weights .*: No space left on device\. Make room"):
         Mapped(tmp_path).keep(torch.ones(8))
 

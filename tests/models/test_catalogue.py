@@ -9,14 +9,15 @@ from functools import cache
 
 import pytest
 
-from qprobe.build.plan import plan
+from qprobe.checkpoint.plan import plan
+from qprobe.loading.config import catalogue_config
+from qprobe.loading.inventory import list_layers
+from qprobe.loading.reference import meta_model
 from qprobe.models.catalogue import ENTRIES, UNSLOTH_LLAMA_11B, Entry, find, nearest
-from qprobe.models.geometry import FOLDER, Sizes, catalogue_config, read_geometry
-from qprobe.models.inventory import list_layers
-from qprobe.models.reference import meta_model
+from qprobe.models.geometry import FOLDER, Sizes, read_geometry
 from qprobe.models.towers import FUSED, FUSED_CROSS, LAYOUTS, OTHER, VISION
 from qprobe.records import FormatSpec, Inventory
-from tests.models import by_hand
+from tests.loading import by_hand
 
 ALIASES = [entry.alias for entry in ENTRIES]
 GEOMETRIES = sorted(path.stem for path in FOLDER.glob("*.json"))

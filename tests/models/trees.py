@@ -9,8 +9,8 @@ from typing import Any
 import transformers as tf
 from torch import nn
 
-from qprobe.models.inventory import list_layers
-from qprobe.models.reference import meta_model
+from qprobe.loading.inventory import list_layers
+from qprobe.loading.reference import meta_model
 from qprobe.records import FormatSpec, Inventory
 from tests import tiny
 

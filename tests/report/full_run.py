@@ -16,17 +16,17 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from qprobe.choosing import select
-from qprobe.choosing.ranks import write_ranks
-from qprobe.choosing.table import write_table
-from qprobe.manifest import Compared, Quality, write_manifest
-from qprobe.measure.store import choice_stage, open_run, write_unit
+from qprobe.loading.config import catalogue_config
+from qprobe.loading.inventory import list_layers
+from qprobe.loading.reference import meta_model
+from qprobe.manifest.manifest import Compared, Quality, write_manifest
 from qprobe.models.catalogue import find
-from qprobe.models.geometry import catalogue_config
-from qprobe.models.inventory import list_layers
-from qprobe.models.reference import meta_model
 from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Scan
-from qprobe.shown import Grid, ShownSample, write_shown
+from qprobe.runs.ranks import write_ranks
+from qprobe.runs.shown import Grid, ShownSample, write_shown
+from qprobe.runs.store import choice_stage, open_run, write_unit
+from qprobe.runs.table import write_table
+from qprobe.selection.select import select
 from tests.report.tables import layer_names
 
 SPIKES = {3: 60.0, 14: 25.0, 17: 90.0, 25: 40.0}  # index -> factor, at any size

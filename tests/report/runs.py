@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from qprobe.choosing import select
-from qprobe.manifest import write_manifest
-from qprobe.measure.store import open_run
+from qprobe.manifest.manifest import write_manifest
 from qprobe.records import FormatSpec, Inventory, Linear, ModelIdentity, Scan
+from qprobe.runs.store import open_run
+from qprobe.selection.select import select
 from tests.report.tables import layer_table
 
 COLUMNS = (

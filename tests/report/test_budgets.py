@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from qprobe.choosing import select
-from qprobe.choosing.decide import ratio_se
-from qprobe.choosing.table import read_table, write_table
-from qprobe.measure.store import read_scan, read_units
 from qprobe.report.budgets import Prediction, points
-from tests.choosing.runs import make_run, rows
+from qprobe.runs.statistics import ratio_se
+from qprobe.runs.store import read_scan, read_units
+from qprobe.runs.table import read_table, write_table
+from qprobe.selection.select import select
 from tests.report.full_run import write_full_run
+from tests.runs.runs import make_run, rows
 
 
 def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qprobe.choosing import select
 from qprobe.errors import RunError
-from qprobe.manifest import write_manifest
+from qprobe.manifest.manifest import write_manifest
 from qprobe.report.comparison import FILE, read_comparison
 from qprobe.report.write import page_of
+from qprobe.selection.select import select
 from tests.report.full_run import write_comparison, write_full_run
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from qprobe.build.load import load_dynamic_4bit
-from qprobe.choosing.table import read_table
-from qprobe.manifest import read_manifest
-from qprobe.measure.store import read_scan
-from qprobe.scanning import scan
+from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.manifest.manifest import read_manifest
+from qprobe.runs.store import read_scan
+from qprobe.runs.table import read_table
+from qprobe.scanning.scan import scan
 from tests.report.full_run import write_full_run
 from tests.report.pages import (
     MINUS,
@@ -30,7 +30,7 @@ from tests.report.pages import (
     overlapping,
     page_file,
 )
-from tests.scan.asked import options
+from tests.scanning.asked import options
 
 
 def test_every_layer_is_a_point_of_every_chart_and_kept_ones_are_marked(page: Page, run: Path):
@@ -214,7 +214,7 @@ def test_in_print_everything_is_on_paper(page: Page):
 def test_a_downloaded_manifest_builds_the_model(
     opened: Open, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("qprobe.scanning.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
     model = tiny_folder("mllama")
     found = scan(options(model, tmp_path / "run"))
     page = opened(page_file(found.run))

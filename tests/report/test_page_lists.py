@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
-from qprobe.choosing import select
-from qprobe.choosing.table import read_table, write_table
-from qprobe.manifest import NEAREST, manifest_to_json, read_manifest, write_manifest
-from qprobe.measure.store import read_scan
+from qprobe.manifest.manifest import NEAREST, manifest_to_json, read_manifest, write_manifest
 from qprobe.records import CodesFile
 from qprobe.report.figures import spike_plot
 from qprobe.report.write import kept_layers
+from qprobe.runs.store import read_scan
+from qprobe.runs.table import read_table, write_table
+from qprobe.selection.select import select
 from tests.report.full_run import write_comparison, write_full_run
 from tests.report.pages import (
     Open,

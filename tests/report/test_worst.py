@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qprobe.choosing.table import peaks
 from qprobe.errors import RunError
 from qprobe.report.worst import patch_at, worst_tokens
-from qprobe.shown import FILE, Grid, ShownSample, read_shown, write_shown
+from qprobe.runs.shown import FILE, Grid, ShownSample, read_shown, write_shown
+from qprobe.runs.table import peaks
 from tests.report.full_run import ANSWER, write_full_run
 
 SQUARE = Grid(1, 10, 10)

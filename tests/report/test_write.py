@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from qprobe.choosing.table import read_table
 from qprobe.errors import RunError
-from qprobe.measure.store import read_scan
 from qprobe.report.figures import Kept, spike_plot
 from qprobe.report.page import page_html, script_json
 from qprobe.report.write import kept_layers, write_report
+from qprobe.runs.store import read_scan
+from qprobe.runs.table import read_table
 from tests.report.full_run import write_full_run, write_llama_11b
 from tests.report.runs import write_run
 

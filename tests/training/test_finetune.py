@@ -15,15 +15,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from qprobe.cli import main
+from qprobe.data.conversations import read_conversations
 from qprobe.errors import MachineError, ManifestError, QprobeError, RunError, SampleError
-from qprobe.manifest import read_manifest, write_manifest
+from qprobe.inputs.encoding import encode_conversations
+from qprobe.manifest.manifest import read_manifest, write_manifest
 from qprobe.options import FinetuneOptions
 from qprobe.training.bases import load_finetuned
-from qprobe.training.conversations import read_conversations
-from qprobe.training.encoding import encode_conversations
 from qprobe.training.finetune import finetune, last_checkpoint
 from tests import tiny
-from tests.build.manifests import every_third, manifest_for
+from tests.checkpoint.manifests import every_third, manifest_for
 
 BASES = ("16-bit", "nf4", "dynamic")
 

@@ -11,12 +11,12 @@ import torch
 from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qprobe.build.load import load_standard_4bit
-from qprobe.build.ready import lora_targets, ready_for_training
-from qprobe.build.storage import stored_bytes
+from qprobe.checkpoint.load import load_standard_4bit
+from qprobe.checkpoint.ready import lora_targets, ready_for_training
+from qprobe.checkpoint.storage import stored_bytes
 from qprobe.cli import main
-from qprobe.models.inventory import list_layers
-from qprobe.models.reference import meta_model
+from qprobe.loading.inventory import list_layers
+from qprobe.loading.reference import meta_model
 from qprobe.records import FormatSpec
 from qprobe.training.memory import (
     CODE_TABLE_BYTES,

@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qprobe.choosing.damage import Damage
+from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Attribution, Path, attribute
-from qprobe.measure.needed import RESIDUAL, Measures
 from qprobe.measure.runner import observe_outputs, own_half
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums
-from qprobe.samples.inputs import Batch
+from qprobe.runs.needed import RESIDUAL, Measures
+from qprobe.selection.damage import Damage
 from tests.benchmarks.rankings.measured import Measured
 
 Scores = dict[str, float]

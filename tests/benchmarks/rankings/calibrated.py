@@ -12,14 +12,14 @@ import argparse
 
 import torch
 
-from qprobe.choosing.damage import Damage
-from qprobe.choosing.decide import ratio_se
-from qprobe.formats.calibrated import calibrate
+from qprobe.calibration.codes import calibrate
+from qprobe.calibration.gram import gathered, shared_inputs
 from qprobe.formats.nf4 import Nf4
+from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
-from qprobe.measure.gram import gathered, shared_inputs
 from qprobe.measure.subject import Subject
-from qprobe.samples.inputs import Batch
+from qprobe.runs.statistics import ratio_se
+from qprobe.selection.damage import Damage
 from tests.benchmarks.models import NAMES, Case, load_case
 from tests.benchmarks.rankings import additive
 from tests.benchmarks.rankings.lists import Chooser, Lists

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from qprobe.choosing.damage import Damage, least_damage
-from qprobe.choosing.plan import choose
 from qprobe.records import Inventory
+from qprobe.selection.damage import Damage, least_damage
+from qprobe.selection.solver import choose
 from tests.benchmarks.rankings.cost import Cost
 
 # Share of the saved bytes that is given back -> layers kept; None where the ranking was not tried.

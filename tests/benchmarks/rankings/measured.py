@@ -8,12 +8,12 @@ from math import fsum
 import pandas as pd
 from torch import Tensor
 
-from qprobe.choosing.decide import Candidate
+from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Path
 from qprobe.measure.kl import kl_sums
 from qprobe.measure.runner import kl_rows
 from qprobe.measure.subject import Subject
-from qprobe.samples.inputs import Batch
+from qprobe.selection.decide import Candidate
 
 NOTHING: frozenset[str] = frozenset()
 

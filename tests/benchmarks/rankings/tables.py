@@ -9,9 +9,9 @@ from math import fsum
 import pandas as pd
 from scipy.stats import spearmanr
 
-from qprobe.choosing.damage import Damage
-from qprobe.choosing.decide import Candidate, difference
 from qprobe.measure.attribution import Attribution
+from qprobe.selection.damage import Damage
+from qprobe.selection.decide import Candidate, difference
 from tests.benchmarks.rankings import additive
 from tests.benchmarks.rankings.additive import Scores
 from tests.benchmarks.rankings.cost import Cost

@@ -1,0 +1,247 @@
+"""Calibrated weights of a model: gather Gram matrices, round, and leave finished units.
+
+A unit is the linears that read one tensor, numbered in execution order: their weights, as a file of 4-bit
+weights, and a row each in a unit of the stage "calibration", which is written last. No unit needs another, so
+that neither their order nor an interruption changes a weight. One process does them all: the rest of a scan
+can be shared among machines, this cannot. Gram matrices do not outlive their unit: they
+are large (0.8 GB for a down_proj of an 11B), so the samples run once for as many of them as fit the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+
+from qprobe.calibration.codes import Rounded, calibrate, workspace_bytes
+from qprobe.calibration.gptq import DAMPING
+from qprobe.calibration.gram import SharedInput, gathered, gram_bytes, passes, shared_inputs
+from qprobe.errors import RunError
+from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
+from qprobe.formats.nf4 import Nf4, format_from
+from qprobe.inputs.batch import Batch
+from qprobe.measure.subject import Subject
+from qprobe.options import Progress, no_progress
+from qprobe.records import CodesFile, Sample
+from qprobe.runs.damaged import lost_units
+from qprobe.runs.store import (
+    STAGE_CALIBRATION,
+    missing_units,
+    read_scan,
+    read_units,
+    update_scan,
+    write_unit,
+)
+
+APART = "it does not read the same tensor as its neighbours on every batch"
+SETTINGS = {"method": "gptq", "version": 3, "damping": DAMPING, "shrinkage": "n / (n + tokens)"}
+"""What decides the codes, beside weights and samples; part of a run's specification.
+
+Version 3 leaves out image tiles that no text attends to. Version 2 shrinks the Gram matrices by how few
+tokens they saw; version 1 did not.
+"""
+
+
+MOST_MEMORY = 4 * 2**30  # by default: more saves few passes, and rounding needs room beside it
+
+FITTED = (
+    "Sensitivities and activation errors are measured on the samples that the codes were fitted to, so they "
+    "are lower than on others; the held-out KL is not."
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What calibration needs. samples: in batches.
+
+    limit_bytes: for the Gram matrices held at once; None for `gram_room`.
+    """
+
+    subject: Subject
+    folder: Path
+    samples: Sequence[tuple[Sample, ...]]
+    limit_bytes: int | None = None
+    progress: Progress = no_progress
+
+    @property
+    def batches(self) -> Iterator[Batch]:
+        """The samples as the model reads them, on its device, one batch at a time."""
+        return (self.subject.encode(group) for group in self.samples)
+
+    @property
+    def format(self) -> Nf4:
+        return format_from(read_scan(self.folder).format)
+
+
+def check_limit(subject: Subject) -> None:
+    """Raises MachineError if the memory limit has no room for the widest layer's Gram matrix and rounding."""
+    if subject.limit is None:
+        return
+    widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
+    work = gram_bytes(widest.in_features, subject.reference.device) + rounding_bytes(*widest.shape)
+    subject.limit.check(work, f"calibrating {widest.name}")
+
+
+def rounding_bytes(out_features: int, in_features: int) -> int:
+    """What rounding holds at most beside the Gram matrix, with the 16-bit weights, which may be streamed."""
+    return workspace_bytes(out_features, in_features) + 2 * out_features * in_features
+
+
+def gram_room(work: Work, inputs: Sequence[SharedInput]) -> int:
+    """Bytes for Gram matrices: what a memory limit leaves, or a quarter of what is free, beside rounding.
+
+    The quarter is `MOST_MEMORY` at most; of several devices the fullest one counts. inputs: all there are;
+    `shared_inputs` has run. Raises MachineError if the largest matrix does not fit.
+    """
+    subject, device = work.subject, work.subject.reference.device
+    outputs = {one: sum(subject.modules[name].out_features for name in one.names) for one in inputs}
+    rounding = max((rounding_bytes(out, one.in_features) for one, out in outputs.items()), default=0)
+    if subject.limit is None:
+        free = min(free_memory(place) for place in subject.reference.devices)
+        return min(free // 4, MOST_MEMORY, max(0, free - rounding))
+    # Samples run while matrices are summed, weights are rounded afterwards. A quarter more for float32.
+    beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding)
+    largest = max((gram_bytes(one.in_features, device) for one in inputs), default=0)
+    subject.limit.check_room(beside + largest, "calibration")
+    return subject.limit.left_bytes - beside
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give, with those that PyTorch holds on a GPU but does not use."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def calibrate_model(work: Work) -> None:
+    """Calibrate every linear that is quantized, and put the weights in place in `work.subject.round_trips`.
+
+    Finished units are not done again; of one that was lost since only what was measured is, while the weights
+    that are named stay. Leaves FOLDER/nf4-calibrated.safetensors, named with its hash in
+    scan.json. Raises ManifestError if such a file is named already but is gone or changed, or if a new one
+    does not read back; that one is not named, so that the same command joins the units again.
+    """
+    named = read_scan(work.folder).codes
+    if named and (lost := lost_units(work.folder, STAGE_CALIBRATION)):
+        calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
+    codes = named or _calibrated(work)
+    with open_codes(checked(codes, work.folder)) as file:
+        for name in sorted(file.layers):
+            packed = file.stored(name, work.subject.device_of(name)).packed()
+            work.subject.round_trips.put(name, packed)
+    # Only now that the joined file was read whole is it named, and are the units' own files not needed.
+    if named is None:
+        update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
+    for left in (work.folder / "units").glob(f"{STAGE_CALIBRATION}-*.safetensors"):
+        left.unlink(missing_ok=True)
+
+
+def _calibrated(work: Work) -> CodesFile:
+    """The weights of all units in one file, once those that are missing are done."""
+    inputs = shared_inputs(work.subject, work.batches)
+    calibrate_units(work, inputs, unfinished(work.folder, len(inputs)))
+    return _joined(work.folder, len(inputs))
+
+
+def unfinished(folder: Path, count: int) -> list[int]:
+    """The numbers of the units, of `count`, that are to be done."""
+    missing = set(missing_units(folder, STAGE_CALIBRATION, count))
+    return [unit for unit in range(count) if unit in missing or not codes_unit(folder, unit).exists()]
+
+
+def codes_unit(folder: Path, unit: int) -> Path:
+    """The file with the weights of unit number `unit`."""
+    return Path(folder) / "units" / f"{STAGE_CALIBRATION}-{unit:05d}.safetensors"
+
+
+def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[int]) -> None:
+    """Finish the `units` of `inputs` (from `shared_inputs`, all of them), as many at once as fit."""
+    numbers = {inputs[unit].leader: unit for unit in units}
+    limit = gram_room(work, inputs) if work.limit_bytes is None else work.limit_bytes
+    parts = passes([inputs[unit] for unit in numbers.values()], limit, work.subject.reference.device)
+    step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
+    for part in parts:
+        gathering = gathered(work.subject, part, work.batches, step)
+        for one in part:
+            gram = gathering.grams.pop(one.leader)
+            with work.subject.running(f"round {one.leader}"):  # a kind of its own: no weight stays meanwhile
+                _finish(work, one, gram.total, gram.tokens, gathering.apart, numbers[one.leader])
+            del gram
+            step()
+
+
+def _steps(progress: Progress, total: int) -> Callable[[], None]:
+    """A function that reports one more step of `total` whenever it is called."""
+    done = iter(range(1, total + 1))
+    return lambda: progress("calibrate", next(done), total)
+
+
+def _finish(
+    work: Work, one: SharedInput, total: torch.Tensor, tokens: int, apart: set[str], unit: int
+) -> None:
+    """Round the weights of one shared input and write the unit."""
+    weights = {name: work.subject.round_trips.own(name) for name in one.names if name not in apart}
+    found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
+    with torch.no_grad():
+        found |= dict(
+            zip(weights, calibrate(list(weights.values()), total, tokens, work.format), strict=True)
+        )
+    stored = {name: result.stored for name, result in found.items() if result.stored is not None}
+    try:
+        write_codes(codes_unit(work.folder, unit), stored)
+    except OSError as error:
+        raise _cannot_write(codes_unit(work.folder, unit), error) from error
+    write_unit(work.folder, STAGE_CALIBRATION, unit, _rows(found, tokens))
+
+
+def _rows(found: dict[str, Rounded], tokens: int) -> pd.DataFrame:
+    """Columns of the unit stage "calibration"."""
+    rows: list[tuple[Any, ...]] = [
+        (name, tokens, _or_nan(one.error), _or_nan(one.damping), one.why) for name, one in found.items()
+    ]
+    return pd.DataFrame(rows, columns=pd.Index(["layer", "tokens", "error", "damping", "why"]))
+
+
+def _or_nan(value: float | None) -> float:
+    return nan if value is None else value
+
+
+def _joined(folder: Path, units: int) -> CodesFile:
+    """All units' weights in one file."""
+    path = Path(folder) / FILE_NAME
+    try:
+        join_codes(path, [codes_unit(folder, unit) for unit in range(units)])
+        return CodesFile(FILE_NAME, sha256_of(path))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
+    )
+
+
+def calibration_notes(folder: Path) -> tuple[str, ...]:
+    """A sentence on the layers that are rounded to nearest after all, by reason; none if there are none."""
+    rows = read_units(folder, STAGE_CALIBRATION)
+    scan = read_scan(folder)
+    never = {x.name for x in scan.inventory.layers if not x.fixed} - set(rows["layer"])
+    reasons: dict[str, list[str]] = {}
+    for name, why in zip(rows["layer"].tolist(), rows["why"].tolist(), strict=True):
+        if why:
+            reasons.setdefault(why, []).append(name)
+    if never:
+        reasons["it never ran on these samples"] = sorted(never)
+    return tuple(
+        f"{len(names)} layer{'s are' if len(names) > 1 else ' is'} rounded to nearest only ({why}): "
+        f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}."
+        for why, names in reasons.items()
+    )

@@ -1,0 +1,202 @@
+"""Gram matrices X^T X of what linears read, summed over the tokens of samples.
+
+They are sums over tokens, so that sums of parts of the samples add up to those of all. Linears that read the
+same tensor (q/k/v, gate/up, every cross-attention's k and v) share one matrix. Padding does not count: of
+texts, and of images where the model leaves it out (see `tiles_that_count`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprobe.inputs.batch import PAD, Batch
+from qprobe.measure.hooks import replaced_forwards
+from qprobe.measure.outputs import run_model
+from qprobe.measure.roundtrips import RoundTrips
+from qprobe.measure.subject import Subject
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Linears that read one tensor, in the order in which they run."""
+
+    names: tuple[str, ...]
+    in_features: int
+
+    @property
+    def leader(self) -> str:
+        """The linear whose input is summed."""
+        return self.names[0]
+
+
+def gram_dtype(device: torch.device) -> torch.dtype:
+    """Sums over batches are kept in float64 on the CPU, where that costs little, else in float32."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def gram_bytes(in_features: int, device: torch.device) -> int:
+    """Bytes of one Gram matrix while it is summed."""
+    return in_features**2 * gram_dtype(device).itemsize
+
+
+@dataclass
+class Gram:
+    """The sum over the tokens seen so far. total: (in_features, in_features)."""
+
+    total: Tensor
+    tokens: int = 0
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        """Add the tokens of `x` (..., in_features); mask: (tokens,) on the CPU, True for those that count."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if mask is not None:
+            rows = torch.where(mask.to(rows.device)[:, None], rows, 0.0)
+        self.tokens += len(rows) if mask is None else int(mask.sum())
+        if self.total.dtype == rows.dtype:
+            self.total.addmm_(rows.T, rows)
+        else:
+            self.total += rows.T @ rows
+
+
+def shared_inputs(subject: Subject, batches: Iterable[Batch]) -> list[SharedInput]:
+    """The quantized linears that run on the batches, by what they read, in execution order.
+
+    Batches are run until every linear was seen, or all are.
+    """
+    survey = _Survey(subject.quantized, subject.round_trips)
+    for batch in batches:
+        with subject.running("survey", batch.elements):
+            _run(subject, batch, survey.forward)
+        if len(survey.leaders) == len(subject.quantized):
+            break
+    members: dict[str, list[str]] = {}
+    for name, leader in survey.leaders.items():
+        members.setdefault(leader, []).append(name)
+    return [SharedInput(tuple(names), subject.modules[names[0]].in_features) for names in members.values()]
+
+
+@dataclass
+class _Survey:
+    """Notes of each linear the first one that read the same tensor."""
+
+    wanted: frozenset[str]
+    round_trips: RoundTrips
+    leaders: dict[str, str] = field(default_factory=dict)
+    inputs: list[tuple[Any, int, str]] = field(default_factory=list)  # weak reference, version, leader
+
+    def forward(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
+        if name in self.wanted and name not in self.leaders:
+            self.inputs = [one for one in self.inputs if one[0]() is not None]
+            same = (n for seen, version, n in self.inputs if seen() is x and version == x._version)
+            self.leaders[name] = leader = next(same, name)
+            if leader == name:
+                self.inputs.append((ref(x), x._version, name))
+        return F.linear(x, self.round_trips.own(name), module.bias)
+
+
+@dataclass
+class Gathering:
+    """Sums the Gram matrices of some shared inputs over batches.
+
+    apart: linears that on some batch did not read what their leader reads, so that its sum is not theirs.
+    """
+
+    subject: Subject
+    inputs: Sequence[SharedInput]
+    grams: dict[str, Gram] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.subject.limit is not None:
+            self.subject.limit.store.allow(0)
+        self._leaders = {name: one.leader for one in self.inputs for name in one.names}
+        self._read: dict[str, Any] = {}
+        for one in self.inputs:
+            size, device = (one.in_features, one.in_features), self.subject.device_of(one.leader)
+            self.grams[one.leader] = Gram(torch.zeros(size, dtype=gram_dtype(device), device=device))
+
+    def add(self, batch: Batch) -> None:
+        """Run the 16-bit model on `batch` and add what the linears read."""
+        tiles = tiles_that_count(batch)
+
+        def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+            leader = self._leaders.get(name)
+            if leader == name:
+                self.grams[name].add(x, self._mask(name, x, batch, tiles))
+                self._read[name] = ref(x)
+            elif leader is not None:
+                read = self._read.get(leader)
+                if read is None or read() is not x:
+                    self.apart.add(name)
+            return F.linear(x, self.subject.round_trips.own(name), module.bias)
+
+        # Each set of matrices is a kind of work of its own: what it leaves to weights differs.
+        with self.subject.running(f"gram {self.inputs[0].leader}", batch.elements):
+            _run(self.subject, batch, forward)
+
+    def _mask(self, name: str, x: Tensor, batch: Batch, tiles: Tensor | None) -> Tensor | None:
+        """(tokens,) on the CPU, False for what pads texts or images; None where all count."""
+        tokens = x.numel() // x.shape[-1]
+        layer = self.subject.layers[name]
+        if layer.reads == "text":
+            mask = (batch.kinds != PAD).reshape(-1)
+            return mask if tokens == len(mask) and not bool(mask.all()) else None
+        if tiles is None or layer.tower == "vision" or tokens % len(tiles):
+            return None
+        return tiles.repeat_interleave(tokens // len(tiles))
+
+
+def tiles_that_count(batch: Batch) -> Tensor | None:
+    """(tiles of all images,) on the CPU, False for those that no text token attends to; None where all count.
+
+    Known where the model takes a mask of whole tiles (Mllama's `cross_attention_mask`). What the projector
+    and the keys and values of cross-attention read of other tiles reaches nothing, so it does not count.
+    Within the vision tower all counts, since Mllama masks padding there from other padding only: the tokens
+    of an image attend to it. Padding of models that mask single pixels or patches is not told apart.
+    """
+    mask = batch.inputs.get("cross_attention_mask")
+    if mask is None or mask.dim() != 4:  # (samples, text tokens, images, tiles)
+        return None
+    tiles = mask.bool().any(dim=1).reshape(-1).cpu()
+    return None if bool(tiles.all()) else tiles
+
+
+def _run(subject: Subject, batch: Batch, forward: Callable[[str, nn.Linear, Tensor], Tensor]) -> None:
+    # Not in inference mode: there tensors have no version, which tells a tensor changed in place.
+    with torch.no_grad(), replaced_forwards(subject.modules, forward):
+        run_model(subject.model, batch)
+
+
+def passes(inputs: Sequence[SharedInput], limit_bytes: int, device: torch.device) -> list[list[SharedInput]]:
+    """`inputs` cut into runs whose Gram matrices fit `limit_bytes` together; never less than one."""
+    parts: list[list[SharedInput]] = []
+    room = 0
+    for one in inputs:
+        size = gram_bytes(one.in_features, device)
+        if not parts or size > room:
+            parts.append([])
+            room = limit_bytes
+        parts[-1].append(one)
+        room -= size
+    return parts
+
+
+def gathered(
+    subject: Subject,
+    inputs: Sequence[SharedInput],
+    batches: Iterable[Batch],
+    done: Callable[[], None] = lambda: None,
+) -> Gathering:
+    """The Gram matrices of `inputs` over all `batches`; `done` is called after each."""
+    gathering = Gathering(subject, inputs)
+    for batch in batches:
+        gathering.add(batch)
+        done()
+    return gathering

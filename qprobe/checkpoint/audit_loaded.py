@@ -1,0 +1,71 @@
+"""The part of `qprobe audit` that loads the checkpoint, as a user would, and looks at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qprobe.checkpoint.verify import verify
+from qprobe.errors import VerificationError
+from qprobe.loading.reference import load_config, model_class, pick_device, resolve
+from qprobe.manifest.manifest import Manifest
+from qprobe.system.wording import counted, is_or_are
+
+if TYPE_CHECKING:
+    from qprobe.checkpoint.audit import AuditedLayer
+
+
+def loaded_problems(
+    folder: Path, layers: Sequence[AuditedLayer], manifest: Manifest | None, device: str | None
+) -> Iterator[str]:
+    """What is wrong with the model that a plain `from_pretrained(folder)` gives; a sentence each.
+
+    Raises MachineError for a device that is not here, and whatever says that its memory does not suffice.
+    """
+    place = pick_device(device)
+    config = load_config(resolve(str(folder)))
+    try:
+        model = model_class(config).from_pretrained(
+            str(folder), device_map={"": place}, use_safetensors=True, dtype="auto"
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # says nothing of the checkpoint
+    except Exception as error:  # a checkpoint can be wrong in as many ways as there are model classes
+        first = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+        yield f"transformers cannot load the checkpoint: {first}."
+        return
+    modules = dict(model.named_modules())
+    wrong = [
+        f"{x.name} {problem}"
+        for x in layers
+        if (problem := _problem(modules.get(x.name), x.state)) is not None
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        yield (
+            f"{len(wrong)} of {counted(len(layers), 'linear')} {is_or_are(len(wrong))} wrong once loaded: "
+            f"{'; '.join(wrong[:3])}{more}."
+        )
+    elif manifest is not None:
+        try:
+            verify(model, manifest)
+        except VerificationError as error:
+            yield str(error)
+
+
+def _problem(module: Any, state: str) -> str | None:
+    """What is wrong with a loaded layer whose files say `state`."""
+    if not isinstance(module, nn.Linear):
+        return f"is a {type(module).__name__}"
+    from bitsandbytes.nn.modules import Linear4bit
+
+    weight: Any = module.weight
+    if isinstance(module, Linear4bit):
+        if getattr(weight, "quant_state", None) is None:
+            return f"is a Linear4bit that holds {str(weight.dtype).removeprefix('torch.')} and no quant_state"
+        return None if state == "4-bit" else f"is in 4-bit, though its files are {state}"
+    return "is in 16-bit, though its files are packed" if state == "4-bit" else None

@@ -1,0 +1,142 @@
+"""The model card of a quantized checkpoint: what it is, what was measured, how to load it."""
+
+from __future__ import annotations
+
+from qprobe.exports.shared import yaml
+from qprobe.manifest.manifest import Manifest
+from qprobe.system.wording import counted
+
+_TASKS = {"ImageTextToText": "image-text-to-text", "CausalLM": "text-generation"}
+
+
+def model_card(manifest: Manifest, architecture: str, made_from: str | None = None) -> str:
+    """README.md (Markdown with a YAML head) of the checkpoint of `manifest`; architecture: its model class.
+
+    Every number is the manifest's; what was not measured is said to be so. made_from: the name of the
+    weights, where they are not known to be those that were measured.
+    """
+    auto = _auto_class(architecture)
+    name = made_from or manifest.model.id
+    parts = [
+        f"---\n{_head(manifest, name, auto)}---",
+        f"# {name.rpartition('/')[2]}, dynamic 4-bit",
+        _summary(manifest, made_from),
+        "## Measured",
+        *([_elsewhere(manifest, made_from)] if made_from and _has_figures(manifest) else []),
+        _quality(manifest, made_from),
+        *([_compared(manifest)] if manifest.compared else []),
+        "## Use",
+        _usage(auto),
+        "## Layers in 16-bit",
+        _kept(manifest),
+        f"Made by qprobe {manifest.made_by.qprobe} (`{manifest.made_by.command}`, {manifest.made_by.time}). "
+        f"`skiplist.json` in this folder is the manifest: every layer, its precision and its bytes. "
+        f"The licence is that of the model it was made from.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _auto_class(architecture: str) -> str:
+    """The last words of the auto class that loads `architecture`; "" for a model without a head."""
+    from transformers.models.auto import modeling_auto
+
+    for name, names in (
+        ("ImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("CausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if architecture in names.values():
+            return name
+    return ""
+
+
+def _head(manifest: Manifest, name: str, auto: str) -> str:
+    values: dict[str, object] = {"library_name": "transformers"}
+    if "/" in name:  # only a name on the hub may stand there
+        values["base_model"] = name
+    if auto:
+        values["pipeline_tag"] = _TASKS[auto]
+    return yaml({**values, "tags": ["qprobe", "bitsandbytes", "4-bit", manifest.format.name, "qlora"]})
+
+
+def _summary(manifest: Manifest, made_from: str | None) -> str:
+    kept, total = len(manifest.skip_modules), len(manifest.layers)
+    at = f" at revision `{manifest.model.revision}`" if manifest.model.revision and not made_from else ""
+    double = "with" if manifest.format.double_quant else "without"
+    return (
+        f"`{made_from or manifest.model.id}`{at} in bitsandbytes {manifest.format.name.upper()} (blocks of "
+        f"{manifest.format.blocksize}, {double} double quantization, computing in "
+        f"{manifest.format.compute_dtype}): {total - kept} of {counted(total, 'linear layer')} in 4-bit, "
+        f"{kept} in 16-bit."
+    )
+
+
+def _has_figures(manifest: Manifest) -> bool:
+    quality = manifest.quality
+    return bool(manifest.compared) or any(
+        x is not None for x in (quality.kl_standard_4bit, quality.kl_dynamic, quality.kl_predicted)
+    )
+
+
+def _elsewhere(manifest: Manifest, made_from: str) -> str:
+    """That the figures need not be those of this checkpoint."""
+    what = f"`{made_from}`" if made_from != manifest.model.id else "a folder of that name"
+    return (
+        f"**These figures were measured on the weights of `{manifest.model.id}` that were scanned.** This "
+        f"checkpoint was made from {what}, passed as --model; that the weights are the same was not checked. "
+        "`qprobe compare` with the same --model measures them."
+    )
+
+
+def _quality(manifest: Manifest, made_from: str | None) -> str:
+    quality, budget = manifest.quality, manifest.budget
+    rows = [
+        ("standard 4-bit", budget.standard_4bit_bytes, quality.kl_standard_4bit),
+        ("**this model**" if made_from is None else "this list", budget.total_bytes, quality.kl_dynamic),
+    ]
+    lines = [f"| {name} | {size:,} | {_number(kl)} |" for name, size, kl in rows]
+    where = (
+        f"KL divergence to the 16-bit model on {counted(quality.samples, 'held-out sample')}, nats per "
+        f"answer token."
+        if quality.samples
+        else "The KL divergence to the 16-bit model was not measured for this list."
+    )
+    table = "\n".join(["| model | bytes | KL |", "|---|---|---|", *lines])
+    return f"{table}\n\n{where} Bytes include the quantization state."
+
+
+def _compared(manifest: Manifest) -> str:
+    lines = [
+        f"| {x.name}{' (chosen)' if x.chosen else ''} | {x.total_bytes:,} | {_number(x.kl, x.kl_se)} |"
+        for x in manifest.compared
+    ]
+    head = "Lists that were measured on the same samples:"
+    return "\n".join([head, "", "| list | bytes | KL ± standard error |", "|---|---|---|", *lines])
+
+
+def _number(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.1g}"
+
+
+def _usage(auto: str) -> str:
+    name = f"AutoModel{'For' if auto else ''}{auto}"
+    return (
+        f"```python\nfrom transformers import {name}, AutoProcessor\n\n"
+        f'model = {name}.from_pretrained("path/to/this/folder")\n'
+        f'processor = AutoProcessor.from_pretrained("path/to/this/folder")\n```\n\n'
+        "It needs transformers 5 and bitsandbytes, not qprobe. Pass no `quantization_config` of your own: "
+        "the list of layers lies in this folder's config. For training, "
+        "`peft.prepare_model_for_kbit_training` would turn everything in 16-bit into float32; "
+        '`qprobe.load_dynamic_4bit("skiplist.json", for_training=True)` does not. On CPUs with AVX512-BF16 '
+        "bitsandbytes repacks 4-bit layers on their first forward and rounds their scales to bf16, so "
+        "answers may differ there by a rounding."
+    )
+
+
+def _kept(manifest: Manifest) -> str:
+    reasons = {x.name: x.reason for x in manifest.layers}
+    if not manifest.skip_modules:
+        return "None."
+    lines = [f"- `{name}`: {reasons[name]}" for name in manifest.skip_modules]
+    return "\n".join(lines)

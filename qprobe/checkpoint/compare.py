@@ -1,0 +1,291 @@
+"""16-bit, standard 4-bit and dynamic 4-bit side by side on the same held-out samples.
+
+The three models are loaded one after another; of the 16-bit one only its answers and the logits of
+its answer tokens stay, on the CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qprobe.checkpoint.load import check_model, codes_of, load_dynamic_4bit, load_standard_4bit, with_dtype
+from qprobe.checkpoint.storage import StoredBytes, stored_bytes
+from qprobe.data.sampling import Wanted, choose_samples
+from qprobe.errors import ModelError, QprobeError
+from qprobe.inputs.answers import answered
+from qprobe.inputs.batch import batches, encode, image_token_id, tokenizer_of
+from qprobe.loading.inventory import has_language_head
+from qprobe.loading.log_filters import quiet_models
+from qprobe.loading.reference import load_reference, one_device
+from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.measure.kl import KlSums, answer_logits, kl_sums
+from qprobe.options import CompareOptions, Progress, no_progress
+from qprobe.records import CALIBRATED, FormatSpec, Sample
+from qprobe.runs.statistics import ratio_se
+from qprobe.system.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison; shares are 0 to 1, None is what does not apply.
+
+    kl: nats per answer token to the 16-bit model; kl_se: its standard error over samples.
+    top1_agreement: share of answer tokens with the same most probable token.
+    answer_agreement: share of samples with exactly the 16-bit model's greedy answer.
+    facts: share of the samples' facts that the greedy answers state.
+    """
+
+    name: str
+    parameter_bytes: int
+    total_bytes: int
+    kl: float | None
+    kl_se: float | None
+    top1_agreement: float | None
+    answer_agreement: float
+    facts: float | None
+
+
+@dataclass(frozen=True)
+class ComparedSample:
+    """The greedy answers to one prompt; answers: row name -> text."""
+
+    id: str
+    prompt: str
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; notes are sentences a reader must see (skipped files)."""
+
+    rows: tuple[Row, ...]
+    samples: tuple[ComparedSample, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `compare --json`: rows and samples."""
+        return {"rows": [asdict(row) for row in self.rows], "samples": [asdict(s) for s in self.samples]}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one model did: its bytes, its greedy answers, its KL sums by sample, all in sample order."""
+
+    stored: StoredBytes
+    answers: list[str]
+    sums: list[KlSums]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What every model is put through: the same samples in the same batches.
+
+    samples: their answers are those whose tokens count. groups: indices of the samples of each batch.
+    logits: the 16-bit model's for each sample, (answer tokens, vocabulary) on the CPU.
+    """
+
+    samples: tuple[Sample, ...]
+    groups: list[list[int]]
+    logits: list[Tensor]
+
+
+@quiet_models()
+def compare(options: CompareOptions, progress: Progress = no_progress) -> Comparison:
+    """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
+
+    Where the manifest lies in a run folder, the result is left there as compare.json, for the report.
+    Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
+    usable, QprobeError for a model without a language head.
+    """
+    manifest = read_manifest(options.manifest)
+    blueprint = check_model(manifest, options.model)
+    if not has_language_head(blueprint.skeleton):
+        raise QprobeError(
+            f"{manifest.model.id} ({manifest.model.architecture}) has no language head, so there are no "
+            f"answers to compare. The layer table of its scan shows weight and activation error."
+        )
+    model, revision = options.model or manifest.model.id, blueprint.source.revision
+    spec = with_dtype(manifest.format, options.dtype)
+    course, reference, notes = _run_reference(manifest, model, revision, spec, options, progress)
+    loaders = _loaders(manifest, model, revision, spec, options)
+    trials = {"16-bit": reference}
+    for name, load in loaders.items():
+        _free_memory()
+        trials[name] = _run(load, course, options, partial(_staged, progress, name))
+    comparison = Comparison(
+        rows=tuple(_row(name, trial, reference, course.samples) for name, trial in trials.items()),
+        samples=tuple(
+            ComparedSample(s.id, s.prompt, {name: trial.answers[i] for name, trial in trials.items()})
+            for i, s in enumerate(course.samples)
+        ),
+        notes=notes,
+    )
+    return replace(comparison, notes=(*notes, *keep(comparison, manifest, Path(options.manifest).parent)))
+
+
+def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str, ...]:
+    """Leave `comparison` as FOLDER/compare.json if `folder` is a run folder, see `qprobe.report.comparison`.
+
+    A note if the disk refuses: what was measured is worth more than an error.
+    """
+    if not (folder / "scan.json").is_file():
+        return ()
+    kept = {"skip_modules": list(manifest.skip_modules), **comparison.to_json()}
+    try:
+        write_atomic(
+            folder / "compare.json", (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+    except OSError as error:
+        return (f"{folder / 'compare.json'} cannot be written ({error.strerror}); the report lacks it.",)
+    return ()
+
+
+def _loaders(
+    manifest: Manifest, model: str, revision: str | None, spec: FormatSpec, options: CompareOptions
+) -> dict[str, Callable[[], tuple[Any, Any]]]:
+    """What loads the 4-bit models, by row name.
+
+    Of a manifest of calibrated weights also those weights with nothing kept, and, as "dynamic-nf4", its list
+    with weights that are rounded to nearest.
+    """
+    folder = options.manifest.parent
+    device = one_device(options.device)  # the 4-bit models are a quarter as large
+    standard = partial(load_standard_4bit, model, spec, device, revision)
+    dynamic = partial(load_dynamic_4bit, manifest, model, device, spec.compute_dtype, folder)
+    if manifest.codes is None:
+        return {"nf4": standard, "dynamic": dynamic}
+    plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
+    return {
+        "nf4": standard,
+        CALIBRATED: partial(standard, codes_of(manifest, folder)),
+        "dynamic-nf4": partial(load_dynamic_4bit, plain, model, device, spec.compute_dtype),
+        "dynamic": dynamic,
+    }
+
+
+def _staged(progress: Progress, name: str, stage: str, done: int, total: int) -> None:
+    """Reports the two stages of one model, "answers" and "kl", as one."""
+    progress(name, done + (total if stage == "kl" else 0), 2 * total)
+
+
+def _free_memory() -> None:
+    """Gives back what the last model held, before the next one loads."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _run_reference(
+    manifest: Manifest,
+    model: str,
+    revision: str | None,
+    spec: FormatSpec,
+    options: CompareOptions,
+    progress: Progress,
+) -> tuple[Course, Trial, tuple[str, ...]]:
+    """The course that the 16-bit model sets, its own trial, and notes on the samples."""
+    reference = load_reference(model, options.device, spec.compute_dtype, revision)
+    if reference.processor is None:
+        raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
+    reads_images = tokenizer_of(reference.processor) is not reference.processor
+    wanted = Wanted(options.images, options.data, options.prompt, options.samples, options.seed)
+    chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare")
+    report = partial(_staged, progress, "16-bit")
+    own = _answers(reference.model, reference.processor, chosen.samples, options, report)
+    samples = tuple(
+        mine if given.answer is None else given for given, mine in zip(chosen.samples, own, strict=True)
+    )
+    index = {id(sample): i for i, sample in enumerate(samples)}
+    parts = batches(reference.processor, samples, options.batch_size)
+    groups = [[index[id(sample)] for sample in part] for part in parts]
+    logits: dict[int, Tensor] = {}
+    for group, rows in _logits(reference.model, reference.processor, samples, groups):
+        logits.update(zip(group, (_compact(x, reference.model.dtype) for x in rows), strict=True))
+        report("kl", len(logits), len(samples))
+    course = Course(samples, groups, [logits[i] for i in range(len(samples))])
+    sums = [KlSums(0.0, len(x), len(x)) for x in course.logits]
+    trial = Trial(stored_bytes(reference.model), [s.answer or "" for s in own], sums)
+    return course, trial, chosen.skipped
+
+
+def _run(
+    load: Callable[[], tuple[Any, Any]], course: Course, options: CompareOptions, report: Progress
+) -> Trial:
+    """The trial of the model that `load` gives; the model is gone afterwards."""
+    model, processor = load()
+    stored = stored_bytes(model)
+    own = _answers(model, processor, course.samples, options, report)
+    sums: dict[int, KlSums] = {}
+    for group, rows in _logits(model, processor, course.samples, course.groups):
+        reference = [course.logits[i].float() for i in group]
+        sums.update(zip(group, kl_sums(reference, rows), strict=True))
+        report("kl", len(sums), len(course.samples))
+    return Trial(stored, [s.answer or "" for s in own], [sums[i] for i in range(len(course.samples))])
+
+
+def _answers(
+    model: Any, processor: Any, samples: Sequence[Sample], options: CompareOptions, report: Progress
+) -> list[Sample]:
+    """`samples` with the model's own greedy answers."""
+    return answered(model, processor, samples, options.max_new_tokens, options.batch_size, report)
+
+
+@torch.inference_mode()
+def _logits(
+    model: Any, processor: Any, samples: Sequence[Sample], groups: list[list[int]]
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Each batch with the logits of its samples' answer tokens, (answer tokens, vocabulary) on the CPU."""
+    for group in groups:
+        batch = encode(processor, [samples[i] for i in group], model.dtype, image_token_id(model.config))
+        yield group, [x.cpu() for x in answer_logits(model, batch.to(model.device))]
+
+
+def _compact(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """`logits` in the model's 16-bit dtype where that loses nothing: half the memory."""
+    small = logits.to(dtype)
+    return small if torch.equal(small.float(), logits) else logits
+
+
+def _row(name: str, trial: Trial, reference: Trial, samples: Sequence[Sample]) -> Row:
+    """The numbers of one model."""
+    kl, kl_se = ratio([s.kl for s in trial.sums], [s.tokens for s in trial.sums])
+    top1, _ = ratio([s.top1_agree for s in trial.sums], [s.tokens for s in trial.sums])
+    same = sum(mine == theirs for mine, theirs in zip(trial.answers, reference.answers, strict=True))
+    stated = [
+        fact.stated_in(answer)
+        for sample, answer in zip(samples, trial.answers, strict=True)
+        for fact in sample.facts
+    ]
+    return Row(
+        name=name,
+        parameter_bytes=trial.stored.parameter_bytes,
+        total_bytes=trial.stored.total_bytes,
+        kl=kl,
+        kl_se=kl_se,
+        top1_agreement=top1,
+        answer_agreement=same / len(samples),
+        facts=sum(stated) / len(stated) if stated else None,
+    )
+
+
+def ratio(values: Sequence[float], counts: Sequence[int]) -> tuple[float | None, float | None]:
+    """(sum of values / sum of counts, its standard error over samples), None where there are too few.
+
+    Samples with a count of 0 say nothing and are left out.
+    """
+    pairs = [(value, count) for value, count in zip(values, counts, strict=True) if count]
+    if not pairs:
+        return None, None
+    kept_values, kept_counts = zip(*pairs, strict=True)
+    error = ratio_se(kept_values, kept_counts)
+    return math.fsum(kept_values) / sum(kept_counts), None if math.isnan(error) else error

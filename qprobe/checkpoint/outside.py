@@ -1,0 +1,91 @@
+"""What a model holds outside its linears: every parameter and persistent buffer that 4-bit never touches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qprobe.loading.inventory import linear_modules, why_uncovered
+
+BUFFER = "a buffer that is saved with the model"
+WHY_BIAS = "a bias; bitsandbytes converts weights only"
+WHY_NORM = "a norm"
+WHY_TABLE = "an embedding table, which multiplies nothing"
+WHY_POSITIONS = "embeddings of positions or classes, which multiply nothing"
+WHY_VECTOR = "a vector or scalar, no matrix"
+WHY_CONV1D = "a Conv1D, which this tool leaves in 16-bit"
+WHY_NO_LINEAR = "a parameter of no linear layer"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """One parameter or buffer outside the listed linears, and why it keeps its precision.
+
+    bytes: as stored; 0 where its storage is counted under another name. elements: numbers in it, 0 likewise
+    and for a buffer.
+    """
+
+    name: str
+    bytes: int
+    why: str
+    elements: int
+
+    @property
+    def parameter_bytes(self) -> int:
+        """The bytes that count as parameters: none of a buffer's."""
+        return 0 if self.why == BUFFER else self.bytes
+
+
+def everything_outside(model: nn.Module) -> tuple[Outside, ...]:
+    """All that `model` holds beside the weights of `linear_modules(model)`, in module order.
+
+    The bytes sum to the inventory's other_bytes.
+    """
+    owners = {id(m.weight): name for name, m in linear_modules(model).items()}
+    listed = {f"{name}.weight" for name in owners.values()}
+    counted: dict[int, str] = {}
+    found = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in listed:
+            continue
+        key = id(parameter)
+        twin = owners.get(key) or counted.get(key)
+        if twin is not None:
+            found.append(
+                Outside(name, 0, f"{_why(model, name, parameter)}; tied to {twin}, counted there", 0)
+            )
+            continue
+        counted[key] = name
+        found.append(Outside(name, _bytes(parameter), _why(model, name, parameter), parameter.numel()))
+    return (*found, *_buffers(model))
+
+
+def _buffers(model: nn.Module) -> list[Outside]:
+    saved = set(model.state_dict(keep_vars=True))
+    return [Outside(name, _bytes(b), BUFFER, 0) for name, b in model.named_buffers() if name in saved]
+
+
+def _bytes(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _why(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    """Why this parameter stays as it is."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if "norm" in type(module).__name__.lower():
+        return WHY_NORM
+    if isinstance(module, nn.Embedding):
+        return WHY_TABLE
+    if "bias" in leaf:
+        return WHY_BIAS
+    multiplies = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    if not multiplies and parameter.numel() > 1 and ("embed" in leaf or leaf.endswith("_token")):
+        return WHY_POSITIONS
+    if parameter.dim() < 2:
+        return WHY_VECTOR
+    if type(module).__name__ == "Conv1D":  # of transformers (GPT-2): a linear with its weight transposed
+        return WHY_CONV1D
+    return why_uncovered(model, parent) or WHY_NO_LINEAR

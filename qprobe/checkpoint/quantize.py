@@ -1,0 +1,189 @@
+"""`qprobe quantize`: the model of a manifest as a checkpoint that transformers loads by itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.card import model_card
+from qprobe.checkpoint.load import load_dynamic_4bit, source_of, with_dtype
+from qprobe.checkpoint.matching import check_keys
+from qprobe.checkpoint.storage import stored_bytes
+from qprobe.errors import ManifestError, ModelError, VerificationError
+from qprobe.exports.keys import exact, exact_entries, transformers_readers
+from qprobe.loading.log_filters import quiet_models
+from qprobe.loading.reference import known
+from qprobe.manifest.manifest import Manifest, Quality, moved, read_manifest, write_manifest
+from qprobe.options import Progress, no_progress
+from qprobe.system.locks import try_lock
+
+# A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
+MAX_SHARD = "2GB"
+MANIFEST_FILE = "skiplist.json"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A checkpoint that was written. files: name -> bytes; the rest as in `StoredBytes`."""
+
+    out: Path
+    layers_4bit: int
+    layers_16bit: int
+    parameter_bytes: int
+    total_bytes: int
+    files: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `quantize --json`."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+@quiet_models()
+def quantize(
+    manifest: Manifest | str | Path,
+    out: Path | str,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    folder: Path | str | None = None,
+    progress: Progress = no_progress,
+) -> Quantized:
+    """Writes the model that `manifest` describes into the new folder `out`; `from_pretrained` loads it alone.
+
+    The weights are read one by one and kept in 4-bit. On a GPU the peak is the 4-bit model; in host memory
+    transformers reads ahead, on a fast disk most of the 16-bit model. The folder has its name only once it is
+    complete and audited; what a killed run leaves beside it, a hidden `.NAME.*.tmp`, the next one removes.
+    Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
+    or cannot be written; ManifestError if no list of entries means the same to every transformers 5.
+    """
+    target = Path(out)
+    refuse_to_overwrite(target)
+    written = _computing_in(manifest if isinstance(manifest, Manifest) else read_manifest(manifest), dtype)
+    made_from = _made_from(written, model)
+    entries = exact_entries(transformers_readers(written), str, exact)
+    progress("load in 4-bit", 0, 3)
+    loaded, processor = load_dynamic_4bit(manifest, model, device, dtype, folder)
+    four_bit = [x.name for x in written.layers if x.precision == "nf4"]
+    check_keys(loaded, entries, four_bit, written.skip_modules)
+    loaded.config.quantization_config.llm_int8_skip_modules = entries
+    progress("write", 1, 3)
+    origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
+    with new_folder(target) as place:
+        loaded.save_pretrained(place, max_shard_size=MAX_SHARD)
+        save_processor(processor, place)
+        write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
+        (place / "README.md").write_text(model_card(written, type(loaded).__name__, made_from), "utf-8")
+        progress("audit", 2, 3)
+        found = audit(place, written, manifest_folder=origin)
+        if not found.ok:
+            raise VerificationError(
+                f"The checkpoint that was written is not what its manifest lists: {found.problems[0]} "
+                f"Nothing was kept; report this with the versions that `qprobe doctor` prints."
+            )
+        files = {x.name: x.stat().st_size for x in sorted(place.iterdir())}
+    progress("done", 3, 3)
+    kept, stored = len(written.skip_modules), stored_bytes(loaded)
+    return Quantized(target, len(four_bit), kept, stored.parameter_bytes, stored.total_bytes, files)
+
+
+def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:
+    """`manifest` with another 16-bit type, and then without what was measured in its own."""
+    spec = with_dtype(manifest.format, dtype)
+    if spec == manifest.format:
+        return manifest
+    return replace(manifest, format=spec, quality=Quality(), compared=())
+
+
+def _made_from(manifest: Manifest, model: str | None) -> str | None:
+    """The name of the weights behind `model` where they need not be those that were measured, else None.
+
+    A manifest knows the model by its name and shapes. A name on the hub is the same weights; what lies in a
+    folder may be a fine-tuned copy.
+    """
+    source = source_of(manifest, model)
+    is_users_folder = Path(source.location).is_dir() and known(model or manifest.model.id) is None
+    return source.id if source.id != manifest.model.id or is_users_folder else None
+
+
+def refuse_to_overwrite(target: Path) -> None:
+    """Raises ModelError unless `target` is missing or an empty folder."""
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target} is a file, and the checkpoint is a folder. Pass a folder that is new.")
+    if target.exists() and any(target.iterdir()):
+        raise ModelError(f"{target} is there already and not empty. Pass another folder, or remove it first.")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends without an error.
+
+    After an error it is gone, and what killed processes left of earlier ones before. Raises ModelError if it
+    cannot be written or `target` got files meanwhile.
+    """
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        _remove_stale(target)
+        folder.mkdir(parents=True)
+        with _locked(folder):
+            yield folder
+            os.replace(folder, target)
+    except (OSError, SafetensorError, ManifestError) as error:  # the full disk of a shard is the second
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(
+            f"{target} cannot be written ({reason}). Make room, or pass another folder."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes temporary folders of `target` that no living process holds; where locks are unknown, none."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
+    there = target.parent.iterdir() if target.parent.is_dir() else ()
+    for folder in [x for x in there if pattern.fullmatch(x.name) and x.is_dir()]:
+        with _locked(folder) as is_free:
+            if is_free:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of `folder`, which the system lets go of when a process ends; False if it cannot."""
+    place = os.open(folder, os.O_RDONLY)
+    is_held = None
+    with suppress(OSError):  # a folder cannot be opened for writing, which some file systems ask for
+        is_held = try_lock(place)
+    try:
+        yield bool(is_held)
+    finally:
+        os.close(place)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """`processor`, a tokenizer or None, into `folder`, as transformers reads it again.
+
+    One that lacks a part, as Qwen2-VL's lacks its video half on a machine without torchvision, cannot be
+    saved whole; its parts then lie in the folder as they do in checkpoints on the hub.
+    """
+    if processor is None:
+        return
+    names = processor.get_attributes() if hasattr(processor, "get_attributes") else ()
+    parts = [getattr(processor, name, None) for name in names]
+    if None not in parts:
+        processor.save_pretrained(folder)
+        return
+    if processor.chat_template:
+        (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
+    for part in parts:
+        if part is not None:
+            part.save_pretrained(folder)

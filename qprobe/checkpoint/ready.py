@@ -1,0 +1,98 @@
+"""Making a loaded model ready for adapters, without the float32 copies that peft's preparation makes."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from qprobe.errors import ModelError
+from qprobe.exports.keys import one_pattern
+from qprobe.loading.inventory import linear_modules
+from qprobe.models.towers import VISION, tower_of
+
+
+def ready_for_training(model: Any) -> Any:
+    """`model` (16-bit or 4-bit), frozen and ready for adapters: every weight in its dtype, blocks recomputed.
+
+    Differs from `peft.prepare_model_for_kbit_training` in what costs memory and brings nothing:
+    - nothing in 16-bit becomes float32. Norms compute in float32 anyway, and in float32 they would hand
+      float32 to the 16-bit linears behind them, which refuse it.
+    - gradients are asked for at the text embeddings only, not at the vision tower's, whose activations a
+      backward pass would otherwise keep for no adapter to use. `model.enable_input_require_grads`, which
+      trainers call, does the same from now on.
+    Blocks are checkpointed without re-entry, so adapters train in the vision tower as well. Key-value
+    caching is off. Raises ModelError if the architecture cannot be checkpointed.
+    """
+    model.requires_grad_(False)
+    model.enable_input_require_grads = MethodType(_text_gradients, model)
+    # transformers 5.17 knows it by its old name only; can go with the first release required that has both.
+    recompute = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        recompute({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot recompute its blocks in the backward pass ({error}), so training "
+            f"it would need its activations whole. Load it without for_training."
+        ) from error
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
+    return model
+
+
+def lora_targets(model: nn.Module, vision: bool = False) -> str:
+    """One regular expression for `LoraConfig(target_modules=...)`: the linears of `model`, 4-bit or 16-bit.
+
+    Left out are the output head and weights tied to an embedding, and the vision tower unless `vision`. A
+    string is matched to whole names, where peft would read a list as endings and miss or hit others.
+    Raises ModelError if nothing is left.
+    """
+    four_bit = _four_bit_modules(model)
+    linears = {**linear_modules(model), **four_bit}
+    architecture = type(model).__name__
+    has_vision = any(tower_of(name, architecture, True) == VISION for name in linears)
+    shared = _shared(model)
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name in linears
+        and id(linears[name].weight) not in shared
+        and linears[name] is not _head(model)
+        and (vision or tower_of(name, architecture, has_vision) != VISION)
+    ]
+    if not names:
+        raise ModelError(
+            f"No linear layer of {architecture} is left for adapters. Pass vision=True if it only sees."
+        )
+    return one_pattern(names)
+
+
+def _four_bit_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    from bitsandbytes.nn.modules import Linear4bit
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def _head(model: Any) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one name reaches."""
+    seen: set[int] = set()
+    ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    return {x for x in ids if x in seen or seen.add(x)}
+
+
+def _text_gradients(model: Any) -> None:
+    """In place of transformers' method of this name, which asks for gradients at every tower's embeddings."""
+    embeddings = model.get_input_embeddings()
+    if getattr(model, "_require_grads_hooks", None):
+        return
+    model._require_grads_hooks = [embeddings.register_forward_hook(_require_gradient)]
+    model._require_grads_hook = model._require_grads_hooks[0]
+
+
+def _require_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+    output.requires_grad_(True)

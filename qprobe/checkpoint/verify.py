@@ -1,0 +1,179 @@
+"""Does a loaded model hold what was promised: every layer's class, dtype and quantization state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qprobe.checkpoint.storage import stored_bytes
+from qprobe.errors import VerificationError
+from qprobe.manifest.manifest import Manifest
+from qprobe.records import FormatSpec, Precision, Uncovered
+from qprobe.registry.sizes import NESTED_BLOCKSIZE, packed_bytes
+from qprobe.system.wording import counted, is_or_are
+
+SHOWN = 5  # problems that an error message spells out
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the linear `name` must be; shape is (out_features, in_features) of its weight.
+
+    in_float32: transformers keeps it so though all else is in 16-bit.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    precision: Precision
+    in_float32: bool = False
+
+
+def promised(name: str, shape: tuple[int, int], precision: Precision, nbytes: int) -> Promise:
+    """The promise of a weight that takes `nbytes`: 4 bytes a weight are float32."""
+    return Promise(name, shape, precision, in_float32=nbytes == 4 * shape[0] * shape[1])
+
+
+def promises_of(manifest: Manifest) -> list[Promise]:
+    """What the manifest says of each linear, in its order."""
+    return [promised(x.name, x.shape, x.precision, x.bytes) for x in manifest.layers]
+
+
+def verify(model: nn.Module, manifest: Manifest) -> None:
+    """Raises VerificationError unless `model`, as loaded, is exactly what `manifest` lists.
+
+    Both directions: every layer of the manifest has its class, dtype, shape and quantization state,
+    no linear of the model is missing from the manifest, uncovered weights are untouched, and the
+    stored bytes are the promised ones. For a model before adapters are put on it.
+    """
+    verify_layers(model, promises_of(manifest), manifest.uncovered, manifest.format)
+    stored = stored_bytes(model).total_bytes
+    if stored != manifest.budget.total_bytes:
+        raise VerificationError(
+            f"The model stores {stored:,} B, but its manifest promises {manifest.budget.total_bytes:,} B, "
+            f"though every layer is right. A tied weight was copied or another tensor changed its dtype; "
+            f"load the model with load_dynamic_4bit."
+        )
+
+
+def verify_layers(
+    model: nn.Module, promises: Sequence[Promise], uncovered: Sequence[Uncovered], spec: FormatSpec
+) -> None:
+    """Raises VerificationError, naming layers, unless every promise is kept and nothing else is linear."""
+    problems = [
+        *_broken_promises(model, promises, spec),
+        *_unpromised(model, {promise.name for promise in promises}),
+        *_touched(model, uncovered),
+    ]
+    if problems:
+        shown = "; ".join(problems[:SHOWN])
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise VerificationError(
+            f"{counted(len(problems), 'thing')} in the model {is_or_are(len(problems))} not what was "
+            f"promised of its {counted(len(promises), 'layer')}: {shown}{more}. Load it with "
+            f"load_dynamic_4bit, from the checkpoint and manifest of one scan."
+        )
+
+
+def _broken_promises(model: nn.Module, promises: Sequence[Promise], spec: FormatSpec) -> Iterator[str]:
+    modules = dict(model.named_modules())
+    for promise in promises:
+        module = modules.get(promise.name)
+        if module is None:
+            yield f"{promise.name} is listed, but the model has no such module"
+            continue
+        is_four_bit = promise.precision == "nf4"
+        problem = (
+            _four_bit_problem(module, promise, spec) if is_four_bit else _kept_problem(module, promise, spec)
+        )
+        if problem is not None:
+            yield f"{promise.name} {problem}"
+
+
+def _kept_problem(module: nn.Module, promise: Promise, spec: FormatSpec) -> str | None:
+    """What is wrong with a layer that must be a plain linear in 16-bit."""
+    if type(module) is not nn.Linear:
+        return f"must stay in 16-bit but is a {type(module).__name__}"
+    if type(module.weight) is not nn.Parameter:
+        return f"must stay in 16-bit but holds a {type(module.weight).__name__}"
+    wanted = torch.float32 if promise.in_float32 else getattr(torch, spec.compute_dtype)
+    if module.weight.dtype != wanted:
+        return f"is in {module.weight.dtype}, not in {wanted}"
+    if tuple(module.weight.shape) != promise.shape:
+        return f"has shape {tuple(module.weight.shape)}, not {promise.shape}"
+    return None
+
+
+def _four_bit_problem(module: nn.Module, promise: Promise, spec: FormatSpec) -> str | None:
+    """What is wrong with a layer that must be in 4-bit."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    if not isinstance(module, Linear4bit):
+        return f"must be in 4-bit but is a {type(module).__name__}"
+    weight: Any = module.weight
+    if not isinstance(weight, Params4bit):
+        return f"must be in 4-bit but holds a {type(weight).__name__} of {weight.dtype}"
+    if weight.dtype != torch.uint8:
+        return f"must be in 4-bit but holds {weight.dtype}"
+    if weight.quant_state is None:
+        return "has lost its quant_state"
+    if weight.numel() != packed_bytes(promise.shape):
+        return f"holds {weight.numel()} packed bytes, not {packed_bytes(promise.shape)}"
+    if module.compute_dtype != getattr(torch, spec.compute_dtype):
+        return f"computes in {module.compute_dtype}, not in torch.{spec.compute_dtype}"
+    return _state_problem(weight.quant_state, promise, spec)
+
+
+def _state_problem(state: Any, promise: Promise, spec: FormatSpec) -> str | None:
+    """What is wrong with the quantization state of a 4-bit layer."""
+    if getattr(state, "packing_format_for_cpu", False):
+        return "was repacked by bitsandbytes for this CPU, which rounds its absmax to bf16"
+    wanted = {
+        "quant_type": spec.quant_type,
+        "blocksize": spec.blocksize,
+        "nested": spec.double_quant,
+        "shape": promise.shape,
+        "dtype": getattr(torch, spec.compute_dtype),
+    }
+    found = {key: getattr(state, key) for key in wanted}
+    found["shape"] = tuple(found["shape"])
+    for key, value in wanted.items():
+        if found[key] != value:
+            return f"has a quantization state with {key} {found[key]}, not {value}"
+    absmax = torch.uint8 if spec.double_quant else torch.float32
+    if state.absmax.dtype != absmax:
+        return f"has its absmax in {state.absmax.dtype}, not in {absmax}"
+    if spec.double_quant and state.state2.blocksize != NESTED_BLOCKSIZE:
+        return f"has nested blocks of {state.state2.blocksize}, not {NESTED_BLOCKSIZE}"
+    return None
+
+
+def _unpromised(model: nn.Module, names: set[str]) -> Iterator[str]:
+    """Linears that nothing was promised about, though 4-bit loading converts or converted them."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    inside_attention = {
+        id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()
+    }
+    for name, module in model.named_modules():
+        if name in names:
+            continue
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            yield f"{name} is a {type(module).__name__} but not listed"
+        elif type(module) is nn.Linear and id(module) not in inside_attention:
+            yield f"{name} is a linear but not listed"
+
+
+def _touched(model: nn.Module, uncovered: Sequence[Uncovered]) -> Iterator[str]:
+    """Weights that 4-bit loading must leave alone but that are gone or changed."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for weight in uncovered:
+        parameter = parameters.get(weight.name)
+        if parameter is None:
+            yield f"{weight.name} must be left alone, but the model has no such parameter"
+        elif not parameter.dtype.is_floating_point or parameter.nbytes != weight.bytes:
+            found = f"{parameter.nbytes} B of {parameter.dtype}"
+            yield f"{weight.name} must be left alone in {weight.bytes} B, but is {found}"

@@ -1,0 +1,149 @@
+"""Every linear of a loaded model (on any device, also meta), and the bytes around them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from torch import nn
+
+from qprobe.loading.names import checkpoint_names
+from qprobe.models.towers import VISION, group_of, reads_vision, tower_of
+from qprobe.records import FormatSpec, Inventory, Linear, Uncovered
+from qprobe.registry.sizes import four_bit_bytes, sixteen_bit_bytes
+
+WHY_SUBCLASS = "a subclass of nn.Linear; transformers converts exact nn.Linear modules only"
+WHY_ATTENTION = "inside nn.MultiheadAttention, which reads its weights directly"
+WHY_CONV = "a convolution; bitsandbytes converts nn.Linear only"
+FLOAT32 = "kept in float32 by transformers"
+WHY_FUSED = "a fused weight outside any nn.Linear (for example stacked experts)"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the model's class name and of every parameter's name, shape and dtype.
+
+    Values do not enter it; a model on the meta device has the fingerprint of its loaded twin.
+    """
+    sha = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        sha.update(f"\n{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+    return sha.hexdigest()
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    """The modules that 4-bit loading can convert, by name, in module order."""
+    inside_attention = {
+        id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()
+    }
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and id(module) not in inside_attention
+    }
+
+
+def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
+    """The inventory of `model` under `spec`, in module order.
+
+    The output embedding ("lm_head"), weights that share storage with another parameter ("tied") and what
+    transformers never converts (`never_converted`, FLOAT32) are fixed. Every parameter is assumed to be
+    stored in its own dtype; weights of linears in 16-bit, but for the last of these.
+    """
+    modules = linear_modules(model)
+    names = frozenset(modules)
+    unconverted = never_converted(model, names)
+    in_files = checkpoint_names(model, tuple(modules))
+    architecture = type(model).__name__
+    has_vision = any(tower_of(n, architecture, True) == VISION for n in names)
+    shared = _shared_storage(model)
+    head = _output_embedding(model)
+    layers = []
+    for name, module in modules.items():
+        shape = (module.out_features, module.in_features)
+        tower = tower_of(name, architecture, has_vision)
+        fixed = FLOAT32 if name in unconverted else None
+        if module is head or id(module.weight) in shared:
+            fixed = "tied" if id(module.weight) in shared else "lm_head"
+        layers.append(
+            Linear(
+                name=name,
+                checkpoint_name=in_files[name],
+                tower=tower,
+                group=group_of(name, names, tower),
+                shape=shape,
+                nf4_bytes=four_bit_bytes(shape, spec.blocksize, spec.double_quant),
+                bf16_bytes=module.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),
+                fixed=fixed,
+                reads="vision" if reads_vision(name, architecture, tower) else "text",
+            )
+        )
+    weights = {id(m.weight) for m in modules.values()}
+    return Inventory(tuple(layers), _uncovered(model, modules), _other_bytes(model, weights))
+
+
+def never_converted(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
+    """Those of the linears `names` that 4-bit loading leaves alone whatever a skip-list says.
+
+    transformers adds the patterns of `_keep_in_fp32_modules` to every skip-list. It keeps what they name in
+    float32 where the rest of the model is in fp16; in bf16 it is in bf16 as well, but still never in 4-bit.
+    """
+    patterns: list[str] = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not patterns:
+        return frozenset()
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return frozenset(name for name in names if not should_convert_module(name, patterns))
+
+
+def _shared_storage(model: nn.Module) -> set[int]:
+    """Ids of parameters that several names reach."""
+    seen: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, times in seen.items() if times > 1}
+
+
+def _other_bytes(model: nn.Module, weights: set[int]) -> int:
+    """Bytes of parameters that are no weight of a listed linear, and of persistent buffers."""
+    parameters = {id(p): p for p in model.parameters() if id(p) not in weights}
+    names = set(model.state_dict(keep_vars=True))
+    buffers = {id(b): b for n, b in model.named_buffers() if n in names}
+    return sum(t.numel() * t.element_size() for t in (*parameters.values(), *buffers.values()))
+
+
+def _uncovered(model: nn.Module, covered: dict[str, nn.Linear]) -> tuple[Uncovered, ...]:
+    found = []
+    owners = {f"{name}.weight" for name in covered}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or name in owners:
+            continue
+        parent_name, _, _ = name.rpartition(".")
+        why = why_uncovered(model, parent_name)
+        if why is not None:
+            found.append(Uncovered(name, parameter.numel() * parameter.element_size(), why))
+    return tuple(found)
+
+
+def why_uncovered(model: nn.Module, parent_name: str) -> str | None:
+    """Why the matrix of this module stays in 16-bit; None for tables that multiply nothing."""
+    parent = model.get_submodule(parent_name)
+    grandparent = model.get_submodule(parent_name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention) or isinstance(grandparent, nn.MultiheadAttention):
+        return WHY_ATTENTION
+    if isinstance(parent, nn.Linear):
+        return WHY_SUBCLASS
+    if isinstance(parent, nn.modules.conv._ConvNd):
+        return WHY_CONV
+    is_table = isinstance(parent, nn.Embedding) or "embed" in type(parent).__name__.lower()
+    return None if is_table or "norm" in type(parent).__name__.lower() else WHY_FUSED
+
+
+def has_language_head(model: nn.Module) -> bool:
+    """True if the model turns hidden states into token logits."""
+    return _output_embedding(model) is not None
+
+
+def _output_embedding(model: Any) -> nn.Module | None:
+    """The layer that turns hidden states into token logits; None for a model without one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if isinstance(head, nn.Module) else None

@@ -1,0 +1,77 @@
+"""The weights of a model's linears where they lie in its files, found without loading the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qprobe.errors import ModelError
+from qprobe.loading.names import checkpoint_names
+from qprobe.loading.reference import Source
+from qprobe.models.headers import StoredTensor, stored_weight
+from qprobe.models.spellings import spellings
+from qprobe.records import Inventory
+
+
+def checkpoint_folder(source: Source) -> Path:
+    """The folder with the files of `source`; from the hub, its safetensors and JSON files are fetched.
+
+    Raises ModelError if they cannot be had.
+    """
+    if Path(source.location).is_dir():
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            source.location, revision=source.revision, allow_patterns=["*.safetensors", "*.json"]
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"The files of {source.id!r} cannot be had: {first} Check the network, or pass a local folder."
+        ) from error
+    return Path(found)
+
+
+def weight_names(
+    model: nn.Module, inventory: Inventory, tensors: Mapping[str, StoredTensor]
+) -> dict[str, str | None]:
+    """For each linear the name of its weight among `tensors`; None where the files have no such tensor.
+
+    A tied weight is found under the name of the parameter that it shares, one that the files store split or
+    merged is not. Raises ModelError for a checkpoint that is in 4-bit already.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(".weight"):
+            shared.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    found = {}
+    for layer in inventory.layers:
+        module = model.get_submodule(layer.name)
+        others = tuple(n for n in shared.get(id(module.weight), []) if n != layer.name)
+        in_files = {layer.name: layer.checkpoint_name, **checkpoint_names(model, others)}
+        spelled = [n for name, saved in in_files.items() for n in reversed(spellings(name, saved).all)]
+        found[layer.name] = _first(tensors, spelled, layer.shape, getattr(model, "base_model_prefix", ""))
+    return found
+
+
+def _first(
+    tensors: Mapping[str, StoredTensor], names: list[str], shape: tuple[int, int], prefix: Any
+) -> str | None:
+    """The first of `names` that is stored; files of a bare model lack the prefix, those of others add it."""
+    variants = [v for n in names for v in (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}."))]
+    for name in variants:
+        weight = stored_weight(tensors, name)
+        if weight is None:
+            continue
+        if weight.four_bit is not None:
+            raise ModelError(
+                f"{name} is in {weight.four_bit} already. Scan the 16-bit checkpoint that it came from."
+            )
+        if weight.tensor.shape == shape:
+            return f"{name}.weight"
+    return None

@@ -1,0 +1,106 @@
+"""What a run leaves out of its sums because it is NaN or infinite, in words and as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from qprobe.errors import RunError, SampleError
+from qprobe.runs.store import read_scan, read_units
+from qprobe.runs.table import STANDARD, finite_answers, left_out
+from qprobe.system.files import write_atomic
+from qprobe.system.wording import counted, named
+
+FILE = "left_out.csv"
+
+
+def write_left_out(folder: Path, frame: pd.DataFrame) -> None:
+    """Write `frame`, what `left_out` gave, to FOLDER/left_out.csv; no file where nothing is left out."""
+    path = Path(folder) / FILE
+    try:
+        if len(frame):
+            write_atomic(path, frame.to_csv(index=False, lineterminator="\n").encode())
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}). Make room first.") from error
+
+
+def left_out_notes(folder: Path, frame: pd.DataFrame) -> tuple[str, ...]:
+    """A sentence each on weights, outputs and samples that are left out; none where all is finite.
+
+    frame: what `left_out` gave of the run in `folder`.
+    """
+    return (*_weight_notes(folder, frame), *_output_notes(frame), *_answer_notes(folder))
+
+
+def check_answers(folder: Path) -> None:
+    """Raises SampleError where KL was measured and is finite on no sample."""
+    rows = _standard(folder)
+    if rows.empty or len(finite_answers(rows)):
+        return
+    raise SampleError(
+        f"None of the {len(rows)} samples has a finite KL, so nothing can be chosen: "
+        f"{' '.join(left_out_notes(folder, left_out(folder)))} Check the checkpoint, or pass another --dtype."
+    )
+
+
+def _weight_notes(folder: Path, frame: pd.DataFrame) -> tuple[str, ...]:
+    hurt = frame.loc[frame["weight"] > 0]
+    if hurt.empty:
+        return ()
+    sizes = {x.name: x.in_features * x.out_features for x in read_scan(folder).inventory.layers}
+    shown = [
+        f"{name} ({count:,} of {sizes[name]:,})"
+        for name, count in zip(hurt["layer"].tolist(), hurt["weight"].tolist(), strict=True)
+    ]
+    return (
+        f"{counted(len(shown), 'layer')} with weights that are not finite in 16-bit or in 4-bit (where one "
+        f"such value spoils the whole layer); they are left out: {named(shown)}.",
+    )
+
+
+def _output_notes(frame: pd.DataFrame) -> tuple[str, ...]:
+    notes = []
+    for where, hurt in (
+        ("in 16-bit", frame.loc[frame["activation"] > 0]),
+        ("in 4-bit alone", frame.loc[frame["propagated"] > frame["activation"]]),
+    ):
+        if len(hurt):
+            first = str(hurt["layer"].iloc[0])
+            samples = str(hurt["samples"].iloc[0]).split("; ")
+            notes.append(
+                f"{counted(len(hurt), 'layer')} with outputs that are not finite {where}, first {first} "
+                f"on {named(samples)}; these values are left out, and counted in {FILE}."
+            )
+    return tuple(notes)
+
+
+def _answer_notes(folder: Path) -> tuple[str, ...]:
+    rows = _standard(folder)
+    finite = set(finite_answers(rows)["sample"])
+    missing = [name for name in rows["sample"].tolist() if name not in finite]
+    if not missing:
+        return ()
+    outputs = read_units(folder, "outputs")
+    hurt = outputs.loc[outputs["activation_nonfinite"].fillna(0) > 0, "sample"]
+    broken = set(hurt)
+    notes = []
+    for where, names in (
+        ("in 16-bit", [x for x in missing if x in broken]),
+        ("in 4-bit", [x for x in missing if x not in broken]),
+    ):
+        if names:
+            notes.append(
+                f"{counted(len(names), 'sample')} left out of KL and sensitivity, since the answer is not "
+                f"finite {where}: {named(names)}."
+            )
+    return tuple(notes)
+
+
+def _standard(folder: Path) -> pd.DataFrame:
+    """KL rows of the calibration samples under standard 4-bit."""
+    rows = read_units(folder, "kl")
+    return rows.loc[np.asarray(rows["choice"] == STANDARD, dtype=bool)]

@@ -1,0 +1,122 @@
+"""Several processes on one scan: which units are whose, who may enter a folder, who finishes; no torch.
+
+The variables are those that torchrun sets, and any scheduler can: RANK of WORLD_SIZE processes takes the
+units `units[RANK::WORLD_SIZE]`, LOCAL_RANK says which GPU of its machine is its own. Processes never talk to
+each other; all they share is the folder, or nothing, where folders are merged later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from qprobe.errors import RunError
+from qprobe.options import DEFAULT_BUDGET, ScanOptions
+from qprobe.runs.needed import units_left
+from qprobe.system.locks import try_lock
+from qprobe.system.processes import Shard
+from qprobe.system.wording import counted
+
+SKIPLIST = "skiplist.json"
+_LOCK = ".lock"
+
+Turn = Literal["ours", "units left", "another's", "chosen"]
+"""Who chooses: this process; whoever finishes the units that are left; another one right now; nobody more."""
+
+
+@contextmanager
+def entered(folder: Path, shard: Shard) -> Iterator[None]:
+    """While open, no other scan works in `folder`, but the other ranks of this one may.
+
+    The system lets go of the locks when a process ends, however it ends. Where a file system knows none, two
+    scans in one folder cost time twice but harm nothing: every file is written whole, and the same by both.
+    Raises RunError if another process holds the folder, or the folder cannot be made.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = _lock(held, folder / _LOCK, fcntl.LOCK_EX if shard.is_alone else fcntl.LOCK_SH)
+            if free and not shard.is_alone:
+                free = _lock(held, folder / f"{_LOCK}-{shard.rank}", fcntl.LOCK_EX)
+        except OSError as error:
+            raise RunError(
+                f"{folder} cannot be written ({error.strerror or error}). Make room or pass another --out."
+            ) from error
+        if not free:
+            raise RunError(
+                f"Another process is scanning into {folder}. Wait for it to end, or pass another --out; "
+                "to share one scan, start its processes with torchrun."
+            )
+        yield
+
+
+@contextmanager
+def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[Turn]:
+    """Whether this process goes on to choose the list that `request` asks for, which only one of all may.
+
+    Each process counts what is `left` after it wrote its last unit, so the last one counts none. A process
+    that comes when the same request was met already does not choose again, unless it is alone: then a user
+    started it for that. A request counts as met once the block has ended without an error.
+    Raises RunError if the folder cannot be written.
+    """
+    if left:
+        yield "units left"
+        return
+    path = folder / f"{_LOCK}-choice"  # while it is locked somebody chooses; then it holds what was asked for
+    with ExitStack() as held:
+        try:
+            if not _lock(held, path, fcntl.LOCK_EX):
+                turn: Turn = "another's"
+            elif not shard.is_alone and path.read_bytes() == _met(folder, request):
+                turn = "chosen"
+            else:
+                turn = "ours"
+                path.write_bytes(b"")
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
+            ) from error
+        yield turn
+        if turn == "ours":
+            with suppress(OSError):  # a full disk: a late process then chooses the same again
+                path.write_bytes(_met(folder, request) or b"")
+
+
+def _met(folder: Path, request: str) -> bytes | None:
+    """That the skip-list which lies in `folder` is the one chosen for `request`; None if there is none."""
+    path = folder / SKIPLIST
+    if not path.exists():
+        return None
+    return f"{request}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+
+
+def _lock(held: ExitStack, path: Path, kind: int) -> bool:
+    """False if another process has the file locked; `held` lets go of it."""
+    file = held.enter_context(open(path, "a+b"))  # for reading and writing, as either kind of lock may want
+    return try_lock(file, kind) is not False
+
+
+def request_of(options: ScanOptions) -> str:
+    """What of `options` bears on what a scan does once all units are there, as text."""
+    asked = (options.budget or DEFAULT_BUDGET, options.max_kl, options.by, options.for_tool, options.ablate)
+    return json.dumps(asked)
+
+
+def left_to_others(shard: Shard, turn: Turn, folder: Path) -> str:
+    """The verdict of a process that does not choose."""
+    if turn == "chosen":
+        rest = f"the list is chosen already: {folder / SKIPLIST}. To choose again, run the command alone."
+    elif turn == "another's":
+        rest = "another one chooses the list."
+    else:
+        left = units_left(folder)
+        rest = (
+            f"{counted(left, 'unit')} {'is' if left == 1 else 'are'} left to the others, and the last of "
+            "them chooses the list. Where they have folders of their own, join these with `qprobe merge`."
+        )
+    return f"Rank {shard.rank} of {shard.world} is done with its share; {rest}"

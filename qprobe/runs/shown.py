@@ -1,0 +1,91 @@
+"""The samples of a run as a reader is shown them: RUN/samples.json, without torch.
+
+A list, one object a calibration sample: id, prompt, answer; thumbnail (a JPEG as a data URI, null without an
+image) and size (its width and height in pixels); tokens (the text of each token of prompt and answer, null
+for one that stands for a part of the image); grid (how the image was cut into patches, null where unknown).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe.errors import RunError
+from qprobe.manifest.manifest import strict_json
+from qprobe.system.files import write_atomic
+
+FILE = "samples.json"
+
+# Nothing else may become the source of an image in a page.
+_THUMBNAIL = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+={0,2}")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a vision tower cuts one image: `tiles` pictures of `rows` x `columns` patches each.
+
+    merge: patches come in blocks of merge x merge, block after block (1: line after line).
+    """
+
+    tiles: int
+    rows: int
+    columns: int
+    merge: int = 1
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One sample as in the module's first lines."""
+
+    id: str
+    prompt: str
+    answer: str | None
+    thumbnail: str | None
+    size: tuple[int, int] | None
+    tokens: tuple[str | None, ...]
+    grid: Grid | None
+
+
+def write_shown(folder: Path, samples: Sequence[ShownSample]) -> None:
+    """Write RUN/samples.json whole or not at all; raises RunError if the disk refuses."""
+    text = json.dumps([asdict(s) for s in samples], ensure_ascii=False) + "\n"
+    try:
+        write_atomic(Path(folder) / FILE, text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise RunError(f"{Path(folder) / FILE} cannot be written ({error.strerror}). Make room.") from error
+
+
+def read_shown(folder: Path) -> dict[str, ShownSample]:
+    """The samples of RUN/samples.json by id; empty if there is no such file (runs of older versions).
+
+    Raises RunError if it is damaged.
+    """
+    path = Path(folder) / FILE
+    try:
+        return {s.id: s for s in map(_sample, strict_json(path.read_bytes()))}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f"{path} is damaged ({str(error)[:100]}). Delete it; the report does without, and the same scan "
+            "writes it again."
+        ) from None
+
+
+def _sample(data: dict[str, Any]) -> ShownSample:
+    """The sample of a JSON object; ValueError, TypeError or KeyError if it is none."""
+    grid = None if data["grid"] is None else Grid(**data["grid"])
+    size = None if data["size"] is None else (int(data["size"][0]), int(data["size"][1]))
+    sample = ShownSample(**{**data, "grid": grid, "size": size, "tokens": tuple(data["tokens"])})
+    texts = (sample.id, sample.prompt, *(t for t in (sample.answer, *sample.tokens) if t is not None))
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"sample {sample.id!r} holds something that is no text")
+    if grid is not None and not all(type(n) is int and n > 0 for n in vars(grid).values()):
+        raise ValueError(f"sample {sample.id!r} has the grid {grid}")
+    if sample.thumbnail is not None and not _THUMBNAIL.fullmatch(sample.thumbnail):
+        raise ValueError(f"the thumbnail of sample {sample.id!r} is no JPEG")
+    return sample

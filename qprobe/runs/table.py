@@ -1,0 +1,378 @@
+"""The layer table: what was measured, one row a linear, from the finished units of a run.
+
+Every ratio is taken once, of sums over all samples (sum of noise / sum of signal), never as a mean of ratios.
+Sums are `math.fsum`, which rounds once, so neither the order nor the cut of the units changes a digit.
+What was not measured is empty (NaN or NA), never 0.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from io import StringIO
+from math import fsum, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qprobe.errors import QprobeError, RunError
+from qprobe.records import ErrorSums, Linear
+from qprobe.runs.layer_rows import Rows, numbers, rows_by_layer
+from qprobe.runs.statistics import ratio_se
+from qprobe.runs.store import read_scan, read_units
+from qprobe.system.files import write_atomic
+
+_DTYPES = {
+    "layer": "str", "tower": "str", "group": "str",
+    "in_features": "int64", "out_features": "int64", "nf4_bytes": "int64", "bf16_bytes": "int64",
+    "weight_nmse": "float64", "weight_sqnr_db": "float64", "weight_peak": "float64",
+    "activation_nmse": "float64", "activation_sqnr_db": "float64", "activation_peak": "float64",
+    "propagated_nmse": "float64", "sensitivity_kl": "float64", "sensitivity_kl_se": "float64",
+    "samples": "Int64", "tokens": "Int64",
+    "alone_kl": "float64", "alone_kl_se": "float64",
+    "rounding": "str",
+}  # fmt: skip
+
+COLUMNS = tuple(_DTYPES)[:-1]
+"""The columns of layers.csv in their order."""
+
+# Came later than the others: a layers.csv without them is read as one in which they were not measured.
+_LATER = ("alone_kl", "alone_kl_se")
+
+ROUNDING = "rounding"
+"""A further column, in runs of calibrated weights only: "calibrated", "nearest: " and why, or "" if fixed."""
+
+MEASURES = (
+    "weight_nmse", "weight_sqnr_db", "weight_peak",
+    "activation_nmse", "activation_sqnr_db", "activation_peak",
+    "propagated_nmse", "sensitivity_kl", "alone_kl",
+)  # fmt: skip
+"""The columns that layers can be ranked by."""
+
+STANDARD = "standard"
+"""The choice, in units of the stage "kl", that keeps nothing: standard 4-bit."""
+
+_PEAK_DTYPES = {
+    "layer": "str",
+    "activation_peak": "float64",
+    "sample": "str",
+    "token": "Int64",
+    "kind": "str",
+}
+
+
+def layer_table(folder: Path) -> pd.DataFrame:
+    """The layer table of the run in `folder`, columns `COLUMNS` (and `ROUNDING`), in execution order.
+
+    nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
+    alone_kl (the layer's own damage, to second order) are in nats per answer token with the standard error of
+    `ratio_se`; samples and tokens count what the layer saw. Of calibrated weights, sensitivities and
+    activation errors are on the samples that the codes were fitted to, and so lower than on others.
+    Raises RunError if the folder is no run or a file of it is damaged.
+    """
+    scan = read_scan(folder)
+    inventory = scan.inventory
+    stages = ("weights", "outputs", "sensitivity", "alone", "calibration")
+    frames = {stage: read_units(folder, stage) for stage in stages}
+    weights, outputs, sensitivity, alone, calibration = (
+        rows_by_layer(folder, stage, frame, inventory) for stage, frame in frames.items()
+    )
+    answers = {stage: answer_tokens(frames[stage]) for stage in ("sensitivity", "alone")}
+    columns = (*COLUMNS, ROUNDING) if scan.format.is_calibrated else COLUMNS
+    rows = [
+        {
+            **_static(layer),
+            **_weight_measures(weights.get(layer.name)),
+            **_output_measures(outputs.get(layer.name)),
+            **_kl_share("sensitivity_kl", sensitivity.get(layer.name), answers["sensitivity"]),
+            **_kl_share("alone_kl", alone.get(layer.name), answers["alone"]),
+            ROUNDING: _rounding(layer, calibration.get(layer.name)),
+        }
+        for layer in inventory.layers
+    ]
+    return pd.DataFrame(rows, columns=pd.Index(columns)).astype({name: _DTYPES[name] for name in columns})
+
+
+def peaks(folder: Path) -> pd.DataFrame:
+    """Where the largest single-token error of each linear was, in execution order.
+
+    Columns: layer, activation_peak (as in the layer table), sample, token (its index in the sequence of its
+    kind), kind ("vision", "text" or "answer"); empty for a linear that was not measured. Of equal peaks the
+    first by sample id, then token, is named.
+    """
+    inventory = read_scan(folder).inventory
+    outputs = rows_by_layer(folder, "outputs", read_units(folder, "outputs"), inventory)
+    rows = [{"layer": x.name, **(_peak(outputs.get(x.name)) or {})} for x in inventory.layers]
+    return pd.DataFrame(rows, columns=pd.Index(list(_PEAK_DTYPES))).astype(_PEAK_DTYPES)
+
+
+def write_table(folder: Path) -> Path:
+    """Write layers.csv, and peaks.csv beside it, from the units; the path of layers.csv.
+
+    Numbers are written with the fewest digits that read back as the same number.
+    """
+    folder = Path(folder)
+    for name, frame in (("peaks.csv", peaks(folder)), ("layers.csv", layer_table(folder))):
+        try:
+            write_atomic(folder / name, frame.to_csv(index=False, lineterminator="\n").encode())
+        except OSError as error:
+            raise RunError(
+                f"{folder / name} cannot be written ({error.strerror}). Make room first."
+            ) from error
+    return folder / "layers.csv"
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """The layer table in `folder`/layers.csv, equal to what `layer_table` gave when it was written.
+
+    Raises RunError if the file is missing or damaged, or its layers are not those of scan.json.
+    """
+    path = Path(folder) / "layers.csv"
+    layers = [x.name for x in read_scan(folder).inventory.layers]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(
+            f"{folder} has no layers.csv: its scan has not finished. Run the scan again."
+        ) from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}). Make it readable.") from error
+    try:
+        table = _parse(data.decode("utf-8"))
+    except (ValueError, csv.Error) as error:
+        raise RunError(f"{path} is damaged ({error}). Run the scan again.") from None
+    if table["layer"].tolist() != layers:
+        raise RunError(f"{path} does not list the {len(layers)} layers of scan.json. Run the scan again.")
+    return table
+
+
+def measured(table: pd.DataFrame) -> tuple[str, ...]:
+    """The columns of `MEASURES` that hold at least one number."""
+    return tuple(name for name in MEASURES if np.any(~np.isnan(numbers(table, name))))
+
+
+def check_measure(table: pd.DataFrame, by: str) -> None:
+    """Raise QprobeError, naming the measured columns, unless layers can be ranked by the column `by`."""
+    names = measured(table)
+    if by in names:
+        return
+    what = "was not measured in this run" if by in MEASURES else "is no measure"
+    mend = f"Measured are {', '.join(names)}." if names else "Nothing is measured yet: run the scan first."
+    raise QprobeError(f"{by!r} {what}, so layers cannot be ranked by it. {mend}")
+
+
+def rank_table(table: pd.DataFrame, by: str, top: int | None = None) -> pd.DataFrame:
+    """The rows of `table` from the most damaged layer to the least, indexed by rank from 1.
+
+    by: a measured column of `MEASURES`; decibels rank from the lowest, all else from the highest. Layers
+    without a value come last, equal ones in execution order. top: how many rows; None for all.
+    Raises QprobeError if `by` is no measured column or `top` is below 1.
+    """
+    check_measure(table, by)
+    if top is not None and top < 1:
+        raise QprobeError(f"--top {top} shows no layer. Pass 1 or more.")
+    ranked = table.sort_values(by, ascending=by.endswith("_db"), kind="stable", na_position="last")
+    ranked.index = pd.RangeIndex(1, len(ranked) + 1, name="rank")
+    return ranked if top is None else ranked.head(top)
+
+
+def attribution_residual(folder: Path) -> float | None:
+    """(sum of the sensitivities - KL of standard 4-bit) / that KL, on the samples that have both, as a share.
+
+    None where either was not measured or the KL is 0.
+    """
+    choices = read_units(folder, "kl")
+    kl = finite_answers(choices.loc[choices["choice"].to_numpy() == STANDARD])
+    parts = read_units(folder, "sensitivity")
+    by_sample = {str(name): numbers(rows, "kl_sum") for name, rows in parts.groupby("sample")}
+    both = [
+        (fsum(by_sample[sample]), float(kl_sum))
+        for sample, kl_sum in zip(kl["sample"].tolist(), kl["kl_sum"].tolist(), strict=True)
+        if sample in by_sample and np.isfinite(by_sample[sample]).all()
+    ]
+    total = fsum(kl_sum for _, kl_sum in both)
+    return (fsum(attributed for attributed, _ in both) - total) / total if total else None
+
+
+def finite_answers(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a finite kl_sum and with answer tokens, over which a KL per token can be taken."""
+    return rows.loc[np.isfinite(numbers(rows, "kl_sum")) & (numbers(rows, "answer_tokens") > 0)]
+
+
+def answer_tokens(rows: pd.DataFrame) -> dict[str, int]:
+    """The answer tokens of each sample in `rows` of the stage "sensitivity" or "alone", where it has any."""
+    found = dict(zip(rows["sample"], rows["answer_tokens"].tolist(), strict=True))
+    return {str(sample): int(count) for sample, count in found.items() if count > 0}
+
+
+def left_out(folder: Path) -> pd.DataFrame:
+    """How many non-finite values the sums of each layer leave out; only layers with any.
+
+    Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples; its own
+    damage counts as well), and samples: the ids on which one of them was not finite, "; " between them.
+    """
+    inventory = read_scan(folder).inventory
+    weights, outputs, sensitivity, alone = (
+        rows_by_layer(folder, stage, read_units(folder, stage), inventory)
+        for stage in ("weights", "outputs", "sensitivity", "alone")
+    )
+    damage = {x.name: _both(sensitivity.get(x.name), alone.get(x.name)) for x in inventory.layers}
+    rows = [
+        {
+            "layer": x.name,
+            "weight": _total(weights.get(x.name), "nonfinite"),
+            "activation": _total(outputs.get(x.name), "activation_nonfinite"),
+            "propagated": _total(outputs.get(x.name), "propagated_nonfinite"),
+            "sensitivity": _not_finite(damage[x.name]),
+            "samples": "; ".join(_hurt_samples(outputs.get(x.name), damage[x.name])),
+        }
+        for x in inventory.layers
+    ]
+    counts = ["weight", "activation", "propagated", "sensitivity"]
+    frame = pd.DataFrame(rows, columns=pd.Index(["layer", *counts, "samples"]))
+    some = frame[counts].to_numpy().sum(axis=1) > 0
+    return frame.loc[some].reset_index(drop=True)
+
+
+def _parse(text: str) -> pd.DataFrame:
+    """The table in `text`; ValueError if it lacks columns, has others, or a cell that is no number.
+
+    Not `pd.read_csv`: pandas 2 may read a float off by a bit unless told float_precision="round_trip", and
+    pandas 3 warns of that option.
+    """
+    header, *body = csv.reader(StringIO(text, newline=""))
+    core = [x for x in COLUMNS if x not in _LATER]
+    if [x for x in header if x not in (*_LATER, ROUNDING)] != core:
+        raise ValueError(f"its columns are {', '.join(header)[:100]}")
+    found = dict(zip(header, zip(*body, strict=True), strict=True))
+    kinds = {name: _DTYPES[name] for name in (*COLUMNS, ROUNDING) if name in COLUMNS or name in header}
+    cells = {
+        name: [_cell(kind, value) for value in found.get(name, ("",) * len(body))]
+        for name, kind in kinds.items()
+    }
+    return pd.DataFrame(cells, columns=pd.Index(list(kinds))).astype(kinds)
+
+
+def _cell(kind: str, value: str) -> str | float | None:
+    if kind == "str":
+        return value
+    if kind == "int64":
+        return int(value)
+    if kind == "Int64":
+        return int(value) if value else None
+    return float(value) if value else nan
+
+
+def _static(layer: Linear) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "tower": layer.tower,
+        "group": layer.group,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "nf4_bytes": layer.nf4_bytes,
+        "bf16_bytes": layer.bf16_bytes,
+    }
+
+
+def _weight_measures(rows: Rows | None) -> dict[str, Any]:
+    if rows is None:
+        return {}
+    sums = _pooled(rows, "")
+    peak = max(rows["peak"].tolist()) if sums.n else nan
+    return {"weight_nmse": sums.nmse, "weight_sqnr_db": sums.sqnr_db, "weight_peak": peak}
+
+
+def _output_measures(rows: Rows | None) -> dict[str, Any]:
+    if rows is None:
+        return {}
+    activation, propagated = _pooled(rows, "activation_"), _pooled(rows, "propagated_")
+    peak = _peak(rows)
+    tokens = rows["tokens"]
+    return {
+        "activation_nmse": activation.nmse,
+        "activation_sqnr_db": activation.sqnr_db,
+        "activation_peak": peak["activation_peak"] if peak else nan,
+        "propagated_nmse": propagated.nmse,
+        "samples": int(np.count_nonzero(tokens)) or None,
+        "tokens": int(tokens.sum()) or None,
+    }
+
+
+def _kl_share(column: str, rows: Rows | None, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """What the layer of `rows` adds to the KL per answer token of all samples in `tokens`.
+
+    Where the layer did not run on a sample it adds nothing; samples on which it is not finite are left out.
+    """
+    if rows is None:
+        return {}
+    finite = np.isfinite(rows["kl_sum"]) & (rows["answer_tokens"] > 0)
+    found = dict(zip(rows["sample"][finite], rows["kl_sum"][finite].tolist(), strict=True))
+    if not found:
+        return {}
+    broken = set(rows["sample"]) - found.keys()
+    counted = {sample: count for sample, count in tokens.items() if sample not in broken}
+    kl = [found.get(sample, 0.0) for sample in counted]
+    share = fsum(kl) / sum(counted.values())
+    return {column: share, f"{column}_se": ratio_se(kl, list(counted.values()))}
+
+
+def _rounding(layer: Linear, rows: Rows | None) -> str:
+    if layer.fixed is not None:
+        return ""
+    why = "it never ran on these samples" if rows is None else str(rows["why"][0])
+    return f"nearest: {why}" if why else "calibrated"
+
+
+def _pooled(rows: Rows, prefix: str) -> ErrorSums:
+    """The sums of the columns `prefix`n, signal, noise over the rows where they were measured and finite."""
+    n, signal, noise = (rows[f"{prefix}{name}"] for name in ("n", "signal", "noise"))
+    good = (n > 0) & np.isfinite(signal) & np.isfinite(noise)
+    return ErrorSums(int(n[good].sum()), fsum(signal[good].tolist()), fsum(noise[good].tolist()))
+
+
+def _peak(rows: Rows | None) -> dict[str, Any] | None:
+    if rows is None:
+        return None
+    peak = rows["activation_peak"]
+    found = np.flatnonzero(np.isfinite(peak) & (rows["activation_n"] > 0))
+    if not len(found):
+        return None
+    samples, tokens, kinds = (rows[x] for x in ("sample", "peak_token", "peak_kind"))
+    best = min(found, key=lambda i: (-peak[i], samples[i], tokens[i]))
+    return {
+        "activation_peak": float(peak[best]),
+        "sample": samples[best],
+        "token": int(tokens[best]),
+        "kind": kinds[best],
+    }
+
+
+def _total(rows: Rows | None, column: str) -> int:
+    return 0 if rows is None else int(np.nansum(rows[column]))
+
+
+def _both(sensitivity: Rows | None, alone: Rows | None) -> Rows | None:
+    """The rows of both, where there are any."""
+    if sensitivity is None or alone is None:
+        return alone if sensitivity is None else sensitivity
+    return {name: np.concatenate([sensitivity[name], alone[name]]) for name in sensitivity}
+
+
+def _not_finite(rows: Rows | None) -> int:
+    """On how many samples the KL of `rows` is not finite."""
+    return 0 if rows is None else len(set(rows["sample"][~np.isfinite(rows["kl_sum"])]))
+
+
+def _hurt_samples(outputs: Rows | None, sensitivity: Rows | None) -> list[str]:
+    """Ids of the samples on which a layer left something out, in their order."""
+    names: list[str] = []
+    if outputs is not None:
+        counts = np.nan_to_num(outputs["activation_nonfinite"])
+        counts = counts + np.nan_to_num(outputs["propagated_nonfinite"])
+        names += outputs["sample"][counts > 0].tolist()
+    if sensitivity is not None:
+        names += sensitivity["sample"][~np.isfinite(sensitivity["kl_sum"])].tolist()
+    return list(dict.fromkeys(names))

@@ -1,1 +1,0 @@
-"""Images, prompts and answers: where they come from, and how they become model inputs."""

@@ -1,0 +1,109 @@
+"""Answers of the samples: the data's, or the reference's own, generated once and kept in the run folder.
+
+A batch of answers is one file, written whole as soon as it is there, so that a killed scan loses one batch at
+most. Batches are cut before any is looked up, so that a resumed scan generates in the same company, and with
+it the same answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qprobe.errors import RunError
+from qprobe.inputs.answers import answer_group
+from qprobe.measure.digests import reading_digest
+from qprobe.measure.subject import Subject
+from qprobe.options import Progress
+from qprobe.records import Sample
+from qprobe.runs.store import ANSWERS
+from qprobe.system.files import write_atomic, write_first
+from qprobe.system.processes import Shard
+from qprobe.system.versions import library_versions
+
+
+def with_answers(
+    subject: Subject,
+    samples: tuple[Sample, ...],
+    max_new_tokens: int,
+    batch_size: int,
+    folder: Path,
+    progress: Progress,
+    shard: Shard,
+) -> tuple[Sample, ...]:
+    """`samples`, in order; those without an answer get the reference's greedy one.
+
+    Generated answers are kept in FOLDER/answers/ under all that decides them, so that a resumed scan finds
+    the same ones, and a changed model, processor, library or prompt none. Every process needs all of them:
+    those that share a folder begin with different batches and take what others have finished.
+    Raises RunError if the disk refuses.
+    """
+    silent = tuple(s for s in samples if s.answer is None)
+    if not silent:
+        return samples
+    made_by = _made_by(subject, silent, max_new_tokens)
+    groups = subject.groups(silent, batch_size)
+    paths = [folder / ANSWERS / f"{_key(made_by, group)}.json" for group in groups]
+    for count, i in enumerate(shard.rotated(range(len(groups))), start=1):
+        if _read(paths[i], groups[i]) is None:
+            with subject.running("answers", len(groups[i])):
+                own = answer_group(
+                    subject.model,
+                    subject.reference.processor,
+                    groups[i],
+                    max_new_tokens,
+                    subject.reference.device,
+                )
+            _write(paths[i], own, groups[i])
+        progress("answers", count, len(groups))
+    found: dict[int, Sample] = {}
+    for path, group in zip(paths, groups, strict=True):
+        answered = _read(path, group) or _vanished(path)
+        found |= {id(asked): own for asked, own in zip(group, answered, strict=True)}
+    return tuple(found.get(id(s), s) for s in samples)
+
+
+def _made_by(subject: Subject, samples: tuple[Sample, ...], max_new_tokens: int) -> str:
+    """All that decides the answers of `samples` but how they are batched, as text."""
+    reading = reading_digest(subject.reference.processor, samples)
+    device = subject.reference.device.type
+    return json.dumps([subject.weights_digest, reading, device, library_versions(), max_new_tokens])
+
+
+def _key(made_by: str, group: Sequence[Sample]) -> str:
+    text = " ".join([made_by, *(s.digest for s in group)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _write(path: Path, answered: Sequence[Sample], group: Sequence[Sample]) -> None:
+    """The first process to finish a batch decides its answers: others may have measured with them already."""
+    lines = [{"sample": s.id, "answer": s.answer, "ends": s.ends} for s in answered]
+    data = (json.dumps(lines, indent=1, ensure_ascii=False) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not write_first(path, data) and _read(path, group) is None:
+            write_atomic(path, data)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}). Make room or pass another --out; "
+            "what is finished stays, and the same command resumes it."
+        ) from error
+
+
+def _read(path: Path, group: Sequence[Sample]) -> list[Sample] | None:
+    """`group` with the answers kept in `path`; None if there are none or they are damaged (made again)."""
+    try:
+        lines = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            replace(s, answer=str(line["answer"]), ends=bool(line["ends"]))
+            for s, line in zip(group, lines, strict=True)
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _vanished(path: Path) -> list[Sample]:
+    raise RunError(f"{path} is gone or damaged though it was just written. Run the same command again.")

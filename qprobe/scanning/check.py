@@ -1,0 +1,164 @@
+"""What a scan is refused for before weights are read: by its options alone, then by the model's outline."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import nn
+
+from qprobe.data.sampling import Wanted, check_wanted
+from qprobe.errors import ModelError, QprobeError, RunError
+from qprobe.loading.inventory import fingerprint, has_language_head, list_layers
+from qprobe.loading.reference import SPREAD, Source, load_config, meta_model, one_device, pick_device, resolve
+from qprobe.measure.ablation import ALL, ablated_names, check_ablated
+from qprobe.options import MEASURES as KNOWN_MEASURES
+from qprobe.options import ScanOptions
+from qprobe.records import FormatSpec, Inventory, ModelIdentity
+from qprobe.runs.shards import entered
+from qprobe.runs.store import differences, read_scan
+from qprobe.runs.table import MEASURES
+from qprobe.selection.bound import SCORE
+from qprobe.selection.budget import check_budget, parse_size
+from qprobe.selection.groups import grouped_for
+from qprobe.selection.select import OWN, parse_request
+from qprobe.system.processes import Shard
+
+
+def check_options(options: ScanOptions) -> None:
+    """Raises QprobeError for what no model can be asked: wrong words, and options that exclude each other."""
+    _check_measures(options)
+    _check_score(options)
+    grouped_for(Inventory((), (), 0), options.for_tool)
+    if options.budget is not None:
+        check_budget(options.budget)
+    if options.max_kl is not None:
+        parse_request(options.budget, options.max_kl, options.by, 0)
+    if options.max_memory is not None:
+        parse_size(options.max_memory)
+        if options.device == SPREAD:
+            raise QprobeError(
+                f"--max-memory keeps a scan to one GPU, and --device {SPREAD} takes all. Leave one away."
+            )
+    if options.ablate is not None:
+        _check_ablate(options)
+    pick_device(one_device(options.device))
+
+
+def _check_measures(options: ScanOptions) -> None:
+    asked = options.measures
+    if asked is None:
+        return
+    unknown = [name for name in asked if name not in KNOWN_MEASURES]
+    if unknown or not asked:
+        what = f"names {unknown[0]!r}, which is no measure" if unknown else "names none"
+        raise QprobeError(f"--measures {what}. Name one or more of {', '.join(KNOWN_MEASURES)}.")
+    if options.max_kl is not None and "sensitivity" not in asked:
+        raise QprobeError(
+            f"--max-kl chooses by sensitivity, which --measures {','.join(asked)} leaves out. Add it."
+        )
+
+
+def _check_score(options: ScanOptions) -> None:
+    """Raises QprobeError if --by is no score, cannot choose, or is not going to be measured."""
+    by, asked = options.by, options.measures
+    if by is None:
+        return
+    adding_up = [name for name in MEASURES if not name.endswith("_db")]
+    if by not in MEASURES:
+        raise QprobeError(f"{by!r} is no measure. Choose by one of {', '.join(adding_up)}.")
+    if by not in adding_up:
+        raise QprobeError(
+            f"{by} is in decibels, which do not add up. Choose by {by.replace('sqnr_db', 'nmse')}."
+        )
+    needed = "sensitivity" if by in (SCORE, OWN) else "propagated" if by == "propagated_nmse" else None
+    if needed is not None and asked is not None and needed not in asked:
+        raise QprobeError(f"--by {by} needs {needed}, which --measures {','.join(asked)} leaves out. Add it.")
+    if by == OWN and options.nodes < 2:
+        raise QprobeError(f"--by {by} is measured at the first of two or more nodes. Pass --nodes 2.")
+
+
+def _check_ablate(options: ScanOptions) -> None:
+    asked, measures = str(options.ablate), options.measures
+    names = ablated_names(asked)
+    is_count = names is not None and not names
+    if is_count and measures is not None and "sensitivity" not in measures:
+        raise QprobeError(
+            f"--ablate {asked} takes the most sensitive layers, and --measures {','.join(measures)} leaves "
+            f"sensitivity out. Add it, or name the layers, or pass {ALL}."
+        )
+
+
+def check_model(options: ScanOptions, shard: Shard) -> Path:
+    """The run folder of the scan; builds the model without weights and checks by it what depends on it.
+
+    Raises QprobeError for a model that cannot be had, for samples, limits or layers that it does not have,
+    and for a folder that cannot be its run folder.
+    """
+    source = resolve(options.model)
+    wanted = Wanted(options.images, options.data, options.prompt, options.samples, options.seed)
+    check_wanted(source.id, wanted)
+    folder = options.out or Path("runs") / source.id.replace("/", "--")
+    fmt = FormatSpec(options.format, compute_dtype=options.dtype)
+    model = _outline(source, options)
+    if model is not None:
+        check_inventory(list_layers(model, fmt), model, options)
+    _check_folder(folder, shard)
+    if model is not None and (folder / "scan.json").is_file():
+        identity = ModelIdentity(source.id, None, type(model).__name__, fingerprint(model))
+        _check_same(folder, identity, fmt)
+    return folder
+
+
+def _outline(source: Source, options: ScanOptions) -> nn.Module | None:
+    """The model on the meta device; None where only loading it shows what it is."""
+    config = load_config(source)
+    try:
+        return meta_model(config, options.dtype)
+    except Exception:  # loading says better what is wrong, and the same is checked again then
+        return None
+
+
+def check_inventory(inventory: Inventory, model: nn.Module, options: ScanOptions) -> None:
+    """Raises QprobeError for what this model can never be asked. model: with or without its weights."""
+    parse_request(options.budget, options.max_kl, options.by, inventory.standard_4bit_bytes)
+    if options.ablate is not None:
+        check_ablated(options.ablate, inventory)
+    kl: dict[str, bool] = {
+        "--ablate": options.ablate is not None,
+        "--max-kl": options.max_kl is not None,
+        f"--by {options.by}": options.by in (SCORE, OWN),
+    }
+    asked = next((name for name, is_asked in kl.items() if is_asked), None)
+    if asked is not None and not has_language_head(model):
+        raise ModelError(
+            f"{type(model).__name__} has no language head, so there is no KL for {asked} "
+            f"to measure. Scan without {asked}."
+        )
+
+
+def _check_folder(folder: Path, shard: Shard) -> None:
+    """Raises RunError if `folder` cannot be a run folder, or another process is at work in it.
+
+    Makes nothing: a scan that is refused leaves no folder behind.
+    """
+    if folder.is_dir():
+        with entered(folder, shard):
+            return
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if there == folder.absolute():
+        raise RunError(f"{folder} is a file, so it cannot be the run folder. Pass another --out.")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is a file"
+        raise RunError(f"{folder} cannot be written: {there} {why}. Pass another --out.")
+
+
+def _check_same(folder: Path, model: ModelIdentity, fmt: FormatSpec) -> None:
+    """Raises RunError if `folder` holds a scan of another model or format."""
+    record = read_scan(folder)
+    identity = replace(model, revision=record.model.revision)  # the hub's is known once the model is loaded
+    spec = {**record.spec, "model": asdict(identity), "format": asdict(fmt)}
+    found = differences(record, replace(record, model=identity, format=fmt, spec=spec))
+    if found:
+        raise RunError(f"{folder} holds another scan, which differs in {found}. Pass another --out.")

@@ -1,0 +1,81 @@
+"""What a reader needs to recognise a sample and a token of it, kept in the run folder."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qprobe.inputs.batch import PAD, VISION, Batch, tokenizer_of
+from qprobe.measure.subject import Subject
+from qprobe.records import Sample
+from qprobe.runs.shown import FILE, Grid, ShownSample, write_shown
+
+THUMBNAIL_PX = 144  # of the longer side: recognisable, and about 5 KB
+_QUALITY = 65
+
+
+def show_samples(subject: Subject, groups: Sequence[tuple[Sample, ...]], folder: Path) -> None:
+    """Write RUN/samples.json for the samples of `groups`, unless the run folder has it already.
+
+    The folder belongs to one specification, so its samples never change.
+    """
+    if (folder / FILE).exists():
+        return
+    encoded = (subject.encode(group) for group in groups)
+    write_shown(folder, [shown for batch in encoded for shown in shown_samples(subject, batch)])
+
+
+def shown_samples(subject: Subject, batch: Batch) -> list[ShownSample]:
+    """The samples of `batch` as a reader is shown them."""
+    tokenizer = tokenizer_of(subject.reference.processor)
+    ids = batch.inputs["input_ids"].cpu()
+    found = []
+    for i, sample in enumerate(batch.samples):
+        kinds = batch.kinds[i].tolist()
+        row = zip(ids[i].tolist(), kinds, strict=True)
+        tokens = tuple(None if kind == VISION else tokenizer.decode([t]) for t, kind in row if kind != PAD)
+        picture, size = thumbnail(sample.image)
+        grid = None if sample.image is None else image_grid(batch, i, subject.model.config)
+        found.append(ShownSample(sample.id, sample.prompt, sample.answer, picture, size, tokens, grid))
+    return found
+
+
+def thumbnail(image: bytes | None) -> tuple[str | None, tuple[int, int] | None]:
+    """(data URI of a small JPEG, width and height of the image in pixels); (None, None) without an image."""
+    from PIL import Image
+
+    if image is None:
+        return None, None
+    with Image.open(io.BytesIO(image)) as opened:
+        picture = opened.convert("RGB")
+    size = picture.size
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    drawn = io.BytesIO()
+    picture.save(drawn, format="JPEG", quality=_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(drawn.getvalue()).decode()}", size
+
+
+def image_grid(batch: Batch, index: int, config: Any) -> Grid | None:
+    """How the image of sample `index` was cut into patches; None if its tensors do not say.
+
+    Two ways are known: a tensor image_grid_thw (frames, rows, columns of each image, in blocks of
+    spatial_merge_size), and pixels (B, ..., channels, height, width) with a patch size in the config.
+    """
+    vision = getattr(config, "vision_config", None)
+    thw, pixels = batch.inputs.get("image_grid_thw"), batch.inputs.get("pixel_values")
+    if isinstance(thw, Tensor) and len(thw) == batch.size:
+        tiles, rows, columns = thw[index].tolist()
+        return Grid(tiles, rows, columns, getattr(vision, "spatial_merge_size", 1))
+    patch = getattr(vision, "patch_size", None)
+    if not isinstance(pixels, Tensor) or not isinstance(patch, int) or pixels.ndim < 4:
+        return None
+    pictures = prod(pixels.shape[:-3])
+    if pictures % batch.size or min(pixels.shape[-2:]) < patch:
+        return None
+    return Grid(pictures // batch.size, pixels.shape[-2] // patch, pixels.shape[-1] // patch)

@@ -1,0 +1,54 @@
+"""The verdict of a scan in one sentence, from what was measured on held-out samples."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+from qprobe.selection.decide import Candidate, difference
+from qprobe.system.wording import counted
+
+GIB = 2**30
+
+
+def verdict(
+    standard: Candidate,
+    chosen: Candidate,
+    standard_bytes: int,
+    max_kl: float | None = None,
+    nearest: Candidate | None = None,
+) -> str:
+    """What standard 4-bit costs, what the chosen list costs in bytes and brings in KL, each with its error.
+
+    max_kl: the bound that was asked for, and that the chosen list is within. nearest: where the codes of
+    `standard` were chosen on samples, standard 4-bit.
+    """
+    what = "Standard" if nearest is None else "Calibrated"
+    cost = f"{what} 4-bit costs a KL of {with_error(standard.kl, standard.kl_se)} nats per answer token"
+    if nearest is not None:
+        cost += f" (standard 4-bit {with_error(nearest.kl, nearest.kl_se)})"
+    within = "" if max_kl is None else f", within the {max_kl} asked for"
+    if not chosen.kept:
+        reason = "no list within the budget measured better than keeping nothing, within the error"
+        return f"{cost}{within}; {reason if max_kl is None else 'nothing is kept'}."
+    extra = chosen.total_bytes - standard_bytes
+    layers = counted(len(chosen.kept), "layer")  # beyond those that standard 4-bit keeps as well
+    gain, error = difference(standard, chosen)
+    share = f"{extra / standard_bytes:+.1%}"
+    unsure = isfinite(error) and abs(gain) <= 2 * error
+    sure = ", a difference within twice its error" if unsure else ""
+    return (
+        f"{cost}; keeping {layers} in 16-bit ({share}, {extra / 2**20:,.2f} MiB) leaves "
+        f"{with_error(chosen.kl, chosen.kl_se)}{within}, {with_error(gain, error)} less{sure}."
+    )
+
+
+def with_error(value: float, error: float) -> str:
+    """A value with its standard error, to the digits that the error leaves: "0.0063 +- 0.0004"."""
+    if not isfinite(error) or error <= 0:
+        return f"{value:.4g} (error unknown)"
+    digits = max(0, 1 - _exponent(error))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _exponent(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2])

@@ -1,0 +1,54 @@
+"""Several processes on one job: which of how many this one is.
+
+The variables are those that torchrun sets, and any scheduler can: RANK of WORLD_SIZE processes takes the
+units `units[RANK::WORLD_SIZE]`, LOCAL_RANK says which GPU of its machine is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qprobe.errors import MachineError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `world` processes that share a scan. local: its number on its machine, None if not said."""
+
+    rank: int = 0
+    world: int = 1
+    local: int | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        return self.world == 1
+
+    def own(self, units: Sequence[int]) -> list[int]:
+        """Those of `units` that are this process's, by number, so that what is finished moves none."""
+        return [unit for unit in units if unit % self.world == self.rank]
+
+    def rotated(self, units: Sequence[int]) -> list[int]:
+        """All of `units`, from another one on in each process."""
+        first = self.rank * len(units) // self.world
+        return [*units[first:], *units[:first]]
+
+
+def shard_from(environment: Mapping[str, str]) -> Shard:
+    """The shard that RANK, WORLD_SIZE and LOCAL_RANK in `environment` name; alone without them.
+
+    Raises MachineError if they are no numbers, one of the first two is missing, or they do not fit together.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: environment[name].strip() for name in names if environment.get(name, "").strip()}
+    rank, world, local = (int(given[n]) if given.get(n, "").isdecimal() else None for n in names)
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
+        return Shard()
+    is_local_right = "LOCAL_RANK" not in given or local is not None
+    if rank is None or world is None or not rank < world or not is_local_right:
+        shown = ", ".join(f"{name}={environment.get(name, '(not set)')}" for name in names)
+        raise MachineError(
+            f"{shown} do not say which of how many processes this is. Set RANK from 0 to WORLD_SIZE - 1, as "
+            "torchrun does, or unset them."
+        )
+    return Shard(rank, world, local)

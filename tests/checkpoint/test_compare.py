@@ -1,0 +1,232 @@
+"""The comparison's numbers against slow oracles, its contract, and what it refuses."""
+
+import gc
+import json
+import math
+import weakref
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from qprobe.checkpoint import compare as compare_module
+from qprobe.checkpoint.compare import compare, ratio
+from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
+from qprobe.checkpoint.storage import stored_bytes
+from qprobe.data.sources import Samples
+from qprobe.errors import ManifestError, QprobeError
+from qprobe.inputs.answers import answered
+from qprobe.loading.reference import load_reference
+from qprobe.manifest.manifest import read_manifest, write_manifest
+from qprobe.options import CompareOptions
+from qprobe.records import Fact
+from qprobe.report.comparison import read_comparison
+from tests import tiny
+from tests.checkpoint import reference
+from tests.checkpoint.manifests import every_third, manifest_for
+
+
+@pytest.fixture
+def written(tiny_folder, tmp_path):
+    """written(name, kept): options that compare the tiny model under a manifest that keeps `kept`."""
+
+    def write(name, kept=None, **options):
+        folder = tiny_folder(name)
+        path = tmp_path / "skiplist.json"
+        write_manifest(path, manifest_for(folder, every_third(folder) if kept is None else kept))
+        return CompareOptions(path, str(folder), device="cpu", max_new_tokens=6, **options)
+
+    return write
+
+
+@pytest.fixture
+def use_samples(monkeypatch):
+    """use_samples(samples): what compare takes instead of the built-in ones."""
+
+    def use(samples, skipped=()):
+        monkeypatch.setattr(compare_module, "choose_samples", lambda *_: Samples(tuple(samples), skipped))
+
+    return use
+
+
+# One sample a batch: in bf16 the padding of a batch moves logits by a rounding step, which the oracle,
+# that runs samples alone, does not share.
+@pytest.mark.parametrize("name", ["mllama", "qwen2_5_vl", "llama"])
+def test_rows_equal_the_slow_oracle(name, written, use_samples, tiny_folder):
+    options = written(name, batch_size=1)
+    given = tiny.questions(name, 3)
+    given[1] = replace(given[1], answer="the red bar, by two units")  # one of them brings its answer
+    use_samples(given)
+    result = compare(options)
+    rows = {row.name: row for row in result.rows}
+    assert list(rows) == ["16-bit", "nf4", "dynamic"]
+
+    original = load_reference(str(tiny_folder(name)), "cpu")
+    own = answered(original.model, original.processor, given, 6, 1)
+    teacher = [mine if theirs.answer is None else theirs for mine, theirs in zip(own, given, strict=True)]
+    models = {
+        "16-bit": original.model,
+        "nf4": load_standard_4bit(str(tiny_folder(name)), device="cpu")[0],
+        "dynamic": load_dynamic_4bit(options.manifest, options.model, "cpu")[0],
+    }
+    logits = {
+        key: [reference.answer_logits(model, original.processor, sample) for sample in teacher]
+        for key, model in models.items()
+    }
+    for key, row in rows.items():
+        answers = [s.answer for s in answered(models[key], original.processor, given, 6, 1)]
+        assert [sample.answers[key] for sample in result.samples] == answers
+        same = [mine == theirs.answer for mine, theirs in zip(answers, own, strict=True)]
+        assert row.answer_agreement == sum(same) / 3
+        expected = reference.mean_kl(logits["16-bit"], logits[key])
+        assert row.kl == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert row.top1_agreement == reference.top1_agreement(logits["16-bit"], logits[key])
+        assert row.total_bytes == stored_bytes(models[key]).total_bytes
+    assert rows["16-bit"].kl == 0 and rows["nf4"].kl > 0 and rows["nf4"].kl_se > 0
+
+
+@pytest.mark.parametrize("name", tiny.GENERATING_NAMES)
+def test_every_architecture_goes_through_in_batches(name, written, use_samples):
+    options = written(name, batch_size=2)
+    use_samples(tiny.questions(name, 3))
+    steps = []
+    result = compare(options, lambda stage, done, total: steps.append((stage, done, total)))
+    assert [s.id for s in result.samples] == ["question-0", "question-1", "question-2"]
+    sizes = [row.total_bytes for row in result.rows]
+    assert sizes[0] > sizes[2] > sizes[1]
+    assert all(row.facts is None for row in result.rows)
+    for stage in ("16-bit", "nf4", "dynamic"):
+        done = [d for s, d, _ in steps if s == stage]
+        assert done == sorted(done) and done[-1] == 6
+    assert {total for _, _, total in steps} == {6}
+
+
+def test_a_dynamic_model_that_keeps_everything_is_the_16bit_model(written, use_samples, tiny_folder):
+    layers = manifest_for(tiny_folder("llama")).layers
+    use_samples(tiny.questions("llama", 3))
+    _, standard, dynamic = compare(written("llama", [x.name for x in layers])).rows
+    assert (dynamic.kl, dynamic.kl_se, dynamic.top1_agreement, dynamic.answer_agreement) == (0, 0, 1, 1)
+    assert standard.kl > 0.01
+
+
+def test_the_json_is_the_contract(written, use_samples):
+    use_samples(tiny.questions("llama", 1), skipped=("b.txt: skipped, it is no image",))
+    result = compare(written("llama"))
+    data = json.loads(json.dumps(result.to_json()))
+    assert list(data) == ["rows", "samples"]
+    keys = "name parameter_bytes total_bytes kl kl_se top1_agreement answer_agreement facts".split()
+    assert [list(row) for row in data["rows"]] == [keys] * 3
+    assert all(row["kl_se"] is None and row["facts"] is None for row in data["rows"])  # one sample, no facts
+    assert [list(sample) for sample in data["samples"]] == [["id", "prompt", "answers"]]
+    assert list(data["samples"][0]["answers"]) == ["16-bit", "nf4", "dynamic"]
+    assert result.notes == ("b.txt: skipped, it is no image",)
+
+
+def test_facts_are_counted_over_all_samples(written, use_samples, tiny_folder):
+    # Three facts, two of them words of the 16-bit model's own answer: 2 / 3, not the mean of 1 / 2 and 1.
+    original = load_reference(str(tiny_folder("llama_tied")), "cpu")
+    given = tiny.questions("llama_tied", 2)
+    first, second = (s.answer or "" for s in answered(original.model, original.processor, given, 6, 1))
+    facts = ((Fact("a", first), Fact("b", "submarine")), (Fact("c", second),))
+    assert first.strip() and second.strip() and "submarine" not in first
+    use_samples([replace(s, facts=f) for s, f in zip(given, facts, strict=True)])
+    row = compare(written("llama_tied", batch_size=1)).rows[0]
+    assert row.facts == 2 / 3
+
+
+def test_one_model_at_a_time(written, use_samples, monkeypatch):
+    alive: list[weakref.ref] = []
+
+    def watched(load, model_of):
+        def wrapper(*args):
+            gc.collect()
+            assert [ref for ref in alive if ref() is not None] == []
+            loaded = load(*args)
+            alive.append(weakref.ref(model_of(loaded)))
+            return loaded
+
+        return wrapper
+
+    monkeypatch.setattr(compare_module, "load_reference", watched(load_reference, lambda x: x.model))
+    for name, load in (("load_standard_4bit", load_standard_4bit), ("load_dynamic_4bit", load_dynamic_4bit)):
+        monkeypatch.setattr(compare_module, name, watched(load, lambda x: x[0]))
+    use_samples(tiny.questions("llama", 1))
+    compare(written("llama"))
+    assert len(alive) == 3
+
+
+def test_the_revision_of_the_manifest_is_the_one_that_is_compared(
+    written, use_samples, tiny_folder, monkeypatch
+):
+    # A stand-in for a model on the hub: its blueprint says which revision the manifest asks for.
+    asked = []
+    check, standard = compare_module.check_model, load_standard_4bit
+
+    def at_revision(*args):
+        blueprint = check(*args)
+        return replace(blueprint, source=replace(blueprint.source, revision="abc"))
+
+    def load(model, device, dtype, revision):
+        asked.append(("16-bit", revision))
+        return load_reference(model, device, dtype)
+
+    def load_nf4(model, spec, device, revision):
+        asked.append(("nf4", revision))
+        return standard(model, spec, device)
+
+    monkeypatch.setattr(compare_module, "check_model", at_revision)
+    monkeypatch.setattr(compare_module, "load_reference", load)
+    monkeypatch.setattr(compare_module, "load_standard_4bit", load_nf4)
+    use_samples(tiny.questions("llama", 1))
+    compare(written("llama"))
+    assert asked == [("16-bit", "abc"), ("nf4", "abc")]
+
+
+def test_a_model_without_a_language_head_is_told_so(written):
+    with pytest.raises(QprobeError, match=r"BertModel.*no language head"):
+        compare(written("bert"))
+
+
+def test_another_model_is_refused(written, tiny_folder):
+    options = replace(written("llama"), model=str(tiny_folder("llama_tied")))
+    with pytest.raises(ManifestError, match="was written for llama"):
+        compare(options)
+
+
+def test_images_of_the_user_are_compared_on(written, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(tiny.picture(number))
+    (folder / "notes.txt").write_text("no image")
+    result = compare(written("qwen2_vl", images=folder, prompt="what is it?", samples=2))
+    assert [(s.id, s.prompt) for s in result.samples] == [("0.png", "what is it?"), ("1.png", "what is it?")]
+
+
+def test_ratio_and_its_error_by_hand():
+    # values 1, 2 over counts 1, 3: ratio 3/4; residuals 1/4 and -1/4; se^2 = 2/1 * (2/16) / 4^2 = 1/64.
+    mean, error = ratio([1.0, 2.0], [1, 3])
+    assert mean == 0.75 and error == pytest.approx(math.sqrt(Fraction(1, 64)))
+    assert ratio([1.0, 0.0, 2.0], [1, 0, 3]) == (mean, error)  # a sample without answer tokens says nothing
+    assert ratio([1.0], [4]) == (0.25, None)
+    assert ratio([0.0], [0]) == (None, None)
+
+
+def test_the_result_stays_in_the_run_folder_of_the_manifest(written, use_samples, monkeypatch):
+    options = written("llama")
+    folder = options.manifest.parent
+    use_samples(tiny.questions("llama", 2))
+    result = compare(options)
+    assert not (folder / "compare.json").exists()  # no run folder
+    (folder / "scan.json").write_text("{}")
+    assert compare(options) == result
+    kept = read_comparison(folder)
+    assert kept.pop("skip_modules") == list(read_manifest(options.manifest).skip_modules)
+    assert kept == result.to_json()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare_module, "write_atomic", full)
+    (note,) = compare(options).notes
+    assert "No space left" in note

@@ -1,0 +1,27 @@
+"""What the tests of this folder ask for, and what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qprobe.options import ScanOptions
+from qprobe.scanning.result import ScanResult
+
+TinyFolder = Callable[[str], Path]
+Share = Callable[[int, int, Path], ScanResult]
+
+
+def options(folder: Path, out: Path, **changes: Any) -> ScanOptions:
+    asked = ScanOptions(str(folder), samples=9, batch_size=2, max_new_tokens=4, device="cpu", out=out)
+    return replace(asked, **changes)
+
+
+def table(run: Path) -> bytes:
+    return (run / "layers.csv").read_bytes()
+
+
+def units(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "units").iterdir()}

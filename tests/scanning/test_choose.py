@@ -1,0 +1,62 @@
+"""What a choice says of itself."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from qprobe.cli.scan import scan as scan_cli
+from qprobe.options import DEFAULT_BUDGET, ScanOptions
+from qprobe.scanning.choose import Trial
+from tests.report.runs import write_run
+
+EVERY_OPTION: dict[str, Any] = {
+    "images": Path("/home/me/my photos"),
+    "data": Path("/home/me/lines.jsonl"),
+    "prompt": "What is it?",
+    "samples": 7,
+    "format": "nf4-calibrated",
+    "budget": "+1 GiB",
+    "max_kl": 0.5,
+    "dtype": "float16",
+    "seed": 3,
+    "batch_size": 2,
+    "max_new_tokens": 9,
+    "by": "activation_nmse",
+    "measures": ("weight", "activation"),
+    "for_tool": "vllm",
+    "nodes": 3,
+    "ablate": "5",
+}
+NO_RESULT = {"model", "out", "device", "max_memory"}  # where it runs and is written, and a model's name
+
+
+def test_every_option_that_can_change_a_result_is_tried_here():
+    assert {x.name for x in fields(ScanOptions)} - NO_RESULT == EVERY_OPTION.keys()
+
+
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_the_recorded_command_asks_for_the_same_scan_and_names_no_folder_of_its_user(
+    name: str, tmp_path: Path
+):
+    write_run(tmp_path)
+    scan = json.loads((tmp_path / "scan.json").read_text())
+    scan["model"]["id"] = "my model"
+    (tmp_path / "scan.json").write_text(json.dumps(scan))
+    asked = ScanOptions(str(tmp_path / "private" / "my model"), **{name: EVERY_OPTION[name]})
+    command = Trial(cast(Any, None), tmp_path, [], asked, lambda *_: None).command
+    assert "/" not in command
+    words = shlex.split(command)
+    assert words[:2] == ["qprobe", "scan"]
+    given = scan_cli.make_context("scan", words[2:]).params
+    del given["as_json"]
+    bare = {k: Path(v.name) if isinstance(v, Path) else v for k, v in vars(asked).items()}
+    budget = None if asked.max_kl is not None else asked.budget or DEFAULT_BUDGET
+    assert ScanOptions(**given) == ScanOptions(**{**bare, "model": "my model", "budget": budget})
+    plain = Trial(cast(Any, None), tmp_path, [], ScanOptions("m"), lambda *_: None).command
+    assert plain == "qprobe scan --model 'my model' --budget +10%"

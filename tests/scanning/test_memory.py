@@ -1,0 +1,61 @@
+"""A scan within a memory limit."""
+
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from qprobe.errors import BudgetError, MachineError
+from qprobe.runs.store import read_scan
+from qprobe.scanning.scan import scan
+from tests import tiny
+from tests.scanning.asked import Scanned, TinyFolder, options
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_scan_within_a_memory_limit_gives_the_same_table(
+    name: str, scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path
+):
+    # On a CPU every weight of a block is copied whenever it is used, however large the limit.
+    plain = scanned(name)
+    limited = scan(options(tiny_folder(name), tmp_path / "run", max_memory="1TiB"))
+    assert plain.streamed_bytes is None
+    blocks = [x for x in read_scan(limited.run).inventory.layers if not x.fixed]
+    assert limited.streamed_bytes > 4 * sum(x.bf16_bytes for x in blocks)
+    for file in ("layers.csv", "frontier.csv", "ranks.csv"):
+        if (plain.run / file).exists():
+            assert (limited.run / file).read_text() == (plain.run / file).read_text()
+    assert (limited.kl_standard_4bit, limited.kl_dynamic) == (plain.kl_standard_4bit, plain.kl_dynamic)
+    assert read_scan(limited.run).spec == read_scan(plain.run).spec
+    assert not list(limited.run.glob(".weight-*"))
+
+
+def test_a_scan_within_a_memory_limit_resumes_one_without(
+    scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path
+):
+    plain = scanned("llama")
+    run = Path(copytree(plain.run, tmp_path / "run"))
+    for unit in sorted((run / "units").glob("*-00000.parquet")):
+        unit.unlink()
+    scan(options(tiny_folder("llama"), run, max_memory="1TiB"))
+    assert (run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()
+
+
+def test_a_memory_limit_that_is_too_small_is_refused_before_anything_is_measured(
+    tiny_folder: TinyFolder, tmp_path: Path
+):
+    for asked in ({}, {"format": "nf4-calibrated"}):
+        with pytest.raises(MachineError, match=r"--max-memory 1,048,576 B is too little: .* or more\."):
+            scan(options(tiny_folder("llama"), tmp_path / "run", max_memory="1MiB", **asked))
+    with pytest.raises(BudgetError, match="cannot be read"):
+        scan(options(tiny_folder("llama"), tmp_path / "run", max_memory="22 apples"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_calibration_within_a_memory_limit_chooses_the_same_codes(tiny_folder: TinyFolder, tmp_path: Path):
+    asked = options(tiny_folder("llama"), tmp_path / "plain", format="nf4-calibrated")
+    plain = scan(asked)
+    limited = scan(replace(asked, out=tmp_path / "limited", max_memory="1TiB"))
+    assert read_scan(limited.run).codes == read_scan(plain.run).codes is not None
+    assert (limited.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()

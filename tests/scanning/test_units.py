@@ -1,0 +1,64 @@
+"""Which batches a layer table is measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qprobe.measure.runner import own_half
+from qprobe.records import Sample
+from qprobe.runs.needed import Measures, needed_units
+from qprobe.runs.store import read_scan, read_units
+from qprobe.scanning.measure import cut_samples
+from qprobe.scanning.scan import scan
+from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
+
+
+class TwoShapes:
+    """Stands in for a subject whose samples have one image shape where they are named so, and another."""
+
+    def one_shape_groups(self, samples: tuple[Sample, ...]) -> list[tuple[Sample, ...]]:
+        return [tuple(s for s in samples if s.id[0] == shape) for shape in "ab"]
+
+    def groups(self, samples: tuple[Sample, ...], size: int) -> list[tuple[Sample, ...]]:
+        return [samples] if samples else []
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_own_damage_has_full_batches_of_one_shape(size: int) -> None:
+    samples = tuple(Sample(f"{shape}{i}", str(i), answer="yes") for i in range(11) for shape in "ab")
+    subject: Any = TwoShapes()
+    work = cut_samples(subject, samples, (), size, ())
+    found = [s.id for group in work.own for s in group]
+    assert sorted(found) == sorted(own_half(samples)) and len(found) == 11
+    assert all(len({s.id[0] for s in group}) == 1 for group in work.own)
+    assert sum(len(group) < size for group in work.own) <= 2  # the last one of each shape
+
+
+def test_own_damage_is_measured_once_on_each_sample_of_the_half(scanned: Scanned) -> None:
+    run = scanned("mllama").run
+    alone, all_rows = read_units(run, "alone"), read_units(run, "sensitivity")
+    assert not alone.duplicated(["sample", "layer"]).any()
+    assert alone["sample"].nunique() == (all_rows["sample"].nunique() + 1) // 2
+    assert set(alone["layer"]) == set(all_rows["layer"])
+    needed = needed_units(read_scan(run).spec)
+    assert needed["alone"] == len(read_scan(run).spec["own"])
+
+
+def test_a_run_of_before_own_batches_needs_own_damage_in_every_batch() -> None:
+    spec = {"measures": vars(Measures(True, True)), "calibration": [[], [], []]}
+    assert needed_units(spec) == {"weights": 1, "outputs": 3, "kl": 3, "sensitivity": 3, "alone": 3}
+    assert needed_units({**spec, "own": [[], []]})["alone"] == 2
+
+
+def test_samples_of_one_id_are_measured_apart(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    lines = [{"id": name, "prompt": f"what is {i}?"} for i, name in enumerate(["x", "x", None, None, "x", 3])]
+    data = write_lines(tmp_path / "data.jsonl", *lines)
+    result = scan(options(tiny_folder("llama"), tmp_path / "run", data=data))
+    names = {"x", "x (line 2)", "data-3", "data-4", "x (line 5)", "3"}
+    spec = read_scan(result.run).spec
+    measured = {s["id"] for part in ("calibration", "held_out") for group in spec[part] for s in group}
+    assert measured == names and result.samples == 6 and result.skiplist is not None
+    assert any("2 lines with the id of an earlier one: 'x' of line 1" in note for note in result.notes)

@@ -1,0 +1,123 @@
+"""Lists from each layer's share of the damage and from its own damage."""
+
+from __future__ import annotations
+
+from math import fsum
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qprobe.errors import BudgetError
+from qprobe.records import Inventory
+from qprobe.selection.damage import Damage, fewest_bytes, least_damage
+from qprobe.selection.solver import choose
+from tests.runs.runs import inventory_of, linear
+
+BY = "sensitivity_kl"
+NAMES = tuple(f"l{i}" for i in range(14))
+
+
+def layers(sizes: list[int], group: int) -> Inventory:
+    """One linear for each of `sizes`; the first `group` of them move together."""
+    return inventory_of(
+        *(
+            linear(name, group="together" if i < group else None, shape=(size, 64))
+            for i, (name, size) in enumerate(zip(NAMES, sizes, strict=False))
+        )
+    )
+
+
+tables = st.lists(
+    st.tuples(st.sampled_from([16, 64, 100]), st.floats(0, 1), st.floats(-0.3, 1)), min_size=2, max_size=14
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Inventory, Damage, int]:
+    """Layers of random sizes, own damages and interactions, and a limit between 4-bit and 16-bit."""
+    table = draw(tables)
+    inventory = layers([size for size, _, _ in table], draw(st.integers(0, 4)))
+    names = [x.name for x in inventory.layers]
+    alone = dict(zip(names, (own for _, own, _ in table), strict=True))
+    path = {n: alone[n] + more for n, (_, _, more) in zip(names, table, strict=True)}
+    most = inventory.total_bytes(frozenset(names))
+    return inventory, Damage(path, alone), draw(st.integers(inventory.standard_4bit_bytes, most))
+
+
+def test_all_layers_in_4bit_cost_the_sum_of_their_shares_and_none_costs_nothing():
+    damage = Damage({"a": 3.0, "b": 1.0}, {"a": 1.0, "b": 0.5})
+    assert damage.left(frozenset()) == 4.0
+    assert damage.left(frozenset(("a", "b"))) == 0.0
+    # b kept: 1.0 of its own, and 3/4 of what lies between a and the others, 0.75 x (3.0 - 1.0)
+    assert damage.left(frozenset(("b",))) == 1.0 + 0.75 * 2.0
+
+
+def test_marginal_damage_is_the_own_one_at_the_16bit_end_and_the_share_halfway():
+    damage = Damage({"a": 3.0}, {"a": 1.0})
+    assert damage.marginal(0.0) == {"a": 1.0}
+    assert damage.marginal(0.5) == {"a": 3.0}
+    assert damage.marginal(1.0) == {"a": 5.0}  # 2 x 3 - 1: the row and the column of the curvature
+
+
+def test_a_layer_that_hurts_only_beside_the_worst_one_is_not_kept_once_that_is():
+    # Three layers of one size, room for two. c has the second largest share, but nearly all of it is between
+    # c and a; with a kept, b's own damage is what is left to save.
+    inventory = layers([64, 64, 64], 0)
+    damage = Damage(dict(zip(NAMES, (10.0, 1.0, 3.0), strict=False)),
+                    dict(zip(NAMES, (7.0, 0.9, 0.1), strict=False)))  # fmt: skip
+    room = inventory.total_bytes(frozenset(NAMES[:2]))
+    assert choose(inventory, damage.path, room, BY).kept == ("l0", "l2")
+    assert least_damage(inventory, damage, room, BY).kept == ("l0", "l1")
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_no_list_by_either_score_alone_is_predicted_to_be_better(case: tuple[Inventory, Damage, int]):
+    inventory, damage, limit = case
+    plan = least_damage(inventory, damage, limit, BY)
+    assert plan.total_bytes <= limit
+    assert plan.total_bytes == inventory.total_bytes(frozenset(plan.kept))
+    for scores in (damage.path, damage.alone):
+        other = choose(inventory, scores, limit, BY)
+        assert damage.left(frozenset(plan.kept)) <= damage.left(frozenset(other.kept)) + 1e-12
+    assert damage.left(frozenset(plan.kept)) <= damage.left(frozenset()) + 1e-12
+    together = {x.name for x in inventory.layers if x.group == "together"}
+    assert together <= set(plan.kept) or not together & set(plan.kept)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_without_interactions_the_list_is_the_exact_one(case: tuple[Inventory, Damage, int]):
+    inventory, damage, limit = case
+    plain = Damage(damage.alone, damage.alone)
+    exact = choose(inventory, damage.alone, limit, BY)
+    plan = least_damage(inventory, plain, limit, BY)
+    assert plan.score == pytest.approx(exact.score, abs=1e-9)
+    left = fsum(v for n, v in damage.alone.items() if n not in plan.kept)
+    assert plain.left(frozenset(plan.kept)) == pytest.approx(left, abs=1e-9)
+
+
+def test_a_limit_below_standard_4bit_is_refused():
+    with pytest.raises(BudgetError, match="below standard 4-bit"):
+        least_damage(layers([64, 64], 0), Damage({"l0": 1.0}, {"l0": 1.0}), 100, BY)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.floats(0.001, 1))
+def test_the_fewest_bytes_meet_the_bound_and_no_smaller_limit_does(
+    case: tuple[Inventory, Damage, int], share: float
+):
+    inventory, damage, _ = case
+    bound = share * damage.left(frozenset())
+    plan = fewest_bytes(inventory, damage, bound, BY)
+    everything = inventory.total_bytes(frozenset(x.name for x in inventory.layers))
+    richest = least_damage(inventory, damage, everything, BY)
+    if plan is None:
+        assert damage.left(frozenset(richest.kept)) > bound
+        return
+    assert damage.left(frozenset(plan.kept)) <= bound
+    assert plan.total_bytes == inventory.total_bytes(frozenset(plan.kept))
+    smaller = plan.total_bytes - 1
+    if smaller >= inventory.standard_4bit_bytes and not damage.is_additive:
+        assert damage.left(frozenset(least_damage(inventory, damage, smaller, BY).kept)) > bound
