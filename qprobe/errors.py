@@ -30,7 +30,7 @@ class ManifestError(QprobeError):
 
 
 class VerificationError(QprobeError):
-    """The loaded model does not hold what the manifest promises."""
+    """The loaded model does not hold what the manifest expected."""
 
 
 class MachineError(QprobeError):

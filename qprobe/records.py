@@ -93,7 +93,7 @@ class Linear:
     name: module name in the running transformers. checkpoint_name: its name in the files.
     tower: "vision", "projector", "cross_attention", "language" or "other".
     group: layers that must change precision together (q/k/v, gate/up); the layer's own name if alone.
-    shape: (out_features, in_features). nf4_bytes, bf16_bytes: of the weight alone; a weight tied to an
+    shape: (out_features, in_features). bytes_4bit, bytes_16bit: of the weight alone; a weight tied to an
         embedding is counted here and not in the inventory's other_bytes.
     fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied", "kept in float32 by transformers"),
         or None.
@@ -105,8 +105,8 @@ class Linear:
     tower: str
     group: str
     shape: tuple[int, int]
-    nf4_bytes: int
-    bf16_bytes: int
+    bytes_4bit: int
+    bytes_16bit: int
     fixed: str | None = None
     reads: Literal["vision", "text"] = "text"
 
@@ -196,7 +196,7 @@ class Inventory:
     def total_bytes(self, kept: frozenset[str]) -> int:
         """Bytes of the model with `kept` (names) and the fixed layers in 16-bit and the rest in NF4."""
         return self.other_bytes + sum(
-            x.bf16_bytes if x.fixed or x.name in kept else x.nf4_bytes for x in self.layers
+            x.bytes_16bit if x.fixed or x.name in kept else x.bytes_4bit for x in self.layers
         )
 
     @property

@@ -121,7 +121,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def calibrate_model(work: Work) -> None:
-    """Calibrate every linear that is quantized, and put the weights in place in `work.subject.round_trips`.
+    """Calibrate every linear that is quantized, and put the weights in place in `work.subject.dequantized`.
 
     Finished units are not done again; of one that was lost since only what was measured is, while the weights
     that are named stay. Leaves FOLDER/nf4-calibrated.safetensors, named with its hash in
@@ -135,7 +135,7 @@ def calibrate_model(work: Work) -> None:
     with open_codes(checked(codes, work.folder)) as file:
         for name in sorted(file.layers):
             packed = file.stored(name, work.subject.device_of(name)).packed()
-            work.subject.round_trips.put(name, packed)
+            work.subject.dequantized.put(name, packed)
     # Only now that the joined file was read whole is it named, and are the units' own files not needed.
     if named is None:
         update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
@@ -187,7 +187,7 @@ def _finish(
     work: Work, one: SharedInput, total: torch.Tensor, tokens: int, apart: set[str], unit: int
 ) -> None:
     """Round the weights of one shared input and write the unit."""
-    weights = {name: work.subject.round_trips.own(name) for name in one.names if name not in apart}
+    weights = {name: work.subject.dequantized.own(name) for name in one.names if name not in apart}
     found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
     with torch.no_grad():
         found |= dict(

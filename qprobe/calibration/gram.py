@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.inputs.batch import PAD, Batch
+from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
-from qprobe.measure.roundtrips import RoundTrips
 from qprobe.measure.subject import Subject
 
 
@@ -70,7 +70,7 @@ def shared_inputs(subject: Subject, batches: Iterable[Batch]) -> list[SharedInpu
 
     Batches are run until every linear was seen, or all are.
     """
-    survey = _Survey(subject.quantized, subject.round_trips)
+    survey = _Survey(subject.quantized, subject.dequantized)
     for batch in batches:
         with subject.running("survey", batch.elements):
             _run(subject, batch, survey.forward)
@@ -87,7 +87,7 @@ class _Survey:
     """Notes of each linear the first one that read the same tensor."""
 
     wanted: frozenset[str]
-    round_trips: RoundTrips
+    dequantized: DequantizedWeights
     leaders: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[Any, int, str]] = field(default_factory=list)  # weak reference, version, leader
 
@@ -98,7 +98,7 @@ class _Survey:
             self.leaders[name] = leader = next(same, name)
             if leader == name:
                 self.inputs.append((ref(x), x._version, name))
-        return F.linear(x, self.round_trips.own(name), module.bias)
+        return F.linear(x, self.dequantized.own(name), module.bias)
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Gathering:
                 read = self._read.get(leader)
                 if read is None or read() is not x:
                     self.apart.add(name)
-            return F.linear(x, self.subject.round_trips.own(name), module.bias)
+            return F.linear(x, self.subject.dequantized.own(name), module.bias)
 
         # Each set of matrices is a kind of work of its own: what it leaves to weights differs.
         with self.subject.running(f"gram {self.inputs[0].leader}", batch.elements):

@@ -354,7 +354,7 @@ def _against(
         )
     if not is_4bit and not is_16bit and total_bytes != manifest.budget.total_bytes:
         yield (
-            f"The files hold {total_bytes:,} bytes, but the manifest promises "
+            f"The files hold {total_bytes:,} bytes, but the manifest expected "
             f"{manifest.budget.total_bytes:,}, though every linear has its precision; another tensor has "
             f"another dtype or is there twice."
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qprobe.checkpoint.verify import Promise
+from qprobe.checkpoint.verify import ExpectedLayer
 from qprobe.errors import ManifestError
 from qprobe.formats.codes_file import CodesReader, open_codes
 from qprobe.formats.nf4 import StoredNf4
@@ -18,14 +18,14 @@ from qprobe.formats.nf4 import StoredNf4
 MOST_CHANGE = 0.5
 
 
-def put_calibrated(model: nn.Module, codes: Path, promises: Sequence[Promise]) -> None:
+def put_calibrated(model: nn.Module, codes: Path, expected: Sequence[ExpectedLayer]) -> None:
     """Replace the 4-bit weights of `model`, loaded in NF4, by those in `codes`, where it holds them.
 
     A layer that the file does not hold is one that calibration left as it was.
     Raises ManifestError if a weight in the file is another layer's or another model's.
     """
     with open_codes(codes) as file:
-        for promise in promises:
+        for promise in expected:
             if promise.precision == "nf4" and promise.name in file.layers:
                 _put(model.get_submodule(promise.name), promise.name, file)
 

@@ -238,7 +238,7 @@ def _manifest(
             checkpoint_name=x.checkpoint_name,
             shape=x.shape,
             precision="bf16" if x.fixed or x.name in kept else "nf4",
-            bytes=x.bf16_bytes if x.fixed or x.name in kept else x.nf4_bytes,
+            bytes=x.bytes_16bit if x.fixed or x.name in kept else x.bytes_4bit,
             sensitivity_kl=None,
             reason=_reason(x.fixed, by_entry.get(x.name)),
         )

@@ -57,8 +57,8 @@ def bytes_of(layers: Iterable[Linear], beside: Iterable[Beside], layout: Layout)
             parameters += packed_bytes(x.shape)
             total += four_bit_bytes(x.shape, layout.blocksize, bool(layout.double_quant))
         else:
-            parameters += x.bf16_bytes
-            total += x.bf16_bytes
+            parameters += x.bytes_16bit
+            total += x.bytes_16bit
     for item in beside:
         parameters += item.parameter_bytes
         total += item.bytes

@@ -14,7 +14,7 @@ from torch import nn
 from qprobe.checkpoint.codes import put_calibrated
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
-from qprobe.checkpoint.verify import Promise, promised, promises_of, verify, verify_layers
+from qprobe.checkpoint.verify import ExpectedLayer, expected_layer, expected_layers, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.formats.codes_file import checked
 from qprobe.loading.inventory import fingerprint, list_layers
@@ -71,11 +71,11 @@ def load_dynamic_4bit(
     wanted = replace(written, format=with_dtype(written.format, dtype))
     codes = codes_of(written, folder if isinstance(manifest, Manifest) else Path(manifest).parent)
     blueprint = draw(source, wanted.format)
-    promises = promises_of(wanted)
-    _check_names(blueprint.skeleton, promises)
-    loaded = _load(blueprint, promises, device)
+    expected = expected_layers(wanted)
+    _check_names(blueprint.skeleton, expected)
+    loaded = _load(blueprint, expected, device)
     if codes is not None:
-        put_calibrated(loaded, codes, promises)
+        put_calibrated(loaded, codes, expected)
     verify(loaded, wanted)
     return (ready_for_training(loaded) if for_training else loaded), load_processor(source)
 
@@ -97,16 +97,16 @@ def load_standard_4bit(
     spec = format or FormatSpec()
     blueprint = draw(at_revision(resolve(model), revision), spec)
     inventory = list_layers(blueprint.skeleton, spec)
-    promises = [
-        promised(x.name, x.shape, "bf16", x.bf16_bytes)
+    expected = [
+        expected_layer(x.name, x.shape, "bf16", x.bytes_16bit)
         if x.fixed
-        else promised(x.name, x.shape, "nf4", x.nf4_bytes)
+        else expected_layer(x.name, x.shape, "nf4", x.bytes_4bit)
         for x in inventory.layers
     ]
-    loaded = _load(blueprint, promises, device)
+    loaded = _load(blueprint, expected, device)
     if codes is not None:
-        put_calibrated(loaded, codes, promises)
-    verify_layers(loaded, promises, inventory.uncovered, spec)
+        put_calibrated(loaded, codes, expected)
+    verify_layers(loaded, expected, inventory.uncovered, spec)
     return loaded, load_processor(blueprint.source)
 
 
@@ -186,24 +186,24 @@ def source_of(manifest: Manifest, model: str | None) -> Source:
     return source
 
 
-def _check_names(skeleton: nn.Module, promises: Sequence[Promise]) -> None:
+def _check_names(skeleton: nn.Module, expected: Sequence[ExpectedLayer]) -> None:
     """Raises VerificationError for names that the model does not have, before gigabytes are read."""
-    missing = [p.name for p in promises if p.name not in dict(skeleton.named_modules())]
+    missing = [p.name for p in expected if p.name not in dict(skeleton.named_modules())]
     if missing:
         raise VerificationError(
-            f"{len(missing)} of {counted(len(promises), 'layer')} of the manifest {is_or_are(len(missing))} "
+            f"{len(missing)} of {counted(len(expected), 'layer')} of the manifest {is_or_are(len(missing))} "
             f"not in the model, first {', '.join(missing[:3])}. Names change between transformers versions; "
             f"scan again with this one."
         )
 
 
-def _load(blueprint: Blueprint, promises: Sequence[Promise], device: str | None) -> Any:
-    """The model with the promised layers in 4-bit, in eval mode and frozen; ties checked, layers not yet."""
+def _load(blueprint: Blueprint, expected: Sequence[ExpectedLayer], device: str | None) -> Any:
+    """The model with the expected layers in 4-bit, eval mode, frozen; ties are checked, layers not yet."""
     from transformers import BitsAndBytesConfig
 
     spec, source = blueprint.format, blueprint.source
     dtype = getattr(torch, spec.compute_dtype)
-    four_bit = [p.name for p in promises if p.precision == "nf4"]
+    four_bit = [p.name for p in expected if p.precision == "nf4"]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quant_type,

@@ -1,4 +1,4 @@
-"""Does a loaded model hold what was promised: every layer's class, dtype and quantization state."""
+"""Does a loaded model hold what was expected_layer: every layer's class, dtype and quantization state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = 5  # problems that an error message spells out
 
 
 @dataclass(frozen=True)
-class Promise:
+class ExpectedLayer:
     """What the linear `name` must be; shape is (out_features, in_features) of its weight.
 
     in_float32: transformers keeps it so though all else is in 16-bit.
@@ -32,14 +32,14 @@ class Promise:
     in_float32: bool = False
 
 
-def promised(name: str, shape: tuple[int, int], precision: Precision, nbytes: int) -> Promise:
+def expected_layer(name: str, shape: tuple[int, int], precision: Precision, nbytes: int) -> ExpectedLayer:
     """The promise of a weight that takes `nbytes`: 4 bytes a weight are float32."""
-    return Promise(name, shape, precision, in_float32=nbytes == 4 * shape[0] * shape[1])
+    return ExpectedLayer(name, shape, precision, in_float32=nbytes == 4 * shape[0] * shape[1])
 
 
-def promises_of(manifest: Manifest) -> list[Promise]:
+def expected_layers(manifest: Manifest) -> list[ExpectedLayer]:
     """What the manifest says of each linear, in its order."""
-    return [promised(x.name, x.shape, x.precision, x.bytes) for x in manifest.layers]
+    return [expected_layer(x.name, x.shape, x.precision, x.bytes) for x in manifest.layers]
 
 
 def verify(model: nn.Module, manifest: Manifest) -> None:
@@ -47,25 +47,25 @@ def verify(model: nn.Module, manifest: Manifest) -> None:
 
     Both directions: every layer of the manifest has its class, dtype, shape and quantization state,
     no linear of the model is missing from the manifest, uncovered weights are untouched, and the
-    stored bytes are the promised ones. For a model before adapters are put on it.
+    stored bytes are the expected_layer ones. For a model before adapters are put on it.
     """
-    verify_layers(model, promises_of(manifest), manifest.uncovered, manifest.format)
+    verify_layers(model, expected_layers(manifest), manifest.uncovered, manifest.format)
     stored = stored_bytes(model).total_bytes
     if stored != manifest.budget.total_bytes:
         raise VerificationError(
-            f"The model stores {stored:,} B, but its manifest promises {manifest.budget.total_bytes:,} B, "
+            f"The model stores {stored:,} B, but its manifest expected {manifest.budget.total_bytes:,} B, "
             f"though every layer is right. A tied weight was copied or another tensor changed its dtype; "
             f"load the model with load_dynamic_4bit."
         )
 
 
 def verify_layers(
-    model: nn.Module, promises: Sequence[Promise], uncovered: Sequence[Uncovered], spec: FormatSpec
+    model: nn.Module, expected: Sequence[ExpectedLayer], uncovered: Sequence[Uncovered], spec: FormatSpec
 ) -> None:
     """Raises VerificationError, naming layers, unless every promise is kept and nothing else is linear."""
     problems = [
-        *_broken_promises(model, promises, spec),
-        *_unpromised(model, {promise.name for promise in promises}),
+        *_broken_promises(model, expected, spec),
+        *_unpromised(model, {promise.name for promise in expected}),
         *_touched(model, uncovered),
     ]
     if problems:
@@ -73,14 +73,14 @@ def verify_layers(
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise VerificationError(
             f"{counted(len(problems), 'thing')} in the model {is_or_are(len(problems))} not what was "
-            f"promised of its {counted(len(promises), 'layer')}: {shown}{more}. Load it with "
+            f"expected_layer of its {counted(len(expected), 'layer')}: {shown}{more}. Load it with "
             f"load_dynamic_4bit, from the checkpoint and manifest of one scan."
         )
 
 
-def _broken_promises(model: nn.Module, promises: Sequence[Promise], spec: FormatSpec) -> Iterator[str]:
+def _broken_promises(model: nn.Module, expected: Sequence[ExpectedLayer], spec: FormatSpec) -> Iterator[str]:
     modules = dict(model.named_modules())
-    for promise in promises:
+    for promise in expected:
         module = modules.get(promise.name)
         if module is None:
             yield f"{promise.name} is listed, but the model has no such module"
@@ -93,7 +93,7 @@ def _broken_promises(model: nn.Module, promises: Sequence[Promise], spec: Format
             yield f"{promise.name} {problem}"
 
 
-def _kept_problem(module: nn.Module, promise: Promise, spec: FormatSpec) -> str | None:
+def _kept_problem(module: nn.Module, promise: ExpectedLayer, spec: FormatSpec) -> str | None:
     """What is wrong with a layer that must be a plain linear in 16-bit."""
     if type(module) is not nn.Linear:
         return f"must stay in 16-bit but is a {type(module).__name__}"
@@ -107,7 +107,7 @@ def _kept_problem(module: nn.Module, promise: Promise, spec: FormatSpec) -> str 
     return None
 
 
-def _four_bit_problem(module: nn.Module, promise: Promise, spec: FormatSpec) -> str | None:
+def _four_bit_problem(module: nn.Module, promise: ExpectedLayer, spec: FormatSpec) -> str | None:
     """What is wrong with a layer that must be in 4-bit."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
@@ -127,7 +127,7 @@ def _four_bit_problem(module: nn.Module, promise: Promise, spec: FormatSpec) -> 
     return _state_problem(weight.quant_state, promise, spec)
 
 
-def _state_problem(state: Any, promise: Promise, spec: FormatSpec) -> str | None:
+def _state_problem(state: Any, promise: ExpectedLayer, spec: FormatSpec) -> str | None:
     """What is wrong with the quantization state of a 4-bit layer."""
     if getattr(state, "packing_format_for_cpu", False):
         return "was repacked by bitsandbytes for this CPU, which rounds its absmax to bf16"
@@ -152,7 +152,7 @@ def _state_problem(state: Any, promise: Promise, spec: FormatSpec) -> str | None
 
 
 def _unpromised(model: nn.Module, names: set[str]) -> Iterator[str]:
-    """Linears that nothing was promised about, though 4-bit loading converts or converted them."""
+    """Linears that nothing was expected_layer about, though 4-bit loading converts or converted them."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     inside_attention = {

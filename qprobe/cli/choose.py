@@ -101,7 +101,7 @@ def _show(run: Path, manifest: Manifest, target: Path, is_bound: bool) -> None:
     inventory = read_scan(run).inventory
     kept, fixed = kept_and_fixed(manifest, inventory)
     if kept:
-        click.echo(kept_text(manifest, {x.name: x.nf4_bytes for x in inventory.layers}, kept, table_width()))
+        click.echo(kept_text(manifest, {x.name: x.bytes_4bit for x in inventory.layers}, kept, table_width()))
         click.echo()
     budget = manifest.budget
     total, limit, standard = map(

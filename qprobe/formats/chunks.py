@@ -28,7 +28,7 @@ def row_parts(shape: tuple[int, int], blocksize: int, part: int = PART) -> list[
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def roundtrip_parts(
+def dequantized_parts(
     parts: Sequence[Callable[[], Tensor]], fmt: Nf4, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(W, W-hat) of each part of one weight, in `dtype` on `device`.

@@ -71,8 +71,8 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
                 tower=tower,
                 group=group_of(name, names, tower),
                 shape=shape,
-                nf4_bytes=four_bit_bytes(shape, spec.blocksize, spec.double_quant),
-                bf16_bytes=module.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),
+                bytes_4bit=four_bit_bytes(shape, spec.blocksize, spec.double_quant),
+                bytes_16bit=module.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),
                 fixed=fixed,
                 reads="vision" if reads_vision(name, architecture, tower) else "text",
             )

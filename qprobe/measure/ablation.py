@@ -31,7 +31,7 @@ from qprobe.selection.decide import Candidate, difference, on_common_samples
 
 ALL = "all"
 FILE = "ablation.csv"
-COLUMNS = ("layer", "kl_alone", "kl_alone_se", "kl_saved", "kl_saved_se", "samples")
+COLUMNS = ("layer", "kl_isolated", "kl_isolated_se", "kl_saved", "kl_saved_se", "samples")
 _ALONE, _KEPT = "alone ", "kept "  # choices in the units: one layer in 4-bit, one layer in 16-bit
 
 
@@ -138,7 +138,7 @@ def _logits_with(subject: Subject, batch: Batch, four_bit: frozenset[str]) -> li
     """The answer logits with the linears `four_bit` in 4-bit, in the dtype of the batch."""
 
     def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, subject.round_trips.weight(name).to(x.dtype), module.bias)
+        return F.linear(x, subject.dequantized.weight(name).to(x.dtype), module.bias)
 
     chosen = {name: module for name, module in subject.modules.items() if name in four_bit}
     with replaced_forwards(chosen, forward):
@@ -148,8 +148,8 @@ def _logits_with(subject: Subject, batch: Batch, four_bit: frozenset[str]) -> li
 def ablation_rows(units: pd.DataFrame, layers: tuple[str, ...]) -> pd.DataFrame:
     """One row a layer, columns `COLUMNS`, in nats per answer token.
 
-    kl_alone: KL with only this layer in 4-bit. kl_saved: KL of standard 4-bit - KL with only this layer kept;
-    paired by sample. Each with its standard error, over the samples where both are finite.
+    kl_isolated: KL with only this layer in 4-bit. kl_saved: KL of standard 4-bit - KL with only this layer
+    kept; paired by sample. Each with its standard error, over the samples where both are finite.
     """
     measured = {str(choice): rows for choice, rows in units.groupby("choice")}
     rows = []

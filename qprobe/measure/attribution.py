@@ -10,7 +10,7 @@ without a pass: the KL has its minimum there, so it is 0. Gauss-Radau quadrature
 its own and is exact for one degree more than Gauss-Legendre at the same cost.
 
 A pass at alpha = 0 is not wasted, though. There the KL has no slope but a curvature, and 1/2 d2KL/ds2 of one
-layer is the KL of that layer alone in 4-bit, to second order: what `own_damage` estimates.
+layer is the KL of that layer alone in 4-bit, to second order: what `isolated_kl` estimates.
 
 The two models differ by little, and 16-bit rounding of activations drowns that in noise where the KL
 is small (10 % of it on a model with a KL of 0.001). So the path is walked in float32, weights as they
@@ -33,10 +33,10 @@ from scipy.special import roots_sh_jacobi
 from torch import Tensor, nn
 
 from qprobe.inputs.batch import Batch
+from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.hooks import ROOM_BYTES, checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, kl_per_sample, kl_sums
 from qprobe.measure.outputs import split_by_sample
-from qprobe.measure.roundtrips import RoundTrips
 from qprobe.runs.needed import RESIDUAL
 
 FLOAT32_UP_TO = 2_500_000_000  # parameters: in 16-bit, float32 and 4-bit together 16 GB, for a 24 GB card
@@ -67,7 +67,7 @@ class Path:
 
     model: Any
     modules: dict[str, nn.Linear]
-    round_trips: RoundTrips
+    dequantized: DequantizedWeights
     dtype: torch.dtype
     room_bytes: int = ROOM_BYTES
 
@@ -75,7 +75,7 @@ class Path:
         """`answer_logits` at W + alpha D, without gradients."""
 
         def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-            return F.linear(x.to(self.dtype), self.round_trips.between(name, alpha, self.dtype), module.bias)
+            return F.linear(x.to(self.dtype), self.dequantized.between(name, alpha, self.dtype), module.bias)
 
         with torch.no_grad(), replaced_forwards(self.modules, forward):
             return answer_logits(self.model, batch)
@@ -88,7 +88,7 @@ class Path:
         """
         return self._gradients(batch, alpha, lambda logits: kl_per_sample(reference, logits))
 
-    def own_damage(self, batch: Batch) -> dict[str, Tensor]:
+    def isolated_kl(self, batch: Batch) -> dict[str, Tensor]:
         """For each linear an unbiased estimate of 1/2 d2KL/ds2 at alpha = 0: (samples,) float64, in nats.
 
         d2KL/ds2 = sum_t j_t^T (diag p_t - p_t p_t^T) j_t with j_t = d logits_t / ds, the Fisher information
@@ -116,10 +116,10 @@ class Path:
         def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
             x = x.to(self.dtype)
             if split_by_sample(x, batch.size) is None:
-                return F.linear(x, self.round_trips.between(name, alpha, self.dtype), module.bias)
+                return F.linear(x, self.dequantized.between(name, alpha, self.dtype), module.bias)
             if name not in steps:
                 steps[name] = torch.zeros(batch.size, device=x.device, requires_grad=True)
-            return _PathLinear.apply(x, steps[name], module.bias, self.round_trips, name, alpha)
+            return _PathLinear.apply(x, steps[name], module.bias, self.dequantized, name, alpha)
 
         keeping = checkpointed_blocks(self.model, self.room_bytes)
         with torch.enable_grad(), keeping, replaced_forwards(self.modules, forward):
@@ -169,7 +169,7 @@ def walking(path: Path) -> Iterator[None]:
 
     But for streamed weights, which are widened one at a time when they are used.
     """
-    streamed = {id(path.round_trips.modules[name].weight) for name in path.round_trips.streamed}
+    streamed = {id(path.dequantized.modules[name].weight) for name in path.dequantized.streamed}
     held = [p for p in (*path.model.parameters(), *path.model.buffers()) if id(p) not in streamed]
     saved = [(p, p.data) for p in held if p.is_floating_point() and p.itemsize < path.dtype.itemsize]
     try:
@@ -201,14 +201,14 @@ class _PathLinear(torch.autograd.Function):
         x: Tensor,
         step: Tensor,
         bias: Tensor | None,
-        round_trips: RoundTrips,
+        dequantized: DequantizedWeights,
         name: str,
         alpha: float,
     ) -> Tensor:
         """x (..., in_features) of all samples; step (samples,); the output (..., out_features)."""
-        own = round_trips.own(name).to(x.dtype)
+        own = dequantized.own(name).to(x.dtype)
         # At the 16-bit end the 4-bit weight is needed by the backward pass alone.
-        ctx.difference = partial(round_trips.difference, name, x.dtype)
+        ctx.difference = partial(dequantized.difference, name, x.dtype)
         difference = ctx.difference() if alpha else None
         weight = own if difference is None else torch.add(own, difference, alpha=alpha)
         ctx.save_for_backward(x, weight, difference)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qprobe.errors import ModelError
-from qprobe.formats.chunks import roundtrip_parts, row_parts
+from qprobe.formats.chunks import dequantized_parts, row_parts
 from qprobe.formats.nf4 import Nf4
 from qprobe.measure.weights import COLUMNS, error_sums, weight_row
 from qprobe.records import ErrorSums
@@ -38,7 +38,7 @@ def file_rows(
         with open_tensor(path, name) as stored:
             cuts = row_parts(tuple(stored.get_shape()), fmt.blocksize)
             parts = [partial(stored.__getitem__, cut) for cut in cuts]
-            for wanted, got in roundtrip_parts(parts, fmt, device, dtype):
+            for wanted, got in dequantized_parts(parts, fmt, device, dtype):
                 sums, largest = error_sums(wanted, got)
                 total, peak = total + sums, max(peak, largest)
         rows.append(weight_row(layer, total, peak))

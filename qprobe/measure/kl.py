@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.inputs.batch import Batch
+from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
-from qprobe.measure.roundtrips import RoundTrips
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ def kl_sums(reference: list[Tensor], other: list[Tensor]) -> list[KlSums]:
 
 
 def in_four_bit(
-    modules: dict[str, nn.Linear], round_trips: RoundTrips, names: frozenset[str]
+    modules: dict[str, nn.Linear], dequantized: DequantizedWeights, names: frozenset[str]
 ) -> AbstractContextManager[None]:
     """While open, the linears `names` compute with their 4-bit weights and all others as they are."""
     if not names:
         return nullcontext()
     chosen = {name: modules[name] for name in modules if name in names}
     return replaced_forwards(
-        chosen, lambda name, module, x: F.linear(x, round_trips.weight(name), module.bias)
+        chosen, lambda name, module, x: F.linear(x, dequantized.weight(name), module.bias)
     )

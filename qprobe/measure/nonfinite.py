@@ -20,7 +20,7 @@ def first_nonfinite(subject: Subject, samples: tuple[Sample, ...]) -> str | None
     flags: dict[str, Tensor] = {}
 
     def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        y = F.linear(x, subject.round_trips.own(name), module.bias)
+        y = F.linear(x, subject.dequantized.own(name), module.bias)
         flags.setdefault(name, torch.isfinite(y).all())  # read once, after the pass
         return y
 

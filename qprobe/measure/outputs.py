@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.inputs.batch import KIND_NAMES, PAD, VISION, Batch
+from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.measure.roundtrips import RoundTrips
 from qprobe.records import Linear
 
 COUNTS = ("tokens", "activation_n", "activation_nonfinite", "propagated_n", "propagated_nonfinite")
@@ -59,7 +59,7 @@ class OutputErrors:
 
     batch: Batch
     layers: dict[str, Linear]
-    round_trips: RoundTrips
+    dequantized: DequantizedWeights
     quantized: frozenset[str]
     doubled: bool
     norms: dict[str, list[Norms]] = field(default_factory=dict)
@@ -71,9 +71,9 @@ class OutputErrors:
         parts = split_by_sample(x, half * (2 if self.doubled else 1))
         if parts is None:
             self.skipped.add(name)
-            return F.linear(x, self.round_trips.own(name).to(x.dtype), module.bias)
-        own = self.round_trips.own(name).to(x.dtype)
-        weight_hat = self.round_trips.weight(name).to(x.dtype)
+            return F.linear(x, self.dequantized.own(name).to(x.dtype), module.bias)
+        own = self.dequantized.own(name).to(x.dtype)
+        weight_hat = self.dequantized.weight(name).to(x.dtype)
         outputs = x.new_empty((*parts.shape[:2], module.out_features))
         linear_into(outputs[:half], parts[:half], own, module.bias)
         if self.doubled:
@@ -193,7 +193,11 @@ def split_by_sample(x: Tensor, count: int) -> Tensor | None:
 
 
 def halves_are_independent(
-    model: Any, batch: Batch, layers: dict[str, Linear], round_trips: RoundTrips, quantized: frozenset[str]
+    model: Any,
+    batch: Batch,
+    layers: dict[str, Linear],
+    dequantized: DequantizedWeights,
+    quantized: frozenset[str],
 ) -> bool:
     """True if the second half of a doubled batch leaves the first half's output alone.
 
@@ -202,10 +206,10 @@ def halves_are_independent(
     differs must be rounding (kernels may sum in another order; below eps / 4 in nmse over a whole model), or
     a hundred times smaller than what 4-bit does to the second half.
     """
-    errors = OutputErrors(batch, layers, round_trips, quantized, doubled=True)
+    errors = OutputErrors(batch, layers, dequantized, quantized, doubled=True)
     with torch.inference_mode():
         alone = _first_output(run_model(model, batch)).float()
-        with replaced_forwards(round_trips.modules, errors.forward):
+        with replaced_forwards(dequantized.modules, errors.forward):
             both = _first_output(run_model(model, batch.repeated(2))).float()
     mask = (batch.kinds != PAD).to(alone.device)[..., None]
     energy = (alone * mask).square().sum()

@@ -17,7 +17,7 @@ from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
 from qprobe.measure.subject import Subject
 from qprobe.records import Sample
-from qprobe.runs.needed import ALONE, Measures
+from qprobe.runs.needed import ISOLATED, Measures
 
 STANDARD = "standard"  # the choice that keeps nothing: every linear but the fixed ones in 4-bit
 
@@ -33,7 +33,7 @@ def applicable_measures(
     propagated = wanted is None or "propagated" in wanted
     sensitivity = wanted is None or "sensitivity" in wanted
     if propagated and not halves_are_independent(
-        subject.model, batch, subject.layers, subject.round_trips, subject.quantized
+        subject.model, batch, subject.layers, subject.dequantized, subject.quantized
     ):
         propagated = False
         notes.append(
@@ -48,7 +48,7 @@ def applicable_measures(
 
 
 def observe(subject: Subject, measures: Measures, batch: Batch) -> dict[str, pd.DataFrame]:
-    """The unit frames of one batch by stage, all in the dtype of the path; all but own damage.
+    """The unit frames of one batch by stage, all in the dtype of the path; all but isolated KL.
 
     Samples without answer tokens get outputs but no KL and no sensitivity.
     """
@@ -74,16 +74,16 @@ def _observe_damage(
     return {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
 
 
-def observe_alone(subject: Subject, batch: Batch) -> dict[str, pd.DataFrame]:
-    """The unit frame `ALONE` of one batch: each linear's own damage, in the dtype of the path."""
+def observe_isolated(subject: Subject, batch: Batch) -> dict[str, pd.DataFrame]:
+    """The unit frame `ISOLATED` of one batch: each linear's isolated KL, in the dtype of the path."""
     path = subject.path
     batch = batch.in_dtype(path.dtype)
     with walking(path):
-        return {ALONE: rows_by_sample(batch, path.own_damage(batch))}
+        return {ISOLATED: rows_by_sample(batch, path.isolated_kl(batch))}
 
 
-def own_half(samples: Iterable[Sample]) -> frozenset[str]:
-    """Ids of half of the `samples` that have an answer, rounded up: those with own damage.
+def isolated_half(samples: Iterable[Sample]) -> frozenset[str]:
+    """Ids of half of the `samples` that have an answer, rounded up: those with isolated KL.
 
     The choice is by digest, so neither order nor kind of the samples enter it. Half as many samples make the
     estimate 1.4 times as uncertain and halve its cost; lists hardly change (reports/sensitivity).
@@ -101,7 +101,7 @@ def observe_outputs(
     of the all-4-bit model, one tensor a sample; none for a model without a language head.
     """
     errors = OutputErrors(
-        batch, subject.layers, subject.round_trips, subject.quantized, doubled=measures.propagated
+        batch, subject.layers, subject.dequantized, subject.quantized, doubled=measures.propagated
     )
     given = batch.repeated(2) if measures.propagated else batch
     with torch.no_grad(), replaced_forwards(subject.modules, errors.forward):
@@ -123,7 +123,7 @@ def nearest_kl(subject: Subject, batch: Batch, fmt: Format, choice: str) -> pd.D
     """The KL rows of the batch with every quantized linear rounded to nearest, one at a time as it runs."""
 
     def forward(name: str, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, fmt.pack(subject.round_trips.own(name)).unpack(), module.bias)
+        return F.linear(x, fmt.pack(subject.dequantized.own(name)).unpack(), module.bias)
 
     with torch.inference_mode():
         reference = answer_logits(subject.model, batch)
@@ -137,7 +137,7 @@ def choice_kl(subject: Subject, batch: Batch, choices: dict[str, frozenset[str]]
     with torch.inference_mode():
         reference = answer_logits(subject.model, batch)
         for name, kept in choices.items():
-            with in_four_bit(subject.modules, subject.round_trips, subject.quantized - kept):
+            with in_four_bit(subject.modules, subject.dequantized, subject.quantized - kept):
                 sums = kl_sums(reference, answer_logits(subject.model, batch))
             frames[name] = kl_rows(batch, name, sums)
     return frames

@@ -19,11 +19,11 @@ from qprobe.loading.inventory import has_language_head, linear_modules, list_lay
 from qprobe.loading.mapped import Mapped
 from qprobe.loading.reference import Reference
 from qprobe.measure.attribution import Path, path_dtype
+from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.digests import weights_digest
 from qprobe.measure.hooks import ROOM_BYTES, repeated_blocks, replaced_forwards
 from qprobe.measure.limit import MemoryLimit
 from qprobe.measure.memory import held_bytes
-from qprobe.measure.roundtrips import RoundTrips
 from qprobe.measure.weight_store import Files, PinnedMemory, WeightStore
 from qprobe.records import FormatSpec, Inventory, Linear, Sample
 
@@ -36,7 +36,7 @@ ROOM_SHARE = 10  # of a memory limit, one part may be what blocks keep so as not
 class Subject:
     """One loaded reference under measurement.
 
-    modules: every linear by name, in module order. round_trips: their 4-bit forms, on the model's device.
+    modules: every linear by name, in module order. dequantized: their 4-bit forms, on the model's device.
     dtype: of the model as it was loaded, in which its inputs are also where the path is walked in another.
     limit: of the memory it may take; None where all of it is on the device.
     release: called with a parameter that was read from the host, and is not needed soon.
@@ -45,7 +45,7 @@ class Subject:
     reference: Reference
     inventory: Inventory
     modules: dict[str, nn.Linear]
-    round_trips: RoundTrips
+    dequantized: DequantizedWeights
     dtype: torch.dtype
     limit: MemoryLimit | None = None
     release: Callable[[Tensor], None] = lambda _: None
@@ -76,7 +76,7 @@ class Subject:
     def path(self) -> Path:
         """The path from this model to its all-4-bit form."""
         room = ROOM_BYTES if self.limit is None else min(ROOM_BYTES, self.limit.limit_bytes // ROOM_SHARE)
-        return Path(self.model, self.quantized_modules, self.round_trips, path_dtype(self.model), room)
+        return Path(self.model, self.quantized_modules, self.dequantized, path_dtype(self.model), room)
 
     def device_of(self, name: str) -> torch.device:
         """Where the linear `name` runs: a model may be spread over several devices."""
@@ -85,7 +85,7 @@ class Subject:
     @property
     def streamed_bytes(self) -> int | None:
         """Bytes of weights copied to the device so far; None where all of them are there."""
-        return None if self.round_trips.store is None else self.round_trips.store.fetched_bytes
+        return None if self.dequantized.store is None else self.dequantized.store.fetched_bytes
 
     @cached_property
     def has_head(self) -> bool:
@@ -98,7 +98,7 @@ class Subject:
 
         The modules are as before afterwards, also when the body raises.
         """
-        trips = self.round_trips
+        trips = self.dequantized
 
         def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
             return F.linear(x, trips.own(name).to(x.dtype), module.bias)
@@ -147,9 +147,9 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     work = store.window_bytes + PACKING_BYTES.get(device.type, 4) * largest
     limit.check(work, "what is never streamed, with one block of the model and one weight in work,")
     with limit.running("pack", 1), torch.inference_mode():
-        round_trips = RoundTrips(modules, format_from(spec), store, streamed)
+        dequantized = DequantizedWeights(modules, format_from(spec), store, streamed)
     dtype = reference.model.dtype
-    return Subject(reference, inventory, modules, round_trips, dtype, limit, mapped.forget)
+    return Subject(reference, inventory, modules, dequantized, dtype, limit, mapped.forget)
 
 
 def streamed_names(
@@ -180,5 +180,5 @@ def subject_of(reference: Reference, spec: FormatSpec) -> Subject:
     """The subject of `reference` under the 4-bit format `spec`; every weight is packed once, here."""
     modules = linear_modules(reference.model)
     with torch.inference_mode():
-        round_trips = RoundTrips(modules, format_from(spec))
-    return Subject(reference, list_layers(reference.model, spec), modules, round_trips, reference.model.dtype)
+        dequantized = DequantizedWeights(modules, format_from(spec))
+    return Subject(reference, list_layers(reference.model, spec), modules, dequantized, reference.model.dtype)

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qprobe.measure.roundtrips import RoundTrips
+from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.records import ErrorSums
 
 COLUMNS = ["layer", "n", "signal", "noise", "nonfinite", "peak"]
@@ -47,10 +47,10 @@ def weight_row(layer: str, sums: ErrorSums, peak: float) -> tuple[str, int, floa
     return layer, sums.n, sums.signal, sums.noise, sums.nonfinite, peak
 
 
-def weight_rows(round_trips: RoundTrips) -> pd.DataFrame:
+def weight_rows(dequantized: DequantizedWeights) -> pd.DataFrame:
     """One row a linear, columns of the unit stage "weights": layer, n, signal, noise, nonfinite, peak."""
     rows = [
-        weight_row(name, *error_sums(round_trips.own(name), round_trips.weight(name)))
-        for name in round_trips.modules
+        weight_row(name, *error_sums(dequantized.own(name), dequantized.weight(name)))
+        for name in dequantized.modules
     ]
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS))

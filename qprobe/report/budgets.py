@@ -88,15 +88,15 @@ class Prediction:
         rows = finite_answers(read_units(folder, "sensitivity"))
         self.path = rows.pivot(index="sample", columns="layer", values="kl_sum").fillna(0.0)
         self.tokens = rows.groupby("sample")["answer_tokens"].max().reindex(self.path.index)
-        alone = finite_answers(read_units(folder, "alone"))
-        own = alone.pivot(index="sample", columns="layer", values="kl_sum")
-        # Own damage is measured on half of the samples; without it predictions are additive in the path.
+        isolated = finite_answers(read_units(folder, "isolated"))
+        own = isolated.pivot(index="sample", columns="layer", values="kl_sum")
+        # Isolated KL is measured on half of the samples; without it predictions are additive in the path.
         self.own = None if own.empty else own.reindex(columns=self.path.columns).fillna(0.0)
 
     def left_by(self, kept: frozenset[str]) -> KL | None:
         """The KL that `kept` in 16-bit leaves; None where no sensitivity was measured.
 
-        The KL is own damage and path's share of the layers left, weighted by how much of the damage is left
+        The KL is isolated KL and path's share of the layers left, weighted by how much of the damage is left
         (see `qprobe.selection.damage`); that weight is taken as known, and the two as independent.
         """
         value = self.predicted_kl(kept | self.fixed)

@@ -49,8 +49,8 @@ MEASURES = {
         "nats / answer token",
         "share of the KL of standard 4-bit that this layer causes",
     ),
-    "alone_kl": (
-        "own damage",
+    "isolated_kl": (
+        "isolated KL",
         "nats / answer token",
         "KL with 4-bit in this layer alone, to second order",
     ),

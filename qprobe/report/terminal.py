@@ -33,7 +33,7 @@ _MEASURES = {
     "activation_sqnr_db": "act. dB",
     "weight_peak": "weight peak",
     "sensitivity_kl_se": "sens. se",
-    "alone_kl": "own damage",
+    "isolated_kl": "isolated KL",
 }
 _LEAST_ROOM = 28  # columns for a layer's name; a short name fits
 _SHOWN_BESIDE = ("sensitivity_kl", "activation_nmse", "activation_peak", "propagated_nmse", "weight_nmse")
@@ -145,7 +145,7 @@ def _rank_cells(ranked: pd.DataFrame, numbers: list[str]) -> tuple[list[str], li
             str(place),
             "",
             str(row["tower"]),
-            f"+{readable_bytes(int(row['bf16_bytes']) - int(row['nf4_bytes']))}",
+            f"+{readable_bytes(int(row['bytes_16bit']) - int(row['bytes_4bit']))}",
             *([_interval(row["rank_low"], row["rank_high"])] if has_interval else []),
             *(readable_number(row[column]) for column in numbers),
         ]
@@ -171,13 +171,13 @@ def _labels(names: list[str], marks: list[str], room: int) -> list[str]:
     return [shortened(label, room - len(mark)) + mark for label, mark in zip(short, marks, strict=True)]
 
 
-def kept_text(manifest: Manifest, nf4_bytes: Mapping[str, int], names: Sequence[str], width: int) -> str:
+def kept_text(manifest: Manifest, bytes_4bit: Mapping[str, int], names: Sequence[str], width: int) -> str:
     """A row for each layer of `names` that `manifest` keeps: what that costs, and why.
 
-    nf4_bytes: what each takes in 4-bit. Reasons that do not fit `width` stand on lines of their own.
+    bytes_4bit: what each takes in 4-bit. Reasons that do not fit `width` stand on lines of their own.
     """
     layers = [x for x in manifest.layers if x.name in set(names)]
-    rows = [[f"+{readable_bytes(x.bytes - nf4_bytes[x.name])}", readable_bytes(x.bytes)] for x in layers]
+    rows = [[f"+{readable_bytes(x.bytes - bytes_4bit[x.name])}", readable_bytes(x.bytes)] for x in layers]
     reasons = [x.reason.removeprefix("kept: ") for x in layers]
     headings = ["layer", "16-bit costs", "bytes in 16-bit"]
 

@@ -11,7 +11,7 @@ from qprobe.errors import RunError
 from qprobe.runs.store import missing_units, read_scan
 from qprobe.system.versions import library_versions
 
-ALONE = "alone"  # the stage of own damage
+ISOLATED = "isolated"  # the stage of isolated KL
 RESIDUAL = 0.02  # of the KL: what the sum of all attributions may miss
 
 
@@ -21,7 +21,7 @@ class Measures:
 
     nodes: of the sensitivity's quadrature to begin with, a forward and a backward pass each. With two or more
     the first is the 16-bit end of the path, where the slope is 0 and the pass measures each layer's own
-    damage, on half of the samples (see `own_half`), in batches of their own; the others are on the path.
+    damage, on half of the samples (see `isolated_half`), in batches of their own; the others are on the path.
     tolerance: see `attribute`.
     """
 
@@ -31,12 +31,12 @@ class Measures:
     tolerance: float = RESIDUAL
 
     @property
-    def own_damage(self) -> bool:
+    def isolated_kl(self) -> bool:
         return self.sensitivity and self.nodes > 1
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Stages of the store that `observe` fills; own damage has its own, `ALONE`."""
+        """Stages of the store that `observe` fills; isolated KL has its own, `ISOLATED`."""
         return ("outputs", *(("kl", "sensitivity") if self.sensitivity else ()))
 
 
@@ -62,8 +62,12 @@ def _needed_units(spec: Mapping[str, Any]) -> dict[str, int]:
         return {"weights": len(spec["files"])}
     measures = Measures(**spec["measures"])
     needed = {"weights": 1, **dict.fromkeys(measures.stages, len(spec["calibration"]))}
-    # Runs of before there were batches of their own for it measured own damage in those of the others.
-    return {**needed, ALONE: len(spec.get("own", spec["calibration"]))} if measures.own_damage else needed
+    # Runs of before there were batches of their own for it measured isolated KL in those of the others.
+    return (
+        {**needed, ISOLATED: len(spec.get("isolated", spec["calibration"]))}
+        if measures.isolated_kl
+        else needed
+    )
 
 
 def units_left(folder: Path) -> int:

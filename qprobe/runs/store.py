@@ -42,7 +42,7 @@ UNIT_SCHEMAS: Mapping[str, Mapping[str, pa.DataType]] = {
     },
     "kl": {"sample": _TEXT, "choice": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM, "top1_agree": _COUNT},
     "sensitivity": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
-    "alone": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
+    "isolated": {"sample": _TEXT, "layer": _TEXT, "answer_tokens": _COUNT, "kl_sum": _SUM},
     "calibration": {
         "layer": _TEXT, "tokens": _COUNT, "error": _SUM, "damping": _SUM, "why": _TEXT,
     },
@@ -67,12 +67,12 @@ _ROW_KEYS = {
     "outputs": ["sample", "layer"],
     "kl": ["sample", "choice"],
     "sensitivity": ["sample", "layer"],
-    "alone": ["sample", "layer"],
+    "isolated": ["sample", "layer"],
     STAGE_CALIBRATION: ["layer"],
 }
 
 # What differs wherever the model, the processor or the seed does: told where none of them is.
-_FOLLOWS = ("spec.calibration", "spec.own", "spec.held_out", "spec.reading")
+_FOLLOWS = ("spec.calibration", "spec.isolated", "spec.held_out", "spec.reading")
 _INPUTS = "spec.processor"  # differs with the processor or with the samples
 _SHA256 = re.compile("[0-9a-f]{64}")
 

@@ -26,12 +26,12 @@ from qprobe.system.files import write_atomic
 
 _DTYPES = {
     "layer": "str", "tower": "str", "group": "str",
-    "in_features": "int64", "out_features": "int64", "nf4_bytes": "int64", "bf16_bytes": "int64",
+    "in_features": "int64", "out_features": "int64", "bytes_4bit": "int64", "bytes_16bit": "int64",
     "weight_nmse": "float64", "weight_sqnr_db": "float64", "weight_peak": "float64",
     "activation_nmse": "float64", "activation_sqnr_db": "float64", "activation_peak": "float64",
     "propagated_nmse": "float64", "sensitivity_kl": "float64", "sensitivity_kl_se": "float64",
     "samples": "Int64", "tokens": "Int64",
-    "alone_kl": "float64", "alone_kl_se": "float64",
+    "isolated_kl": "float64", "isolated_kl_se": "float64",
     "rounding": "str",
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ COLUMNS = tuple(_DTYPES)[:-1]
 """The columns of layers.csv in their order."""
 
 # Came later than the others: a layers.csv without them is read as one in which they were not measured.
-_LATER = ("alone_kl", "alone_kl_se")
+_LATER = ("isolated_kl", "isolated_kl_se")
 
 ROUNDING = "rounding"
 """A further column, in runs of calibrated weights only: "calibrated", "nearest: " and why, or "" if fixed."""
@@ -47,7 +47,7 @@ ROUNDING = "rounding"
 MEASURES = (
     "weight_nmse", "weight_sqnr_db", "weight_peak",
     "activation_nmse", "activation_sqnr_db", "activation_peak",
-    "propagated_nmse", "sensitivity_kl", "alone_kl",
+    "propagated_nmse", "sensitivity_kl", "isolated_kl",
 )  # fmt: skip
 """The columns that layers can be ranked by."""
 
@@ -67,19 +67,19 @@ def layer_table(folder: Path) -> pd.DataFrame:
     """The layer table of the run in `folder`, columns `COLUMNS` (and `ROUNDING`), in execution order.
 
     nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
-    alone_kl (the layer's own damage, to second order) are in nats per answer token with the standard error of
-    `ratio_se`; samples and tokens count what the layer saw. Of calibrated weights, sensitivities and
-    activation errors are on the samples that the codes were fitted to, and so lower than on others.
+    isolated_kl (the KL with this layer alone in 4-bit, to second order) are in nats per answer token with the
+    standard error of `ratio_se`; samples and tokens count what the layer saw. Of calibrated weights,
+    sensitivities and activation errors are on the samples that the codes were fitted to, and so lower than on others.
     Raises RunError if the folder is no run or a file of it is damaged.
     """
     scan = read_scan(folder)
     inventory = scan.inventory
-    stages = ("weights", "outputs", "sensitivity", "alone", "calibration")
+    stages = ("weights", "outputs", "sensitivity", "isolated", "calibration")
     frames = {stage: read_units(folder, stage) for stage in stages}
-    weights, outputs, sensitivity, alone, calibration = (
+    weights, outputs, sensitivity, isolated, calibration = (
         rows_by_layer(folder, stage, frame, inventory) for stage, frame in frames.items()
     )
-    answers = {stage: answer_tokens(frames[stage]) for stage in ("sensitivity", "alone")}
+    answers = {stage: answer_tokens(frames[stage]) for stage in ("sensitivity", "isolated")}
     columns = (*COLUMNS, ROUNDING) if scan.format.is_calibrated else COLUMNS
     rows = [
         {
@@ -87,7 +87,7 @@ def layer_table(folder: Path) -> pd.DataFrame:
             **_weight_measures(weights.get(layer.name)),
             **_output_measures(outputs.get(layer.name)),
             **_kl_share("sensitivity_kl", sensitivity.get(layer.name), answers["sensitivity"]),
-            **_kl_share("alone_kl", alone.get(layer.name), answers["alone"]),
+            **_kl_share("isolated_kl", isolated.get(layer.name), answers["isolated"]),
             ROUNDING: _rounding(layer, calibration.get(layer.name)),
         }
         for layer in inventory.layers
@@ -202,7 +202,7 @@ def finite_answers(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def answer_tokens(rows: pd.DataFrame) -> dict[str, int]:
-    """The answer tokens of each sample in `rows` of the stage "sensitivity" or "alone", where it has any."""
+    """Answer tokens by sample in `rows` of the stage "sensitivity" or "isolated"; only where it has any."""
     found = dict(zip(rows["sample"], rows["answer_tokens"].tolist(), strict=True))
     return {str(sample): int(count) for sample, count in found.items() if count > 0}
 
@@ -214,11 +214,11 @@ def left_out(folder: Path) -> pd.DataFrame:
     damage counts as well), and samples: the ids on which one of them was not finite, "; " between them.
     """
     inventory = read_scan(folder).inventory
-    weights, outputs, sensitivity, alone = (
+    weights, outputs, sensitivity, isolated = (
         rows_by_layer(folder, stage, read_units(folder, stage), inventory)
-        for stage in ("weights", "outputs", "sensitivity", "alone")
+        for stage in ("weights", "outputs", "sensitivity", "isolated")
     )
-    damage = {x.name: _both(sensitivity.get(x.name), alone.get(x.name)) for x in inventory.layers}
+    damage = {x.name: _both(sensitivity.get(x.name), isolated.get(x.name)) for x in inventory.layers}
     rows = [
         {
             "layer": x.name,
@@ -272,8 +272,8 @@ def _static(layer: Linear) -> dict[str, Any]:
         "group": layer.group,
         "in_features": layer.in_features,
         "out_features": layer.out_features,
-        "nf4_bytes": layer.nf4_bytes,
-        "bf16_bytes": layer.bf16_bytes,
+        "bytes_4bit": layer.bytes_4bit,
+        "bytes_16bit": layer.bytes_16bit,
     }
 
 
@@ -354,11 +354,11 @@ def _total(rows: Rows | None, column: str) -> int:
     return 0 if rows is None else int(np.nansum(rows[column]))
 
 
-def _both(sensitivity: Rows | None, alone: Rows | None) -> Rows | None:
+def _both(sensitivity: Rows | None, isolated: Rows | None) -> Rows | None:
     """The rows of both, where there are any."""
-    if sensitivity is None or alone is None:
-        return alone if sensitivity is None else sensitivity
-    return {name: np.concatenate([sensitivity[name], alone[name]]) for name in sensitivity}
+    if sensitivity is None or isolated is None:
+        return isolated if sensitivity is None else sensitivity
+    return {name: np.concatenate([sensitivity[name], isolated[name]]) for name in sensitivity}
 
 
 def _not_finite(rows: Rows | None) -> int:

@@ -22,7 +22,7 @@ from qprobe.runs.table import MEASURES
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import check_budget, parse_size
 from qprobe.selection.groups import grouped_for
-from qprobe.selection.select import OWN, parse_request
+from qprobe.selection.select import ISOLATED_KL, parse_request
 from qprobe.system.processes import Shard
 
 
@@ -72,10 +72,12 @@ def _check_score(options: ScanOptions) -> None:
         raise QprobeError(
             f"{by} is in decibels, which do not add up. Choose by {by.replace('sqnr_db', 'nmse')}."
         )
-    needed = "sensitivity" if by in (SCORE, OWN) else "propagated" if by == "propagated_nmse" else None
+    needed = (
+        "sensitivity" if by in (SCORE, ISOLATED_KL) else "propagated" if by == "propagated_nmse" else None
+    )
     if needed is not None and asked is not None and needed not in asked:
         raise QprobeError(f"--by {by} needs {needed}, which --measures {','.join(asked)} leaves out. Add it.")
-    if by == OWN and options.nodes < 2:
+    if by == ISOLATED_KL and options.nodes < 2:
         raise QprobeError(f"--by {by} is measured at the first of two or more nodes. Pass --nodes 2.")
 
 
@@ -128,7 +130,7 @@ def check_inventory(inventory: Inventory, model: nn.Module, options: ScanOptions
     kl: dict[str, bool] = {
         "--ablate": options.ablate is not None,
         "--max-kl": options.max_kl is not None,
-        f"--by {options.by}": options.by in (SCORE, OWN),
+        f"--by {options.by}": options.by in (SCORE, ISOLATED_KL),
     }
     asked = next((name for name, is_asked in kl.items() if is_asked), None)
     if asked is not None and not has_language_head(model):

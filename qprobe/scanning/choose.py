@@ -275,7 +275,7 @@ def _write(
 def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
     """The lists to compare by name: one for each measured score, and a published one that fits the budget.
 
-    With `ScanOptions.by`, that score alone. Where own damage was measured, the list by sensitivities that
+    With `ScanOptions.by`, that score alone. Where isolated KL was measured, the list by sensitivities that
     simply add up is compared as well: small budgets of a small model may favour either. With
     `ScanOptions.for_tool` a published list that splits a group is no candidate.
     """

@@ -11,12 +11,12 @@ import pandas as pd
 
 from qprobe.inputs.batch import Batch, cut
 from qprobe.measure.attribution import walking
-from qprobe.measure.runner import observe, observe_alone, own_half
+from qprobe.measure.runner import isolated_half, observe, observe_isolated
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.options import Progress
 from qprobe.records import Sample
-from qprobe.runs.needed import ALONE, Measures
+from qprobe.runs.needed import ISOLATED, Measures
 from qprobe.runs.store import missing_units, write_unit
 from qprobe.system.processes import Shard
 
@@ -27,20 +27,20 @@ Groups = list[tuple[Sample, ...]]
 class Work:
     """The samples of a scan, cut into batches.
 
-    calibration: measured for the layer table. own: those of them with own damage, see `own_half`, in batches
-    as full as the others, so that a device sees few shapes. held_out: measured for the choice alone, maybe
-    none.
+    calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
+    `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
+    for the choice alone, maybe none.
     """
 
     calibration: Groups
-    own: Groups
+    isolated: Groups
     held_out: Groups
     notes: tuple[str, ...]
 
     @property
     def batches(self) -> dict[str, Groups]:
         """By what is measured on them, as the specification of a run names it."""
-        return {"calibration": self.calibration, "own": self.own, "held_out": self.held_out}
+        return {"calibration": self.calibration, "isolated": self.isolated, "held_out": self.held_out}
 
     @property
     def samples(self) -> int:
@@ -55,10 +55,10 @@ def cut_samples(
     notes: tuple[str, ...],
 ) -> Work:
     """The work on these samples, in batches of at most `size`."""
-    half = own_half(calibration)
+    half = isolated_half(calibration)
     groups = subject.one_shape_groups(calibration)
-    own = [[sample for sample in group if sample.id in half] for group in groups]
-    return Work(cut(groups, size), cut(own, size), subject.groups(held_out, size), notes)
+    isolated = [[sample for sample in group if sample.id in half] for group in groups]
+    return Work(cut(groups, size), cut(isolated, size), subject.groups(held_out, size), notes)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class _Kind:
 
 def _kinds(subject: Subject, work: Work, measures: Measures) -> list[_Kind]:
     together = _Kind("measure", work.calibration, measures.stages, partial(observe, subject, measures))
-    alone = _Kind("alone", work.own, (ALONE,), partial(observe_alone, subject))
-    return [together, alone] if measures.own_damage else [together]
+    isolated = _Kind("isolated", work.isolated, (ISOLATED,), partial(observe_isolated, subject))
+    return [together, isolated] if measures.isolated_kl else [together]
 
 
 def measure_units(
@@ -88,7 +88,7 @@ def measure_units(
     """Run the missing ones of this process's units, one batch at a time."""
     if shard.own(missing_units(folder, "weights", 1)):
         with subject.running("weights"):
-            write_unit(folder, "weights", 0, weight_rows(subject.round_trips))
+            write_unit(folder, "weights", 0, weight_rows(subject.dequantized))
     kinds = _kinds(subject, work, measures)
     todo = [(kind, unit) for kind in kinds for unit in kind.missing(folder, shard)]
     total = sum(len(shard.own(range(len(kind.groups)))) for kind in kinds)

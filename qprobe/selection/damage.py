@@ -1,19 +1,20 @@
 """What a list of layers in 4-bit costs, from each layer's share of the whole damage and from its own.
 
 To second order the KL of a set S of layers in 4-bit is 1/2 sum_{l,m in S} H_lm, H the curvature along the
-layers' D. Path attribution gives half a row, path_l = 1/2 sum_m H_lm; the own damage half the diagonal,
-alone_l = 1/2 H_ll. What is between them, path_l - alone_l, is how much layer l suffers from all the others.
+layers' D. Path attribution gives half a row, path_l = 1/2 sum_m H_lm; the isolated KL half the diagonal,
+isolated_l = 1/2 H_ll. What is between them, path_l - isolated_l, is how much layer l suffers from all
+the others.
 How that falls on single pairs is not measured; it is taken to be proportional to the other's share, so that
 with the share r of all path_l left in 4-bit
 
-    KL(S) = sum_S alone_l + r sum_S (path_l - alone_l).
+    KL(S) = sum_S isolated_l + r sum_S (path_l - isolated_l).
 
 All layers in 4-bit give the sum of path_l. Lists are sought among those that are best for additive scores
 
-    alone_l + 2 r (path_l - alone_l),
+    isolated_l + 2 r (path_l - isolated_l),
 
 which is what one more layer in 4-bit costs where a share r of its interactions is there already (a row and a
-column of H). With r = 0 that is the own damage, with r = 1/2 path_l.
+column of H). With r = 0 that is the isolated KL, with r = 1/2 path_l.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qprobe.records import Inventory
 from qprobe.selection.solver import Plan, cheapest, choose, frontier
 
 # r at which marginal damages are taken; the best one lies near the share that the list leaves. At 0 they are
-# the own damages and at 1/2 the path's, so no list by either alone is predicted to be better.
+# the isolated KLs and at 1/2 the path's, so no list by either alone is predicted to be better.
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 # The range of sizes is halved down to this part of it before all shares are tried again.
@@ -35,28 +36,28 @@ _BYTE_STEPS = 2**12
 
 @dataclass(frozen=True)
 class Damage:
-    """path, alone: nats per answer token by layer, for the same layers (see the module's first lines)."""
+    """path, isolated: nats per answer token by layer, for the same layers (see the module's first lines)."""
 
     path: Mapping[str, float]
-    alone: Mapping[str, float]
+    isolated: Mapping[str, float]
 
     @property
     def is_additive(self) -> bool:
-        """True if nothing lies between layers, as where own damage was not measured."""
-        return self.path == self.alone
+        """True if nothing lies between layers, as where isolated KL was not measured."""
+        return self.path == self.isolated
 
     def left(self, kept: frozenset[str]) -> float:
         """The KL predicted with `kept` in 16-bit and all other layers in 4-bit; never below 0."""
         rest = [name for name in self.path if name not in kept]
         whole = fsum(self.path.values())
         share = fsum(self.path[n] for n in rest) / whole if whole > 0 else 0.0
-        own = fsum(self.alone[n] for n in rest)
-        others = fsum(self.path[n] - self.alone[n] for n in rest)
+        own = fsum(self.isolated[n] for n in rest)
+        others = fsum(self.path[n] - self.isolated[n] for n in rest)
         return max(0.0, own + min(max(share, 0.0), 1.0) * others)
 
     def marginal(self, share: float) -> dict[str, float]:
         """What each layer adds to the KL where `share` of the damage is left in 4-bit."""
-        return {n: self.alone[n] + 2 * share * (self.path[n] - self.alone[n]) for n in self.path}
+        return {n: self.isolated[n] + 2 * share * (self.path[n] - self.isolated[n]) for n in self.path}
 
 
 def least_damage(inventory: Inventory, damage: Damage, limit_bytes: int, by: str) -> Plan:

@@ -24,7 +24,7 @@ from qprobe.selection.damage import Damage, least_damages
 from qprobe.selection.groups import grouped_for
 from qprobe.selection.solver import Plan, frontier, is_scored
 
-OWN = "alone_kl"  # the column of each layer's own damage
+ISOLATED_KL = "isolated_kl"  # the column of each layer's isolated KL
 
 _FIXED_REASONS = {
     "lm_head": "lm_head stays in 16-bit",
@@ -92,7 +92,7 @@ def prospect_of(scan: Scan, table: pd.DataFrame) -> Prospect:
 def plan_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes: int) -> Plan:
     """The best plan within `limit_bytes` by the measured `column`.
 
-    By sensitivity_kl each layer's own damage counts as well, where it was measured (see `damage_of`).
+    By sensitivity_kl each layer's isolated KL counts as well, where it was measured (see `damage_of`).
     Raises BudgetError or QprobeError as `choose` and `layer_scores` do.
     """
     (plan,) = plans_by(inventory, table, column, [limit_bytes])
@@ -108,18 +108,18 @@ def plans_by(inventory: Inventory, table: pd.DataFrame, column: str, limits: Seq
 
 
 def damage_of(table: pd.DataFrame) -> Damage | None:
-    """What the table says of the damage by lists of layers; None where own damage was not measured."""
-    if not {SCORE, OWN} <= set(measured(table)):
+    """What the table says of the damage by lists of layers; None where isolated KL was not measured."""
+    if not {SCORE, ISOLATED_KL} <= set(measured(table)):
         return None
-    path, alone = layer_scores(table, SCORE), layer_scores(table, OWN)
-    # Where own damage is not finite nothing is known of what lies between this layer and the others.
-    return Damage(path, {name: alone.get(name, share) for name, share in path.items()})
+    path, isolated = layer_scores(table, SCORE), layer_scores(table, ISOLATED_KL)
+    # Where isolated KL is not finite nothing is known of what lies between this layer and the others.
+    return Damage(path, {name: isolated.get(name, share) for name, share in path.items()})
 
 
 def predicted_kl(table: pd.DataFrame, kept: frozenset[str]) -> float | None:
     """The KL, nats per answer token, that `kept` in 16-bit is predicted to leave; None where not measured.
 
-    Without own damage: attributions sum to the KL of standard 4-bit, and those still in 4-bit remain.
+    Without isolated KL: attributions sum to the KL of standard 4-bit, and those still in 4-bit remain.
     """
     return predictor(table)(kept)
 
@@ -172,7 +172,7 @@ def manifest_of(
     kept = frozenset(plan.kept)
     in_16bit = kept | {x.name for x in scan.inventory.layers if x.fixed}
     sensitivity = _column(table, "sensitivity_kl")
-    own = _column(table, OWN) if plan.by == SCORE and OWN in measured(table) else {}
+    own = _column(table, ISOLATED_KL) if plan.by == SCORE and ISOLATED_KL in measured(table) else {}
     reasons = _reasons(scan, plan, _column(table, plan.by), own)
     layers = tuple(
         LayerChoice(
@@ -180,7 +180,7 @@ def manifest_of(
             checkpoint_name=x.checkpoint_name,
             shape=x.shape,
             precision="bf16" if x.fixed or x.name in kept else "nf4",
-            bytes=x.bf16_bytes if x.fixed or x.name in kept else x.nf4_bytes,
+            bytes=x.bytes_16bit if x.fixed or x.name in kept else x.bytes_4bit,
             sensitivity_kl=sensitivity[x.name] if isfinite(sensitivity[x.name]) else None,
             reason=reasons[x.name],
         )
@@ -242,10 +242,10 @@ def _ranked(scan: Scan, values: Mapping[str, float]) -> dict[str, int]:
 def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float], own: Mapping[str, float]) -> dict[str, str]:
     """Why each layer has its precision, in words; ranks are among the layers with a score.
 
-    own: each layer's own damage, where it takes part in the choice.
+    own: each layer's isolated KL, where it takes part in the choice.
     """
     kept, never_ran = frozenset(plan.kept), frozenset(scan.unmeasured)
-    ranks, own_ranks = _ranked(scan, values), _ranked(scan, own)
+    ranks, isolated_ranks = _ranked(scan, values), _ranked(scan, own)
     groups: dict[str, list[str]] = {}
     for x in scan.inventory.layers:
         groups.setdefault(x.group, []).append(x.name)
@@ -261,8 +261,8 @@ def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float], own: Mapping[s
         group = groups[layer.group]
         together = f", moves with its group of {len(group)}" if len(group) > 1 and kept >= {*group} else ""
         shares = f"{plan.by} {values[layer.name]:.2g}, rank {ranks[layer.name]} of {len(ranks)}"
-        if layer.name in own_ranks:
-            shares += f"; {OWN} {own[layer.name]:.2g}, rank {own_ranks[layer.name]}"
+        if layer.name in isolated_ranks:
+            shares += f"; {ISOLATED_KL} {own[layer.name]:.2g}, rank {isolated_ranks[layer.name]}"
         return f"kept: {shares}{together}"
 
     return {x.name: reason(x) for x in scan.inventory.layers}

@@ -105,7 +105,7 @@ def _free_and_paid(inventory: Inventory, scores: Mapping[str, float]) -> tuple[l
     items = [
         _Item(
             tuple(x.name for x in group),
-            sum(x.bf16_bytes - x.nf4_bytes for x in group),
+            sum(x.bytes_16bit - x.bytes_4bit for x in group),
             fsum(scores[x.name] for x in group),
         )
         for group in groups.values()

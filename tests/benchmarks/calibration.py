@@ -136,7 +136,7 @@ def put_rounded(subject: Subject, gathering: Gathering, inputs: Sequence[SharedI
             found = calibrate(weights, gram.total, gram.tokens, Nf4())
         for name, weight, rounded in zip(one.names, weights, found, strict=True):
             stored = rounded.stored or Nf4().stored(weight)
-            subject.round_trips.put(name, stored.packed())
+            subject.dequantized.put(name, stored.packed())
             shares.append(1.0 if rounded.stored is None else rounded.error or 0.0)
     return shares
 
@@ -147,7 +147,7 @@ def table(name: str, counts: Sequence[int]) -> str:
     subject = case.subject
 
     def four_bit(layer: str, module: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, subject.round_trips.between(layer, 1.0, torch.float32), module.bias)
+        return F.linear(x, subject.dequantized.between(layer, 1.0, torch.float32), module.bias)
 
     with walking(subject.path):
         wanted = case.outputs(None)

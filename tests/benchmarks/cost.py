@@ -22,7 +22,7 @@ from qprobe.loading.inventory import fingerprint
 from qprobe.loading.reference import Reference, Source
 from qprobe.measure.attribution import attribute, walking
 from qprobe.measure.outputs import run_model
-from qprobe.measure.runner import observe, observe_alone, observe_outputs
+from qprobe.measure.runner import observe, observe_isolated, observe_outputs
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.records import FormatSpec, ModelIdentity, Sample
@@ -144,7 +144,7 @@ def main() -> None:
     synchronize(device)
     print(f"pack every weight {time.perf_counter() - start:.2f} s", flush=True)
     start = time.perf_counter()
-    weight_rows(subject.round_trips)
+    weight_rows(subject.dequantized)
     print(f"weight error {time.perf_counter() - start:.2f} s", flush=True)
     batch = make_batch(config, device)
     report(subject, batch, device)
@@ -181,7 +181,7 @@ def report(subject: Subject, batch: Batch, device: torch.device) -> None:
             "activation and propagated error": lambda: observe_outputs(subject, given, both),
             "one node of the path, both ends known": lambda: attribute(path, given, 1, forever, ends),
             "two nodes of the path, both ends known": lambda: attribute(path, given, 2, forever, ends),
-            "own damage": lambda: observe_alone(subject, given),
+            "isolated KL": lambda: observe_isolated(subject, given),
             "outputs, KL and one node on the path": lambda: observe(subject, default, given),
         }
         # The bare forward runs as often as the longest stage lasts: a card that is warm clocks lower.
@@ -193,10 +193,10 @@ def report(subject: Subject, batch: Batch, device: torch.device) -> None:
             bare = seconds if name == "bare forward" else bare
             took[name] = seconds
             print(f"{name:48} {seconds:8.3f} {seconds / bare:6.2f} {peak:9.1f}", flush=True)
-        # Own damage is measured on half of the samples.
-        whole = took["outputs, KL and one node on the path"] + took["own damage"] / 2
+        # Isolated KL is measured on half of the samples.
+        whole = took["outputs, KL and one node on the path"] + took["isolated KL"] / 2
         print(
-            f"{'a default scan, by batch (own damage of half)':48} {whole:8.3f} {whole / bare:6.2f}",
+            f"{'a default scan, by batch (isolated KL of half)':48} {whole:8.3f} {whole / bare:6.2f}",
             flush=True,
         )
 

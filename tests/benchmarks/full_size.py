@@ -133,7 +133,7 @@ def named(ran: Ran, name: str) -> None:
 
 def steady(bench: Bench, name: str, bare: dict[str, Any] | None) -> None:
     """Rows of a full batch after the first, which pays for what is done once a process."""
-    shared, alone = unit_times(bench, name, "outputs"), unit_times(bench, name, "alone")
+    shared, alone = unit_times(bench, name, "outputs"), unit_times(bench, name, "isolated")
     gaps = sorted(b - a for a, b in pairwise(shared[:-1]))  # the last batch may be a smaller one
     if not (gaps and bare):
         return
@@ -143,9 +143,9 @@ def steady(bench: Bench, name: str, bare: dict[str, Any] | None) -> None:
     if len(alone) > 1:
         own = sorted(b - a for a, b in pairwise([shared[-1], *alone[:-1]]))
         half = own[len(own) // 2]
-        row(f"{name}: own damage of one batch, median", half, half / each, None, None)
-        whole = seconds + half / 2  # own damage is measured on half of the samples
-        row(f"{name}: one batch with its share of own damage", whole, whole / each, None, None)
+        row(f"{name}: isolated KL of one batch, median", half, half / each, None, None)
+        whole = seconds + half / 2  # isolated KL is measured on half of the samples
+        row(f"{name}: one batch with its share of isolated KL", whole, whole / each, None, None)
 
 
 def unit_times(bench: Bench, name: str, stage: str) -> list[float]:

@@ -14,8 +14,8 @@ What each ranking maximises over the layers kept in 16-bit:
     gradient            the sum of <dKL/dW, D> at the 4-bit model
     Fisher              the sum of the mean of (d log p(labels) / d step)^2 / 2 at the 16-bit model
     path                the sum of the path attributions
-    own damage          the sum of the curvatures at the 16-bit model, one random direction a sample
-    own damage and path the default of `qprobe scan`: see `qprobe.selection.damage`
+    isolated KL          the sum of the curvatures at the 16-bit model, one random direction a sample
+    isolated KL and path the default of `qprobe scan`: see `qprobe.selection.damage`
     brute force         the sum of the KL measured with that layer alone in 4-bit
 """
 
@@ -51,7 +51,7 @@ FISHER = f"Fisher, {FISHER_DRAWS} sampled labels"
 SWAP_PROPOSALS = 16
 FOREVER = float("inf")
 PATH, GRADIENT = "path attribution, 1 node and the end", "gradient at the 4-bit model"
-OWN, OWN_MORE = "own damage, half of the samples", "own damage, every sample"
+ISOLATED_KL, OWN_MORE = "isolated KL, half of the samples", "isolated KL, every sample"
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def report(case: Case, quick: bool) -> Iterator[str]:
             attributions = additive.attributed(bench.path, bench.batches)
         path = Found(additive.mean_scores(additive.path_rows(attributions)), path_cost.per(bench.samples))
         yield completeness(attributions)
-        own = bench.found(OWN, lambda: additive.own_damage(bench.path, bench.batches))
-        more = bench.found(OWN_MORE, lambda: additive.own_damage(bench.path, bench.batches, every=True))
+        own = bench.found(ISOLATED_KL, lambda: additive.isolated_kl(bench.path, bench.batches))
+        more = bench.found(OWN_MORE, lambda: additive.isolated_kl(bench.path, bench.batches, every=True))
         slow = {} if quick else slow_scores(bench, calibration)
-        found = {**local, GRADIENT: gradient(bench), **slow, OWN_MORE: more, OWN: own, PATH: path}
+        found = {**local, GRADIENT: gradient(bench), **slow, OWN_MORE: more, ISOLATED_KL: own, PATH: path}
         damage = Damage(path.scores, own.scores)
         whole, alone = (
             Chooser(x) for x in (bench.subject.inventory, every_layer_alone(bench.subject.inventory))
@@ -226,7 +226,7 @@ def additive_rows(bench: Bench, chooser: Chooser, found: dict[str, Found]) -> li
     return [
         Row(f"random, mean of {len(SEEDS)} seeds", drawn),
         *rows,
-        damage_row(chooser, found, DEFAULT, OWN),
+        damage_row(chooser, found, DEFAULT, ISOLATED_KL),
     ]
 
 
@@ -237,7 +237,7 @@ def damage_row(chooser: Chooser, found: dict[str, Found], name: str, own: str, p
 
 
 def combined_rows(chooser: Chooser, found: dict[str, Found]) -> list[Row]:
-    """Own damage measured better, and other ways to combine path and Fisher."""
+    """Isolated KL measured better, and other ways to combine path and Fisher."""
     path, fisher = found[PATH], found[FISHER]
     combined = {
         "geometric mean of path and Fisher": beyond.geometric_mean,
@@ -250,20 +250,20 @@ def combined_rows(chooser: Chooser, found: dict[str, Found]) -> list[Row]:
     ]
     return [
         *rows,
-        damage_row(chooser, found, "the default with Fisher for own damage", FISHER),
-        damage_row(chooser, found, "the default with own damage of every sample", OWN_MORE),
-        damage_row(chooser, found, "the default with brute force for own damage", ORACLE),
+        damage_row(chooser, found, "the default with Fisher for isolated KL", FISHER),
+        damage_row(chooser, found, "the default with isolated KL of every sample", OWN_MORE),
+        damage_row(chooser, found, "the default with brute force for isolated KL", ORACLE),
     ]
 
 
 def beyond_rows(bench: Bench, chooser: Chooser, calibration: Measured, found: dict[str, Found]) -> list[Row]:
     """Other combinations, nodes against samples, a second attribution, and a search on measured KL."""
-    damage = Damage(found[PATH].scores, found[OWN].scores)
-    cost = found[PATH].cost + found[OWN].cost
+    damage = Damage(found[PATH].scores, found[ISOLATED_KL].scores)
+    cost = found[PATH].cost + found[ISOLATED_KL].cost
     rows = combined_rows(chooser, found)
     for name, one in equal_cost(bench).items():
         rows.append(Row(f"{name}, alone", (chooser.lists(one.scores),), one.cost))
-        rows.append(damage_row(chooser, {**found, name: one}, f"{name}, and own damage", OWN, name))
+        rows.append(damage_row(chooser, {**found, name: one}, f"{name}, and isolated KL", ISOLATED_KL, name))
     again = beyond.attributed_again
     searched = {
         "attribute again after half the budget": lambda share: again(

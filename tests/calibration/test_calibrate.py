@@ -44,7 +44,7 @@ def work_in(folder: Path, subject: Subject, name: str, limit: int = 2**40) -> Wo
 
 
 def weights(subject: Subject) -> dict[str, torch.Tensor]:
-    return {name: subject.round_trips.weight(name) for name in subject.modules}
+    return {name: subject.dequantized.weight(name) for name in subject.modules}
 
 
 @pytest.mark.parametrize("name", ["mllama", "llama", "bert"])
@@ -222,7 +222,7 @@ def test_calibrated_weights_err_less_on_what_the_layers_read(tiny_folder, tmp_pa
         gram = shrunk(grams[one.leader].total.float(), grams[one.leader].tokens).double()
         for name in one.names:
             own = subject.modules[name].weight.double()
-            errors = [w.double() - own for w in (subject.round_trips.weight(name), nearest[name])]
+            errors = [w.double() - own for w in (subject.dequantized.weight(name), nearest[name])]
             calibrated, plain = (float(((e @ gram) * e).sum()) for e in errors)
             assert calibrated <= plain * (1 + 1e-6)
             if rows.loc[name, "why"] == "":

@@ -32,7 +32,7 @@ def manifest_for(folder: Path, kept: Iterable[str] = (), spec: FormatSpec | None
             checkpoint_name=x.checkpoint_name,
             shape=x.shape,
             precision="bf16" if x.fixed or x.name in names else "nf4",
-            bytes=x.bf16_bytes if x.fixed or x.name in names else x.nf4_bytes,
+            bytes=x.bytes_16bit if x.fixed or x.name in names else x.bytes_4bit,
             sensitivity_kl=None,
             reason=x.fixed or "test",
         )

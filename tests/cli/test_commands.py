@@ -49,7 +49,7 @@ def test_rank_as_json_has_every_column(qprobe: Run, run_folder: Path):
     ranked = json.loads(qprobe("rank", run_folder, "--top", "3", "--json").stdout)
     assert ranked["by"] == "sensitivity_kl" and [row["rank"] for row in ranked["rows"]] == [1, 2, 3]
     scores = [row["sensitivity_kl"] for row in ranked["rows"]]
-    assert scores == sorted(scores, reverse=True) and ranked["rows"][0]["bf16_bytes"] == 8192
+    assert scores == sorted(scores, reverse=True) and ranked["rows"][0]["bytes_16bit"] == 8192
 
 
 @pytest.mark.parametrize("command", [("rank",), ("select", "--budget", "+5%"), ("report",)])

@@ -64,7 +64,7 @@ def ends(subject: Subject, batch: Batch, names: frozenset[str]) -> tuple[list[Te
     """Answer logits of the 16-bit model, and with the linears `names` in 4-bit."""
     with torch.inference_mode():
         plain = answer_logits(subject.model, batch)
-        with in_four_bit(subject.modules, subject.round_trips, names):
+        with in_four_bit(subject.modules, subject.dequantized, names):
             return plain, answer_logits(subject.model, batch)
 
 
@@ -108,9 +108,9 @@ def test_nf4_loses_a_fifth_of_the_facts_and_keeping_the_planted_layers_wins_them
 
 def test_planted_layers_fit_into_seven_percent(planted: Any):
     quantized = {f"{n}.weight": p.weight.numel() for n, p in linears(planted).items()}
-    nf4_bytes = {n: count / 2 + count / 64 + 4 * -(-count // (64 * 256)) for n, count in quantized.items()}
-    total = sum(nf4_bytes.get(n, 2 * p.numel()) for n, p in planted.named_parameters())
-    extra = sum(2 * quantized[f"{n}.weight"] - nf4_bytes[f"{n}.weight"] for n in planted_layers())
+    bytes_4bit = {n: count / 2 + count / 64 + 4 * -(-count // (64 * 256)) for n, count in quantized.items()}
+    total = sum(bytes_4bit.get(n, 2 * p.numel()) for n, p in planted.named_parameters())
+    extra = sum(2 * quantized[f"{n}.weight"] - bytes_4bit[f"{n}.weight"] for n in planted_layers())
     assert extra / total < 0.07
 
 

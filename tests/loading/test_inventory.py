@@ -168,7 +168,7 @@ def test_what_transformers_keeps_in_float32_is_fixed_with_its_own_bytes(
     assert (
         set(kept) == {x.name for x in inventory.layers if x.name.startswith("qformer.")} and len(kept) == 10
     )
-    assert {x.bf16_bytes / (x.in_features * x.out_features) for x in kept.values()} == {width}
+    assert {x.bytes_16bit / (x.in_features * x.out_features) for x in kept.values()} == {width}
     skeleton = meta_model(load_config(loaded.source), dtype)
     assert fingerprint(skeleton) == loaded.identity.fingerprint
     assert list_layers(skeleton, spec) == inventory

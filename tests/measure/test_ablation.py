@@ -81,7 +81,7 @@ def test_the_table_equals_a_slow_oracle(case: CaseOf, run: Path, name: str) -> N
                 subject.model, subject.quantized, layer, batch.inputs, batch.answers[0]
             )
             alone, saved, tokens = alone + sums[0], saved + sums[1], tokens + batch.answer_tokens
-        assert result.kl_alone[layer] == pytest.approx(alone / tokens, rel=1e-3, abs=1e-7)
+        assert result.kl_isolated[layer] == pytest.approx(alone / tokens, rel=1e-3, abs=1e-7)
         assert result.kl_saved[layer] == pytest.approx(saved / tokens, rel=1e-3, abs=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_the_saved_kl_is_paired_and_leaves_out_what_is_not_finite():
         ("a", "kept l", 2, 1.0, 1), ("b", "kept l", 3, 2.0, 1), ("c", "kept l", 5, 1.0, 1),
     )  # fmt: skip
     (row,) = ablation_rows(units, ("l",)).to_dict("records")
-    assert (row["layer"], row["kl_alone"], row["kl_saved"], row["samples"]) == ("l", 0.15, 0.6, 2)
+    assert (row["layer"], row["kl_isolated"], row["kl_saved"], row["samples"]) == ("l", 0.15, 0.6, 2)
     assert row["kl_saved_se"] > 0 and isnan(
         ablation_rows(units[units["sample"] == "a"], ("l",)).kl_saved_se[0]
     )

@@ -25,7 +25,7 @@ def logits_of(case: Case, names: frozenset[str], count: int = 1) -> tuple[list, 
     batch = subject.encode(case.samples[:count])
     with torch.no_grad():
         plain = answer_logits(subject.model, batch)
-        with in_four_bit(subject.modules, subject.round_trips, names):
+        with in_four_bit(subject.modules, subject.dequantized, names):
             return plain, answer_logits(subject.model, batch)
 
 
@@ -78,15 +78,15 @@ def test_slopes_equal_full_weight_gradients(case: CaseOf, name: str, alpha: floa
 
 
 @pytest.mark.parametrize("name", WITH_HEAD)
-def test_own_damage_is_half_the_squared_slope_along_its_random_direction(case: CaseOf, name: str) -> None:
+def test_isolated_kl_is_half_the_squared_slope_along_its_random_direction(case: CaseOf, name: str) -> None:
     found = case(name)
     subject = found.subject
     group = max(subject.groups(found.samples, 4), key=len)
     batch, larger = subject.encode(group[:1]), subject.encode(group)
     with torch.no_grad(), walking(subject.path):
         plain = answer_logits(subject.model, batch)
-        got = subject.path.own_damage(batch)
-        among_others = subject.path.own_damage(larger)
+        got = subject.path.isolated_kl(batch)
+        among_others = subject.path.isolated_kl(larger)
     signs = _signs(plain[0], group[0].digest)
     scale = max(v.item() for v in got.values())
     for layer in list(got)[:: max(1, len(got) // 5)]:

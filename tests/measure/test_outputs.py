@@ -36,7 +36,7 @@ def rows_of(case: Case, count: int = 3) -> pd.DataFrame:
 @pytest.mark.parametrize("name", ALL)
 def test_weight_error_equals_an_independent_round_trip(case: CaseOf, name: str) -> None:
     subject = case(name).subject
-    rows = weight_rows(subject.round_trips).set_index("layer")
+    rows = weight_rows(subject.dequantized).set_index("layer")
     assert set(rows.index) == set(subject.modules)
     for layer, module in subject.modules.items():
         error = reference.round_trip(module.weight).double() - module.weight.double()
@@ -92,7 +92,7 @@ def test_samples_of_a_batch_do_not_see_each_other(case: CaseOf, name: str) -> No
     subject = found.subject
     batch = subject.encode(found.samples[:1])
     assert halves_are_independent(
-        subject.model, batch, subject.layers, subject.round_trips, subject.quantized
+        subject.model, batch, subject.layers, subject.dequantized, subject.quantized
     )
 
 
@@ -108,7 +108,7 @@ def test_a_model_whose_samples_see_each_other_is_noticed(case: CaseOf) -> None:
     try:
         batch = subject.encode(found.samples[:1])
         assert not halves_are_independent(
-            subject.model, batch, subject.layers, subject.round_trips, subject.quantized
+            subject.model, batch, subject.layers, subject.dequantized, subject.quantized
         )
     finally:
         handle.remove()

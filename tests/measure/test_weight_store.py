@@ -223,10 +223,10 @@ def test_streamed_weights_are_those_of_the_model_in_both_forms(name: str, tiny_f
     plain = subject_of(load_reference(str(tiny_folder(name)), "cpu"), FormatSpec())
     streamed = limited(tiny_folder(name), tmp_path)
     blocks = [n for n, x in plain.layers.items() if ".layers." in n or ".blocks." in n or ".layer." in n]
-    assert streamed.round_trips.streamed == {n for n in blocks if not plain.layers[n].fixed} != set()
+    assert streamed.dequantized.streamed == {n for n in blocks if not plain.layers[n].fixed} != set()
     for layer in plain.modules:
-        assert torch.equal(plain.round_trips.own(layer), streamed.round_trips.own(layer))
-        assert torch.equal(plain.round_trips.weight(layer), streamed.round_trips.weight(layer))
+        assert torch.equal(plain.dequantized.own(layer), streamed.dequantized.own(layer))
+        assert torch.equal(plain.dequantized.weight(layer), streamed.dequantized.weight(layer))
     assert list(tmp_path.iterdir()) == []  # no file stays
 
 
@@ -242,7 +242,7 @@ def test_the_model_runs_on_fetched_weights_only_while_streaming(tiny_folder, tmp
                 assert torch.equal(subject.model(**batch.inputs).logits, wanted)
                 raise ZeroDivisionError
     assert subject.streamed_bytes == fetched + sum(
-        subject.modules[n].weight.nbytes for n in subject.round_trips.streamed
+        subject.modules[n].weight.nbytes for n in subject.dequantized.streamed
     )
     after = {name: dict(module.__dict__) for name, module in subject.model.named_modules()}
     assert {n: list(x) for n, x in before.items()} == {n: list(x) for n, x in after.items()}
@@ -309,6 +309,6 @@ def test_weights_that_loading_converted_come_to_lie_in_files(tiny_folder, tmp_pa
     fmt = FormatSpec(compute_dtype="float16")
     subject = limited_subject(reference, fmt, LARGE, tmp_path)
     mapped = subject.limit.store.host._mapped  # type: ignore[union-attr]
-    for name in subject.round_trips.streamed:
+    for name in subject.dequantized.streamed:
         weight = subject.modules[name].weight
         assert mapped._is_mapped(weight.data) and torch.equal(weight, plain.modules[name].weight)

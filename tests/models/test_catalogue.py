@@ -67,7 +67,7 @@ def test_every_count_is_published_or_derived_here_and_says_where() -> None:
         geometry = read_geometry(name)
         kinds[geometry.parameters_are].add(name)
         assert geometry.source and geometry.parameters_source
-    assert kinds["own"] == {"demo"} and kinds["derived"] <= by_hand.COUNTS.keys()
+    assert kinds["isolated"] == {"demo"} and kinds["derived"] <= by_hand.COUNTS.keys()
     assert kinds.keys() == {"own", "derived", "published"}
 
 

@@ -173,7 +173,7 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spik
     write_unit(folder, "outputs", 0, pd.DataFrame(outputs, columns=columns))
     sensitivity = pd.DataFrame(parts, columns=["sample", "layer", "answer_tokens", "kl_sum"])
     write_unit(folder, "sensitivity", 0, sensitivity)
-    write_unit(folder, "alone", 0, sensitivity.assign(kl_sum=0.4 * sensitivity["kl_sum"].abs()))
+    write_unit(folder, "isolated", 0, sensitivity.assign(kl_sum=0.4 * sensitivity["kl_sum"].abs()))
     total = sensitivity.groupby("sample", sort=False)["kl_sum"].sum()
     _write_kl(folder, "kl", list(total.index), list(total), "standard")
 

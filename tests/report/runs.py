@@ -13,9 +13,9 @@ from qprobe.selection.select import select
 from tests.report.tables import layer_table
 
 COLUMNS = (
-    "layer tower group in_features out_features nf4_bytes bf16_bytes weight_nmse weight_sqnr_db weight_peak "
-    "activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl sensitivity_kl_se "
-    "samples tokens"
+    "layer tower group in_features out_features bytes_4bit bytes_16bit weight_nmse weight_sqnr_db "
+    "weight_peak activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl "
+    "sensitivity_kl_se samples tokens"
 ).split()
 
 
@@ -29,8 +29,8 @@ def write_run(folder: Path, layers: int = 30, spikes: dict[int, float] | None = 
             tower=row.tower,
             group=row.group,
             shape=(row.out_features, row.in_features),
-            nf4_bytes=row.nf4_bytes,
-            bf16_bytes=row.bf16_bytes,
+            bytes_4bit=row.bytes_4bit,
+            bytes_16bit=row.bytes_16bit,
             fixed="lm_head" if row.layer == "lm_head" else None,
         )
         for row in table.itertuples()

@@ -31,7 +31,7 @@ def layer_table(count: int, spikes: dict[int, float] | None = None) -> pd.DataFr
     table = pd.DataFrame(layer_names(count), columns=["layer", "tower"])
     table["group"] = table["layer"]
     table["in_features"], table["out_features"] = 64, 64
-    table["nf4_bytes"], table["bf16_bytes"] = 2_116, 8_192
+    table["bytes_4bit"], table["bytes_16bit"] = 2_116, 8_192
     factor = np.ones(count)
     for index, times in (spikes or {}).items():
         factor[index] = times

@@ -30,9 +30,9 @@ def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path
     assert sum(p.measured is not None for p in found) >= 2
 
 
-def test_without_own_damage_the_error_is_that_of_the_summed_sensitivities(tmp_path: Path):
+def test_without_isolated_kl_the_error_is_that_of_the_summed_sensitivities(tmp_path: Path):
     folder = write_full_run(tmp_path)
-    next((folder / "units").glob("alone-*")).unlink()
+    next((folder / "units").glob("isolated-*")).unlink()
     write_table(folder)
     scan, table = read_scan(folder), read_table(folder)
     kept = frozenset(table["layer"][:20])
@@ -44,12 +44,14 @@ def test_without_own_damage_the_error_is_that_of_the_summed_sensitivities(tmp_pa
     assert found.error == pytest.approx(ratio_se(list(rest), [5] * 6))
 
 
-def test_samples_without_own_damage_add_no_error(tmp_path: Path):
-    # Every sample alike, own damage known of half of them: the sums do not vary, so the error is 0.
+def test_samples_without_isolated_kl_add_no_error(tmp_path: Path):
+    # Every sample alike, isolated KL known of half of them: the sums do not vary, so the error is 0.
     sensitivity = [(f"s{i}", name, 5, 0.2) for i in range(6) for name in ("model.a", "model.b")]
-    alone = [(f"s{i}", name, 5, 0.1) for i in range(3) for name in ("model.a", "model.b")]
+    isolated = [(f"s{i}", name, 5, 0.1) for i in range(3) for name in ("model.a", "model.b")]
     run = make_run(
-        tmp_path / "run", sensitivity=[rows("sensitivity", *sensitivity)], alone=[rows("alone", *alone)]
+        tmp_path / "run",
+        sensitivity=[rows("sensitivity", *sensitivity)],
+        isolated=[rows("isolated", *isolated)],
     )
     write_table(run)
     found = Prediction(run, read_scan(run), read_table(run)).left_by(frozenset(("model.a",)))

@@ -18,7 +18,7 @@ def linear(name: str, group: str | None = None, shape: tuple[int, int] = (64, 64
     """A linear with the true bytes of its shape in NF4 with double quantization."""
     n = shape[0] * shape[1]
     blocks = -(-n // 64)
-    sizes = {"nf4_bytes": -(-n // 2) + blocks + 4 * -(-blocks // 256), "bf16_bytes": 2 * n}
+    sizes = {"bytes_4bit": -(-n // 2) + blocks + 4 * -(-blocks // 256), "bytes_16bit": 2 * n}
     return Linear(name, name, "language", group or name, shape, **{**sizes, **changes})
 
 

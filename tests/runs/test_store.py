@@ -232,8 +232,8 @@ def test_a_folder_without_a_scan_is_explained(tmp_path: Path):
     ("old", "new", "said"),
     [
         ('"seed": 0', '"seed": NaN', "NaN is no JSON number"),
-        ('"nf4_bytes": 2116', '"nf4_bytes": "2116"', r"scan\.inventory\.layers\[0\]\.nf4_bytes is 2116"),
-        ('"nf4_bytes": 2116', '"nf4_bytes": true', r"nf4_bytes is true"),
+        ('"bytes_4bit": 2116', '"bytes_4bit": "2116"', r"scan\.inventory\.layers\[0\]\.bytes_4bit is 2116"),
+        ('"bytes_4bit": 2116', '"bytes_4bit": true', r"bytes_4bit is true"),
         ('"status": "running"', '"status": "lost"', r"scan\.status is lost"),
         ('"other_bytes": 1000', '"another": 1000', "lacks or has too much of: another, other_bytes"),
         ('"unmeasured": []', '"unmeasured": {}', r"scan\.unmeasured is \{\}"),

@@ -30,13 +30,13 @@ def table_of(folder: Path, **units: list[pd.DataFrame]) -> pd.DataFrame:
 def test_rows_are_the_linears_in_execution_order_with_the_contracts_columns(tmp_path: Path):
     table = layer_table(make_run(tmp_path / "run"))
     assert " ".join(table.columns) == (
-        "layer tower group in_features out_features nf4_bytes bf16_bytes weight_nmse weight_sqnr_db "
+        "layer tower group in_features out_features bytes_4bit bytes_16bit weight_nmse weight_sqnr_db "
         "weight_peak activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl "
-        "sensitivity_kl_se samples tokens alone_kl alone_kl_se"
+        "sensitivity_kl_se samples tokens isolated_kl isolated_kl_se"
     )
     assert table["layer"].tolist() == ["model.a", "model.q", "model.k", "model.b", "lm_head"]
     b = table.set_index("layer").loc["model.b"]
-    assert (b["out_features"], b["in_features"], b["bf16_bytes"]) == (64, 128, 16384)
+    assert (b["out_features"], b["in_features"], b["bytes_16bit"]) == (64, 128, 16384)
 
 
 def test_what_was_not_measured_is_empty_never_zero(tmp_path: Path):
@@ -46,14 +46,14 @@ def test_what_was_not_measured_is_empty_never_zero(tmp_path: Path):
     assert lines[1] == "model.a,language,model.a,64,64,2116,8192" + "," * (len(COLUMNS) - 7)
 
 
-def test_a_table_from_before_own_damage_reads_as_one_without_it(tmp_path: Path):
+def test_a_table_from_before_isolated_kl_reads_as_one_without_it(tmp_path: Path):
     run = make_run(tmp_path / "run", sensitivity=[rows("sensitivity", ("s", "model.a", 2, 1.0))])
     path = write_table(run)
     lines = [line.split(",") for line in path.read_text().splitlines()]
-    place = lines[0].index("alone_kl")
+    place = lines[0].index("isolated_kl")
     path.write_text("".join(",".join(x[:place] + x[place + 2 :]) + "\n" for x in lines))
     table = read_table(run)
-    assert table["sensitivity_kl"][0] == 0.5 and table["alone_kl"].isna().all()
+    assert table["sensitivity_kl"][0] == 0.5 and table["isolated_kl"].isna().all()
 
 
 def test_nmse_pools_sums_over_samples_before_dividing(tmp_path: Path):
@@ -128,9 +128,9 @@ def test_a_sample_on_which_one_layer_is_not_finite_is_left_out_of_that_layer_alo
     assert table.loc["model.b", "sensitivity_kl"] == 2.0 / 5
 
 
-def test_own_damage_that_is_not_finite_is_named(tmp_path: Path):
-    frame = rows("alone", ("s", "model.a", 2, nan), ("t", "model.a", 2, 1.0))
-    found = left_out(make_run(tmp_path / "run", alone=[frame]))
+def test_isolated_kl_that_is_not_finite_is_named(tmp_path: Path):
+    frame = rows("isolated", ("s", "model.a", 2, nan), ("t", "model.a", 2, 1.0))
+    found = left_out(make_run(tmp_path / "run", isolated=[frame]))
     assert found.loc[0, "layer"] == "model.a" and found.loc[0, "sensitivity"] == 1
     assert found.loc[0, "samples"] == "s"
 
@@ -283,8 +283,8 @@ def test_ranking_puts_damage_first_ties_in_execution_order_and_unknown_last(tmp_
 def test_ranking_by_what_is_no_measured_column_names_those_that_are(tmp_path: Path):
     table = ranked_run(tmp_path / "run")
     names = "activation_nmse, activation_sqnr_db, activation_peak"
-    with pytest.raises(QprobeError, match=f"'nf4_bytes' is no measure.*Measured are {names}"):
-        rank_table(table, "nf4_bytes")
+    with pytest.raises(QprobeError, match=f"'bytes_4bit' is no measure.*Measured are {names}"):
+        rank_table(table, "bytes_4bit")
     with pytest.raises(QprobeError, match=f"'sensitivity_kl' was not measured.*Measured are {names}"):
         rank_table(table, "sensitivity_kl")
     with pytest.raises(QprobeError, match="--top 0 shows no layer"):

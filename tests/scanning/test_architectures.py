@@ -25,9 +25,9 @@ from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
 
 # The contract of layers.csv, written out.
 COLUMNS = (
-    "layer,tower,group,in_features,out_features,nf4_bytes,bf16_bytes,weight_nmse,weight_sqnr_db,weight_peak,"
+    "layer,tower,group,in_features,out_features,bytes_4bit,bytes_16bit,weight_nmse,weight_sqnr_db,weight_peak,"
     "activation_nmse,activation_sqnr_db,activation_peak,propagated_nmse,sensitivity_kl,sensitivity_kl_se,"
-    "samples,tokens,alone_kl,alone_kl_se"
+    "samples,tokens,isolated_kl,isolated_kl_se"
 )
 KEYS = (
     "run layers samples seconds peak_bytes kl_standard_4bit kl_dynamic attribution_residual skiplist verdict "
@@ -60,7 +60,7 @@ def test_everything_is_measured_where_there_is_a_language_head(name: str, scanne
     fixed = {x.name for x in read_scan(result.run).inventory.layers if x.fixed}
     for column in COLUMNS.split(","):
         empty = set(table.loc[table[column].isna(), "layer"])
-        assert empty == (fixed if column.startswith(("sensitivity", "alone")) else set())
+        assert empty == (fixed if column.startswith(("sensitivity", "isolated")) else set())
     assert result.kl_standard_4bit is not None and result.kl_standard_4bit > 0
     assert result.kl_dynamic is not None and result.kl_dynamic <= result.kl_standard_4bit
     assert result.attribution_residual is not None and abs(result.attribution_residual) < 0.05

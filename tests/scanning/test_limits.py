@@ -28,11 +28,11 @@ def test_ablation_of_the_most_sensitive_layers(scanned: Scanned, tiny_folder: Ti
 
     result = scan(options(tiny_folder("llama"), run, ablate="3"), progress)
     frame = pd.read_csv(run / "ablation.csv")
-    assert list(frame) == ["layer", "kl_alone", "kl_alone_se", "kl_saved", "kl_saved_se", "samples"]
+    assert list(frame) == ["layer", "kl_isolated", "kl_isolated_se", "kl_saved", "kl_saved_se", "samples"]
     ranks = pd.read_csv(run / "ranks.csv").set_index("layer")["rank"]
     assert sorted(ranks[frame["layer"]]) == [1, 2, 3]
     assert frame["layer"].tolist() == [x for x in read_table(run)["layer"] if x in set(frame["layer"])]
-    assert (frame["kl_alone"] > 0).all() and (frame["samples"] == 4).all()
+    assert (frame["kl_isolated"] > 0).all() and (frame["samples"] == 4).all()
     assert steps[-1][0] == steps[-1][1] and result.seconds["ablate"] > 0
     # The same units again: nothing is measured twice.
     steps.clear()
@@ -47,7 +47,7 @@ def test_ablation_of_all_layers_leaves_out_the_fixed_ones(tiny_folder: TinyFolde
     assert frame["layer"].tolist() == [x.name for x in inventory.layers if not x.fixed]
     # Sensitivities approximate what ablation measures: the same scale, and mostly the same order.
     sensitivity = read_table(run).set_index("layer")["sensitivity_kl"][frame["layer"]]
-    between = (frame["kl_alone"] + frame["kl_saved"]) / 2
+    between = (frame["kl_isolated"] + frame["kl_saved"]) / 2
     assert np.corrcoef(between.rank(), sensitivity.rank())[0, 1] > 0.5
 
 

@@ -22,7 +22,7 @@ def test_a_scan_within_a_memory_limit_gives_the_same_table(
     limited = scan(options(tiny_folder(name), tmp_path / "run", max_memory="1TiB"))
     assert plain.streamed_bytes is None
     blocks = [x for x in read_scan(limited.run).inventory.layers if not x.fixed]
-    assert limited.streamed_bytes > 4 * sum(x.bf16_bytes for x in blocks)
+    assert limited.streamed_bytes > 4 * sum(x.bytes_16bit for x in blocks)
     for file in ("layers.csv", "frontier.csv", "ranks.csv"):
         if (plain.run / file).exists():
             assert (limited.run / file).read_text() == (plain.run / file).read_text()

@@ -43,7 +43,7 @@ WEIGHTS_ALONE: dict[str, Any] = {"measures": ("weight",), "samples": None, "max_
         ("llama", {"by": "weight_sqnr_db"}, "decibels, which do not add up"),
         ("llama", {"by": "weight_nmse", "max_kl": 0.1}, "predicts no KL"),
         ("llama", {"by": "propagated_nmse", "measures": ("weight", "activation")}, "needs propagated"),
-        ("llama", {"by": "alone_kl", "nodes": 1}, "two or more nodes"),
+        ("llama", {"by": "isolated_kl", "nodes": 1}, "two or more nodes"),
         ("llama", {"measures": ("beauty",)}, "which is no measure"),
         ("llama", {"ablate": "model.layers.9"}, "no linear layer"),
         ("llama", {"ablate": "lm_head"}, "never in 4-bit"),

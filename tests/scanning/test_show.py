@@ -32,7 +32,7 @@ def test_tokens_are_those_of_the_sequence_and_vision_tokens_have_a_place(
 ):
     seen = subject(tiny_folder, name)
     batch = seen.encode(seen.groups(tuple(tiny.questions(name, 2, answer="a red bar")), 2)[0])
-    errors = OutputErrors(batch, seen.layers, seen.round_trips, seen.quantized, doubled=False)
+    errors = OutputErrors(batch, seen.layers, seen.dequantized, seen.quantized, doubled=False)
     with torch.no_grad(), replaced_forwards(seen.modules, errors.forward):
         run_model(seen.model, batch)
     rows = errors.rows()

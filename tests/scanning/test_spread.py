@@ -88,6 +88,6 @@ def test_a_model_over_two_gpus_gives_the_table_of_one(
     table, expected = (pd.read_csv(run.run / "layers.csv") for run in (two, one))
     exact = ["layer", "weight_nmse", "activation_nmse", "propagated_nmse", "samples", "tokens"]
     pd.testing.assert_frame_equal(table[exact], expected[exact], check_exact=True)
-    columns = ["sensitivity_kl", "alone_kl"]
+    columns = ["sensitivity_kl", "isolated_kl"]
     largest = expected[columns].abs().max()
     assert ((table[columns] - expected[columns]).abs() <= 1e-3 * largest).all(axis=None)

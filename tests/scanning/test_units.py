@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qprobe.measure.runner import own_half
+from qprobe.measure.runner import isolated_half
 from qprobe.records import Sample
 from qprobe.runs.needed import Measures, needed_units
 from qprobe.runs.store import read_scan, read_units
@@ -27,30 +27,30 @@ class TwoShapes:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_own_damage_has_full_batches_of_one_shape(size: int) -> None:
+def test_isolated_kl_has_full_batches_of_one_shape(size: int) -> None:
     samples = tuple(Sample(f"{shape}{i}", str(i), answer="yes") for i in range(11) for shape in "ab")
     subject: Any = TwoShapes()
     work = cut_samples(subject, samples, (), size, ())
-    found = [s.id for group in work.own for s in group]
-    assert sorted(found) == sorted(own_half(samples)) and len(found) == 11
-    assert all(len({s.id[0] for s in group}) == 1 for group in work.own)
-    assert sum(len(group) < size for group in work.own) <= 2  # the last one of each shape
+    found = [s.id for group in work.isolated for s in group]
+    assert sorted(found) == sorted(isolated_half(samples)) and len(found) == 11
+    assert all(len({s.id[0] for s in group}) == 1 for group in work.isolated)
+    assert sum(len(group) < size for group in work.isolated) <= 2  # the last one of each shape
 
 
-def test_own_damage_is_measured_once_on_each_sample_of_the_half(scanned: Scanned) -> None:
+def test_isolated_kl_is_measured_once_on_each_sample_of_the_half(scanned: Scanned) -> None:
     run = scanned("mllama").run
-    alone, all_rows = read_units(run, "alone"), read_units(run, "sensitivity")
-    assert not alone.duplicated(["sample", "layer"]).any()
-    assert alone["sample"].nunique() == (all_rows["sample"].nunique() + 1) // 2
-    assert set(alone["layer"]) == set(all_rows["layer"])
+    isolated, all_rows = read_units(run, "isolated"), read_units(run, "sensitivity")
+    assert not isolated.duplicated(["sample", "layer"]).any()
+    assert isolated["sample"].nunique() == (all_rows["sample"].nunique() + 1) // 2
+    assert set(isolated["layer"]) == set(all_rows["layer"])
     needed = needed_units(read_scan(run).spec)
-    assert needed["alone"] == len(read_scan(run).spec["own"])
+    assert needed["isolated"] == len(read_scan(run).spec["isolated"])
 
 
-def test_a_run_of_before_own_batches_needs_own_damage_in_every_batch() -> None:
+def test_a_run_of_before_own_batches_needs_isolated_kl_in_every_batch() -> None:
     spec = {"measures": vars(Measures(True, True)), "calibration": [[], [], []]}
-    assert needed_units(spec) == {"weights": 1, "outputs": 3, "kl": 3, "sensitivity": 3, "alone": 3}
-    assert needed_units({**spec, "own": [[], []]})["alone"] == 2
+    assert needed_units(spec) == {"weights": 1, "outputs": 3, "kl": 3, "sensitivity": 3, "isolated": 3}
+    assert needed_units({**spec, "isolated": [[], []]})["isolated"] == 2
 
 
 def test_samples_of_one_id_are_measured_apart(tiny_folder: TinyFolder, tmp_path: Path) -> None:

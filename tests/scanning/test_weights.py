@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.cli import main
 from qprobe.errors import BudgetError, ModelError, QprobeError, RunError
-from qprobe.formats.chunks import roundtrip_parts, row_parts
+from qprobe.formats.chunks import dequantized_parts, row_parts
 from qprobe.formats.nf4 import Nf4
 from qprobe.loading.inventory import linear_modules
 from qprobe.loading.reference import load_reference
@@ -76,7 +76,7 @@ def test_a_round_trip_in_parts_is_the_whole_one(shape: tuple[int, int], part: in
     fmt = Nf4(double_quant=double_quant)
     cuts = row_parts(shape, 64, part)
     assert len(cuts) == (1 if shape[1] % 64 else -(-shape[0] // max(1, part // shape[1])))
-    found = list(roundtrip_parts([partial(weight.__getitem__, c) for c in cuts], fmt, CPU, torch.bfloat16))
+    found = list(dequantized_parts([partial(weight.__getitem__, c) for c in cuts], fmt, CPU, torch.bfloat16))
     assert torch.equal(torch.cat([w for w, _ in found]), weight)
     assert torch.equal(torch.cat([w for _, w in found]), fmt.roundtrip(weight))
 
@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_the_loaded_model(name: str, tiny_folder: TinyF
         sums, peak = error_sums(module.weight, fmt.roundtrip(module.weight))
         assert table.loc[layer, "weight_nmse"] == sums.nmse
         assert table.loc[layer, "weight_peak"] == peak
-    empty = ["activation_nmse", "activation_peak", "propagated_nmse", "sensitivity_kl", "alone_kl"]
+    empty = ["activation_nmse", "activation_peak", "propagated_nmse", "sensitivity_kl", "isolated_kl"]
     assert table[[*empty, "samples", "tokens"]].isna().all(axis=None)
     assert result.samples == 0 and result.kl_standard_4bit is None
     # Its list is chosen, and loads into the model that the fingerprint names.
@@ -122,7 +122,7 @@ def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_
         scan(options(tiny_folder("llama"), tmp_path / str(i), **changes))
         for i, changes in enumerate([{}, {"measures": ("activation",), "samples": 4, "max_new_tokens": 3}])
     ]
-    columns = ["layer", "weight_nmse", "weight_sqnr_db", "weight_peak", "nf4_bytes", "bf16_bytes", "group"]
+    columns = ["layer", "weight_nmse", "weight_sqnr_db", "weight_peak", "bytes_4bit", "bytes_16bit", "group"]
     tables = [read_table(r.run)[columns].sort_values("layer", ignore_index=True) for r in both]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 

@@ -64,7 +64,7 @@ def test_the_predicted_plan_equals_brute_force(layers: list[tuple[int, float]], 
         assert plan.total_bytes <= min(fitting) and total - plan.score <= bound + 1e-9
 
 
-def test_own_damage_counts_as_in_every_other_prediction():
+def test_isolated_kl_counts_as_in_every_other_prediction():
     # With l0 kept, 0.9 + 0.1 of their own are left, and 4/14 of (1 - 0.9) + (3 - 0.1) between layers: 1.86.
     # Shares that simply add up would have said 4, and kept l2 as well.
     inventory = inventory_of(linear("l0"), linear("l1"), linear("l2"))

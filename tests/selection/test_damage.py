@@ -1,4 +1,4 @@
-"""Lists from each layer's share of the damage and from its own damage."""
+"""Lists from each layer's share of the damage and from its isolated KL."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ tables = st.lists(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Inventory, Damage, int]:
-    """Layers of random sizes, own damages and interactions, and a limit between 4-bit and 16-bit."""
+    """Layers of random sizes, isolated KLs and interactions, and a limit between 4-bit and 16-bit."""
     table = draw(tables)
     inventory = layers([size for size, _, _ in table], draw(st.integers(0, 4)))
     names = [x.name for x in inventory.layers]
-    alone = dict(zip(names, (own for _, own, _ in table), strict=True))
-    path = {n: alone[n] + more for n, (_, _, more) in zip(names, table, strict=True)}
+    isolated = dict(zip(names, (own for _, own, _ in table), strict=True))
+    path = {n: isolated[n] + more for n, (_, _, more) in zip(names, table, strict=True)}
     most = inventory.total_bytes(frozenset(names))
-    return inventory, Damage(path, alone), draw(st.integers(inventory.standard_4bit_bytes, most))
+    return inventory, Damage(path, isolated), draw(st.integers(inventory.standard_4bit_bytes, most))
 
 
 def test_all_layers_in_4bit_cost_the_sum_of_their_shares_and_none_costs_nothing():
@@ -62,7 +62,7 @@ def test_marginal_damage_is_the_own_one_at_the_16bit_end_and_the_share_halfway()
 
 def test_a_layer_that_hurts_only_beside_the_worst_one_is_not_kept_once_that_is():
     # Three layers of one size, room for two. c has the second largest share, but nearly all of it is between
-    # c and a; with a kept, b's own damage is what is left to save.
+    # c and a; with a kept, b's isolated KL is what is left to save.
     inventory = layers([64, 64, 64], 0)
     damage = Damage(dict(zip(NAMES, (10.0, 1.0, 3.0), strict=False)),
                     dict(zip(NAMES, (7.0, 0.9, 0.1), strict=False)))  # fmt: skip
@@ -78,7 +78,7 @@ def test_no_list_by_either_score_alone_is_predicted_to_be_better(case: tuple[Inv
     plan = least_damage(inventory, damage, limit, BY)
     assert plan.total_bytes <= limit
     assert plan.total_bytes == inventory.total_bytes(frozenset(plan.kept))
-    for scores in (damage.path, damage.alone):
+    for scores in (damage.path, damage.isolated):
         other = choose(inventory, scores, limit, BY)
         assert damage.left(frozenset(plan.kept)) <= damage.left(frozenset(other.kept)) + 1e-12
     assert damage.left(frozenset(plan.kept)) <= damage.left(frozenset()) + 1e-12
@@ -90,11 +90,11 @@ def test_no_list_by_either_score_alone_is_predicted_to_be_better(case: tuple[Inv
 @given(cases())
 def test_without_interactions_the_list_is_the_exact_one(case: tuple[Inventory, Damage, int]):
     inventory, damage, limit = case
-    plain = Damage(damage.alone, damage.alone)
-    exact = choose(inventory, damage.alone, limit, BY)
+    plain = Damage(damage.isolated, damage.isolated)
+    exact = choose(inventory, damage.isolated, limit, BY)
     plan = least_damage(inventory, plain, limit, BY)
     assert plan.score == pytest.approx(exact.score, abs=1e-9)
-    left = fsum(v for n, v in damage.alone.items() if n not in plan.kept)
+    left = fsum(v for n, v in damage.isolated.items() if n not in plan.kept)
     assert plain.left(frozenset(plan.kept)) == pytest.approx(left, abs=1e-9)
 
 

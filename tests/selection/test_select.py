@@ -137,7 +137,7 @@ def test_wrong_measures_budgets_and_folders_are_explained(run: Path, tmp_path: P
 
 def test_tied_and_other_fixed_layers_say_why(tmp_path: Path):
     inventory = inventory_of(
-        linear("a", fixed="tied", bf16_bytes=0), linear("b", fixed="shared"), linear("c"), other_bytes=9000
+        linear("a", fixed="tied", bytes_16bit=0), linear("b", fixed="shared"), linear("c"), other_bytes=9000
     )
     scan, table = scan_of(inventory), layer_table(make_run(tmp_path / "run", inventory))
     total = inventory.standard_4bit_bytes
@@ -194,26 +194,30 @@ def test_600_layers_are_chosen_in_two_seconds_without_torch(tmp_path: Path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
 
 
-def test_without_a_finite_own_damage_a_layer_counts_by_its_share(tmp_path: Path):
+def test_without_a_finite_isolated_kl_a_layer_counts_by_its_share(tmp_path: Path):
     parts = [("s", "model.a", 1, 0.2), ("s", "model.b", 1, 0.1)]
     own = [("s", "model.a", 1, nan), ("s", "model.b", 1, 0.05)]
-    run = make_run(tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], alone=[rows("alone", *own)])
+    run = make_run(
+        tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], isolated=[rows("isolated", *own)]
+    )
     write_table(run)
     damage = damage_of(read_table(run))
     assert damage is not None and damage.path == {"model.a": 0.2, "model.b": 0.1}
-    assert damage.alone == {"model.a": 0.2, "model.b": 0.05}
+    assert damage.isolated == {"model.a": 0.2, "model.b": 0.05}
     assert damage.left(frozenset()) == pytest.approx(0.3)
 
 
-def test_a_bound_and_a_budget_predict_the_same_kl_where_own_damage_was_measured(tmp_path: Path):
+def test_a_bound_and_a_budget_predict_the_same_kl_where_isolated_kl_was_measured(tmp_path: Path):
     # Shares add up to 0.86 nats: q and k keep 0.2 and 0.06 of it together, a 0.6.
     parts = [("s", "model.a", 1, 0.6), ("s", "model.q", 1, 0.2), ("s", "model.k", 1, 0.06)]
     own = [("s", "model.a", 1, 0.3), ("s", "model.q", 1, 0.01), ("s", "model.k", 1, 0.01)]
-    run = make_run(tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], alone=[rows("alone", *own)])
+    run = make_run(
+        tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], isolated=[rows("isolated", *own)]
+    )
     write_table(run)
     # a kept leaves 0.02 + 0.26 / 0.86 x (0.19 + 0.05) = 0.0926; adding up the shares would have said 0.26
     manifest = select(run, max_kl=0.1)
     assert manifest.skip_modules == ("model.a", "lm_head")
     assert manifest.quality.kl_predicted == pytest.approx(0.02 + 0.26 / 0.86 * 0.24)
-    assert manifest.layers[0].reason == "kept: sensitivity_kl 0.6, rank 1 of 3; alone_kl 0.3, rank 1"
+    assert manifest.layers[0].reason == "kept: sensitivity_kl 0.6, rank 1 of 3; isolated_kl 0.3, rank 1"
     assert select(run, "+6076B").quality.kl_predicted == manifest.quality.kl_predicted

@@ -46,7 +46,7 @@ function manifestHere() {
     checkpoint_name: layer.checkpoint_name,
     shape: layer.shape,
     precision: isKept(layer) ? "bf16" : "nf4", // the layout; how its codes were rounded is the format's
-    bytes: isKept(layer) ? layer.bf16_bytes : layer.nf4_bytes,
+    bytes: isKept(layer) ? layer.bytes_16bit : layer.bytes_4bit,
     sensitivity_kl: layer.values.sensitivity_kl,
     reason: layer.reasons[isKept(layer) ? 1 : 0],
   }));

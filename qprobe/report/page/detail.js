@@ -19,7 +19,7 @@ function showDetail() {
     ["tower", towerName(layer.tower)],
     ["shape", `${layer.shape[0]} × ${layer.shape[1]}`],
     ["precision", layer.fixed ? "16-bit, in standard 4-bit too" : kept ? "16-bit" : "4-bit"],
-    ["16-bit costs", `+${bytes(layer.bf16_bytes - layer.nf4_bytes)}`],
+    ["16-bit costs", `+${bytes(layer.bytes_16bit - layer.bytes_4bit)}`],
     ...DATA.measures.map((m) => [m.name, valueOf(layer, m)]),
     rankOf(layer),
   ]), element("p", { class: "hint" }, layer.reasons[kept ? 1 : 0]), ...worstOf(layer));

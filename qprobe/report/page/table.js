@@ -6,7 +6,7 @@ const COLUMNS = [
   { title: "bits", value: (layer) => (isKept(layer) ? 16 : 4) },
   {
     title: "16-bit costs", unit: "MiB", what: "more bytes than in 4-bit", text: (v) => signed(v / 2 ** 20, 2),
-    value: (layer) => layer.bf16_bytes - layer.nf4_bytes,
+    value: (layer) => layer.bytes_16bit - layer.bytes_4bit,
   },
   ...DATA.measures.map((m) => ({ title: m.name, unit: m.unit, what: m.what, value: (layer) => layer.values[m.column], text: number })),
 ];

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Attribution, Path, attribute
-from qprobe.measure.runner import observe_outputs, own_half
+from qprobe.measure.runner import isolated_half, observe_outputs
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums
@@ -29,7 +29,7 @@ LABEL_LOGIT = 1e4  # its softmax is 1 to the last bit in float32
 
 def weight_error(subject: Subject) -> Scores:
     """nmse of each weight."""
-    rows = weight_rows(subject.round_trips)
+    rows = weight_rows(subject.dequantized)
     return _nmse(rows, rows["n"], rows["signal"], rows["noise"])
 
 
@@ -54,7 +54,7 @@ def _nmse(rows: pd.DataFrame, n: pd.Series, signal: pd.Series, noise: pd.Series)
 def times_bytes(subject: Subject, scores: Scores) -> Scores:
     """scores x bytes that keeping the layer costs: the best sum of these takes layers by score alone."""
     layers = subject.layers
-    return {name: v * (layers[name].bf16_bytes - layers[name].nf4_bytes) for name, v in scores.items()}
+    return {name: v * (layers[name].bytes_16bit - layers[name].bytes_4bit) for name, v in scores.items()}
 
 
 def random_scores(subject: Subject, seed: int) -> Scores:
@@ -84,22 +84,22 @@ def mean_scores(rows: pd.DataFrame) -> Scores:
     }
 
 
-def own_damage(path: Path, batches: Sequence[Batch], every: bool = False) -> Scores:
-    """Own damage by the library, one random direction a sample: of half of the samples, or `every` one."""
+def isolated_kl(path: Path, batches: Sequence[Batch], every: bool = False) -> Scores:
+    """Isolated KL by the library, one random direction a sample: of half of the samples, or `every` one."""
     totals: dict[str, list[float]] = {}
-    half = own_half(sample for batch in batches for sample in batch.samples)
+    half = isolated_half(sample for batch in batches for sample in batch.samples)
     tokens = 0
     for batch in batches:
         chosen = [i for i, x in enumerate(batch.samples) if every or x.id in half]
         tokens += sum(end - start for start, end in (batch.answers[i] for i in chosen))
-        for name, values in path.own_damage(batch).items() if chosen else ():
+        for name, values in path.isolated_kl(batch).items() if chosen else ():
             totals.setdefault(name, []).extend(values[chosen].tolist())
     return {name: fsum(values) / tokens for name, values in totals.items()}
 
 
 def default_damage(path: Path, batches: Sequence[Batch]) -> Damage:
     """What `qprobe scan` chooses by: two nodes, one at the 16-bit end and one on the path."""
-    return Damage(mean_scores(path_rows(attributed(path, batches))), own_damage(path, batches))
+    return Damage(mean_scores(path_rows(attributed(path, batches))), isolated_kl(path, batches))
 
 
 def slope_scores(path: Path, batches: Sequence[Batch], alpha: float) -> Scores:

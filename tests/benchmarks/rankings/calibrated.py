@@ -40,7 +40,7 @@ def put_calibrated(subject: Subject, batches: tuple[Batch, ...]) -> None:
             found = calibrate(weights, gram.total, gram.tokens, Nf4())
         for name, rounded in zip(one.names, found, strict=True):
             if rounded.stored is not None:
-                subject.round_trips.put(name, rounded.stored.packed())
+                subject.dequantized.put(name, rounded.stored.packed())
 
 
 def damage_of(case: Case) -> Damage:

@@ -21,7 +21,7 @@ NOTHING: frozenset[str] = frozenset()
 def path_without(subject: Subject, kept: frozenset[str]) -> Path:
     """The path from the 16-bit model to the one in which all but `kept` is in 4-bit."""
     modules = {name: m for name, m in subject.quantized_modules.items() if name not in kept}
-    return Path(subject.model, modules, subject.round_trips, subject.path.dtype)
+    return Path(subject.model, modules, subject.dequantized, subject.path.dtype)
 
 
 class Measured:

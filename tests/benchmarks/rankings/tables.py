@@ -19,7 +19,7 @@ from tests.benchmarks.rankings.lists import Chooser, Lists, Row
 from tests.benchmarks.rankings.measured import NOTHING, Measured
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the bytes that NF4 saves
-DEFAULT = "**own damage and path, two nodes (default)**"
+DEFAULT = "**isolated KL and path, two nodes (default)**"
 ORACLE = "brute force"
 
 

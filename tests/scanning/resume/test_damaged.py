@@ -43,7 +43,7 @@ def told(result: ScanResult) -> list[str]:
 def test_every_cut_unit_is_set_aside_named_and_measured_anew(llama: Path, whole: Path, tmp_path: Path):
     run = Path(copytree(whole, tmp_path / "run"))
     choice = min(path.name for path in (run / "units").glob("heldout-*.parquet"))
-    names = ["alone-00000.parquet", choice, "outputs-00001.parquet", "sensitivity-00002.parquet"]
+    names = ["isolated-00000.parquet", choice, "outputs-00001.parquet", "sensitivity-00002.parquet"]
     left = cut(run, *names, "weights-00000.parquet")
     (note,) = told(scan(options(llama, run)))
     assert note.endswith(f"measured anew where needed: {', '.join((*names, 'weights-00000.parquet'))}.")
@@ -113,12 +113,12 @@ def test_a_unit_of_other_columns_is_refused_and_nothing_is_set_aside(
     llama: Path, whole: Path, tmp_path: Path
 ):
     run = Path(copytree(whole, tmp_path / "run"))
-    left = cut(run, "alone-00000.parquet")
+    left = cut(run, "isolated-00000.parquet")
     read_units(run, "kl").assign(extra=1).to_parquet(run / "units" / "kl-00001.parquet")
     with pytest.raises(RunError, match=r"kl-00001\.parquet has other columns"):
         scan(options(llama, run))
     assert not list(run.rglob("*.damaged"))
-    assert (run / "units" / "alone-00000.parquet").read_bytes() == left["alone-00000.parquet.damaged"]
+    assert (run / "units" / "isolated-00000.parquet").read_bytes() == left["alone-00000.parquet.damaged"]
 
 
 def test_merging_and_reading_refuse_what_is_damaged_and_leave_it(whole: Path, tmp_path: Path):
@@ -146,7 +146,7 @@ def test_a_file_that_another_process_took_meanwhile_is_no_error(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = Path(copytree(whole, tmp_path / "run"))
-    cut(run, "alone-00000.parquet", "kl-00000.parquet")
+    cut(run, "isolated-00000.parquet", "kl-00000.parquet")
 
     def vanishing(path: Path) -> None:
         if path.name == "outputs-00000.parquet":
@@ -159,7 +159,7 @@ def test_a_file_that_another_process_took_meanwhile_is_no_error(
 
     monkeypatch.setattr(damaged, "check_unit", vanishing)
     set_aside_damaged(run)
-    assert [path.name for path in run.rglob("*.damaged")] == ["alone-00000.parquet.damaged"]
+    assert [path.name for path in run.rglob("*.damaged")] == ["isolated-00000.parquet.damaged"]
 
 
 @pytest.mark.parametrize("is_chosen", [True, False])

@@ -229,7 +229,7 @@ def test_a_merged_folder_is_resumed_by_the_scan_that_chooses(
     for rank, part in enumerate(parts):
         share(rank, 2, part)
     run = merge(parts, parts[0]).run  # into one of them
-    for name in ("observe", "observe_alone", "weight_rows"):
+    for name in ("observe", "observe_isolated", "weight_rows"):
         monkeypatch.setattr(f"qprobe.scanning.measure.{name}", lambda *_: pytest.fail("measured again"))
     result = scan(options(llama, run))
     assert result.skiplist is not None and units(run) == units(whole)
@@ -245,7 +245,7 @@ def test_a_merge_that_lacks_a_share_says_how_much(share: Share, tmp_path: Path):
     share(1, 2, tmp_path / "one")
     joined = merge([tmp_path / "one"], tmp_path / "joined")
     # Of three batches the second is there; each of the other two lacks three stages. Of the two batches of
-    # own damage the first lacks, and so do the weights.
+    # isolated KL the first lacks, and so do the weights.
     assert joined.missing == 2 * 3 + 1 + 1 and not (joined.run / "layers.csv").exists()
 
 

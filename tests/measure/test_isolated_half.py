@@ -1,4 +1,4 @@
-"""Own damage is measured on half of the samples, chosen by nothing that measuring could care about."""
+"""Isolated KL is measured on half of the samples, chosen by nothing that measuring could care about."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qprobe.measure.runner import own_half
+from qprobe.measure.runner import isolated_half
 from qprobe.records import Sample
 
 
@@ -19,17 +19,17 @@ def samples_of(prompts: list[str]) -> list[Sample]:
 def test_the_same_half_is_taken_in_any_order(prompts: list[str], seed: int) -> None:
     samples = samples_of(prompts)
     shuffled = Random(seed).sample(samples, len(samples))
-    assert own_half(samples) == own_half(shuffled)
-    assert len(own_half(samples)) == (len(prompts) + 1) // 2
+    assert isolated_half(samples) == isolated_half(shuffled)
+    assert len(isolated_half(samples)) == (len(prompts) + 1) // 2
 
 
 def test_samples_without_an_answer_are_not_taken() -> None:
     silent = [Sample("a", "a", answer=""), Sample("b", "b"), Sample("c", "c", answer="yes")]
-    assert own_half(silent) == {"c"}
+    assert isolated_half(silent) == {"c"}
 
 
 def test_kinds_that_take_turns_are_all_taken() -> None:
     # Kinds of samples often alternate; every second one would always be of the same kinds.
-    taken = own_half(samples_of([f"{kind}{n}" for n in range(40) for kind in "abcd"]))
+    taken = isolated_half(samples_of([f"{kind}{n}" for n in range(40) for kind in "abcd"]))
     assert len(taken) == 80
     assert all(10 <= sum(name[0] == kind for name in taken) <= 30 for kind in "abcd")

@@ -11,7 +11,7 @@ from qprobe.formats.protocol import Format, Packed
 from qprobe.measure.weight_store import Key, WeightStore
 
 
-class RoundTrips:
+class DequantizedWeights:
     """The packed weights of some linears; W-hat and D = W-hat - W are unpacked on demand.
 
     Memory: the packed bytes of all weights, plus one unpacked weight while it is in use. Of the linears in
