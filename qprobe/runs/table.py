@@ -69,7 +69,8 @@ def layer_table(folder: Path) -> pd.DataFrame:
     nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
     isolated_kl (the KL with this layer alone in 4-bit, to second order) are in nats per answer token with the
     standard error of `ratio_se`; samples and tokens count what the layer saw. Of calibrated weights,
-    sensitivities and activation errors are on the samples that the codes were fitted to, and so lower than on others.
+    sensitivities and activation errors are on the samples that the codes were fitted to, and so lower than on
+    others.
     Raises RunError if the folder is no run or a file of it is damaged.
     """
     scan = read_scan(folder)
