@@ -23,12 +23,12 @@ _HOMES = {
     "export_manifest": "qprobe.exports",
     "finetune": "qprobe.training.finetune",
     "import_list": "qprobe.checkpoint.import_list",
+    "join": "qprobe.scanning.join",
     "layer_table": "qprobe.runs.table",
     "load_dynamic_4bit": "qprobe.checkpoint.load",
     "load_finetuned": "qprobe.training.bases",
     "load_standard_4bit": "qprobe.checkpoint.load",
     "lora_targets": "qprobe.checkpoint.ready",
-    "merge": "qprobe.scanning.join",
     "plan": "qprobe.checkpoint.plan",
     "quantize": "qprobe.checkpoint.quantize",
     "rank_table": "qprobe.runs.table",
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
     from qprobe.report.write import write_report
     from qprobe.runs.table import layer_table, rank_table
-    from qprobe.scanning.join import merge
+    from qprobe.scanning.join import join
     from qprobe.scanning.scan import scan
     from qprobe.selection.select import select
     from qprobe.training.bases import load_finetuned
@@ -78,12 +78,12 @@ __all__ = [
     "export_manifest",
     "finetune",
     "import_list",
+    "join",
     "layer_table",
     "load_dynamic_4bit",
     "load_finetuned",
     "load_standard_4bit",
     "lora_targets",
-    "merge",
     "plan",
     "quantize",
     "rank_table",

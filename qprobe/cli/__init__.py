@@ -10,8 +10,8 @@ from qprobe.cli.choose import rank, report, select
 from qprobe.cli.compare import compare
 from qprobe.cli.exchange import export, import_
 from qprobe.cli.finetune import finetune
+from qprobe.cli.join import join
 from qprobe.cli.machine import doctor, models
-from qprobe.cli.merge import merge
 from qprobe.cli.plan import plan
 from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
@@ -34,7 +34,7 @@ for _command in (
     models,
     plan,
     scan,
-    merge,
+    join,
     rank,
     select,
     compare,

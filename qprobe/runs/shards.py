@@ -2,7 +2,7 @@
 
 The variables are those that torchrun sets, and any scheduler can: RANK of WORLD_SIZE processes takes the
 units `units[RANK::WORLD_SIZE]`, LOCAL_RANK says which GPU of its machine is its own. Processes never talk to
-each other; all they share is the folder, or nothing, where folders are merged later.
+each other; all they share is the folder, or nothing, where folders are joined later.
 """
 
 from __future__ import annotations
@@ -117,6 +117,6 @@ def left_to_others(shard: Shard, turn: Turn, folder: Path) -> str:
         left = units_left(folder)
         rest = (
             f"{counted(left, 'unit')} {'is' if left == 1 else 'are'} left to the others, and the last of "
-            "them chooses the list. Where they have folders of their own, join these with `qprobe merge`."
+            "them chooses the list. Where they have folders of their own, join these with `qprobe join`."
         )
     return f"Rank {shard.rank} of {shard.world} is done with its share; {rest}"

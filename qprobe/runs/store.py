@@ -2,7 +2,7 @@
 
 A unit is one piece of work of one stage, numbered from 0: the rows of one batch of samples, or all weights.
 Each is one parquet file with a fixed schema, written whole or not at all, so that resuming a scan is running
-its missing units and merging two scans of one specification is putting their unit files in one folder.
+its missing units and joining two scans of one specification is putting their unit files in one folder.
 Units hold sums and counts only; `choosing.table` turns them into the layer table.
 """
 
@@ -204,7 +204,7 @@ def read_units(folder: Path, stage: str) -> pd.DataFrame:
     """All finished units of `stage` in unit order; no rows if there are none.
 
     Columns as in the stage's schema; counts with a null among them come as floats, nulls as NaN.
-    Raises RunError if a file is damaged, or if a row stands in two units (folders merged that were cut
+    Raises RunError if a file is damaged, or if a row stands in two units (folders joined that were cut
     into different batches).
     """
     schema = pa.schema(list(UNIT_SCHEMAS[_family(stage)].items()))
@@ -216,7 +216,7 @@ def read_units(folder: Path, stage: str) -> pd.DataFrame:
         row = ", ".join(f"{key} {repeated.iloc[0][key]}" for key in keys)
         raise RunError(
             f"{folder} holds {stage} of {row} in two units, so it would count twice: units of differently "
-            "cut scans were put together. Merge only scans with the same batch size, or scan again."
+            "cut scans were put together. Join only scans with the same batch size, or scan again."
         )
     return frame
 

@@ -29,8 +29,8 @@ from qprobe.system.wording import counted
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What a merge left. units: finished ones of all stages. missing: units that the layer table still needs.
+class Joined:
+    """What joining left. units: finished ones of all stages. missing: units that the layer table still needs.
 
     notes: sentences a reader must see.
     """
@@ -41,7 +41,7 @@ class Merged:
     notes: tuple[str, ...]
 
 
-def merge(runs: Sequence[Path], out: Path) -> Merged:
+def join(runs: Sequence[Path], out: Path) -> Joined:
     """Join the finished units of `runs`, all of one specification, in the folder `out`, and make its tables.
 
     The folders stay as they are. `out` may be new, or hold units of the same scan already. Neither the order
@@ -51,7 +51,7 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
     calibrated weights differ; nothing is copied then.
     """
     if not runs:
-        raise RunError("There is nothing to merge. Pass the run folders to join.")
+        raise RunError("There is nothing to join. Pass the run folders of one scan.")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file, and the joined run is a folder. Pass another --out.")
     first = read_scan(runs[0])
@@ -59,7 +59,7 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
         found = differences(first, read_scan(run))
         if found:
             raise RunError(
-                f"{runs[0]} and {run} are different scans: {found}. Merge only runs of the same command with "
+                f"{runs[0]} and {run} are different scans: {found}. Join only runs of the same command with "
                 "the same model, samples and versions."
             )
     needed_units(first.spec)  # refuses what it cannot read before a folder is made
@@ -82,7 +82,7 @@ def merge(runs: Sequence[Path], out: Path) -> Merged:
         f"{counted(len(twice), 'unit')} with other numbers in several folders, as other machines round them; "
         f"one of each was taken: {', '.join(twice[:3])}{', ...' if len(twice) > 3 else ''}.",
     )
-    return Merged(out, len(unit_files(out)), missing, notes if twice else ())
+    return Joined(out, len(unit_files(out)), missing, notes if twice else ())
 
 
 def _notes(runs: Sequence[Path]) -> tuple[str, ...]:
@@ -151,6 +151,6 @@ def _copy(source: Path, target: Path) -> None:
         write_atomic(target, source.read_bytes())
     except OSError as error:
         raise RunError(
-            f"{source} cannot be copied to {target} ({error.strerror or error}). Make room and merge again; "
+            f"{source} cannot be copied to {target} ({error.strerror or error}). Make room and join again; "
             "what was copied stays."
         ) from error

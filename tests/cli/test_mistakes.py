@@ -58,7 +58,7 @@ def test_an_image_in_the_place_of_a_folder(scan: Run, tmp_path: Path):
 
 def test_a_file_in_the_place_of_the_joined_run(qprobe: Run, run_folder: Path, tmp_path: Path):
     (tmp_path / "out").write_text("mine")
-    said = explained(qprobe("merge", run_folder, "--out", tmp_path / "out"))
+    said = explained(qprobe("join", run_folder, "--out", tmp_path / "out"))
     assert "out is a file, and the joined run is a folder" in said
 
 

@@ -33,7 +33,7 @@ from qprobe.report.write import write_report
 from qprobe.runs.shards import SKIPLIST
 from qprobe.runs.store import read_scan
 from qprobe.runs.table import read_table
-from qprobe.scanning.join import merge
+from qprobe.scanning.join import join
 from qprobe.scanning.scan import scan
 from qprobe.selection.select import select
 from tests import tiny
@@ -193,7 +193,7 @@ def test_a_file_is_a_unit_and_is_not_measured_twice(
     assert measured == ["model-00002.safetensors"] and (run / "layers.csv").read_bytes() == before
 
 
-def test_shares_of_the_files_merge_into_the_same_table(
+def test_shares_of_the_files_join_into_the_same_table(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = sharded(tiny_folder("llama_tied"), tmp_path / "llama", 3)
@@ -203,7 +203,7 @@ def test_shares_of_the_files_merge_into_the_same_table(
         monkeypatch.setenv("RANK", str(rank))
         result = scan(options(folder, tmp_path / f"part-{rank}"))
         assert result.skiplist is None and "left to the others" in result.verdict
-    joined = merge([tmp_path / "part-1", tmp_path / "part-0"], tmp_path / "joined")
+    joined = join([tmp_path / "part-1", tmp_path / "part-0"], tmp_path / "joined")
     assert joined.missing == 0
     assert (joined.run / "layers.csv").read_bytes() == (whole / "layers.csv").read_bytes()
     assert read_scan(joined.run).unmeasured == read_scan(whole).unmeasured == ()

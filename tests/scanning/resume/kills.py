@@ -32,7 +32,7 @@ from qprobe.checkpoint.quantize import quantize
 from qprobe.data.sampling import choose_samples
 from qprobe.data.sources import Samples
 from qprobe.options import ScanOptions
-from qprobe.scanning.join import merge
+from qprobe.scanning.join import join
 from tests import tiny
 
 SEED = 0
@@ -67,8 +67,8 @@ def weighed(folder: Path, out: Path) -> None:
     road.scan(ScanOptions(str(folder / "sharded"), device="cpu", out=out, measures=("weight",)))
 
 
-def merged(folder: Path, out: Path) -> None:
-    merge([folder / "share-0", folder / "share-1"], out)
+def joined(folder: Path, out: Path) -> None:
+    join([folder / "share-0", folder / "share-1"], out)
 
 
 def quantized(folder: Path, out: Path) -> None:
@@ -102,7 +102,7 @@ JOBS: Mapping[str, tuple[Callable[[Path], None], Callable[[Path, Path], None]]] 
     "calibrated": (nothing, calibrated),
     "limited": (nothing, limited),
     "weights": (sharded, weighed),
-    "merge": (shares, merged),
+    "join": (shares, joined),
     "quantize": (lambda folder: scanned(folder, folder / "whole"), quantized),
 }
 """What each needs, which is made once, and the work: from the folder with what it needs, into another one."""

@@ -1,4 +1,4 @@
-"""A scan is never resumed with, or merged with, what was measured of something else."""
+"""A scan is never resumed with, or joined with, what was measured of something else."""
 
 from __future__ import annotations
 

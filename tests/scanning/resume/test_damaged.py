@@ -118,10 +118,10 @@ def test_a_unit_of_other_columns_is_refused_and_nothing_is_set_aside(
     with pytest.raises(RunError, match=r"kl-00001\.parquet has other columns"):
         scan(options(llama, run))
     assert not list(run.rglob("*.damaged"))
-    assert (run / "units" / "isolated-00000.parquet").read_bytes() == left["alone-00000.parquet.damaged"]
+    assert (run / "units" / "isolated-00000.parquet").read_bytes() == left["isolated-00000.parquet.damaged"]
 
 
-def test_merging_and_reading_refuse_what_is_damaged_and_leave_it(whole: Path, tmp_path: Path):
+def test_joining_and_reading_refuse_what_is_damaged_and_leave_it(whole: Path, tmp_path: Path):
     run = Path(copytree(whole, tmp_path / "run"))
     (left,) = cut(run, "kl-00001.parquet").values()
     with pytest.raises(RunError, match=r"kl-00001\.parquet is damaged .*Scan again into the same folder"):

@@ -18,7 +18,7 @@ from qprobe.errors import QprobeError, RunError
 from qprobe.options import ScanOptions
 from qprobe.report.write import write_report
 from qprobe.runs.store import read_scan, update_scan
-from qprobe.scanning.join import merge
+from qprobe.scanning.join import join
 from qprobe.scanning.scan import scan
 from qprobe.system import files as atomic
 from tests.scanning.resume.runs import options, table, units
@@ -157,7 +157,7 @@ def weighing(llama: Path) -> Work:
     return lambda run: scan(replace(asked, out=run))
 
 
-@pytest.mark.parametrize("kind", ["scan", "weights", "merge"])
+@pytest.mark.parametrize("kind", ["scan", "weights", "join"])
 def test_a_disk_that_is_full_at_any_write_is_one_sentence_and_loses_nothing(
     kind: str, llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -168,7 +168,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_sentence_and_loses_nothing(
     work: Work = {
         "scan": scanning(llama, ablate="1"),
         "weights": weighing(llama),
-        "merge": lambda run: merge([whole], run),
+        "join": lambda run: join([whole], run),
     }[kind]
     failed = fill_again_and_again(work, tmp_path / "run")
     work(tmp_path / "undisturbed")

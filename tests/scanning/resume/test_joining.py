@@ -14,7 +14,7 @@ from qprobe.errors import RunError
 from qprobe.records import CALIBRATED, CodesFile, FormatSpec, Inventory, ModelIdentity, Scan
 from qprobe.runs.needed import Measures, units_left
 from qprobe.runs.store import UNIT_SCHEMAS, open_run, read_scan, unit_files, update_scan, write_unit
-from qprobe.scanning.join import merge
+from qprobe.scanning.join import join
 from qprobe.system.versions import library_versions
 
 FILE = "nf4-calibrated.safetensors"
@@ -35,8 +35,8 @@ def run_with(folder: Path, unit: int, weights: bytes | None) -> Path:
 
 def test_runs_of_the_same_weights_are_joined_with_the_weights(tmp_path):
     runs = [run_with(tmp_path / str(unit), unit, b"same") for unit in (0, 1)]
-    merged = merge(runs, tmp_path / "out")
-    assert merged.missing == 2 and merged.units == 2  # one batch, and the weights
+    joined = join(runs, tmp_path / "out")
+    assert joined.missing == 2 and joined.units == 2  # one batch, and the weights
     assert (tmp_path / "out" / FILE).read_bytes() == b"same"
     assert read_scan(tmp_path / "out").codes == read_scan(runs[1]).codes is not None
 
@@ -45,14 +45,14 @@ def test_runs_of_other_weights_are_refused_before_anything_is_copied(tmp_path):
     runs = [run_with(tmp_path / str(unit), unit, weights) for unit, weights in enumerate((b"one", b"other"))]
     one, other = (hashlib.sha256(weights).hexdigest()[:16] for weights in (b"one", b"other"))
     with pytest.raises(RunError, match=rf"were calibrated apart \(SHA-256 {one} and {other}\)"):
-        merge(runs, tmp_path / "out")
+        join(runs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_what_the_folder_holds_already_counts_too(tmp_path):
     out = run_with(tmp_path / "out", 0, b"one")
     with pytest.raises(RunError, match="were calibrated apart"):
-        merge([run_with(tmp_path / "other", 1, b"other")], out)
+        join([run_with(tmp_path / "other", 1, b"other")], out)
     assert list(unit_files(out)) == ["outputs-00000.parquet"]
 
 
@@ -61,7 +61,7 @@ def test_measurements_of_weights_that_nobody_knows_are_refused(tmp_path):
     with pytest.raises(
         RunError, match=r"1 holds measurements of calibrated weights, but its scan.json names"
     ):
-        merge(runs, tmp_path / "out")
+        join(runs, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_runs_of_a_version_that_measured_something_else_are_refused_before_a_fol
         rf"The scan is of {wrote}, and qprobe {re.escape(here)} cannot tell .*{said}.*version that made it"
     )
     with pytest.raises(RunError, match=refused):
-        merge([run], tmp_path / "out")
+        join([run], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(RunError, match=refused):
         units_left(run)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-JOBS = {"demo": 20, "scan": 4, "calibrated": 4, "limited": 4, "weights": 5, "merge": 5, "quantize": 6}
+JOBS = {"demo": 20, "scan": 4, "calibrated": 4, "limited": 4, "weights": 5, "join": 5, "quantize": 6}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 # What each kind of work is for; an undisturbed run that lacks it would be compared in vain.
 RESULTS = {
     "demo": {"out/layers.csv", "out/skiplist.json", "out/units/sensitivity-00000.parquet"},
-    "scan": {"out/layers.csv", "out/skiplist.json", "out/units/alone-00000.parquet"},
+    "scan": {"out/layers.csv", "out/skiplist.json", "out/units/isolated-00000.parquet"},
     "calibrated": {"out/layers.csv", "out/skiplist.json", "out/nf4-calibrated.safetensors"},
     "limited": {"out/layers.csv", "out/skiplist.json"},
     "weights": {"out/layers.csv", "out/skiplist.json", "out/units/weights-00003.parquet"},
-    "merge": {"out/layers.csv", "out/scan.json", "out/units/outputs-00000.parquet"},
+    "join": {"out/layers.csv", "out/scan.json", "out/units/outputs-00000.parquet"},
     "quantize": {"out/model.safetensors", "out/config.json", "out/skiplist.json"},
 }
 

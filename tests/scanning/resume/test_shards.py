@@ -21,7 +21,7 @@ from qprobe.manifest.manifest import read_manifest
 from qprobe.runs import store
 from qprobe.runs.shards import entered, finishing
 from qprobe.runs.store import read_scan
-from qprobe.scanning.join import merge
+from qprobe.scanning.join import join
 from qprobe.scanning.scan import scan
 from qprobe.system.processes import Shard, shard_from
 from tests.scanning.resume.runs import Share, options, table, units
@@ -209,26 +209,26 @@ def test_a_rank_that_is_late_says_that_the_list_is_chosen(
     assert read_manifest(again.skiplist).budget.requested == "+40%"
 
 
-def test_shares_merged_in_any_order_give_the_same_table(whole: Path, share: Share, tmp_path: Path):
+def test_shares_joined_in_any_order_give_the_same_table(whole: Path, share: Share, tmp_path: Path):
     for world in (2, 3):
         parts = [tmp_path / f"{rank}-of-{world}" for rank in range(world)]
         for rank, part in enumerate(parts):
             assert share(rank, world, part).skiplist is None and not (part / "layers.csv").exists()
         for number, order in enumerate(permutations(parts)):
-            joined = merge(order, tmp_path / f"joined-{world}-{number}")
+            joined = join(order, tmp_path / f"joined-{world}-{number}")
             assert joined.missing == 0 and joined.notes == ()
             assert table(joined.run) == table(whole)
             for file in ("peaks.csv", "ranks.csv", "samples.json"):
                 assert (joined.run / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_a_merged_folder_is_resumed_by_the_scan_that_chooses(
+def test_a_joined_folder_is_resumed_by_the_scan_that_chooses(
     llama: Path, whole: Path, share: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     parts = [tmp_path / str(rank) for rank in range(2)]
     for rank, part in enumerate(parts):
         share(rank, 2, part)
-    run = merge(parts, parts[0]).run  # into one of them
+    run = join(parts, parts[0]).run  # into one of them
     for name in ("observe", "observe_isolated", "weight_rows"):
         monkeypatch.setattr(f"qprobe.scanning.measure.{name}", lambda *_: pytest.fail("measured again"))
     result = scan(options(llama, run))
@@ -237,13 +237,13 @@ def test_a_merged_folder_is_resumed_by_the_scan_that_chooses(
 
 def test_overlapping_shares_count_once(whole: Path, share: Share, tmp_path: Path):
     share(1, 2, tmp_path / "one")
-    joined = merge([whole, tmp_path / "one", whole], tmp_path / "joined")
+    joined = join([whole, tmp_path / "one", whole], tmp_path / "joined")
     assert table(joined.run) == table(whole) and joined.units == len(units(whole))
 
 
-def test_a_merge_that_lacks_a_share_says_how_much(share: Share, tmp_path: Path):
+def test_a_join_that_lacks_a_share_says_how_much(share: Share, tmp_path: Path):
     share(1, 2, tmp_path / "one")
-    joined = merge([tmp_path / "one"], tmp_path / "joined")
+    joined = join([tmp_path / "one"], tmp_path / "joined")
     # Of three batches the second is there; each of the other two lacks three stages. Of the two batches of
     # isolated KL the first lacks, and so do the weights.
     assert joined.missing == 2 * 3 + 1 + 1 and not (joined.run / "layers.csv").exists()
@@ -255,28 +255,28 @@ def test_the_same_unit_with_other_numbers_is_chosen_alike_in_any_order(whole: Pa
     frame = store.read_units(other, "kl").iloc[2:4].assign(kl_sum=lambda f: f["kl_sum"] * (1 + 1e-12))
     store.write_unit(other, "kl", 1, frame)
     assert path.read_bytes() != (whole / "units" / path.name).read_bytes()
-    joined = [merge(o, tmp_path / str(i)) for i, o in enumerate(permutations([whole, other]))]
+    joined = [join(o, tmp_path / str(i)) for i, o in enumerate(permutations([whole, other]))]
     assert units(joined[0].run) == units(joined[1].run)
     assert joined[0].notes == joined[1].notes and "kl-00001" in joined[0].notes[0]
 
 
-def test_runs_of_different_scans_are_not_merged(llama: Path, whole: Path, tmp_path: Path):
+def test_runs_of_different_scans_are_not_joined(llama: Path, whole: Path, tmp_path: Path):
     other = scan(options(llama, tmp_path / "other", nodes=1)).run
     with pytest.raises(RunError, match=r"are different scans: 1 place: spec\.measures\.nodes: 2 -> 1\."):
-        merge([whole, other], tmp_path / "joined")
+        join([whole, other], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
     with pytest.raises(RunError, match="no run folder"):
-        merge([whole, tmp_path / "nothing"], tmp_path / "joined")
-    with pytest.raises(RunError, match="nothing to merge"):
-        merge([], tmp_path / "joined")
+        join([whole, tmp_path / "nothing"], tmp_path / "joined")
+    with pytest.raises(RunError, match="nothing to join"):
+        join([], tmp_path / "joined")
 
 
-def test_a_damaged_unit_is_not_merged(whole: Path, tmp_path: Path):
+def test_a_damaged_unit_is_not_joined(whole: Path, tmp_path: Path):
     other = Path(copytree(whole, tmp_path / "other"))
     path = other / "units" / "kl-00000.parquet"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(RunError, match=r"other.*kl-00000\.parquet is damaged"):
-        merge([whole, other], tmp_path / "joined")
+        join([whole, other], tmp_path / "joined")
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -1,4 +1,4 @@
-"""`qprobe merge`."""
+"""`qprobe join`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qprobe.cli import shared
 from qprobe.system.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.scanning.join import Merged
+    from qprobe.scanning.join import Joined
 
 
-@shared.command("merge", short_help="Join the run folders of one scan that several machines shared.")
+@shared.command("join", short_help="Join the run folders of one scan that several machines shared.")
 @click.argument("runs", type=shared.PATH, nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--out", type=shared.PATH, required=True, metavar="RUN", help="Where to join them; new, or one of them."
 )
-def merge(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
+def join(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Join run folders of one scan, from a job array or several machines, and make the layer table of all.
 
     A share of a scan is measured by setting RANK and WORLD_SIZE, here the first of four:
@@ -32,25 +32,25 @@ def merge(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     \b
     --json prints: run, units, missing (units the layer table still needs), notes.
     """
-    from qprobe.scanning.join import merge as join
+    from qprobe.scanning.join import join as join_runs
 
-    merged = join(runs, out)
+    joined = join_runs(runs, out)
     if as_json:
-        shared.print_json(merged)
+        shared.print_json(joined)
     else:
-        _show(merged)
+        _show(joined)
 
 
-def _show(merged: Merged) -> None:
+def _show(joined: Joined) -> None:
     from qprobe.report.terminal import paragraphs, terminal_width
 
-    if merged.notes:
-        click.echo(paragraphs(merged.notes, terminal_width()))
-    click.echo(f"{counted(merged.units, 'unit')} joined")
-    if merged.missing:
+    if joined.notes:
+        click.echo(paragraphs(joined.notes, terminal_width()))
+    click.echo(f"{counted(joined.units, 'unit')} joined")
+    if joined.missing:
         click.echo(
-            f"{counted(merged.missing, 'unit')} missing: merge their folders too, or run the scan again."
+            f"{counted(joined.missing, 'unit')} missing: join their folders too, or run the scan again."
         )
     else:
-        click.echo(f"Layer table  {merged.run / 'layers.csv'}")
-    click.echo(f"Run folder   {merged.run}")
+        click.echo(f"Layer table  {joined.run / 'layers.csv'}")
+    click.echo(f"Run folder   {joined.run}")
