@@ -21,10 +21,10 @@ from qprobe.selection.select import (
     default_measure,
     held_out_quality,
     manifest_of,
-    plans_by,
     predictor,
+    skiplists_by,
 )
-from qprobe.selection.solver import Plan
+from qprobe.selection.solver import SkipList
 
 # Of the bytes that 4-bit saves; the budgets that a scan measures on held-out samples are among them.
 SHARES = (
@@ -50,7 +50,7 @@ class Point:
     None where they were not measured.
     """
 
-    plan: Plan
+    skiplist: SkipList
     budget: Budget
     predicted: KL | None
     measured: KL | None
@@ -63,19 +63,19 @@ def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
     column, inventory = default_measure(table), scan.inventory
     standard = inventory.standard_4bit_bytes
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - standard
-    chosen: dict[tuple[str, ...], tuple[Plan, int]] = {}
+    chosen: dict[tuple[str, ...], tuple[SkipList, int]] = {}
     limits = [standard + int(share * saved) for share in SHARES]
-    for plan, limit in zip(plans_by(inventory, table, column, limits), limits, strict=True):
-        chosen.setdefault(plan.kept, (plan, limit))
+    for skiplist, limit in zip(skiplists_by(inventory, table, column, limits), limits, strict=True):
+        chosen.setdefault(skiplist.kept, (skiplist, limit))
     prediction = Prediction(folder, scan, table)
     return [
         Point(
-            plan,
+            skiplist,
             Budget(str(limit), limit),
-            prediction.left_by(frozenset(plan.kept)),
-            measured_kl(folder, plan),
+            prediction.left_by(frozenset(skiplist.kept)),
+            measured_kl(folder, skiplist),
         )
-        for plan, limit in sorted(chosen.values(), key=lambda item: item[1])
+        for skiplist, limit in sorted(chosen.values(), key=lambda item: item[1])
     ]
 
 
@@ -116,9 +116,9 @@ class Prediction:
         return ratio_se(sums.tolist(), self.tokens.reindex(rows.index).tolist())
 
 
-def measured_kl(folder: Path, plan: Plan) -> KL | None:
+def measured_kl(folder: Path, skiplist: SkipList) -> KL | None:
     """What a scan measured of this very list on held-out samples; None if it did not."""
-    rows = finite_answers(read_units(folder, choice_stage(frozenset(plan.kept))))
+    rows = finite_answers(read_units(folder, choice_stage(frozenset(skiplist.kept))))
     if rows.empty:
         return None
     kl, tokens = rows["kl_sum"].tolist(), rows["answer_tokens"].tolist()
@@ -127,8 +127,8 @@ def measured_kl(folder: Path, plan: Plan) -> KL | None:
 
 def manifest_at(folder: Path, scan: Scan, table: pd.DataFrame, point: Point) -> Manifest:
     """The manifest of `point`, as `qprobe select RUN --budget` gives it."""
-    quality = held_out_quality(folder, scan, point.plan)
-    return manifest_of(scan, table, point.plan, point.budget, command_at(folder, point), quality)
+    quality = held_out_quality(folder, scan, point.skiplist)
+    return manifest_of(scan, table, point.skiplist, point.budget, command_at(folder, point), quality)
 
 
 def command_at(folder: Path, point: Point) -> str:
@@ -148,7 +148,7 @@ def reasons(scan: Scan, table: pd.DataFrame, by: str) -> tuple[list[str], list[s
     budget = Budget("", 0)
 
     def said(kept: Sequence[str]) -> list[str]:
-        plan = Plan(tuple(kept), 0, 0.0, by)
-        return [layer.reason for layer in manifest_of(scan, table, plan, budget, "").layers]
+        skiplist = SkipList(tuple(kept), 0, 0.0, by)
+        return [layer.reason for layer in manifest_of(scan, table, skiplist, budget, "").layers]
 
     return said(()), said(everything)

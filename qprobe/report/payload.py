@@ -95,7 +95,7 @@ def _panels(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _layers(
     folder: Path, scan: Scan, table: pd.DataFrame, worst: Mapping[str, Worst], frontier: Sequence[Point]
 ) -> list[dict[str, Any]]:
-    by = frontier[0].plan.by if frontier else None
+    by = frontier[0].skiplist.by if frontier else None
     not_kept, kept = reasons(scan, table, by) if by else (["NF4"] * len(table), [""] * len(table))
     short = short_names(table["layer"])
     ranks = read_ranks(folder)
@@ -134,11 +134,11 @@ def _kl(kl: KL | None) -> dict[str, Any] | None:
 def _point(point: Point) -> dict[str, Any]:
     return {
         "limit_bytes": point.budget.limit_bytes,
-        "total_bytes": point.plan.total_bytes,
-        "by": point.plan.by,
+        "total_bytes": point.skiplist.total_bytes,
+        "by": point.skiplist.by,
         "predicted": _kl(point.predicted),
         "measured": _kl(point.measured),
-        "kept": list(point.plan.kept),
+        "kept": list(point.skiplist.kept),
     }
 
 

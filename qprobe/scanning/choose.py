@@ -21,7 +21,7 @@ from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
 from qprobe.records import Sample, Scan
 from qprobe.runs.store import read_scan, write_file
 from qprobe.runs.table import measured, read_table
-from qprobe.selection.bound import SCORE, Bound, measured_plan, predicted_plan, rounded_up
+from qprobe.selection.bound import SCORE, Bound, measured_skiplist, predicted_skiplist, rounded_up
 from qprobe.selection.budget import Budget, all_fit
 from qprobe.selection.decide import Candidate, decide, on_common_samples
 from qprobe.selection.groups import grouped_for, keeps_groups_whole
@@ -30,11 +30,11 @@ from qprobe.selection.select import (
     layer_scores,
     manifest_of,
     parse_request,
-    plan_by,
     predicted_kl,
     prospect_of,
+    skiplist_by,
 )
-from qprobe.selection.solver import Plan, choose
+from qprobe.selection.solver import SkipList, best_skiplist
 from qprobe.selection.verdict import verdict
 from qprobe.system.wording import counted
 
@@ -77,9 +77,9 @@ class Trial:
         return self.record.inventory.standard_4bit_bytes
 
     @property
-    def standard(self) -> Plan:
+    def standard(self) -> SkipList:
         """Nothing kept."""
-        return Plan((), self.standard_bytes, 0.0, self.column)
+        return SkipList((), self.standard_bytes, 0.0, self.column)
 
     @property
     def column(self) -> str:
@@ -90,11 +90,13 @@ class Trial:
     def command(self) -> str:
         return scan_command(self.options, self.record.model.id)
 
-    def measure(self, plans: Mapping[str, Plan]) -> dict[str, Candidate]:
-        """Each plan as a candidate, measured on the held-out samples; what is known is not run again."""
-        kept = {name: frozenset(plan.kept) for name, plan in plans.items()}
+    def measure(self, skiplists: Mapping[str, SkipList]) -> dict[str, Candidate]:
+        """Each skip-list as a candidate, measured on the held-out samples; what is known is not run again."""
+        kept = {name: frozenset(skiplist.kept) for name, skiplist in skiplists.items()}
         frames = measure_choices(self.subject, self.folder, self.held_out, kept, self.progress)
-        return {n: Candidate(n, kept[n], plan.total_bytes, frames[n]) for n, plan in plans.items()}
+        return {
+            n: Candidate(n, kept[n], skiplist.total_bytes, frames[n]) for n, skiplist in skiplists.items()
+        }
 
     def nearest(self) -> list[Candidate]:
         """Standard 4-bit, measured beside calibrated weights; none where they are it."""
@@ -106,13 +108,13 @@ class Trial:
 
     def write(
         self,
-        plan: Plan,
+        skiplist: SkipList,
         budget: Budget,
         quality: Quality | None = None,
         compared: Sequence[Compared] = (),
     ) -> Manifest:
-        """FOLDER/skiplist.json for `plan`."""
-        manifest = manifest_of(self.record, self.table, plan, budget, self.command, quality, compared)
+        """FOLDER/skiplist.json for `skiplist`."""
+        manifest = manifest_of(self.record, self.table, skiplist, budget, self.command, quality, compared)
         write_manifest(self.folder / "skiplist.json", manifest)
         return manifest
 
@@ -158,41 +160,41 @@ def choose_list(
     """
     trial = Trial(subject, folder, held_out, options, progress)
     request = parse_request(options.budget, options.max_kl, options.by, trial.standard_bytes)
-    plans = {NOTHING: trial.standard}
+    skiplists = {NOTHING: trial.standard}
     if isinstance(request, Budget):
-        plans |= candidate_plans(trial, request)
+        skiplists |= candidate_skiplists(trial, request)
     if not (subject.has_head and held_out):
         return _by_score(trial, request)
-    lines = frontier_plans(trial)
-    found = trial.measure({**plans, **lines})  # in one go, so that the 16-bit model runs once a batch
+    lines = frontier_skiplists(trial)
+    found = trial.measure({**skiplists, **lines})  # in one go, so that the 16-bit model runs once a batch
     write_frontier(folder, trial.table, on_common_samples([found[name] for name in lines]))
-    candidates = on_common_samples([*(found[name] for name in plans), *trial.nearest()])
+    candidates = on_common_samples([*(found[name] for name in skiplists), *trial.nearest()])
     if candidates[0].measured.empty:
         return replace(_by_score(trial, request), notes=_left_out(trial, candidates))
     if isinstance(request, Bound):
         return _within_bound(trial, request, candidates[0])
-    return _within_budget(trial, request, plans, candidates)
+    return _within_budget(trial, request, skiplists, candidates)
 
 
 def _by_score(trial: Trial, request: Budget | Bound) -> Choice:
     """The choice where nothing can be measured."""
     if isinstance(request, Bound):
-        plan = predicted_plan(prospect_of(trial.record, trial.table), request)
-        budget = request.budget_of(plan)
+        skiplist = predicted_skiplist(prospect_of(trial.record, trial.table), request)
+        budget = request.budget_of(skiplist)
     else:
-        plan, budget = next(iter(candidate_plans(trial, request).values())), request
-    manifest = trial.write(plan, budget)
-    return Choice(manifest, f"No KL was measured; the list is chosen by {plan.by} alone.")
+        skiplist, budget = next(iter(candidate_skiplists(trial, request).values())), request
+    manifest = trial.write(skiplist, budget)
+    return Choice(manifest, f"No KL was measured; the list is chosen by {skiplist.by} alone.")
 
 
 def _within_budget(
-    trial: Trial, budget: Budget, plans: Mapping[str, Plan], candidates: list[Candidate]
+    trial: Trial, budget: Budget, skiplists: Mapping[str, SkipList], candidates: list[Candidate]
 ) -> Choice:
-    """The one of `candidates` (of `plans`, nothing kept first) that measured best, see `decide`."""
+    """The one of `candidates` (of `skiplists`, nothing kept first) that measured best, see `decide`."""
     lists, nearest = _apart(candidates)
     decision = decide(lists[1:], lists[0])
     chosen = decision.chosen
-    manifest = _write(trial, plans[chosen.name], budget, candidates, chosen)
+    manifest = _write(trial, skiplists[chosen.name], budget, candidates, chosen)
     said = verdict(lists[0], chosen, trial.standard_bytes, nearest=nearest)
     is_tied = any(c.kept != chosen.kept for c in (decision.best, *decision.tied))
     tie = (decision.why,) if is_tied else ()
@@ -221,14 +223,14 @@ def _no_better(chosen: Candidate, nearest: Candidate | None) -> tuple[str, ...]:
 def _within_bound(trial: Trial, bound: Bound, standard: Candidate) -> Choice:
     """The list of the fewest bytes whose KL, measured on the held-out samples, is within `bound`."""
 
-    def measure(plan: Plan) -> float:
-        return on_common_samples(list(trial.measure({"list": plan}).values()))[0].kl
+    def measure(skiplist: SkipList) -> float:
+        return on_common_samples(list(trial.measure({"list": skiplist}).values()))[0].kl
 
-    plans, best = {NOTHING: trial.standard}, trial.standard
+    skiplists, best = {NOTHING: trial.standard}, trial.standard
     if standard.kl > bound.max_kl:
-        best, tried = measured_plan(prospect_of(trial.record, trial.table), bound, measure)
-        plans |= {f"list {i}": plan for i, plan in enumerate(tried, start=1)}
-    candidates = on_common_samples([*trial.measure(plans).values(), *trial.nearest()])
+        best, tried = measured_skiplist(prospect_of(trial.record, trial.table), bound, measure)
+        skiplists |= {f"list {i}": skiplist for i, skiplist in enumerate(tried, start=1)}
+    candidates = on_common_samples([*trial.measure(skiplists).values(), *trial.nearest()])
     lists, nearest = _apart(candidates)
     if best is None:
         least = min(lists, key=lambda c: c.kl)
@@ -237,7 +239,7 @@ def _within_bound(trial: Trial, bound: Bound, standard: Candidate) -> Choice:
             f"smallest of {len(lists)} measured is {least.kl:.3g}, with {least.total_bytes:,} bytes. "
             f"Pass --max-kl {rounded_up(least.kl)} or more, or use the 16-bit model."
         )
-    chosen = next(c for c in lists if plans[c.name] == best)
+    chosen = next(c for c in lists if skiplists[c.name] == best)
     manifest = _write(trial, best, bound.budget_of(best), candidates, chosen)
     said = verdict(lists[0], chosen, trial.standard_bytes, bound.max_kl, nearest)
     return Choice(manifest, said, (*_no_better(chosen, nearest), *_left_out(trial, candidates)))
@@ -258,10 +260,10 @@ def _left_out(trial: Trial, candidates: Sequence[Candidate]) -> tuple[str, ...]:
 
 
 def _write(
-    trial: Trial, plan: Plan, budget: Budget, candidates: Sequence[Candidate], chosen: Candidate
+    trial: Trial, skiplist: SkipList, budget: Budget, candidates: Sequence[Candidate], chosen: Candidate
 ) -> Manifest:
-    """The manifest of `plan`, which is the candidate `chosen`; the first is standard 4-bit or, of calibrated
-    weights, the one named `NEAREST`.
+    """The manifest of `skiplist`, which is the candidate `chosen`; the first candidate is standard 4-bit or,
+    of calibrated weights, the one named `NEAREST`.
     """
     lists, nearest = _apart(candidates)
     quality = Quality(len(chosen.measured), (nearest or lists[0]).kl, chosen.kl)
@@ -269,10 +271,10 @@ def _write(
         Compared(c.name, c.total_bytes, c.kl, c.kl_se if isfinite(c.kl_se) else None, c is chosen)
         for c in candidates
     ]
-    return trial.write(plan, budget, quality, compared)
+    return trial.write(skiplist, budget, quality, compared)
 
 
-def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
+def candidate_skiplists(trial: Trial, budget: Budget) -> dict[str, SkipList]:
     """The lists to compare by name: one for each measured score, and a published one that fits the budget.
 
     With `ScanOptions.by`, that score alone. Where isolated KL was measured, the list by sensitivities that
@@ -281,10 +283,10 @@ def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
     """
     by, inventory = trial.options.by, trial.record.inventory
     columns = [by] if by else [c for c in SCORES if c in measured(trial.table)]
-    plans = {f"by {c}": plan_by(inventory, trial.table, c, budget.limit_bytes) for c in columns}
+    skiplists = {f"by {c}": skiplist_by(inventory, trial.table, c, budget.limit_bytes) for c in columns}
     if SCORE in columns and damage_of(trial.table) is not None:
         scores = layer_scores(trial.table, SCORE)
-        plans[f"by {SCORE}, additive"] = choose(inventory, scores, budget.limit_bytes, SCORE)
+        skiplists[f"by {SCORE}, additive"] = best_skiplist(inventory, scores, budget.limit_bytes, SCORE)
     entry = find(trial.record.model.id)
     for published in entry.published if entry and not by else ():
         kept = published.kept(inventory)
@@ -292,17 +294,17 @@ def candidate_plans(trial: Trial, budget: Budget) -> dict[str, Plan]:
         total = inventory.total_bytes(frozenset(names))
         is_served = trial.options.for_tool is None or keeps_groups_whole(inventory, names)
         if names and is_served and total <= budget.limit_bytes:
-            plans[published.author] = Plan(names, total, nan, columns[0])
-    return plans
+            skiplists[published.author] = SkipList(names, total, nan, columns[0])
+    return skiplists
 
 
-def frontier_plans(trial: Trial) -> dict[str, Plan]:
+def frontier_skiplists(trial: Trial) -> dict[str, SkipList]:
     """The lists of the best score at `FRONTIER_SHARES` of the bytes that 4-bit saves, by name."""
     inventory, column = trial.record.inventory, trial.column
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - inventory.standard_4bit_bytes
     limits = {share: inventory.standard_4bit_bytes + int(share * saved) for share in FRONTIER_SHARES}
     return {
-        f"{share:.0%} of the bytes that 4-bit saves": plan_by(inventory, trial.table, column, n)
+        f"{share:.0%} of the bytes that 4-bit saves": skiplist_by(inventory, trial.table, column, n)
         for share, n in limits.items()
     }
 

@@ -35,7 +35,7 @@ from qprobe.scanning.findings import write_findings
 from qprobe.scanning.result import Clock, ScanResult
 from qprobe.selection.budget import parse_budget
 from qprobe.selection.groups import grouped_for
-from qprobe.selection.select import manifest_of, plan_by
+from qprobe.selection.select import manifest_of, skiplist_by
 from qprobe.system.processes import Shard, shard_from
 from qprobe.system.versions import library_versions
 from qprobe.system.wording import counted, named
@@ -178,17 +178,17 @@ def _finish(options: ScanOptions, folder: Path, clock: Clock, device: torch.devi
         record, table = read_scan(folder), read_table(folder)
         grouped = replace(record, inventory=grouped_for(record.inventory, options.for_tool))
         budget = parse_budget(options.budget or DEFAULT_BUDGET, record.inventory.standard_4bit_bytes)
-        plan = plan_by(grouped.inventory, table, options.by or SCORE, budget.limit_bytes)
+        skiplist = skiplist_by(grouped.inventory, table, options.by or SCORE, budget.limit_bytes)
         write_manifest(
             folder / SKIPLIST,
-            manifest_of(grouped, table, plan, budget, scan_command(options, record.model.id)),
+            manifest_of(grouped, table, skiplist, budget, scan_command(options, record.model.id)),
         )
     done = replace(record, status="finished", seconds=clock.seconds, peak_bytes=peak_bytes(device))
     update_scan(folder, done)  # before the report, which shows it
     with clock.stage("report"):
         write_report(folder)
     update_scan(folder, replace(done, seconds=clock.seconds))
-    verdict = f"No KL was measured; the list is chosen by {plan.by} alone."
+    verdict = f"No KL was measured; the list is chosen by {skiplist.by} alone."
     layers = len(record.inventory.layers)
     return _result(folder, layers, clock, device, folder / SKIPLIST, verdict, done.notes)
 

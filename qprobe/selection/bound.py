@@ -11,7 +11,7 @@ from qprobe.errors import BudgetError
 from qprobe.records import Inventory
 from qprobe.selection.budget import Budget
 from qprobe.selection.damage import Damage, fewest_bytes, least_damage
-from qprobe.selection.solver import Plan
+from qprobe.selection.solver import SkipList
 
 SCORE = "sensitivity_kl"  # the one column that predicts a KL
 MOST_LISTS = 6  # measured at most; each halves what is not known, so the last step is 3 % of the range
@@ -28,9 +28,9 @@ class Bound:
         """As the manifest's budget says it: "max-kl 0.01"."""
         return f"max-kl {self.max_kl}"
 
-    def budget_of(self, plan: Plan) -> Budget:
-        """The budget that `plan` is exactly within."""
-        return Budget(self.requested, plan.total_bytes)
+    def budget_of(self, skiplist: SkipList) -> Budget:
+        """The budget that `skiplist` is exactly within."""
+        return Budget(self.requested, skiplist.total_bytes)
 
 
 def parse_bound(max_kl: float) -> Bound:
@@ -61,35 +61,38 @@ class Prospect:
         return self.damage.left(frozenset(self.richest.kept))
 
     @cached_property
-    def richest(self) -> Plan:
+    def richest(self) -> SkipList:
         """The list that is predicted to leave the least."""
         everything = self.inventory.total_bytes(frozenset(x.name for x in self.inventory.layers))
         limit = max(everything, self.inventory.standard_4bit_bytes)
         return least_damage(self.inventory, self.damage, limit, SCORE)
 
-    def plan_at(self, kl: float) -> Plan:
-        """The plan with the fewest bytes that is predicted to leave at most `kl` (at least `least`)."""
+    def skiplist_at(self, kl: float) -> SkipList:
+        """The skip-list with the fewest bytes that is predicted to leave at most `kl` (at least `least`)."""
         return fewest_bytes(self.inventory, self.damage, kl, SCORE) or self.richest
 
 
-def predicted_plan(prospect: Prospect, bound: Bound) -> Plan:
-    """The plan with the fewest bytes whose predicted KL is within `bound`; raises BudgetError if none is."""
+def predicted_skiplist(prospect: Prospect, bound: Bound) -> SkipList:
+    """The skip-list with the fewest bytes whose predicted KL is within `bound`.
+
+    Raises BudgetError if there is none.
+    """
     if prospect.least > bound.max_kl:
         raise BudgetError(
             f"No list is predicted to leave a KL of {bound.max_kl} or less: with every layer kept that was "
             f"measured and matters, {prospect.least:.3g} is left. "
             f"Pass --max-kl {rounded_up(prospect.least)} or more."
         )
-    return prospect.plan_at(bound.max_kl)
+    return prospect.skiplist_at(bound.max_kl)
 
 
-def measured_plan(
-    prospect: Prospect, bound: Bound, measure: Callable[[Plan], float]
-) -> tuple[Plan | None, list[Plan]]:
-    """(the plan with the fewest bytes whose measured KL is within `bound`, all plans measured).
+def measured_skiplist(
+    prospect: Prospect, bound: Bound, measure: Callable[[SkipList], float]
+) -> tuple[SkipList | None, list[SkipList]]:
+    """(the skip-list with the fewest bytes whose measured KL is within `bound`, all skip-lists measured).
 
-    None if no plan short of 16-bit was found. Begins with the predicted plan, then halves the range of
-    predicted KL between what was too much and what was not, with at most `MOST_LISTS` calls of `measure`;
+    None if no skip-list short of 16-bit was found. Begins with the predicted skip-list, then halves the range
+    of predicted KL between what was too much and what was not, with at most `MOST_LISTS` calls of `measure`;
     the last is spent on the most that can be kept if nothing was within the bound so far. To be used where
     keeping nothing measures above the bound.
     """
@@ -97,20 +100,20 @@ def measured_plan(
     is_16bit = everything <= frozenset(prospect.richest.kept)
     low, high = prospect.least, prospect.most
     target = bound.max_kl if low < bound.max_kl < high else (low + high) / 2
-    found: dict[Plan, float] = {}
+    found: dict[SkipList, float] = {}
     while len(found) < MOST_LISTS and high - low > 1e-3 * (prospect.most - prospect.least):
         is_last = len(found) == MOST_LISTS - 1
         is_hopeless = is_last and not is_16bit and min(found.values()) > bound.max_kl
-        plan = prospect.richest if is_hopeless else prospect.plan_at(target)
-        if everything <= frozenset(plan.kept):
+        skiplist = prospect.richest if is_hopeless else prospect.skiplist_at(target)
+        if everything <= frozenset(skiplist.kept):
             low = target  # 16-bit itself, which needs no measuring
-        elif not plan.kept:
+        elif not skiplist.kept:
             high = target
         else:
-            found[plan] = found[plan] if plan in found else measure(plan)
-            low, high = (target, high) if found[plan] <= bound.max_kl else (low, target)
+            found[skiplist] = found[skiplist] if skiplist in found else measure(skiplist)
+            low, high = (target, high) if found[skiplist] <= bound.max_kl else (low, target)
         target = (low + high) / 2
-    within = [plan for plan, kl in found.items() if kl <= bound.max_kl]
+    within = [skiplist for skiplist, kl in found.items() if kl <= bound.max_kl]
     return min(within, key=lambda p: p.total_bytes, default=None), list(found)
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from math import fsum
 
 from qprobe.records import Inventory
-from qprobe.selection.solver import Plan, cheapest, choose, frontier
+from qprobe.selection.solver import SkipList, best_skiplist, best_skiplists, smallest_skiplist
 
 # r at which marginal damages are taken; the best one lies near the share that the list leaves. At 0 they are
 # the isolated KLs and at 1/2 the path's, so no list by either alone is predicted to be better.
@@ -60,54 +60,54 @@ class Damage:
         return {n: self.isolated[n] + 2 * share * (self.path[n] - self.isolated[n]) for n in self.path}
 
 
-def least_damage(inventory: Inventory, damage: Damage, limit_bytes: int, by: str) -> Plan:
-    """The plan within `limit_bytes` that is predicted to leave the smallest KL.
+def least_damage(inventory: Inventory, damage: Damage, limit_bytes: int, by: str) -> SkipList:
+    """The skip-list within `limit_bytes` that is predicted to leave the smallest KL.
 
-    For each of `SHARES` the best plan by marginal damages is found exactly; of these plans, and of keeping
+    For each of `SHARES` the best skip-list by marginal damages is found exactly; of these, and of keeping
     nothing, the one with the smallest `Damage.left` is taken. That is no search of all lists: on small random
-    tables the best one is at times a few per cent better. The score is the predicted KL that the plan saves.
-    Raises BudgetError as `choose` does.
+    tables the best one is at times a few per cent better. The score is the predicted KL that the list saves.
+    Raises BudgetError as `best_skiplist` does.
     """
-    (plan,) = least_damages(inventory, damage, [limit_bytes], by)
-    return plan
+    (skiplist,) = least_damages(inventory, damage, [limit_bytes], by)
+    return skiplist
 
 
-def least_damages(inventory: Inventory, damage: Damage, limits: Sequence[int], by: str) -> list[Plan]:
+def least_damages(inventory: Inventory, damage: Damage, limits: Sequence[int], by: str) -> list[SkipList]:
     """`least_damage` for each limit in bytes of `limits`, in their order."""
     shares = SHARES[-1:] if damage.is_additive else SHARES
-    found = [frontier(inventory, damage.marginal(share), limits, by) for share in shares]
-    empty = Plan((), inventory.standard_4bit_bytes, 0.0, by)
+    found = [best_skiplists(inventory, damage.marginal(share), limits, by) for share in shares]
+    empty = SkipList((), inventory.standard_4bit_bytes, 0.0, by)
     best = [
-        min([empty, *plans], key=lambda p: (damage.left(frozenset(p.kept)), p.total_bytes))
-        for plans in zip(*found, strict=True)
+        min([empty, *skiplists], key=lambda p: (damage.left(frozenset(p.kept)), p.total_bytes))
+        for skiplists in zip(*found, strict=True)
     ]
-    return [_scored(plan, damage) for plan in best]
+    return [_scored(skiplist, damage) for skiplist in best]
 
 
-def fewest_bytes(inventory: Inventory, damage: Damage, max_kl: float, by: str) -> Plan | None:
-    """The plan of the fewest bytes that is predicted to leave at most `max_kl`; None if there is none.
+def fewest_bytes(inventory: Inventory, damage: Damage, max_kl: float, by: str) -> SkipList | None:
+    """The skip-list of the fewest bytes that is predicted to leave at most `max_kl`; None if there is none.
 
-    Sought among the plans that `least_damage` compares: with one byte less that finds none that meets the
+    Sought among the lists that `least_damage` compares: with one byte less that finds none that meets the
     bound. Where damages simply add up no list at all is smaller.
     """
     if damage.left(frozenset()) <= max_kl:
-        return Plan((), inventory.standard_4bit_bytes, 0.0, by)
+        return SkipList((), inventory.standard_4bit_bytes, 0.0, by)
     if damage.is_additive:
         return _cheapest_additive(inventory, damage, max_kl, by)
     best, limit, is_smaller = None, max(inventory.standard_4bit_bytes, _all_bytes(inventory)), True
     while is_smaller:
         is_smaller = False
         for share in SHARES:
-            found = _narrowed(inventory, damage, share, max_kl, Plan((), limit, 0.0, by))
+            found = _narrowed(inventory, damage, share, max_kl, SkipList((), limit, 0.0, by))
             if found is not None:
                 best, limit, is_smaller = found, found.total_bytes - 1, True
     return None if best is None else _scored(best, damage)
 
 
 def _narrowed(
-    inventory: Inventory, damage: Damage, share: float, max_kl: float, largest: Plan
-) -> Plan | None:
-    """A plan by the marginal damages at `share`, within `max_kl` and the bytes of `largest`, and small.
+    inventory: Inventory, damage: Damage, share: float, max_kl: float, largest: SkipList
+) -> SkipList | None:
+    """A skip-list by the marginal damages at `share`, within `max_kl` and the bytes of `largest`, and small.
 
     None if the best one within these bytes leaves more. The size is halved down to a part of the range.
     """
@@ -115,9 +115,9 @@ def _narrowed(
     low, high = standard, largest.total_bytes
     step, limit = (high - low) // _BYTE_STEPS, high
     while standard <= limit and high - low >= step:
-        plan = choose(inventory, scores, limit, largest.by)
-        if damage.left(frozenset(plan.kept)) <= max_kl:
-            best, high = plan, plan.total_bytes - 1
+        skiplist = best_skiplist(inventory, scores, limit, largest.by)
+        if damage.left(frozenset(skiplist.kept)) <= max_kl:
+            best, high = skiplist, skiplist.total_bytes - 1
         elif best is None:
             return None
         else:
@@ -126,18 +126,18 @@ def _narrowed(
     return best
 
 
-def _cheapest_additive(inventory: Inventory, damage: Damage, max_kl: float, by: str) -> Plan | None:
+def _cheapest_additive(inventory: Inventory, damage: Damage, max_kl: float, by: str) -> SkipList | None:
     richest = least_damage(inventory, damage, max(inventory.standard_4bit_bytes, _all_bytes(inventory)), by)
     if damage.left(frozenset(richest.kept)) > max_kl:
         return None
     spared = fsum(damage.path.values()) - max_kl
-    return cheapest(inventory, damage.path, min(spared, richest.score), by)
+    return smallest_skiplist(inventory, damage.path, min(spared, richest.score), by)
 
 
-def _scored(plan: Plan, damage: Damage) -> Plan:
-    """`plan` with the predicted KL that it saves as its score."""
-    saved = damage.left(frozenset()) - damage.left(frozenset(plan.kept))
-    return replace(plan, score=saved)
+def _scored(skiplist: SkipList, damage: Damage) -> SkipList:
+    """`skiplist` with the predicted KL that it saves as its score."""
+    saved = damage.left(frozenset()) - damage.left(frozenset(skiplist.kept))
+    return replace(skiplist, score=saved)
 
 
 def _all_bytes(inventory: Inventory) -> int:

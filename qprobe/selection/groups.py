@@ -12,9 +12,9 @@ from qprobe.records import Inventory
 
 
 def grouped_for(inventory: Inventory, tool: str | None) -> Inventory:
-    """`inventory` with the groups of `tool`, one of FOR, so that a plan keeps them whole; None as it is.
+    """`inventory` with the groups of `tool`, one of FOR, so that a skip-list keeps them whole; None as it is.
 
-    What is fixed in 16-bit is no part of any plan: with a fixed member a group may still be split, which
+    What is fixed in 16-bit is no part of any skip-list: with a fixed member a group may still be split, which
     exporting then says. Raises QprobeError for another tool.
     """
     if tool is None:

@@ -18,11 +18,11 @@ from qprobe.options import DEFAULT_BUDGET
 from qprobe.records import Inventory, Linear, Scan
 from qprobe.runs.store import NEAREST_STAGE, choice_stage, read_scan, read_units
 from qprobe.runs.table import check_measure, finite_answers, measured, read_table
-from qprobe.selection.bound import SCORE, Bound, Prospect, parse_bound, predicted_plan
+from qprobe.selection.bound import SCORE, Bound, Prospect, parse_bound, predicted_skiplist
 from qprobe.selection.budget import Budget, parse_budget
 from qprobe.selection.damage import Damage, least_damages
 from qprobe.selection.groups import grouped_for
-from qprobe.selection.solver import Plan, frontier, is_scored
+from qprobe.selection.solver import SkipList, best_skiplists, is_scored
 
 ISOLATED_KL = "isolated_kl"  # the column of each layer's isolated KL
 
@@ -54,15 +54,15 @@ def select(
     request = parse_request(budget, max_kl, by, scan.inventory.standard_4bit_bytes)
     words = ["qprobe", "select", folder.resolve().name]
     if isinstance(request, Bound):
-        plan = predicted_plan(prospect_of(scan, table), request)
-        limit, words = request.budget_of(plan), [*words, "--max-kl", str(max_kl)]
+        skiplist = predicted_skiplist(prospect_of(scan, table), request)
+        limit, words = request.budget_of(skiplist), [*words, "--max-kl", str(max_kl)]
     else:
         column = by or default_measure(table)
-        plan = plan_by(scan.inventory, table, column, request.limit_bytes)
+        skiplist = skiplist_by(scan.inventory, table, column, request.limit_bytes)
         limit, words = request, [*words, "--budget", request.requested]
     words += [word for name, value in (("--by", by), ("--for", for_tool)) if value for word in (name, value)]
     command = shlex.join(words)
-    return manifest_of(scan, table, plan, limit, command, held_out_quality(folder, scan, plan))
+    return manifest_of(scan, table, skiplist, limit, command, held_out_quality(folder, scan, skiplist))
 
 
 def parse_request(
@@ -89,21 +89,23 @@ def prospect_of(scan: Scan, table: pd.DataFrame) -> Prospect:
     return Prospect(scan.inventory, damage_of(table) or Damage(path, path))
 
 
-def plan_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes: int) -> Plan:
-    """The best plan within `limit_bytes` by the measured `column`.
+def skiplist_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes: int) -> SkipList:
+    """The best skip-list within `limit_bytes` by the measured `column`.
 
     By sensitivity_kl each layer's isolated KL counts as well, where it was measured (see `damage_of`).
     Raises BudgetError or QprobeError as `choose` and `layer_scores` do.
     """
-    (plan,) = plans_by(inventory, table, column, [limit_bytes])
-    return plan
+    (skiplist,) = skiplists_by(inventory, table, column, [limit_bytes])
+    return skiplist
 
 
-def plans_by(inventory: Inventory, table: pd.DataFrame, column: str, limits: Sequence[int]) -> list[Plan]:
-    """`plan_by` for each limit in bytes of `limits`, in their order."""
+def skiplists_by(
+    inventory: Inventory, table: pd.DataFrame, column: str, limits: Sequence[int]
+) -> list[SkipList]:
+    """`skiplist_by` for each limit in bytes of `limits`, in their order."""
     damage = damage_of(table) if column == SCORE else None
     if damage is None:
-        return frontier(inventory, layer_scores(table, column), limits, column)
+        return best_skiplists(inventory, layer_scores(table, column), limits, column)
     return least_damages(inventory, damage, limits, column)
 
 
@@ -158,22 +160,22 @@ def layer_scores(table: pd.DataFrame, by: str) -> dict[str, float]:
 def manifest_of(
     scan: Scan,
     table: pd.DataFrame,
-    plan: Plan,
+    skiplist: SkipList,
     budget: Budget,
     command: str,
     quality: Quality | None = None,
     compared: Sequence[Compared] = (),
 ) -> Manifest:
-    """The manifest that carries out `plan`, made now.
+    """The manifest that carries out `skiplist`, made now.
 
-    table: the layer table of `scan`, which holds the column `plan.by`. quality: what was measured; its
+    table: the layer table of `scan`, which holds the column `skiplist.by`. quality: what was measured; its
     kl_predicted is filled in from the table. command: what made it. compared: the lists it was chosen among.
     """
-    kept = frozenset(plan.kept)
+    kept = frozenset(skiplist.kept)
     in_16bit = kept | {x.name for x in scan.inventory.layers if x.fixed}
     sensitivity = _column(table, "sensitivity_kl")
-    own = _column(table, ISOLATED_KL) if plan.by == SCORE and ISOLATED_KL in measured(table) else {}
-    reasons = _reasons(scan, plan, _column(table, plan.by), own)
+    own = _column(table, ISOLATED_KL) if skiplist.by == SCORE and ISOLATED_KL in measured(table) else {}
+    reasons = _reasons(scan, skiplist, _column(table, skiplist.by), own)
     layers = tuple(
         LayerChoice(
             name=x.name,
@@ -191,7 +193,7 @@ def manifest_of(
         model=scan.model,
         format=scan.format,
         budget=ManifestBudget(
-            budget.requested, budget.limit_bytes, plan.total_bytes, scan.inventory.standard_4bit_bytes
+            budget.requested, budget.limit_bytes, skiplist.total_bytes, scan.inventory.standard_4bit_bytes
         ),
         quality=Quality(
             quality.samples, quality.kl_standard_4bit, quality.kl_dynamic, predicted_kl(table, in_16bit)
@@ -209,12 +211,12 @@ def _column(table: pd.DataFrame, name: str) -> dict[str, float]:
     return dict(zip(table["layer"].tolist(), table[name].tolist(), strict=True))
 
 
-def held_out_quality(folder: Path, scan: Scan, plan: Plan) -> Quality:
-    """What `scan` measured on held-out samples: standard 4-bit and, if it was a candidate, this plan."""
+def held_out_quality(folder: Path, scan: Scan, skiplist: SkipList) -> Quality:
+    """What `scan` measured on held-out samples: standard 4-bit and, if it was a candidate, this skip-list."""
     standard_stage = NEAREST_STAGE if scan.format.is_calibrated else choice_stage(frozenset())
     standard, dynamic = (
         finite_answers(read_units(folder, stage))
-        for stage in (standard_stage, choice_stage(frozenset(plan.kept)))
+        for stage in (standard_stage, choice_stage(frozenset(skiplist.kept)))
     )
     return Quality(
         samples=len(standard) or None, kl_standard_4bit=_mean_kl(standard), kl_dynamic=_mean_kl(dynamic)
@@ -239,12 +241,14 @@ def _ranked(scan: Scan, values: Mapping[str, float]) -> dict[str, int]:
     return {x.name: rank for rank, x in enumerate(ordered, start=1)}
 
 
-def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float], own: Mapping[str, float]) -> dict[str, str]:
+def _reasons(
+    scan: Scan, skiplist: SkipList, values: Mapping[str, float], own: Mapping[str, float]
+) -> dict[str, str]:
     """Why each layer has its precision, in words; ranks are among the layers with a score.
 
     own: each layer's isolated KL, where it takes part in the choice.
     """
-    kept, never_ran = frozenset(plan.kept), frozenset(scan.unmeasured)
+    kept, never_ran = frozenset(skiplist.kept), frozenset(scan.unmeasured)
     ranks, isolated_ranks = _ranked(scan, values), _ranked(scan, own)
     groups: dict[str, list[str]] = {}
     for x in scan.inventory.layers:
@@ -260,7 +264,7 @@ def _reasons(scan: Scan, plan: Plan, values: Mapping[str, float], own: Mapping[s
             return "NF4"
         group = groups[layer.group]
         together = f", moves with its group of {len(group)}" if len(group) > 1 and kept >= {*group} else ""
-        shares = f"{plan.by} {values[layer.name]:.2g}, rank {ranks[layer.name]} of {len(ranks)}"
+        shares = f"{skiplist.by} {values[layer.name]:.2g}, rank {ranks[layer.name]} of {len(ranks)}"
         if layer.name in isolated_ranks:
             shares += f"; {ISOLATED_KL} {own[layer.name]:.2g}, rank {isolated_ranks[layer.name]}"
         return f"kept: {shares}{together}"

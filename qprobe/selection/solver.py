@@ -11,13 +11,14 @@ from qprobe.records import Inventory, Linear
 from qprobe.selection.budget import below_standard
 from qprobe.selection.knapsack import knapsack
 
-# `cheapest` counts scores as integers: the largest becomes 2**44, so that 2**18 of them add up below 2**62.
+# `smallest_skiplist` counts scores as integers: the largest becomes 2**44, so that 2**18 of them add up
+# below 2**62.
 _SCORE_STEPS = 2**44
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A choice of layers.
+class SkipList:
+    """Which layers stay in 16-bit.
 
     kept: names in execution order, fixed layers (in 16-bit anyway) not among them. total_bytes: of the whole
     model. score: sum of the scores of `kept`. by: the column the scores came from.
@@ -38,21 +39,21 @@ class _Item:
     score: float
 
 
-def choose(inventory: Inventory, scores: Mapping[str, float], limit_bytes: int, by: str) -> Plan:
-    """The plan with the greatest score whose total is at most `limit_bytes`.
+def best_skiplist(inventory: Inventory, scores: Mapping[str, float], limit_bytes: int, by: str) -> SkipList:
+    """The skip-list with the greatest score whose total is at most `limit_bytes`.
 
     scores: by layer name. The layers of a group are kept together or not at all; a group is never kept if a
     layer of it has no score (absent or not finite) or its scores sum to 0 or less.
     Raises BudgetError if `limit_bytes` is below standard 4-bit.
     """
-    (plan,) = frontier(inventory, scores, [limit_bytes], by)
-    return plan
+    (skiplist,) = best_skiplists(inventory, scores, [limit_bytes], by)
+    return skiplist
 
 
-def frontier(
+def best_skiplists(
     inventory: Inventory, scores: Mapping[str, float], budgets: Sequence[int], by: str
-) -> list[Plan]:
-    """`choose` for each limit in bytes of `budgets`, in their order."""
+) -> list[SkipList]:
+    """`best_skiplist` for each limit in bytes of `budgets`, in their order."""
     standard = inventory.standard_4bit_bytes
     if budgets and min(budgets) < standard:
         raise BudgetError(below_standard(f"{min(budgets):,} bytes", standard))
@@ -60,16 +61,18 @@ def frontier(
     costs, values = [x.cost_bytes for x in paid], [x.score for x in paid]
     base = standard + sum(x.cost_bytes for x in free)
     return [
-        _plan(inventory, scores, [*free, *(paid[i] for i in knapsack(costs, values, limit - base))], by)
+        _skiplist(inventory, scores, [*free, *(paid[i] for i in knapsack(costs, values, limit - base))], by)
         for limit in budgets
     ]
 
 
-def cheapest(inventory: Inventory, scores: Mapping[str, float], target_score: float, by: str) -> Plan:
-    """The plan with the fewest bytes whose score is at least `target_score`.
+def smallest_skiplist(
+    inventory: Inventory, scores: Mapping[str, float], target_score: float, by: str
+) -> SkipList:
+    """The skip-list with the fewest bytes whose score is at least `target_score`.
 
     The score may fall short by 2**-43 of the largest score for each layer, so that rounding never makes the
-    score of a plan a target which that plan misses.
+    score of a list a target which that list misses.
     Raises BudgetError if every layer together scores less.
     """
     free, paid = _free_and_paid(inventory, scores)
@@ -80,7 +83,7 @@ def cheapest(inventory: Inventory, scores: Mapping[str, float], target_score: fl
             "Ask for less."
         )
     if not paid:
-        return _plan(inventory, scores, free, by)
+        return _skiplist(inventory, scores, free, by)
     # What goes to 4-bit is a knapsack itself: the most bytes saved for at most the score that can be spared.
     largest = max(x.score for x in paid)  # scores are divided by it first: the smallest have no 2**-44th part
     losses = [round(x.score / largest * _SCORE_STEPS) for x in paid]
@@ -88,7 +91,7 @@ def cheapest(inventory: Inventory, scores: Mapping[str, float], target_score: fl
     spare = sum(losses) - max(0, round(needed) - len(paid))
     given_up = set(knapsack(losses, [float(x.cost_bytes) for x in paid], max(0, spare)))
     kept = [x for i, x in enumerate(paid) if i not in given_up]
-    return _plan(inventory, scores, [*free, *kept], by)
+    return _skiplist(inventory, scores, [*free, *kept], by)
 
 
 def is_scored(layer: Linear, scores: Mapping[str, float]) -> bool:
@@ -115,7 +118,7 @@ def _free_and_paid(inventory: Inventory, scores: Mapping[str, float]) -> tuple[l
     return [x for x in worth if x.cost_bytes <= 0], [x for x in worth if x.cost_bytes > 0]
 
 
-def _plan(inventory: Inventory, scores: Mapping[str, float], items: Sequence[_Item], by: str) -> Plan:
+def _skiplist(inventory: Inventory, scores: Mapping[str, float], items: Sequence[_Item], by: str) -> SkipList:
     names = frozenset(name for item in items for name in item.names)
     kept = tuple(x.name for x in inventory.layers if x.name in names)
-    return Plan(kept, inventory.total_bytes(names), fsum(scores[name] for name in kept), by)
+    return SkipList(kept, inventory.total_bytes(names), fsum(scores[name] for name in kept), by)

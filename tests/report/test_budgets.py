@@ -19,12 +19,12 @@ from tests.runs.runs import make_run, rows
 def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path):
     folder = write_full_run(tmp_path)
     found = points(folder, read_scan(folder), read_table(folder))
-    assert found[0].plan.kept == () and len({p.plan.kept for p in found}) == len(found) > 10
+    assert found[0].skiplist.kept == () and len({p.skiplist.kept for p in found}) == len(found) > 10
     for point in found[:: len(found) // 4]:
         manifest = select(folder, point.budget.requested)
-        assert set(manifest.skip_modules) == {*point.plan.kept, "lm_head"}
+        assert set(manifest.skip_modules) == {*point.skiplist.kept, "lm_head"}
         assert point.predicted is not None and point.predicted.value == manifest.quality.kl_predicted
-        assert point.plan.total_bytes == manifest.budget.total_bytes <= point.budget.limit_bytes
+        assert point.skiplist.total_bytes == manifest.budget.total_bytes <= point.budget.limit_bytes
         measured = None if point.measured is None else point.measured.value
         assert measured == pytest.approx(manifest.quality.kl_dynamic)
     assert sum(p.measured is not None for p in found) >= 2

@@ -18,7 +18,7 @@ def best_value(costs: Sequence[int], values: Sequence[float], limit: int) -> flo
     return best
 
 
-def all_plans(inventory: Inventory, scores: Mapping[str, float]) -> list[tuple[int, float]]:
+def all_skiplists(inventory: Inventory, scores: Mapping[str, float]) -> list[tuple[int, float]]:
     """(total bytes, score) of every allowed choice: whole groups, every layer scored, of positive sum."""
     members: dict[str, list[str]] = {}
     for layer in inventory.layers:
@@ -26,8 +26,8 @@ def all_plans(inventory: Inventory, scores: Mapping[str, float]) -> list[tuple[i
             members.setdefault(layer.group, []).append(layer.name)
     scored = [names for names in members.values() if all(isfinite(scores.get(x, nan)) for x in names)]
     groups = [names for names in scored if fsum(scores[x] for x in names) > 0]
-    plans = []
+    skiplists = []
     for take in product((False, True), repeat=len(groups)):
         kept = [name for names, t in zip(groups, take, strict=True) if t for name in names]
-        plans.append((inventory.total_bytes(frozenset(kept)), fsum(scores[name] for name in kept)))
-    return plans
+        skiplists.append((inventory.total_bytes(frozenset(kept)), fsum(scores[name] for name in kept)))
+    return skiplists

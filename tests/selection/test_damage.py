@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
 from qprobe.selection.damage import Damage, fewest_bytes, least_damage
-from qprobe.selection.solver import choose
+from qprobe.selection.solver import best_skiplist
 from tests.runs.runs import inventory_of, linear
 
 BY = "sensitivity_kl"
@@ -67,7 +67,7 @@ def test_a_layer_that_hurts_only_beside_the_worst_one_is_not_kept_once_that_is()
     damage = Damage(dict(zip(NAMES, (10.0, 1.0, 3.0), strict=False)),
                     dict(zip(NAMES, (7.0, 0.9, 0.1), strict=False)))  # fmt: skip
     room = inventory.total_bytes(frozenset(NAMES[:2]))
-    assert choose(inventory, damage.path, room, BY).kept == ("l0", "l2")
+    assert best_skiplist(inventory, damage.path, room, BY).kept == ("l0", "l2")
     assert least_damage(inventory, damage, room, BY).kept == ("l0", "l1")
 
 
@@ -75,15 +75,15 @@ def test_a_layer_that_hurts_only_beside_the_worst_one_is_not_kept_once_that_is()
 @given(cases())
 def test_no_list_by_either_score_alone_is_predicted_to_be_better(case: tuple[Inventory, Damage, int]):
     inventory, damage, limit = case
-    plan = least_damage(inventory, damage, limit, BY)
-    assert plan.total_bytes <= limit
-    assert plan.total_bytes == inventory.total_bytes(frozenset(plan.kept))
+    skiplist = least_damage(inventory, damage, limit, BY)
+    assert skiplist.total_bytes <= limit
+    assert skiplist.total_bytes == inventory.total_bytes(frozenset(skiplist.kept))
     for scores in (damage.path, damage.isolated):
-        other = choose(inventory, scores, limit, BY)
-        assert damage.left(frozenset(plan.kept)) <= damage.left(frozenset(other.kept)) + 1e-12
-    assert damage.left(frozenset(plan.kept)) <= damage.left(frozenset()) + 1e-12
+        other = best_skiplist(inventory, scores, limit, BY)
+        assert damage.left(frozenset(skiplist.kept)) <= damage.left(frozenset(other.kept)) + 1e-12
+    assert damage.left(frozenset(skiplist.kept)) <= damage.left(frozenset()) + 1e-12
     together = {x.name for x in inventory.layers if x.group == "together"}
-    assert together <= set(plan.kept) or not together & set(plan.kept)
+    assert together <= set(skiplist.kept) or not together & set(skiplist.kept)
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,11 +91,11 @@ def test_no_list_by_either_score_alone_is_predicted_to_be_better(case: tuple[Inv
 def test_without_interactions_the_list_is_the_exact_one(case: tuple[Inventory, Damage, int]):
     inventory, damage, limit = case
     plain = Damage(damage.isolated, damage.isolated)
-    exact = choose(inventory, damage.isolated, limit, BY)
-    plan = least_damage(inventory, plain, limit, BY)
-    assert plan.score == pytest.approx(exact.score, abs=1e-9)
-    left = fsum(v for n, v in damage.isolated.items() if n not in plan.kept)
-    assert plain.left(frozenset(plan.kept)) == pytest.approx(left, abs=1e-9)
+    exact = best_skiplist(inventory, damage.isolated, limit, BY)
+    skiplist = least_damage(inventory, plain, limit, BY)
+    assert skiplist.score == pytest.approx(exact.score, abs=1e-9)
+    left = fsum(v for n, v in damage.isolated.items() if n not in skiplist.kept)
+    assert plain.left(frozenset(skiplist.kept)) == pytest.approx(left, abs=1e-9)
 
 
 def test_a_limit_below_standard_4bit_is_refused():
@@ -110,14 +110,14 @@ def test_the_fewest_bytes_meet_the_bound_and_no_smaller_limit_does(
 ):
     inventory, damage, _ = case
     bound = share * damage.left(frozenset())
-    plan = fewest_bytes(inventory, damage, bound, BY)
+    skiplist = fewest_bytes(inventory, damage, bound, BY)
     everything = inventory.total_bytes(frozenset(x.name for x in inventory.layers))
     richest = least_damage(inventory, damage, everything, BY)
-    if plan is None:
+    if skiplist is None:
         assert damage.left(frozenset(richest.kept)) > bound
         return
-    assert damage.left(frozenset(plan.kept)) <= bound
-    assert plan.total_bytes == inventory.total_bytes(frozenset(plan.kept))
-    smaller = plan.total_bytes - 1
+    assert damage.left(frozenset(skiplist.kept)) <= bound
+    assert skiplist.total_bytes == inventory.total_bytes(frozenset(skiplist.kept))
+    smaller = skiplist.total_bytes - 1
     if smaller >= inventory.standard_4bit_bytes and not damage.is_additive:
         assert damage.left(frozenset(least_damage(inventory, damage, smaller, BY).kept)) > bound

@@ -14,10 +14,10 @@ from qprobe.options import ScanOptions
 from qprobe.records import Inventory
 from qprobe.runs.store import read_scan
 from qprobe.scanning.check import check_options
-from qprobe.scanning.choose import Trial, candidate_plans
+from qprobe.scanning.choose import Trial, candidate_skiplists
 from qprobe.selection.budget import Budget
 from qprobe.selection.groups import grouped_for, keeps_groups_whole
-from qprobe.selection.solver import frontier
+from qprobe.selection.solver import best_skiplists
 from tests.exports.manifests import of_tree
 from tests.models import trees
 from tests.report.runs import write_run
@@ -31,7 +31,7 @@ def lists(inventory: Inventory, seed: int) -> list[tuple[str, ...]]:
     standard = inventory.standard_4bit_bytes
     saved = inventory.total_bytes(frozenset(scores)) - standard
     limits = [standard + saved * part // 7 for part in range(1, 7)]
-    return [plan.kept for plan in frontier(inventory, scores, limits, "m")]
+    return [skiplist.kept for skiplist in best_skiplists(inventory, scores, limits, "m")]
 
 
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
@@ -91,7 +91,7 @@ def test_every_candidate_keeps_groups_whole(
     inventory = read_scan(tmp_path).inventory
     everything = inventory.total_bytes(frozenset(x.name for x in inventory.layers))
     budget = Budget("half", (inventory.standard_4bit_bytes + everything) // 2)
-    plans = candidate_plans(trial, budget)
-    assert ("somebody" in plans) == there
+    skiplists = candidate_skiplists(trial, budget)
+    assert ("somebody" in skiplists) == there
     grouped = grouped_for(inventory, "vllm")
-    assert all(keeps_groups_whole(grouped, x.kept) for x in plans.values()) != there
+    assert all(keeps_groups_whole(grouped, x.kept) for x in skiplists.values()) != there

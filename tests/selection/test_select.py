@@ -18,7 +18,7 @@ from qprobe.runs.store import choice_stage, write_unit
 from qprobe.runs.table import layer_table, read_table, write_table
 from qprobe.selection.budget import Budget
 from qprobe.selection.select import damage_of, manifest_of, select
-from qprobe.selection.solver import Plan
+from qprobe.selection.solver import SkipList
 from tests.runs.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
 
 NOISE = {"model.a": 0.031, "model.q": 0.5, "model.k": 0.001}  # model.b never ran
@@ -141,7 +141,7 @@ def test_tied_and_other_fixed_layers_say_why(tmp_path: Path):
     )
     scan, table = scan_of(inventory), layer_table(make_run(tmp_path / "run", inventory))
     total = inventory.standard_4bit_bytes
-    manifest = manifest_of(scan, table, Plan((), total, 0.0, "weight_nmse"), Budget("+0%", total), "test")
+    manifest = manifest_of(scan, table, SkipList((), total, 0.0, "weight_nmse"), Budget("+0%", total), "test")
     assert [x.reason for x in manifest.layers] == [
         "tied to the embedding", "shared: stays in 16-bit", "not measured on these samples, NF4",
     ]  # fmt: skip
@@ -152,8 +152,8 @@ def test_a_list_from_elsewhere_may_keep_unmeasured_layers_and_parts_of_groups(ru
     scan = scan_of(four_layers())
     kept = ("model.q", "model.b")
     total = scan.inventory.total_bytes(frozenset(kept))
-    plan = Plan(kept, total, nan, "activation_nmse")
-    manifest = manifest_of(scan, layer_table(run), plan, Budget("+40000B", total), "test")
+    skiplist = SkipList(kept, total, nan, "activation_nmse")
+    manifest = manifest_of(scan, layer_table(run), skiplist, Budget("+40000B", total), "test")
     assert [x.reason for x in manifest.layers] == [
         "NF4", "kept: activation_nmse 0.5, rank 1 of 3", "NF4", "not measured on these samples, kept",
         "lm_head stays in 16-bit",

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory, Linear
-from qprobe.selection.solver import cheapest, choose, frontier
+from qprobe.selection.solver import best_skiplist, best_skiplists, smallest_skiplist
 from tests.runs.runs import inventory_of, linear
-from tests.selection.reference import all_plans
+from tests.selection.reference import all_skiplists
 
 Case = tuple[Inventory, dict[str, float]]
 
@@ -42,18 +42,18 @@ def limit_at(inventory: Inventory, share: float) -> int:
 def test_plan_is_within_budget_and_as_good_as_any(case: Case, share: float):
     inventory, scores = case
     limit = limit_at(inventory, share)
-    plan = choose(inventory, scores, limit, "m")
-    assert plan.total_bytes <= limit
-    assert plan.total_bytes == inventory.total_bytes(frozenset(plan.kept))
-    best = max(value for size, value in all_plans(inventory, scores) if size <= limit)
-    assert plan.score == pytest.approx(best, rel=1e-9, abs=1e-12)
+    skiplist = best_skiplist(inventory, scores, limit, "m")
+    assert skiplist.total_bytes <= limit
+    assert skiplist.total_bytes == inventory.total_bytes(frozenset(skiplist.kept))
+    best = max(value for size, value in all_skiplists(inventory, scores) if size <= limit)
+    assert skiplist.score == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.floats(0, 1.2))
 def test_groups_move_whole_and_only_layers_with_a_score_move(case: Case, share: float):
     inventory, scores = case
-    kept = set(choose(inventory, scores, limit_at(inventory, share), "m").kept)
+    kept = set(best_skiplist(inventory, scores, limit_at(inventory, share), "m").kept)
     for layer in inventory.layers:
         partners = {x.name for x in inventory.layers if x.group == layer.group and x.fixed is None}
         assert layer.fixed is None or layer.name not in kept
@@ -67,9 +67,9 @@ def test_groups_move_whole_and_only_layers_with_a_score_move(case: Case, share: 
 def test_the_frontier_rises_with_the_budget(case: Case, shares: list[float]):
     inventory, scores = case
     budgets = [limit_at(inventory, share) for share in sorted(shares)]
-    plans = frontier(inventory, scores, budgets, "m")
-    assert [p.total_bytes <= b for p, b in zip(plans, budgets, strict=True)] == [True] * len(budgets)
-    for smaller, larger in pairwise(plans):
+    skiplists = best_skiplists(inventory, scores, budgets, "m")
+    assert [p.total_bytes <= b for p, b in zip(skiplists, budgets, strict=True)] == [True] * len(budgets)
+    for smaller, larger in pairwise(skiplists):
         assert larger.score >= smaller.score * (1 - 1e-11)
 
 
@@ -77,48 +77,48 @@ def test_the_frontier_rises_with_the_budget(case: Case, shares: list[float]):
 @given(cases(), st.floats(0, 1))
 def test_cheapest_reaches_its_target_with_the_fewest_bytes(case: Case, share: float):
     inventory, scores = case
-    plans = all_plans(inventory, scores)
-    most = max(value for _, value in plans)
+    skiplists = all_skiplists(inventory, scores)
+    most = max(value for _, value in skiplists)
     target = share * most
-    plan = cheapest(inventory, scores, target, "m")
-    assert plan.score >= target - 1e-11 * most
-    assert plan.total_bytes <= min(size for size, value in plans if value >= target)
+    skiplist = smallest_skiplist(inventory, scores, target, "m")
+    assert skiplist.score >= target - 1e-11 * most
+    assert skiplist.total_bytes <= min(size for size, value in skiplists if value >= target)
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.floats(0, 1.2))
 def test_cheapest_for_the_score_of_a_plan_costs_no_more_than_the_plan(case: Case, share: float):
     inventory, scores = case
-    plan = choose(inventory, scores, limit_at(inventory, share), "m")
-    assert cheapest(inventory, scores, plan.score, "m").total_bytes <= plan.total_bytes
+    skiplist = best_skiplist(inventory, scores, limit_at(inventory, share), "m")
+    assert smallest_skiplist(inventory, scores, skiplist.score, "m").total_bytes <= skiplist.total_bytes
 
 
 def test_a_target_out_of_reach_is_refused_with_what_can_be_had():
     inventory = inventory_of(linear("a"), linear("b"))
     with pytest.raises(BudgetError, match=r"score 0\.75 by m, less than the 0\.8 asked"):
-        cheapest(inventory, {"a": 0.25, "b": 0.5}, 0.8, "m")
+        smallest_skiplist(inventory, {"a": 0.25, "b": 0.5}, 0.8, "m")
 
 
 def test_the_smallest_score_there_is_can_be_asked_for():
     # 2**-1074 has no 2**-44th part; it once ended in a division by zero
     inventory = inventory_of(linear("a"), linear("b"))
-    assert cheapest(inventory, {"a": 5e-324, "b": 0.0}, 5e-324, "m").kept == ("a",)
+    assert smallest_skiplist(inventory, {"a": 5e-324, "b": 0.0}, 5e-324, "m").kept == ("a",)
 
 
 def test_a_group_with_an_unmeasured_layer_stays_in_4_bit():
     inventory = inventory_of(linear("q", "qk"), linear("k", "qk"), linear("a"))
-    assert choose(inventory, {"q": 9.0, "a": 0.1}, 10**6, "m").kept == ("a",)
-    assert choose(inventory, {"q": 9.0, "k": nan, "a": 0.1}, 10**6, "m").kept == ("a",)
+    assert best_skiplist(inventory, {"q": 9.0, "a": 0.1}, 10**6, "m").kept == ("a",)
+    assert best_skiplist(inventory, {"q": 9.0, "k": nan, "a": 0.1}, 10**6, "m").kept == ("a",)
 
 
 def test_a_harmless_layer_moves_with_its_damaged_group():
     inventory = inventory_of(linear("q", "qk"), linear("k", "qk"))
-    plan = choose(inventory, {"q": 9.0, "k": -1.0}, 10**6, "m")
-    assert (plan.kept, plan.score) == (("q", "k"), 8.0)
+    skiplist = best_skiplist(inventory, {"q": 9.0, "k": -1.0}, 10**6, "m")
+    assert (skiplist.kept, skiplist.score) == (("q", "k"), 8.0)
 
 
 def test_a_limit_below_standard_4_bit_is_refused():
     inventory = inventory_of(linear("a"), other_bytes=0)  # 64 * 64 weights: 2,048 + 64 + 4 bytes in NF4
     with pytest.raises(BudgetError, match=r"2,115 bytes.*2,116 bytes"):
-        choose(inventory, {}, 2115, "m")
-    assert choose(inventory, {"a": 1.0}, 2116, "m").kept == ()
+        best_skiplist(inventory, {}, 2115, "m")
+    assert best_skiplist(inventory, {"a": 1.0}, 2116, "m").kept == ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from qprobe.records import Inventory
 from qprobe.selection.damage import Damage, least_damage
-from qprobe.selection.solver import choose
+from qprobe.selection.solver import best_skiplist
 from tests.benchmarks.rankings.cost import Cost
 
 # Share of the saved bytes that is given back -> layers kept; None where the ranking was not tried.
@@ -39,7 +39,7 @@ class Chooser:
 
     def kept(self, scores: Mapping[str, float], share: float) -> frozenset[str]:
         """The list with the greatest sum of `scores` within `share`."""
-        return frozenset(choose(self.inventory, scores, self.limit_bytes(share), "").kept)
+        return frozenset(best_skiplist(self.inventory, scores, self.limit_bytes(share), "").kept)
 
     def kept_with(self, scores: Mapping[str, float], share: float, forced: frozenset[str]) -> frozenset[str]:
         """The same, with the layers `forced` kept in any case."""
