@@ -1,4 +1,4 @@
-"""The nouns every room shares: frozen dataclasses, standard library only."""
+"""The nouns that all rooms share: frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from math import log10, nan
 from typing import Literal
 
-Precision = Literal["nf4", "bf16"]
-TokenKind = Literal["vision", "text", "answer"]
+from qprobe.registry.precisions import NF4, Precision, find, precision
 
 
 @dataclass(frozen=True)
@@ -142,29 +141,39 @@ class ModelIdentity:
     fingerprint: str
 
 
-CALIBRATED = "nf4-calibrated"
-FORMATS = ("nf4", CALIBRATED)
-"""The 4-bit formats: rounded to nearest, and with the codes chosen for the outputs on calibration samples."""
-
-
 @dataclass(frozen=True)
 class FormatSpec:
     """How 4-bit layers are stored; `compute_dtype` is the 16-bit dtype of all else."""
 
-    name: str = "nf4"
+    name: str = NF4.name
     blocksize: int = 64
     double_quant: bool = True
     compute_dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
     @property
+    def precision(self) -> Precision:
+        """The declaration of the 4-bit precision. Raises QprobeError for a name that is not declared."""
+        return precision(self.name)
+
+    @property
+    def four_bit_name(self) -> str:
+        """What a manifest calls the precision of the layers in 4-bit."""
+        return self.precision.stored.name
+
+    @property
     def quant_type(self) -> str:
-        """What bitsandbytes calls the layout; calibrated weights share that of NF4."""
-        return "nf4" if self.is_calibrated else self.name
+        """What the library that loads it calls it; its own name for one that is not declared."""
+        declared = find(self.name)
+        return (declared and declared.quant_type) or self.name
 
     @property
     def is_calibrated(self) -> bool:
         """True if the codes of each layer were chosen on samples, and lie in a file of their own."""
-        return self.name == CALIBRATED
+        return self.precision.is_calibrated
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight of `shape` in 4-bit."""
+        return self.precision.bytes_of(shape, self.blocksize, self.double_quant)
 
 
 @dataclass(frozen=True)

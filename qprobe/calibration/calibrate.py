@@ -24,7 +24,7 @@ from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import SharedInput, gathered, gram_bytes, passes, shared_inputs
 from qprobe.errors import RunError
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
-from qprobe.formats.nf4 import Nf4, format_from
+from qprobe.formats.nf4 import Nf4, nf4
 from qprobe.inputs.batch import Batch
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
@@ -76,7 +76,7 @@ class Work:
 
     @property
     def format(self) -> Nf4:
-        return format_from(read_scan(self.folder).format)
+        return nf4(read_scan(self.folder).format)
 
 
 def check_limit(subject: Subject) -> None:

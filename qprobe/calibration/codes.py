@@ -33,7 +33,7 @@ from qprobe.calibration.gptq import (
     shrunk,
 )
 from qprobe.formats.nf4 import Nf4, StoredNf4
-from qprobe.registry.sizes import NESTED_BLOCKSIZE
+from qprobe.registry.precisions import NESTED_BLOCKSIZE
 
 ZERO_CODE = 7  # the code of 0.0, with which bitsandbytes fills the last byte of an odd weight
 

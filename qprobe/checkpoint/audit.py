@@ -29,7 +29,7 @@ from qprobe.models.headers import (
 )
 from qprobe.models.spellings import spellings, whole_parts
 from qprobe.records import FormatSpec, Inventory, Linear
-from qprobe.registry.sizes import absmax_bytes, packed_bytes
+from qprobe.registry.precisions import absmax_bytes, packed_bytes
 from qprobe.system.wording import counted, is_or_are
 
 State = Literal["4-bit", "16-bit", "plain in a 4-bit class", "packed in a 16-bit class", "missing", "tied"]

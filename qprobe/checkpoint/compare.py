@@ -30,7 +30,7 @@ from qprobe.loading.reference import load_reference, one_device
 from qprobe.manifest.manifest import Manifest, read_manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.options import CompareOptions, Progress, no_progress
-from qprobe.records import CALIBRATED, FormatSpec, Sample
+from qprobe.records import FormatSpec, Sample
 from qprobe.runs.statistics import ratio_se
 from qprobe.system.files import write_atomic
 
@@ -155,20 +155,21 @@ def _loaders(
 ) -> dict[str, Callable[[], tuple[Any, Any]]]:
     """What loads the 4-bit models, by row name.
 
-    Of a manifest of calibrated weights also those weights with nothing kept, and, as "dynamic-nf4", its list
-    with weights that are rounded to nearest.
+    Of a manifest of calibrated weights also those weights with nothing kept, and, as "dynamic-NAME" of the
+    precision that they are stored as, its list with weights that are rounded to nearest.
     """
     folder = options.manifest.parent
     device = one_device(options.device)  # the 4-bit models are a quarter as large
     standard = partial(load_standard_4bit, model, spec, device, revision)
     dynamic = partial(load_dynamic_4bit, manifest, model, device, spec.compute_dtype, folder)
+    nearest = manifest.format.four_bit_name
     if manifest.codes is None:
-        return {"nf4": standard, "dynamic": dynamic}
-    plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
+        return {nearest: standard, "dynamic": dynamic}
+    plain = replace(manifest, format=replace(manifest.format, name=nearest), codes=None)
     return {
-        "nf4": standard,
-        CALIBRATED: partial(standard, codes_of(manifest, folder)),
-        "dynamic-nf4": partial(load_dynamic_4bit, plain, model, device, spec.compute_dtype),
+        nearest: standard,
+        manifest.format.name: partial(standard, codes_of(manifest, folder)),
+        f"dynamic-{nearest}": partial(load_dynamic_4bit, plain, model, device, spec.compute_dtype),
         "dynamic": dynamic,
     }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from qprobe.records import Inventory, Linear
-from qprobe.registry.sizes import four_bit_bytes, packed_bytes
+from qprobe.registry.precisions import four_bit_bytes, packed_bytes
 
 
 class Beside(Protocol):

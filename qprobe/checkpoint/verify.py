@@ -12,8 +12,8 @@ from torch import nn
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import VerificationError
 from qprobe.manifest.manifest import Manifest
-from qprobe.records import FormatSpec, Precision, Uncovered
-from qprobe.registry.sizes import NESTED_BLOCKSIZE, packed_bytes
+from qprobe.records import FormatSpec, Uncovered
+from qprobe.registry.precisions import NESTED_BLOCKSIZE, packed_bytes
 from qprobe.system.wording import counted, is_or_are
 
 SHOWN = 5  # problems that an error message spells out
@@ -28,11 +28,11 @@ class ExpectedLayer:
 
     name: str
     shape: tuple[int, int]
-    precision: Precision
+    precision: str
     in_float32: bool = False
 
 
-def expected_layer(name: str, shape: tuple[int, int], precision: Precision, nbytes: int) -> ExpectedLayer:
+def expected_layer(name: str, shape: tuple[int, int], precision: str, nbytes: int) -> ExpectedLayer:
     """The promise of a weight that takes `nbytes`: 4 bytes a weight are float32."""
     return ExpectedLayer(name, shape, precision, in_float32=nbytes == 4 * shape[0] * shape[1])
 

@@ -9,7 +9,7 @@ import click
 from qprobe.cli import shared
 from qprobe.cli.limits import for_option, limit_options, refuse_two_limits
 from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
-from qprobe.records import FORMATS
+from qprobe.registry import precisions
 from qprobe.system.wording import counted
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ TOP = 10  # layers of the ranking that are shown
 @shared.sample_options
 @click.option(
     "--format",
-    type=click.Choice(FORMATS),
-    default="nf4",
+    type=click.Choice([x.name for x in precisions.measurable()]),
+    default=precisions.NF4.name,
     show_default=True,
     help="4-bit format whose damage is measured; nf4-calibrated chooses the codes of every weight on the "
     "samples, for the same bytes.",

@@ -56,7 +56,7 @@ def _rounded(scales: Tensor) -> Tensor:
     """Block scales as double quantization reads them back (bitsandbytes 0.50, `functional.quantize_4bit`)."""
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
-    from qprobe.registry.sizes import NESTED_BLOCKSIZE
+    from qprobe.registry.precisions import NESTED_BLOCKSIZE
 
     offset = scales.mean()
     codes, state = quantize_blockwise(scales - offset, blocksize=NESTED_BLOCKSIZE)

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qprobe.errors import QprobeError
-from qprobe.records import FORMATS, FormatSpec
-from qprobe.registry.sizes import four_bit_bytes
+from qprobe.records import FormatSpec
+from qprobe.registry.precisions import four_bit_bytes
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,6 @@ def _with_scales(state: Any, absmax: Tensor) -> Any:
     )
 
 
-def format_from(spec: FormatSpec) -> Nf4:
-    """The format that `spec` names. Raises QprobeError for a name that is not known.
-
-    "nf4-calibrated" is stored as "nf4" is; only the choice of codes and scales differs, and needs the Gram
-    matrix of a layer's inputs (`qprobe.calibration.codes`). Without one it rounds to nearest.
-    """
-    if spec.name not in FORMATS:
-        raise QprobeError(f"Format {spec.name!r} is not known. Known formats: {', '.join(FORMATS)}.")
+def nf4(spec: FormatSpec) -> Nf4:
+    """The NF4 that `spec` describes. Calibrated weights are stored alike; the name tells them apart."""
     return Nf4(spec.blocksize, spec.double_quant, spec.name)

@@ -1,10 +1,15 @@
-"""What a storage format must do; everything that measures or builds knows only this."""
+"""What a storage format must do for a scan to measure it."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from torch import Tensor
+
+from qprobe.errors import QprobeError
+from qprobe.records import FormatSpec
+from qprobe.registry.implementation import imported
+from qprobe.registry.precisions import measurable
 
 
 class Packed(Protocol):
@@ -39,5 +44,16 @@ class Format(Protocol):
         ...
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a stored weight of `shape`, see `qprobe.registry.sizes`."""
+        """Bytes of a stored weight of `shape`, see `qprobe.registry.precisions`."""
         ...
+
+
+def format_from(spec: FormatSpec) -> Format:
+    """The format that `spec` names. Raises QprobeError for one that is not declared or not implemented."""
+    path = spec.precision.implementation
+    if path is None:
+        raise QprobeError(
+            f"Nothing can be measured in {spec.name}. "
+            f"Choose one of {', '.join(x.name for x in measurable())}."
+        )
+    return imported(path)(spec)

@@ -10,7 +10,7 @@ from torch import nn
 from qprobe.loading.names import checkpoint_names
 from qprobe.models.towers import VISION, group_of, reads_vision, tower_of
 from qprobe.records import FormatSpec, Inventory, Linear, Uncovered
-from qprobe.registry.sizes import four_bit_bytes, sixteen_bit_bytes
+from qprobe.registry.precisions import sixteen_bit_bytes
 
 WHY_SUBCLASS = "a subclass of nn.Linear; transformers converts exact nn.Linear modules only"
 WHY_ATTENTION = "inside nn.MultiheadAttention, which reads its weights directly"
@@ -71,7 +71,7 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
                 tower=tower,
                 group=group_of(name, names, tower),
                 shape=shape,
-                bytes_4bit=four_bit_bytes(shape, spec.blocksize, spec.double_quant),
+                bytes_4bit=spec.nbytes(shape),
                 bytes_16bit=module.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),
                 fixed=fixed,
                 reads="vision" if reads_vision(name, architecture, tower) else "text",

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator, validators
 
 from qprobe.errors import ManifestError
-from qprobe.records import CodesFile, FormatSpec, ModelIdentity, Precision, Uncovered
+from qprobe.records import CodesFile, FormatSpec, ModelIdentity, Uncovered
 from qprobe.system.files import write_atomic
 
 SCHEMA_VERSION = 1
@@ -71,7 +71,7 @@ class LayerChoice:
     name: str
     checkpoint_name: str
     shape: tuple[int, int]
-    precision: Precision
+    precision: str
     bytes: int
     sensitivity_kl: float | None
     reason: str

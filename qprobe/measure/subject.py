@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprobe.formats.nf4 import format_from
+from qprobe.formats.protocol import format_from
 from qprobe.inputs.batch import Batch, batches, encode, image_token_id, one_shape_groups
 from qprobe.loading.inventory import has_language_head, linear_modules, list_layers
 from qprobe.loading.mapped import Mapped

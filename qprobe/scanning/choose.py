@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from qprobe.errors import BudgetError
-from qprobe.formats.nf4 import format_from
+from qprobe.formats.protocol import format_from
 from qprobe.manifest.manifest import NEAREST, NOTHING, Compared, Manifest, Quality, write_manifest
 from qprobe.measure.held_out import measure_choices, measure_nearest
 from qprobe.measure.subject import Subject

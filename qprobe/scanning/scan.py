@@ -18,7 +18,8 @@ from qprobe.measure.nonfinite import first_finite, first_nonfinite
 from qprobe.measure.runner import applicable_measures
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.options import Progress, ScanOptions, no_progress
-from qprobe.records import CALIBRATED, FormatSpec, Sample, Scan
+from qprobe.records import FormatSpec, Sample, Scan
+from qprobe.registry.precisions import precision
 from qprobe.report.write import write_report
 from qprobe.runs.damaged import set_aside_damaged
 from qprobe.runs.needed import Measures, units_left
@@ -69,7 +70,7 @@ def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
             with subject.running("start"):
                 measures = start_run(subject, work, options, folder)
             show_samples(subject, work.calibration, folder)
-        if options.format == CALIBRATED:
+        if precision(options.format).is_calibrated:
             with clock.stage("calibrate"):
                 calibrate(subject, work, options, folder, progress, shard)
         with clock.stage("measure"):
@@ -152,7 +153,7 @@ def unfinished(subject: Subject, folder: Path, work: Work, clock: Clock, verdict
 def check_request(subject: Subject, options: ScanOptions) -> None:
     """Raises QprobeError, before anything is measured, for what this model can never be asked."""
     check_inventory(subject.inventory, subject.model, options)
-    if options.format == CALIBRATED:
+    if precision(options.format).is_calibrated:
         calibration.check_limit(subject)
 
 

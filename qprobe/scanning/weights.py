@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qprobe.errors import ModelError, QprobeError
-from qprobe.formats.nf4 import format_from
+from qprobe.formats.protocol import format_from
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.mapped import return_freed_memory
 from qprobe.loading.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve

@@ -21,7 +21,8 @@ from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
 from qprobe.measure.limit import LIBRARIES_BYTES, SPARE
 from qprobe.measure.subject import Subject, limited_subject, subject_of
-from qprobe.records import CALIBRATED, FormatSpec, Scan
+from qprobe.records import FormatSpec, Scan
+from qprobe.registry.precisions import NF4_CALIBRATED
 from qprobe.runs.store import open_run, read_scan, read_units
 from tests import tiny
 
@@ -29,7 +30,7 @@ PARTS = ((0, 1), (2, 3))
 
 
 def subject_for(folder: Path) -> Subject:
-    return subject_of(load_reference(str(folder), "cpu"), FormatSpec(CALIBRATED))
+    return subject_of(load_reference(str(folder), "cpu"), FormatSpec(NF4_CALIBRATED.name))
 
 
 def samples_of(name: str, count: int = 4) -> list:
@@ -38,7 +39,7 @@ def samples_of(name: str, count: int = 4) -> list:
 
 
 def work_in(folder: Path, subject: Subject, name: str, limit: int = 2**40) -> Work:
-    open_run(folder, Scan(subject.reference.identity, FormatSpec(CALIBRATED), subject.inventory, {}))
+    open_run(folder, Scan(subject.reference.identity, FormatSpec(NF4_CALIBRATED.name), subject.inventory, {}))
     groups = subject.groups(tuple(samples_of(name)), 2)
     return Work(subject, folder, groups, limit)
 
@@ -244,7 +245,7 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
     tiny_folder, tmp_path, monkeypatch
 ):
     reference = load_reference(str(tiny_folder("llama")), "cpu", on_host=True)
-    subject = limited_subject(reference, FormatSpec(CALIBRATED), 2**40, tmp_path)
+    subject = limited_subject(reference, FormatSpec(NF4_CALIBRATED.name), 2**40, tmp_path)
     assert subject.limit is not None
     work = Work(subject, tmp_path, [])
     inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs, in 16-bit

@@ -18,10 +18,12 @@ from qprobe.exports import TOOLS, export_manifest, matchers
 from qprobe.exports.engines import vllm_modules
 from qprobe.manifest.manifest import Manifest, write_manifest
 from qprobe.models.spellings import spellings
-from qprobe.records import FORMATS, CodesFile, Uncovered
+from qprobe.records import CodesFile, Uncovered
+from qprobe.registry.precisions import measurable
 from tests.exports.manifests import manifest_of, of_tree
 from tests.models import trees
 
+FORMATS = tuple(x.name for x in measurable())
 GGUF_MODELS = (
     "LlamaForCausalLM",
     "Qwen3ForCausalLM",

@@ -35,7 +35,7 @@ from qprobe.loading.reference import (
 )
 from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
 from qprobe.records import FormatSpec, Inventory
-from qprobe.registry.sizes import absmax_bytes, packed_bytes
+from qprobe.registry.precisions import absmax_bytes, packed_bytes
 from tests import tiny
 from tests.checkpoint.manifests import inventory_of
 

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from qprobe.errors import RunError
-from qprobe.records import CALIBRATED, CodesFile, FormatSpec, Inventory, ModelIdentity, Scan
+from qprobe.records import CodesFile, FormatSpec, Inventory, ModelIdentity, Scan
+from qprobe.registry.precisions import NF4_CALIBRATED
 from qprobe.runs.needed import Measures, units_left
 from qprobe.runs.store import UNIT_SCHEMAS, open_run, read_scan, unit_files, update_scan, write_unit
 from qprobe.scanning.join import join
@@ -24,7 +25,7 @@ SPEC = {"measures": asdict(Measures(False, False)), "calibration": [[], [], []],
 def run_with(folder: Path, unit: int, weights: bytes | None) -> Path:
     """A run of three batches that finished the outputs of one; weights: of its file, None for no file."""
     identity = ModelIdentity("m", None, "M", "0" * 64)
-    open_run(folder, Scan(identity, FormatSpec(CALIBRATED), Inventory((), (), 0), SPEC))
+    open_run(folder, Scan(identity, FormatSpec(NF4_CALIBRATED.name), Inventory((), (), 0), SPEC))
     write_unit(folder, "outputs", unit, pd.DataFrame(columns=list(UNIT_SCHEMAS["outputs"])))
     if weights is not None:
         (folder / FILE).write_bytes(weights)
