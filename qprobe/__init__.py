@@ -11,11 +11,8 @@ __version__ = "0.1.0"
 # of the package may have one of these names: importing it would put the module in the function's place.
 _HOMES = {
     "Audit": "qprobe.checkpoint.audit",
-    "CompareOptions": "qprobe.options",
-    "FinetuneOptions": "qprobe.options",
     "Manifest": "qprobe.manifest.manifest",
     "QprobeError": "qprobe.errors",
-    "ScanOptions": "qprobe.options",
     "answer_collator": "qprobe.inputs.encoding",
     "audit": "qprobe.checkpoint.audit",
     "compare": "qprobe.checkpoint.compare",
@@ -54,7 +51,6 @@ if TYPE_CHECKING:
     from qprobe.inputs.encoding import answer_collator
     from qprobe.loading.doctor import doctor
     from qprobe.manifest.manifest import Manifest, read_manifest, write_manifest
-    from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
     from qprobe.report.write import write_report
     from qprobe.runs.table import layer_table, rank_table
     from qprobe.scanning.join import join
@@ -65,11 +61,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Audit",
-    "CompareOptions",
-    "FinetuneOptions",
     "Manifest",
     "QprobeError",
-    "ScanOptions",
     "__version__",
     "answer_collator",
     "audit",

@@ -1,4 +1,4 @@
-"""What a user can ask of a command: frozen, torch-free, the same from Python and the command line."""
+"""What a user asked of a command, as typed, and the words that options share; internal, no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 DEFAULT_BUDGET = "+10%"
 MEASURES = ("weight", "activation", "propagated", "sensitivity")
-"""What `ScanOptions.measures` may name; what runs samples measures activation as well, and all do weight."""
+"""What `measures` of a scan may name; what runs samples measures activation as well, and all do weight."""
 FOR = ("vllm",)
 """Tools whose fused groups a skip-list can be asked to keep whole."""
 Dtype = Literal["bfloat16", "float16"]
@@ -24,29 +24,14 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """The silent `Progress`."""
 
 
+def path_of(given: str | Path | None) -> Path | None:
+    """A path that was given as text or as a path."""
+    return None if given is None else Path(given)
+
+
 @dataclass(frozen=True)
 class ScanOptions:
-    """Everything `scan` can be asked.
-
-    model: catalogue alias, hub id or local folder.
-    images: folder of images; data: JSONL file of samples; at most one of them, neither for the built-in ones.
-    prompt: asked of every image of `images`; samples: how many to measure; None for a sensible number.
-    format: "nf4", or "nf4-calibrated" for codes that are chosen on the samples, at the same bytes.
-    max_memory: the most that the scan may hold on its device, on a CPU in its process ("22GiB"); weights that
-        do not fit wait on the host and are copied when a layer runs, for the same results. None for no limit.
-    budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB";
-        None for DEFAULT_BUDGET. max_kl: ask the other way round, for the fewest bytes with a KL of at most
-        this; at most one of the two.
-    out: the run folder; None for runs/MODEL.
-    device: "cpu", "cuda", "cuda:1", "auto" for all GPUs; None for the best one there is, or all GPUs where
-        the model is too large for one. dtype: of the 16-bit reference.
-    by: the score column that chooses; None for the best one measured.
-    measures: which of `MEASURES` to take; None for all that apply. ("weight",) alone reads the checkpoint
-        tensor by tensor and never loads the model. nodes: of the path attribution.
-    for_tool: one of FOR, whose fused groups every list keeps whole; None for lists that need not.
-    ablate: measure the KL of single layers as well, two forward passes each: "all", the number of layers to
-        take from the head of the sensitivity ranking, or names with commas between them.
-    """
+    """What `scan` was asked, as typed; its docstring says what each means."""
 
     model: str
     images: Path | None = None
@@ -72,13 +57,7 @@ class ScanOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Everything `compare` can be asked.
-
-    manifest: the skiplist.json of a scan.
-    model: where the 16-bit weights are; None for the id that the manifest names.
-    images, data, prompt, samples, seed: as in `ScanOptions`; built-in samples are other ones than a scan's.
-    dtype: of everything in 16-bit; None for the manifest's compute_dtype.
-    """
+    """What `compare` was asked, as typed; its docstring says what each means."""
 
     manifest: Path
     model: str | None = None
@@ -95,18 +74,7 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Everything `finetune` can be asked.
-
-    manifest: the skiplist.json of a scan. data: JSONL file of conversations. out: folder of the adapter.
-    base: what the adapter is put on: the manifest's model in 16-bit, in standard 4-bit, or dynamic.
-    model: where the 16-bit weights are; None for the id that the manifest names.
-    held_out: share of the lines that is never trained on, only evaluated; eval_data: another file instead.
-    bad_data: what to do about a line that cannot be trained on: refuse the file, or skip the line.
-    steps: optimizer steps; None for `epochs` passes over the data. rank: of the adapters; alpha equals it.
-    batch_size: conversations that run at once; accumulation: batches a step. max_length: tokens of a line.
-    optimizer: None for adamw_8bit on CUDA and adamw_torch on a CPU, for which there is no 8-bit one.
-    vision: adapters in the vision tower as well. save_every: steps between checkpoints and evaluations.
-    """
+    """What `finetune` was asked, as typed; its docstring says what each means."""
 
     manifest: Path
     data: Path

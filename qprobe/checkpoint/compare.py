@@ -29,7 +29,7 @@ from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.reference import load_reference, one_device
 from qprobe.manifest.manifest import Manifest, read_manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
-from qprobe.options import CompareOptions, Progress, no_progress
+from qprobe.options import CompareOptions, Dtype, Progress, no_progress, path_of
 from qprobe.records import FormatSpec, Sample
 from qprobe.runs.statistics import ratio_se
 from qprobe.system.files import write_atomic
@@ -100,13 +100,52 @@ class Course:
 
 
 @quiet_models()
-def compare(options: CompareOptions, progress: Progress = no_progress) -> Comparison:
+def compare(
+    manifest: str | Path,
+    *,
+    model: str | None = None,
+    images: str | Path | None = None,
+    data: str | Path | None = None,
+    prompt: str | None = None,
+    samples: int | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    max_new_tokens: int = 64,
+    progress: Progress = no_progress,
+) -> Comparison:
     """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
 
     Where the manifest lies in a run folder, the result is left there as compare.json, for the report.
+
+    manifest: the skiplist.json of a scan.
+    model: where the 16-bit weights are; None for the id that the manifest names.
+    images, data, prompt, samples, seed: as in `qprobe.scan`; built-in samples are other ones than a scan's.
+    device: as in `qprobe.scan`. dtype: of everything in 16-bit; None for the manifest's compute_dtype.
+    batch_size: samples that run at once. max_new_tokens: longest answer, where a sample brings none.
+    progress: called as work moves on, see `qprobe.options.Progress`.
     Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
     usable, QprobeError for a model without a language head.
     """
+    options = CompareOptions(
+        manifest=Path(manifest),
+        model=model,
+        images=path_of(images),
+        data=path_of(data),
+        prompt=prompt,
+        samples=samples,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    return run_comparison(options, progress)
+
+
+def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
+    """`compare` as `options` ask."""
     manifest = read_manifest(options.manifest)
     blueprint = check_model(manifest, options.model)
     if not has_language_head(blueprint.skeleton):
@@ -130,7 +169,7 @@ def compare(options: CompareOptions, progress: Progress = no_progress) -> Compar
         ),
         notes=notes,
     )
-    return replace(comparison, notes=(*notes, *keep(comparison, manifest, Path(options.manifest).parent)))
+    return replace(comparison, notes=(*notes, *keep(comparison, manifest, options.manifest.parent)))
 
 
 def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
-from qprobe.options import CompareOptions
 
 
 @shared.command(
@@ -45,7 +44,7 @@ def compare(as_json: bool, **asked: Any) -> None:
     from qprobe.checkpoint.compare import compare as run_compare
 
     with shared.progress_bars() as progress:
-        comparison = run_compare(CompareOptions(**asked), progress)
+        comparison = run_compare(**asked, progress=progress)
     if as_json:
         shared.print_json(comparison.to_json())
         return

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
-from qprobe.options import FinetuneOptions
 from qprobe.system.wording import counted
 
 _POSITIVE = click.IntRange(min=1)
@@ -159,7 +158,7 @@ def finetune(as_json: bool, **asked: Any) -> None:
     refuse_two_splits(asked)
     refuse_two_lengths(asked)
     with shared.progress_bars() as progress:
-        done = train(FinetuneOptions(**asked), progress).to_json()
+        done = train(**asked, progress=progress).to_json()
     if as_json:
         shared.print_json(done)
         return

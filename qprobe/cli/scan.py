@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qprobe.cli import shared
 from qprobe.cli.limits import for_option, limit_options, refuse_two_limits
-from qprobe.options import DEFAULT_BUDGET, MEASURES, ScanOptions
+from qprobe.options import DEFAULT_BUDGET, MEASURES
 from qprobe.registry import precisions
 from qprobe.system.wording import counted
 
@@ -103,13 +104,13 @@ def scan(as_json: bool, **asked: Any) -> None:
     from qprobe.scanning.scan import scan as run_scan
 
     with shared.progress_bars() as progress:
-        result = run_scan(ScanOptions(**asked), progress)
+        result = run_scan(**asked, progress=progress)
     if result.skiplist is None:  # stdout belongs to the process that chooses
         click.echo(result.verdict, err=True)
     elif as_json:
         shared.print_json(result.to_json())
     else:
-        _show(result, ScanOptions(**asked))
+        _show(result, asked)
 
 
 def _names(value: str | None) -> tuple[str, ...] | None:
@@ -123,7 +124,7 @@ def _names(value: str | None) -> tuple[str, ...] | None:
     return tuple(name for name in MEASURES if name in typed)
 
 
-def _show(result: ScanResult, asked: ScanOptions) -> None:
+def _show(result: ScanResult, asked: Mapping[str, Any]) -> None:
     from qprobe.cli.ranking import show_ranking
     from qprobe.report.terminal import paragraphs, readable_bytes, terminal_width
 
@@ -132,11 +133,11 @@ def _show(result: ScanResult, asked: ScanOptions) -> None:
     peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
     click.echo(f"{counted(result.layers, 'linear layer')}, {counted(result.samples, 'sample')}")
     click.echo(f"{stages}{peak}\n")
-    show_ranking(result.run, asked.by, TOP)
+    show_ranking(result.run, asked["by"], TOP)
     if result.notes:
         click.echo("\n" + paragraphs(result.notes, width))
     click.echo(f"\nRun folder  {result.run}")
-    if asked.ablate is not None:
+    if asked["ablate"] is not None:
         click.echo(f"Ablation    {result.run / 'ablation.csv'}")
     click.echo(f"Skip-list   {result.skiplist}")
     click.echo()

@@ -36,7 +36,7 @@ _ALONE, _KEPT = "alone ", "kept "  # choices in the units: one layer in 4-bit, o
 
 
 def ablated_names(asked: str) -> list[str] | None:
-    """The names in `asked` (see `ScanOptions.ablate`); none for a number, None for all layers.
+    """The names in `asked` (see `ablate` of `qprobe.scan`); none for a number, None for all layers.
 
     Raises QprobeError for a number below 1, and for text that names nothing.
     """
@@ -54,7 +54,7 @@ def ablated_names(asked: str) -> list[str] | None:
 
 
 def check_ablated(asked: str, inventory: Inventory) -> None:
-    """Raises QprobeError if `asked` (see `ScanOptions.ablate`) makes no sense for this model."""
+    """Raises QprobeError if `asked` (see `ablate` of `qprobe.scan`) makes no sense for this model."""
     fixed = {x.name: x.fixed for x in inventory.layers}
     for name in ablated_names(asked) or ():
         if name not in fixed:
@@ -69,7 +69,7 @@ def check_ablated(asked: str, inventory: Inventory) -> None:
 def ablated_layers(asked: str, folder: Path) -> tuple[str, ...]:
     """The layers to ablate, in execution order; of those that are quantized and ran on the samples.
 
-    asked: see `ScanOptions.ablate`; checked by `check_ablated`.
+    asked: see `ablate` of `qprobe.scan`; checked by `check_ablated`.
     """
     record, table = read_scan(folder), read_table(folder)
     ran = {x.name for x in record.inventory.layers if not x.fixed} - set(record.unmeasured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from qprobe.measure.memory import peak_bytes
 from qprobe.measure.nonfinite import first_finite, first_nonfinite
 from qprobe.measure.runner import applicable_measures
 from qprobe.measure.subject import Subject, limited_subject, subject_of
-from qprobe.options import Progress, ScanOptions, no_progress
+from qprobe.options import Dtype, Progress, ScanOptions, no_progress, path_of
 from qprobe.records import FormatSpec, Sample, Scan
 from qprobe.registry.precisions import precision
 from qprobe.report.write import write_report
@@ -41,14 +42,86 @@ from qprobe.system.wording import counted
 
 
 @quiet_models()
-def scan(options: ScanOptions, progress: Progress = no_progress) -> ScanResult:
-    """Measure every linear of a model, choose a skip-list within the budget, and leave a run folder.
+def scan(
+    model: str,
+    *,
+    images: str | Path | None = None,
+    data: str | Path | None = None,
+    prompt: str | None = None,
+    samples: int | None = None,
+    format: str = "nf4",
+    budget: str | None = None,
+    max_kl: float | None = None,
+    out: str | Path | None = None,
+    device: str | None = None,
+    dtype: Dtype = "bfloat16",
+    seed: int = 0,
+    batch_size: int = 4,
+    max_new_tokens: int = 64,
+    by: str | None = None,
+    for_tool: str | None = None,
+    measures: Sequence[str] | None = None,
+    nodes: int = 2,
+    ablate: str | int | None = None,
+    max_memory: str | int | None = None,
+    progress: Progress = no_progress,
+) -> ScanResult:
+    """What a scan found: it measures every linear, chooses a skip-list, and leaves a run folder.
 
     A folder of the same specification is resumed: finished units are not measured again. Under torchrun, or
     wherever RANK and WORLD_SIZE are set, this process measures its share of the units (see
     `qprobe.runs.shards`), and whichever finds all of them finished goes on to choose.
-    Raises QprobeError for anything a user can mend (see `qprobe.errors`).
+
+    model: catalogue alias, hub id or local folder.
+    images: folder of images; data: JSON Lines file of samples; at most one of them, neither for the built-in
+        ones. prompt: asked of every image of `images`. samples: how many; None for a sensible number.
+    format: "nf4", or "nf4-calibrated" for codes that are chosen on the samples, at the same bytes.
+    budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB";
+        None for "+10%". max_kl: ask the other way round, for the fewest bytes with a KL of at most this; at
+        most one of the two.
+    out: the run folder; None for runs/MODEL.
+    device: "cpu", "cuda", "cuda:1", "auto" for all GPUs; None for the best one there is, or all GPUs where
+        the model is too large for one. dtype: of the 16-bit reference.
+    by: the score column that chooses; None for the best one measured.
+    for_tool: one of `qprobe.options.FOR`, whose fused groups every list keeps whole; None for no tool.
+    measures: which of `qprobe.options.MEASURES` to take; None for all that apply. ["weight"] alone reads the
+        checkpoint tensor by tensor and never loads the model. nodes: of the path attribution.
+    ablate: measure the KL of single layers as well, two forward passes each: "all", the number of layers to
+        take from the head of the sensitivity ranking, or names with commas between them.
+    max_memory: the most that the scan may hold on its device, on a CPU in its process, in bytes or as
+        "22GiB"; weights that do not fit wait on the host, for the same results. None for no limit.
+    progress: called as work moves on, see `qprobe.options.Progress`.
+    Raises QprobeError for anything a user can fix (see `qprobe.errors`).
     """
+    return run_scan(
+        ScanOptions(
+            model=model,
+            images=path_of(images),
+            data=path_of(data),
+            prompt=prompt,
+            samples=samples,
+            format=format,
+            budget=budget,
+            max_kl=max_kl,
+            out=path_of(out),
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            by=by,
+            for_tool=for_tool,
+            measures=None if measures is None else tuple(measures),
+            nodes=nodes,
+            ablate=None if ablate is None else str(ablate),
+            max_memory=None if max_memory is None else str(max_memory),
+        ),
+        progress,
+    )
+
+
+def run_scan(options: ScanOptions, progress: Progress) -> ScanResult:
+    """The whole road of `scan`."""
     check_options(options)
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     if options.measures is not None and {*options.measures} == {"weight"}:

@@ -44,7 +44,7 @@ def select(
 
     budget: see `parse_budget`. by: a measured column other than decibels, which do not add up; None for
     sensitivity_kl where measured, else activation_nmse. max_kl: in place of both, the fewest bytes with a
-    predicted KL of at most this. for_tool: see `ScanOptions`. Writes nothing. quality holds what the scan
+    predicted KL of at most this. for_tool: see `qprobe.scan`. Writes nothing. quality holds what the scan
     measured on held-out samples; kl_dynamic is None unless this very choice was among its candidates.
     Raises RunError for a folder without a finished scan, BudgetError, or QprobeError for a wrong `by`.
     """

@@ -10,14 +10,12 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from qprobe import __version__
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import lora_targets
 from qprobe.data.conversations import (
@@ -28,11 +26,10 @@ from qprobe.data.conversations import (
     read_conversations,
 )
 from qprobe.errors import RunError, SampleError
-from qprobe.exports.shared import yaml
 from qprobe.inputs.encoding import encode_conversations, encoding_problem
 from qprobe.loading.log_filters import quiet_models
 from qprobe.manifest.manifest import Manifest, moved, read_manifest, write_manifest
-from qprobe.options import FinetuneOptions, Optimizer, Progress, no_progress
+from qprobe.options import BadData, Base, Dtype, FinetuneOptions, Optimizer, Progress, no_progress, path_of
 from qprobe.system.files import write_atomic
 from qprobe.system.log_filters import Remark
 from qprobe.training.alone import LOCK, alone_in
@@ -46,6 +43,7 @@ from qprobe.training.bases import (
     read_record,
 )
 from qprobe.training.refused import check_options, refuse_several_processes
+from qprobe.training.result import Finetuned, card
 from qprobe.training.spec import asked_spec, images_digest
 from qprobe.training.trainer import LossError, Watch, check_adapter, make_trainer
 
@@ -60,50 +58,80 @@ DIVERGED = "diverged"  # the status of a run whose loss became no number
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-@dataclass(frozen=True)
-class Finetuned:
-    """A finished run.
-
-    eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
-    base's; both are None without held-out lines. history: (step, loss), over the step
-    peak_bytes: of device memory, None on a CPU. skipped: one sentence a line that was left out.
-    """
-
-    out: Path
-    base: str
-    fingerprint: str
-    steps: int
-    resumed_from: int | None
-    trained_lines: int
-    held_out_lines: int
-    skipped: tuple[str, ...]
-    trainable_parameters: int
-    optimizer: str
-    eval_loss_before: float | None
-    eval_loss: float | None
-    history: tuple[tuple[int, float], ...]
-    eval_history: tuple[tuple[int, float], ...]
-    seconds: float
-    peak_bytes: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The object of `finetune --json`."""
-        curves = {
-            "history": [{"step": step, "loss": loss} for step, loss in self.history],
-            "eval_history": [{"step": step, "loss": loss} for step, loss in self.eval_history],
-        }
-        return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped), **curves}
-
-
 @quiet_models(TOO_LONG)
-def finetune(options: FinetuneOptions, progress: Progress = no_progress) -> Finetuned:
-    """Trains an adapter as `options` ask and writes it to their `out`, with manifest, processor and record.
+def finetune(
+    manifest: str | Path,
+    *,
+    data: str | Path,
+    out: str | Path,
+    base: Base = "dynamic",
+    model: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    eval_data: str | Path | None = None,
+    held_out: float = 0.1,
+    bad_data: BadData = "refuse",
+    steps: int | None = None,
+    epochs: float = 1.0,
+    rank: int = 16,
+    learning_rate: float = 2e-4,
+    batch_size: int = 1,
+    accumulation: int = 4,
+    max_length: int = 2048,
+    optimizer: Optimizer | None = None,
+    vision: bool = False,
+    save_every: int = 50,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Finetuned:
+    """The run that trained an adapter; `out` has the adapter with manifest, processor and record.
 
-    Run again with the same options after an interruption, it goes on from the last checkpoint.
+    Run again with the same arguments after an interruption, it goes on from the last checkpoint.
+
+    manifest: the skiplist.json of a scan. data: JSON Lines file of conversations. out: folder of the adapter.
+    base: what the adapter is put on: the manifest's model in 16-bit, in standard 4-bit, or dynamic.
+    model: where the 16-bit weights are; None for the id that the manifest names.
+    dtype: of everything in 16-bit; None for the manifest's compute_dtype.
+    held_out: share of the lines that is never trained on, only evaluated; eval_data: another file instead.
+    bad_data: what to do about a line that cannot be trained on: refuse the file, or skip the line.
+    steps: optimizer steps; None for `epochs` passes over the data. rank: of the adapters; alpha equals it.
+    learning_rate: the highest one. batch_size: conversations that run at once; accumulation: batches per
+    step. max_length: tokens of a line. optimizer: None for adamw_8bit on CUDA, and adamw_torch on a CPU, for
+    which there is no 8-bit one. vision: adapters in the vision tower as well. save_every: steps between
+    checkpoints and evaluations. seed: of the adapters, the order of the lines and the held-out ones.
+    progress: called as work moves on, see `qprobe.options.Progress`.
     Raises QprobeError for options that make no run and for a loss that is no number, SampleError for data
     that cannot be trained on, RunError if `out` holds something else or a finished adapter or another process
     trains into it, MachineError without peft, under torchrun, or for an optimizer the device lacks.
     """
+    options = FinetuneOptions(
+        manifest=Path(manifest),
+        data=Path(data),
+        out=Path(out),
+        base=base,
+        model=model,
+        device=device,
+        dtype=dtype,
+        eval_data=path_of(eval_data),
+        held_out=held_out,
+        bad_data=bad_data,
+        steps=steps,
+        epochs=epochs,
+        rank=rank,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        max_length=max_length,
+        optimizer=optimizer,
+        vision=vision,
+        save_every=save_every,
+        seed=seed,
+    )
+    return run_finetuning(options, progress)
+
+
+def run_finetuning(options: FinetuneOptions, progress: Progress) -> Finetuned:
+    """`finetune` as `options` ask."""
     manifest = read_manifest(options.manifest)
     refuse_several_processes(os.environ)
     check_options(options, manifest)
@@ -341,7 +369,7 @@ def _finish(
     # up on the hub to see whether the vocabulary grew, which it cannot have.
     tuned.peft_config["default"].base_model_name_or_path = manifest.model.id
     tuned.save_pretrained(out, save_embedding_layers=False)
-    (out / "README.md").write_text(_card(manifest, done), "utf-8")
+    (out / "README.md").write_text(card(manifest, done), "utf-8")
     save_processor(processor, out)
     write_manifest(out / MANIFEST_FILE, moved(manifest, options.manifest.parent, out))
     result = {key: value for key, value in done.to_json().items() if key != "out"}
@@ -349,23 +377,3 @@ def _finish(
         out, {"status": "finished", "fingerprint": done.fingerprint, "spec": spec, "result": result}
     )
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-
-
-def _card(manifest: Manifest, done: Finetuned) -> str:
-    """README.md of the adapter: what it is of, how it was trained, how to load it."""
-    head = {"library_name": "peft", "tags": ["qprobe", "lora", "qlora"]}
-    base = {"base_model": manifest.model.id} if "/" in manifest.model.id else {}
-    losses = (
-        f"Loss on {done.held_out_lines} held-out lines: {done.eval_loss_before:.4g} before, "
-        f"{done.eval_loss:.4g} after (nats per answer token)."
-        if done.eval_loss is not None and done.eval_loss_before is not None
-        else "Nothing was held out, so nothing was evaluated."
-    )
-    return (
-        f"---\n{yaml({**head, **base})}---\n\n# Adapter for {manifest.model.id}\n\n"
-        f"LoRA of {done.trainable_parameters:,} parameters, trained for {done.steps} steps of "
-        f"{done.optimizer} on the {done.base} base by qprobe {__version__}. {losses}\n\n"
-        f"Fingerprint of the model: `{done.fingerprint}`. Every choice is in `{RECORD}`.\n\n"
-        f"```python\nimport qprobe\n\n"
-        f'model, processor = qprobe.load_finetuned("path/to/this/folder")\n```\n'
-    )

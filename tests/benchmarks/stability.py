@@ -33,7 +33,7 @@ from qprobe.demo import demo_folder, outliers_folder
 from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.manifest.manifest import write_atomic
-from qprobe.options import Base, FinetuneOptions, ScanOptions
+from qprobe.options import Base
 from qprobe.records import Sample
 from qprobe.scanning.scan import scan
 from qprobe.system.versions import library_versions
@@ -149,7 +149,7 @@ def make_manifest(run: Run) -> Path:
     """The manifest of a small scan of the model of `run`, made once for its conditions."""
     folder = run.work / "scans" / f"{run.model}-{run.key}"
     if not (folder / "skiplist.json").is_file():
-        scan(ScanOptions(run.model, samples=64, out=folder, device=run.device))
+        scan(run.model, samples=64, out=folder, device=run.device)
     return folder / "skiplist.json"
 
 
@@ -179,10 +179,8 @@ def make(run: Run) -> Outcome:
     out = run.work / "adapters" / run.name
     shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it was judged
     done = finetune(
-        FinetuneOptions(
-            manifest, train, out, run.base, run.model, run.device, eval_data=held_out, steps=run.steps,
-            batch_size=BATCH, accumulation=1, seed=run.seed, save_every=run.steps,
-        )
+        manifest, data=train, out=out, base=run.base, model=run.model, device=run.device, eval_data=held_out,
+        steps=run.steps, batch_size=BATCH, accumulation=1, seed=run.seed, save_every=run.steps,
     )  # fmt: skip
     after = judge(*load_finetuned(out, run.model, run.device), old, new)
     assert done.eval_loss is not None and done.eval_loss_before is not None

@@ -28,7 +28,6 @@ from qprobe.formats.codes_file import FILE_NAME, open_codes
 from qprobe.inputs.batch import ANSWER, encode
 from qprobe.loading.reference import Source, load_processor, load_reference, model_class
 from qprobe.manifest.manifest import manifest_to_json, moved, read_manifest, write_manifest
-from qprobe.options import CompareOptions, ScanOptions
 from qprobe.scanning.scan import scan
 from qprobe.selection.select import select
 from tests import tiny
@@ -70,10 +69,10 @@ def run(tiny_folder, tmp_path_factory) -> Callable[[str], Run]:
         if name not in done:
             root = tmp_path_factory.mktemp(name)
             model = write_odd(root / "model") if name == "odd" else tiny_folder(name)
-            asked = ScanOptions(str(model), samples=6, max_new_tokens=5, device="cpu", out=root / "run")
+            few: dict[str, Any] = {"samples": 6, "max_new_tokens": 5, "device": "cpu"}
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
-                scan(replace(asked, format="nf4-calibrated"))
+                scan(str(model), out=root / "run", format="nf4-calibrated", **few)
             done[name] = Run(name, model, root / "run")
         return done[name]
 
@@ -286,8 +285,8 @@ def test_compare_shows_both_ways_of_rounding_with_and_without_the_list(run, monk
     one = run("llama")
     given = Samples(tuple(tiny.questions("llama", 3)), ())
     monkeypatch.setattr(compare_module, "choose_samples", lambda *_: given)
-    options = CompareOptions(one.manifest, str(one.model), device="cpu", max_new_tokens=5)
-    rows = {row.name: row for row in compare(options).rows}
+    found = compare(one.manifest, model=str(one.model), device="cpu", max_new_tokens=5)
+    rows = {row.name: row for row in found.rows}
     assert list(rows) == ["16-bit", "nf4", "nf4-calibrated", "dynamic-nf4", "dynamic"]
     assert rows["nf4"].total_bytes == rows["nf4-calibrated"].total_bytes
     assert rows["dynamic-nf4"].total_bytes == rows["dynamic"].total_bytes > rows["nf4"].total_bytes

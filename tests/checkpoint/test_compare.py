@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from qprobe.checkpoint import compare as compare_module
-from qprobe.checkpoint.compare import compare, ratio
+from qprobe.checkpoint.compare import Comparison, ratio
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.data.sources import Samples
@@ -18,12 +18,16 @@ from qprobe.errors import ManifestError, QprobeError
 from qprobe.inputs.answers import answered
 from qprobe.loading.reference import load_reference
 from qprobe.manifest.manifest import read_manifest, write_manifest
-from qprobe.options import CompareOptions
+from qprobe.options import CompareOptions, Progress, no_progress
 from qprobe.records import Fact
 from qprobe.report.comparison import read_comparison
 from tests import tiny
 from tests.checkpoint import reference
 from tests.checkpoint.manifests import every_third, manifest_for
+
+
+def compare(asked: CompareOptions, progress: Progress = no_progress) -> Comparison:
+    return compare_module.compare(**vars(asked), progress=progress)
 
 
 @pytest.fixture

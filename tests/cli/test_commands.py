@@ -265,7 +265,7 @@ def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
         verdict="Standard 4-bit costs 0.3 nats; the list brings back 0.2 for 9 % more bytes.",
         notes=("a.txt is no image and was left out.",),
     )
-    fake("qprobe.scanning.scan", scan=lambda _options, _progress: found)
+    fake("qprobe.scanning.scan", scan=lambda **_asked: found)
     result = qprobe("scan", "--model", "m")
     assert result.exit_code == 0 and result.stderr == ""
     assert result.stdout.splitlines()[-1] == found.verdict
@@ -281,7 +281,7 @@ def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
 
 def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
     found = SimpleNamespace(to_json=lambda: COMPARISON, notes=("b.png was left out.",))
-    fake("qprobe.checkpoint.compare", compare=lambda _options, _progress: found)
+    fake("qprobe.checkpoint.compare", compare=lambda **_asked: found)
     text = qprobe("compare", "--manifest", "f").stdout
     assert (
         "█" not in text

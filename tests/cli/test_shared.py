@@ -1,22 +1,25 @@
 """What all commands share: exit codes, one-sentence errors, pure JSON, silence about known remarks."""
 
+import inspect
 import json
 import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import pytest
 from click.testing import Result
 
+import qprobe as package
 from qprobe.cli import main, shared
 from qprobe.errors import ModelError
 from qprobe.loading.log_filters import quiet_models
-from qprobe.options import CompareOptions, ScanOptions
+from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
 from qprobe.system.log_filters import REMARKS, quiet
 
 Run = Callable[..., Result]
@@ -146,7 +149,7 @@ class FakeResult:
 
 
 def test_json_is_all_there_is_on_stdout(qprobe: Run, fake: Fake):
-    def scan(options: ScanOptions, progress: Callable[[str, int, int], None]) -> FakeResult:
+    def scan(progress: Callable[[str, int, int], None], **_asked: object) -> FakeResult:
         progress("measure", 1, 2)
         logging.getLogger("qprobe.test").warning("a log line")
         print("a library that prints its progress", file=sys.stderr)
@@ -158,12 +161,12 @@ def test_json_is_all_there_is_on_stdout(qprobe: Run, fake: Fake):
     assert json.loads(result.stdout) == {"run": "r", "kl": None, "share": 0.5, "notes": ["a note"]}
 
 
-def asked_of(fake: Fake, module: str, function: str, qprobe: Run, *arguments: str) -> object:
-    """The options that the library function gets for a command line."""
-    got: list[object] = []
+def asked_of(fake: Fake, module: str, function: str, qprobe: Run, *arguments: str) -> dict[str, object]:
+    """The keyword arguments that the library function gets for a command line."""
+    got: list[dict[str, object]] = []
 
-    def library(options: object, _progress: object) -> FakeResult:
-        got.append(options)
+    def library(progress: object, **asked: object) -> FakeResult:
+        got.append(asked)
         return FakeResult()
 
     fake(module, **{function: library})
@@ -172,7 +175,9 @@ def asked_of(fake: Fake, module: str, function: str, qprobe: Run, *arguments: st
 
 
 def test_scan_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
-    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, "scan", "--model", "m") == ScanOptions("m")
+    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, "scan", "--model", "m") == vars(
+        ScanOptions("m")
+    )
 
 
 def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
@@ -181,18 +186,19 @@ def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
         "--dtype fp16 --seed 5 --batch-size 2 --max-new-tokens 7 --by weight_nmse --nodes 4 --ablate 3 "
         "--measures activation,weight"
     )
-    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, *line.split()) == ScanOptions(
+    asked = ScanOptions(
         "m", Path("i"), None, "p", 3, "nf4", "+1GB", None, Path("o"), "cpu", "float16",
         seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4, ablate="3",
         measures=("weight", "activation"),
     )  # fmt: skip
+    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, *line.split()) == vars(asked)
     bound = asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, "scan", "--model", "m", "--max-kl", "0.01")
-    assert bound == ScanOptions("m", max_kl=0.01)
+    assert bound == vars(ScanOptions("m", max_kl=0.01))
 
 
 def test_compare_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
     asked = asked_of(fake, "qprobe.checkpoint.compare", "compare", qprobe, "compare", "--manifest", "f")
-    assert asked == CompareOptions(Path("f"))
+    assert asked == vars(CompareOptions(Path("f")))
 
 
 def test_every_compare_option_arrives(qprobe: Run, fake: Fake):
@@ -201,9 +207,23 @@ def test_every_compare_option_arrives(qprobe: Run, fake: Fake):
         "--seed 5 --batch-size 2 --max-new-tokens 7"
     )
     asked = asked_of(fake, "qprobe.checkpoint.compare", "compare", qprobe, *line.split())
-    assert asked == CompareOptions(
+    wanted = CompareOptions(
         Path("f"), "m", None, Path("d"), "p", 3, "cuda:1", "bfloat16", seed=5, batch_size=2, max_new_tokens=7
     )
+    assert asked == vars(wanted)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [(package.scan, ScanOptions), (package.compare, CompareOptions), (package.finetune, FinetuneOptions)],
+)
+def test_functions_take_their_options_by_keyword_with_the_same_defaults(function: Any, options: Any):
+    first, *rest = inspect.signature(function).parameters.values()
+    keywords = {x.name: x.default for x in rest if x.name != "progress"}
+    required = inspect.Parameter.empty
+    wanted = {x.name: required if x.default is MISSING else x.default for x in fields(options)}
+    assert first.name in ("model", "manifest") and wanted.pop(first.name) is required
+    assert keywords == wanted and all(x.kind is x.KEYWORD_ONLY for x in rest)
 
 
 def test_what_json_cannot_hold_becomes_null_or_text():

@@ -216,7 +216,7 @@ def test_a_downloaded_manifest_builds_the_model(
 ):
     monkeypatch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
     model = tiny_folder("mllama")
-    found = scan(options(model, tmp_path / "run"))
+    found = scan(**options(model, tmp_path / "run"))
     page = opened(page_file(found.run))
     middle = page.evaluate("POSITIONS.findIndex(p => !p.isChosen && p.kept.size > 2)")
     move_slider(page, middle)

@@ -24,7 +24,7 @@ def scanned(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -
         if name not in done:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
-                done[name] = scan(options(tiny_folder(name), tmp_path_factory.mktemp(name) / "run"))
+                done[name] = scan(**options(tiny_folder(name), tmp_path_factory.mktemp(name) / "run"))
         return done[name]
 
     return make

@@ -98,7 +98,7 @@ def test_the_manifest_says_what_was_compared(name: str, scanned: Scanned):
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_two_runs_give_the_same_bytes(name: str, scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path):
-    first, second = scanned(name).run, scan(options(tiny_folder(name), tmp_path / "run")).run
+    first, second = scanned(name).run, scan(**options(tiny_folder(name), tmp_path / "run")).run
     for file in ("layers.csv", "peaks.csv", "ranks.csv", "frontier.csv"):
         assert (first / file).exists() == (second / file).exists()
         if (first / file).exists():
@@ -120,7 +120,7 @@ def test_a_resumed_run_gives_the_same_table(
     for path in (*lost, run / "layers.csv", run / "skiplist.json"):
         path.unlink()
     kept = {unit: unit.stat().st_mtime_ns for unit in units if unit not in lost}
-    result = scan(options(tiny_folder(name), run))
+    result = scan(**options(tiny_folder(name), run))
     assert (run / "layers.csv").read_bytes() == (whole / "layers.csv").read_bytes()
     assert sorted((run / "units").iterdir()) == units
     assert {unit: unit.stat().st_mtime_ns for unit in kept} == kept  # what was finished is not measured again
@@ -159,7 +159,7 @@ def test_the_result_is_the_documented_object(scanned: Scanned):
 
 def test_a_scan_draws_its_report(tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qprobe.scanning.scan.write_report", write_report)
-    run = scan(options(tiny_folder("llama"), tmp_path / "run")).run
+    run = scan(**options(tiny_folder("llama"), tmp_path / "run")).run
     drawn = {path.name for path in (run / "report").iterdir()}
     assert drawn >= {"spikes.png", "spikes.svg", "frontier.png"}
 
@@ -167,7 +167,7 @@ def test_a_scan_draws_its_report(tiny_folder: TinyFolder, tmp_path: Path, monkey
 def test_linears_that_never_run_are_named_and_stay_empty(tiny_folder: TinyFolder, tmp_path: Path):
     lines = [{"prompt": text} for text in ("a red bag", "name the unit", "which one", "the left bar")]
     data = write_lines(tmp_path / "text.jsonl", *lines)
-    result = scan(options(tiny_folder("qwen2_vl"), tmp_path / "run", data=data))
+    result = scan(**options(tiny_folder("qwen2_vl"), tmp_path / "run", data=data))
     table = read_table(result.run).set_index("layer")
     unmeasured = read_scan(result.run).unmeasured
     assert set(unmeasured) == {name for name in table.index if ".visual." in name} and unmeasured

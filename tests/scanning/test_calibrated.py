@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,13 @@ def test_a_calibrated_scan_resumes_as_it_was_and_refuses_to_mix_with_a_plain_one
     tiny_folder: TinyFolder, tmp_path: Path
 ):
     asked = options(tiny_folder("llama"), tmp_path / "run", format="nf4-calibrated")
-    first = scan(asked)
+    first = scan(**asked)
     codes = read_scan(first.run).codes
-    again = scan(asked)
+    again = scan(**asked)
     assert (again.kl_standard_4bit, again.kl_dynamic) == (first.kl_standard_4bit, first.kl_dynamic)
     assert read_scan(again.run).codes == codes is not None
     manifest = read_manifest(first.skiplist)
-    plain = scan(options(tiny_folder("llama"), tmp_path / "plain"))
+    plain = scan(**options(tiny_folder("llama"), tmp_path / "plain"))
     # On the same samples standard 4-bit costs what a scan without calibration says it does.
     assert first.kl_standard_4bit == pytest.approx(plain.kl_standard_4bit, rel=1e-6)
     listed = {c.name: c.kl for c in manifest.compared}
@@ -33,4 +32,4 @@ def test_a_calibrated_scan_resumes_as_it_was_and_refuses_to_mix_with_a_plain_one
     assert any("does not pay" in n for n in first.notes) == (first.kl_dynamic >= first.kl_standard_4bit)
     assert "calibrate" in first.seconds and first.verdict.startswith("Calibrated 4-bit costs a KL of ")
     with pytest.raises(QprobeError, match=r"format\.name: nf4-calibrated -> nf4"):
-        scan(replace(asked, format="nf4"))
+        scan(**{**asked, "format": "nf4"})

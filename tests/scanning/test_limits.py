@@ -26,7 +26,7 @@ def test_ablation_of_the_most_sensitive_layers(scanned: Scanned, tiny_folder: Ti
         if stage == "ablation":
             steps.append((done, total))
 
-    result = scan(options(tiny_folder("llama"), run, ablate="3"), progress)
+    result = scan(**options(tiny_folder("llama"), run, ablate="3"), progress=progress)
     frame = pd.read_csv(run / "ablation.csv")
     assert list(frame) == ["layer", "kl_isolated", "kl_isolated_se", "kl_saved", "kl_saved_se", "samples"]
     ranks = pd.read_csv(run / "ranks.csv").set_index("layer")["rank"]
@@ -37,12 +37,12 @@ def test_ablation_of_the_most_sensitive_layers(scanned: Scanned, tiny_folder: Ti
     # The same units again: nothing is measured twice.
     steps.clear()
     before = (run / "ablation.csv").read_bytes()
-    scan(options(tiny_folder("llama"), run, ablate=" , ".join(frame["layer"][::-1])), progress)
+    scan(**options(tiny_folder("llama"), run, ablate=" , ".join(frame["layer"][::-1])), progress=progress)
     assert steps == [] and (run / "ablation.csv").read_bytes() == before
 
 
 def test_ablation_of_all_layers_leaves_out_the_fixed_ones(tiny_folder: TinyFolder, tmp_path: Path):
-    run = scan(options(tiny_folder("llama_tied"), tmp_path / "run", ablate="all")).run
+    run = scan(**options(tiny_folder("llama_tied"), tmp_path / "run", ablate="all")).run
     frame, inventory = pd.read_csv(run / "ablation.csv"), read_scan(run).inventory
     assert frame["layer"].tolist() == [x.name for x in inventory.layers if not x.fixed]
     # Sensitivities approximate what ablation measures: the same scale, and mostly the same order.
@@ -52,7 +52,7 @@ def test_ablation_of_all_layers_leaves_out_the_fixed_ones(tiny_folder: TinyFolde
 
 
 def test_a_bound_on_kl_is_met_on_the_held_out_samples(tiny_folder: TinyFolder, tmp_path: Path):
-    result = scan(options(tiny_folder("llama"), tmp_path / "run", max_kl=0.5))
+    result = scan(**options(tiny_folder("llama"), tmp_path / "run", max_kl=0.5))
     manifest = read_manifest(result.run / "skiplist.json")
     assert result.kl_dynamic is not None and result.kl_dynamic <= 0.5 < (result.kl_standard_4bit or 0)
     assert manifest.budget.requested == "max-kl 0.5"
@@ -66,7 +66,7 @@ def test_a_bound_on_kl_is_met_on_the_held_out_samples(tiny_folder: TinyFolder, t
 
 
 def test_a_bound_that_standard_4bit_meets_keeps_nothing(tiny_folder: TinyFolder, tmp_path: Path):
-    result = scan(options(tiny_folder("llama"), tmp_path / "run", max_kl=50.0))
+    result = scan(**options(tiny_folder("llama"), tmp_path / "run", max_kl=50.0))
     manifest = read_manifest(result.run / "skiplist.json")
     assert manifest.skip_modules == ("lm_head",) and result.verdict.endswith("nothing is kept.")
     assert [x.chosen for x in manifest.compared] == [True]
@@ -74,7 +74,7 @@ def test_a_bound_that_standard_4bit_meets_keeps_nothing(tiny_folder: TinyFolder,
 
 def test_a_bound_out_of_reach_says_the_smallest_that_was_reached(tiny_folder: TinyFolder, tmp_path: Path):
     with pytest.raises(BudgetError, match=r"No list short of 16-bit leaves a KL of 1e-09 .* Pass --max-kl"):
-        scan(options(tiny_folder("llama"), tmp_path / "run", max_kl=1e-9))
+        scan(**options(tiny_folder("llama"), tmp_path / "run", max_kl=1e-9))
     assert not (tmp_path / "run" / "skiplist.json").exists()
 
 
@@ -83,5 +83,5 @@ def test_another_request_measures_only_new_lists(
 ):
     run = Path(copytree(scanned("llama").run, tmp_path / "run"))
     monkeypatch.setattr("qprobe.measure.held_out.choice_kl", lambda *_: pytest.fail("measured again"))
-    result = scan(options(tiny_folder("llama"), run, budget="+10.0%"))
+    result = scan(**options(tiny_folder("llama"), run, budget="+10.0%"))
     assert result.notes == scanned("llama").notes  # those of the first choice do not stay behind

@@ -1,6 +1,5 @@
 """A scan within a memory limit."""
 
-from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
@@ -19,7 +18,7 @@ def test_a_scan_within_a_memory_limit_gives_the_same_table(
 ):
     # On a CPU every weight of a block is copied whenever it is used, however large the limit.
     plain = scanned(name)
-    limited = scan(options(tiny_folder(name), tmp_path / "run", max_memory="1TiB"))
+    limited = scan(**options(tiny_folder(name), tmp_path / "run", max_memory="1TiB"))
     assert plain.streamed_bytes is None
     blocks = [x for x in read_scan(limited.run).inventory.layers if not x.fixed]
     assert limited.streamed_bytes > 4 * sum(x.bytes_16bit for x in blocks)
@@ -38,7 +37,7 @@ def test_a_scan_within_a_memory_limit_resumes_one_without(
     run = Path(copytree(plain.run, tmp_path / "run"))
     for unit in sorted((run / "units").glob("*-00000.parquet")):
         unit.unlink()
-    scan(options(tiny_folder("llama"), run, max_memory="1TiB"))
+    scan(**options(tiny_folder("llama"), run, max_memory="1TiB"))
     assert (run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()
 
 
@@ -47,15 +46,15 @@ def test_a_memory_limit_that_is_too_small_is_refused_before_anything_is_measured
 ):
     for asked in ({}, {"format": "nf4-calibrated"}):
         with pytest.raises(MachineError, match=r"--max-memory 1,048,576 B is too little: .* or more\."):
-            scan(options(tiny_folder("llama"), tmp_path / "run", max_memory="1MiB", **asked))
+            scan(**options(tiny_folder("llama"), tmp_path / "run", max_memory="1MiB", **asked))
     with pytest.raises(BudgetError, match="cannot be read"):
-        scan(options(tiny_folder("llama"), tmp_path / "run", max_memory="22 apples"))
+        scan(**options(tiny_folder("llama"), tmp_path / "run", max_memory="22 apples"))
     assert not (tmp_path / "run").exists()
 
 
 def test_calibration_within_a_memory_limit_chooses_the_same_codes(tiny_folder: TinyFolder, tmp_path: Path):
     asked = options(tiny_folder("llama"), tmp_path / "plain", format="nf4-calibrated")
-    plain = scan(asked)
-    limited = scan(replace(asked, out=tmp_path / "limited", max_memory="1TiB"))
+    plain = scan(**asked)
+    limited = scan(**{**asked, "out": tmp_path / "limited", "max_memory": "1TiB"})
     assert read_scan(limited.run).codes == read_scan(plain.run).codes is not None
     assert (limited.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()

@@ -42,7 +42,7 @@ def test_a_nan_weight_is_named_and_left_out(tiny_folder: TinyFolder, tmp_path: P
     # A BERT answers nothing, so that its samples stay although all behind the weight is NaN.
     layer = "encoder.layer.1.intermediate.dense"
     folder = broken_copy(tiny_folder("bert"), tmp_path / "model", f"{layer}.weight", float("nan"))
-    result = scan(options(folder, tmp_path / "run"))
+    result = scan(**options(folder, tmp_path / "run"))
     assert any("weights that are not finite" in note and f"{layer} (" in note for note in result.notes)
     assert any(f"first {layer} on question-0" in note for note in result.notes)
     assert any("Propagated error is not measured" in note and "finite" in note for note in result.notes)
@@ -68,7 +68,7 @@ def test_samples_that_a_nan_weight_spoils_are_named_and_the_others_measured(
     texts = [{"prompt": text} for text in ("a red bag", "name the unit", "which one", "the left bar")]
     pictures = [{"id": f"photo-{i}", "image": "a.png", "prompt": "what is it?"} for i in range(2)]
     data = write_lines(tmp_path / "mixed.jsonl", *pictures, *texts)
-    result = scan(options(folder, tmp_path / "run", data=data))
+    result = scan(**options(folder, tmp_path / "run", data=data))
     for name in ("photo-0", "photo-1"):
         assert f"{name}: left out, in 16-bit its values are not finite from {layer} on" in result.notes
     assert result.samples == 4 and any(f"{layer} (" in note for note in result.notes)
@@ -104,7 +104,7 @@ def with_inf_activation(folder: Path, to: Path, position: int, answer: str | Non
 def test_a_sample_with_an_inf_activation_is_left_out_of_kl_and_named(tiny_folder: TinyFolder, tmp_path: Path):
     # It brings its answer, so that only measuring shows that it is not finite. Number 1 is calibration.
     model, data = with_inf_activation(tiny_folder("llama"), tmp_path, 1, "the right one")
-    result = scan(options(model, tmp_path / "run", data=data, samples=7))
+    result = scan(**options(model, tmp_path / "run", data=data, samples=7))
     assert any(
         "1 sample left out of KL and sensitivity, since the answer is not finite in 16-bit: zebra." == note
         for note in result.notes
@@ -127,7 +127,7 @@ def test_a_held_out_sample_that_is_not_finite_does_not_enter_the_choice(
     tiny_folder: TinyFolder, tmp_path: Path
 ):
     model, data = with_inf_activation(tiny_folder("llama"), tmp_path, 2, "the right one")
-    result = scan(options(model, tmp_path / "run", data=data, samples=7))
+    result = scan(**options(model, tmp_path / "run", data=data, samples=7))
     assert any("1 of 2 held-out samples left out of the choice" in n and "zebra" in n for n in result.notes)
     manifest = read_manifest(result.run / "skiplist.json")
     assert manifest.quality.samples == 1 and np.isfinite(manifest.quality.kl_dynamic or np.nan)
@@ -135,7 +135,7 @@ def test_a_held_out_sample_that_is_not_finite_does_not_enter_the_choice(
 
 def test_the_model_s_own_answer_may_be_what_is_not_finite(tiny_folder: TinyFolder, tmp_path: Path):
     model, data = with_inf_activation(tiny_folder("llama"), tmp_path, 1, None)
-    result = scan(options(model, tmp_path / "run", data=data, samples=7))
+    result = scan(**options(model, tmp_path / "run", data=data, samples=7))
     where = "model.layers.0.self_attn.q_proj"
     assert f"zebra: left out, in 16-bit its values are not finite from {where} on" in result.notes
     assert result.samples == 6
@@ -147,8 +147,8 @@ def test_a_model_that_is_finite_on_no_sample_is_refused_with_the_layer(
     layer = "model.layers.1.mlp.down_proj"
     folder = broken_copy(tiny_folder("llama"), tmp_path / "model", f"{layer}.weight", float("nan"))
     with pytest.raises(SampleError, match=rf"None of the 6 samples .* not finite from {layer} on.*--dtype"):
-        scan(options(folder, tmp_path / "run"))
+        scan(**options(folder, tmp_path / "run"))
     data = write_lines(tmp_path / "d.jsonl", *({"prompt": p, "answer": "the right one"} for p in PROMPTS))
     with pytest.raises(SampleError, match=rf"None of the 4 samples has a finite KL.*{layer} \("):
-        scan(options(folder, tmp_path / "again", data=data))
+        scan(**options(folder, tmp_path / "again", data=data))
     assert (tmp_path / "again" / "layers.csv").exists()  # the table shows where it begins

@@ -10,7 +10,6 @@ import pytest
 
 from qprobe.errors import QprobeError, RunError, SampleError
 from qprobe.loading.reference import load_reference
-from qprobe.options import ScanOptions
 from qprobe.runs.store import read_scan, update_scan
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import Scanned, TinyFolder, options
@@ -65,24 +64,24 @@ def test_what_can_never_be_asked(
     no_weights: None, tiny_folder: TinyFolder, tmp_path: Path, model: str, changes: dict[str, Any], said: str
 ):
     with pytest.raises(QprobeError, match=said):
-        scan(options(tiny_folder(model), tmp_path / "run", **changes))
+        scan(**options(tiny_folder(model), tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_seed_that_built_in_scenes_do_not_have(no_weights: None, tmp_path: Path):
     with pytest.raises(SampleError, match="--seed 1000 is out of range"):
-        scan(ScanOptions("demo", seed=1000, out=tmp_path / "run"))
+        scan("demo", seed=1000, out=tmp_path / "run")
 
 
 def test_a_folder_that_cannot_be_the_run_folder(no_weights: None, tiny_folder: TinyFolder, tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
     for out, said in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "run", "cannot be written")):
         with pytest.raises(RunError, match=rf"{said}.*--out"):
-            scan(options(tiny_folder("llama"), out))
+            scan(**options(tiny_folder("llama"), out))
     with open(tmp_path / ".lock", "ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="Another process is scanning"):
-            scan(options(tiny_folder("llama"), tmp_path))
+            scan(**options(tiny_folder("llama"), tmp_path))
 
 
 @pytest.fixture
@@ -100,7 +99,7 @@ def test_the_folder_of_another_model_or_format(llama_run: Path, no_weights: None
         ("llama", {"format": "nf4-calibrated"}, r"format\.name: nf4 -> nf4-calibrated"),
     ):
         with pytest.raises(RunError, match=rf"holds another scan.*{said}"):
-            scan(options(tiny_folder(model), llama_run, **changes))
+            scan(**options(tiny_folder(model), llama_run, **changes))
 
 
 def test_a_model_that_cannot_be_built_without_weights_is_checked_once_it_is_loaded(
@@ -116,5 +115,5 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_once_it_is_load
         lambda *asked, **more: (reads.append(asked[0]), load_reference(*asked, **more))[1],
     )
     with pytest.raises(QprobeError, match="below standard 4-bit"):
-        scan(options(tiny_folder("llama"), tmp_path / "run", budget="1KiB"))
+        scan(**options(tiny_folder("llama"), tmp_path / "run", budget="1KiB"))
     assert reads == [str(tiny_folder("llama"))]

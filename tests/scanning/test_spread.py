@@ -52,7 +52,7 @@ def test_a_dispatched_model_gives_the_same_table(
         return loaded
 
     monkeypatch.setattr("qprobe.scanning.scan.load_reference", dispatched)
-    found = scan(options(tiny_folder(name), tmp_path / "run"))
+    found = scan(**options(tiny_folder(name), tmp_path / "run"))
     table, expected = (pd.read_csv(run / "layers.csv") for run in (found.run, scanned(name).run))
     pd.testing.assert_frame_equal(table, expected, check_exact=True)
 
@@ -67,7 +67,7 @@ def test_values_of_every_device_are_copied_in_their_order() -> None:
 def test_a_limit_and_all_gpus_exclude_each_other(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     asked = options(tiny_folder("llama"), tmp_path / "run", device="auto", max_memory="8GiB")
     with pytest.raises(QprobeError, match="--max-memory keeps a scan to one GPU"):
-        scan(asked)
+        scan(**asked)
 
 
 def test_several_processes_of_a_machine_do_not_each_take_all_gpus() -> None:
@@ -82,7 +82,7 @@ def test_a_model_over_two_gpus_gives_the_table_of_one(
     tiny_folder: TinyFolder, tmp_path: Path, name: str
 ) -> None:
     one, two = (
-        scan(options(tiny_folder(name), tmp_path / device[-1], device=device))
+        scan(**options(tiny_folder(name), tmp_path / device[-1], device=device))
         for device in ("cuda:0", "auto")
     )
     table, expected = (pd.read_csv(run.run / "layers.csv") for run in (two, one))

@@ -56,7 +56,7 @@ def test_a_run_of_before_own_batches_needs_isolated_kl_in_every_batch() -> None:
 def test_samples_of_one_id_are_measured_apart(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     lines = [{"id": name, "prompt": f"what is {i}?"} for i, name in enumerate(["x", "x", None, None, "x", 3])]
     data = write_lines(tmp_path / "data.jsonl", *lines)
-    result = scan(options(tiny_folder("llama"), tmp_path / "run", data=data))
+    result = scan(**options(tiny_folder("llama"), tmp_path / "run", data=data))
     names = {"x", "x (line 2)", "data-3", "data-4", "x (line 5)", "3"}
     spec = read_scan(result.run).spec
     measured = {s["id"] for part in ("calibration", "held_out") for group in spec[part] for s in group}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from shutil import copytree
@@ -28,7 +27,6 @@ from qprobe.manifest.manifest import read_manifest
 from qprobe.measure import files
 from qprobe.measure.weights import error_sums
 from qprobe.models.headers import SINGLE
-from qprobe.options import ScanOptions
 from qprobe.report.write import write_report
 from qprobe.runs.shards import SKIPLIST
 from qprobe.runs.store import read_scan
@@ -47,8 +45,8 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qprobe.scanning.weights.write_report", lambda _folder: [])
 
 
-def options(folder: Path, out: Path, **changes: Any) -> ScanOptions:
-    return replace(ScanOptions(str(folder), device="cpu", out=out, measures=("weight",)), **changes)
+def options(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return {"model": str(folder), "device": "cpu", "out": out, "measures": ("weight",), **changes}
 
 
 def sharded(folder: Path, to: Path, count: int) -> Path:
@@ -97,7 +95,7 @@ def test_error_sums_of_many_parts_count_each_element_once(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_numbers_are_those_of_the_loaded_model(name: str, tiny_folder: TinyFolder, tmp_path: Path):
-    result = scan(options(sharded(tiny_folder(name), tmp_path / name, 3), tmp_path / "run"))
+    result = scan(**options(sharded(tiny_folder(name), tmp_path / name, 3), tmp_path / "run"))
     table = read_table(result.run).set_index("layer")
     model = load_reference(str(tiny_folder(name)), "cpu").model
     modules, fmt = linear_modules(model), Nf4()
@@ -119,7 +117,7 @@ def test_the_numbers_are_those_of_the_loaded_model(name: str, tiny_folder: TinyF
 
 def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_path: Path):
     both = [
-        scan(options(tiny_folder("llama"), tmp_path / str(i), **changes))
+        scan(**options(tiny_folder("llama"), tmp_path / str(i), **changes))
         for i, changes in enumerate([{}, {"measures": ("activation",), "samples": 4, "max_new_tokens": 3}])
     ]
     columns = ["layer", "weight_nmse", "weight_sqnr_db", "weight_peak", "bytes_4bit", "bytes_16bit", "group"]
@@ -131,7 +129,7 @@ def test_its_report_is_drawn_and_its_layers_rank(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("qprobe.scanning.weights.write_report", write_report)
-    run = scan(options(tiny_folder("llama"), tmp_path / "run")).run
+    run = scan(**options(tiny_folder("llama"), tmp_path / "run")).run
     assert {"spikes.png", "spikes.svg"} <= {path.name for path in (run / "report").iterdir()}
     again = select(run, "+20%")
     assert any("kept: weight_nmse" in x.reason for x in again.layers)
@@ -170,7 +168,7 @@ def test_one_tensor_is_open_at_a_time_and_read_in_parts(
 
     monkeypatch.setattr(files, "open_tensor", watched)
     # Every linear of this model but down_proj (96 columns, one part of 6144) has rows of whole blocks.
-    result = scan(options(tiny_folder("llama"), tmp_path / "run"))
+    result = scan(**options(tiny_folder("llama"), tmp_path / "run"))
     assert len(opened) == 2 * result.layers  # once for the digest, once for the numbers
     assert largest[0] == 64 * 96
 
@@ -179,7 +177,7 @@ def test_a_file_is_a_unit_and_is_not_measured_twice(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = sharded(tiny_folder("llama"), tmp_path / "llama", 4)
-    run = scan(options(folder, tmp_path / "run")).run
+    run = scan(**options(folder, tmp_path / "run")).run
     units = sorted((run / "units").iterdir())
     assert [path.name for path in units] == [f"weights-{i:05d}.parquet" for i in range(4)]
     before = (run / "layers.csv").read_bytes()
@@ -189,7 +187,7 @@ def test_a_file_is_a_unit_and_is_not_measured_twice(
     monkeypatch.setattr(
         "qprobe.scanning.weights.file_rows", lambda path, *a: (measured.append(path.name), real(path, *a))[1]
     )
-    scan(options(folder, run))
+    scan(**options(folder, run))
     assert measured == ["model-00002.safetensors"] and (run / "layers.csv").read_bytes() == before
 
 
@@ -197,11 +195,11 @@ def test_shares_of_the_files_join_into_the_same_table(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = sharded(tiny_folder("llama_tied"), tmp_path / "llama", 3)
-    whole = scan(options(folder, tmp_path / "whole")).run
+    whole = scan(**options(folder, tmp_path / "whole")).run
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        result = scan(options(folder, tmp_path / f"part-{rank}"))
+        result = scan(**options(folder, tmp_path / f"part-{rank}"))
         assert result.skiplist is None and "left to the others" in result.verdict
     joined = join([tmp_path / "part-1", tmp_path / "part-0"], tmp_path / "joined")
     assert joined.missing == 0
@@ -211,12 +209,12 @@ def test_shares_of_the_files_join_into_the_same_table(
 
 def test_changed_weights_are_another_scan(tiny_folder: TinyFolder, tmp_path: Path):
     folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
-    run = scan(options(folder, tmp_path / "run")).run
+    run = scan(**options(folder, tmp_path / "run")).run
     tensors = load_file(folder / SINGLE)
     tensors["model.layers.1.mlp.up_proj.weight"] *= 2
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     with pytest.raises(RunError, match=r"differs in 1 place: spec\.weights: "):
-        scan(options(folder, run))
+        scan(**options(folder, run))
 
 
 def test_a_weight_that_is_not_stored_is_named_and_stays_empty(tiny_folder: TinyFolder, tmp_path: Path):
@@ -224,7 +222,7 @@ def test_a_weight_that_is_not_stored_is_named_and_stays_empty(tiny_folder: TinyF
     tensors = load_file(folder / SINGLE)
     tensors["model.layers.0.mlp.gate_and_up.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    result = scan(options(folder, tmp_path / "run"))
+    result = scan(**options(folder, tmp_path / "run"))
     table = read_table(result.run).set_index("layer")["weight_nmse"]
     assert list(table.index[table.isna()]) == ["model.layers.0.mlp.up_proj"]
     assert any("1 linear is not stored as one tensor" in n and "up_proj" in n for n in result.notes)
@@ -248,7 +246,7 @@ def test_what_weights_alone_cannot_be_asked(
     changes: dict[str, Any], error: type[Exception], said: str, tiny_folder: TinyFolder, tmp_path: Path
 ):
     with pytest.raises(error, match=said):
-        scan(options(tiny_folder("llama"), tmp_path / "run", **changes))
+        scan(**options(tiny_folder("llama"), tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -280,7 +278,7 @@ def test_options_of_samples_are_refused_by_the_name_that_was_typed(
 
 def test_every_option_that_bears_on_weights_is_taken(tiny_folder: TinyFolder, tmp_path: Path):
     asked = {"budget": "+20%", "by": "weight_peak", "for_tool": "vllm", "dtype": "float16"}
-    manifest = read_manifest(scan(options(tiny_folder("llama"), tmp_path / "run", **asked)).run / SKIPLIST)
+    manifest = read_manifest(scan(**options(tiny_folder("llama"), tmp_path / "run", **asked)).run / SKIPLIST)
     assert manifest.budget.requested == "+20%" and manifest.format.compute_dtype == "float16"
     assert any("kept: weight_peak" in x.reason for x in manifest.layers)
 
@@ -289,7 +287,7 @@ def test_files_of_another_model_are_told(tiny_folder: TinyFolder, tmp_path: Path
     folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
     save_file({"other.weight": torch.zeros(4, 4)}, folder / SINGLE, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="holds none of the 22 linear layers of LlamaForCausalLM"):
-        scan(options(folder, tmp_path / "run"))
+        scan(**options(folder, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

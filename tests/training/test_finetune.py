@@ -19,13 +19,19 @@ from qprobe.data.conversations import read_conversations
 from qprobe.errors import MachineError, ManifestError, QprobeError, RunError, SampleError
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.manifest.manifest import read_manifest, write_manifest
-from qprobe.options import FinetuneOptions
+from qprobe.options import FinetuneOptions, Progress, no_progress
+from qprobe.training import finetune as library
 from qprobe.training.bases import load_finetuned
-from qprobe.training.finetune import finetune, last_checkpoint
+from qprobe.training.finetune import last_checkpoint
+from qprobe.training.result import Finetuned
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
 
 BASES = ("16-bit", "nf4", "dynamic")
+
+
+def finetune(asked: FinetuneOptions, progress: Progress = no_progress) -> Finetuned:
+    return library.finetune(**vars(asked), progress=progress)
 
 
 @pytest.fixture

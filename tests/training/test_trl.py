@@ -45,7 +45,7 @@ def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     dataset = Dataset.from_list(rows(4))
 
-    found = qprobe.scan(qprobe.ScanOptions("demo", samples=6, device="cpu"))
+    found = qprobe.scan("demo", samples=6, device="cpu")
     assert found.skiplist is not None
     model, processor = qprobe.load_dynamic_4bit(found.skiplist, device="cpu", for_training=True)
     trainer = SFTTrainer(

@@ -26,7 +26,7 @@ def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of one undisturbed process: three units of two samples. Tests must not change it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
-        return scan(options(llama, tmp_path_factory.mktemp("whole") / "run")).run
+        return scan(**options(llama, tmp_path_factory.mktemp("whole") / "run")).run
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def share(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Share:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
         try:
-            return scan(options(llama, out))
+            return scan(**options(llama, out))
         finally:
             monkeypatch.delenv("RANK")
             monkeypatch.delenv("WORLD_SIZE")

@@ -31,7 +31,6 @@ import qprobe.scanning.weights as weight_road
 from qprobe.checkpoint.quantize import quantize
 from qprobe.data.sampling import choose_samples
 from qprobe.data.sources import Samples
-from qprobe.options import ScanOptions
 from qprobe.scanning.join import join
 from tests import tiny
 
@@ -41,30 +40,31 @@ MODEL = "llama"
 TIMES = {"scan.json": ("seconds", "peak_bytes"), "skiplist.json": ("made_by",)}
 
 
-def options(folder: Path, out: Path) -> ScanOptions:
+def options(folder: Path, out: Path) -> dict[str, Any]:
     model = folder / MODEL
-    return ScanOptions(str(model), samples=5, batch_size=1, max_new_tokens=4, device="cpu", out=out)
+    few = {"samples": 5, "batch_size": 1, "max_new_tokens": 4}
+    return {"model": str(model), "device": "cpu", "out": out, **few}
 
 
 def scanned(folder: Path, out: Path) -> None:
-    road.scan(options(folder, out))
+    road.scan(**options(folder, out))
 
 
 def demo_scanned(_: Path, out: Path) -> None:
-    road.scan(ScanOptions("demo", samples=3, batch_size=1, max_new_tokens=4, device="cpu", out=out))
+    road.scan("demo", samples=3, batch_size=1, max_new_tokens=4, device="cpu", out=out)
 
 
 def calibrated(folder: Path, out: Path) -> None:
-    road.scan(replace(options(folder, out), format="nf4-calibrated"))
+    road.scan(**options(folder, out), format="nf4-calibrated")
 
 
 def limited(folder: Path, out: Path) -> None:
     # On a CPU every weight of a block waits in a file, whatever the limit.
-    road.scan(replace(options(folder, out), max_memory="64GiB"))
+    road.scan(**options(folder, out), max_memory="64GiB")
 
 
 def weighed(folder: Path, out: Path) -> None:
-    road.scan(ScanOptions(str(folder / "sharded"), device="cpu", out=out, measures=("weight",)))
+    road.scan(str(folder / "sharded"), device="cpu", out=out, measures=("weight",))
 
 
 def joined(folder: Path, out: Path) -> None:

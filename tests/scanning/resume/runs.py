@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.options import ScanOptions
 from qprobe.scanning.result import ScanResult
 
 TinyFolder = Callable[[str], Path]
 Share = Callable[[int, int, Path], ScanResult]
 
 
-def options(folder: Path, out: Path, **changes: Any) -> ScanOptions:
-    asked = ScanOptions(str(folder), samples=9, batch_size=2, max_new_tokens=4, device="cpu", out=out)
-    return replace(asked, **changes)
+def options(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """The keyword arguments of a scan of the model in `folder`."""
+    few = {"samples": 9, "batch_size": 2, "max_new_tokens": 4}
+    return {"model": str(folder), "device": "cpu", "out": out, **few, **changes}
 
 
 def table(run: Path) -> bytes:

@@ -52,13 +52,13 @@ def test_weights_that_change_in_any_place_are_noticed(llama: Path, tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr(units, "observe", stop_at(2, units.observe))
         with pytest.raises(Stopped):
-            scan(asked)
+            scan(**asked)
     tensors = load_file(changed / "model.safetensors")
     last = sorted(name for name in tensors if "mlp.up_proj" in name)[-1]
     tensors[last][-1, -1] *= 1.5
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunError, match=r"holds another scan, which differs in 1 place: spec\.weights: "):
-        scan(asked)
+        scan(**asked)
 
 
 def test_answers_of_before_a_change_are_not_mixed_with_those_after(
@@ -68,23 +68,23 @@ def test_answers_of_before_a_change_are_not_mixed_with_those_after(
     with monkeypatch.context() as patch:
         patch.setattr(answers, "answer_group", stop_at(3, answers.answer_group))
         with pytest.raises(Stopped):
-            scan(options(changed, tmp_path / "run"))
+            scan(**options(changed, tmp_path / "run"))
     assert len(list((tmp_path / "run" / "answers").iterdir())) == 2
     template = changed / "chat_template.jinja"
     template.write_text("now: " + template.read_text())
-    resumed = scan(options(changed, tmp_path / "run")).run
-    fresh = scan(options(changed, tmp_path / "fresh")).run
+    resumed = scan(**options(changed, tmp_path / "run")).run
+    fresh = scan(**options(changed, tmp_path / "fresh")).run
     assert table(resumed) == table(fresh)
     with monkeypatch.context() as patch:  # as other libraries would answer
         patch.setattr(answers, "library_versions", lambda: {"transformers": "9.9"})
         patch.setattr(answers, "answer_group", stop_at(1, answers.answer_group))
         with pytest.raises(Stopped):
-            scan(options(changed, resumed))
+            scan(**options(changed, resumed))
 
 
 def test_whether_an_answer_ends_is_part_of_what_is_measured(llama: Path, tmp_path: Path, monkeypatch):
     run = tmp_path / "run"
-    scan(options(llama, run, measures=("activation",)))
+    scan(**options(llama, run, measures=("activation",)))
 
     def ending(*asked: Any) -> Any:
         return [replace(s, ends=not s.ends) for s in real(*asked)]
@@ -94,7 +94,7 @@ def test_whether_an_answer_ends_is_part_of_what_is_measured(llama: Path, tmp_pat
     for path in (run / "answers").iterdir():
         path.unlink()
     with pytest.raises(RunError, match=r"differs in .*ends: "):
-        scan(options(llama, run, measures=("activation",)))
+        scan(**options(llama, run, measures=("activation",)))
 
 
 def test_whatever_the_units_do_not_depend_on_is_part_of_the_request():

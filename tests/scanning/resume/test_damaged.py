@@ -45,11 +45,11 @@ def test_every_cut_unit_is_set_aside_named_and_measured_anew(llama: Path, whole:
     choice = min(path.name for path in (run / "units").glob("heldout-*.parquet"))
     names = ["isolated-00000.parquet", choice, "outputs-00001.parquet", "sensitivity-00002.parquet"]
     left = cut(run, *names, "weights-00000.parquet")
-    (note,) = told(scan(options(llama, run)))
+    (note,) = told(scan(**options(llama, run)))
     assert note.endswith(f"measured anew where needed: {', '.join((*names, 'weights-00000.parquet'))}.")
     assert table(run) == table(whole) and units(run) == units(whole) | left
     again = cut(run, "kl-00000.parquet", "weights-00000.parquet")
-    (note,) = told(scan(options(llama, run)))  # one sentence, of both times
+    (note,) = told(scan(**options(llama, run)))  # one sentence, of both times
     assert "kl-00000.parquet" in note and note.count("weights-00000.parquet") == 1
     assert table(run) == table(whole) and units(run) == units(whole) | left | again
 
@@ -60,11 +60,11 @@ def test_nothing_is_said_of_a_run_without_damage(whole: Path):
 
 def test_a_cut_unit_of_an_ablation_is_measured_anew(llama: Path, whole: Path, tmp_path: Path):
     asked = options(llama, Path(copytree(whole, tmp_path / "run")), ablate="2")
-    run = scan(asked).run
+    run = scan(**asked).run
     before, wanted = units(run), (run / "ablation.csv").read_bytes()
     name = max(path.name for path in (run / "units").glob("ablation-*.parquet"))
     left = cut(run, name)
-    (note,) = told(scan(asked))
+    (note,) = told(scan(**asked))
     assert name in note and units(run) == before | left and (run / "ablation.csv").read_bytes() == wanted
 
 
@@ -72,10 +72,10 @@ def test_a_cut_unit_of_named_calibrated_weights_is_measured_anew_and_the_weights
     llama: Path, tmp_path: Path
 ):
     asked = options(llama, tmp_path / "run", format=CALIBRATED)
-    first = scan(asked)
+    first = scan(**asked)
     before, codes = units(first.run), read_scan(first.run).codes
     left = cut(first.run, "calibration-00001.parquet", "kl-00000.parquet")
-    again = scan(asked)
+    again = scan(**asked)
     assert units(again.run) == before | left and read_scan(again.run).codes == codes is not None
     assert [n for n in again.notes if n not in first.notes] == told(again)  # no layer is said to be missing
     assert again.kl_dynamic == first.kl_dynamic
@@ -84,15 +84,15 @@ def test_a_cut_unit_of_named_calibrated_weights_is_measured_anew_and_the_weights
 def test_cut_weights_of_a_calibration_that_was_interrupted_are_made_anew(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    undisturbed = scan(options(llama, tmp_path / "undisturbed", format=CALIBRATED)).run
+    undisturbed = scan(**options(llama, tmp_path / "undisturbed", format=CALIBRATED)).run
     asked = options(llama, tmp_path / "run", format=CALIBRATED)
     with monkeypatch.context() as patch:
         patch.setattr(calibration, "join_codes", lambda *_: (_ for _ in ()).throw(ManifestError("killed")))
         with pytest.raises(ManifestError, match="killed"):
-            scan(asked)
+            scan(**asked)
     weights = "calibration-00000.safetensors"
     left = cut(tmp_path / "run", weights, "calibration-00002.parquet")
-    (note,) = told(scan(asked))
+    (note,) = told(scan(**asked))
     assert weights in note and "calibration-00002.parquet" in note
     assert units(tmp_path / "run") == units(undisturbed) | left
     assert read_scan(tmp_path / "run").codes == read_scan(undisturbed).codes is not None
@@ -102,10 +102,10 @@ def test_a_scan_of_weights_alone_does_so_too(llama: Path, tmp_path: Path, monkey
     monkeypatch.setattr("qprobe.scanning.weights.write_report", lambda _folder: [])
     alone: dict[str, Any] = {"measures": ("weight",), "samples": None, "batch_size": 4, "max_new_tokens": 64}
     asked = options(llama, tmp_path / "run", **alone)
-    run = scan(asked).run
+    run = scan(**asked).run
     before, wanted = units(run), table(run)
     left = cut(run, "weights-00000.parquet")
-    (note,) = told(scan(asked))
+    (note,) = told(scan(**asked))
     assert "weights-00000.parquet" in note and units(run) == before | left and table(run) == wanted
 
 
@@ -116,7 +116,7 @@ def test_a_unit_of_other_columns_is_refused_and_nothing_is_set_aside(
     left = cut(run, "isolated-00000.parquet")
     read_units(run, "kl").assign(extra=1).to_parquet(run / "units" / "kl-00001.parquet")
     with pytest.raises(RunError, match=r"kl-00001\.parquet has other columns"):
-        scan(options(llama, run))
+        scan(**options(llama, run))
     assert not list(run.rglob("*.damaged"))
     assert (run / "units" / "isolated-00000.parquet").read_bytes() == left["isolated-00000.parquet.damaged"]
 

@@ -15,7 +15,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qprobe.errors import QprobeError, RunError
-from qprobe.options import ScanOptions
 from qprobe.report.write import write_report
 from qprobe.runs.store import read_scan, update_scan
 from qprobe.scanning.join import join
@@ -44,7 +43,7 @@ def test_answers_are_generated_once(
         return real(model, processor, group, *rest)
 
     monkeypatch.setattr(answers, "answer_group", counted)
-    scan(options(llama, run))
+    scan(**options(llama, run))
     assert len(asked) == 2 and table(run) == table(whole)
     assert [p.read_bytes() for p in sorted((run / "answers").iterdir())] == [
         p.read_bytes() for p in sorted((whole / "answers").iterdir())
@@ -149,12 +148,11 @@ def fill_again_and_again(work: Work, run: Path, last: str = "") -> set[str]:
 
 
 def scanning(llama: Path, **changes: Any) -> Work:
-    return lambda run: scan(options(llama, run, **{"samples": 3, "batch_size": 3, **changes}))
+    return lambda run: scan(**options(llama, run, **{"samples": 3, "batch_size": 3, **changes}))
 
 
 def weighing(llama: Path) -> Work:
-    asked = ScanOptions(str(llama), device="cpu", measures=("weight",))
-    return lambda run: scan(replace(asked, out=run))
+    return lambda run: scan(str(llama), device="cpu", measures=("weight",), out=run)
 
 
 @pytest.mark.parametrize("kind", ["scan", "weights", "join"])
@@ -198,7 +196,7 @@ def test_a_folder_of_another_version_is_refused_with_both_versions(llama: Path, 
     update_scan(run, replace(record, spec={**record.spec, "versions": versions}))
     before = units(run)
     with pytest.raises(RunError, match=r"1 place: spec\.versions\.torch: 1\.0\.0 -> .*Pass another --out"):
-        scan(options(llama, run))
+        scan(**options(llama, run))
     assert units(run) == before
 
 
@@ -232,7 +230,7 @@ def test_a_changed_setting_is_named(
 ):
     run = Path(copytree(whole, tmp_path / "run"))
     with pytest.raises(RunError, match=f"holds another scan, which differs in .*{said}"):
-        scan(options(llama, run, **changes))
+        scan(**options(llama, run, **changes))
     assert units(run) == units(whole)
 
 
@@ -247,11 +245,11 @@ def test_another_checkpoint_and_another_processor_are_named_first(llama: Path, w
     with pytest.raises(
         RunError, match=r"spec\.processor: .*; spec\.weights: .*; and \d+ more in the samples\. Pass"
     ):
-        scan(options(changed, Path(copytree(whole, tmp_path / "run"))))
+        scan(**options(changed, Path(copytree(whole, tmp_path / "run"))))
 
 
 def test_calibration_is_not_shared(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match=r"not calibrated yet.*without RANK and WORLD_SIZE"):
-        scan(options(llama, tmp_path / "run", format="nf4-calibrated"))
+        scan(**options(llama, tmp_path / "run", format="nf4-calibrated"))

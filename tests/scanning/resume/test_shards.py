@@ -43,9 +43,9 @@ def test_a_second_scan_into_a_folder_is_refused_and_changes_nothing(llama: Path,
         hold(run / ".lock"),
         pytest.raises(RunError, match=r"Another process is scanning into .*run.*torchrun"),
     ):
-        scan(options(llama, run))
+        scan(**options(llama, run))
     assert units(run) == units(whole)
-    assert scan(options(llama, run)).skiplist is not None  # the lock is gone with its holder
+    assert scan(**options(llama, run)).skiplist is not None  # the lock is gone with its holder
 
 
 def test_ranks_of_one_scan_may_enter_together_and_nobody_else(tmp_path: Path):
@@ -204,7 +204,7 @@ def test_a_rank_that_is_late_says_that_the_list_is_chosen(
         late = share(1, 2, run)
     assert late.skiplist is None and f"chosen already: {run / 'skiplist.json'}" in late.verdict
     assert ((run / "skiplist.json").read_bytes(), (run / "scan.json").read_bytes()) == before
-    again = scan(options(llama, run, budget="+40%"))
+    again = scan(**options(llama, run, budget="+40%"))
     assert again.skiplist is not None
     assert read_manifest(again.skiplist).budget.requested == "+40%"
 
@@ -231,7 +231,7 @@ def test_a_joined_folder_is_resumed_by_the_scan_that_chooses(
     run = join(parts, parts[0]).run  # into one of them
     for name in ("observe", "observe_isolated", "weight_rows"):
         monkeypatch.setattr(f"qprobe.scanning.measure.{name}", lambda *_: pytest.fail("measured again"))
-    result = scan(options(llama, run))
+    result = scan(**options(llama, run))
     assert result.skiplist is not None and units(run) == units(whole)
 
 
@@ -261,7 +261,7 @@ def test_the_same_unit_with_other_numbers_is_chosen_alike_in_any_order(whole: Pa
 
 
 def test_runs_of_different_scans_are_not_joined(llama: Path, whole: Path, tmp_path: Path):
-    other = scan(options(llama, tmp_path / "other", nodes=1)).run
+    other = scan(**options(llama, tmp_path / "other", nodes=1)).run
     with pytest.raises(RunError, match=r"are different scans: 1 place: spec\.measures\.nodes: 2 -> 1\."):
         join([whole, other], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
@@ -285,8 +285,8 @@ def test_torchrun_shares_a_scan(world: int, llama: Path, whole: Path, tmp_path: 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "-m", "qprobe"]
     asked = options(llama, run)
     command += ["scan", "--json", "--model", str(llama), "--out", str(run), "--device", "cpu"]
-    command += ["--samples", str(asked.samples), "--batch-size", str(asked.batch_size)]
-    command += ["--max-new-tokens", str(asked.max_new_tokens)]
+    command += ["--samples", str(asked["samples"]), "--batch-size", str(asked["batch_size"])]
+    command += ["--max-new-tokens", str(asked["max_new_tokens"])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["skiplist"] == str(run / "skiplist.json")  # one object, of one process

@@ -1,0 +1,67 @@
+"""What a fine-tuning run gives back, and the model card of its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe import __version__
+from qprobe.exports.shared import yaml
+from qprobe.manifest.manifest import Manifest
+from qprobe.training.bases import RECORD
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A finished run.
+
+    eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
+    base's; both are None without held-out lines. history: (step, loss), over the step
+    peak_bytes: of device memory, None on a CPU. skipped: one sentence a line that was left out.
+    """
+
+    out: Path
+    base: str
+    fingerprint: str
+    steps: int
+    resumed_from: int | None
+    trained_lines: int
+    held_out_lines: int
+    skipped: tuple[str, ...]
+    trainable_parameters: int
+    optimizer: str
+    eval_loss_before: float | None
+    eval_loss: float | None
+    history: tuple[tuple[int, float], ...]
+    eval_history: tuple[tuple[int, float], ...]
+    seconds: float
+    peak_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `finetune --json`."""
+        curves = {
+            "history": [{"step": step, "loss": loss} for step, loss in self.history],
+            "eval_history": [{"step": step, "loss": loss} for step, loss in self.eval_history],
+        }
+        return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped), **curves}
+
+
+def card(manifest: Manifest, done: Finetuned) -> str:
+    """README.md of the adapter: what it is of, how it was trained, how to load it."""
+    head = {"library_name": "peft", "tags": ["qprobe", "lora", "qlora"]}
+    base = {"base_model": manifest.model.id} if "/" in manifest.model.id else {}
+    losses = (
+        f"Loss on {done.held_out_lines} held-out lines: {done.eval_loss_before:.4g} before, "
+        f"{done.eval_loss:.4g} after (nats per answer token)."
+        if done.eval_loss is not None and done.eval_loss_before is not None
+        else "Nothing was held out, so nothing was evaluated."
+    )
+    return (
+        f"---\n{yaml({**head, **base})}---\n\n# Adapter for {manifest.model.id}\n\n"
+        f"LoRA of {done.trainable_parameters:,} parameters, trained for {done.steps} steps of "
+        f"{done.optimizer} on the {done.base} base by qprobe {__version__}. {losses}\n\n"
+        f"Fingerprint of the model: `{done.fingerprint}`. Every choice is in `{RECORD}`.\n\n"
+        f"```python\nimport qprobe\n\n"
+        f'model, processor = qprobe.load_finetuned("path/to/this/folder")\n```\n'
+    )
