@@ -17,6 +17,7 @@ from qprobe.exports.matchers import hits, running_rule
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.reference import outline, resolve
 from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.models.entry import whole_parts
 from qprobe.models.headers import (
     INDEX,
     QUANT_STATE,
@@ -27,7 +28,7 @@ from qprobe.models.headers import (
     read_headers,
     stored_weight,
 )
-from qprobe.models.spellings import spellings, whole_parts
+from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, Linear
 from qprobe.registry.precisions import absmax_bytes, packed_bytes
 from qprobe.system.wording import counted, is_or_are
@@ -120,7 +121,7 @@ def audit(
     entries = _entries(config)
     read = None if entries is None else _read(entries, inventory)
     in_16bit = _in_16bit_class(model, config, entries, inventory)
-    weights = {x.name: _find(tensors, x) for x in inventory.layers}
+    weights = {x.name: _find(tensors, x, type(model).__name__) for x in inventory.layers}
     layers = tuple(_audited(x, weights[x.name], x.name in in_16bit) for x in inventory.layers)
     problems = [*_broken(layers, config, read), *_dropped(inventory, in_16bit)]
     unlike = [*_wrong_codes(inventory, weights, spec)]
@@ -207,9 +208,9 @@ def _in_16bit_class(
     return frozenset(name for key in keys for name in hits(rule, key, names))
 
 
-def _find(tensors: Mapping[str, StoredTensor], layer: Linear) -> StoredWeight | None:
+def _find(tensors: Mapping[str, StoredTensor], layer: Linear, architecture: str) -> StoredWeight | None:
     """The layer's weight under whichever of its names the files use."""
-    for name in reversed(spellings(layer.name, layer.checkpoint_name).all):
+    for name in reversed(spellings(layer.name, layer.checkpoint_name, architecture).all):
         found = stored_weight(tensors, name)
         if found is not None:
             return found

@@ -86,7 +86,7 @@ def import_list(path: Path | str, model: str, out: Path | str | None = None) -> 
     blueprint = draw(resolve(model), published.format, known(model))
     inventory = list_layers(blueprint.skeleton, published.format)
     label, rule = transformers_rule(published.transformers)
-    matched = match_list(published.entries or (), inventory, rule)
+    matched = match_list(published.entries or (), inventory, rule, type(blueprint.skeleton).__name__)
     if matched and not any(x.layers for x in matched):
         raise ManifestError(
             f"None of the {len(matched)} entries of {file} matches a layer of {blueprint.source.id}, first "
@@ -100,9 +100,11 @@ def import_list(path: Path | str, model: str, out: Path | str | None = None) -> 
     return Imported(_manifest(blueprint, inventory, kept, matched, command), label, matched, notes, fixed)
 
 
-def match_list(entries: Sequence[str], inventory: Inventory, rule: Rule) -> tuple[Matched, ...]:
+def match_list(
+    entries: Sequence[str], inventory: Inventory, rule: Rule, architecture: str
+) -> tuple[Matched, ...]:
     """What each entry keeps, whichever of a layer's names it was written for."""
-    names = {x.name: spellings(x.name, x.checkpoint_name).all for x in inventory.layers}
+    names = {x.name: spellings(x.name, x.checkpoint_name, architecture).all for x in inventory.layers}
     return tuple(
         Matched(entry, tuple(name for name, known in names.items() if hits(rule, entry, known)))
         for entry in entries

@@ -29,7 +29,7 @@ from qprobe.loading.reference import (
     resolve,
 )
 from qprobe.manifest.manifest import Manifest, read_manifest
-from qprobe.models.catalogue import Entry
+from qprobe.models.entry import Entry
 from qprobe.records import FormatSpec
 from qprobe.system.wording import counted, is_or_are
 

@@ -16,8 +16,9 @@ from qprobe.errors import ManifestError
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.reference import Source, known, outline, resolve
 from qprobe.manifest.manifest import Manifest, read_manifest
-from qprobe.models.catalogue import Entry, PublishedSize
-from qprobe.models.towers import CROSS, LANGUAGE, OTHER, PROJECTOR, VISION, tower_of
+from qprobe.models.entry import Entry, PublishedSize
+from qprobe.models.family import CROSS, LANGUAGE, OTHER, PROJECTOR, VISION
+from qprobe.models.towers import tower_of
 from qprobe.records import FormatSpec, Inventory, Linear
 from qprobe.system.wording import counted
 

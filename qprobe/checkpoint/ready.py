@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from qprobe.errors import ModelError
 from qprobe.exports.keys import one_pattern
 from qprobe.loading.inventory import linear_modules
-from qprobe.models.towers import VISION, tower_of
+from qprobe.models.family import VISION
+from qprobe.models.towers import tower_of
 
 
 def ready_for_training(model: Any) -> Any:

@@ -9,7 +9,7 @@ import click
 from qprobe.cli import shared
 
 if TYPE_CHECKING:
-    from qprobe.models.catalogue import Entry
+    from qprobe.models.entry import Entry
 
 
 @shared.command("doctor", short_help="Check whether this machine can do the job.")
@@ -49,9 +49,9 @@ def models(as_json: bool) -> None:
     published_lists [author], published_sizes [{layout, gib, source}]}];
     hub_id is null for a model that comes with qprobe, access is embedded, open or gated.
     """
-    from qprobe.models.catalogue import ENTRIES
+    from qprobe.models.catalogue import entries
 
-    known = [_entry(entry) for entry in ENTRIES]
+    known = [_entry(entry) for entry in entries()]
     if as_json:
         shared.print_json({"models": known})
         return

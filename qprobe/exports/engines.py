@@ -19,18 +19,12 @@ from qprobe.exports.keys import (
 )
 from qprobe.exports.shared import Written, bits_and_bytes
 from qprobe.manifest.manifest import LayerChoice, Manifest
-from qprobe.models.towers import OTHER, PROJECTOR, VISION, VLLM_FUSED, tower_of
+from qprobe.models.families import engine_of
+from qprobe.models.family import OTHER, PROJECTOR, VISION
+from qprobe.models.spellings import renamed
+from qprobe.models.towers import tower_of
 from qprobe.system.wording import counted
 
-# vLLM 0.19.1, models/qwen2_vl.py and qwen2_5_vl.py, `hf_to_vllm_mapper`. Other models keep the names of the
-# files on the hub.
-VLLM_QWEN = ((r"^model\.(?!visual\.)", "language_model.model."), (r"^lm_head$", "language_model.lm_head"))
-VLLM_NAMES = {
-    "Qwen2VLForConditionalGeneration": VLLM_QWEN,
-    "Qwen2_5_VLForConditionalGeneration": VLLM_QWEN,
-}
-# vLLM 0.11.0 and later have no model of these names.
-VLLM_LACKS = ("MllamaForConditionalGeneration",)
 OTHER_CODES = (
     "NF4 is bitsandbytes' own; here the 4-bit layers get {codes} instead, so measure again what it costs."
 )
@@ -56,7 +50,11 @@ def vllm(manifest: Manifest) -> Written:
     entries = list(dict.fromkeys([*ours, *theirs]))
     check_entries(entries, [*readers, fused])
     config = {"quant_method": "bitsandbytes", **bits_and_bytes(manifest, entries)}
-    lacks = [f"vLLM serves no {x} since 0.11." for x in VLLM_LACKS if x == manifest.model.architecture]
+    architecture, dropped = (
+        manifest.model.architecture,
+        engine_of("vllm", manifest.model.architecture).dropped,
+    )
+    lacks = [f"vLLM serves no {architecture} since {dropped}."] if dropped else []
     return Written(
         json.dumps({"quantization_config": config}, indent=2) + "\n",
         (
@@ -78,19 +76,18 @@ def vllm_modules(manifest: Manifest) -> dict[str, bool]:
 
     Raises ManifestError for a fused group of which only a part stays.
     """
-    renames = VLLM_NAMES.get(manifest.model.architecture, ())
+    engine = engine_of("vllm", manifest.model.architecture)
     keep: dict[str, tuple[str, bool]] = {}
     names = {names.legacy: (name, kept) for name, (names, kept) in layer_spellings(manifest).items()}
     for legacy, (name, kept) in names.items():
         parent, _, leaf = legacy.rpartition(".")
-        for joint, members in VLLM_FUSED.items():
+        for joint, members in engine.fused.items():
             if leaf in members and all(f"{parent}.{x}" in names for x in members):
                 legacy = f"{parent}.{joint}"
-        for pattern, new in renames:
-            legacy = re.sub(pattern, new, legacy)
-        other, other_kept = keep.setdefault(legacy, (name, kept))
+        joined = renamed(legacy, engine.renames)
+        other, other_kept = keep.setdefault(joined, (name, kept))
         if other_kept != kept:
-            raise ManifestError(_split(legacy, other, other_kept, name))
+            raise ManifestError(_split(joined, other, other_kept, name))
     return {name: kept for name, (_, kept) in keep.items()}
 
 

@@ -37,11 +37,16 @@ def layer_spellings(manifest: Manifest) -> dict[str, tuple[Spellings, bool]]:
     Weights that today's transformers never converts, though transformers 4 and 5.0 do (subclasses of
     nn.Linear, the output of nn.MultiheadAttention, Conv1D), count as linears that stay.
     """
-    found = {x.name: (spellings(x.name, x.checkpoint_name), x.precision == "bf16") for x in manifest.layers}
+    architecture = manifest.model.architecture
+    found = {
+        x.name: (spellings(x.name, x.checkpoint_name, architecture), x.precision == "bf16")
+        for x in manifest.layers
+    }
     for weight in manifest.uncovered:
         if weight.name.endswith(".weight") and not weight.why.startswith("a convolution"):
             name = weight.name.removesuffix(".weight")
-            found.setdefault(name, (spellings(name, _in_files(name, manifest.layers)), True))
+            in_files = _in_files(name, manifest.layers)
+            found.setdefault(name, (spellings(name, in_files, architecture), True))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qprobe.models.catalogue import Entry
+from qprobe.models.entry import Entry
 from qprobe.models.geometry import read_geometry
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from qprobe.loading.names import checkpoint_names
-from qprobe.models.towers import VISION, group_of, reads_vision, tower_of
+from qprobe.models.family import VISION
+from qprobe.models.towers import group_of, reads_vision, tower_of
 from qprobe.records import FormatSpec, Inventory, Linear, Uncovered
 from qprobe.registry.precisions import sixteen_bit_bytes
 
@@ -69,7 +70,7 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
                 name=name,
                 checkpoint_name=in_files[name],
                 tower=tower,
-                group=group_of(name, names, tower),
+                group=group_of(name, names, architecture, tower),
                 shape=shape,
                 bytes_4bit=spec.nbytes(shape),
                 bytes_16bit=module.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),

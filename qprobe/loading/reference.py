@@ -23,7 +23,8 @@ from qprobe.loading.spread import (
     needed_bytes,
     room_for_weights,
 )
-from qprobe.models.catalogue import ENTRIES, Entry, find, nearest
+from qprobe.models.catalogue import entries, find, nearest
+from qprobe.models.entry import Entry
 from qprobe.records import ModelIdentity
 from qprobe.system.wording import counted
 
@@ -100,7 +101,7 @@ def resolve(model: str) -> Source:
     near = nearest(model)
     meant = f"Did you mean {', '.join(near)}?" if near else f"Some of them: {', '.join(_FOR_EXAMPLE)}."
     raise ModelError(
-        f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the {len(ENTRIES)} known "
+        f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the {len(entries())} known "
         f"names. {meant} `qprobe models` lists what is known."
     )
 

@@ -49,12 +49,14 @@ def weight_names(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.endswith(".weight"):
             shared.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
-    found = {}
+    found, architecture = {}, type(model).__name__
     for layer in inventory.layers:
         module = model.get_submodule(layer.name)
         others = tuple(n for n in shared.get(id(module.weight), []) if n != layer.name)
         in_files = {layer.name: layer.checkpoint_name, **checkpoint_names(model, others)}
-        spelled = [n for name, saved in in_files.items() for n in reversed(spellings(name, saved).all)]
+        spelled = [
+            n for name, saved in in_files.items() for n in reversed(spellings(name, saved, architecture).all)
+        ]
         found[layer.name] = _first(tensors, spelled, layer.shape, getattr(model, "base_model_prefix", ""))
     return found
 

@@ -7,11 +7,11 @@ the tests list.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Until 5.0 the CLIP and SigLIP towers wrapped their encoder in one more module, `vision_model`; files on the
-# hub still do. Pixtral (`transformer.layers`) and InternVL (`encoder.layer`) never had it.
-_BARE_TOWER = re.compile(r"((?:^|\.)vision_tower)\.(encoder\.layers|head)\.")
+from qprobe.models.families import family_of
+from qprobe.models.family import Renaming
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Spellings:
         return tuple(dict.fromkeys((self.name, self.wrapped, self.legacy, self.saved)))
 
 
-def spellings(name: str, checkpoint_name: str) -> Spellings:
+def spellings(name: str, checkpoint_name: str, architecture: str) -> Spellings:
     """The spellings of the linear `name`, which today's transformers writes as `checkpoint_name`."""
-    return Spellings(name, _wrapped(name), _wrapped(checkpoint_name), checkpoint_name)
+    old = family_of(architecture).old_names
+    return Spellings(name, renamed(name, old), renamed(checkpoint_name, old), checkpoint_name)
 
 
-def _wrapped(name: str) -> str:
-    return _BARE_TOWER.sub(r"\1.vision_model.\2.", name)
-
-
-def whole_parts(entry: str, name: str) -> bool:
-    """What a reader means by an entry: whole dotted parts of the name, one after another."""
-    return f".{entry}." in f".{name}."
+def renamed(name: str, renamings: Iterable[Renaming]) -> str:
+    """`name` after each of `renamings` in turn."""
+    new = name
+    for pattern, replacement in renamings:
+        new = re.sub(pattern, replacement, new)
+    return new

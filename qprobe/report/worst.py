@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qprobe.runs.shown import Grid, ShownSample
+from qprobe.models.grid import Grid
+from qprobe.runs.shown import ShownSample
 from qprobe.runs.store import read_scan, read_units
 from qprobe.runs.table import peaks
 

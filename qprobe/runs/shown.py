@@ -16,25 +16,13 @@ from typing import Any
 
 from qprobe.errors import RunError
 from qprobe.manifest.manifest import strict_json
+from qprobe.models.grid import Grid
 from qprobe.system.files import write_atomic
 
 FILE = "samples.json"
 
 # Nothing else may become the source of an image in a page.
 _THUMBNAIL = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+={0,2}")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How a vision tower cuts one image: `tiles` pictures of `rows` x `columns` patches each.
-
-    merge: patches come in blocks of merge x merge, block after block (1: line after line).
-    """
-
-    tiles: int
-    rows: int
-    columns: int
-    merge: int = 1
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import Tensor
 
 from qprobe.inputs.batch import PAD, VISION, Batch, tokenizer_of
 from qprobe.measure.subject import Subject
+from qprobe.models.families import family_of
+from qprobe.models.grid import Grid, ImageTensors
 from qprobe.records import Sample
-from qprobe.runs.shown import FILE, Grid, ShownSample, write_shown
+from qprobe.runs.shown import FILE, ShownSample, write_shown
 
 THUMBNAIL_PX = 144  # of the longer side: recognisable, and about 5 KB
 _QUALITY = 65
@@ -41,7 +42,7 @@ def shown_samples(subject: Subject, batch: Batch) -> list[ShownSample]:
         row = zip(ids[i].tolist(), kinds, strict=True)
         tokens = tuple(None if kind == VISION else tokenizer.decode([t]) for t, kind in row if kind != PAD)
         picture, size = thumbnail(sample.image)
-        grid = None if sample.image is None else image_grid(batch, i, subject.model.config)
+        grid = None if sample.image is None else image_grid(batch, i, subject.model)
         found.append(ShownSample(sample.id, sample.prompt, sample.answer, picture, size, tokens, grid))
     return found
 
@@ -61,21 +62,19 @@ def thumbnail(image: bytes | None) -> tuple[str | None, tuple[int, int] | None]:
     return f"data:image/jpeg;base64,{base64.b64encode(drawn.getvalue()).decode()}", size
 
 
-def image_grid(batch: Batch, index: int, config: Any) -> Grid | None:
-    """How the image of sample `index` was cut into patches; None if its tensors do not say.
-
-    Two ways are known: a tensor image_grid_thw (frames, rows, columns of each image, in blocks of
-    spatial_merge_size), and pixels (B, ..., channels, height, width) with a patch size in the config.
-    """
-    vision = getattr(config, "vision_config", None)
+def image_grid(batch: Batch, index: int, model: Any) -> Grid | None:
+    """How the image of sample `index` was cut into patches; None if its tensors do not say."""
+    vision = getattr(model.config, "vision_config", None)
     thw, pixels = batch.inputs.get("image_grid_thw"), batch.inputs.get("pixel_values")
-    if isinstance(thw, Tensor) and len(thw) == batch.size:
-        tiles, rows, columns = thw[index].tolist()
-        return Grid(tiles, rows, columns, getattr(vision, "spatial_merge_size", 1))
-    patch = getattr(vision, "patch_size", None)
-    if not isinstance(pixels, Tensor) or not isinstance(patch, int) or pixels.ndim < 4:
-        return None
-    pictures = prod(pixels.shape[:-3])
-    if pictures % batch.size or min(pixels.shape[-2:]) < patch:
-        return None
-    return Grid(pictures // batch.size, pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+    tensors = ImageTensors(
+        samples=batch.size,
+        thw=tuple(thw[index].tolist()) if isinstance(thw, Tensor) and len(thw) == batch.size else None,
+        pixels=tuple(pixels.shape) if isinstance(pixels, Tensor) else None,
+        patch=_whole(getattr(vision, "patch_size", None)),
+        merge=_whole(getattr(vision, "spatial_merge_size", None)),
+    )
+    return family_of(type(model).__name__).image_grid(tensors)
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from qprobe.errors import QprobeError
-from qprobe.models.towers import VLLM_FUSED, fused_group
+from qprobe.models.family import GENERIC
+from qprobe.models.towers import fused_group
 from qprobe.options import FOR
 from qprobe.records import Inventory
 
@@ -22,9 +23,8 @@ def grouped_for(inventory: Inventory, tool: str | None) -> Inventory:
     if tool not in FOR:
         raise QprobeError(f"--for {tool!r} is no tool whose groups are known. Pass one of {', '.join(FOR)}.")
     names = frozenset(x.name for x in inventory.layers)
-    layers = tuple(
-        replace(x, group=fused_group(x.name, names, VLLM_FUSED.values())) for x in inventory.layers
-    )
+    fused = GENERIC.engines[tool].fused.values()
+    layers = tuple(replace(x, group=fused_group(x.name, names, fused)) for x in inventory.layers)
     return replace(inventory, layers=layers)
 
 

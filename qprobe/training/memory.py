@@ -20,7 +20,7 @@ from torch import nn
 from qprobe.checkpoint.plan import outline_of, plan
 from qprobe.loading.inventory import list_layers
 from qprobe.manifest.manifest import Manifest, read_manifest
-from qprobe.models.towers import CROSS, PROJECTOR, VISION
+from qprobe.models.family import CROSS, PROJECTOR, VISION
 from qprobe.options import Optimizer
 from qprobe.records import FormatSpec, Linear
 

@@ -7,7 +7,8 @@ from math import isfinite
 
 from qprobe.errors import MachineError, QprobeError
 from qprobe.manifest.manifest import Manifest
-from qprobe.models.towers import VISION, tower_of
+from qprobe.models.family import VISION
+from qprobe.models.towers import tower_of
 from qprobe.options import FinetuneOptions
 
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun sets, and Trainer acts upon

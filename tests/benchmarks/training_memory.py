@@ -26,7 +26,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from qprobe.checkpoint.ready import lora_targets, ready_for_training
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.loading.inventory import list_layers
-from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
+from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 from qprobe.options import Optimizer
 from qprobe.records import FormatSpec, Inventory
 from qprobe.training.bases import peft_library

@@ -16,7 +16,7 @@ from qprobe.checkpoint.load import check_model, load_dynamic_4bit
 from qprobe.checkpoint.plan import plan
 from qprobe.errors import ManifestError
 from qprobe.manifest.manifest import manifest_from_json, manifest_to_json
-from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
+from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 
 TinyFolder = Callable[[str], Path]
 

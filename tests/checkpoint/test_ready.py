@@ -16,7 +16,7 @@ from qprobe.errors import ModelError
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import encode
 from qprobe.loading.reference import load_reference
-from qprobe.models.towers import VISION
+from qprobe.models.family import VISION
 from tests import tiny
 from tests.checkpoint.manifests import every_third, inventory_of, manifest_for
 from tests.checkpoint.test_quantize import FIVE, logits, plainly

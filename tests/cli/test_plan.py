@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 
 from qprobe.manifest.manifest import write_manifest
-from qprobe.models.catalogue import ENTRIES
+from qprobe.models.catalogue import entries
 from tests.checkpoint.manifests import every_third, manifest_for
 
 Run = Callable[..., Result]
@@ -81,7 +81,7 @@ def test_models_and_plans_fit_the_terminal(qprobe: Run, monkeypatch: pytest.Monk
 
 def test_models_as_json_has_the_sizes_of_every_entry(qprobe: Run):
     known = json.loads(qprobe("models", "--json").stdout)["models"]
-    assert [m["alias"] for m in known] == [entry.alias for entry in ENTRIES]
+    assert [m["alias"] for m in known] == [entry.alias for entry in entries()]
     llama = next(m for m in known if m["alias"] == "llama-3.2-11b-vision")
     assert (llama["parameters"], llama["bytes_16bit"]) == (10_670_220_835, 21_340_441_670)
     assert (llama["nf4_parameter_bytes"], llama["nf4_total_bytes"]) == (7_027_379_270, 7_178_803_270)

@@ -15,7 +15,7 @@ from qprobe.exports import matchers
 from qprobe.exports.matchers import hits, running_rule, transformers_rule
 from qprobe.loading.inventory import linear_modules
 from qprobe.loading.reference import meta_model
-from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
+from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 
 
 @pytest.fixture(scope="module")

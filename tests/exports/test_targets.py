@@ -92,7 +92,9 @@ def test_every_tool_takes_every_architecture(tool: str, fmt: str, architecture: 
     assert all(note.endswith(".") for note in made.notes)
     listed = entries_in(tool, made.text)
     assert {
-        x.name for x in manifest.layers if listed.intersection(spellings(x.name, x.checkpoint_name).all)
+        x.name
+        for x in manifest.layers
+        if listed.intersection(spellings(x.name, x.checkpoint_name, architecture).all)
     } == set(manifest.skip_modules)
 
 
@@ -116,7 +118,7 @@ def entries_in(tool: str, text: str) -> set[str]:
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
 def test_lists_are_exact_by_the_rule_of_each_tool(architecture: str):
     manifest = chosen(architecture)
-    names = {x.name: spellings(x.name, x.checkpoint_name) for x in manifest.layers}
+    names = {x.name: spellings(x.name, x.checkpoint_name, architecture) for x in manifest.layers}
     kept = set(manifest.skip_modules)
 
     def data(tool: str) -> dict:

@@ -33,7 +33,7 @@ from qprobe.loading.reference import (
     meta_model,
     resolve,
 )
-from qprobe.models.catalogue import UNSLOTH_LLAMA_11B
+from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 from qprobe.records import FormatSpec, Inventory
 from qprobe.registry.precisions import absmax_bytes, packed_bytes
 from tests import tiny

@@ -13,20 +13,23 @@ from qprobe.checkpoint.plan import plan
 from qprobe.loading.config import catalogue_config
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.reference import meta_model
-from qprobe.models.catalogue import ENTRIES, UNSLOTH_LLAMA_11B, Entry, find, nearest
+from qprobe.models.catalogue import entries, find, nearest
+from qprobe.models.entry import Entry
+from qprobe.models.families import family_of
+from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
+from qprobe.models.family import FUSED, FUSED_CROSS, OTHER, VISION
 from qprobe.models.geometry import FOLDER, Sizes, read_geometry
-from qprobe.models.towers import FUSED, FUSED_CROSS, LAYOUTS, OTHER, VISION
 from qprobe.records import FormatSpec, Inventory
 from tests.loading import by_hand
 
-ALIASES = [entry.alias for entry in ENTRIES]
+ALIASES = [entry.alias for entry in entries()]
 GEOMETRIES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 @cache
 def built(geometry: str) -> tuple[str, int, Inventory]:
     """Class, parameter count and inventory of a geometry; built once for all that share it."""
-    entry = next(e for e in ENTRIES if e.geometry == geometry)
+    entry = next(e for e in entries() if e.geometry == geometry)
     model = meta_model(catalogue_config(entry), "bfloat16")
     return type(model).__name__, sum(p.numel() for p in model.parameters()), list_layers(model, FormatSpec())
 
@@ -67,12 +70,12 @@ def test_every_count_is_published_or_derived_here_and_says_where() -> None:
         geometry = read_geometry(name)
         kinds[geometry.parameters_are].add(name)
         assert geometry.source and geometry.parameters_source
-    assert kinds["isolated"] == {"demo"} and kinds["derived"] <= by_hand.COUNTS.keys()
+    assert kinds["own"] == {"demo"} and kinds["derived"] <= by_hand.COUNTS.keys()
     assert kinds.keys() == {"own", "derived", "published"}
 
 
 def test_every_geometry_is_used() -> None:
-    assert set(GEOMETRIES) == {entry.geometry for entry in ENTRIES}
+    assert set(GEOMETRIES) == {entry.geometry for entry in entries()}
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -80,7 +83,7 @@ def test_every_linear_of_an_entry_is_in_exactly_one_tower(alias: str) -> None:
     entry = entry_of(alias)
     architecture, _, inventory = built(str(entry.geometry))
     assert architecture == entry.architecture
-    towers = LAYOUTS[architecture].towers
+    towers = family_of(architecture).towers
     for layer in inventory.layers:
         met = [tower for tower, pattern in towers if re.search(pattern, layer.name)]
         assert met == [layer.tower] and layer.tower != OTHER, layer.name
@@ -145,7 +148,7 @@ def test_these_names_are_known_in_upper_and_lower_case(alias: str) -> None:
 
 def test_a_name_is_given_once_and_a_hub_id_leads_to_its_geometry() -> None:
     assert len(set(ALIASES)) == len(ALIASES)
-    for entry in ENTRIES:
+    for entry in entries():
         found = find(entry.hub_id or entry.alias)
         assert found is not None and (found.hub_id, found.geometry) == (entry.hub_id, entry.geometry)
 
@@ -174,7 +177,7 @@ def test_the_nearest_name_comes_first(typed: str, meant: str) -> None:
 
 
 def test_an_alias_names_the_generation_that_its_checkpoint_is_of() -> None:
-    for entry in ENTRIES:
+    for entry in entries():
         digits = re.match(r"[a-z]+(\d*)", entry.alias)
         if entry.alias.startswith("smolvlm") and digits and entry.hub_id:
             assert f"/smolvlm{digits[1]}-" in entry.hub_id.lower(), entry.alias

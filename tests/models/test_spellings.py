@@ -114,12 +114,14 @@ KNOWN = {
 def test_each_layer_had_these_names(architecture: str):
     known = {x.name: x.checkpoint_name for x in trees.inventory(architecture).layers}
     for name, wrapped, legacy in KNOWN[architecture]:
-        found = spellings(name, known[name])
+        found = spellings(name, known[name], architecture)
         assert (found.name, found.wrapped, found.legacy) == (name, wrapped or name, legacy)
 
 
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
 def test_no_two_layers_share_a_name_in_any_version(architecture: str):
-    all_of = [spellings(x.name, x.checkpoint_name) for x in trees.inventory(architecture).layers]
+    all_of = [
+        spellings(x.name, x.checkpoint_name, architecture) for x in trees.inventory(architecture).layers
+    ]
     for pick in (lambda x: x.name, lambda x: x.wrapped, lambda x: x.legacy, lambda x: x.saved):
         assert len({pick(x) for x in all_of}) == len(all_of)

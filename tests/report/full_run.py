@@ -21,9 +21,10 @@ from qprobe.loading.inventory import list_layers
 from qprobe.loading.reference import meta_model
 from qprobe.manifest.manifest import Compared, Quality, write_manifest
 from qprobe.models.catalogue import find
+from qprobe.models.grid import Grid
 from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Scan
 from qprobe.runs.ranks import write_ranks
-from qprobe.runs.shown import Grid, ShownSample, write_shown
+from qprobe.runs.shown import ShownSample, write_shown
 from qprobe.runs.store import choice_stage, open_run, write_unit
 from qprobe.runs.table import write_table
 from qprobe.selection.select import select

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from qprobe.errors import RunError
+from qprobe.models.grid import Grid
 from qprobe.report.worst import patch_at, worst_tokens
-from qprobe.runs.shown import FILE, Grid, ShownSample, read_shown, write_shown
+from qprobe.runs.shown import FILE, ShownSample, read_shown, write_shown
 from qprobe.runs.table import peaks
 from tests.report.full_run import ANSWER, write_full_run
 
