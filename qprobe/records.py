@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import log10, nan
+from pathlib import Path
 from typing import Literal
 
 from qprobe.registry.precisions import NF4, Precision, find, precision
+
+Role = Literal["system", "user", "assistant"]
+Part = str | bytes | Path
+"""Of a turn: text, or an image as the bytes of its file or the path of it."""
 
 
 @dataclass(frozen=True)
@@ -25,31 +31,81 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image (or none), one prompt, and the answer on whose tokens damage counts.
+class Turn:
+    """What one side says: texts and images in their order. learned: whether an answer counts as one."""
 
-    image: the bytes of an image file (PNG, JPEG, ...), or None for text only.
+    role: Role
+    parts: tuple[Part, ...] = field(repr=False)
+    learned: bool = True
+
+    @property
+    def text(self) -> str:
+        """Its texts alone, one line each."""
+        return "\n".join(x.strip() for x in self.parts if isinstance(x, str) and x.strip())
+
+    @property
+    def images(self) -> tuple[bytes | Path, ...]:
+        """Its images, in their order."""
+        return tuple(x for x in self.parts if not isinstance(x, str))
+
+
+def asked(prompt: str, image: bytes | None = None) -> tuple[Turn, ...]:
+    """One question, below its image if there is one."""
+    return (Turn("user", (prompt,) if image is None else (image, prompt)),)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model reads, and the answer on whose tokens damage counts.
+
+    turns: all that stands before the answer; the last one is the user's. Images are the bytes of image files.
     answer: None until it is known; then the reference's own greedy answer is used.
     ends: True if the end-of-answer token belongs to the answer (False for one cut at a length limit).
+    conversation: names the one that several samples were made of; None where it is the only one.
     """
 
     id: str
-    prompt: str
-    image: bytes | None = field(default=None, repr=False)
+    turns: tuple[Turn, ...]
     answer: str | None = None
     ends: bool = True
     facts: tuple[Fact, ...] = ()
     kind: str | None = None
+    conversation: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The text of the question that is answered."""
+        return self.turns[-1].text
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        """The images of all turns, in their order."""
+        return tuple(x for turn in self.turns for x in turn.parts if isinstance(x, bytes))
 
     @property
     def digest(self) -> str:
-        """SHA-256 over image, prompt and answer; names and facts do not enter it."""
-        parts = (self.image or b"", self.prompt.encode(), (self.answer or "").encode())
+        """SHA-256 over all that is read and the answer; names and facts do not enter it."""
         sha = hashlib.sha256()
-        for part in parts:
+        for part in (*self._read(), (self.answer or "").encode()):
             sha.update(len(part).to_bytes(8, "little"))
             sha.update(part)
         return sha.hexdigest()
+
+    def _read(self) -> Iterator[bytes]:
+        """Image and prompt of a single question, or else every part behind its kind."""
+        parts = self.turns[0].parts
+        match parts:
+            case (str() as prompt,) if len(self.turns) == 1:
+                yield from (b"", prompt.encode())
+            case (bytes() as image, str() as prompt) if len(self.turns) == 1:
+                yield from (image, prompt.encode())
+            case _:
+                for turn in self.turns:
+                    yield turn.role.encode()
+                    for part in turn.parts:
+                        assert not isinstance(part, Path), "a sample holds its images"
+                        kind, data = ("text", part.encode()) if isinstance(part, str) else ("image", part)
+                        yield from (kind.encode(), data)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The shared nouns."""
 
+import hashlib
 from math import inf, isnan
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qprobe.records import ErrorSums, Fact, Inventory, Linear, Sample
+from qprobe.records import ErrorSums, Fact, Inventory, Linear, Sample, Turn, asked
 
 
 @pytest.mark.parametrize(
@@ -30,13 +31,35 @@ def test_a_phrase_is_no_pattern():
 
 def test_digest_separates_prompt_and_answer():
     # Without lengths both would hash "abc".
-    assert Sample("x", "ab", answer="c").digest != Sample("x", "a", answer="bc").digest
+    assert Sample("x", asked("ab"), "c").digest != Sample("x", asked("a"), "bc").digest
 
 
 def test_digest_ignores_names_and_facts():
-    plain = Sample("x", "p", b"i", "a")
-    assert plain.digest == Sample("y", "p", b"i", "a", (Fact("f", "g"),), "medical").digest
-    assert plain.digest != Sample("x", "p", b"j", "a").digest
+    plain = Sample("x", asked("p", b"i"), "a")
+    assert plain.digest == Sample("y", asked("p", b"i"), "a", True, (Fact("f", "g"),), "medical").digest
+    assert plain.digest != Sample("x", asked("p", b"j"), "a").digest
+
+
+def test_the_digest_of_one_question_is_over_image_prompt_and_answer():
+    sha = hashlib.sha256()
+    for part in (b"i", b"p", b"a"):
+        sha.update(len(part).to_bytes(8, "little") + part)
+    assert Sample("x", asked("p", b"i"), "a").digest == sha.hexdigest()
+
+
+def test_digests_tell_apart_where_an_image_stands_and_who_speaks():
+    system = (Turn("system", ("p",)), Turn("user", ("q",)))
+    ways = [
+        asked("p", b"q"),
+        (Turn("user", ("p", b"q")),),
+        (Turn("user", (b"q", b"p")),),
+        (Turn("user", (b"qp",)),),
+        (Turn("user", ("pq",)),),
+        (Turn("user", ("p", "q")),),
+        system,
+        (Turn("user", ("p",)), Turn("assistant", ("q",))),
+    ]
+    assert len({Sample("x", turns).digest for turns in ways}) == len(ways)
 
 
 def test_nmse_pools_energy_before_dividing():

@@ -38,7 +38,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 
 VOCAB = 384
 CONTROLS = ("<unk>", "<|bos|>", "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
@@ -116,8 +116,7 @@ def questions(name: str, count: int = 1, answer: str | None = None) -> list[Samp
     return [
         Sample(
             id=f"question-{number}",
-            prompt=prompts[number % len(prompts)],
-            image=picture(number) if name in VISION_NAMES else None,
+            turns=asked(prompts[number % len(prompts)], picture(number) if name in VISION_NAMES else None),
             answer=answer,
         )
         for number in range(count)

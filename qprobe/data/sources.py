@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qprobe.errors import SampleError
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 from qprobe.system.wording import counted, named
 
 DEFAULT_PROMPT = "Describe this image in detail."
@@ -51,7 +51,7 @@ def from_folder(folder: Path, prompt: str | None = None, limit: int | None = Non
         if data is None:
             skipped.append(f"{path.name}: skipped, {problem}")
         else:
-            found.append(Sample(path.name, prompt or DEFAULT_PROMPT, data))
+            found.append(Sample(path.name, asked(prompt or DEFAULT_PROMPT, data)))
     if not found:
         raise SampleError(f"None of the {len(files)} files in {folder} is a readable image ({skipped[0]}).")
     return Samples(tuple(found), tuple(skipped))
@@ -80,7 +80,7 @@ def photographs(prompt: str | None = None, limit: int | None = None, offset: int
     for name in PHOTOGRAPHS[offset:][:limit]:
         _, data = read_image(Path(data_dir) / name)
         if data is not None:
-            found.append(Sample(name, prompt or DEFAULT_PROMPT, data))
+            found.append(Sample(name, asked(prompt or DEFAULT_PROMPT, data)))
     if not found:
         raise SampleError(f"No photograph is left from number {offset} on; there are {len(PHOTOGRAPHS)}.")
     return Samples(tuple(found))
@@ -187,7 +187,7 @@ def _sample(record: dict, name: str, folder: Path, prompt: str | None) -> Sample
     if not question:
         raise ValueError('it has neither a question ("prompt") nor an "image"')
     given = record.get("id")
-    return Sample(name if given is None or given == "" else str(given), question, data, answer or None)
+    return Sample(name if given is None or given == "" else str(given), asked(question, data), answer or None)
 
 
 def _turns(record: dict) -> tuple[str | None, str | None, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qprobe.data.sources import Samples
 from qprobe.errors import SampleError
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 
 QUESTIONS = (
     "Explain in two sentences why the sky is blue.",
@@ -41,4 +41,4 @@ def questions(prompt: str | None = None, limit: int | None = None, offset: int =
         raise SampleError(
             f"No built-in question is left from number {offset} on; there are {len(QUESTIONS)}."
         )
-    return Samples(tuple(Sample(f"question-{offset + i:02d}", text) for i, text in enumerate(texts)))
+    return Samples(tuple(Sample(f"question-{offset + i:02d}", asked(text)) for i, text in enumerate(texts)))

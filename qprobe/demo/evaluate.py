@@ -45,7 +45,7 @@ class Score:
 def inputs(processor: Any, samples: Sequence[Sample], device: torch.device | str = "cpu") -> dict[str, Any]:
     """Processor inputs of a batch of prompts with their images, ready for `generate`."""
     texts = [processor.apply_chat_template(chat(s.prompt), add_generation_prompt=True) for s in samples]
-    images = [[Image.open(io.BytesIO(s.image or b""))] for s in samples]
+    images = [[Image.open(io.BytesIO(x)) for x in s.images] for s in samples]
     batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
     return dict(batch.to(device))
 

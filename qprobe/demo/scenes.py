@@ -20,7 +20,7 @@ from qprobe.demo.education import BAR_CHART, LINES
 from qprobe.demo.industrial import INDUSTRIAL
 from qprobe.demo.kinds import SceneStyle
 from qprobe.demo.medical import MEDICAL
-from qprobe.records import Fact, Sample
+from qprobe.records import Fact, Sample, asked
 
 CALIBRATION_SEED = 1_000
 HELD_OUT_SEED = 2_000
@@ -60,8 +60,7 @@ def _draw(style: SceneStyle, seed: int, numbers: list[int]) -> Iterator[Sample]:
     for number, pixels, chosen in zip(numbers, photograph(image, keys, GRAIN), rows, strict=True):
         yield Sample(
             id=f"{style.kind}-{number // len(KINDS):04d}",
-            prompt=style.prompt,
-            image=_png(pixels),
+            turns=asked(style.prompt, _png(pixels)),
             answer=style.answer(chosen),
             facts=_facts(style, chosen),
             kind=style.kind,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qprobe.errors import SampleError
-from qprobe.records import Sample
+from qprobe.records import Sample, Turn
 
 PAD, VISION, TEXT, ANSWER = 0, 1, 2, 3
 KIND_NAMES = {VISION: "vision", TEXT: "text", ANSWER: "answer"}
@@ -78,13 +78,15 @@ def tokenizer_of(processor: Any) -> Any:
 def prompt_text(processor: Any, sample: Sample) -> str:
     """The text a model reads before its answer: the chat template's, or image token and prompt."""
     if getattr(processor, "chat_template", None):
-        text: dict[str, str] = {"type": "text", "text": sample.prompt}
         is_plain = tokenizer_of(processor) is processor
-        parts = [{"type": "image"}, text] if sample.image is not None else [text]
-        messages = [{"role": "user", "content": sample.prompt if is_plain else parts}]
+        messages = [{"role": x.role, "content": x.text if is_plain else _parts(x)} for x in sample.turns]
         return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    image_token = getattr(processor, "image_token", "") if sample.image is not None else ""
-    return f"{image_token}{sample.prompt}"
+    image_token = getattr(processor, "image_token", "")
+    return "".join(part if isinstance(part, str) else image_token for x in sample.turns for part in x.parts)
+
+
+def _parts(turn: Turn) -> list[dict[str, str]]:
+    return [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image"} for x in turn.parts]
 
 
 def full_text(processor: Any, sample: Sample) -> str:
@@ -124,21 +126,20 @@ def _processed(
     bos = tokenizer.bos_token
     options = dict(return_tensors="pt", padding=True, padding_side=side)
     options["add_special_tokens"] = not (bos and all(t.startswith(bos) for t in texts))
-    with_image = [s for s in samples if s.image is not None]
+    with_image = [s for s in samples if s.images]
     if tokenizer is processor:
         if with_image:
             raise SampleError(f"Sample {with_image[0].id!r} has an image, but the model reads text only.")
         return dict(processor(texts, **options))
     if not with_image:
         return dict(processor(text=texts, **options))
-    return dict(processor(images=[[_decode(s)] for s in with_image], text=texts, **options))
+    return dict(processor(images=[[_decode(x) for x in s.images] for s in with_image], text=texts, **options))
 
 
-def _decode(sample: Sample) -> Any:
+def _decode(data: bytes) -> Any:
     from PIL import Image
 
-    assert sample.image is not None
-    with Image.open(io.BytesIO(sample.image)) as image:
+    with Image.open(io.BytesIO(data)) as image:
         return image.convert("RGB")
 
 
@@ -214,7 +215,7 @@ def cut(groups: Iterable[Sequence[Sample]], size: int) -> list[tuple[Sample, ...
 
 
 def _image_shape(processor: Any, sample: Sample) -> tuple:
-    if sample.image is None:
+    if not sample.images:
         return ()
     inputs = process(processor, [sample], [prompt_text(processor, sample)], "right")
     return tuple(

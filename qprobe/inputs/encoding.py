@@ -13,7 +13,7 @@ from torch import Tensor
 from qprobe.data.conversations import Conversation, Turn, conversation_of
 from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import process, tokenizer_of
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -97,7 +97,7 @@ def encode_conversations(
     if 0 < with_image < len(conversations):
         raise SampleError("a batch mixes lines with and without an image; pass --batch-size 1")
     rendered = [render(processor, x) for x in conversations]
-    samples = [Sample(f"line {x.line}", "", _image_bytes(x)) for x in conversations]
+    samples = [Sample(f"line {x.line}", asked("", _image_bytes(x))) for x in conversations]
     inputs = {
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in process(processor, samples, [x.text for x in rendered], "right").items()

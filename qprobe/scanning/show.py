@@ -41,8 +41,8 @@ def shown_samples(subject: Subject, batch: Batch) -> list[ShownSample]:
         kinds = batch.kinds[i].tolist()
         row = zip(ids[i].tolist(), kinds, strict=True)
         tokens = tuple(None if kind == VISION else tokenizer.decode([t]) for t, kind in row if kind != PAD)
-        picture, size = thumbnail(sample.image)
-        grid = None if sample.image is None else image_grid(batch, i, subject.model)
+        picture, size = thumbnail(next(iter(sample.images), None))
+        grid = None if len(sample.images) != 1 else image_grid(batch, i, subject.model)
         found.append(ShownSample(sample.id, sample.prompt, sample.answer, picture, size, tokens, grid))
     return found
 

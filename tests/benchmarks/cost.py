@@ -25,7 +25,7 @@ from qprobe.measure.outputs import run_model
 from qprobe.measure.runner import observe, observe_isolated, observe_outputs
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
-from qprobe.records import FormatSpec, ModelIdentity, Sample
+from qprobe.records import FormatSpec, ModelIdentity, Sample, asked
 from qprobe.runs.needed import Measures
 
 SAMPLES, TEXT_TOKENS, ANSWER_TOKENS, SEED = 4, 256, 64, 0
@@ -93,7 +93,7 @@ def make_batch(config: MllamaConfig, device: torch.device) -> Batch:
     }
     kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
     kinds[:, -ANSWER_TOKENS:] = ANSWER
-    samples = tuple(Sample(f"random-{i}", str(i), answer="random") for i in range(SAMPLES))
+    samples = tuple(Sample(f"random-{i}", asked(str(i)), answer="random") for i in range(SAMPLES))
     spans = ((TEXT_TOKENS - ANSWER_TOKENS, TEXT_TOKENS),) * SAMPLES
     return Batch(samples, inputs, kinds, spans).to(device)
 

@@ -20,7 +20,7 @@ from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
 from qprobe.inputs.batch import Batch
 from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of
-from qprobe.records import FormatSpec, Sample
+from qprobe.records import FormatSpec, Sample, asked
 
 NAMES = ("demo", "demo-outliers", "smollm2")
 TEXT_TOKENS = 128
@@ -86,7 +86,7 @@ def _passages(tokenizer: Any, topics: list[tuple[str, list[int]]]) -> Iterable[S
             part = ids[start : start + TEXT_TOKENS]
             if len(part) == TEXT_TOKENS:
                 first, _, rest = tokenizer.decode(part).strip().partition(" ")
-                yield Sample(f"{name}-{start}", first, answer=rest, ends=False)
+                yield Sample(f"{name}-{start}", asked(first), answer=rest, ends=False)
 
 
 def smollm2_folder() -> Path:

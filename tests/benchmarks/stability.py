@@ -34,7 +34,7 @@ from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.manifest.manifest import write_atomic
 from qprobe.options import Base
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 from qprobe.scanning.scan import scan
 from qprobe.system.versions import library_versions
 from qprobe.training.bases import load_base, load_finetuned
@@ -119,7 +119,10 @@ def reversed_questions(count: int, seed: int) -> list[Sample]:
     """`count` product cards with the new question and its answer."""
     cards = [x for x in scenes(4 * count, seed) if x.kind == "e-commerce"]
     return [
-        replace(x, prompt=PROMPT, answer=", ".join(f.phrase for f in reversed(x.facts)) + ".") for x in cards
+        replace(
+            x, turns=asked(PROMPT, *x.images), answer=", ".join(f.phrase for f in reversed(x.facts)) + "."
+        )
+        for x in cards
     ]
 
 
@@ -129,7 +132,7 @@ def write_lines(path: Path, samples: Sequence[Sample]) -> Path:
     lines = []
     for number, x in enumerate(samples):
         image = f"{path.stem}-{number}.png"
-        (path.parent / image).write_bytes(x.image or b"")
+        (path.parent / image).write_bytes(x.images[0])
         turns = [{"from": "human", "value": f"<image>\n{x.prompt}"}, {"from": "gpt", "value": x.answer}]
         lines.append(json.dumps({"image": image, "conversations": turns}))
     path.write_text("\n".join(lines) + "\n", "utf-8")

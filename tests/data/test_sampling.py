@@ -6,7 +6,7 @@ import pytest
 
 from qprobe.data.sampling import SCAN_SAMPLES, Wanted, choose_samples, split_held_out
 from qprobe.errors import SampleError
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 
 
 @pytest.mark.parametrize("seed", [-1, 1000, 2000])
@@ -59,7 +59,7 @@ def test_every_third_sample_is_held_out():
 
 
 def test_a_sample_given_twice_is_never_on_both_sides():
-    rows = [Sample(f"{i}", f"question {i % 4}") for i in range(12)]
+    rows = [Sample(f"{i}", asked(f"question {i % 4}")) for i in range(12)]
     calibration, held_out = split_held_out(tuple(rows))
     assert {x.prompt for x in held_out} == {"question 2"}
     assert not {x.digest for x in calibration} & {x.digest for x in held_out}

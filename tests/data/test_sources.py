@@ -24,7 +24,7 @@ def test_a_folder_gives_its_images_in_name_order(pictures: Path) -> None:
     found = from_folder(pictures)
     assert [s.id for s in found.samples] == ["a.jpg", "b.png"]
     assert all(s.prompt == DEFAULT_PROMPT and s.answer is None for s in found.samples)
-    assert found.samples[0].image == (pictures / "a.jpg").read_bytes()
+    assert found.samples[0].images[0] == (pictures / "a.jpg").read_bytes()
 
 
 def test_a_file_that_is_no_image_is_skipped_and_named(pictures: Path) -> None:
@@ -72,7 +72,7 @@ def test_jsonl_lines_of_three_forms_are_read_and_bad_ones_named(pictures: Path) 
     path = pictures / "data.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"image": "a.j', encoding="utf-8")
     found = from_jsonl(path)
-    assert [(s.prompt, s.answer, s.image is not None) for s in found.samples] == [
+    assert [(s.prompt, s.answer, bool(s.images)) for s in found.samples] == [
         ("What colour?", "Blue.", True),
         ("What colour?", "Red.", True),
         ("And?", "Red.", True),
@@ -155,7 +155,7 @@ def test_photographs_need_no_download_and_those_to_compare_on_were_not_scanned()
 
 def test_a_text_model_gets_questions_without_images() -> None:
     found = choose_samples("some/model", False, Wanted(count=5), "scan").samples
-    assert len(found) == 5 and all(s.image is None for s in found)
+    assert len(found) == 5 and all(not s.images for s in found)
 
 
 def test_images_and_data_together_are_an_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from qprobe.demo.scenes import STYLES, scenes
 from qprobe.demo.tokens import chat
 from qprobe.demo.train import Recipe, Shape, batches, learning_rate, run
 from qprobe.demo.train import processor as untrained_processor
-from qprobe.records import Fact, Sample
+from qprobe.records import Fact, Sample, asked
 from tests.demo.conftest import load
 
 TINY = Recipe(
@@ -98,7 +98,7 @@ def test_digits_are_tokens_of_their_own(processor: Any):
 
 def test_score_counts_facts_by_kind():
     facts = (Fact("angle", "at 40 degrees"), Fact("state", "is impacted"))
-    samples = [Sample("m-0", "?", facts=facts, kind="medical")]
+    samples = [Sample("m-0", asked("?"), facts=facts, kind="medical")]
     scores = score_by_kind(samples, ["It is impacted at 45 degrees."])
     assert {name: s.share for name, s in scores.items()} == {
         "medical": 0.5,

@@ -44,7 +44,7 @@ def test_another_choice_of_a_part_never_states_the_fact(style):
 def test_images_are_rgb_png_of_the_models_size_and_kinds_take_turns():
     samples = scenes(9, 3)
     for sample in samples:
-        image = Image.open(io.BytesIO(sample.image or b""))
+        image = Image.open(io.BytesIO(sample.images[0]))
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (SIZE, SIZE))
     assert [s.kind for s in samples] == [KINDS[n % 4] for n in range(9)]
     assert samples[4].id == "medical-0001"

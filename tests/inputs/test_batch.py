@@ -14,7 +14,7 @@ from qprobe.errors import SampleError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import ANSWER, PAD, VISION, batches, encode, image_token_id, tokenizer_of
 from qprobe.loading.reference import Reference, load_reference
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 from tests import tiny
 
 Load = Callable[[str], Reference]
@@ -74,14 +74,19 @@ def test_an_image_for_a_text_model_is_one_clear_error(load: Load) -> None:
 
 def _samples(name: str) -> list[Sample]:
     if name == "llama":
-        return [Sample("a", "which bag is it"), Sample("b", "what is the number of the bolt hole here")]
+        return [
+            Sample("a", asked("which bag is it")),
+            Sample("b", asked("what is the number of the bolt hole here")),
+        ]
     return list(photographs("what is this?", limit=2).samples)
 
 
 def test_a_text_that_the_processor_refuses_is_named(tiny_folder):
     processor = load_reference(str(tiny_folder("mllama")), "cpu").processor
     (good,) = tiny.questions("mllama", 1)
-    bad = replace(good, id="line 7", prompt=f"{processor.image_token} and {processor.image_token}?")
+    bad = replace(
+        good, id="line 7", turns=asked(f"{processor.image_token} and {processor.image_token}?", *good.images)
+    )
     for read in (batches(processor, [good], 2), encode(processor, [good], torch.bfloat16)):
         assert read
     with pytest.raises(SampleError, match=r"processor cannot read 'line 7' \(.*image.*special tokens"):

@@ -12,7 +12,7 @@ from qprobe.data.sources import photographs
 from qprobe.inputs.answers import answered
 from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of
-from qprobe.records import FormatSpec, Sample
+from qprobe.records import FormatSpec, Sample, asked
 
 WITH_IMAGES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral")
 WITH_HEAD = (*WITH_IMAGES, "llama", "llama_tied")
@@ -48,5 +48,6 @@ def _samples(name: str) -> list[Sample]:
     if name in WITH_IMAGES:
         return list(photographs("what is this?", limit=3).samples)
     return [
-        Sample(f"text-{i}", text) for i, text in enumerate(("a red bag", "name the unit", "which one is it"))
+        Sample(f"text-{i}", asked(text))
+        for i, text in enumerate(("a red bag", "name the unit", "which one is it"))
     ]

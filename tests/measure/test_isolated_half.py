@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qprobe.measure.runner import isolated_half
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 
 
 def samples_of(prompts: list[str]) -> list[Sample]:
-    return [Sample(prompt, prompt, answer="yes") for prompt in prompts]
+    return [Sample(prompt, asked(prompt), answer="yes") for prompt in prompts]
 
 
 @given(st.lists(st.text(max_size=4), min_size=1, max_size=9, unique=True), st.integers())
@@ -24,7 +24,7 @@ def test_the_same_half_is_taken_in_any_order(prompts: list[str], seed: int) -> N
 
 
 def test_samples_without_an_answer_are_not_taken() -> None:
-    silent = [Sample("a", "a", answer=""), Sample("b", "b"), Sample("c", "c", answer="yes")]
+    silent = [Sample("a", asked("a"), ""), Sample("b", asked("b")), Sample("c", asked("c"), "yes")]
     assert isolated_half(silent) == {"c"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qprobe.measure.runner import isolated_half
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 from qprobe.runs.needed import Measures, needed_units
 from qprobe.runs.store import read_scan, read_units
 from qprobe.scanning.measure import cut_samples
@@ -28,7 +28,7 @@ class TwoShapes:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_isolated_kl_has_full_batches_of_one_shape(size: int) -> None:
-    samples = tuple(Sample(f"{shape}{i}", str(i), answer="yes") for i in range(11) for shape in "ab")
+    samples = tuple(Sample(f"{shape}{i}", asked(str(i)), answer="yes") for i in range(11) for shape in "ab")
     subject: Any = TwoShapes()
     work = cut_samples(subject, samples, (), size, ())
     found = [s.id for group in work.isolated for s in group]

@@ -30,7 +30,7 @@ def rows(count: int) -> list[dict]:
                 {"role": "user", "content": x.prompt},
                 {"role": "assistant", "content": x.answer},
             ],
-            "images": [Image.open(io.BytesIO(x.image or b""))],
+            "images": [Image.open(io.BytesIO(x.images[0]))],
         }
         for x in scenes(count, TRAINING_SEED + 9)
     ]
