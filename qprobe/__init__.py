@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 # of the package may have one of these names: importing it would put the module in the function's place.
 _HOMES = {
     "Audit": "qprobe.checkpoint.audit",
-    "Manifest": "qprobe.manifest.manifest",
+    "Manifest": "qprobe.manifest.records",
     "QprobeError": "qprobe.errors",
     "answer_collator": "qprobe.inputs.encoding",
     "audit": "qprobe.checkpoint.audit",
@@ -29,11 +29,11 @@ _HOMES = {
     "plan": "qprobe.checkpoint.plan",
     "quantize": "qprobe.checkpoint.quantize",
     "rank_table": "qprobe.runs.table",
-    "read_manifest": "qprobe.manifest.manifest",
+    "read_manifest": "qprobe.manifest.read",
     "scan": "qprobe.scanning.scan",
     "select": "qprobe.selection.select",
     "verify": "qprobe.checkpoint.verify",
-    "write_manifest": "qprobe.manifest.manifest",
+    "write_manifest": "qprobe.manifest.write",
     "write_report": "qprobe.report.write",
 }
 
@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from qprobe.exports import export_manifest
     from qprobe.inputs.encoding import answer_collator
     from qprobe.loading.doctor import doctor
-    from qprobe.manifest.manifest import Manifest, read_manifest, write_manifest
+    from qprobe.manifest.read import read_manifest
+    from qprobe.manifest.records import Manifest
+    from qprobe.manifest.write import write_manifest
     from qprobe.report.write import write_report
     from qprobe.runs.table import layer_table, rank_table
     from qprobe.scanning.join import join

@@ -16,7 +16,8 @@ from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dty
 from qprobe.exports.matchers import hits, running_rule
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.reference import outline, resolve
-from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest
 from qprobe.models.entry import whole_parts
 from qprobe.models.headers import (
     INDEX,

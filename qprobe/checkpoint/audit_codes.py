@@ -12,7 +12,7 @@ from torch import Tensor
 from qprobe.checkpoint.audit_states import numbers_of
 from qprobe.errors import ManifestError
 from qprobe.formats.codes_file import CodesReader, checked, open_codes
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 from qprobe.models.headers import QUANT_STATE, StoredTensor, StoredWeight
 
 # What calibration chooses: codes and block scales; the other state tensors are tables and metadata, among it

@@ -12,7 +12,7 @@ from torch import nn
 from qprobe.checkpoint.verify import verify
 from qprobe.errors import VerificationError
 from qprobe.loading.reference import load_config, model_class, pick_device, resolve
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 from qprobe.system.wording import counted, is_or_are
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.manifest.manifest import strict_json
 from qprobe.models.headers import QUANT_STATE, StoredTensor, StoredWeight
 from qprobe.records import FormatSpec, Linear
+from qprobe.system.decoding import strict_json
 
 NESTED_BLOCKSIZE = (
     256  # bitsandbytes 0.50, functional.py, `quantize_4bit`: of the scales, whatever the weights'

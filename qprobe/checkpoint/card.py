@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qprobe.exports.shared import yaml
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 from qprobe.system.wording import counted
 
 _TASKS = {"ImageTextToText": "image-text-to-text", "CausalLM": "text-generation"}

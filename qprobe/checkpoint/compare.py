@@ -27,7 +27,8 @@ from qprobe.inputs.batch import batches, encode, image_token_id, tokenizer_of
 from qprobe.loading.inventory import has_language_head
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.reference import load_reference, one_device
-from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.options import CompareOptions, Dtype, Progress, no_progress, path_of
 from qprobe.records import FormatSpec, Sample

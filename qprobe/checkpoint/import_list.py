@@ -17,7 +17,7 @@ from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dty
 from qprobe.exports.matchers import Rule, hits, running_rule, transformers_rule
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.reference import known, resolve
-from qprobe.manifest.manifest import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.system.wording import counted

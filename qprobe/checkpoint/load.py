@@ -28,7 +28,8 @@ from qprobe.loading.reference import (
     pick_device,
     resolve,
 )
-from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest
 from qprobe.models.entry import Entry
 from qprobe.records import FormatSpec
 from qprobe.system.wording import counted, is_or_are

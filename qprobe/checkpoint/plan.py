@@ -15,7 +15,8 @@ from qprobe.checkpoint.outside import Outside, everything_outside
 from qprobe.errors import ManifestError
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.reference import Source, known, outline, resolve
-from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest
 from qprobe.models.entry import Entry, PublishedSize
 from qprobe.models.family import CROSS, LANGUAGE, OTHER, PROJECTOR, VISION
 from qprobe.models.towers import tower_of

@@ -23,7 +23,9 @@ from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.reference import known
-from qprobe.manifest.manifest import Manifest, Quality, moved, read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest, Quality, moved
+from qprobe.manifest.write import write_manifest
 from qprobe.options import Progress, no_progress
 from qprobe.system.locks import try_lock
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import VerificationError
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 from qprobe.records import FormatSpec, Uncovered
 from qprobe.registry.precisions import NESTED_BLOCKSIZE, packed_bytes
 from qprobe.system.wording import counted, is_or_are

@@ -12,7 +12,7 @@ from qprobe.cli.limits import for_option, limit_options, require_a_limit
 from qprobe.system.wording import counted, named
 
 if TYPE_CHECKING:
-    from qprobe.manifest.manifest import Manifest
+    from qprobe.manifest.records import Manifest
 
 _RUN = click.argument("run", type=shared.PATH)
 
@@ -75,7 +75,8 @@ def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **a
     --json prints the manifest that was written.
     """
     require_a_limit({**asked, "max_kl": max_kl})
-    from qprobe.manifest.manifest import manifest_to_json, moved, write_manifest
+    from qprobe.manifest.records import moved
+    from qprobe.manifest.write import manifest_to_json, write_manifest
     from qprobe.selection.replaced import check_target, set_aside
     from qprobe.selection.select import select as choose
 

@@ -97,7 +97,7 @@ def import_(config: Path, model: str, out: Path, as_json: bool) -> None:
     notes [text].
     """
     from qprobe.checkpoint.import_list import import_list
-    from qprobe.manifest.manifest import write_manifest
+    from qprobe.manifest.write import write_manifest
 
     imported = import_list(config, model, out)
     write_manifest(out, imported.manifest)

@@ -59,7 +59,7 @@ def show_ranking(folder: Path, by: str | None, top: int) -> None:
 
 def _in_16bit(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(layers that the run's skip-list keeps beyond standard 4-bit, those that standard 4-bit keeps)."""
-    from qprobe.manifest.manifest import read_manifest
+    from qprobe.manifest.read import read_manifest
     from qprobe.runs.store import read_scan
     from qprobe.selection.select import kept_and_fixed
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qprobe.errors import SampleError
-from qprobe.manifest.manifest import strict_json
 from qprobe.options import Progress, no_progress
+from qprobe.system.decoding import strict_json
 from qprobe.system.wording import counted
 from qprobe.system.wording import named as listed_names
 

@@ -18,7 +18,7 @@ from qprobe.exports.keys import (
     transformers_readers,
 )
 from qprobe.exports.shared import Written, bits_and_bytes
-from qprobe.manifest.manifest import LayerChoice, Manifest
+from qprobe.manifest.records import LayerChoice, Manifest
 from qprobe.models.families import engine_of
 from qprobe.models.family import OTHER, PROJECTOR, VISION
 from qprobe.models.spellings import renamed

@@ -17,7 +17,7 @@ from qprobe.exports.matchers import (
     transformers_5_0,
     transformers_5_21,
 )
-from qprobe.manifest.manifest import LayerChoice, Manifest
+from qprobe.manifest.records import LayerChoice, Manifest
 from qprobe.models.spellings import Spellings, spellings
 from qprobe.system.wording import counted
 

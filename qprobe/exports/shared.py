@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 
 
 class Written(NamedTuple):

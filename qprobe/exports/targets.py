@@ -17,7 +17,8 @@ from qprobe.exports.keys import (
     transformers_readers,
 )
 from qprobe.exports.shared import Written, bits_and_bytes, rounding_notes, snippet, where_notes
-from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qprobe.exports.keys import (
     transformers_readers,
 )
 from qprobe.exports.shared import Written, bits_and_bytes, snippet, where_notes, yaml
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 
 
 def unsloth(manifest: Manifest) -> Written:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import ModelError
-from qprobe.manifest.manifest import strict_json
+from qprobe.system.decoding import strict_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

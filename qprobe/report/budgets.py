@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qprobe.manifest.manifest import Manifest, Quality
+from qprobe.manifest.records import Manifest, Quality
 from qprobe.records import Scan
 from qprobe.runs.statistics import ratio_se
 from qprobe.runs.store import choice_stage, read_units

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import RunError
-from qprobe.manifest.manifest import strict_json
+from qprobe.system.decoding import strict_json
 
 FILE = "compare.json"
 _NUMBERS = ("kl", "kl_se", "top1_agreement", "answer_agreement", "facts")

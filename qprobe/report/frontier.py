@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qprobe.manifest.manifest import NEAREST, NOTHING, Compared
+from qprobe.manifest.records import NEAREST, NOTHING, Compared
 from qprobe.report.names import plain
 from qprobe.report.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, list_name
 

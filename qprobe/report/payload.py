@@ -12,7 +12,9 @@ import pandas as pd
 
 from qprobe import __version__
 from qprobe.errors import ManifestError
-from qprobe.manifest.manifest import NEAREST, NOTHING, Manifest, manifest_to_json, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import NEAREST, NOTHING, Manifest
+from qprobe.manifest.write import manifest_to_json
 from qprobe.records import Scan
 from qprobe.report.budgets import KL, Point, Prediction, command_at, manifest_at, points, quality_at, reasons
 from qprobe.report.comparison import read_comparison

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 from qprobe.report.names import short_names
 from qprobe.system.wording import counted
 

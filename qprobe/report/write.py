@@ -13,7 +13,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from qprobe.errors import RunError
-from qprobe.manifest.manifest import NOTHING, Compared, Manifest, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import NOTHING, Compared, Manifest
 from qprobe.records import Scan
 from qprobe.report.against import Side, against_plot
 from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot

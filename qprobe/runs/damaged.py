@@ -5,7 +5,6 @@ Qprobe writes them whole or not at all, so this is the work of disks, copies and
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from qprobe.runs.store import (
     unit_files,
     update_scan,
 )
+from qprobe.system.locks import open_lock, wait_for_lock
 
 SUFFIX = ".damaged"
 _LOCK = ".lock-damaged"
@@ -96,12 +96,11 @@ def _is_cut(path: Path) -> bool:
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """While open, no other process is in here: it could rename what this one has just measured anew."""
     try:
-        lock = open(folder / _LOCK, "ab")
+        lock = open_lock(folder / _LOCK)
     except OSError as error:
         raise RunError(
             f"{folder} cannot be written ({error.strerror or error}). Make room or pass another --out."
         ) from error
     with lock:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock)
         yield

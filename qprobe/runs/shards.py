@@ -7,18 +7,17 @@ each other; all they share is the folder, or nothing, where folders are joined l
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from qprobe.errors import RunError
 from qprobe.options import DEFAULT_BUDGET, ScanOptions
 from qprobe.runs.needed import units_left
-from qprobe.system.locks import try_lock
+from qprobe.system.locks import open_lock, try_lock, try_share
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
@@ -40,9 +39,9 @@ def entered(folder: Path, shard: Shard) -> Iterator[None]:
     with ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            free = _lock(held, folder / _LOCK, fcntl.LOCK_EX if shard.is_alone else fcntl.LOCK_SH)
+            free = _lock(held, folder / _LOCK, try_lock if shard.is_alone else try_share)
             if free and not shard.is_alone:
-                free = _lock(held, folder / f"{_LOCK}-{shard.rank}", fcntl.LOCK_EX)
+                free = _lock(held, folder / f"{_LOCK}-{shard.rank}", try_lock)
         except OSError as error:
             raise RunError(
                 f"{folder} cannot be written ({error.strerror or error}). Make room or pass another --out."
@@ -70,7 +69,7 @@ def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[T
     path = folder / f"{_LOCK}-choice"  # while it is locked somebody chooses; then it holds what was asked for
     with ExitStack() as held:
         try:
-            if not _lock(held, path, fcntl.LOCK_EX):
+            if not _lock(held, path, try_lock):
                 turn: Turn = "another's"
             elif not shard.is_alone and path.read_bytes() == _met(folder, request):
                 turn = "chosen"
@@ -95,10 +94,9 @@ def _met(folder: Path, request: str) -> bytes | None:
     return f"{request}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
 
 
-def _lock(held: ExitStack, path: Path, kind: int) -> bool:
+def _lock(held: ExitStack, path: Path, how: Callable[[BinaryIO], bool | None]) -> bool:
     """False if another process has the file locked; `held` lets go of it."""
-    file = held.enter_context(open(path, "a+b"))  # for reading and writing, as either kind of lock may want
-    return try_lock(file, kind) is not False
+    return how(held.enter_context(open_lock(path))) is not False
 
 
 def request_of(options: ScanOptions) -> str:

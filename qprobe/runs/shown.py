@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import RunError
-from qprobe.manifest.manifest import strict_json
 from qprobe.models.grid import Grid
+from qprobe.system.decoding import strict_json
 from qprobe.system.files import write_atomic
 
 FILE = "samples.json"

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qprobe.errors import RunError
-from qprobe.manifest.manifest import strict_json
 from qprobe.records import Scan
+from qprobe.system.decoding import strict_json
 from qprobe.system.files import remove_left_behind, write_atomic, write_first
 
 _TEXT, _COUNT, _SUM = pa.string(), pa.int64(), pa.float64()

@@ -13,7 +13,8 @@ import pandas as pd
 
 from qprobe.errors import BudgetError
 from qprobe.formats.protocol import format_from
-from qprobe.manifest.manifest import NEAREST, NOTHING, Compared, Manifest, Quality, write_manifest
+from qprobe.manifest.records import NEAREST, NOTHING, Compared, Manifest, Quality
+from qprobe.manifest.write import write_manifest
 from qprobe.measure.held_out import measure_choices, measure_nearest
 from qprobe.measure.subject import Subject
 from qprobe.models.catalogue import find

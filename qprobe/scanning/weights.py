@@ -17,7 +17,7 @@ from qprobe.loading.mapped import return_freed_memory
 from qprobe.loading.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve
 from qprobe.loading.spread import device_of
 from qprobe.loading.stored import checkpoint_folder, weight_names
-from qprobe.manifest.manifest import write_manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.measure.files import file_rows, files_digest
 from qprobe.measure.memory import peak_bytes
 from qprobe.models.headers import StoredTensor, read_headers

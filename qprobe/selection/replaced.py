@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qprobe.errors import ManifestError, QprobeError, RunError
-from qprobe.manifest.manifest import Manifest, moved, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest, moved
 from qprobe.selection.select import select
 from qprobe.system.files import write_atomic
 

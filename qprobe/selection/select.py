@@ -13,7 +13,7 @@ import pandas as pd
 
 from qprobe import __version__
 from qprobe.errors import BudgetError, QprobeError
-from qprobe.manifest.manifest import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.options import DEFAULT_BUDGET
 from qprobe.records import Inventory, Linear, Scan
 from qprobe.runs.store import NEAREST_STAGE, choice_stage, read_scan, read_units

@@ -1,26 +1,70 @@
-"""Locks of files between processes, which the system lets go of when a process ends, however it ends."""
+"""Locks of files between processes, which the system lets go of when a process ends, however it ends.
+
+filelock takes the exclusive ones, on a descriptor: a file that is written and renamed while it is locked has
+no lasting path to lock by. Shared locks are ours: filelock's are kept in a database of their own, of which an
+exclusive lock of the same file knows nothing.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-from typing import IO
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import lock_descriptor
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of a file system that has none
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def try_lock(file: IO[bytes] | int, kind: int = fcntl.LOCK_EX) -> bool | None:
+def open_lock(path: Path) -> BinaryIO:
+    """The lock file at `path`, open for reading and writing; made if it is missing.
+
+    Over NFS a shared lock wants a file that can be read, an exclusive one a file that can be written. Raises
+    OSError, also where a symbolic link stands in its place.
+    """
+    return os.fdopen(os.open(path, _FLAGS, 0o666), "r+b")
+
+
+def try_lock(file: BinaryIO | int) -> bool | None:
     """Whether `file`, open, is locked now and not held by another process; None where locks are unknown.
 
-    kind: fcntl.LOCK_EX or LOCK_SH. Over NFS a shared lock wants a file that can be read, an exclusive one a
-    file that can be written. Raises OSError for anything else that is in the way.
+    Raises OSError for anything else that is in the way.
     """
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return lock_descriptor(file if isinstance(file, int) else file.fileno(), blocking=False)
+    except OSError as error:
+        return _unknown(error)
+
+
+def wait_for_lock(file: BinaryIO) -> None:
+    """Locks `file`, open, once no other process holds it; at once where locks are unknown. Raises OSError."""
+    try:
+        lock_descriptor(file.fileno())
+    except OSError as error:
+        _unknown(error)
+
+
+def try_share(file: BinaryIO) -> bool | None:
+    """Whether `file`, open, is locked now together with others that share it, and not held by one alone.
+
+    None where locks, or shared ones, are unknown (Windows). Raises OSError as `try_lock` does.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return None
-        raise
+        return _unknown(error)
     return True
+
+
+def _unknown(error: OSError) -> None:
+    """Raises `error` unless it says that the file system has no locks."""
+    if error.errno not in _NO_LOCKS:
+        raise error

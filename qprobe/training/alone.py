@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from qprobe.errors import RunError
-from qprobe.system.locks import try_lock
+from qprobe.system.locks import open_lock, try_lock
 
 LOCK = ".lock"
 
@@ -24,7 +24,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
+        file = open_lock(path)
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}). Pass another folder.") from error
     with file:
@@ -40,7 +40,7 @@ def alone_in(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _locked(file: IO[bytes], path: Path) -> bool:
+def _locked(file: BinaryIO, path: Path) -> bool:
     """False if another process has the lock, or had it and removed the file since this one opened it."""
     found = try_lock(file)
     if not found:

@@ -13,7 +13,8 @@ from qprobe.errors import MachineError, ManifestError, RunError
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.reference import load_processor, load_reference, pick_device
 from qprobe.loading.stored import checkpoint_folder
-from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest
 from qprobe.measure.files import files_digest
 from qprobe.models.headers import read_headers
 from qprobe.options import Base

@@ -28,7 +28,9 @@ from qprobe.data.conversations import (
 from qprobe.errors import RunError, SampleError
 from qprobe.inputs.encoding import encode_conversations, encoding_problem
 from qprobe.loading.log_filters import quiet_models
-from qprobe.manifest.manifest import Manifest, moved, read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest, moved
+from qprobe.manifest.write import write_manifest
 from qprobe.options import BadData, Base, Dtype, FinetuneOptions, Optimizer, Progress, no_progress, path_of
 from qprobe.system.files import write_atomic
 from qprobe.system.log_filters import Remark

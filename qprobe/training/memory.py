@@ -19,7 +19,8 @@ from torch import nn
 
 from qprobe.checkpoint.plan import outline_of, plan
 from qprobe.loading.inventory import list_layers
-from qprobe.manifest.manifest import Manifest, read_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest
 from qprobe.models.family import CROSS, PROJECTOR, VISION
 from qprobe.options import Optimizer
 from qprobe.records import FormatSpec, Linear

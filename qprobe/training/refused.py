@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import isfinite
 
 from qprobe.errors import MachineError, QprobeError
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 from qprobe.models.family import VISION
 from qprobe.models.towers import tower_of
 from qprobe.options import FinetuneOptions

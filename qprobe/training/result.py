@@ -8,7 +8,7 @@ from typing import Any
 
 from qprobe import __version__
 from qprobe.exports.shared import yaml
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 from qprobe.training.bases import RECORD
 
 

@@ -13,7 +13,7 @@ import torch
 from qprobe.data.conversations import Conversations
 from qprobe.errors import MachineError, SampleError
 from qprobe.loading.reference import pick_device
-from qprobe.manifest.manifest import Manifest
+from qprobe.manifest.records import Manifest
 from qprobe.options import FinetuneOptions, Optimizer
 
 

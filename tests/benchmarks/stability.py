@@ -32,10 +32,10 @@ import qprobe
 from qprobe.demo import demo_folder, outliers_folder
 from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
-from qprobe.manifest.manifest import write_atomic
 from qprobe.options import Base
 from qprobe.records import Sample, asked
 from qprobe.scanning.scan import scan
+from qprobe.system.files import write_atomic
 from qprobe.system.versions import library_versions
 from qprobe.training.bases import load_base, load_finetuned
 from qprobe.training.finetune import finetune

@@ -9,7 +9,7 @@ from typing import Any
 
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.reference import load_config, meta_model, resolve
-from qprobe.manifest.manifest import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 
 

@@ -27,7 +27,9 @@ from qprobe.errors import ManifestError, ModelError
 from qprobe.formats.codes_file import FILE_NAME, open_codes
 from qprobe.inputs.batch import ANSWER, encode
 from qprobe.loading.reference import Source, load_processor, load_reference, model_class
-from qprobe.manifest.manifest import manifest_to_json, moved, read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import moved
+from qprobe.manifest.write import manifest_to_json, write_manifest
 from qprobe.scanning.scan import scan
 from qprobe.selection.select import select
 from tests import tiny

@@ -17,7 +17,8 @@ from qprobe.data.sources import Samples
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.inputs.answers import answered
 from qprobe.loading.reference import load_reference
-from qprobe.manifest.manifest import read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.options import CompareOptions, Progress, no_progress
 from qprobe.records import Fact
 from qprobe.report.comparison import read_comparison

@@ -15,7 +15,8 @@ from qprobe.checkpoint.import_list import import_list, read_list
 from qprobe.checkpoint.load import check_model, load_dynamic_4bit
 from qprobe.checkpoint.plan import plan
 from qprobe.errors import ManifestError
-from qprobe.manifest.manifest import manifest_from_json, manifest_to_json
+from qprobe.manifest.read import manifest_from_json
+from qprobe.manifest.write import manifest_to_json
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 
 TinyFolder = Callable[[str], Path]

@@ -15,7 +15,7 @@ from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.answers import greedy_answers
 from qprobe.inputs.batch import encode
 from qprobe.loading.reference import load_reference
-from qprobe.manifest.manifest import write_manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.records import FormatSpec
 from tests import tiny
 from tests.checkpoint.manifests import every_third, inventory_of, manifest_for, with_layer

@@ -27,7 +27,7 @@ from qprobe.checkpoint.plan import LayoutSize, SizePlan, plan
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError
 from qprobe.loading.reference import load_reference, model_class
-from qprobe.manifest.manifest import write_manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.records import FormatSpec
 from tests import tiny
 from tests.checkpoint.manifests import every_third, inventory_of, manifest_for

@@ -22,7 +22,9 @@ from qprobe.errors import ManifestError, ModelError
 from qprobe.exports.matchers import hits, transformers_5_0, transformers_5_21
 from qprobe.inputs.batch import encode
 from qprobe.loading.reference import model_class
-from qprobe.manifest.manifest import Compared, Quality, read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Compared, Quality
+from qprobe.manifest.write import write_manifest
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
 
@@ -207,7 +209,7 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 from qprobe.checkpoint.quantize import quantize
-from qprobe.manifest.manifest import read_manifest
+from qprobe.manifest.read import read_manifest
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

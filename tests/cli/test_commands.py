@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 from click.testing import Result
 
-from qprobe.manifest.manifest import Compared, Manifest, read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Compared, Manifest
+from qprobe.manifest.write import write_manifest
 from tests.report.test_terminal import COMPARISON, DIAGNOSIS
 
 Run = Callable[..., Result]

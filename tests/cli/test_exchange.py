@@ -11,7 +11,8 @@ import pytest
 from click.testing import Result
 
 from qprobe.checkpoint.load import load_dynamic_4bit
-from qprobe.manifest.manifest import read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.write import write_manifest
 from tests.checkpoint.manifests import every_third, manifest_for
 from tests.cli.test_mistakes import explained
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from qprobe.manifest.manifest import write_manifest
+from qprobe.manifest.write import write_manifest
 from tests import tiny
 from tests.checkpoint.manifests import manifest_for
 

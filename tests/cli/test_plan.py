@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from qprobe.manifest.manifest import write_manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.models.catalogue import entries
 from tests.checkpoint.manifests import every_third, manifest_for
 

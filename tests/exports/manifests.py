@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from qprobe.manifest.manifest import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.records import FormatSpec, ModelIdentity, Uncovered
 from tests.models import trees
 

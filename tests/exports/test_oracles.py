@@ -15,7 +15,7 @@ import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qprobe.exports import export_manifest
-from qprobe.manifest.manifest import LayerChoice
+from qprobe.manifest.records import LayerChoice
 from tests.exports.test_targets import chosen, entries_in, gguf_options
 from tests.models import trees
 

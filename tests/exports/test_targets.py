@@ -16,7 +16,8 @@ from qprobe.cli.exchange import TOOLS as HELP_TOOLS
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.exports import TOOLS, export_manifest, matchers
 from qprobe.exports.engines import vllm_modules
-from qprobe.manifest.manifest import Manifest, write_manifest
+from qprobe.manifest.records import Manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.models.spellings import spellings
 from qprobe.records import CodesFile, Uncovered
 from qprobe.registry.precisions import measurable

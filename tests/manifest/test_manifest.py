@@ -12,20 +12,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from qprobe.errors import ManifestError
-from qprobe.manifest.manifest import (
-    MAX_FILE_BYTES,
-    SCHEMA_PATH,
-    Compared,
-    LayerChoice,
-    MadeBy,
-    Manifest,
-    ManifestBudget,
-    Quality,
-    manifest_from_json,
-    manifest_to_json,
-    read_manifest,
-    write_manifest,
-)
+from qprobe.manifest.read import MAX_FILE_BYTES, SCHEMA_PATH, manifest_from_json, read_manifest
+from qprobe.manifest.records import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.write import manifest_to_json, write_manifest
 from qprobe.records import FormatSpec, ModelIdentity, Uncovered
 
 # 64 x 64 weights: 8,192 bytes in 16-bit; 2,048 + 64 + 4 = 2,116 in NF4.

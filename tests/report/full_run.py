@@ -19,7 +19,8 @@ from PIL import Image
 from qprobe.loading.config import catalogue_config
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.reference import meta_model
-from qprobe.manifest.manifest import Compared, Quality, write_manifest
+from qprobe.manifest.records import Compared, Quality
+from qprobe.manifest.write import write_manifest
 from qprobe.models.catalogue import find
 from qprobe.models.grid import Grid
 from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Scan

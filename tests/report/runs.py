@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from qprobe.manifest.manifest import write_manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.records import FormatSpec, Inventory, Linear, ModelIdentity, Scan
 from qprobe.runs.store import open_run
 from qprobe.selection.select import select

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qprobe.errors import RunError
-from qprobe.manifest.manifest import write_manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.report.comparison import FILE, read_comparison
 from qprobe.report.write import page_of
 from qprobe.selection.select import select

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qprobe.errors import RunError
-from qprobe.manifest.manifest import NEAREST, Compared
+from qprobe.manifest.records import NEAREST, Compared
 from qprobe.report.against import Side, against_plot
 from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
 from qprobe.report.frontier import frontier_plot

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
-from qprobe.manifest.manifest import NEAREST, manifest_to_json, read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import NEAREST
+from qprobe.manifest.write import manifest_to_json, write_manifest
 from qprobe.records import CodesFile
 from qprobe.report.figures import spike_plot
 from qprobe.report.write import kept_layers

@@ -15,7 +15,7 @@ from qprobe.checkpoint.storage import stored_bytes
 from qprobe.inputs.batch import encode
 from qprobe.loading.inventory import linear_modules
 from qprobe.loading.reference import load_reference
-from qprobe.manifest.manifest import read_manifest
+from qprobe.manifest.read import read_manifest
 from qprobe.report.write import write_report
 from qprobe.runs.store import read_scan
 from qprobe.runs.table import read_table

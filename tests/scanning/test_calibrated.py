@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qprobe.errors import QprobeError
-from qprobe.manifest.manifest import read_manifest
+from qprobe.manifest.read import read_manifest
 from qprobe.runs.store import read_scan
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import TinyFolder, options

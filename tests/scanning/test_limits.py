@@ -11,7 +11,7 @@ import pytest
 
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.errors import BudgetError
-from qprobe.manifest.manifest import read_manifest
+from qprobe.manifest.read import read_manifest
 from qprobe.runs.store import read_scan
 from qprobe.runs.table import read_table
 from qprobe.scanning.scan import scan

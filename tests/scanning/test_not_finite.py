@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from qprobe.errors import SampleError
-from qprobe.manifest.manifest import read_manifest
+from qprobe.manifest.read import read_manifest
 from qprobe.runs.store import read_units
 from qprobe.runs.table import read_table
 from qprobe.scanning.scan import scan

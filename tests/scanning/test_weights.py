@@ -23,7 +23,7 @@ from qprobe.formats.chunks import dequantized_parts, row_parts
 from qprobe.formats.nf4 import Nf4
 from qprobe.loading.inventory import linear_modules
 from qprobe.loading.reference import load_reference
-from qprobe.manifest.manifest import read_manifest
+from qprobe.manifest.read import read_manifest
 from qprobe.measure import files
 from qprobe.measure.weights import error_sums
 from qprobe.models.headers import SINGLE

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 
 from qprobe.errors import BudgetError, QprobeError, RunError
-from qprobe.manifest.manifest import Quality, read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Quality
+from qprobe.manifest.write import write_manifest
 from qprobe.records import Inventory
 from qprobe.runs.store import choice_stage, write_unit
 from qprobe.runs.table import layer_table, read_table, write_table

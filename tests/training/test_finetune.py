@@ -18,7 +18,8 @@ from qprobe.cli import main
 from qprobe.data.conversations import read_conversations
 from qprobe.errors import MachineError, ManifestError, QprobeError, RunError, SampleError
 from qprobe.inputs.encoding import encode_conversations
-from qprobe.manifest.manifest import read_manifest, write_manifest
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.write import write_manifest
 from qprobe.options import FinetuneOptions, Progress, no_progress
 from qprobe.training import finetune as library
 from qprobe.training.bases import load_finetuned

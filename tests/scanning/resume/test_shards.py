@@ -17,7 +17,7 @@ import pytest
 
 from qprobe.errors import MachineError, RunError
 from qprobe.loading.spread import device_of
-from qprobe.manifest.manifest import read_manifest
+from qprobe.manifest.read import read_manifest
 from qprobe.runs import store
 from qprobe.runs.shards import entered, finishing
 from qprobe.runs.store import read_scan
@@ -96,7 +96,7 @@ def test_a_locked_file_is_open_for_whatever_a_network_file_system_asks(
         wanted = os.O_RDONLY if operation & fcntl.LOCK_SH else os.O_WRONLY
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE not in (wanted, os.O_RDWR):
             raise OSError(errno.EBADF, "Bad file descriptor")
-        raise BlockingIOError
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(fcntl, "flock", of_nfs)
     shard = Shard(0, 2) if kind == fcntl.LOCK_SH else Shard()

@@ -1,0 +1,96 @@
+"""What a manifest holds, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qprobe.records import CodesFile, FormatSpec, ModelIdentity, Uncovered
+
+# Names of two lists among those compared.
+NOTHING = "nothing kept"
+NEAREST = "standard 4-bit: rounded to nearest, nothing kept"  # compared with calibrated weights
+
+
+@dataclass(frozen=True)
+class ManifestBudget:
+    """requested: as typed ("+10%"); the rest in bytes of every parameter and persistent buffer as stored."""
+
+    requested: str
+    limit_bytes: int
+    total_bytes: int
+    standard_4bit_bytes: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """KL divergence to the 16-bit model in nats per answer token; None where not measured."""
+
+    samples: int | None = None
+    kl_standard_4bit: float | None = None
+    kl_dynamic: float | None = None
+    kl_predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One list that was measured on the held-out samples; kl and its standard error kl_se as in `Quality`."""
+
+    name: str
+    total_bytes: int
+    kl: float | None
+    kl_se: float | None
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One linear and its precision. shape: (out_features, in_features); bytes: of the weight as stored."""
+
+    name: str
+    checkpoint_name: str
+    shape: tuple[int, int]
+    precision: str
+    bytes: int
+    sensitivity_kl: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """qprobe: its version; time: ISO 8601 with offset."""
+
+    qprobe: str
+    command: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `skiplist.json` holds, except its schema version.
+
+    compared: the lists that this one was chosen among by measured KL; empty where nothing was measured.
+    layers: every linear in execution order. skip_modules: the exact names of those in 16-bit, in that order.
+    codes: the file with the calibrated weights, its path from the manifest's folder; None for other formats.
+    """
+
+    model: ModelIdentity
+    format: FormatSpec
+    budget: ManifestBudget
+    quality: Quality
+    compared: tuple[Compared, ...] = field(default=(), kw_only=True)
+    layers: tuple[LayerChoice, ...]
+    uncovered: tuple[Uncovered, ...]
+    skip_modules: tuple[str, ...]
+    made_by: MadeBy
+    codes: CodesFile | None = None
+
+
+def moved(manifest: Manifest, origin: Path, target: Path) -> Manifest:
+    """`manifest` of the folder `origin` as it must read in `target`: the codes stay where they are."""
+    if manifest.codes is None:
+        return manifest
+    file = (Path(origin) / manifest.codes.file).resolve()
+    path = os.path.relpath(file, Path(target).resolve()).replace(os.sep, "/")
+    return replace(manifest, codes=replace(manifest.codes, file=path))
