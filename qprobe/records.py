@@ -148,8 +148,9 @@ class Linear:
     name: module name in the running transformers. checkpoint_name: its name in the files.
     tower: "vision", "projector", "cross_attention", "language" or "other".
     group: layers that must change precision together (q/k/v, gate/up); the layer's own name if alone.
-    shape: (out_features, in_features). bytes_4bit, bytes_16bit: of the weight alone; a weight tied to an
-        embedding is counted here and not in the inventory's other_bytes.
+    shape: (out_features, in_features), with the number of experts before them where they share one weight.
+    bytes_4bit, bytes_16bit: of the weight alone; a weight tied to an embedding is counted here and not in the
+        inventory's other_bytes.
     fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied", "kept in float32 by transformers"),
         or None.
     reads: the kind of tokens it reads.
@@ -159,7 +160,7 @@ class Linear:
     checkpoint_name: str
     tower: str
     group: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bytes_4bit: int
     bytes_16bit: int
     fixed: str | None = None
@@ -167,11 +168,16 @@ class Linear:
 
     @property
     def out_features(self) -> int:
-        return self.shape[0]
+        return self.shape[-2]
 
     @property
     def in_features(self) -> int:
-        return self.shape[1]
+        return self.shape[-1]
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts share the weight; None for a plain linear."""
+        return self.shape[0] if len(self.shape) == 3 else None
 
 
 @dataclass(frozen=True)

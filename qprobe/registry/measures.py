@@ -16,7 +16,7 @@ Kind = Literal["text", "count", "number"]
 Unit = Literal["weights", "batch"]
 """What one unit of a stage covers: weights (of the model, or of one file of it), or one batch of samples."""
 Need = Literal["samples", "head", "independent samples", "two nodes"]
-Aggregate = Literal["nmse", "sqnr_db", "max", "sum", "mean", "kl_share"]
+Aggregate = Literal["nmse", "sqnr_db", "peak", "kl_share"]
 """How a layer's value follows from its rows; `qprobe.runs.aggregates` has the functions."""
 
 
@@ -37,10 +37,10 @@ class Stage:
 class Column:
     """One number per layer: a column of layers.csv, and how it is shown.
 
-    aggregate, over: how the number follows from the columns of the stage that begin with `over` ("nmse" of
-        "activation_" is activation_noise over activation_signal), or from the column `over` itself.
+    aggregate, over: how the number follows from the stage's columns that begin with `over` ("nmse" of
+        "activation_" is activation_noise over activation_signal), or from the column `over` ("kl_share").
     unit, label, what: as pages and figures show them; heading: above a column of the terminal.
-    better: which end is less damage. adds_up: False for decibels and peaks' logarithms: it cannot choose.
+    better: which end is less damage. adds_up: False for decibels: they cannot choose layers.
     has_error: a column NAME_se with the standard error follows it.
     panel: it is drawn, on a logarithmic axis where is_log. is_shown: the page lists it.
     telling: how well it tells damage, the lowest first: the order of columns beside a score in the terminal;
@@ -143,7 +143,7 @@ WEIGHT = Measure(
             "the same in decibels", better="higher", adds_up=False, panel=False, is_shown=False, telling=None,
         ),
         Column(
-            "weight_peak", "max", "peak", "max |D|", "largest weight error", "weight peak",
+            "weight_peak", "peak", "", "max |D|", "largest weight error", "weight peak",
             "of all weights; D is 4-bit minus 16-bit", panel=False, telling=None,
         ),
     ),
@@ -166,7 +166,7 @@ ACTIVATION = Measure(
             "the same in decibels", better="higher", adds_up=False, panel=False, is_shown=False, telling=None,
         ),
         Column(
-            "activation_peak", "max", "activation_peak", "max |D x|", "largest activation error", "act. peak",
+            "activation_peak", "peak", "activation_", "max |D x|", "largest activation error", "act. peak",
             "of all tokens and outputs", telling=2,
         ),
     ),

@@ -1,14 +1,13 @@
-"""The layer table: what was measured, one row a linear, from the finished units of a run.
+"""The layer table: what was measured, one row per linear, from the finished units of a run.
 
-Every ratio is taken once, of sums over all samples (sum of noise / sum of signal), never as a mean of ratios.
-Sums are `math.fsum`, which rounds once, so neither the order nor the cut of the units changes a digit.
-What was not measured is empty (NaN or NA), never 0.
+Its columns are those that `qprobe.registry.measures` declares, between what a layer is and what it saw; how
+each follows from the rows is in `qprobe.runs.aggregates`. What was not measured is empty (NaN or NA), and
+never 0.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
 from io import StringIO
 from math import fsum, nan
 from pathlib import Path
@@ -18,38 +17,23 @@ import numpy as np
 import pandas as pd
 
 from qprobe.errors import QprobeError, RunError
-from qprobe.records import ErrorSums, Linear
+from qprobe.records import Linear
+from qprobe.registry import measures
+from qprobe.runs.aggregates import LayerRows, aggregated
 from qprobe.runs.layer_rows import Rows, numbers, rows_by_layer
-from qprobe.runs.statistics import ratio_se
-from qprobe.runs.store import read_scan, read_units
+from qprobe.runs.store import STAGE_CALIBRATION, read_scan, read_units
 from qprobe.system.files import write_atomic
 
-_DTYPES = {
-    "layer": "str", "tower": "str", "group": "str",
-    "in_features": "int64", "out_features": "int64", "bytes_4bit": "int64", "bytes_16bit": "int64",
-    "weight_nmse": "float64", "weight_sqnr_db": "float64", "weight_peak": "float64",
-    "activation_nmse": "float64", "activation_sqnr_db": "float64", "activation_peak": "float64",
-    "propagated_nmse": "float64", "sensitivity_kl": "float64", "sensitivity_kl_se": "float64",
-    "samples": "Int64", "tokens": "Int64",
-    "isolated_kl": "float64", "isolated_kl_se": "float64",
-    "rounding": "str",
-}  # fmt: skip
-
-COLUMNS = tuple(_DTYPES)[:-1]
-"""The columns of layers.csv in their order."""
-
-# Came later than the others: a layers.csv without them is read as one in which they were not measured.
-_LATER = ("isolated_kl", "isolated_kl_se")
-
 ROUNDING = "rounding"
-"""A further column, in runs of calibrated weights only: "calibrated", "nearest: " and why, or "" if fixed."""
+"""Of calibrated weights: "calibrated", "nearest: " and why, or "" if fixed; empty in other runs."""
 
-MEASURES = (
-    "weight_nmse", "weight_sqnr_db", "weight_peak",
-    "activation_nmse", "activation_sqnr_db", "activation_peak",
-    "propagated_nmse", "sensitivity_kl", "isolated_kl",
-)  # fmt: skip
-"""The columns that layers can be ranked by."""
+# Before the columns of the measures, and after them.
+_FIRST = {
+    "layer": "str", "tower": "str", "group": "str",
+    "in_features": "int64", "out_features": "int64", "experts": "Int64",
+    "bytes_4bit": "int64", "bytes_16bit": "int64",
+}  # fmt: skip
+_LAST = {ROUNDING: "str", "samples": "Int64", "tokens": "Int64"}
 
 STANDARD = "standard"
 """The choice, in units of the stage "kl", that keeps nothing: standard 4-bit."""
@@ -63,8 +47,14 @@ _PEAK_DTYPES = {
 }
 
 
+def dtypes() -> dict[str, str]:
+    """The columns of layers.csv in their order, each with its pandas dtype."""
+    names = [name for x in measures.columns() for name in (x.name, x.error_name) if name is not None]
+    return {**_FIRST, **dict.fromkeys(names, "float64"), **_LAST}
+
+
 def layer_table(folder: Path) -> pd.DataFrame:
-    """The layer table of the run in `folder`, columns `COLUMNS` (and `ROUNDING`), in execution order.
+    """The layer table of the run in `folder`, columns as `dtypes`, in execution order.
 
     nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
     isolated_kl (the KL with this layer alone in 4-bit, to second order) are in nats per answer token with the
@@ -75,25 +65,23 @@ def layer_table(folder: Path) -> pd.DataFrame:
     """
     scan = read_scan(folder)
     inventory = scan.inventory
-    stages = ("weights", "outputs", "sensitivity", "isolated", "calibration")
-    frames = {stage: read_units(folder, stage) for stage in stages}
-    weights, outputs, sensitivity, isolated, calibration = (
-        rows_by_layer(folder, stage, frame, inventory) for stage, frame in frames.items()
-    )
-    answers = {stage: answer_tokens(frames[stage]) for stage in ("sensitivity", "isolated")}
-    columns = (*COLUMNS, ROUNDING) if scan.format.is_calibrated else COLUMNS
-    rows = [
-        {
-            **_static(layer),
-            **_weight_measures(weights.get(layer.name)),
-            **_output_measures(outputs.get(layer.name)),
-            **_kl_share("sensitivity_kl", sensitivity.get(layer.name), answers["sensitivity"]),
-            **_kl_share("isolated_kl", isolated.get(layer.name), answers["isolated"]),
-            ROUNDING: _rounding(layer, calibration.get(layer.name)),
-        }
-        for layer in inventory.layers
-    ]
-    return pd.DataFrame(rows, columns=pd.Index(columns)).astype({name: _DTYPES[name] for name in columns})
+    names = dict.fromkeys([*(x.stage.name for x in measures.DECLARED), STAGE_CALIBRATION])
+    frames = {name: read_units(folder, name) for name in names}
+    found = {name: rows_by_layer(folder, name, frame, inventory) for name, frame in frames.items()}
+    tokens = {name: answer_tokens(frame) for name, frame in frames.items()}
+    calibration = found[STAGE_CALIBRATION] if scan.format.is_calibrated else None
+    rows = []
+    for layer in inventory.layers:
+        cells = _static(layer)
+        for measure in measures.DECLARED:
+            own = found[measure.stage.name].get(layer.name)
+            for column in measure.columns if own is not None else ():
+                cells |= aggregated(column, LayerRows(own, tokens[measure.stage.name]))
+        cells |= _counts(found["outputs"].get(layer.name))
+        cells[ROUNDING] = "" if calibration is None else _rounding(layer, calibration.get(layer.name))
+        rows.append(cells)
+    kinds = dtypes()
+    return pd.DataFrame(rows, columns=pd.Index(list(kinds))).astype(kinds)
 
 
 def peaks(folder: Path) -> pd.DataFrame:
@@ -150,8 +138,9 @@ def read_table(folder: Path) -> pd.DataFrame:
 
 
 def measured(table: pd.DataFrame) -> tuple[str, ...]:
-    """The columns of `MEASURES` that hold at least one number."""
-    return tuple(name for name in MEASURES if np.any(~np.isnan(numbers(table, name))))
+    """The columns that layers can be ranked by and that hold at least one number."""
+    names = [x.name for x in measures.columns()]
+    return tuple(name for name in names if np.any(~np.isnan(numbers(table, name))))
 
 
 def check_measure(table: pd.DataFrame, by: str) -> None:
@@ -159,7 +148,7 @@ def check_measure(table: pd.DataFrame, by: str) -> None:
     names = measured(table)
     if by in names:
         return
-    what = "was not measured in this run" if by in MEASURES else "is no measure"
+    what = "was not measured in this run" if measures.column(by) else "is no measure"
     mend = f"Measured are {', '.join(names)}." if names else "Nothing is measured yet: run the scan first."
     raise QprobeError(f"{by!r} {what}, so layers cannot be ranked by it. {mend}")
 
@@ -167,14 +156,16 @@ def check_measure(table: pd.DataFrame, by: str) -> None:
 def rank_table(table: pd.DataFrame, by: str, top: int | None = None) -> pd.DataFrame:
     """The rows of `table` from the most damaged layer to the least, indexed by rank from 1.
 
-    by: a measured column of `MEASURES`; decibels rank from the lowest, all else from the highest. Layers
-    without a value come last, equal ones in execution order. top: how many rows; None for all.
+    by: a measured column of a measure. Layers without a value come last, equal ones in execution order.
+    top: how many rows; None for all.
     Raises QprobeError if `by` is no measured column or `top` is below 1.
     """
     check_measure(table, by)
     if top is not None and top < 1:
         raise QprobeError(f"--top {top} shows no layer. Pass 1 or more.")
-    ranked = table.sort_values(by, ascending=by.endswith("_db"), kind="stable", na_position="last")
+    column = measures.column(by)
+    assert column is not None, "checked above"
+    ranked = table.sort_values(by, ascending=column.better == "higher", kind="stable", na_position="last")
     ranked.index = pd.RangeIndex(1, len(ranked) + 1, name="rank")
     return ranked if top is None else ranked.head(top)
 
@@ -203,7 +194,9 @@ def finite_answers(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def answer_tokens(rows: pd.DataFrame) -> dict[str, int]:
-    """Answer tokens by sample in `rows` of the stage "sensitivity" or "isolated"; only where it has any."""
+    """Answer tokens by sample in `rows` of a stage, where it has any; empty for a stage without answers."""
+    if "answer_tokens" not in rows:
+        return {}
     found = dict(zip(rows["sample"], rows["answer_tokens"].tolist(), strict=True))
     return {str(sample): int(count) for sample, count in found.items() if count > 0}
 
@@ -244,15 +237,11 @@ def _parse(text: str) -> pd.DataFrame:
     pandas 3 warns of that option.
     """
     header, *body = csv.reader(StringIO(text, newline=""))
-    core = [x for x in COLUMNS if x not in _LATER]
-    if [x for x in header if x not in (*_LATER, ROUNDING)] != core:
+    kinds = dtypes()
+    if header != list(kinds):
         raise ValueError(f"its columns are {', '.join(header)[:100]}")
     found = dict(zip(header, zip(*body, strict=True), strict=True))
-    kinds = {name: _DTYPES[name] for name in (*COLUMNS, ROUNDING) if name in COLUMNS or name in header}
-    cells = {
-        name: [_cell(kind, value) for value in found.get(name, ("",) * len(body))]
-        for name, kind in kinds.items()
-    }
+    cells = {name: [_cell(kind, value) for value in found.get(name, ())] for name, kind in kinds.items()}
     return pd.DataFrame(cells, columns=pd.Index(list(kinds))).astype(kinds)
 
 
@@ -273,51 +262,18 @@ def _static(layer: Linear) -> dict[str, Any]:
         "group": layer.group,
         "in_features": layer.in_features,
         "out_features": layer.out_features,
+        "experts": layer.experts,
         "bytes_4bit": layer.bytes_4bit,
         "bytes_16bit": layer.bytes_16bit,
     }
 
 
-def _weight_measures(rows: Rows | None) -> dict[str, Any]:
-    if rows is None:
+def _counts(outputs: Rows | None) -> dict[str, int | None]:
+    """How many samples and tokens the layer saw."""
+    if outputs is None:
         return {}
-    sums = _pooled(rows, "")
-    peak = max(rows["peak"].tolist()) if sums.n else nan
-    return {"weight_nmse": sums.nmse, "weight_sqnr_db": sums.sqnr_db, "weight_peak": peak}
-
-
-def _output_measures(rows: Rows | None) -> dict[str, Any]:
-    if rows is None:
-        return {}
-    activation, propagated = _pooled(rows, "activation_"), _pooled(rows, "propagated_")
-    peak = _peak(rows)
-    tokens = rows["tokens"]
-    return {
-        "activation_nmse": activation.nmse,
-        "activation_sqnr_db": activation.sqnr_db,
-        "activation_peak": peak["activation_peak"] if peak else nan,
-        "propagated_nmse": propagated.nmse,
-        "samples": int(np.count_nonzero(tokens)) or None,
-        "tokens": int(tokens.sum()) or None,
-    }
-
-
-def _kl_share(column: str, rows: Rows | None, tokens: Mapping[str, int]) -> dict[str, Any]:
-    """What the layer of `rows` adds to the KL per answer token of all samples in `tokens`.
-
-    Where the layer did not run on a sample it adds nothing; samples on which it is not finite are left out.
-    """
-    if rows is None:
-        return {}
-    finite = np.isfinite(rows["kl_sum"]) & (rows["answer_tokens"] > 0)
-    found = dict(zip(rows["sample"][finite], rows["kl_sum"][finite].tolist(), strict=True))
-    if not found:
-        return {}
-    broken = set(rows["sample"]) - found.keys()
-    counted = {sample: count for sample, count in tokens.items() if sample not in broken}
-    kl = [found.get(sample, 0.0) for sample in counted]
-    share = fsum(kl) / sum(counted.values())
-    return {column: share, f"{column}_se": ratio_se(kl, list(counted.values()))}
+    tokens = outputs["tokens"]
+    return {"samples": int(np.count_nonzero(tokens)) or None, "tokens": int(tokens.sum()) or None}
 
 
 def _rounding(layer: Linear, rows: Rows | None) -> str:
@@ -325,13 +281,6 @@ def _rounding(layer: Linear, rows: Rows | None) -> str:
         return ""
     why = "it never ran on these samples" if rows is None else str(rows["why"][0])
     return f"nearest: {why}" if why else "calibrated"
-
-
-def _pooled(rows: Rows, prefix: str) -> ErrorSums:
-    """The sums of the columns `prefix`n, signal, noise over the rows where they were measured and finite."""
-    n, signal, noise = (rows[f"{prefix}{name}"] for name in ("n", "signal", "noise"))
-    good = (n > 0) & np.isfinite(signal) & np.isfinite(noise)
-    return ErrorSums(int(n[good].sum()), fsum(signal[good].tolist()), fsum(noise[good].tolist()))
 
 
 def _peak(rows: Rows | None) -> dict[str, Any] | None:

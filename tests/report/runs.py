@@ -13,9 +13,9 @@ from qprobe.selection.select import select
 from tests.report.tables import layer_table
 
 COLUMNS = (
-    "layer tower group in_features out_features bytes_4bit bytes_16bit weight_nmse weight_sqnr_db "
+    "layer tower group in_features out_features experts bytes_4bit bytes_16bit weight_nmse weight_sqnr_db "
     "weight_peak activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl "
-    "sensitivity_kl_se samples tokens"
+    "sensitivity_kl_se isolated_kl isolated_kl_se rounding samples tokens"
 ).split()
 
 

@@ -42,4 +42,6 @@ def layer_table(count: int, spikes: dict[int, float] | None = None) -> pd.DataFr
     table["weight_peak"] = 0.01
     table["sensitivity_kl_se"] = 0.1 * table["sensitivity_kl"]
     table["samples"], table["tokens"] = 24, 2_400
+    table["experts"], table["rounding"] = pd.NA, ""
+    table["isolated_kl"], table["isolated_kl_se"] = np.nan, np.nan
     return table

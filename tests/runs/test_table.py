@@ -1,5 +1,6 @@
 """The layer table: pooled sums, unknown is empty, the cut of the units changes nothing."""
 
+from dataclasses import replace
 from math import inf, nan, sqrt
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from qprobe.errors import QprobeError, RunError
 from qprobe.runs.store import update_scan
 from qprobe.runs.table import (
-    COLUMNS,
     attribution_residual,
+    dtypes,
     layer_table,
     left_out,
     peaks,
@@ -30,9 +31,9 @@ def table_of(folder: Path, **units: list[pd.DataFrame]) -> pd.DataFrame:
 def test_rows_are_the_linears_in_execution_order_with_the_contracts_columns(tmp_path: Path):
     table = layer_table(make_run(tmp_path / "run"))
     assert " ".join(table.columns) == (
-        "layer tower group in_features out_features bytes_4bit bytes_16bit weight_nmse weight_sqnr_db "
-        "weight_peak activation_nmse activation_sqnr_db activation_peak propagated_nmse sensitivity_kl "
-        "sensitivity_kl_se samples tokens isolated_kl isolated_kl_se"
+        "layer tower group in_features out_features experts bytes_4bit bytes_16bit weight_nmse "
+        "weight_sqnr_db weight_peak activation_nmse activation_sqnr_db activation_peak propagated_nmse "
+        "sensitivity_kl sensitivity_kl_se isolated_kl isolated_kl_se rounding samples tokens"
     )
     assert table["layer"].tolist() == ["model.a", "model.q", "model.k", "model.b", "lm_head"]
     b = table.set_index("layer").loc["model.b"]
@@ -41,19 +42,22 @@ def test_rows_are_the_linears_in_execution_order_with_the_contracts_columns(tmp_
 
 def test_what_was_not_measured_is_empty_never_zero(tmp_path: Path):
     run = make_run(tmp_path / "run")
-    assert layer_table(run)[list(COLUMNS[7:])].isna().all(axis=None)
+    columns = list(dtypes())
+    assert layer_table(run)[columns[8:]].replace("", pd.NA).isna().all(axis=None)
     lines = write_table(run).read_text().splitlines()
-    assert lines[1] == "model.a,language,model.a,64,64,2116,8192" + "," * (len(COLUMNS) - 7)
+    assert lines[1] == "model.a,language,model.a,64,64,,2116,8192" + "," * (len(columns) - 8)
 
 
-def test_a_table_from_before_isolated_kl_reads_as_one_without_it(tmp_path: Path):
-    run = make_run(tmp_path / "run", sensitivity=[rows("sensitivity", ("s", "model.a", 2, 1.0))])
-    path = write_table(run)
-    lines = [line.split(",") for line in path.read_text().splitlines()]
-    place = lines[0].index("isolated_kl")
-    path.write_text("".join(",".join(x[:place] + x[place + 2 :]) + "\n" for x in lines))
-    table = read_table(run)
-    assert table["sensitivity_kl"][0] == 0.5 and table["isolated_kl"].isna().all()
+def test_a_weight_that_experts_share_has_their_number_beside_its_features(tmp_path: Path):
+    layer = replace(linear("model.experts"), shape=(8, 64, 128))
+    row = layer_table(make_run(tmp_path / "run", inventory_of(layer))).iloc[0]
+    assert (row["experts"], row["out_features"], row["in_features"]) == (8, 64, 128)
+    assert (
+        write_table(tmp_path / "run")
+        .read_text()
+        .splitlines()[1]
+        .startswith("model.experts,language,model.experts,128,64,8,")
+    )
 
 
 def test_nmse_pools_sums_over_samples_before_dividing(tmp_path: Path):

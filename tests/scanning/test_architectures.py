@@ -25,9 +25,9 @@ from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
 
 # The contract of layers.csv, written out.
 COLUMNS = (
-    "layer,tower,group,in_features,out_features,bytes_4bit,bytes_16bit,weight_nmse,weight_sqnr_db,weight_peak,"
-    "activation_nmse,activation_sqnr_db,activation_peak,propagated_nmse,sensitivity_kl,sensitivity_kl_se,"
-    "samples,tokens,isolated_kl,isolated_kl_se"
+    "layer,tower,group,in_features,out_features,experts,bytes_4bit,bytes_16bit,weight_nmse,weight_sqnr_db,"
+    "weight_peak,activation_nmse,activation_sqnr_db,activation_peak,propagated_nmse,sensitivity_kl,"
+    "sensitivity_kl_se,isolated_kl,isolated_kl_se,rounding,samples,tokens"
 )
 KEYS = (
     "run layers samples seconds peak_bytes kl_standard_4bit kl_dynamic attribution_residual skiplist verdict "
@@ -58,7 +58,8 @@ def test_the_table_has_a_row_a_linear_in_execution_order(
 def test_everything_is_measured_where_there_is_a_language_head(name: str, scanned: Scanned):
     result, table = scanned(name), read_table(scanned(name).run)
     fixed = {x.name for x in read_scan(result.run).inventory.layers if x.fixed}
-    for column in COLUMNS.split(","):
+    assert table["experts"].isna().all() and (table["rounding"] == "").all()  # of other layers, other runs
+    for column in COLUMNS.replace("experts,", "").split(","):
         empty = set(table.loc[table[column].isna(), "layer"])
         assert empty == (fixed if column.startswith(("sensitivity", "isolated")) else set())
     assert result.kl_standard_4bit is not None and result.kl_standard_4bit > 0
