@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 DEFAULT_BUDGET = "+10%"
-MEASURES = ("weight", "activation", "propagated", "sensitivity")
-"""What `measures` of a scan may name; what runs samples measures activation as well, and all do weight."""
 FOR = ("vllm",)
 """Tools whose fused groups a skip-list can be asked to keep whole."""
 Dtype = Literal["bfloat16", "float16"]

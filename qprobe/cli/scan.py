@@ -9,8 +9,8 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.limits import for_option, limit_options, refuse_two_limits
-from qprobe.options import DEFAULT_BUDGET, MEASURES
-from qprobe.registry import precisions
+from qprobe.options import DEFAULT_BUDGET
+from qprobe.registry import measures, precisions
 from qprobe.system.wording import counted
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ TOP = 10  # layers of the ranking that are shown
     "--measures",
     metavar="NAMES",
     callback=lambda _context, _option, value: _names(value),
-    help=f"What to measure, of {', '.join(MEASURES)}, with commas between them. Weight is always measured, "
-    "and activation with whatever runs samples. weight alone reads the files tensor by tensor, for models "
-    "that fit nowhere.  [default: all]",
+    help=f"What to measure, of {', '.join(measures.names())}, with commas between them. Weight is always "
+    "measured, and activation with whatever runs samples. weight alone reads the files tensor by tensor, "
+    "for models that fit nowhere.  [default: all]",
 )
 @click.option(
     "--nodes",
@@ -114,14 +114,14 @@ def scan(as_json: bool, **asked: Any) -> None:
 
 
 def _names(value: str | None) -> tuple[str, ...] | None:
-    """The measures that were typed, in their order of old; raises BadParameter for one there is not."""
+    """The measures that were typed, in the order of their declaration; raises BadParameter for others."""
     if value is None:
         return None
     typed = {name.strip() for name in value.split(",")}
-    unknown = sorted(typed - {*MEASURES})
+    unknown = sorted(typed - {*measures.names()})
     if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is no measure; name some of {', '.join(MEASURES)}.")
-    return tuple(name for name in MEASURES if name in typed)
+        raise click.BadParameter(f"{unknown[0]!r} is no measure; name some of {', '.join(measures.names())}.")
+    return tuple(name for name in measures.names() if name in typed)
 
 
 def _show(result: ScanResult, asked: Mapping[str, Any]) -> None:

@@ -13,12 +13,11 @@ from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.loading.inventory import fingerprint, has_language_head, list_layers
 from qprobe.loading.reference import SPREAD, Source, load_config, meta_model, one_device, pick_device, resolve
 from qprobe.measure.ablation import ALL, ablated_names, check_ablated
-from qprobe.options import MEASURES as KNOWN_MEASURES
 from qprobe.options import ScanOptions
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
+from qprobe.registry import measures as declared
 from qprobe.runs.shards import entered
 from qprobe.runs.store import differences, read_scan
-from qprobe.runs.table import MEASURES
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import check_budget, parse_size
 from qprobe.selection.groups import grouped_for
@@ -50,10 +49,10 @@ def _check_measures(options: ScanOptions) -> None:
     asked = options.measures
     if asked is None:
         return
-    unknown = [name for name in asked if name not in KNOWN_MEASURES]
+    unknown = [name for name in asked if name not in declared.names()]
     if unknown or not asked:
         what = f"names {unknown[0]!r}, which is no measure" if unknown else "names none"
-        raise QprobeError(f"--measures {what}. Name one or more of {', '.join(KNOWN_MEASURES)}.")
+        raise QprobeError(f"--measures {what}. Name one or more of {', '.join(declared.names())}.")
     if options.max_kl is not None and "sensitivity" not in asked:
         raise QprobeError(
             f"--max-kl chooses by sensitivity, which --measures {','.join(asked)} leaves out. Add it."
@@ -65,19 +64,18 @@ def _check_score(options: ScanOptions) -> None:
     by, asked = options.by, options.measures
     if by is None:
         return
-    adding_up = [name for name in MEASURES if not name.endswith("_db")]
-    if by not in MEASURES:
+    adding_up = [x.name for x in declared.columns() if x.adds_up]
+    measure = declared.measure_of(by)
+    if measure is None:
         raise QprobeError(f"{by!r} is no measure. Choose by one of {', '.join(adding_up)}.")
     if by not in adding_up:
         raise QprobeError(
             f"{by} is in decibels, which do not add up. Choose by {by.replace('sqnr_db', 'nmse')}."
         )
-    needed = (
-        "sensitivity" if by in (SCORE, ISOLATED_KL) else "propagated" if by == "propagated_nmse" else None
-    )
-    if needed is not None and asked is not None and needed not in asked:
+    needed = measure.follows or measure.name
+    if not measure.is_always and asked is not None and needed not in asked:
         raise QprobeError(f"--by {by} needs {needed}, which --measures {','.join(asked)} leaves out. Add it.")
-    if by == ISOLATED_KL and options.nodes < 2:
+    if "two nodes" in measure.needs and options.nodes < 2:
         raise QprobeError(f"--by {by} is measured at the first of two or more nodes. Pass --nodes 2.")
 
 

@@ -84,8 +84,8 @@ def scan(
         the model is too large for one. dtype: of the 16-bit reference.
     by: the score column that chooses; None for the best one measured.
     for_tool: one of `qprobe.options.FOR`, whose fused groups every list keeps whole; None for no tool.
-    measures: which of `qprobe.options.MEASURES` to take; None for all that apply. ["weight"] alone reads the
-        checkpoint tensor by tensor and never loads the model. nodes: of the path attribution.
+    measures: which of `qprobe.registry.measures.names()` to take; None for all that apply. ["weight"] alone
+        reads the checkpoint tensor by tensor and never loads the model. nodes: of the path attribution.
     ablate: measure the KL of single layers as well, two forward passes each: "all", the number of layers to
         take from the head of the sensitivity ranking, or names with commas between them.
     max_memory: the most that the scan may hold on its device, on a CPU in its process, in bytes or as
