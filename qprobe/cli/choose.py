@@ -97,7 +97,7 @@ def _show(run: Path, manifest: Manifest, target: Path, is_bound: bool) -> None:
     from qprobe.report.terminal import kept_text, paragraphs, readable_bytes, table_width, terminal_width
     from qprobe.runs.store import read_scan
     from qprobe.selection.budget import Budget, all_fit
-    from qprobe.selection.select import kept_and_fixed
+    from qprobe.selection.to_manifest import kept_and_fixed
 
     inventory = read_scan(run).inventory
     kept, fixed = kept_and_fixed(manifest, inventory)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def default_score(folder: Path) -> str:
     """The score that chooses by default: of those measured the one that predicts best."""
     from qprobe.runs.table import read_table
-    from qprobe.selection.select import default_measure
+    from qprobe.selection.scores import default_measure
 
     return default_measure(read_table(folder))
 
@@ -61,7 +61,7 @@ def _in_16bit(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(layers that the run's skip-list keeps beyond standard 4-bit, those that standard 4-bit keeps)."""
     from qprobe.manifest.read import read_manifest
     from qprobe.runs.store import read_scan
-    from qprobe.selection.select import kept_and_fixed
+    from qprobe.selection.to_manifest import kept_and_fixed
 
     inventory, path = read_scan(folder).inventory, folder / "skiplist.json"
     if path.is_file():

@@ -17,14 +17,9 @@ from qprobe.runs.statistics import ratio_se
 from qprobe.runs.store import choice_stage, read_units
 from qprobe.runs.table import finite_answers, measured
 from qprobe.selection.budget import Budget
-from qprobe.selection.select import (
-    default_measure,
-    held_out_quality,
-    manifest_of,
-    predictor,
-    skiplists_by,
-)
-from qprobe.selection.solver import SkipList
+from qprobe.selection.scores import ScoredRun, default_measure, predictor, skiplists_by
+from qprobe.selection.skiplist import SkipList
+from qprobe.selection.to_manifest import Proof, held_out_quality, manifest_of
 
 # Of the bytes that 4-bit saves; the budgets that a scan measures on held-out samples are among them.
 SHARES = (
@@ -127,8 +122,9 @@ def measured_kl(folder: Path, skiplist: SkipList) -> KL | None:
 
 def manifest_at(folder: Path, scan: Scan, table: pd.DataFrame, point: Point) -> Manifest:
     """The manifest of `point`, as `qprobe select RUN --budget` gives it."""
-    quality = held_out_quality(folder, scan, point.skiplist)
-    return manifest_of(scan, table, point.skiplist, point.budget, command_at(folder, point), quality)
+    proof = Proof(held_out_quality(folder, scan, point.skiplist))
+    run, command = ScoredRun(scan, table), command_at(folder, point)
+    return manifest_of(run, point.skiplist, point.budget, command, proof)
 
 
 def command_at(folder: Path, point: Point) -> str:
@@ -149,6 +145,6 @@ def reasons(scan: Scan, table: pd.DataFrame, by: str) -> tuple[list[str], list[s
 
     def said(kept: Sequence[str]) -> list[str]:
         skiplist = SkipList(tuple(kept), 0, 0.0, by)
-        return [layer.reason for layer in manifest_of(scan, table, skiplist, budget, "").layers]
+        return [layer.reason for layer in manifest_of(ScoredRun(scan, table), skiplist, budget, "").layers]
 
     return said(()), said(everything)

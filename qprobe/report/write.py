@@ -24,7 +24,7 @@ from qprobe.report.panels import PANELS, taken
 from qprobe.report.payload import page_data
 from qprobe.runs.store import read_scan
 from qprobe.runs.table import layer_table, read_table
-from qprobe.selection.select import predicted_kl
+from qprobe.selection.scores import predicted_kl
 from qprobe.system.files import write_atomic
 
 MANIFEST = "skiplist.json"

@@ -18,10 +18,10 @@ from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.registry import measures as declared
 from qprobe.runs.shards import entered
 from qprobe.runs.store import differences, read_scan
-from qprobe.selection.bound import SCORE
-from qprobe.selection.budget import check_budget, parse_size
-from qprobe.selection.groups import grouped_for
-from qprobe.selection.select import ISOLATED_KL, parse_request
+from qprobe.selection.bound import SCORE, Bound
+from qprobe.selection.budget import parse_size
+from qprobe.selection.request import parse_request
+from qprobe.selection.scores import ISOLATED_KL
 from qprobe.system.processes import Shard
 
 
@@ -29,11 +29,7 @@ def check_options(options: ScanOptions) -> None:
     """Raises QprobeError for what no model can be asked: wrong words, and options that exclude each other."""
     _check_measures(options)
     _check_score(options)
-    grouped_for(Inventory((), (), 0), options.for_tool)
-    if options.budget is not None:
-        check_budget(options.budget)
-    if options.max_kl is not None:
-        parse_request(options.budget, options.max_kl, options.by, 0)
+    parse_request(options.budget, options.max_kl, options.by, options.for_tool)
     if options.max_memory is not None:
         parse_size(options.max_memory)
         if options.device == SPREAD:
@@ -122,7 +118,9 @@ def _outline(source: Source, options: ScanOptions) -> nn.Module | None:
 
 def check_inventory(inventory: Inventory, model: nn.Module, options: ScanOptions) -> None:
     """Raises QprobeError for what this model can never be asked. model: with or without its weights."""
-    parse_request(options.budget, options.max_kl, options.by, inventory.standard_4bit_bytes)
+    limit = parse_request(options.budget, options.max_kl, options.by, options.for_tool).limit
+    if not isinstance(limit, Bound):
+        limit.within(inventory.standard_4bit_bytes)
     if options.ablate is not None:
         check_ablated(options.ablate, inventory)
     kl: dict[str, bool] = {

@@ -29,7 +29,7 @@ from qprobe.runs.store import open_run, read_scan, update_scan
 from qprobe.runs.table import attribution_residual
 from qprobe.scanning.answers import with_answers
 from qprobe.scanning.check import check_inventory, check_model, check_options
-from qprobe.scanning.choose import choose_list
+from qprobe.scanning.choose import HeldOut, choose, scan_command
 from qprobe.scanning.findings import add_notes, write_findings
 from qprobe.scanning.key import run_spec
 from qprobe.scanning.measure import Work, cut_samples, measure_units
@@ -37,6 +37,7 @@ from qprobe.scanning.result import Clock, ScanResult
 from qprobe.scanning.show import show_samples
 from qprobe.scanning.weights import scan_weights
 from qprobe.selection.budget import parse_size
+from qprobe.selection.request import parse_request
 from qprobe.system.processes import Shard, shard_from
 from qprobe.system.wording import counted
 
@@ -174,7 +175,9 @@ def finish(
             layers = ablated_layers(options.ablate, folder)
             measure_ablation(subject, folder, work.calibration, layers, progress)
     with clock.stage("choose"):
-        choice = choose_list(subject, folder, work.held_out, options, progress)
+        request = parse_request(options.budget, options.max_kl, options.by, options.for_tool)
+        held_out = HeldOut(subject, folder, work.held_out, progress)
+        selection = choose(held_out, request, scan_command(options, subject.reference.identity.id))
     peak = most_held(subject)
     # Before the report, which shows it, and again with the time that the report took.
     update_scan(folder, replace(read_scan(folder), status="finished", seconds=clock.seconds, peak_bytes=peak))
@@ -191,12 +194,12 @@ def finish(
         samples=work.samples,
         seconds=clock.seconds,
         peak_bytes=done.peak_bytes,
-        kl_standard_4bit=choice.manifest.quality.kl_standard_4bit,
-        kl_dynamic=choice.manifest.quality.kl_dynamic,
+        kl_standard_4bit=selection.manifest.quality.kl_standard_4bit,
+        kl_dynamic=selection.manifest.quality.kl_dynamic,
         attribution_residual=attribution_residual(folder),
         skiplist=folder / SKIPLIST,
-        verdict=choice.verdict,
-        notes=(*done.notes, *choice.notes),  # the run folder may be asked again, for another choice
+        verdict=selection.verdict,
+        notes=(*done.notes, *selection.notes),  # the run folder may be asked again, for another choice
         streamed_bytes=subject.streamed_bytes,
     )
 

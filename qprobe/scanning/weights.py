@@ -28,14 +28,14 @@ from qprobe.runs.damaged import set_aside_damaged
 from qprobe.runs.needed import units_left
 from qprobe.runs.shards import SKIPLIST, entered, finishing, left_to_others, request_of
 from qprobe.runs.store import missing_units, open_run, read_scan, update_scan, write_unit
-from qprobe.runs.table import read_table
 from qprobe.scanning.check import check_model
 from qprobe.scanning.choose import scan_command
 from qprobe.scanning.findings import write_findings
 from qprobe.scanning.result import Clock, ScanResult
 from qprobe.selection.budget import parse_budget
-from qprobe.selection.groups import grouped_for
-from qprobe.selection.select import manifest_of, skiplist_by
+from qprobe.selection.request import parse_request
+from qprobe.selection.select import asked_skiplist, scored_run
+from qprobe.selection.to_manifest import manifest_of
 from qprobe.system.processes import Shard, shard_from
 from qprobe.system.versions import library_versions
 from qprobe.system.wording import counted, named
@@ -88,7 +88,7 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
     with clock.stage("load"):
         folder = check_model(options, shard)  # before a checkpoint is fetched
         checkpoint = open_checkpoint(options)
-        parse_budget(options.budget or DEFAULT_BUDGET, checkpoint.inventory.standard_4bit_bytes)
+        parse_budget(options.budget or DEFAULT_BUDGET).within(checkpoint.inventory.standard_4bit_bytes)
         record = _record(checkpoint, device)
     with entered(folder, shard):
         open_run(folder, record)
@@ -175,14 +175,11 @@ def _finish(options: ScanOptions, folder: Path, clock: Clock, device: torch.devi
     """The table, the list chosen by it, and the pictures."""
     with clock.stage("choose"):
         write_findings(folder)
-        record, table = read_scan(folder), read_table(folder)
-        grouped = replace(record, inventory=grouped_for(record.inventory, options.for_tool))
-        budget = parse_budget(options.budget or DEFAULT_BUDGET, record.inventory.standard_4bit_bytes)
-        skiplist = skiplist_by(grouped.inventory, table, options.by or SCORE, budget.limit_bytes)
-        write_manifest(
-            folder / SKIPLIST,
-            manifest_of(grouped, table, skiplist, budget, scan_command(options, record.model.id)),
-        )
+        request = parse_request(options.budget, None, options.by or SCORE, options.for_tool)
+        run, record = scored_run(folder, request), read_scan(folder)
+        skiplist, budget = asked_skiplist(run, request)
+        command = scan_command(options, record.model.id)
+        write_manifest(folder / SKIPLIST, manifest_of(run, skiplist, budget, command))
     done = replace(record, status="finished", seconds=clock.seconds, peak_bytes=peak_bytes(device))
     update_scan(folder, done)  # before the report, which shows it
     with clock.stage("report"):

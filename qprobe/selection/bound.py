@@ -11,7 +11,7 @@ from qprobe.errors import BudgetError
 from qprobe.records import Inventory
 from qprobe.selection.budget import Budget
 from qprobe.selection.damage import Damage, fewest_bytes, least_damage
-from qprobe.selection.solver import SkipList
+from qprobe.selection.skiplist import SkipList
 
 SCORE = "sensitivity_kl"  # the one column that predicts a KL
 MOST_LISTS = 6  # measured at most; each halves what is not known, so the last step is 3 % of the range

@@ -1,4 +1,4 @@
-"""What a user may type as a memory budget, in bytes."""
+"""What a user may type as a memory budget: a typed value, which becomes bytes once the inventory is known."""
 
 from __future__ import annotations
 
@@ -29,24 +29,61 @@ class Budget:
     limit_bytes: int
 
 
-def parse_budget(text: str, standard_4bit_bytes: int) -> Budget:
-    """The budget that `text` asks for, rounded down to a byte.
+@dataclass(frozen=True)
+class RelativeBudget:
+    """A share of standard 4-bit on top of it, such as +10%. requested: as typed."""
 
-    "+10%" and "+690MiB" are counted from `standard_4bit_bytes`, "7.3GiB" and "7900000000" are totals;
+    requested: str
+    percent: Fraction
+
+    def within(self, standard_4bit_bytes: int) -> Budget:
+        """The budget in bytes, rounded down."""
+        extra = int(self.percent * standard_4bit_bytes / 100)
+        return Budget(self.requested, standard_4bit_bytes + extra)
+
+
+@dataclass(frozen=True)
+class ExtraBytes:
+    """Bytes on top of standard 4-bit, such as +690MiB. requested: as typed."""
+
+    requested: str
+    extra_bytes: int
+
+    def within(self, standard_4bit_bytes: int) -> Budget:
+        """The budget in bytes."""
+        return Budget(self.requested, standard_4bit_bytes + self.extra_bytes)
+
+
+@dataclass(frozen=True)
+class TotalBytes:
+    """Bytes of the whole model, such as 7.3GiB. requested: as typed."""
+
+    requested: str
+    total_bytes: int
+
+    def within(self, standard_4bit_bytes: int) -> Budget:
+        """The budget in bytes; raises BudgetError if it is below `standard_4bit_bytes`."""
+        if self.total_bytes < standard_4bit_bytes:
+            asked = f"{self.requested!r} ({self.total_bytes:,} bytes)"
+            raise BudgetError(below_standard(asked, standard_4bit_bytes))
+        return Budget(self.requested, self.total_bytes)
+
+
+AskedBudget = RelativeBudget | ExtraBytes | TotalBytes
+"""A budget as it was asked for; `within` makes bytes of it once the inventory is known."""
+
+
+def parse_budget(text: str) -> AskedBudget:
+    """The budget that `text` asks for, see `_FORMS`; bytes are rounded down.
+
     KB, MB, GB are powers of 1000 and KiB, MiB, GiB of 1024, in any case.
-    Raises BudgetError if it cannot be read or is below `standard_4bit_bytes`.
+    Raises BudgetError if it cannot be read.
     """
     plus, number, unit = _budget_parts(text)
-    amount = number * standard_4bit_bytes / 100 if unit == "%" else number * _UNITS[unit]
-    limit_bytes = int(amount) + (standard_4bit_bytes if plus else 0)
-    if limit_bytes < standard_4bit_bytes:
-        raise BudgetError(below_standard(f"{text!r} ({limit_bytes:,} bytes)", standard_4bit_bytes))
-    return Budget(text.strip(), limit_bytes)
-
-
-def check_budget(text: str) -> None:
-    """Raises BudgetError if `text` is a budget of no model, as `parse_budget` does."""
-    _budget_parts(text)
+    if unit == "%":
+        return RelativeBudget(text.strip(), number)
+    asked_bytes = int(number * _UNITS[unit])
+    return ExtraBytes(text.strip(), asked_bytes) if plus else TotalBytes(text.strip(), asked_bytes)
 
 
 def _budget_parts(text: str) -> tuple[bool, Fraction, str]:

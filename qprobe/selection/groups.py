@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from qprobe.errors import QprobeError
 from qprobe.models.family import GENERIC
 from qprobe.models.towers import fused_group
-from qprobe.options import FOR
 from qprobe.records import Inventory
 
 
@@ -16,12 +14,10 @@ def grouped_for(inventory: Inventory, tool: str | None) -> Inventory:
     """`inventory` with the groups of `tool`, one of FOR, so that a skip-list keeps them whole; None as it is.
 
     What is fixed in 16-bit is no part of any skip-list: with a fixed member a group may still be split, which
-    exporting then says. Raises QprobeError for another tool.
+    exporting then says.
     """
     if tool is None:
         return inventory
-    if tool not in FOR:
-        raise QprobeError(f"--for {tool!r} is no tool whose groups are known. Pass one of {', '.join(FOR)}.")
     names = frozenset(x.name for x in inventory.layers)
     fused = GENERIC.engines[tool].fused.values()
     layers = tuple(replace(x, group=fused_group(x.name, names, fused)) for x in inventory.layers)

@@ -46,7 +46,7 @@ def check_target(run: Path, target: Path) -> None:
         raise RunError(
             f"{target} is no place for a skip-list: the run's own files lie there. Pass a .json name."
         )
-    if not target.exists() or target.name == FILE:  # a broken list is what select makes anew
+    if not target.exists() or target.name == FILE:  # a broken list is what select makes again
         return
     is_copy = in_run and target.name == _copy(Path(FILE), _MEASURED).name
     if not is_copy and _manifest(target) is not None:
@@ -97,7 +97,13 @@ def _again(run: Path, target: Path, manifest: Manifest) -> str | None:
         return None
     try:
         bound = float(asked["--max-kl"]) if "--max-kl" in asked else None
-        made = select(run, asked.get("--budget"), asked.get("--by"), bound, asked.get("--for"))
+        made = select(
+            run,
+            asked.get("--budget"),
+            by=asked.get("--by"),
+            max_kl=bound,
+            for_tool=asked.get("--for"),
+        )
     except (QprobeError, ValueError):
         return None
     if moved(replace(made, made_by=manifest.made_by), run, target.parent) != manifest:

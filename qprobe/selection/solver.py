@@ -1,124 +1,87 @@
-"""Which layers to keep in 16-bit: the best choice under a limit in bytes, and the cheapest for a score."""
+"""Which precision each item takes: the least damage within a limit, or the fewest bytes for a damage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite
+from math import fsum
 
-from qprobe.errors import BudgetError
-from qprobe.records import Inventory, Linear
-from qprobe.selection.budget import below_standard
 from qprobe.selection.knapsack import knapsack
 
-# `smallest_skiplist` counts scores as integers: the largest becomes 2**44, so that 2**18 of them add up
-# below 2**62.
-_SCORE_STEPS = 2**44
+# `fewest_bytes` counts damages as integers: the largest becomes 2**44, so that 2**18 of them add up below
+# 2**62.
+_DAMAGE_STEPS = 2**44
 
 
 @dataclass(frozen=True)
-class SkipList:
-    """Which layers stay in 16-bit.
+class Option:
+    """One precision that an item can take. size_bytes: of the whole item; damage: what it costs, any unit."""
 
-    kept: names in execution order, fixed layers (in 16-bit anyway) not among them. total_bytes: of the whole
-    model. score: sum of the scores of `kept`. by: the column the scores came from.
-    """
-
-    kept: tuple[str, ...]
-    total_bytes: int
-    score: float
-    by: str
+    size_bytes: int
+    damage: float
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A group that moves whole. cost_bytes: what 16-bit takes more than 4-bit."""
+class Item:
+    """Layers that take one precision together. options: the precisions, the fewest bits first."""
 
     names: tuple[str, ...]
-    cost_bytes: int
-    score: float
+    options: tuple[Option, ...]
 
 
-def best_skiplist(inventory: Inventory, scores: Mapping[str, float], limit_bytes: int, by: str) -> SkipList:
-    """The skip-list with the greatest score whose total is at most `limit_bytes`.
+def least_damage(items: Sequence[Item], limit_bytes: int) -> tuple[int, ...]:
+    """For each item the number of the option it takes, so that damages sum to the least within `limit_bytes`.
 
-    scores: by layer name. The layers of a group are kept together or not at all; a group is never kept if a
-    layer of it has no score (absent or not finite) or its scores sum to 0 or less.
-    Raises BudgetError if `limit_bytes` is below standard 4-bit.
+    Required: damages are finite and add up over items. Exactly two options per item, since the search
+    (`qprobe.selection.knapsack`) decides yes or no for each; more options need another search behind this
+    signature, a knapsack that takes one of several from each item. The first option of every item fits
+    `limit_bytes` together. An item takes its second option only where that does less damage.
     """
-    (skiplist,) = best_skiplists(inventory, scores, [limit_bytes], by)
-    return skiplist
+    free, paid = _free_and_paid(items)
+    base = sum(x.options[0].size_bytes for x in items) + sum(_cost(items[i]) for i in free)
+    costs, values = [_cost(items[i]) for i in paid], [_gain(items[i]) for i in paid]
+    better = {*free, *(paid[i] for i in knapsack(costs, values, limit_bytes - base))}
+    return tuple(int(i in better) for i in range(len(items)))
 
 
-def best_skiplists(
-    inventory: Inventory, scores: Mapping[str, float], budgets: Sequence[int], by: str
-) -> list[SkipList]:
-    """`best_skiplist` for each limit in bytes of `budgets`, in their order."""
-    standard = inventory.standard_4bit_bytes
-    if budgets and min(budgets) < standard:
-        raise BudgetError(below_standard(f"{min(budgets):,} bytes", standard))
-    free, paid = _free_and_paid(inventory, scores)
-    costs, values = [x.cost_bytes for x in paid], [x.score for x in paid]
-    base = standard + sum(x.cost_bytes for x in free)
-    return [
-        _skiplist(inventory, scores, [*free, *(paid[i] for i in knapsack(costs, values, limit - base))], by)
-        for limit in budgets
-    ]
+def fewest_bytes(items: Sequence[Item], spared: float) -> tuple[int, ...]:
+    """For each item the number of the option it takes, for the fewest bytes that spare the damage `spared`.
 
-
-def smallest_skiplist(
-    inventory: Inventory, scores: Mapping[str, float], target_score: float, by: str
-) -> SkipList:
-    """The skip-list with the fewest bytes whose score is at least `target_score`.
-
-    The score may fall short by 2**-43 of the largest score for each layer, so that rounding never makes the
-    score of a list a target which that list misses.
-    Raises BudgetError if every layer together scores less.
+    spared: of the damage with the first option everywhere; at most what can be spared (`most_spared`). It may
+    be missed by 2**-43 of the largest gain for each item, so that rounding never makes what a choice spares a
+    target which that choice misses. Required: as of `least_damage`.
     """
-    free, paid = _free_and_paid(inventory, scores)
-    most = fsum(x.score for x in (*free, *paid))
-    if target_score > most * (1 + 1e-12):
-        raise BudgetError(
-            f"All layers in 16-bit score {most:.6g} by {by}, less than the {target_score:.6g} asked for. "
-            "Ask for less."
-        )
-    if not paid:
-        return _skiplist(inventory, scores, free, by)
-    # What goes to 4-bit is a knapsack itself: the most bytes saved for at most the score that can be spared.
-    largest = max(x.score for x in paid)  # scores are divided by it first: the smallest have no 2**-44th part
-    losses = [round(x.score / largest * _SCORE_STEPS) for x in paid]
-    needed = max(0.0, target_score - fsum(x.score for x in free)) / largest * _SCORE_STEPS
-    spare = sum(losses) - max(0, round(needed) - len(paid))
-    given_up = set(knapsack(losses, [float(x.cost_bytes) for x in paid], max(0, spare)))
-    kept = [x for i, x in enumerate(paid) if i not in given_up]
-    return _skiplist(inventory, scores, [*free, *kept], by)
+    free, paid = _free_and_paid(items)
+    better = set(free)
+    if paid:
+        # What takes its first option is a knapsack itself: the most bytes saved for the damage to be spared.
+        gains = [_gain(items[i]) for i in paid]
+        largest = max(gains)  # gains are divided by it first: the smallest have no 2**-44th part
+        losses = [round(gain / largest * _DAMAGE_STEPS) for gain in gains]
+        needed = max(0.0, spared - fsum(_gain(items[i]) for i in free)) / largest * _DAMAGE_STEPS
+        spare = sum(losses) - max(0, round(needed) - len(paid))
+        given_up = set(knapsack(losses, [float(_cost(items[i])) for i in paid], max(0, spare)))
+        better |= {item for i, item in enumerate(paid) if i not in given_up}
+    return tuple(int(i in better) for i in range(len(items)))
 
 
-def is_scored(layer: Linear, scores: Mapping[str, float]) -> bool:
-    """True if `layer` can be ranked: it is not fixed and has a finite score."""
-    return layer.fixed is None and isfinite(scores.get(layer.name, float("nan")))
+def most_spared(items: Sequence[Item]) -> float:
+    """The damage that is spared where every item takes its better option."""
+    return fsum(max(0.0, _gain(x)) for x in items)
 
 
-def _free_and_paid(inventory: Inventory, scores: Mapping[str, float]) -> tuple[list[_Item], list[_Item]]:
-    """The groups worth keeping: those too small for 4-bit to save bytes, and the others."""
-    groups: dict[str, list[Linear]] = {}
-    for layer in inventory.layers:
-        if layer.fixed is None:
-            groups.setdefault(layer.group, []).append(layer)
-    items = [
-        _Item(
-            tuple(x.name for x in group),
-            sum(x.bytes_16bit - x.bytes_4bit for x in group),
-            fsum(scores[x.name] for x in group),
-        )
-        for group in groups.values()
-        if all(is_scored(x, scores) for x in group)
-    ]
-    worth = [x for x in items if x.score > 0]
-    return [x for x in worth if x.cost_bytes <= 0], [x for x in worth if x.cost_bytes > 0]
+def _free_and_paid(items: Sequence[Item]) -> tuple[list[int], list[int]]:
+    """The items whose second option does less damage: those where it costs no bytes, and the others."""
+    assert all(len(x.options) == 2 for x in items), "two options per item"
+    worth = [i for i, x in enumerate(items) if _gain(x) > 0]
+    return [i for i in worth if _cost(items[i]) <= 0], [i for i in worth if _cost(items[i]) > 0]
 
 
-def _skiplist(inventory: Inventory, scores: Mapping[str, float], items: Sequence[_Item], by: str) -> SkipList:
-    names = frozenset(name for item in items for name in item.names)
-    kept = tuple(x.name for x in inventory.layers if x.name in names)
-    return SkipList(kept, inventory.total_bytes(names), fsum(scores[name] for name in kept), by)
+def _cost(item: Item) -> int:
+    """What the second option takes more bytes than the first."""
+    return item.options[1].size_bytes - item.options[0].size_bytes
+
+
+def _gain(item: Item) -> float:
+    """What the second option does less damage than the first."""
+    return item.options[0].damage - item.options[1].damage

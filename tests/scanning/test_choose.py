@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from qprobe.cli.scan import scan as scan_cli
 from qprobe.options import DEFAULT_BUDGET, ScanOptions
-from qprobe.scanning.choose import Trial
-from tests.report.runs import write_run
+from qprobe.scanning.choose import scan_command
 
 EVERY_OPTION: dict[str, Any] = {
     "images": Path("/home/me/my photos"),
@@ -44,12 +42,8 @@ def test_every_option_that_can_change_a_result_is_tried_here():
 def test_the_recorded_command_asks_for_the_same_scan_and_names_no_folder_of_its_user(
     name: str, tmp_path: Path
 ):
-    write_run(tmp_path)
-    scan = json.loads((tmp_path / "scan.json").read_text())
-    scan["model"]["id"] = "my model"
-    (tmp_path / "scan.json").write_text(json.dumps(scan))
     asked = ScanOptions(str(tmp_path / "private" / "my model"), **{name: EVERY_OPTION[name]})
-    command = Trial(cast(Any, None), tmp_path, [], asked, lambda *_: None).command
+    command = scan_command(asked, "my model")
     assert "/" not in command
     words = shlex.split(command)
     assert words[:2] == ["qprobe", "scan"]
@@ -58,5 +52,4 @@ def test_the_recorded_command_asks_for_the_same_scan_and_names_no_folder_of_its_
     bare = {k: Path(v.name) if isinstance(v, Path) else v for k, v in vars(asked).items()}
     budget = None if asked.max_kl is not None else asked.budget or DEFAULT_BUDGET
     assert ScanOptions(**given) == ScanOptions(**{**bare, "model": "my model", "budget": budget})
-    plain = Trial(cast(Any, None), tmp_path, [], ScanOptions("m"), lambda *_: None).command
-    assert plain == "qprobe scan --model 'my model' --budget +10%"
+    assert scan_command(ScanOptions("m"), "my model") == "qprobe scan --model 'my model' --budget +10%"

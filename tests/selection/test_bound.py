@@ -18,7 +18,7 @@ from qprobe.selection.bound import (
     rounded_up,
 )
 from qprobe.selection.damage import Damage
-from qprobe.selection.solver import SkipList
+from qprobe.selection.skiplist import SkipList
 from tests.runs.runs import inventory_of, linear
 from tests.selection.reference import all_skiplists
 

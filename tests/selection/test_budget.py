@@ -1,11 +1,21 @@
 """Budgets as users type them."""
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qprobe.errors import BudgetError
-from qprobe.selection.budget import Budget, all_fit, parse_budget, parse_size
+from qprobe.selection.budget import (
+    Budget,
+    ExtraBytes,
+    RelativeBudget,
+    TotalBytes,
+    all_fit,
+    parse_budget,
+    parse_size,
+)
 from tests.runs.runs import inventory_of, linear
 
 STANDARD = 7_178_803_270
@@ -28,13 +38,19 @@ STANDARD = 7_178_803_270
     ],
 )
 def test_every_form_means_its_bytes(text: str, limit_bytes: int):
-    assert parse_budget(text, STANDARD) == Budget(text.strip(), limit_bytes)
+    assert parse_budget(text).within(STANDARD) == Budget(text.strip(), limit_bytes)
+
+
+def test_each_form_is_a_value_of_its_own():
+    assert parse_budget("+12.5 %") == RelativeBudget("+12.5 %", Fraction(25, 2))
+    assert parse_budget(" +690MiB") == ExtraBytes("+690MiB", 690 * 2**20)
+    assert parse_budget("7.3GiB") == TotalBytes("7.3GiB", 7_838_315_315)
 
 
 def test_decimals_are_exact():
     # In doubles 0.1 + 0.2 style errors would give 28 or 30 for some of these.
-    assert parse_budget("+29%", 100).limit_bytes == 129
-    assert parse_budget("+0.29KB", 0).limit_bytes == 290
+    assert parse_budget("+29%").within(100).limit_bytes == 129
+    assert parse_budget("+0.29KB").within(0).limit_bytes == 290
 
 
 @pytest.mark.parametrize(
@@ -58,22 +74,22 @@ def test_decimals_are_exact():
 )
 def test_what_cannot_be_read_is_refused_with_the_forms(text: str):
     with pytest.raises(BudgetError):
-        parse_budget(text, STANDARD)
+        parse_budget(text).within(STANDARD)
 
 
 def test_messages_say_what_to_write():
     with pytest.raises(BudgetError, match=r"Write \+10% for that much more"):
-        parse_budget("10%", STANDARD)
+        parse_budget("10%")
     with pytest.raises(BudgetError, match=r"unknown unit 'Gi'.*\+690MiB"):
-        parse_budget("7Gi", STANDARD)
+        parse_budget("7Gi")
     with pytest.raises(BudgetError, match=r"5,368,709,120 bytes.*7,178,803,270 bytes.*--budget 7178803270"):
-        parse_budget("5GiB", STANDARD)
+        parse_budget("5GiB").within(STANDARD)
 
 
 @given(st.text(max_size=20))
 def test_any_text_gives_a_budget_or_a_budget_error(text: str):
     try:
-        assert parse_budget(text, 1000).limit_bytes >= 1000
+        assert parse_budget(text).within(1000).limit_bytes >= 1000
     except BudgetError as error:
         assert "Write" in str(error) or "Pass" in str(error)
 
@@ -94,13 +110,13 @@ def test_what_is_no_size_is_refused(text):
 def test_more_of_what_is_asked_back():
     # +690 is hardly meant to be 690 bytes; +690B says so.
     with pytest.raises(BudgetError, match=r"Write \+690MiB, \+690% of standard 4-bit, or \+690B if bytes"):
-        parse_budget("+690", STANDARD)
-    assert parse_budget("+690B", STANDARD).limit_bytes == STANDARD + 690
+        parse_budget("+690")
+    assert parse_budget("+690B").within(STANDARD).limit_bytes == STANDARD + 690
 
 
 def test_a_budget_that_excludes_nothing_says_so():
     inventory = inventory_of(linear("a"), linear("b"))  # 8,192 bytes each in 16-bit, 1,000 around them
     standard = inventory.standard_4bit_bytes
-    assert all_fit(parse_budget("17383", standard), inventory) is None
-    said = all_fit(parse_budget("17384", standard), inventory)
+    assert all_fit(parse_budget("17383").within(standard), inventory) is None
+    said = all_fit(parse_budget("17384").within(standard), inventory)
     assert said is not None and "every layer in 16-bit (17,384 bytes)" in said

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.exports import export_manifest
-from qprobe.options import ScanOptions
 from qprobe.records import Inventory
 from qprobe.runs.store import read_scan
-from qprobe.scanning.check import check_options
-from qprobe.scanning.choose import Trial, candidate_skiplists
 from qprobe.selection.budget import Budget
+from qprobe.selection.candidates import candidates
 from qprobe.selection.groups import grouped_for, keeps_groups_whole
-from qprobe.selection.solver import best_skiplists
+from qprobe.selection.request import parse_request
+from qprobe.selection.select import scored_run
+from qprobe.selection.skiplist import best_skiplists
 from tests.exports.manifests import of_tree
 from tests.models import trees
 from tests.report.runs import write_run
@@ -62,7 +61,7 @@ def test_the_layers_stay_the_same_and_another_tool_is_refused():
     assert grouped.standard_4bit_bytes == inventory.standard_4bit_bytes
     assert grouped_for(inventory, None) is inventory
     with pytest.raises(QprobeError, match=r"'sglang' is no tool .* one of vllm"):
-        check_options(ScanOptions("demo", for_tool="sglang", device="cpu"))
+        parse_request(for_tool="sglang")
 
 
 def test_a_group_is_whole_without_its_fixed_layers():
@@ -86,12 +85,12 @@ def test_every_candidate_keeps_groups_whole(
 ):
     write_run(tmp_path)
     entry = type("Entry", (), {"published": (Published(),)})
-    monkeypatch.setattr("qprobe.scanning.choose.find", lambda _: entry)
-    trial = Trial(cast(Any, None), tmp_path, [], ScanOptions("m", for_tool=tool), lambda *_: None)
+    monkeypatch.setattr("qprobe.selection.candidates.find", lambda _: entry)
+    request = parse_request(for_tool=tool)
     inventory = read_scan(tmp_path).inventory
     everything = inventory.total_bytes(frozenset(x.name for x in inventory.layers))
     budget = Budget("half", (inventory.standard_4bit_bytes + everything) // 2)
-    skiplists = candidate_skiplists(trial, budget)
+    skiplists = candidates(scored_run(tmp_path, request), request, budget)
     assert ("somebody" in skiplists) == there
     grouped = grouped_for(inventory, "vllm")
     assert all(keeps_groups_whole(grouped, x.kept) for x in skiplists.values()) != there

@@ -19,8 +19,10 @@ from qprobe.records import Inventory
 from qprobe.runs.store import choice_stage, write_unit
 from qprobe.runs.table import layer_table, read_table, write_table
 from qprobe.selection.budget import Budget
-from qprobe.selection.select import damage_of, manifest_of, select
-from qprobe.selection.solver import SkipList
+from qprobe.selection.scores import ScoredRun, damage_of
+from qprobe.selection.select import select
+from qprobe.selection.skiplist import SkipList
+from qprobe.selection.to_manifest import manifest_of
 from tests.runs.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
 
 NOISE = {"model.a": 0.031, "model.q": 0.5, "model.k": 0.001}  # model.b never ran
@@ -143,7 +145,8 @@ def test_tied_and_other_fixed_layers_say_why(tmp_path: Path):
     )
     scan, table = scan_of(inventory), layer_table(make_run(tmp_path / "run", inventory))
     total = inventory.standard_4bit_bytes
-    manifest = manifest_of(scan, table, SkipList((), total, 0.0, "weight_nmse"), Budget("+0%", total), "test")
+    nothing = SkipList((), total, 0.0, "weight_nmse")
+    manifest = manifest_of(ScoredRun(scan, table), nothing, Budget("+0%", total), "test")
     assert [x.reason for x in manifest.layers] == [
         "tied to the embedding", "shared: stays in 16-bit", "not measured on these samples, NF4",
     ]  # fmt: skip
@@ -155,7 +158,8 @@ def test_a_list_from_elsewhere_may_keep_unmeasured_layers_and_parts_of_groups(ru
     kept = ("model.q", "model.b")
     total = scan.inventory.total_bytes(frozenset(kept))
     skiplist = SkipList(kept, total, nan, "activation_nmse")
-    manifest = manifest_of(scan, layer_table(run), skiplist, Budget("+40000B", total), "test")
+    scored = ScoredRun(scan, layer_table(run))
+    manifest = manifest_of(scored, skiplist, Budget("+40000B", total), "test")
     assert [x.reason for x in manifest.layers] == [
         "NF4", "kept: activation_nmse 0.5, rank 1 of 3", "NF4", "not measured on these samples, kept",
         "lm_head stays in 16-bit",

@@ -1,7 +1,8 @@
 """Laws of choosing layers."""
 
-from itertools import pairwise
-from math import inf, nan
+from collections.abc import Sequence
+from itertools import pairwise, product
+from math import fsum, inf, nan
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory, Linear
-from qprobe.selection.solver import best_skiplist, best_skiplists, smallest_skiplist
+from qprobe.selection.skiplist import best_skiplist, best_skiplists, smallest_skiplist
+from qprobe.selection.solver import Item, Option, fewest_bytes, least_damage, most_spared
 from tests.runs.runs import inventory_of, linear
 from tests.selection.reference import all_skiplists
 
@@ -122,3 +124,29 @@ def test_a_limit_below_standard_4_bit_is_refused():
     with pytest.raises(BudgetError, match=r"2,115 bytes.*2,116 bytes"):
         best_skiplist(inventory, {}, 2115, "m")
     assert best_skiplist(inventory, {"a": 1.0}, 2116, "m").kept == ()
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(-5, 60), st.floats(-1, 3)), max_size=9), st.data())
+def test_items_take_the_options_that_do_the_least_damage(given_items: list[tuple[int, int, float]], data):
+    # (bytes of the first option, what the second costs more, what it spares), tried in all ways
+    items = [
+        Item((str(i),), (Option(first, gain), Option(first + max(more, -first), 0.0)))
+        for i, (first, more, gain) in enumerate(given_items)
+    ]
+    least = sum(x.options[0].size_bytes for x in items)
+    limit = least + data.draw(st.integers(0, 200))
+    taken = least_damage(items, limit)
+
+    def both(numbers: Sequence[int]) -> tuple[int, float]:
+        options = [x.options[i] for x, i in zip(items, numbers, strict=True)]
+        return sum(x.size_bytes for x in options), fsum(x.damage for x in options)
+
+    # The second option only where it spares something, even if it is the smaller one.
+    ways = [both(numbers) for numbers in product(*((0, 1) if gain > 0 else (0,) for *_, gain in given_items))]
+    assert both(taken)[0] <= limit
+    assert both(taken)[1] <= min(damage for size, damage in ways if size <= limit) + 1e-9
+    spared = most_spared(items) * data.draw(st.floats(0, 1))
+    nothing = both([0] * len(items))[1]
+    size, damage = both(fewest_bytes(items, spared))
+    assert nothing - damage >= spared - 1e-9
+    assert size <= min(s for s, d in ways if nothing - d >= spared)

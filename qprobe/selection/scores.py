@@ -1,0 +1,116 @@
+"""The scores of a layer table: which skip-list they choose, and what KL they predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import fsum, isfinite
+
+import pandas as pd
+
+from qprobe.errors import QprobeError
+from qprobe.records import Inventory, Scan
+from qprobe.runs.table import check_measure, measured
+from qprobe.selection.bound import SCORE, Prospect
+from qprobe.selection.damage import Damage, least_damages
+from qprobe.selection.skiplist import SkipList, best_skiplists
+
+ISOLATED_KL = "isolated_kl"  # the column of each layer's isolated KL
+SCORES = ("sensitivity_kl", "activation_nmse", "weight_nmse")  # in the order of what is known of their worth
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run as skip-lists are chosen from it.
+
+    scan: its inventory has the groups that every list keeps whole. table: its layer table.
+    """
+
+    scan: Scan
+    table: pd.DataFrame
+
+    @property
+    def inventory(self) -> Inventory:
+        return self.scan.inventory
+
+    @property
+    def standard_bytes(self) -> int:
+        """Bytes of standard 4-bit."""
+        return self.inventory.standard_4bit_bytes
+
+
+def prospect_of(run: ScoredRun) -> Prospect:
+    """What is predicted of the run's lists, as `predicted_kl` does; QprobeError without sensitivities."""
+    path = layer_scores(run.table, SCORE)
+    return Prospect(run.inventory, damage_of(run.table) or Damage(path, path))
+
+
+def skiplist_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes: int) -> SkipList:
+    """The best skip-list within `limit_bytes` by the measured `column`.
+
+    By sensitivity_kl each layer's isolated KL counts as well, where it was measured (see `damage_of`).
+    Raises BudgetError or QprobeError as `best_skiplist` and `layer_scores` do.
+    """
+    (skiplist,) = skiplists_by(inventory, table, column, [limit_bytes])
+    return skiplist
+
+
+def skiplists_by(
+    inventory: Inventory, table: pd.DataFrame, column: str, limits: Sequence[int]
+) -> list[SkipList]:
+    """`skiplist_by` for each limit in bytes of `limits`, in their order."""
+    damage = damage_of(table) if column == SCORE else None
+    if damage is None:
+        return best_skiplists(inventory, layer_scores(table, column), limits, column)
+    return least_damages(inventory, damage, limits, column)
+
+
+def damage_of(table: pd.DataFrame) -> Damage | None:
+    """What the table says of the damage by lists of layers; None where isolated KL was not measured."""
+    if not {SCORE, ISOLATED_KL} <= set(measured(table)):
+        return None
+    path, isolated = layer_scores(table, SCORE), layer_scores(table, ISOLATED_KL)
+    # Where isolated KL is not finite nothing is known of what lies between this layer and the others.
+    return Damage(path, {name: isolated.get(name, share) for name, share in path.items()})
+
+
+def predicted_kl(table: pd.DataFrame, kept: frozenset[str]) -> float | None:
+    """The KL, nats per answer token, that `kept` in 16-bit is predicted to leave; None where not measured.
+
+    Without isolated KL: attributions sum to the KL of standard 4-bit, and those still in 4-bit remain.
+    """
+    return predictor(table)(kept)
+
+
+def predictor(table: pd.DataFrame) -> Callable[[frozenset[str]], float | None]:
+    """`predicted_kl` for one list after the other, what they share taken from `table` once."""
+    damage, column = damage_of(table), column_of(table, SCORE)
+    if damage is not None:
+        return damage.left
+    if SCORE not in measured(table):
+        return lambda kept: None
+    return lambda kept: fsum(v for n, v in column.items() if isfinite(v) and n not in kept)
+
+
+def default_measure(table: pd.DataFrame) -> str:
+    """The column that chooses unless the user says otherwise: the measured one that predicts best."""
+    found = measured(table)
+    return next((c for c in SCORES if c in found), "activation_nmse")
+
+
+def layer_scores(table: pd.DataFrame, by: str) -> dict[str, float]:
+    """The scores of the layers by the measured column `by`; layers without a finite value are absent.
+
+    Raises QprobeError if `by` is not measured, or in decibels.
+    """
+    check_measure(table, by)
+    if by.endswith("_db"):
+        raise QprobeError(
+            f"{by} is in decibels, which do not add up. Choose by {by.replace('sqnr_db', 'nmse')}."
+        )
+    return {name: value for name, value in column_of(table, by).items() if isfinite(value)}
+
+
+def column_of(table: pd.DataFrame, name: str) -> dict[str, float]:
+    """The value of each layer in the column `name`."""
+    return dict(zip(table["layer"].tolist(), table[name].tolist(), strict=True))
