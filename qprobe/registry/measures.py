@@ -42,7 +42,7 @@ class Column:
     unit, label, what: as pages and figures show them; heading: above a column of the terminal.
     better: which end is less damage. adds_up: False for decibels: they cannot choose layers.
     has_error: a column NAME_se with the standard error follows it.
-    panel: it is drawn, on a logarithmic axis where is_log. is_shown: the page lists it.
+    has_panel: it is drawn, on a logarithmic axis where is_log. is_shown: the page lists it.
     telling: how well it tells damage, the lowest first: the order of columns beside a score in the terminal;
         None to show it only where it is asked for. proposes: a scan makes candidates by it.
     """
@@ -57,7 +57,7 @@ class Column:
     better: Literal["lower", "higher"] = "lower"
     adds_up: bool = True
     has_error: bool = False
-    panel: bool = True
+    has_panel: bool = True
     is_log: bool = True
     is_shown: bool = True
     telling: int | None = 100
@@ -140,11 +140,12 @@ WEIGHT = Measure(
         ),
         Column(
             "weight_sqnr_db", "sqnr_db", "", "dB", "weight error", "weight dB",
-            "the same in decibels", better="higher", adds_up=False, panel=False, is_shown=False, telling=None,
+            "the same in decibels",
+            better="higher", adds_up=False, has_panel=False, is_shown=False, telling=None,
         ),
         Column(
             "weight_peak", "peak", "", "max |D|", "largest weight error", "weight peak",
-            "of all weights; D is 4-bit minus 16-bit", panel=False, telling=None,
+            "of all weights; D is 4-bit minus 16-bit", has_panel=False, telling=None,
         ),
     ),
     "qprobe.measure.weights:weight_rows",
@@ -163,7 +164,8 @@ ACTIVATION = Measure(
         ),
         Column(
             "activation_sqnr_db", "sqnr_db", "activation_", "dB", "activation error", "act. dB",
-            "the same in decibels", better="higher", adds_up=False, panel=False, is_shown=False, telling=None,
+            "the same in decibels",
+            better="higher", adds_up=False, has_panel=False, is_shown=False, telling=None,
         ),
         Column(
             "activation_peak", "peak", "activation_", "max |D x|", "largest activation error", "act. peak",
@@ -206,7 +208,7 @@ ISOLATED_KL = Measure(
         Column(
             "isolated_kl", "kl_share", "kl_sum", _NATS, "isolated KL", "isolated KL",
             "KL with 4-bit in this layer alone, to second order",
-            has_error=True, panel=False, is_log=False, telling=None,
+            has_error=True, has_panel=False, is_log=False, telling=None,
         ),
     ),
     "qprobe.measure.runner:observe_isolated",

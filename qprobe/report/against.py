@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from qprobe.errors import RunError
+from qprobe.registry.measures import Column
 from qprobe.report.figures import PAGE, Layout, finished, framed, samples_of, set_scale, with_missing
 from qprobe.report.labels import label_points
 from qprobe.report.names import plain, short_names
-from qprobe.report.panels import BLUE, GREY, VERMILION, Panel, taken, upper_fence
+from qprobe.report.panels import BLUE, GREY, VERMILION, taken, upper_fence
 
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "mfc": BLUE},
@@ -51,8 +52,8 @@ def against_plot(first: Side, second: Side, title: str, layout: Layout = PAGE) -
     short = list(short_names(tables[0]["layer"]).values())
     for ax, panel in zip(axes, panels, strict=False):
         apart = differing(tables, panel)[: layout.spikes]
-        heights = [float(np.nanmax([t[panel.column].iloc[i] for t in tables])) for i in apart]
-        label_points(ax, apart, heights, [short[i] for i in apart], panel.log, layout.font - 2)
+        heights = [float(np.nanmax([t[panel.name].iloc[i] for t in tables])) for i in apart]
+        label_points(ax, apart, heights, [short[i] for i in apart], panel.is_log, layout.font - 2)
     return figure
 
 
@@ -68,7 +69,7 @@ def _shared(first: Side, second: Side) -> tuple[pd.DataFrame, pd.DataFrame]:
     return one, other
 
 
-def _draw(ax: Axes, tables: tuple[pd.DataFrame, pd.DataFrame], panel: Panel, layout: Layout) -> None:
+def _draw(ax: Axes, tables: tuple[pd.DataFrame, pd.DataFrame], panel: Column, layout: Layout) -> None:
     values = [_values(table, panel) for table in tables]
     x = np.arange(len(values[0]))
     both = np.isfinite(values[0]) & np.isfinite(values[1])
@@ -77,27 +78,27 @@ def _draw(ax: Axes, tables: tuple[pd.DataFrame, pd.DataFrame], panel: Panel, lay
     size = layout.marker(len(x))
     for i, (table, found, style) in enumerate(zip(tables, values, STYLES, strict=True)):
         drawn = np.isfinite(found)
-        if panel.error_column in table:
-            spread = np.nan_to_num(table[panel.error_column].to_numpy(float))
+        if panel.error_name in table:
+            spread = np.nan_to_num(table[panel.error_name].to_numpy(float))
             bars: dict[str, Any] = {"fmt": "none", "ecolor": style["color"], "elinewidth": 0.7, "alpha": 0.6}
             ax.errorbar(x[drawn], found[drawn], spread[drawn], zorder=2, **bars)
-        gid = f"{panel.column}:run{i + 1}"
+        gid = f"{panel.name}:run{i + 1}"
         ax.plot(x[drawn], found[drawn], ls="", ms=3.6 * size, mew=0.7 * size, zorder=3, gid=gid, **style)
 
 
-def _values(table: pd.DataFrame, panel: Panel) -> np.ndarray:
+def _values(table: pd.DataFrame, panel: Column) -> np.ndarray:
     """The measure of a panel, NaN where it cannot be drawn on its scale."""
-    values = table[panel.column].to_numpy(float)
-    return np.where(np.isfinite(values) & ((values > 0) | (not panel.log)), values, np.nan)
+    values = table[panel.name].to_numpy(float)
+    return np.where(np.isfinite(values) & ((values > 0) | (not panel.is_log)), values, np.nan)
 
 
-def differing(tables: tuple[pd.DataFrame, pd.DataFrame], panel: Panel) -> list[int]:
+def differing(tables: tuple[pd.DataFrame, pd.DataFrame], panel: Column) -> list[int]:
     """Indices of the layers whose two values lie further apart than is usual, the furthest first.
 
     Apart: the ratio on a logarithmic scale, the difference on a linear one; unusual: above Tukey's fence.
     """
     one, other = (_values(table, panel) for table in tables)
-    if panel.log:
+    if panel.is_log:
         one, other = np.log(one), np.log(other)
     gap = np.abs(one - other)
     if not np.isfinite(gap).any():

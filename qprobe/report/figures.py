@@ -18,15 +18,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
+from qprobe.registry.measures import Column
 from qprobe.report.labels import label_points
 from qprobe.report.names import plain, short_names
 from qprobe.report.panels import (
     BLUE,
     GREY,
-    PANELS,
     TOWER_TINTS,
     VERMILION,
-    Panel,
+    figure_label,
+    panel_columns,
     spike_indices,
     taken,
     tower_runs,
@@ -100,12 +101,14 @@ def spike_plot(table: pd.DataFrame, kept: Kept, title: str, layout: Layout = PAG
     finished(figure, axes, table, layout, _series_of(table, kept), _facts(table, panels))
     for ax, panel in zip(axes, panels, strict=False):
         spikes = spike_indices(table, panel)[: layout.spikes]
-        heights = [float(table[panel.column].iloc[i]) for i in spikes]
-        label_points(ax, spikes, heights, [short[i] for i in spikes], panel.log, layout.font - 2)
+        heights = [float(table[panel.name].iloc[i]) for i in spikes]
+        label_points(ax, spikes, heights, [short[i] for i in spikes], panel.is_log, layout.font - 2)
     return figure
 
 
-def framed(table: pd.DataFrame, panels: list[Panel], title: str, layout: Layout) -> tuple[Figure, list[Axes]]:
+def framed(
+    table: pd.DataFrame, panels: list[Column], title: str, layout: Layout
+) -> tuple[Figure, list[Axes]]:
     """An empty figure with room for the panels, one at least, and their axes from top to bottom."""
     named = 1.6 if len(table) <= layout.most_named else 0.3
     count = max(len(panels), 1)
@@ -176,17 +179,17 @@ def _wrapped(text: str, width: float, font: float) -> str:
     return "\n".join(fill(line, characters) for line in text.splitlines())
 
 
-def _draw_panel(ax: Axes, table: pd.DataFrame, kept: Kept, panel: Panel, layout: Layout) -> None:
-    values = table[panel.column].to_numpy(float)
+def _draw_panel(ax: Axes, table: pd.DataFrame, kept: Kept, panel: Column, layout: Layout) -> None:
+    values = table[panel.name].to_numpy(float)
     x = np.arange(len(values))
-    drawn = np.isfinite(values) & ((values > 0) | (not panel.log))
+    drawn = np.isfinite(values) & ((values > 0) | (not panel.is_log))
     is_chosen, is_always = (table["layer"].isin(x).to_numpy() for x in (kept.chosen, kept.always))
     set_scale(ax, values[drawn], panel, layout)
-    floor = ax.get_ylim()[0] if panel.log else 0.0
+    floor = ax.get_ylim()[0] if panel.is_log else 0.0
     thin = 0.7 * layout.marker(len(values)) * 9 / layout.font
     ax.vlines(x[drawn], floor, values[drawn], color=GREY, lw=thin, alpha=0.6, zorder=2)
-    if panel.error_column in table:
-        spread = np.nan_to_num(table[panel.error_column].to_numpy(float))
+    if panel.error_name in table:
+        spread = np.nan_to_num(table[panel.error_name].to_numpy(float))
         ax.errorbar(x[drawn], values[drawn], spread[drawn], fmt="none", ecolor=GREY, elinewidth=0.8, zorder=2)
     size = layout.marker(len(values))
     for mask, style, gid in (
@@ -195,12 +198,12 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, kept: Kept, panel: Panel, layout:
         (drawn & is_chosen, _KEPT, "kept"),
     ):
         scaled = {key: style[key] * size for key in ("ms", "mew") if key in style}
-        ax.plot(x[mask], values[mask], ls="", zorder=3, gid=f"{panel.column}:{gid}", **{**style, **scaled})
+        ax.plot(x[mask], values[mask], ls="", zorder=3, gid=f"{panel.name}:{gid}", **{**style, **scaled})
 
 
-def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> None:
+def set_scale(ax: Axes, values: np.ndarray, panel: Column, layout: Layout) -> None:
     """The y axis of one panel, made for the finite `values` that will be drawn."""
-    if panel.log and len(values):
+    if panel.is_log and len(values):
         low, high = log_limits(float(values.min()), float(values.max()))
         ax.set_yscale("log")
         ax.set_ylim(low, high)
@@ -208,12 +211,12 @@ def set_scale(ax: Axes, values: np.ndarray, panel: Panel, layout: Layout) -> Non
         decades = 2 if layout.beside else 1.2
         ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(decades, 0.4)))
         ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high / low < 250 else "auto"))
-    if not panel.log:
+    if not panel.is_log:
         ax.axhline(0, color="black", lw=0.6, zorder=1)
     if layout.beside:
-        ax.set_ylabel(panel.label, fontsize=layout.font)
+        ax.set_ylabel(figure_label(panel), fontsize=layout.font)
     else:
-        ax.set_title(" ".join(panel.label.split()), fontsize=layout.font, loc="left", pad=2)
+        ax.set_title(f"{panel.label} ({panel.unit})", fontsize=layout.font, loc="left", pad=2)
     ax.tick_params(which="both", labelsize=layout.font - 1)
     ax.grid(axis="y", color="white", lw=0.8, zorder=0.5)
     ax.margins(x=0.01)
@@ -283,7 +286,7 @@ def _layers(count: int) -> str:
     return f"{count} layer{'' if count == 1 else 's'}"
 
 
-def _facts(table: pd.DataFrame, panels: list[Panel]) -> str:
+def _facts(table: pd.DataFrame, panels: list[Column]) -> str:
     facts = [*samples_of(table)]
     if "activation_nmse" in table and table["activation_nmse"].notna().any():
         idle = int(table["activation_nmse"].isna().sum())
@@ -298,9 +301,9 @@ def samples_of(table: pd.DataFrame) -> list[str]:
     return []
 
 
-def with_missing(facts: str, panels: list[Panel]) -> str:
+def with_missing(facts: str, panels: list[Column]) -> str:
     """`facts`, the measures that have no panel, and on a line of its own what the units mean."""
-    missing = [p.what for p in PANELS if p not in panels]
+    missing = [p.label for p in panel_columns() if p not in panels]
     said = [facts] if facts else []
     said += [f"not measured: {', '.join(missing)}"] if missing else []
     return "\n".join(filter(None, ["; ".join(said), UNITS if panels else ""]))

@@ -1,12 +1,14 @@
-"""What every picture of layers shares: the measures, the towers as bands, and which layers stand out."""
+"""What every picture of layers shares: its panels, the towers as bands, and which layers stand out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
+
+from qprobe.registry.measures import Column, columns
 
 # Okabe and Ito's colours, told apart with every common colour blindness.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = (
@@ -29,79 +31,40 @@ LABELLED_SPIKES = 12  # a panel at most; those that find no room stay without a 
 LEAST_HEIGHT = 0.05  # of the tallest spike of a linear panel; below, a point lies on the axis
 
 
-# Column of the layer table -> its heading, its unit, and what it says; shown in this order.
-MEASURES = {
-    "weight_nmse": ("weight error", "nmse", "squared error of the 4-bit weights / their squares"),
-    "weight_peak": ("largest weight error", "max |D|", "of all weights; D is 4-bit minus 16-bit"),
-    "activation_nmse": (
-        "activation error",
-        "nmse",
-        "squared error of the output, with 4-bit in this layer alone / its squares",
-    ),
-    "activation_peak": ("largest activation error", "max |D x|", "of all tokens and outputs"),
-    "propagated_nmse": (
-        "propagated error",
-        "nmse",
-        "squared error of the output, with 4-bit in every layer / its squares",
-    ),
-    "sensitivity_kl": (
-        "sensitivity",
-        "nats / answer token",
-        "share of the KL of standard 4-bit that this layer causes",
-    ),
-    "isolated_kl": (
-        "isolated KL",
-        "nats / answer token",
-        "KL with 4-bit in this layer alone, to second order",
-    ),
-}
+_NARROW = 18  # characters beside a panel
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One measure of the layer table and how it is drawn."""
-
-    column: str
-    label: str
-    what: str
-    log: bool = True
-    error_column: str | None = None
+def panel_columns() -> list[Column]:
+    """The measured columns that are drawn, from top to bottom."""
+    return [x for x in columns() if x.has_panel]
 
 
-PANELS = (
-    Panel("weight_nmse", "weight error\n(nmse)", "weight error"),
-    Panel("activation_nmse", "activation error\n(nmse)", "activation error"),
-    Panel("activation_peak", "largest activation\nerror (max |D x|)", "activation peak"),
-    Panel("propagated_nmse", "propagated error\n(nmse)", "propagated error"),
-    Panel(
-        "sensitivity_kl",
-        "sensitivity\n(nats / answer token)",
-        "sensitivity",
-        log=False,
-        error_column="sensitivity_kl_se",
-    ),
-)
+def figure_label(column: Column) -> str:
+    """What stands beside the panel of `column`, in two lines: its label and its unit."""
+    if len(column.label) <= _NARROW:
+        return f"{column.label}\n({column.unit})"
+    return fill(f"{column.label} ({column.unit})", _NARROW)
 
 
-def taken(tables: Sequence[pd.DataFrame]) -> list[Panel]:
-    """The panels whose measure holds a number in at least one of `tables`."""
-    return [p for p in PANELS if any(p.column in t and t[p.column].notna().any() for t in tables)]
+def taken(tables: Sequence[pd.DataFrame]) -> list[Column]:
+    """Those of the panels whose column holds a number in at least one of `tables`."""
+    return [p for p in panel_columns() if any(p.name in t and t[p.name].notna().any() for t in tables)]
 
 
-def spike_indices(table: pd.DataFrame, panel: Panel) -> list[int]:
+def spike_indices(table: pd.DataFrame, panel: Column) -> list[int]:
     """Indices of the layers that stand out most, at most `LABELLED_SPIKES`, the biggest first.
 
     A spike is what Tukey called far out: above the upper quartile plus 3 times the distance of the quartiles,
     taken on the scale that is drawn (1.5 times would name two of 600 layers that differ by chance). On a
     linear scale it must also be tall enough to be seen.
     """
-    values = table[panel.column].to_numpy(float)
+    values = table[panel.name].to_numpy(float)
     drawn = np.isfinite(values) & (values > 0)
     if not drawn.any():
         return []
-    scaled = np.log(np.where(drawn, values, np.nan)) if panel.log else np.where(drawn, values, np.nan)
+    scaled = np.log(np.where(drawn, values, np.nan)) if panel.is_log else np.where(drawn, values, np.nan)
     fence = upper_fence(scaled)
-    if not panel.log:
+    if not panel.is_log:
         fence = max(fence, LEAST_HEIGHT * float(values[drawn].max()))
     spikes = np.flatnonzero(drawn & (np.nan_to_num(scaled, nan=-np.inf) > fence))
     return [int(i) for i in spikes[np.argsort(-values[spikes], kind="stable")][:LABELLED_SPIKES]]
@@ -109,8 +72,8 @@ def spike_indices(table: pd.DataFrame, panel: Panel) -> list[int]:
 
 def list_name(name: str) -> str:
     """What a list is called where it is drawn: the name of its measure in place of the column's."""
-    column = next((c for c in MEASURES if c in name), "")
-    return name.replace(column, MEASURES[column][0]) if column else name
+    column = next((x for x in columns() if x.is_shown and x.name in name), None)
+    return name if column is None else name.replace(column.name, column.label)
 
 
 def upper_fence(values: np.ndarray) -> float:

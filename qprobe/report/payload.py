@@ -16,10 +16,11 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import NEAREST, NOTHING, Manifest
 from qprobe.manifest.write import manifest_to_json
 from qprobe.records import Scan
+from qprobe.registry.measures import columns
 from qprobe.report.budgets import KL, Point, Prediction, command_at, manifest_at, points, quality_at, reasons
 from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
-from qprobe.report.panels import MEASURES, PANELS, spike_indices
+from qprobe.report.panels import panel_columns, spike_indices, taken
 from qprobe.report.worst import Worst, worst_tokens
 from qprobe.runs.ranks import read_ranks
 from qprobe.runs.shown import ShownSample, read_shown
@@ -48,9 +49,9 @@ def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest 
                 "full": scan.inventory.total_bytes(frozenset(x.name for x in scan.inventory.layers)),
             },
             "measures": [
-                {"column": c, "name": name, "unit": unit, "what": what}
-                for c, (name, unit, what) in MEASURES.items()
-                if c in table and table[c].notna().any()
+                {"column": x.name, "error": x.error_name, "name": x.label, "unit": x.unit, "what": x.what}
+                for x in columns()
+                if x.is_shown and table[x.name].notna().any()
             ],
             "panels": _panels(table),
             "layers": _layers(folder, scan, table, worst, frontier),
@@ -83,14 +84,13 @@ def _panels(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The charts: one for each measure that was taken, and which layers stand out in it."""
     return [
         {
-            "column": panel.column,
-            "label": " ".join(panel.label.split()),
-            "what": panel.what,
-            "log": panel.log,
+            "column": panel.name,
+            "error": panel.error_name,
+            "label": f"{panel.label} ({panel.unit})",
+            "log": panel.is_log,
             "spikes": spike_indices(table, panel),
         }
-        for panel in PANELS
-        if panel.column in table and table[panel.column].notna().any()
+        for panel in taken([table])
     ]
 
 
@@ -102,7 +102,7 @@ def _layers(
     short = short_names(table["layer"])
     ranks = read_ranks(folder)
     known = {} if ranks is None else ranks.set_index("layer").to_dict("index")
-    columns = [*(c for c in MEASURES if c in table), "sensitivity_kl_se"]
+    values = [name for x in columns() if x.is_shown for name in (x.name, x.error_name) if name]
     return [
         {
             "name": linear.name,
@@ -115,7 +115,7 @@ def _layers(
             "bytes_16bit": linear.bytes_16bit,
             "fixed": linear.fixed,
             "reasons": [without, with_it],
-            "values": {column: row[column] for column in columns},
+            "values": {name: row[name] for name in values},
             "rank": known.get(linear.name),
             "worst": asdict(worst[linear.name]) if linear.name in worst else None,
         }
@@ -183,7 +183,7 @@ def _method(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | 
         "peak_bytes": scan.peak_bytes,
         "status": scan.status,
         "notes": list(scan.notes),
-        "missing": [panel.what for panel in PANELS if not table[panel.column].notna().any()],
+        "missing": [x.label for x in panel_columns() if x not in taken([table])],
         "unmeasured": list(scan.unmeasured),
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from qprobe.manifest.records import Manifest
+from qprobe.registry.measures import by_tellingness, column
 from qprobe.report.names import short_names
 from qprobe.system.wording import counted
 
@@ -22,21 +23,7 @@ _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _LEVELS = "▁▂▃▄▅▆▇█"
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
-# Column of the layer table -> its heading; shown in this order where anything of it was measured.
-_MEASURES = {
-    "sensitivity_kl": "sensitivity",
-    "activation_nmse": "act. nmse",
-    "activation_peak": "act. peak",
-    "propagated_nmse": "prop. nmse",
-    "weight_nmse": "weight nmse",
-    "weight_sqnr_db": "weight dB",
-    "activation_sqnr_db": "act. dB",
-    "weight_peak": "weight peak",
-    "sensitivity_kl_se": "sens. se",
-    "isolated_kl": "isolated KL",
-}
 _LEAST_ROOM = 28  # columns for a layer's name; a short name fits
-_SHOWN_BESIDE = ("sensitivity_kl", "activation_nmse", "activation_peak", "propagated_nmse", "weight_nmse")
 
 
 def terminal_width() -> int:
@@ -124,7 +111,8 @@ def rank_text(ranked: pd.DataFrame, by: str, kept: frozenset[str], width: int) -
     kept: layers that the manifest leaves in 16-bit, marked *. The bytes are what keeping a layer costs.
     Columns rank_low and rank_high of `ranked`, where there, are shown as the interval of the rank.
     """
-    beside = [c for c in _SHOWN_BESIDE if c != by and c in ranked and ranked[c].notna().any()]
+    telling = [x.name for x in by_tellingness()]
+    beside = [c for c in telling if c != by and c in ranked and ranked[c].notna().any()]
     choices = [_rank_cells(ranked, [by, *beside[:count]]) for count in range(len(beside), -1, -1)]
     rooms = [
         width - len(text_table(*choice, frozenset()).splitlines()[1]) + len("layer") for choice in choices
@@ -147,12 +135,13 @@ def _rank_cells(ranked: pd.DataFrame, numbers: list[str]) -> tuple[list[str], li
             str(row["tower"]),
             f"+{readable_bytes(int(row['bytes_16bit']) - int(row['bytes_4bit']))}",
             *([_interval(row["rank_low"], row["rank_high"])] if has_interval else []),
-            *(readable_number(row[column]) for column in numbers),
+            *(readable_number(row[name]) for name in numbers),
         ]
         for place, row in enumerate(ranked.to_dict("records"), start=1)
     ]
     ranks = ["ranks"] if has_interval else []
-    return ["#", "layer", "tower", "16-bit costs", *ranks, *(_MEASURES.get(c, c) for c in numbers)], rows
+    headings = [x.heading for name in numbers if (x := column(name)) is not None]
+    return ["#", "layer", "tower", "16-bit costs", *ranks, *headings], rows
 
 
 def _interval(low: Any, high: Any) -> str:

@@ -20,7 +20,7 @@ from qprobe.report.against import Side, against_plot
 from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
 from qprobe.report.frontier import frontier_plot
 from qprobe.report.page import page_html
-from qprobe.report.panels import PANELS, taken
+from qprobe.report.panels import panel_columns, taken
 from qprobe.report.payload import page_data
 from qprobe.runs.store import read_scan
 from qprobe.runs.table import layer_table, read_table
@@ -93,7 +93,7 @@ def missing_measures(folder: Path) -> list[str]:
     _, table = _measured(folder)
     present = taken([table])
     frontier = [] if (folder / FRONTIER).is_file() else ["KL on held-out samples (frontier)"]
-    return [*(p.what for p in PANELS if p not in present), *frontier]
+    return [*(p.label for p in panel_columns() if p not in present), *frontier]
 
 
 def kept_layers(folder: Path, scan: Scan) -> Kept:

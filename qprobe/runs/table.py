@@ -75,8 +75,9 @@ def layer_table(folder: Path) -> pd.DataFrame:
         cells = _static(layer)
         for measure in measures.DECLARED:
             own = found[measure.stage.name].get(layer.name)
-            for column in measure.columns if own is not None else ():
-                cells |= aggregated(column, LayerRows(own, tokens[measure.stage.name]))
+            if own is not None:
+                layer_rows = LayerRows(own, tokens[measure.stage.name])
+                cells |= {k: v for x in measure.columns for k, v in aggregated(x, layer_rows).items()}
         cells |= _counts(found["outputs"].get(layer.name))
         cells[ROUNDING] = "" if calibration is None else _rounding(layer, calibration.get(layer.name))
         rows.append(cells)

@@ -13,7 +13,7 @@ from qprobe.manifest.records import NEAREST, Compared
 from qprobe.report.against import Side, against_plot
 from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
 from qprobe.report.frontier import frontier_plot
-from qprobe.report.panels import LABELLED_SPIKES, PANELS, tower_runs, tower_spans
+from qprobe.report.panels import LABELLED_SPIKES, panel_columns, tower_runs, tower_spans
 from tests.report.tables import MEASURES, layer_table
 
 SPIKES = {3: 200.0, 4: 180.0, 14: 50.0, 15: 60.0, 16: 70.0, 25: 90.0}
@@ -38,11 +38,9 @@ def test_every_layer_is_drawn_once_at_its_place_and_value(count: int):
     table = layer_table(count, SPIKES)
     kept = Kept(frozenset(table["layer"].iloc[[3, 14]]), frozenset(["lm_head"]))
     figure = spike_plot(table, kept, "a model")
-    for panel in PANELS:
-        drawn = [
-            x for how in ("kept", "always", "quantized") for x in points(figure, f"{panel.column}:{how}")
-        ]
-        assert sorted(drawn) == list(enumerate(table[panel.column]))
+    for panel in panel_columns():
+        drawn = [x for how in ("kept", "always", "quantized") for x in points(figure, f"{panel.name}:{how}")]
+        assert sorted(drawn) == list(enumerate(table[panel.name]))
 
 
 def test_layers_in_16_bit_are_the_marked_ones():
@@ -83,8 +81,8 @@ def test_the_tallest_spikes_are_named():
 
 def test_nothing_is_named_where_nothing_stands_out():
     table = layer_table(30)
-    for panel in PANELS:
-        table[panel.column] = np.linspace(1.0, 1.1, 30)  # no value beyond the fences of a uniform spread
+    for panel in panel_columns():
+        table[panel.name] = np.linspace(1.0, 1.1, 30)  # no value beyond the fences of a uniform spread
     assert texts(spike_plot(table, Kept(), "a model"), "spike") == []
 
 
@@ -222,7 +220,7 @@ def test_an_error_of_exactly_zero_does_not_break_the_logarithm():
 
 
 def test_a_table_without_any_measure_says_so():
-    table = layer_table(5).assign(**{p.column: np.nan for p in PANELS})
+    table = layer_table(5).assign(**{p.name: np.nan for p in panel_columns()})
     figure = spike_plot(table, Kept(), "a model")
     assert "nothing was measured" in [t.get_text() for t in figure.axes[0].texts]
 
@@ -304,9 +302,9 @@ def test_a_frontier_over_decades_is_logarithmic_and_counts_the_predictions_it_ca
 def test_two_runs_are_drawn_layer_by_layer_and_what_differs_is_named():
     one, other = layer_table(30, SPIKES), layer_table(30, {**SPIKES, 7: 300.0})
     figure = against_plot(Side("first, nf4", one), Side("second, fp4", other), "two formats")
-    for panel in PANELS:
+    for panel in panel_columns():
         for i, table in enumerate((one, other), start=1):
-            assert points(figure, f"{panel.column}:run{i}") == list(enumerate(table[panel.column]))
+            assert points(figure, f"{panel.name}:run{i}") == list(enumerate(table[panel.name]))
     named = [t.get_text() for t in figure.axes[1].texts if t.get_gid() == "spike"]
     assert named == ["vision.1.self_attn.v_proj"]  # layer 7; the spikes that both share are not named
     assert {"first, nf4; 24 samples", "second, fp4; 24 samples"} <= set(legend_texts(figure))

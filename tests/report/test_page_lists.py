@@ -156,7 +156,7 @@ def test_a_scan_of_the_weights_alone_shows_its_list_and_what_is_missing(opened: 
     write_manifest(folder / "skiplist.json", select(folder, "+10%", by="weight_nmse"))
     page = opened(page_file(folder))
     assert page.locator("svg.panel").evaluate_all("all => all.map(s => s.dataset.panel)") == ["weight_nmse"]
-    missing = "activation error, activation peak, propagated error, sensitivity"
+    missing = "activation error, largest activation error, propagated error, sensitivity"
     assert missing in page.locator("#missing").inner_text()
     assert page.locator("#verdict").inner_text().startswith("No KL was measured on held-out samples")
     assert "not measured" in page.locator("#buys").inner_text() and "NaN" not in page.content()

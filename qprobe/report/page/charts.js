@@ -26,7 +26,7 @@ function drawCharts() {
 
 function drawPanel(panel, width, isFirst) {
   const values = LAYERS.map((layer) => layer.values[panel.column]);
-  const errors = LAYERS.map((layer) => (panel.column === "sensitivity_kl" ? layer.values.sensitivity_kl_se : null));
+  const errors = LAYERS.map((layer) => (panel.error ? layer.values[panel.error] : null));
   const usable = (v) => v !== null && (!panel.log || v > 0);
   const present = values.filter(usable);
   const top = CHART.top + (isFirst ? 18 : 0);

@@ -26,7 +26,7 @@ function showDetail() {
 }
 
 function valueOf(layer, measure) {
-  const error = measure.column === "sensitivity_kl" ? layer.values.sensitivity_kl_se : null;
+  const error = measure.error ? layer.values[measure.error] : null;
   const value = layer.values[measure.column];
   if (value === null) return "not measured";
   return element("span", { title: measure.what }, error ? withError({ value, error }) : number(value), " ", element("span", { class: "unit" }, measure.unit));
