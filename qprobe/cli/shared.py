@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from qprobe.cli.debug import debugged, stage_times
 from qprobe.errors import QprobeError
 from qprobe.options import Progress, no_progress
 from qprobe.system.log_filters import quiet
@@ -47,9 +48,9 @@ def command(
 def _explained(function: Command, interrupted: str, out_of_memory: str) -> Command:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        """`function`, whose errors that a user can mend become one sentence and an exit code."""
+        """`function`, whose errors that a user can fix become one sentence and an exit code."""
         try:
-            with quiet():
+            with quiet(), debugged():
                 return function(*args, **kwargs)
         except KeyboardInterrupt:
             said = interrupted.format(**{name: str(value) for name, value in kwargs.items()})
@@ -158,7 +159,13 @@ def refuse_two_sources(asked: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """A `Progress` that draws a bar a stage on stderr; silent where stderr is no terminal."""
+    """A `Progress` that draws one bar per stage on stderr; silent where stderr is no terminal."""
+    with _bars() as show, stage_times(show) as timed:
+        yield timed
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield no_progress
         return

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from qprobe.errors import ManifestError
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.records import CodesFile
 from qprobe.system.files import atomic_file, write_atomic
+from qprobe.system.foreign import open_foreign
+from qprobe.system.tensor_headers import read_tensor_header
 
 FILE_NAME = "nf4-calibrated.safetensors"
 _WEIGHT = ".weight"
@@ -72,38 +74,20 @@ def join_codes(path: Path, sources: Sequence[Path]) -> None:
 
 def _parts(source: Path) -> dict[str, _Part]:
     """The tensors of a safetensors file by name; raises ManifestError if it is not whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(source, framework="pt"):  # checks the header against the length of the file
-            pass
-    except SafetensorError as error:
-        raise ManifestError(
-            f"{source} is damaged ({error}). Delete it and run the same command again: only it is made anew."
-        ) from None
-    with open(source, "rb") as file:
-        header, start = _header(file)
+    fix = "Delete it and run the same command again: only it is measured again."
+    with open_foreign(source, ManifestError, fix, None) as file:
+        try:
+            entries, start = read_tensor_header(file)
+        except ValueError as error:
+            raise ManifestError(f"{source} is damaged ({error}). {fix}") from None
     return {
-        name: _Part(
-            source,
-            start + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-            {key: entry[key] for key in ("dtype", "shape")},
-        )
-        for name, entry in header.items()
+        name: _Part(source, start + x.data_offsets[0], x.nbytes, {"dtype": x.dtype, "shape": list(x.shape)})
+        for name, x in entries.items()
     }
 
 
-def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """(entries by tensor name, where the data starts) of an open safetensors file."""
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
 def _read(part: _Part) -> bytes:
-    with open(part.path, "rb") as file:
+    with open_foreign(part.path, ManifestError, "Run the same command again.", None) as file:
         file.seek(part.start)
         return file.read(part.nbytes)
 
@@ -114,21 +98,19 @@ def _tensors(name: str, stored: StoredNf4) -> dict[str, Tensor]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of the bytes of `path`. Raises OSError."""
-    with open(path, "rb") as file:
+    """SHA-256 (hex) of the bytes of `path`. Raises ManifestError if it cannot be read."""
+    fix = (
+        "Put the file of calibrated weights that the scan wrote into its run folder back: a manifest of "
+        "calibrated weights is nothing without it."
+    )
+    with open_foreign(path, ManifestError, fix, None) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked(codes: CodesFile, folder: Path) -> Path:
     """Where the file `codes` lies, seen from `folder`. Raises ManifestError unless it is there, unchanged."""
     path = folder / codes.file
-    try:
-        found = sha256_of(path)
-    except OSError as error:
-        raise ManifestError(
-            f"{path}, the calibrated weights, cannot be read ({error.strerror}). Put the file that the scan "
-            "wrote into its run folder back there: a manifest of calibrated weights is nothing without it."
-        ) from None
+    found = sha256_of(path)
     if found != codes.sha256:
         raise ManifestError(
             f"{path} has SHA-256 {found[:16]}, not {codes.sha256[:16]}; it is damaged or of another "

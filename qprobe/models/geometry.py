@@ -10,11 +10,12 @@ Tests build every one of them and hold both against it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+from qprobe.system.decoding import decode, strict_json
 
 FOLDER = Path(__file__).with_name("geometries")
 
@@ -48,5 +49,4 @@ def read_geometry(name: str) -> Geometry:
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         raise KeyError(name)
-    data = json.loads(path.read_text("utf-8"))
-    return Geometry(**{**data, "sizes": Sizes(**data["sizes"])})
+    return decode(Geometry, strict_json(path.read_bytes()), name)

@@ -1,8 +1,4 @@
-"""What lies in a checkpoint's safetensors files, from their headers alone: names, dtypes, shapes; no torch.
-
-The format: eight bytes with the length of a JSON header, the header, the data
-(https://huggingface.co/docs/safetensors).
-"""
+"""What lies in a checkpoint's safetensors files, from their headers alone: names, dtypes, shapes."""
 
 from __future__ import annotations
 
@@ -14,20 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import ModelError
-from qprobe.system.decoding import strict_json
+from qprobe.system.foreign import open_foreign, read_foreign
+from qprobe.system.tensor_headers import read_tensor_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 256 * 2**20  # an index has about 100 bytes a tensor
 QUANT_STATE = ".quant_state.bitsandbytes__"  # bitsandbytes 0.50, functional.py, `QuantState.as_dict`
-# Bits of an element, from the format's own list; of a dtype that is newer, the size cannot be checked.
-DTYPE_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
 
 
 @dataclass(frozen=True)
@@ -130,44 +119,18 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ModelError(
-                f"{path} is cut off or no safetensors file: {size:,} bytes, but a header of {length:,} bytes "
-                f"is announced; copy it again."
-            )
-        text = file.read(length)
-    try:
-        header = strict_json(text)
-        tensors = {
-            name: _tensor(entry, size - 8 - length, path.name)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"The header of {path} is damaged ({error}); copy the file again.") from error
-    return tensors
-
-
-def _tensor(entry: dict[str, Any], data_bytes: int, file: str) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    if not 0 <= start <= end:
-        raise ValueError(f"a tensor lies at {start} to {end}")
-    if end > data_bytes:
-        raise ValueError(f"a tensor ends at byte {end:,} of {data_bytes:,}, so the file is cut off")
-    dtype, shape = str(entry["dtype"]), tuple(int(x) for x in entry["shape"])
-    bits = DTYPE_BITS.get(dtype)
-    if min(shape, default=0) < 0 or (bits is not None and bits * prod(shape) != 8 * (end - start)):
-        raise ValueError(f"a tensor of {dtype} {list(shape)} has {end - start:,} bytes")
-    return StoredTensor(dtype, shape, end - start, file)
+    with open_foreign(path, ModelError, "Copy the file again.", None) as file:
+        try:
+            entries, _ = read_tensor_header(file)
+        except ValueError as error:
+            raise ModelError(f"The header of {path} is damaged ({error}); copy the file again.") from None
+    return {name: StoredTensor(x.dtype, x.shape, x.nbytes, path.name) for name, x in entries.items()}
 
 
 def _json(path: Path) -> Any:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ModelError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB; check the path.")
+    data = read_foreign(path, ModelError, "Copy the checkpoint again.", MAX_JSON_BYTES)
     try:
-        return json.loads(path.read_text("utf-8"))
+        # Not `strict_json`: transformers writes Infinity into configs (`time_step_limit` of Mamba-2).
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is no valid JSON ({error}); copy the checkpoint again.") from error

@@ -103,7 +103,5 @@ def _too_large(limit: int) -> _RefusedError:
 
 
 def _sentence(path: Path, found: OSError | _RefusedError, fix: str) -> str:
-    if isinstance(found, FileNotFoundError | NotADirectoryError):
-        return f"{path} does not exist. {fix}"
     why = found.strerror or found if isinstance(found, OSError) else found
     return f"{path} cannot be read ({why}). {fix}"

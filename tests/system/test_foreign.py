@@ -124,6 +124,5 @@ def test_a_link_to_a_regular_file_is_followed(tmp_path: Path):
 def test_what_is_not_there_is_said_or_none(tmp_path: Path, name: str):
     (tmp_path / "file").write_bytes(b"")
     assert read_foreign_if_there(tmp_path / name, RunError, FIX, 100) is None
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(RunError, match=rf"{name} cannot be read \((No such file|Not a) .*\)\. {FIX}"):
         read(tmp_path / name)
-    assert str(caught.value) == f"{tmp_path / name} does not exist. {FIX}"
