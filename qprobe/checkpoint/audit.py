@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from qprobe.checkpoint.audit_codes import uncalibrated
 from qprobe.checkpoint.audit_states import wrong_states
-from qprobe.checkpoint.import_list import LIST_KEYS
 from qprobe.errors import ModelError
 from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dtype
+from qprobe.exports.lists import LIST_KEYS
 from qprobe.exports.matchers import hits, running_rule
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.reference import outline, resolve

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qprobe.exports.shared import yaml
 from qprobe.manifest.records import Manifest
 from qprobe.system.wording import counted
 
@@ -50,12 +49,25 @@ def _auto_class(architecture: str) -> str:
 
 
 def _head(manifest: Manifest, name: str, auto: str) -> str:
-    values: dict[str, object] = {"library_name": "transformers"}
-    if "/" in name:  # only a name on the hub may stand there
-        values["base_model"] = name
-    if auto:
-        values["pipeline_tag"] = _TASKS[auto]
-    return yaml({**values, "tags": ["qprobe", "bitsandbytes", "4-bit", manifest.format.name, "qlora"]})
+    return card_head(
+        "transformers",
+        name,
+        ["qprobe", "bitsandbytes", "4-bit", manifest.format.name, "qlora"],
+        pipeline_tag=_TASKS.get(auto),
+    )
+
+
+def card_head(library: str, base: str, tags: list[str], pipeline_tag: str | None = None) -> str:
+    """The YAML between the two lines of dashes; base: the model's name, told if it is one on the hub."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        library_name=library,
+        base_model=base if "/" in base else None,
+        tags=tags,
+        pipeline_tag=pipeline_tag,
+    )
+    return f"{data.to_yaml()}\n"
 
 
 def _summary(manifest: Manifest, made_from: str | None) -> str:

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qprobe.cli import shared
 from qprobe.system.wording import counted, named
 
-# The names of qprobe.exports.TOOLS, which a test holds this against: help must not import the writers.
-TOOLS = (
-    "transformers",
-    "transformers-python",
-    "transformers-4",
-    "unsloth",
-    "vllm",
-    "peft",
-    "axolotl",
-    "llama-factory",
-    "llm-compressor",
-    "gptqmodel",
-    "autoround",
-    "llama.cpp",
-)
+
+class _Tool(click.ParamType[str]):
+    """The name of an export target. They are looked up when they are asked for: other commands need none."""
+
+    name = "tool"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from qprobe.exports import export_targets
+
+        if value not in export_targets():
+            self.fail(f"{value!r} is not one of {', '.join(export_targets())}.", param, ctx)
+        return value
 
 
-@shared.command("export", short_help="Hand a skip-list to another tool.")
+class _WithTools(click.Command):
+    """A command whose help ends with the export targets, one line each."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from qprobe.exports import export_targets
+
+        super().format_options(ctx, formatter)
+        with formatter.section("Tools"):
+            formatter.write_dl([(x.name, x.summary) for x in export_targets().values()])
+
+
+@shared.command("export", short_help="Hand a skip-list to another tool.", cls=_WithTools)
 @click.argument("manifest", type=shared.PATH)
 @click.option(
-    "--to", "tool", type=click.Choice(TOOLS), required=True, help="The tool whose language to write."
+    "--to", "tool", type=_Tool(), metavar="TOOL", required=True, help="The tool whose language to write."
 )
 @click.option("--out", type=shared.PATH, metavar="FILE", help="Where to write it.  [default: stdout]")
 def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
@@ -38,20 +47,6 @@ def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
     Every entry is first run through that tool's own rule of matching, so that exactly the 16-bit layers of
     the manifest are kept, the output head and tied weights among them; where a tool cannot be told so, the
     command says which layer is in the way. What its user must know goes to stderr.
-
-    \b
-    transformers         keywords of BitsAndBytesConfig, as JSON; transformers 5
-    transformers-python  the same as Python that loads the model
-    transformers-4       the same keywords with the names of transformers 4
-    unsloth              Python that loads the model with FastModel
-    vllm                 quantization_config for the config.json of a checkpoint
-    peft                 target_modules as one pattern, and which layers are 4-bit
-    axolotl              YAML: bnb_config_kwargs and lora_target_modules
-    llama-factory        YAML that loads a checkpoint which carries the list
-    llm-compressor       keywords of a modifier, with its ignore list
-    gptqmodel            keywords of QuantizeConfig, with dynamic
-    autoround            keywords of AutoRound, with layer_config
-    llama.cpp            the command line of llama-quantize, with --tensor-type
 
     \b
     --json prints: tool, text (what would be written), notes [text], layers_16bit [name].

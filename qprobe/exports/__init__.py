@@ -1,5 +1,5 @@
-"""Skip-lists for other tools, made from a manifest and held against each tool's own rule; no torch."""
+"""Skip-lists for other tools and from them, held against each tool's own rule; no torch."""
 
-from qprobe.exports.targets import TOOLS, Export, export_manifest
+from qprobe.exports.export import Export, export_manifest, export_targets
 
-__all__ = ["TOOLS", "Export", "export_manifest"]
+__all__ = ["Export", "export_manifest", "export_targets"]

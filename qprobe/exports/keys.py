@@ -94,9 +94,22 @@ def transformers_4_readers(manifest: Manifest) -> list[Reader]:
     ]
 
 
+def module_readers(manifest: Manifest, rule: Rule, tool: str) -> list[Reader]:
+    """A tool that calls modules as the transformers it runs on does, today's or 5.0."""
+    return [
+        reader(manifest, f"{tool} on today's transformers", rule, lambda x: x.name),
+        reader(manifest, f"{tool} on transformers 5.0", rule, lambda x: x.wrapped),
+    ]
+
+
 def exact(name: str) -> str:
     """A regular expression that matches `name` alone, also where the rule lets a match end anywhere."""
     return f"^{re.escape(name)}$"
+
+
+def kept_names(readers: Sequence[Reader]) -> list[str]:
+    """Each name that stays in 16-bit for one of `readers`, once."""
+    return list(dict.fromkeys(name for one in readers for name, kept in one.keep.items() if kept))
 
 
 def exact_entries(readers: Sequence[Reader], *writings: Callable[[str], str]) -> list[str]:
@@ -105,10 +118,16 @@ def exact_entries(readers: Sequence[Reader], *writings: Callable[[str], str]) ->
     writings: how a name may be written, the plainest first; the first that is right for every reader is used
     for the whole list. Raises ManifestError, naming entry and layer, if none is.
     """
-    names = list(dict.fromkeys(name for one in readers for name, kept in one.keep.items() if kept))
+    return first_exact(([write(name) for name in kept_names(readers)] for write in writings), readers)
+
+
+def first_exact(lists: Iterable[list[str]], readers: Sequence[Reader]) -> list[str]:
+    """The first of `lists` under which every reader keeps exactly its layers.
+
+    Raises the ManifestError of the first list, which is the plainest, if none is.
+    """
     error: ManifestError | None = None
-    for write in writings:
-        entries = [write(name) for name in names]
+    for entries in lists:
         try:
             check_entries(entries, readers)
         except ManifestError as wrong:

@@ -1,7 +1,7 @@
-"""How each tool reads an entry of a skip-list: pure functions, each with its source, no torch.
+"""How transformers reads an entry of a skip-list, version by version; pure functions with their sources.
 
 A rule answers for one entry and one module name: does this entry keep this module in 16-bit? A list keeps
-what any of its entries keeps; every tool here joins its entries so.
+what any of its entries keeps; every tool joins its entries so. Those of other tools lie with their targets.
 """
 
 from __future__ import annotations
@@ -39,64 +39,6 @@ def transformers_5_21(entry: str, name: str) -> bool:
     The entry is a regular expression that ends at a dot or at the end, or still a bare ending of the name.
     """
     return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None or name.endswith(entry)
-
-
-def unsloth(entry: str, name: str) -> bool:
-    """unsloth 2026.10.9, models/_utils.py, `patched_should_convert_module`: transformers' rule on aliases."""
-    old, new = "language_model.model.", "language_model."
-    names = {name, name.replace(old, new)}
-    names |= {x.removeprefix("model.") for x in names if x.startswith("model.language_model.")}
-    return any(transformers_5_21(e, n) for e in {entry, entry.replace(old, new)} for n in names)
-
-
-def vllm(entry: str, name: str) -> bool:
-    """vLLM 0.19.1, model_executor/layers/quantization/bitsandbytes.py, `is_layer_skipped_bnb`.
-
-    name: vLLM's own, of the fused module (`qkv_proj`). The entry is one whole part of it, or its beginning up
-    to a dot.
-    """
-    return entry in name.split(".") or f"{name}.".startswith(f"{entry}.")
-
-
-def compressed_tensors(entry: str, name: str) -> bool:
-    """compressed-tensors 0.20.0, utils/match.py, `match_name` and `_match_class`, for the `ignore` list.
-
-    Whole name, or a regular expression after "re:" from its start; "Linear" is every linear.
-    """
-    if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), name) is not None
-    return entry == name or entry in ("Linear", "Module")
-
-
-def gptqmodel(entry: str, name: str) -> bool:
-    """GPTQModel 7.7.0, quantization/config.py, `_resolve_dynamic_override`, for the keys of `dynamic`.
-
-    Only keys that start with "-:" leave a module alone; what follows is a regular expression from the start.
-    """
-    return entry.startswith("-:") and re.match(entry.removeprefix("-:"), name) is not None
-
-
-def auto_round(entry: str, name: str) -> bool:
-    """AutoRound 0.16.1, compressors/layer_config_resolver.py and utils/common.py, `to_standard_regex`.
-
-    For a key of `layer_config` that is anchored ("^...$"): its dots are plain, the rest is a regular
-    expression. Any other key that is no module's exact name is searched anywhere.
-    """
-    return re.search(entry.replace(".", r"\."), name) is not None
-
-
-def peft(entry: str, name: str) -> bool:
-    """peft 0.21.2, utils/other.py, `match_target_against_key`, for `target_modules` given as one string."""
-    return re.fullmatch(entry, name) is not None
-
-
-def llama_cpp(entry: str, name: str) -> bool:
-    """llama.cpp, tools/quantize/quantize.cpp (`parse_tensor_type`) and src/llama-quant.cpp (2026).
-
-    entry: "PATTERN=TYPE" of --tensor-type, the pattern put in lower case and searched anywhere in the
-    tensor's name.
-    """
-    return re.search(entry.partition("=")[0].lower(), name) is not None
 
 
 def transformers_rule(release: str | None) -> tuple[str, Rule]:

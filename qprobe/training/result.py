@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import __version__
-from qprobe.exports.shared import yaml
+from qprobe.checkpoint.card import card_head
 from qprobe.manifest.records import Manifest
 from qprobe.training.bases import RECORD
 
@@ -49,8 +49,7 @@ class Finetuned:
 
 def card(manifest: Manifest, done: Finetuned) -> str:
     """README.md of the adapter: what it is of, how it was trained, how to load it."""
-    head = {"library_name": "peft", "tags": ["qprobe", "lora", "qlora"]}
-    base = {"base_model": manifest.model.id} if "/" in manifest.model.id else {}
+    head = card_head("peft", manifest.model.id, ["qprobe", "lora", "qlora"])
     losses = (
         f"Loss on {done.held_out_lines} held-out lines: {done.eval_loss_before:.4g} before, "
         f"{done.eval_loss:.4g} after (nats per answer token)."
@@ -58,7 +57,7 @@ def card(manifest: Manifest, done: Finetuned) -> str:
         else "Nothing was held out, so nothing was evaluated."
     )
     return (
-        f"---\n{yaml({**head, **base})}---\n\n# Adapter for {manifest.model.id}\n\n"
+        f"---\n{head}---\n\n# Adapter for {manifest.model.id}\n\n"
         f"LoRA of {done.trainable_parameters:,} parameters, trained for {done.steps} steps of "
         f"{done.optimizer} on the {done.base} base by qprobe {__version__}. {losses}\n\n"
         f"Fingerprint of the model: `{done.fingerprint}`. Every choice is in `{RECORD}`.\n\n"

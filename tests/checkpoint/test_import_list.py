@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from transformers import MllamaConfig
 
-from qprobe.checkpoint.import_list import import_list, read_list
+from qprobe.checkpoint.import_list import import_list
 from qprobe.checkpoint.load import check_model, load_dynamic_4bit
 from qprobe.checkpoint.plan import plan
 from qprobe.errors import ManifestError
+from qprobe.exports.lists import read_list
 from qprobe.manifest.read import manifest_from_json
 from qprobe.manifest.write import manifest_to_json
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
@@ -187,8 +188,10 @@ def test_files_that_are_no_list(given: Any, tiny_folder: TinyFolder, value: Any,
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, tiny_folder: TinyFolder):
-    with pytest.raises(ManifestError, match="cannot be read"):
+    with pytest.raises(ManifestError, match=r"nowhere\.json does not exist\. Pass a config\.json"):
         import_list(tmp_path / "nowhere.json", str(tiny_folder("llama")))
+    with pytest.raises(ManifestError, match=r"cannot be read \(it is a folder\)"):
+        import_list(tmp_path, str(tiny_folder("llama")))
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(ManifestError, match="no valid JSON"):
         import_list(tmp_path / "c.json", str(tiny_folder("llama")))

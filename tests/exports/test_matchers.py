@@ -13,6 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qprobe.errors import ManifestError
 from qprobe.exports import matchers
 from qprobe.exports.matchers import hits, running_rule, transformers_rule
+from qprobe.exports.targets import autoround, gptqmodel, llama_cpp, llm_compressor, peft, unsloth, vllm
 from qprobe.loading.inventory import linear_modules
 from qprobe.loading.reference import meta_model
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
@@ -40,7 +41,7 @@ def kept(rule, entries, names):
         (matchers.transformers_4, 7),
         (matchers.transformers_5_0, 77),  # layers 1 and 10 to 19: 11 layers of 7 linears
         (matchers.transformers_5_21, 7),
-        (matchers.vllm, 7),
+        (vllm.rule, 7),
     ],
 )
 def test_a_layer_number_without_a_boundary(llama_11b, rule, count):
@@ -54,7 +55,7 @@ def test_a_layer_number_without_a_boundary(llama_11b, rule, count):
         (matchers.transformers_5_21, 228),
         (matchers.transformers_5_0, 228),
         (matchers.transformers_4, 32),
-        (matchers.vllm, 32),
+        (vllm.rule, 32),
     ],
 )
 def test_a_bare_ending(qwen2_vl, rule, count):
@@ -77,7 +78,7 @@ def test_the_published_list_against_todays_names(llama_11b, rule, count):
 
 def test_unsloths_own_patch_reads_its_list_as_it_was_meant(llama_11b):
     # 19 linears: all that the published list means to keep.
-    assert len(kept(matchers.unsloth, UNSLOTH_LLAMA_11B.entries, llama_11b)) == 19
+    assert len(kept(unsloth.rule, UNSLOTH_LLAMA_11B.entries, llama_11b)) == 19
 
 
 PARTS = st.sampled_from(["model", "layers", "1", "11", "proj", "q_proj", "mlp", "lm_head"])
@@ -98,7 +99,7 @@ def test_vllm_matches_a_whole_part_or_a_beginning_of_whole_parts(entry: str, nam
     # As the source says it: a part that equals the entry, or one of the name's dotted beginnings.
     parts = name.split(".")
     beginnings = {".".join(parts[: i + 1]) for i in range(len(parts))}
-    assert matchers.vllm(entry, name) == (entry in parts or entry in beginnings)
+    assert vllm.rule(entry, name) == (entry in parts or entry in beginnings)
 
 
 @pytest.mark.parametrize(
@@ -112,17 +113,17 @@ def test_vllm_matches_a_whole_part_or_a_beginning_of_whole_parts(entry: str, nam
             False,
         ),  # an ending of two parts is none of its cases
         (matchers.transformers_4, "odel.a", "model.a.fc1", True),  # but any stretch before a dot is
-        (matchers.compressed_tensors, "model.a", "model.a.fc1", False),
-        (matchers.compressed_tensors, "re:model.a", "model.a.fc1", True),
-        (matchers.compressed_tensors, "Linear", "model.a.fc1", True),
-        (matchers.gptqmodel, "-:model.a", "model.a.fc1", True),
-        (matchers.gptqmodel, "model.a", "model.a.fc1", False),  # settings of its own, but still quantized
-        (matchers.auto_round, "^model.a$", "modelXa", False),  # its dots are plain dots
-        (matchers.auto_round, "^model.a$", "model.a", True),
-        (matchers.peft, "q_proj", "a.q_proj", False),
-        (matchers.peft, ".*q_proj", "a.q_proj", True),
-        (matchers.llama_cpp, r"blk\.1\.ATTN_Q=bf16", "blk.1.attn_q.weight", True),
-        (matchers.llama_cpp, "1.attn_q=bf16", "blk.11.attn_q.weight", True),
+        (llm_compressor.rule, "model.a", "model.a.fc1", False),
+        (llm_compressor.rule, "re:model.a", "model.a.fc1", True),
+        (llm_compressor.rule, "Linear", "model.a.fc1", True),
+        (gptqmodel.rule, "-:model.a", "model.a.fc1", True),
+        (gptqmodel.rule, "model.a", "model.a.fc1", False),  # settings of its own, but still quantized
+        (autoround.rule, "^model.a$", "modelXa", False),  # its dots are plain dots
+        (autoround.rule, "^model.a$", "model.a", True),
+        (peft.rule, "q_proj", "a.q_proj", False),
+        (peft.rule, ".*q_proj", "a.q_proj", True),
+        (llama_cpp.rule, r"blk\.1\.ATTN_Q=bf16", "blk.1.attn_q.weight", True),
+        (llama_cpp.rule, "1.attn_q=bf16", "blk.11.attn_q.weight", True),
     ],
 )
 def test_one_entry_and_one_name(rule, entry, name, expected):

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from peft import LoraConfig, inject_adapter_in_model
 
-from qprobe.cli.exchange import TOOLS as HELP_TOOLS
 from qprobe.errors import ManifestError, QprobeError
-from qprobe.exports import TOOLS, export_manifest, matchers
-from qprobe.exports.engines import vllm_modules
+from qprobe.exports import export_manifest, export_targets, matchers
+from qprobe.exports.targets import autoround, gptqmodel, llama_cpp, llm_compressor, vllm
+from qprobe.exports.targets.vllm import vllm_modules
 from qprobe.manifest.records import Manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.models.spellings import spellings
@@ -25,6 +25,7 @@ from tests.exports.manifests import manifest_of, of_tree
 from tests.models import trees
 
 FORMATS = tuple(x.name for x in measurable())
+TOOLS = tuple(export_targets())
 GGUF_MODELS = (
     "LlamaForCausalLM",
     "Qwen3ForCausalLM",
@@ -135,15 +136,15 @@ def test_lists_are_exact_by_the_rule_of_each_tool(architecture: str):
     assert kept_by(matchers.transformers_4, four, [x.legacy for x in names.values()]) == {
         x.legacy for n, x in names.items() if n in kept
     }
-    assert kept_by(matchers.compressed_tensors, data("llm-compressor")["ignore"], names) == kept
+    assert kept_by(llm_compressor.rule, data("llm-compressor")["ignore"], names) == kept
     dynamic = data("gptqmodel")["dynamic"]
-    assert kept_by(matchers.gptqmodel, dynamic, names) == kept and set(map(len, dynamic.values())) == {0}
+    assert kept_by(gptqmodel.rule, dynamic, names) == kept and set(map(len, dynamic.values())) == {0}
     layer_config = data("autoround")["layer_config"]
-    assert kept_by(matchers.auto_round, layer_config, names) == kept
+    assert kept_by(autoround.rule, layer_config, names) == kept
     assert {x["bits"] for x in layer_config.values()} == {16}
     config = data("vllm")["quantization_config"]["llm_int8_skip_modules"]
     fused = vllm_modules(manifest)
-    assert kept_by(matchers.vllm, config, fused) == {x for x, is_kept in fused.items() if is_kept}
+    assert kept_by(vllm.rule, config, fused) == {x for x, is_kept in fused.items() if is_kept}
     assert kept_by(matchers.transformers_5_21, config, names) == kept
 
 
@@ -229,7 +230,7 @@ def test_llama_quantize_keeps_exactly_the_decoders_layers(architecture: str):
     }
     blocks = {x.split(".")[1] for x in decoder}
     assert len(decoder) == 7 * len(blocks) and set(decoder.values()) == {True, False}
-    assert {x for x in decoder if any(matchers.llama_cpp(e, x) for e in entries)} == {
+    assert {x for x in decoder if any(llama_cpp.rule(e, x) for e in entries)} == {
         x for x, is_kept in decoder.items() if is_kept
     }
     assert len(entries) == sum(decoder.values())
@@ -251,7 +252,7 @@ def test_experts_stay_in_16_bit_in_a_gguf_file():
     stacked = [f"blk.3.ffn_{x}_exps.weight" for x in ("gate", "up", "down")]
     others = ["blk.3.attn_q.weight", "blk.13.ffn_up_exps.weight", "blk.3.ffn_gate_inp.weight"]
     entries = options["--tensor-type"]
-    assert [x for x in [*stacked, *others] if any(matchers.llama_cpp(e, x) for e in entries)] == stacked
+    assert [x for x in [*stacked, *others] if any(llama_cpp.rule(e, x) for e in entries)] == stacked
     with pytest.raises(
         ManifestError, match=r"layers\.3\.mixer\.weight .* stays in 16-bit, but llama-quantize"
     ):
@@ -304,10 +305,6 @@ def test_a_model_that_vllm_does_not_serve_is_named():
         "vLLM serves no Mllama" in export_manifest(chosen("MllamaForConditionalGeneration"), "vllm").notes[-1]
     )
     assert not any("serves no" in x for x in export_manifest(chosen("LlamaForCausalLM"), "vllm").notes)
-
-
-def test_the_help_lists_every_tool():
-    assert tuple(TOOLS) == HELP_TOOLS
 
 
 def test_python_for_unsloth_and_transformers_compiles():

@@ -10,6 +10,7 @@ from transformers import MllamaConfig
 from qprobe.errors import ManifestError
 from qprobe.exports import export_manifest, matchers
 from qprobe.exports.keys import check_entries, reader, transformers_4_readers, transformers_readers
+from qprobe.exports.targets import vllm
 from qprobe.loading.inventory import WHY_ATTENTION, WHY_CONV, WHY_SUBCLASS, list_layers
 from qprobe.loading.reference import meta_model
 from qprobe.manifest.records import Manifest
@@ -90,7 +91,7 @@ def test_vllm_needs_a_fused_group_whole():
 
 def test_vllm_does_not_find_a_fused_layer_by_the_names_of_its_parts():
     keep = {"model.layers.0.self_attn.qkv_proj": True}
-    assert not any(matchers.vllm(entry, name) for entry in (Q, K, V) for name in keep)
+    assert not any(vllm.rule(entry, name) for entry in (Q, K, V) for name in keep)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2VLForConditionalGeneration"])

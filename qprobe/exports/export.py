@@ -1,0 +1,84 @@
+"""`qprobe export`: a manifest in the language of one target, its entries checked by the target's own rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qprobe.errors import ManifestError, QprobeError
+from qprobe.exports.keys import first_exact
+from qprobe.exports.target import Target
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Manifest
+from qprobe.system.discovery import declared
+
+
+@dataclass(frozen=True)
+class Export:
+    """text: the file for `tool`, as it must be handed on. notes: sentences its user must see."""
+
+    tool: str
+    text: str
+    notes: tuple[str, ...]
+    layers_16bit: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `export --json`."""
+        return {
+            "tool": self.tool,
+            "text": self.text,
+            "notes": list(self.notes),
+            "layers_16bit": list(self.layers_16bit),
+        }
+
+
+@cache
+def export_targets() -> Mapping[str, Target]:
+    """Every target by name, in alphabetical order."""
+    found = declared("qprobe.exports.targets", "TARGET", Target).values()
+    return {x.name: x for x in sorted(found, key=lambda x: x.name)}
+
+
+def export_manifest(manifest: Manifest | str | Path, to: str) -> Export:
+    """The list of `manifest` (or of the file at that path) in the language of the target `to`.
+
+    The entries were run through the tool's own rule: they keep exactly the manifest's 16-bit layers, the
+    output head and tied weights among them. Raises QprobeError for an unknown tool, ManifestError,
+    naming the layer, where the tool cannot be told so.
+    """
+    target = export_targets().get(to)
+    if target is None:
+        raise QprobeError(f"No tool {to!r}: qprobe exports to {', '.join(export_targets())}.")
+    written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+    _check_precision(written, target)
+    readers = target.readers(written)
+    text, notes = target.write(written, first_exact(target.lists(written, readers), readers))
+    return Export(to, text, (*notes, *_lost_codes(written, target)), written.skip_modules)
+
+
+def _check_precision(manifest: Manifest, target: Target) -> None:
+    name = manifest.format.four_bit_name
+    if name not in target.precisions:
+        raise ManifestError(
+            f"The manifest is for {name}, and {target.name} takes {' or '.join(target.precisions)} only; "
+            "scan in that format, or export to another tool."
+        )
+
+
+def _lost_codes(manifest: Manifest, target: Target) -> tuple[str, ...]:
+    """What a tool that makes the 4-bit weights itself loses of calibrated ones; nothing for plain NF4."""
+    if not manifest.format.is_calibrated or target.of_checkpoint:
+        return ()
+    figure = "The KL in the manifest is that of calibrated NF4."
+    if target.own_codes is not None:
+        return (
+            f"The calibrated weights are not carried over: the tool chooses 4-bit codes of its own, "
+            f"{target.own_codes}. {figure}",
+        )
+    return (
+        "The tool makes the 4-bit weights from 16-bit ones itself and rounds to nearest: to keep the "
+        f"calibration, load the checkpoint that `qprobe quantize` writes. {figure}",
+    )

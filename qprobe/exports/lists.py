@@ -1,0 +1,165 @@
+"""Skip-lists from other tools: what their files hold, and which layers of a model they keep; no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe.errors import ManifestError
+from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dtype
+from qprobe.exports.matchers import Rule, hits, running_rule
+from qprobe.models.spellings import spellings
+from qprobe.records import FormatSpec, Inventory
+from qprobe.registry.precisions import measurable
+from qprobe.system.foreign import read_foreign
+from qprobe.system.wording import counted
+
+# The two keys under which transformers configs keep such a list; the first is bitsandbytes'.
+LIST_KEYS = ("llm_int8_skip_modules", "modules_to_not_convert")
+MAX_FILE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One entry of the list and the layers (module names) that it keeps; none for a dead one."""
+
+    entry: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GivenList:
+    """A list as its file gives it. entries: None where the file leaves the choice to transformers."""
+
+    entries: tuple[str, ...] | None
+    transformers: str | None
+    format: FormatSpec
+    notes: tuple[str, ...] = ()
+
+
+def read_list(path: Path) -> GivenList:
+    """The list that the file `path` holds. Raises ManifestError if it holds none."""
+    data = _json(path)
+    if isinstance(data, list):
+        return GivenList(_names(data, path), None, FormatSpec())
+    config = data.get("quantization_config", data) if isinstance(data, dict) else None
+    is_config = isinstance(config, dict) and (
+        "quantization_config" in data or any(key in config for key in LIST_KEYS)
+    )
+    if not isinstance(config, dict) or not is_config:
+        raise ManifestError(
+            f"{path} holds neither a quantization_config nor a JSON list of names, so there is no skip-list "
+            f"in it; pass the config.json of a quantized checkpoint."
+        )
+    key = next((key for key in LIST_KEYS if config.get(key) is not None), None)
+    entries = None if key is None else _names(config[key], path)
+    version = data.get("transformers_version")
+    spec, notes = _format(config, data, path)
+    return GivenList(entries, version if isinstance(version, str) else None, spec, notes)
+
+
+def _json(path: Path) -> Any:
+    data = read_foreign(path, ManifestError, "Pass a config.json or a JSON list.", MAX_FILE_BYTES)
+    try:
+        return json.loads(data.decode("utf-8"))  # not strictly: configs of some models hold Infinity
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(
+            f"{path} is no valid JSON ({error}); pass a config.json or a JSON list."
+        ) from error
+
+
+def _names(value: Any, path: Path) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(x, str) and x for x in value):
+        raise ManifestError(f"The list in {path} must hold module names, each a string that is not empty.")
+    return tuple(dict.fromkeys(value))
+
+
+def _format(
+    quantization: dict[str, Any], config: dict[str, Any], path: Path
+) -> tuple[FormatSpec, tuple[str, ...]]:
+    """Format of a quantization_config in `config`; what a manifest cannot say is replaced, with a note.
+
+    Raises ManifestError for FP4, whose bytes a manifest could not tell.
+    """
+    if not is_four_bit(quantization):
+        return FormatSpec(), (
+            "The list was made for another format; the manifest uses NF4 for what it quantizes.",
+        )
+    said = str(quantization.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+    dtype = said if said == "float16" or said == "bfloat16" else model_dtype(config)
+    spec = four_bit_format(quantization, dtype)
+    if spec.name not in [x.name for x in measurable()]:
+        named = "bnb_4bit_quant_type" in quantization
+        how = "" if named else ", since it names no bnb_4bit_quant_type"
+        raise ManifestError(
+            f"The config in {path} means {spec.name.upper()}{how}, and a manifest describes NF4 only. Pass "
+            f"its list alone, as a JSON list of names, to see what it keeps beside NF4."
+        )
+    if said == dtype:
+        return spec, ()
+    how = "" if "bnb_4bit_compute_dtype" in quantization else ", since it names no bnb_4bit_compute_dtype"
+    return spec, (f"The config computes in {said}{how}; the manifest computes in {dtype}.",)
+
+
+def match_list(
+    entries: Sequence[str], inventory: Inventory, rule: Rule, architecture: str
+) -> tuple[Matched, ...]:
+    """What each entry keeps, whichever of a layer's names it was written for."""
+    names = {x.name: spellings(x.name, x.checkpoint_name, architecture).all for x in inventory.layers}
+    return tuple(
+        Matched(entry, tuple(name for name, known in names.items() if hits(rule, entry, known)))
+        for entry in entries
+    )
+
+
+def remarks(
+    published: GivenList, matched: Sequence[Matched], inventory: Inventory, kept: frozenset[str]
+) -> list[str]:
+    """Sentences that whoever imports the list must see.
+
+    matched: what its entries keep. kept: the layers that they keep together.
+    """
+    said = []
+    if published.entries is None:
+        said.append("The config holds no list, so transformers keeps its default: head and tied weights.")
+    dead = [repr(x.entry) for x in matched if not x.layers]
+    if dead:
+        said.append(
+            f"{len(dead)} of {len(matched)} entries {'matches' if len(dead) == 1 else 'match'} nothing in "
+            f"this model: {', '.join(dead)}."
+        )
+    today, unread = _read_today(matched, inventory)
+    if unread:
+        said.append(
+            f"Today's transformers reads an entry as a regular expression, and cannot read "
+            f"{', '.join(map(repr, unread))}, so it would not load with "
+            f"this list; export the manifest instead."
+        )
+    elif matched and today != kept:
+        said.append(
+            f"Handed to today's transformers as it stands, the list would keep {len(today & kept)} of these "
+            f"{counted(len(kept), 'layer')} and {counted(len(today - kept), 'other')}; export the manifest "
+            f"instead."
+        )
+    dropped = [x.name for x in inventory.layers if x.fixed and x.name not in kept]
+    if dropped and published.entries is not None:
+        said.append(
+            f"The list does not name {', '.join(dropped)}, so transformers would put it into 4-bit; the "
+            f"manifest keeps it in 16-bit."
+        )
+    return said
+
+
+def _read_today(matched: Sequence[Matched], inventory: Inventory) -> tuple[set[str], list[str]]:
+    """(layers, entries): what today's transformers keeps by these entries, and those that it cannot read."""
+    rule, names, unread = running_rule(), [x.name for x in inventory.layers], []
+    today: set[str] = set()
+    for one in matched:
+        try:
+            today.update(hits(rule, one.entry, names))
+        except ManifestError:
+            unread.append(one.entry)
+    return today, unread
