@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 from qprobe.errors import ManifestError
 from qprobe.manifest.records import Manifest
+from qprobe.registry.precisions import SIXTEEN_BIT, packed_bytes
 
 
 def check_manifest(manifest: Manifest) -> None:
     """Raises ManifestError, naming the key, if `manifest` contradicts itself."""
     _check_codes(manifest)
     _check_names(manifest)
+    _check_precisions(manifest)
     _check_bytes(manifest)
     _check_compared(manifest)
 
@@ -28,41 +31,53 @@ def _check_names(manifest: Manifest) -> None:
     for name, count in Counter(x.name for x in manifest.layers).items():
         if count > 1:
             raise ManifestError(f"layers: {name} is listed {count} times; each linear may stand there once.")
-    kept = tuple(x.name for x in manifest.layers if x.precision == "bf16")
+    kept = tuple(x.name for x in manifest.layers if not x.is_four_bit)
     if manifest.skip_modules == kept:
         return
     listed = set(manifest.skip_modules)
     missing = [x for x in kept if x not in listed]
     extra = [x for x in manifest.skip_modules if x not in set(kept)]
+    kept_name = SIXTEEN_BIT.name
     what = (
-        f"lacks {missing[0]}, which is bf16 in layers"
+        f"lacks {missing[0]}, which is {kept_name} in layers"
         if missing
-        else f"names {extra[0]}, which is not bf16 in layers"
+        else f"names {extra[0]}, which is not {kept_name} in layers"
         if extra
         else "has the right names in another order or more than once"
     )
     raise ManifestError(
-        f"skip_modules {what}; it must list the {len(kept)} bf16 layers in the order of layers."
+        f"skip_modules {what}; it must list the {len(kept)} {kept_name} layers in the order of layers."
     )
+
+
+def _check_precisions(manifest: Manifest) -> None:
+    four_bit = manifest.format.four_bit_name
+    for layer in manifest.layers:
+        if layer.precision not in (four_bit, SIXTEEN_BIT.name):
+            raise ManifestError(
+                f"layers: {layer.name} is in {layer.precision}, but a layer in 4-bit of the format "
+                f"{manifest.format.name} is in {four_bit}; make the manifest again with qprobe select."
+            )
 
 
 def _check_bytes(manifest: Manifest) -> None:
     for layer in manifest.layers:
-        weights = layer.shape[0] * layer.shape[1]
+        weights = prod(layer.shape)
         # Tied weights are counted elsewhere and have 0 bytes here; transformers keeps some in float32.
-        if layer.precision == "bf16" and layer.bytes not in (0, 2 * weights, 4 * weights):
+        if not layer.is_four_bit and layer.bytes not in (0, 2 * weights, 4 * weights):
             raise ManifestError(
                 f"layers: {layer.name} has {layer.bytes:,} bytes, but its {weights:,} weights take "
                 f"{2 * weights:,} in 16-bit; the file was changed by hand or is damaged."
             )
-        if layer.precision == "nf4" and layer.bytes < (weights + 1) // 2:
+        if layer.is_four_bit and layer.bytes < packed_bytes(layer.shape):
             raise ManifestError(
                 f"layers: {layer.name} has {layer.bytes:,} bytes, but its {weights:,} weights take "
-                f"at least {(weights + 1) // 2:,} in 4-bit; the file was changed by hand or is damaged."
+                f"at least {packed_bytes(layer.shape):,} in 4-bit; the file was changed by hand or is "
+                "damaged."
             )
     budget = manifest.budget
     listed = sum(x.bytes for x in manifest.layers) + sum(x.bytes for x in manifest.uncovered)
-    kept = sum(x.bytes for x in manifest.layers if x.precision == "bf16")
+    kept = sum(x.bytes for x in manifest.layers if not x.is_four_bit)
     if budget.total_bytes < listed:
         problem = (
             f"total_bytes {budget.total_bytes:,} is less than its layers and uncovered weights, {listed:,}"

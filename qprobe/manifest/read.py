@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator, validators
 from qprobe.errors import ManifestError
 from qprobe.manifest.check import check_manifest
 from qprobe.manifest.records import Manifest
+from qprobe.registry.precisions import SIXTEEN_BIT, measurable
 from qprobe.system.decoding import decode, strict_json
 from qprobe.system.foreign import read_foreign_if_there
 
@@ -68,16 +69,31 @@ def _refuse_newer(data: Any) -> None:
         )
 
 
+def published_schema() -> dict[str, Any]:
+    """The JSON Schema of manifests, as it lies in the package: its names of precisions are those declared."""
+    return json.loads(SCHEMA_PATH.read_text("utf-8"))
+
+
 @cache
-def _validator() -> Any:
+def _validator(formats: tuple[str, ...], layers: tuple[str, ...]) -> Any:
+    schema = published_schema()
+    schema["properties"]["format"]["properties"]["name"]["enum"] = formats
+    schema["properties"]["layers"]["items"]["properties"]["precision"]["enum"] = layers
     # JSON Schema takes 1.0 for an integer; byte counts are Python ints here.
     checker = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
     strict = validators.extend(Draft202012Validator, type_checker=checker)
-    return strict(json.loads(SCHEMA_PATH.read_text("utf-8")))
+    return strict(schema)
+
+
+def _precision_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a manifest may call its format, and the precision of a layer."""
+    formats = measurable()
+    stored = dict.fromkeys(x.stored.name for x in formats)
+    return tuple(x.name for x in formats), (*stored, SIXTEEN_BIT.name)
 
 
 def _check_schema(data: Any) -> None:
-    error = next(_validator().iter_errors(data), None)
+    error = next(_validator(*_precision_names()).iter_errors(data), None)
     if error is not None:
         key = error.json_path.removeprefix("$").removeprefix(".") or "the file"
         said = (

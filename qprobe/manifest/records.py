@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qprobe.records import CodesFile, FormatSpec, ModelIdentity, Uncovered
+from qprobe.registry.precisions import is_four_bit
 
 # Names of two lists among those compared.
 NOTHING = "nothing kept"
@@ -46,15 +47,23 @@ class Compared:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One linear and its precision. shape: (out_features, in_features); bytes: of the weight as stored."""
+    """One linear and its precision.
+
+    shape: of the weight, as `qprobe.records.Linear` has it. precision: the name of a declared one.
+    bytes: of the weight as stored.
+    """
 
     name: str
     checkpoint_name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     precision: str
     bytes: int
     sensitivity_kl: float | None
     reason: str
+
+    @property
+    def is_four_bit(self) -> bool:
+        return is_four_bit(self.precision)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from qprobe.manifest.records import NEAREST, NOTHING, Manifest
 from qprobe.manifest.write import manifest_to_json
 from qprobe.records import Scan
 from qprobe.registry.measures import columns
+from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.report.budgets import KL, Point, Prediction, command_at, manifest_at, points, quality_at, reasons
 from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
@@ -44,6 +45,7 @@ def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest 
             "run": folder.resolve().name,
             "model": asdict(scan.model),
             "format": asdict(scan.format),
+            "precisions": {"four_bit": scan.format.four_bit_name, "sixteen_bit": SIXTEEN_BIT.name},
             "bytes": {
                 "standard": scan.inventory.standard_4bit_bytes,
                 "full": scan.inventory.total_bytes(frozenset(x.name for x in scan.inventory.layers)),
@@ -98,7 +100,8 @@ def _layers(
     folder: Path, scan: Scan, table: pd.DataFrame, worst: Mapping[str, Worst], frontier: Sequence[Point]
 ) -> list[dict[str, Any]]:
     by = frontier[0].skiplist.by if frontier else None
-    not_kept, kept = reasons(scan, table, by) if by else (["NF4"] * len(table), [""] * len(table))
+    four_bit = scan.format.precision.stored.title
+    not_kept, kept = reasons(scan, table, by) if by else ([four_bit] * len(table), [""] * len(table))
     short = short_names(table["layer"])
     ranks = read_ranks(folder)
     known = {} if ranks is None else ranks.set_index("layer").to_dict("index")

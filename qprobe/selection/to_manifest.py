@@ -13,6 +13,7 @@ import pandas as pd
 from qprobe import __version__
 from qprobe.manifest.records import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.records import Inventory, Linear, Scan
+from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.runs.store import NEAREST_STAGE, choice_stage, read_units
 from qprobe.runs.table import finite_answers, measured
 from qprobe.selection.bound import SCORE
@@ -56,8 +57,8 @@ def manifest_of(
             name=x.name,
             checkpoint_name=x.checkpoint_name,
             shape=x.shape,
-            precision="bf16" if x.fixed or x.name in kept else "nf4",
-            bytes=x.bytes_16bit if x.fixed or x.name in kept else x.bytes_4bit,
+            precision=SIXTEEN_BIT.name if x.name in in_16bit else scan.format.four_bit_name,
+            bytes=x.bytes_16bit if x.name in in_16bit else x.bytes_4bit,
             sensitivity_kl=sensitivity[x.name] if isfinite(sensitivity[x.name]) else None,
             reason=reasons[x.name],
         )
@@ -73,7 +74,7 @@ def manifest_of(
         compared=proof.compared,
         layers=layers,
         uncovered=scan.inventory.uncovered,
-        skip_modules=tuple(x.name for x in layers if x.precision == "bf16"),
+        skip_modules=tuple(x.name for x in layers if not x.is_four_bit),
         made_by=MadeBy(__version__, command, datetime.now(UTC).isoformat(timespec="seconds")),
         codes=scan.codes,
     )
@@ -118,6 +119,7 @@ def _reasons(
     """
     kept, never_ran = frozenset(skiplist.kept), frozenset(scan.unmeasured)
     ranks, isolated_ranks = _ranked(scan, values), _ranked(scan, own)
+    four_bit = scan.format.precision.stored.title
     groups: dict[str, list[str]] = {}
     for x in scan.inventory.layers:
         groups.setdefault(x.group, []).append(x.name)
@@ -127,9 +129,9 @@ def _reasons(
             return _FIXED_REASONS.get(layer.fixed, f"{layer.fixed}: stays in 16-bit")
         if layer.name not in ranks or layer.name in never_ran:
             # A published list may keep what these samples never reach.
-            return f"not measured on these samples, {'kept' if layer.name in kept else 'NF4'}"
+            return f"not measured on these samples, {'kept' if layer.name in kept else four_bit}"
         if layer.name not in kept:
-            return "NF4"
+            return four_bit
         group = groups[layer.group]
         together = f", moves with its group of {len(group)}" if len(group) > 1 and kept >= {*group} else ""
         shares = f"{skiplist.by} {values[layer.name]:.2g}, rank {ranks[layer.name]} of {len(ranks)}"

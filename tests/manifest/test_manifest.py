@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from qprobe.errors import ManifestError
-from qprobe.manifest.read import MAX_FILE_BYTES, SCHEMA_PATH, manifest_from_json, read_manifest
+from qprobe.manifest.read import (
+    MAX_FILE_BYTES,
+    SCHEMA_PATH,
+    manifest_from_json,
+    published_schema,
+    read_manifest,
+)
 from qprobe.manifest.records import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.manifest.write import manifest_to_json, write_manifest
 from qprobe.records import FormatSpec, ModelIdentity, Uncovered
+from qprobe.registry.precisions import SIXTEEN_BIT, measurable
 
 # 64 x 64 weights: 8,192 bytes in 16-bit; 2,048 + 64 + 4 = 2,116 in NF4.
 EXAMPLE = Manifest(
@@ -99,6 +106,14 @@ def test_schema_is_a_valid_draft_2020_12_schema_and_admits_what_we_write():
     schema = json.loads(SCHEMA_PATH.read_text())
     Draft202012Validator.check_schema(schema)
     Draft202012Validator(schema).validate(json.loads(json.dumps(manifest_to_json(EXAMPLE))))
+
+
+def test_the_published_schema_names_the_declared_precisions():
+    properties = published_schema()["properties"]
+    formats = properties["format"]["properties"]["name"]["enum"]
+    assert formats == [x.name for x in measurable()]
+    stored = {x.stored.name: None for x in measurable()}
+    assert properties["layers"]["items"]["properties"]["precision"]["enum"] == [*stored, SIXTEEN_BIT.name]
 
 
 def test_the_file_has_the_published_keys():

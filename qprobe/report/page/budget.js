@@ -45,7 +45,7 @@ function manifestHere() {
     name: layer.name,
     checkpoint_name: layer.checkpoint_name,
     shape: layer.shape,
-    precision: isKept(layer) ? "bf16" : "nf4", // the layout; how its codes were rounded is the format's
+    precision: isKept(layer) ? DATA.precisions.sixteen_bit : DATA.precisions.four_bit, // the layout; how its codes were rounded is the format's
     bytes: isKept(layer) ? layer.bytes_16bit : layer.bytes_4bit,
     sensitivity_kl: layer.values.sensitivity_kl,
     reason: layer.reasons[isKept(layer) ? 1 : 0],
@@ -58,7 +58,7 @@ function manifestHere() {
     },
     quality: base.qualities[point.index],
     layers,
-    skip_modules: layers.filter((layer) => layer.precision === "bf16").map((layer) => layer.name),
+    skip_modules: LAYERS.filter(isKept).map((layer) => layer.name),
     made_by: {
       qprobe: DATA.qprobe, command: commandHere(),
       time: `${new Date().toISOString().slice(0, 19)}+00:00`,

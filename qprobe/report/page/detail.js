@@ -17,7 +17,7 @@ function showDetail() {
   const full = element("p", { class: "hint" }, layer.name, state.held ? " (held; Escape or a click lets go)" : "");
   detail.replaceChildren(heading, full, facts(element("dl"), [
     ["tower", towerName(layer.tower)],
-    ["shape", `${layer.shape[0]} × ${layer.shape[1]}`],
+    ["shape", layer.shape.join(" × ")],
     ["precision", layer.fixed ? "16-bit, in standard 4-bit too" : kept ? "16-bit" : "4-bit"],
     ["16-bit costs", `+${bytes(layer.bytes_16bit - layer.bytes_4bit)}`],
     ...DATA.measures.map((m) => [m.name, valueOf(layer, m)]),
