@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from qprobe.errors import RunError
@@ -20,9 +20,22 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
 from qprobe.runs.store import ANSWERS
+from qprobe.system.decoding import decode, strict_json
 from qprobe.system.files import write_atomic, write_first
+from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.processes import Shard
 from qprobe.system.versions import library_versions
+
+MAX_ANSWERS_BYTES = 64 * 2**20  # of one batch
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The answer to one sample, as its file holds it; `ends` as of `Sample`."""
+
+    sample: str
+    answer: str
+    ends: bool
 
 
 def with_answers(
@@ -80,7 +93,7 @@ def _key(made_by: str, group: Sequence[Sample]) -> str:
 
 def _write(path: Path, answered: Sequence[Sample], group: Sequence[Sample]) -> None:
     """The first process to finish a batch decides its answers: others may have measured with them already."""
-    lines = [{"sample": s.id, "answer": s.answer, "ends": s.ends} for s in answered]
+    lines = [asdict(_Answer(s.id, s.answer or "", s.ends)) for s in answered]
     data = (json.dumps(lines, indent=1, ensure_ascii=False) + "\n").encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +109,12 @@ def _write(path: Path, answered: Sequence[Sample], group: Sequence[Sample]) -> N
 def _read(path: Path, group: Sequence[Sample]) -> list[Sample] | None:
     """`group` with the answers kept in `path`; None if there are none or they are damaged (made again)."""
     try:
-        lines = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            replace(s, answer=str(line["answer"]), ends=bool(line["ends"]))
-            for s, line in zip(group, lines, strict=True)
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
+        data = read_foreign_if_there(path, RunError, "", MAX_ANSWERS_BYTES)
+        lines = None if data is None else decode(tuple[_Answer, ...], strict_json(data), "answers")
+        if lines is None:
+            return None
+        return [replace(s, answer=x.answer, ends=x.ends) for s, x in zip(group, lines, strict=True)]
+    except (RunError, ValueError):
         return None
 
 

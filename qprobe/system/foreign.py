@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from qprobe.errors import QprobeError
 
@@ -27,7 +27,7 @@ _KINDS = (
 )
 
 
-def open_foreign(path: Path, error: type[QprobeError], fix: str, limit: int | None) -> BinaryIO:
+def open_foreign(path: Path, error: type[QprobeError], fix: str, limit: int | None) -> BufferedReader:
     """The regular file at `path`, open for reading.
 
     limit: largest size in bytes; None for files of any size, such as weights. Raises `error`, one sentence
@@ -66,7 +66,7 @@ class _RefusedError(Exception):
     """Why a file is not read."""
 
 
-def _opened(path: Path, limit: int | None) -> BinaryIO:
+def _opened(path: Path, limit: int | None) -> BufferedReader:
     try:
         found = os.stat(path)
     except ValueError:  # of a name with a zero byte or half a character in it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from qprobe.manifest.records import Manifest
 from qprobe.measure.files import files_digest
 from qprobe.models.headers import read_headers
 from qprobe.options import Base
+from qprobe.training.record import read_record
 
-RECORD = "finetune.json"
 MANIFEST_FILE = "skiplist.json"
-BASE_WEIGHTS = "base_weights"  # key of the specification; records of qprobe up to 0.1 lack it
+BASE_WEIGHTS = "base_weights"  # key of the specification
 
 
 def load_base(
@@ -83,34 +82,20 @@ def load_finetuned(
     """
     where = Path(folder)
     record = read_record(where)
-    if record is None or record.get("status") != "finished":
+    if record is None or record.status != "finished":
         raise RunError(f"{where} holds no finished adapter. Run qprobe finetune to its end first.")
     manifest = read_manifest(where / MANIFEST_FILE)
-    if record["fingerprint"] != manifest.model.fingerprint:
+    if record.fingerprint != manifest.model.fingerprint:
         raise ManifestError(
             f"The adapter in {where} was trained on a model with fingerprint "
-            f"{str(record['fingerprint'])[:16]}, but its manifest is of one with "
+            f"{record.fingerprint[:16]}, but its manifest is of one with "
             f"{manifest.model.fingerprint[:16]}. Put the two together that belong together."
         )
-    spec = record["spec"]
-    if BASE_WEIGHTS in spec and spec[BASE_WEIGHTS] != base_digest(manifest, model):
+    spec = record.spec
+    if spec.get(BASE_WEIGHTS) != base_digest(manifest, model):
         raise ManifestError(
             f"The adapter in {where} was trained on other weights of {manifest.model.id} than "
             f"{model or manifest.model.id} holds, of the same shapes. Pass the model that it was trained on."
         )
     base, processor = load_base(where / MANIFEST_FILE, spec["base"], model, device, spec["dtype"])
     return peft_library().PeftModel.from_pretrained(base, str(where)).eval(), processor
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What finetune.json in `folder` holds; None if there is none. Raises RunError if it is broken."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is no valid JSON ({error}). Remove the folder and train again.") from error
-    if not isinstance(record, dict) or not {"status", "spec", "fingerprint"} <= record.keys():
-        raise RunError(f"{path} is no record of qprobe finetune. Pass another folder.")
-    return record

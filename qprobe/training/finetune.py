@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,17 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, moved
 from qprobe.manifest.write import write_manifest
 from qprobe.options import BadData, Base, Dtype, FinetuneOptions, Optimizer, Progress, no_progress, path_of
-from qprobe.system.files import write_atomic
+from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.log_filters import Remark
 from qprobe.training.alone import LOCK, alone_in
 from qprobe.training.bases import (
     BASE_WEIGHTS,
     MANIFEST_FILE,
-    RECORD,
     base_digest,
     load_base,
     peft_library,
-    read_record,
 )
+from qprobe.training.record import Record, read_record, write_record
 from qprobe.training.refused import check_options, refuse_several_processes
 from qprobe.training.result import Finetuned, card
 from qprobe.training.spec import asked_spec, images_digest
@@ -56,7 +56,7 @@ TOO_LONG = Remark(
     "length is checked against --max-length, and a longer line is named",
 )
 CHECKPOINTS = "checkpoints"
-DIVERGED = "diverged"  # the status of a run whose loss became no number
+MAX_STATE_BYTES = 2**30  # it has a few hundred bytes per logged step
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -173,7 +173,7 @@ def _finetune(
         target_modules=lora_targets(model, options.vision),
     )
     tuned = peft.get_peft_model(model, config)
-    _start(options.out, {"fingerprint": manifest.model.fingerprint, "spec": spec})
+    _start(options.out, Record("running", manifest.model.fingerprint, spec))
     with _disk_explained(options.out), _loss_explained(options.out):
         result = _train(options, spec["optimizer"], tuned, processor, train, held_out, progress)
     skipped = tuple(sentence for one in checked for sentence in one.sentences())
@@ -219,10 +219,10 @@ def _check_out(out: Path, spec: dict[str, Any]) -> None:
     record = read_record(out) if out.is_dir() else None
     if record is None:
         raise RunError(f"{out} is there already and holds no run of qprobe finetune. Pass another folder.")
-    if record["status"] == "finished":
+    if record.status == "finished":
         raise RunError(f"{out} holds a finished adapter. Pass another folder, or remove it to train again.")
-    differing = sorted(key for key in spec if record["spec"].get(key) != spec[key])
-    if differing and record["status"] != DIVERGED and last_checkpoint(out / CHECKPOINTS) is not None:
+    differing = sorted(key for key in spec if record.spec.get(key) != spec[key])
+    if differing and record.status != "diverged" and last_checkpoint(out / CHECKPOINTS) is not None:
         raise RunError(
             f"{out} holds an unfinished run that was asked for otherwise ({', '.join(differing)}). Pass the "
             f"same options to continue it, or another folder."
@@ -322,19 +322,20 @@ def last_checkpoint(folder: Path) -> Path | None:
     whole: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
         try:
-            json.loads((path / "trainer_state.json").read_text("utf-8"))
+            state = read_foreign_if_there(path / "trainer_state.json", RunError, "", MAX_STATE_BYTES)
+            json.loads((state or b"").decode("utf-8"))
             whole[int(path.name.rpartition("-")[2])] = path
-        except (OSError, ValueError):
+        except (RunError, ValueError):
             shutil.rmtree(path, ignore_errors=True)
     return whole[max(whole)] if whole else None
 
 
-def _start(out: Path, record: dict[str, Any]) -> None:
+def _start(out: Path, record: Record) -> None:
     """The record of a run that begins or goes on in `out`; of one that diverged nothing is gone on from."""
     before = read_record(out)
-    if before is not None and (before["status"] == DIVERGED or before["spec"] != record["spec"]):
+    if before is not None and (before.status == "diverged" or before.spec != record.spec):
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    _write_record(out, {"status": "running", **record})
+    write_record(out, record)
 
 
 @contextmanager
@@ -345,16 +346,8 @@ def _loss_explained(out: Path) -> Iterator[None]:
     except LossError:
         record = read_record(out)
         assert record is not None
-        _write_record(out, {**record, "status": DIVERGED})
+        write_record(out, replace(record, status="diverged"))
         raise
-
-
-def _write_record(out: Path, record: dict[str, Any]) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
-    except OSError as error:
-        raise RunError(f"{out} cannot be written ({error.strerror}). Pass another folder.") from error
 
 
 def _finish(
@@ -375,7 +368,5 @@ def _finish(
     save_processor(processor, out)
     write_manifest(out / MANIFEST_FILE, moved(manifest, options.manifest.parent, out))
     result = {key: value for key, value in done.to_json().items() if key != "out"}
-    _write_record(
-        out, {"status": "finished", "fingerprint": done.fingerprint, "spec": spec, "result": result}
-    )
+    write_record(out, Record("finished", done.fingerprint, spec, result))
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

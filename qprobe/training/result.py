@@ -9,7 +9,7 @@ from typing import Any
 from qprobe import __version__
 from qprobe.checkpoint.card import card_head
 from qprobe.manifest.records import Manifest
-from qprobe.training.bases import RECORD
+from qprobe.training.record import RECORD
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from qprobe.errors import MachineError, SampleError
 from qprobe.loading.reference import pick_device
 from qprobe.manifest.records import Manifest
 from qprobe.options import FinetuneOptions, Optimizer
+from qprobe.system.foreign import open_foreign
 
 
 def asked_spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:
@@ -58,10 +59,8 @@ def _optimizer(wanted: Optimizer | None, device: torch.device) -> Optimizer:
 
 
 def _file_digest(path: Path) -> str:
-    try:
-        return _digest(path.read_bytes())
-    except OSError as error:
-        raise SampleError(f"{path} cannot be read ({error.strerror}). Pass a .jsonl file.") from error
+    with open_foreign(path, SampleError, "Pass a .jsonl file.", None) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(data: bytes) -> str:

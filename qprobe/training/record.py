@@ -1,0 +1,51 @@
+"""finetune.json: what a folder's fine-tuning run was asked for, how far it came, and what it found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qprobe.errors import RunError
+from qprobe.system.decoding import decode, strict_json
+from qprobe.system.files import write_atomic
+from qprobe.system.foreign import read_foreign_if_there
+
+RECORD = "finetune.json"
+MAX_RECORD_BYTES = 256 * 2**20  # its loss curves have about 40 bytes per step
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. spec: what decides the adapter, JSON values; result: of `finetune --json`, of a finished one.
+
+    status: "diverged" where the loss became no number, so that there is nothing to go on from.
+    """
+
+    status: Literal["running", "diverged", "finished"]
+    fingerprint: str
+    spec: dict[str, Any]
+    result: dict[str, Any] | None = None
+
+
+def read_record(folder: Path) -> Record | None:
+    """What finetune.json in `folder` holds; None if there is none. Raises RunError if it is broken."""
+    path = folder / RECORD
+    fix = "Remove the folder and train again."
+    data = read_foreign_if_there(path, RunError, fix, MAX_RECORD_BYTES)
+    if data is None:
+        return None
+    try:
+        return decode(Record, strict_json(data), "the record")
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}). {fix}") from None
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write finetune.json whole or not at all; raises RunError if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / RECORD, (json.dumps(asdict(record), indent=2) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}). Pass another folder.") from error
