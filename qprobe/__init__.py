@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # Where each public name lives. It is imported on first use, so that `import qprobe` costs no torch. No module
 # of the package may have one of these names: importing it would put the module in the function's place.
 _HOMES = {
-    "Audit": "qprobe.checkpoint.audit",
+    "Audit": "qprobe.checkpoint.audit_found",
     "Manifest": "qprobe.manifest.records",
     "QprobeError": "qprobe.errors",
     "answer_collator": "qprobe.inputs.encoding",
@@ -38,7 +38,8 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from qprobe.checkpoint.audit import Audit, audit
+    from qprobe.checkpoint.audit import audit
+    from qprobe.checkpoint.audit_found import Audit
     from qprobe.checkpoint.compare import compare
     from qprobe.checkpoint.import_list import import_list
     from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit

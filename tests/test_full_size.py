@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from qprobe.data.sources import from_jsonl
-from qprobe.loading.reference import load_reference, meta_model
+from qprobe.loading.reference import load_reference
+from qprobe.loading.skeleton import meta_model
 from qprobe.measure.subject import subject_of
 from qprobe.models.headers import read_headers
 from qprobe.records import FormatSpec

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from qprobe.checkpoint.audit_codes import uncalibrated
-from qprobe.checkpoint.audit_states import wrong_states
+from qprobe.checkpoint.audit_found import BROKEN, Audit, AuditedLayer, ReadEntry, State
+from qprobe.checkpoint.audit_loaded import loaded_problems
+from qprobe.checkpoint.audit_weights import uncalibrated, wrong_states
 from qprobe.errors import ModelError
 from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dtype
 from qprobe.exports.lists import LIST_KEYS
 from qprobe.exports.matchers import hits, running_rule
-from qprobe.loading.inventory import list_layers
-from qprobe.loading.reference import outline, resolve
+from qprobe.loading.skeleton import Skeleton, skeleton_of
+from qprobe.loading.source import resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.models.entry import whole_parts
@@ -34,68 +34,10 @@ from qprobe.records import FormatSpec, Inventory, Linear
 from qprobe.registry.precisions import absmax_bytes, packed_bytes
 from qprobe.system.wording import counted, is_or_are
 
-State = Literal["4-bit", "16-bit", "plain in a 4-bit class", "packed in a 16-bit class", "missing", "tied"]
-BROKEN: tuple[State, ...] = ("plain in a 4-bit class", "packed in a 16-bit class", "missing")
 # Of a 4-bit weight: tables and metadata that bitsandbytes repeats for every layer, which no size here counts.
 _TABLES = (".quant_map", ".nested_quant_map")
 _PACKED_PARTS = (".absmax", ".nested_absmax", *_TABLES)
 SIXTEEN_BIT = ("BF16", "F16", "F32")
-
-
-@dataclass(frozen=True)
-class AuditedLayer:
-    """One linear: its module name, what it really is, and in which file its weight lies."""
-
-    name: str
-    state: State
-    file: str | None
-
-
-@dataclass(frozen=True)
-class ReadEntry:
-    """One entry of the config's list: the linears it keeps, and those of them that its words do not name."""
-
-    entry: str
-    layers: tuple[str, ...]
-    too_many: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What an audit found.
-
-    problems: one sentence a disagreement of config, files, manifest and loaded model; none means they agree.
-    remarks: what is harmless as it stands. parameter_bytes, total_bytes: of the files, as everywhere here.
-    loaded: True if the model was loaded as well.
-    """
-
-    layers: tuple[AuditedLayer, ...]
-    entries: tuple[ReadEntry, ...] | None
-    parameter_bytes: int
-    total_bytes: int
-    problems: tuple[str, ...]
-    remarks: tuple[str, ...]
-    loaded: bool = False
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        """The object of `audit --json`."""
-        states = Counter(x.state for x in self.layers)
-        return {
-            "ok": self.ok,
-            "layers_4bit": states["4-bit"],
-            "layers_16bit": states["16-bit"] + states["tied"],
-            "parameter_bytes": self.parameter_bytes,
-            "total_bytes": self.total_bytes,
-            "problems": list(self.problems),
-            "remarks": list(self.remarks),
-            "entries": None if self.entries is None else [asdict(x) for x in self.entries],
-            "layers": [asdict(x) for x in self.layers],
-            "loaded": self.loaded,
-        }
 
 
 def audit(
@@ -113,16 +55,28 @@ def audit(
     Raises ModelError for a folder that is no whole checkpoint, ManifestError for a broken manifest.
     """
     where = Path(folder)
-    config = read_config(where)
-    tensors = read_headers(where)
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
+    beside = Path(".") if isinstance(manifest, Manifest) or manifest is None else Path(manifest).parent
+    skeleton = skeleton_of(resolve(str(where)), _format(read_config(where), written).compute_dtype)
+    found = audit_files(where, skeleton, written, Path(manifest_folder or beside))
+    if not load:
+        return found
+    more = loaded_problems(skeleton, found.layers, written, device)
+    return replace(found, problems=(*found.problems, *more), loaded=True)
+
+
+def audit_files(where: Path, skeleton: Skeleton, written: Manifest | None, beside: Path) -> Audit:
+    """What the files in `where` hold, without loading them. Errors as of `audit`.
+
+    beside: the folder from which the manifest `written` names its calibrated weights.
+    """
+    config, tensors = read_config(where), read_headers(where)
     spec = _format(config, written)
-    _, model = outline(resolve(str(where)), spec.compute_dtype)
-    inventory = list_layers(model, spec)
+    inventory = skeleton.inventory(spec)
     entries = _entries(config)
     read = None if entries is None else _read(entries, inventory)
-    in_16bit = _in_16bit_class(model, config, entries, inventory)
-    weights = {x.name: _find(tensors, x, type(model).__name__) for x in inventory.layers}
+    in_16bit = _in_16bit_class(skeleton.model, config, entries, inventory)
+    weights = {x.name: _find(tensors, x, skeleton.architecture) for x in inventory.layers}
     layers = tuple(_audited(x, weights[x.name], x.name in in_16bit) for x in inventory.layers)
     problems = [*_broken(layers, config, read), *_dropped(inventory, in_16bit)]
     unlike = [*_wrong_codes(inventory, weights, spec)]
@@ -130,13 +84,8 @@ def audit(
     problems += unlike or wrong_states(where, tensors, packed, spec)
     parameter_bytes, total_bytes = _bytes(tensors)
     if written is not None:
-        problems += _against(written, type(model).__name__, inventory, layers, total_bytes)
-        beside = Path(".") if isinstance(manifest, Manifest) or manifest is None else Path(manifest).parent
-        problems += uncalibrated(where, tensors, weights, written, Path(manifest_folder or beside))
-    if load:
-        from qprobe.checkpoint.audit_loaded import loaded_problems
-
-        problems += loaded_problems(where, layers, written, device)
+        problems += _against(written, skeleton.architecture, inventory, layers, total_bytes)
+        problems += uncalibrated(where, tensors, weights, written, beside)
     return Audit(
         layers,
         read,
@@ -144,7 +93,6 @@ def audit(
         total_bytes,
         tuple(problems),
         (*_remarks(read, layers, config), *_two_checkpoints(where)),
-        load,
     )
 
 

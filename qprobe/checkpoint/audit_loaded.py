@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from qprobe.checkpoint.audit_found import AuditedLayer
 from qprobe.checkpoint.verify import verify
 from qprobe.errors import VerificationError
-from qprobe.loading.reference import load_config, model_class, pick_device, resolve
+from qprobe.loading.config import model_class
+from qprobe.loading.device import pick_device
+from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
 from qprobe.system.wording import counted, is_or_are
 
-if TYPE_CHECKING:
-    from qprobe.checkpoint.audit import AuditedLayer
-
 
 def loaded_problems(
-    folder: Path, layers: Sequence[AuditedLayer], manifest: Manifest | None, device: str | None
+    skeleton: Skeleton, layers: Sequence[AuditedLayer], manifest: Manifest | None, device: str | None
 ) -> Iterator[str]:
-    """What is wrong with the model that a plain `from_pretrained(folder)` gives; a sentence each.
+    """What is wrong with the model that a plain `from_pretrained` of its folder gives; one sentence each.
 
     Raises MachineError for a device that is not here, and whatever says that its memory does not suffice.
     """
     place = pick_device(device)
-    config = load_config(resolve(str(folder)))
     try:
-        model = model_class(config).from_pretrained(
-            str(folder), device_map={"": place}, use_safetensors=True, dtype="auto"
+        model = model_class(skeleton.config).from_pretrained(
+            skeleton.source.location, device_map={"": place}, use_safetensors=True, dtype="auto"
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise  # says nothing of the checkpoint

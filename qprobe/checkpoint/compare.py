@@ -18,20 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.checkpoint.load import check_model, codes_of, load_dynamic_4bit, load_standard_4bit, with_dtype
+from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, standard_4bit, with_dtype
 from qprobe.checkpoint.storage import StoredBytes, stored_bytes
 from qprobe.data.sampling import Wanted, choose_samples
 from qprobe.errors import ModelError, QprobeError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import batches, encode, image_token_id, tokenizer_of
+from qprobe.loading.device import one_device
 from qprobe.loading.inventory import has_language_head
 from qprobe.loading.log_filters import quiet_models
-from qprobe.loading.reference import load_reference, one_device
+from qprobe.loading.processor import load_processor
+from qprobe.loading.reference import reference_of
+from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.options import CompareOptions, Dtype, Progress, no_progress, path_of
-from qprobe.records import FormatSpec, Sample
+from qprobe.records import Sample
 from qprobe.runs.statistics import ratio_se
 from qprobe.system.files import write_atomic
 
@@ -148,16 +151,16 @@ def compare(
 def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
     """`compare` as `options` ask."""
     manifest = read_manifest(options.manifest)
-    blueprint = check_model(manifest, options.model)
-    if not has_language_head(blueprint.skeleton):
+    skeleton = check_model(manifest, options.model)
+    if not has_language_head(skeleton.model):
         raise QprobeError(
             f"{manifest.model.id} ({manifest.model.architecture}) has no language head, so there are no "
             f"answers to compare. The layer table of its scan shows weight and activation error."
         )
-    model, revision = options.model or manifest.model.id, blueprint.source.revision
-    spec = with_dtype(manifest.format, options.dtype)
-    course, reference, notes = _run_reference(manifest, model, revision, spec, options, progress)
-    loaders = _loaders(manifest, model, revision, spec, options)
+    wanted = replace(manifest, format=with_dtype(manifest.format, options.dtype))
+    skeleton = skeleton.in_dtype(wanted.format.compute_dtype)
+    course, reference, notes = _run_reference(manifest, skeleton, options, progress)
+    loaders = _loaders(wanted, skeleton, options)
     trials = {"16-bit": reference}
     for name, load in loaders.items():
         _free_memory()
@@ -191,27 +194,33 @@ def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str,
 
 
 def _loaders(
-    manifest: Manifest, model: str, revision: str | None, spec: FormatSpec, options: CompareOptions
+    manifest: Manifest, skeleton: Skeleton, options: CompareOptions
 ) -> dict[str, Callable[[], tuple[Any, Any]]]:
-    """What loads the 4-bit models, by row name.
+    """What loads the 4-bit models, by row name: each is a function to (model, processor).
 
     Of a manifest of calibrated weights also those weights with nothing kept, and, as "dynamic-NAME" of the
     precision that they are stored as, its list with weights that are rounded to nearest.
     """
-    folder = options.manifest.parent
+    spec, codes = manifest.format, codes_of(manifest, options.manifest.parent)
     device = one_device(options.device)  # the 4-bit models are a quarter as large
-    standard = partial(load_standard_4bit, model, spec, device, revision)
-    dynamic = partial(load_dynamic_4bit, manifest, model, device, spec.compute_dtype, folder)
-    nearest = manifest.format.four_bit_name
-    if manifest.codes is None:
-        return {nearest: standard, "dynamic": dynamic}
-    plain = replace(manifest, format=replace(manifest.format, name=nearest), codes=None)
-    return {
-        nearest: standard,
-        manifest.format.name: partial(standard, codes_of(manifest, folder)),
-        f"dynamic-{nearest}": partial(load_dynamic_4bit, plain, model, device, spec.compute_dtype),
-        "dynamic": dynamic,
+    nearest = spec.four_bit_name
+    found = {
+        nearest: partial(standard_4bit, skeleton, spec, device, None),
+        "dynamic": partial(dynamic_4bit, manifest, skeleton, device, codes),
     }
+    if codes is not None:
+        plain = replace(manifest, format=replace(spec, name=nearest), codes=None)
+        found |= {
+            spec.name: partial(standard_4bit, skeleton, spec, device, codes),
+            f"dynamic-{nearest}": partial(dynamic_4bit, plain, skeleton, device, None),
+        }
+    order = (nearest, spec.name, f"dynamic-{nearest}", "dynamic")
+    return {name: partial(_with_processor, found[name], skeleton) for name in order if name in found}
+
+
+def _with_processor(load: Callable[[], Any], skeleton: Skeleton) -> tuple[Any, Any]:
+    """(model, processor): each model reads with a processor of its own, as a user's would."""
+    return load(), load_processor(skeleton.source)
 
 
 def _staged(progress: Progress, name: str, stage: str, done: int, total: int) -> None:
@@ -227,15 +236,10 @@ def _free_memory() -> None:
 
 
 def _run_reference(
-    manifest: Manifest,
-    model: str,
-    revision: str | None,
-    spec: FormatSpec,
-    options: CompareOptions,
-    progress: Progress,
+    manifest: Manifest, skeleton: Skeleton, options: CompareOptions, progress: Progress
 ) -> tuple[Course, Trial, tuple[str, ...]]:
     """The course that the 16-bit model sets, its own trial, and notes on the samples."""
-    reference = load_reference(model, options.device, spec.compute_dtype, revision)
+    reference = reference_of(skeleton, options.device)
     if reference.processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
     reads_images = tokenizer_of(reference.processor) is not reference.processor

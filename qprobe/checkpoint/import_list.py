@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import __version__
-from qprobe.checkpoint.load import Blueprint, draw
 from qprobe.errors import ManifestError
 from qprobe.exports.lists import Matched, match_list, read_list, remarks
 from qprobe.exports.matchers import transformers_rule
-from qprobe.loading.inventory import fingerprint, list_layers
-from qprobe.loading.reference import known, resolve
+from qprobe.loading.skeleton import Skeleton, skeleton_of
+from qprobe.loading.source import known, resolve
 from qprobe.manifest.records import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
-from qprobe.records import Inventory, ModelIdentity
+from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.registry.precisions import SIXTEEN_BIT, Precision
 
 
@@ -59,25 +58,28 @@ def import_list(path: Path | str, model: str, out: Path | str | None = None) -> 
     """
     file = Path(path)
     published = read_list(file)
-    blueprint = draw(resolve(model), published.format, known(model))
-    inventory = list_layers(blueprint.skeleton, published.format)
+    spec = published.format
+    skeleton = skeleton_of(resolve(model), spec.compute_dtype, known(model))
+    inventory = skeleton.inventory(spec)
     label, rule = transformers_rule(published.transformers)
-    matched = match_list(published.entries or (), inventory, rule, type(blueprint.skeleton).__name__)
+    matched = match_list(published.entries or (), inventory, rule, skeleton.architecture)
     if matched and not any(x.layers for x in matched):
         raise ManifestError(
-            f"None of the {len(matched)} entries of {file} matches a layer of {blueprint.source.id}, first "
+            f"None of the {len(matched)} entries of {file} matches a layer of {skeleton.source.id}, first "
             f"{matched[0].entry!r}; pass the model that the list was made for."
         )
     kept = frozenset(name for one in matched for name in one.layers)
-    words = ["qprobe", "import", file.name, "--model", blueprint.source.id]
+    words = ["qprobe", "import", file.name, "--model", skeleton.source.id]
     command = shlex.join([*words, *(["--out", Path(out).name] if out is not None else [])])
     fixed = tuple(x.name for x in inventory.layers if x.fixed)
     notes = (*published.notes, *remarks(published, matched, inventory, kept))
-    return Imported(_manifest(blueprint, inventory, kept, matched, command), label, matched, notes, fixed)
+    made = _manifest(skeleton, spec, inventory, kept, matched, command)
+    return Imported(made, label, matched, notes, fixed)
 
 
 def _manifest(
-    blueprint: Blueprint,
+    skeleton: Skeleton,
+    spec: FormatSpec,
     inventory: Inventory,
     kept: frozenset[str],
     matched: Sequence[Matched],
@@ -98,15 +100,15 @@ def _manifest(
         for x in inventory.layers
     )
     total, standard = inventory.total_bytes(kept), inventory.standard_4bit_bytes
-    source = blueprint.source
+    source = skeleton.source
     return Manifest(
         model=ModelIdentity(
             source.id,
-            getattr(blueprint.config, "_commit_hash", None),
-            type(blueprint.skeleton).__name__,
-            fingerprint(blueprint.skeleton),
+            getattr(skeleton.config, "_commit_hash", None),
+            skeleton.architecture,
+            skeleton.fingerprint,
         ),
-        format=blueprint.format,
+        format=spec,
         budget=ManifestBudget("imported", max(total, standard), total, standard),
         quality=Quality(),
         layers=layers,

@@ -4,47 +4,33 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qprobe.checkpoint.codes import put_calibrated
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
 from qprobe.checkpoint.verify import ExpectedLayer, expected_layer, expected_layers, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
-from qprobe.formats.codes_file import checked
-from qprobe.loading.inventory import fingerprint, list_layers
+from qprobe.formats.codes_file import CodesReader, checked, open_codes
+from qprobe.formats.nf4 import StoredNf4
+from qprobe.loading.config import model_class
+from qprobe.loading.device import pick_device
 from qprobe.loading.log_filters import quiet_models
-from qprobe.loading.reference import (
-    Source,
-    at_revision,
-    load_processor,
-    model_class,
-    outline,
-    pick_device,
-    resolve,
-)
+from qprobe.loading.processor import load_processor
+from qprobe.loading.skeleton import Skeleton, skeleton_of
+from qprobe.loading.source import Source, at_revision, resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
-from qprobe.models.entry import Entry
 from qprobe.records import FormatSpec
 from qprobe.system.wording import counted, is_or_are
 
+# Of the energy of a weight as loaded: calibration moves it by a few percent, another model's weight by 200 %.
+MOST_CHANGE = 0.5
 BLOCKSIZE = 64  # transformers' BitsAndBytesConfig has no field for it; bitsandbytes defaults to 64
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """A model to be loaded: where from, its weightless twin in 16-bit, and how 4-bit is stored."""
-
-    source: Source
-    config: Any  # transformers.PreTrainedConfig
-    skeleton: nn.Module
-    format: FormatSpec
 
 
 @quiet_models()
@@ -68,17 +54,26 @@ def load_dynamic_4bit(
     changed, or of other weights; VerificationError if what was loaded is not what the manifest lists.
     """
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    source = check_model(written, model).source
+    skeleton = check_model(written, model)
     wanted = replace(written, format=with_dtype(written.format, dtype))
     codes = codes_of(written, folder if isinstance(manifest, Manifest) else Path(manifest).parent)
-    blueprint = draw(source, wanted.format)
-    expected = expected_layers(wanted)
-    _check_names(blueprint.skeleton, expected)
-    loaded = _load(blueprint, expected, device)
+    loaded = dynamic_4bit(wanted, skeleton, device, codes)
+    return (ready_for_training(loaded) if for_training else loaded), load_processor(skeleton.source)
+
+
+def dynamic_4bit(manifest: Manifest, skeleton: Skeleton, device: str | None, codes: Path | None) -> Any:
+    """The model as `manifest` describes it, verified, in eval mode and frozen.
+
+    skeleton: of the manifest's model, in any 16-bit dtype; codes: the calibrated weights, if there are.
+    Errors as of `load_dynamic_4bit`.
+    """
+    expected = expected_layers(manifest)
+    _check_names(skeleton.model, expected)
+    loaded = _load(skeleton, manifest.format, expected, device)
     if codes is not None:
         put_calibrated(loaded, codes, expected)
-    verify(loaded, wanted)
-    return (ready_for_training(loaded) if for_training else loaded), load_processor(source)
+    verify(loaded, manifest)
+    return loaded
 
 
 @quiet_models()
@@ -96,19 +91,25 @@ def load_standard_4bit(
     Raises VerificationError if what was loaded is something else.
     """
     spec = format or FormatSpec()
-    blueprint = draw(at_revision(resolve(model), revision), spec)
-    inventory = list_layers(blueprint.skeleton, spec)
+    skeleton = skeleton_of(at_revision(resolve(model), revision), spec.compute_dtype)
+    return standard_4bit(skeleton, spec, device, codes), load_processor(skeleton.source)
+
+
+def standard_4bit(skeleton: Skeleton, spec: FormatSpec, device: str | None, codes: Path | None) -> Any:
+    """The model of `skeleton`, in the dtype of `spec`, as `load_standard_4bit` gives it, and its errors."""
+    _check_blocksize(spec)
+    inventory = skeleton.inventory(spec)
     expected = [
         expected_layer(x.name, x.shape, "bf16", x.bytes_16bit)
         if x.fixed
         else expected_layer(x.name, x.shape, "nf4", x.bytes_4bit)
         for x in inventory.layers
     ]
-    loaded = _load(blueprint, expected, device)
+    loaded = _load(skeleton, spec, expected, device)
     if codes is not None:
         put_calibrated(loaded, codes, expected)
     verify_layers(loaded, expected, inventory.uncovered, spec)
-    return loaded, load_processor(blueprint.source)
+    return loaded
 
 
 def codes_of(manifest: Manifest, folder: str | Path | None) -> Path | None:
@@ -130,44 +131,35 @@ def with_dtype(spec: FormatSpec, dtype: str | None) -> FormatSpec:
     return replace(spec, compute_dtype=dtype)
 
 
-def draw(source: Source, spec: FormatSpec, entry: Entry | None = None) -> Blueprint:
-    """The blueprint of `source`, from its config alone. Raises ModelError if that cannot be had.
-
-    entry: of the catalogue, to draw from its geometry where the weights are not wanted.
-    """
+def _check_blocksize(spec: FormatSpec) -> None:
     if spec.blocksize != BLOCKSIZE:
         raise ManifestError(
             f"Blocks of {spec.blocksize} weights are wanted, but transformers loads bitsandbytes layers in "
             f"blocks of {BLOCKSIZE} only. Scan with that blocksize."
         )
-    config, skeleton = outline(source, spec.compute_dtype, entry)
-    return Blueprint(source, config, skeleton, spec)
 
 
-def check_model(manifest: Manifest, model: str | None) -> Blueprint:
-    """The blueprint of the model that `manifest` was written for.
+def check_model(manifest: Manifest, model: str | None) -> Skeleton:
+    """The skeleton of the model that `manifest` was written for, in its 16-bit dtype.
 
     model: where its weights are; None for the id that the manifest names. Raises ModelError if it is
     not found, ManifestError, with both fingerprints, if it is another model.
     """
-    blueprint = draw(source_of(manifest, model), manifest.format)
-    refuse_another_model(manifest, blueprint.skeleton, blueprint.source.id)
-    return blueprint
+    _check_blocksize(manifest.format)
+    skeleton = skeleton_of(source_of(manifest, model), manifest.format.compute_dtype)
+    refuse_another_model(manifest, skeleton)
+    return skeleton
 
 
-def refuse_another_model(manifest: Manifest | None, skeleton: nn.Module, name: str) -> str:
-    """The fingerprint of `skeleton`, the model called `name`, on the meta device.
-
-    Raises ManifestError, with both fingerprints, if `manifest` was written for another model.
-    """
-    found = fingerprint(skeleton)
-    if manifest is not None and found != manifest.model.fingerprint:
+def refuse_another_model(manifest: Manifest, skeleton: Skeleton) -> None:
+    """Raises ManifestError, with both fingerprints, if `manifest` was written for another model."""
+    found = skeleton.fingerprint
+    if found != manifest.model.fingerprint:
         raise ManifestError(
             f"The manifest was written for {manifest.model.id} ({manifest.model.architecture}, fingerprint "
-            f"{manifest.model.fingerprint[:16]}), but {name} is a {type(skeleton).__name__} with "
+            f"{manifest.model.fingerprint[:16]}), but {skeleton.source.id} is a {skeleton.architecture} with "
             f"fingerprint {found[:16]}. Pass the model that was scanned, or scan this one."
         )
-    return found
 
 
 def source_of(manifest: Manifest, model: str | None) -> Source:
@@ -187,9 +179,9 @@ def source_of(manifest: Manifest, model: str | None) -> Source:
     return source
 
 
-def _check_names(skeleton: nn.Module, expected: Sequence[ExpectedLayer]) -> None:
+def _check_names(model: nn.Module, expected: Sequence[ExpectedLayer]) -> None:
     """Raises VerificationError for names that the model does not have, before gigabytes are read."""
-    missing = [p.name for p in expected if p.name not in dict(skeleton.named_modules())]
+    missing = [p.name for p in expected if p.name not in dict(model.named_modules())]
     if missing:
         raise VerificationError(
             f"{len(missing)} of {counted(len(expected), 'layer')} of the manifest {is_or_are(len(missing))} "
@@ -198,11 +190,11 @@ def _check_names(skeleton: nn.Module, expected: Sequence[ExpectedLayer]) -> None
         )
 
 
-def _load(blueprint: Blueprint, expected: Sequence[ExpectedLayer], device: str | None) -> Any:
+def _load(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[ExpectedLayer], device: str | None) -> Any:
     """The model with the expected layers in 4-bit, eval mode, frozen; ties are checked, layers not yet."""
     from transformers import BitsAndBytesConfig
 
-    spec, source = blueprint.format, blueprint.source
+    source = skeleton.source
     dtype = getattr(torch, spec.compute_dtype)
     four_bit = [p.name for p in expected if p.precision == "nf4"]
     quantization = BitsAndBytesConfig(
@@ -210,11 +202,11 @@ def _load(blueprint: Blueprint, expected: Sequence[ExpectedLayer], device: str |
         bnb_4bit_quant_type=spec.quant_type,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skip_keys(blueprint.skeleton, four_bit),
+        llm_int8_skip_modules=skip_keys(skeleton.model, four_bit),
     )
     place = pick_device(device)
     try:
-        model = model_class(blueprint.config).from_pretrained(
+        model = model_class(skeleton.config).from_pretrained(
             source.location,
             revision=source.revision or "main",
             dtype=dtype,
@@ -230,7 +222,7 @@ def _load(blueprint: Blueprint, expected: Sequence[ExpectedLayer], device: str |
         ) from error
     _keep_codes_as_stored(model)
     model.eval().requires_grad_(False)
-    _check_ties(blueprint.skeleton, model)
+    _check_ties(skeleton.model, model)
     return model
 
 
@@ -265,3 +257,46 @@ def _tied(model: nn.Module) -> frozenset[frozenset[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].add(name)
     return frozenset(frozenset(group) for group in names.values() if len(group) > 1)
+
+
+def put_calibrated(model: nn.Module, codes: Path, expected: Sequence[ExpectedLayer]) -> None:
+    """Replace the 4-bit weights of `model`, loaded in NF4, by those in `codes`, where it holds them.
+
+    A layer that the file does not hold is one that calibration left as it was.
+    Raises ManifestError if a weight in the file is another layer's or another model's.
+    """
+    with open_codes(codes) as file:
+        for layer in expected:
+            if layer.precision == "nf4" and layer.name in file.layers:
+                _put(model.get_submodule(layer.name), layer.name, file)
+
+
+def _put(module: Any, name: str, file: CodesReader) -> None:
+    from bitsandbytes.nn.modules import Params4bit
+
+    before = module.weight
+    codes, state = file.raw(name)
+    weight = Params4bit.from_prequantized(
+        codes, state, requires_grad=False, device=before.device, module=module
+    )
+    weight.quant_state.dtype = before.quant_state.dtype
+    _check_same_weight(name, before, weight, file.path)
+    module.weight = weight
+
+
+def _check_same_weight(name: str, before: Any, after: Any, path: Path) -> None:
+    """Raises ManifestError unless both 4-bit parameters are of one 16-bit weight."""
+    shapes = [tuple(one.quant_state.shape) for one in (before, after)]
+    if shapes[0] == shapes[1]:
+        was, now = (StoredNf4(one.data, one.quant_state).packed().unpack().float() for one in (before, after))
+        change = float(torch.linalg.vector_norm(now - was) / torch.linalg.vector_norm(was)) ** 2
+        is_empty = not bool(torch.isfinite(was).all()) or not bool(was.any() or now.any())
+        if change <= MOST_CHANGE or is_empty:  # nothing can be told of zeros and of what is not finite
+            return
+        what = f"differs from the model's own by {change:.0%}"
+    else:
+        what = f"has shape {shapes[1]}, not {shapes[0]}"
+    raise ManifestError(
+        f"The calibrated weight of {name} in {path} {what}, so it is of another model. Pass the 16-bit model "
+        "that was scanned, or scan this one."
+    )

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from qprobe.checkpoint.layouts import Bytes, Layout, bytes_of, standard_layouts
 from qprobe.checkpoint.load import refuse_another_model
-from qprobe.checkpoint.outside import Outside, everything_outside
+from qprobe.checkpoint.sizes import Bytes, Layout, Outside, bytes_of, everything_outside, standard_layouts
 from qprobe.errors import ManifestError
-from qprobe.loading.inventory import list_layers
-from qprobe.loading.reference import Source, known, outline, resolve
+from qprobe.loading.skeleton import Skeleton, skeleton_of
+from qprobe.loading.source import Source, known, resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.models.entry import Entry, PublishedSize
@@ -28,7 +25,7 @@ MANIFEST = "manifest"  # the layout of the given manifest
 
 @dataclass(frozen=True)
 class LayoutSize:
-    """Bytes of one layout (`qprobe.checkpoint.layouts`); published_gib: a figure for its parameter_bytes."""
+    """Bytes of one layout (`qprobe.checkpoint.sizes`); published_gib: a figure for its parameter_bytes."""
 
     name: str
     layers_4bit: int
@@ -92,16 +89,6 @@ class SizePlan:
         }
 
 
-@dataclass(frozen=True)
-class Outline:
-    """A model without weights: what it is called, and its modules on the meta device."""
-
-    name: str
-    hub_id: str | None
-    entry: Entry | None
-    skeleton: nn.Module
-
-
 def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
     """Exact bytes of `model` (alias, hub id, folder) in 16-bit, NF4, FP4, by published lists and `manifest`.
 
@@ -110,38 +97,47 @@ def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
     manifest was written for another model.
     """
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
-    spec = written.format if written else FormatSpec()
-    found = outline_of(model, spec.compute_dtype)
-    fingerprint = refuse_another_model(written, found.skeleton, found.name)
-    inventory = list_layers(found.skeleton, spec)
-    layouts = [*standard_layouts(inventory), *_published(found.entry, inventory)]
-    if written is not None:
-        layouts.append(_chosen(written, inventory))
-    beside = everything_outside(found.skeleton)
-    figures = found.entry.published_sizes if found.entry else ()
+    return sizes_of(planned_skeleton(model, written), written)
+
+
+def planned_skeleton(model: str, manifest: Manifest | None) -> Skeleton:
+    """The skeleton of `model`, of a known one from the catalogue's geometry. Errors as of `plan`."""
+    entry = known(model)
+    has_geometry = entry is not None and entry.geometry is not None
+    source = Source(entry.alias, entry.hub_id or entry.alias) if entry and has_geometry else resolve(model)
+    skeleton = skeleton_of(source, (manifest.format if manifest else FormatSpec()).compute_dtype, entry)
+    if manifest is not None:
+        refuse_another_model(manifest, skeleton)
+    return skeleton
+
+
+def sizes_of(skeleton: Skeleton, manifest: Manifest | None) -> SizePlan:
+    """Exact bytes of the layouts of `skeleton`, see `plan`."""
+    inventory, entry = skeleton.inventory(manifest.format if manifest else FormatSpec()), skeleton.entry
+    layouts = [*standard_layouts(inventory), *_published(entry, inventory)]
+    if manifest is not None:
+        layouts.append(_chosen(manifest, inventory))
+    beside = everything_outside(skeleton.model)
+    figures = entry.published_sizes if entry else ()
     return SizePlan(
-        model=found.name,
-        hub_id=found.hub_id,
-        architecture=type(found.skeleton).__name__,
-        fingerprint=fingerprint,
-        parameters=sum(p.numel() for p in found.skeleton.parameters()),
+        model=skeleton.source.id,
+        hub_id=_hub_id(skeleton),
+        architecture=skeleton.architecture,
+        fingerprint=skeleton.fingerprint,
+        parameters=sum(p.numel() for p in skeleton.model.parameters()),
         linear_layers=len(inventory.layers),
         layouts=tuple(_size(x, bytes_of(inventory.layers, beside, x), figures) for x in layouts),
-        towers=_towers(inventory, beside, layouts, type(found.skeleton).__name__),
-        outside=tuple(zip(beside, _towers_of(beside, inventory, type(found.skeleton).__name__), strict=True)),
-        notes=_notes(found, layouts, inventory),
+        towers=_towers(inventory, beside, layouts, skeleton.architecture),
+        outside=tuple(zip(beside, _towers_of(beside, inventory, skeleton.architecture), strict=True)),
+        notes=_notes(skeleton, layouts, inventory),
     )
 
 
-def outline_of(model: str, dtype: str) -> Outline:
-    """The model on the meta device. Raises ModelError if its config cannot be had or builds nothing."""
-    entry = known(model)
-    if entry is not None and entry.geometry is not None:
-        source, hub_id = Source(entry.alias, entry.hub_id or entry.alias), entry.hub_id
-    else:
-        source = resolve(model)
-        hub_id = None if Path(source.location).is_dir() else source.location
-    return Outline(source.id, hub_id, entry, outline(source, dtype, entry)[1])
+def _hub_id(skeleton: Skeleton) -> str | None:
+    """The id on the hub; None for what is embedded and for a folder."""
+    if skeleton.entry is not None:
+        return skeleton.entry.hub_id
+    return None if Path(skeleton.source.location).is_dir() else skeleton.source.location
 
 
 def _published(entry: Entry | None, inventory: Inventory) -> list[Layout]:
@@ -214,16 +210,16 @@ def _towers(
     return tuple(found)
 
 
-def _notes(outline: Outline, layouts: list[Layout], inventory: Inventory) -> tuple[str, ...]:
+def _notes(skeleton: Skeleton, layouts: list[Layout], inventory: Inventory) -> tuple[str, ...]:
     notes = [x.note for x in layouts if x.note]
     names = {x.name for x in layouts}
-    for figure in outline.entry.published_sizes if outline.entry else ():
+    for figure in skeleton.entry.published_sizes if skeleton.entry else ():
         if figure.layout not in names:
             notes.append(
                 f"{figure.layout} publishes {figure.gib} GiB for a list of its own that is not known here "
                 f"({figure.source})."
             )
-    if getattr(getattr(outline.skeleton, "config", None), "quantization_config", None) is not None:
+    if getattr(skeleton.config, "quantization_config", None) is not None:
         notes.append("Its config.json says it is quantized already; these sizes are of its 16-bit model.")
     fixed = [x for x in inventory.layers if x.fixed]
     if fixed:

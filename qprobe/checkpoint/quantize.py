@@ -14,15 +14,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.audit import audit_files
 from qprobe.checkpoint.card import model_card
-from qprobe.checkpoint.load import load_dynamic_4bit, source_of, with_dtype
+from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, with_dtype
 from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.loading.log_filters import quiet_models
-from qprobe.loading.reference import known
+from qprobe.loading.processor import load_processor
+from qprobe.loading.source import Source, known, resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, Quality, moved
 from qprobe.manifest.write import write_manifest
@@ -70,23 +71,26 @@ def quantize(
     """
     target = Path(out)
     refuse_to_overwrite(target)
-    written = _computing_in(manifest if isinstance(manifest, Manifest) else read_manifest(manifest), dtype)
-    made_from = _made_from(written, model)
+    given = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+    skeleton = check_model(given, model)
+    written = _computing_in(given, dtype)
+    origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
     entries = exact_entries(transformers_readers(written), str, exact)
     progress("load in 4-bit", 0, 3)
-    loaded, processor = load_dynamic_4bit(manifest, model, device, dtype, folder)
+    loaded = dynamic_4bit(written, skeleton, device, codes_of(written, origin))
+    processor = load_processor(skeleton.source)
     four_bit = [x.name for x in written.layers if x.precision == "nf4"]
     check_keys(loaded, entries, four_bit, written.skip_modules)
     loaded.config.quantization_config.llm_int8_skip_modules = entries
     progress("write", 1, 3)
-    origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
     with new_folder(target) as place:
         loaded.save_pretrained(place, max_shard_size=MAX_SHARD)
         save_processor(processor, place)
         write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
-        (place / "README.md").write_text(model_card(written, type(loaded).__name__, made_from), "utf-8")
+        made_from = _made_from(written, model, skeleton.source)
+        (place / "README.md").write_text(model_card(written, skeleton.architecture, made_from), "utf-8")
         progress("audit", 2, 3)
-        found = audit(place, written, manifest_folder=origin)
+        found = audit_files(place, skeleton.of_copy(resolve(str(place))), written, origin)
         if not found.ok:
             raise VerificationError(
                 f"The checkpoint that was written is not what its manifest lists: {found.problems[0]} "
@@ -106,13 +110,12 @@ def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:
     return replace(manifest, format=spec, quality=Quality(), compared=())
 
 
-def _made_from(manifest: Manifest, model: str | None) -> str | None:
+def _made_from(manifest: Manifest, model: str | None, source: Source) -> str | None:
     """The name of the weights behind `model` where they need not be those that were measured, else None.
 
     A manifest knows the model by its name and shapes. A name on the hub is the same weights; what lies in a
     folder may be a fine-tuned copy.
     """
-    source = source_of(manifest, model)
     is_users_folder = Path(source.location).is_dir() and known(model or manifest.model.id) is None
     return source.id if source.id != manifest.model.id or is_users_folder else None
 

@@ -1,4 +1,4 @@
-"""Does a loaded model hold what was expected_layer: every layer's class, dtype and quantization state."""
+"""Does a loaded model hold what is expected of it: every layer's class, dtype and quantization state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ExpectedLayer:
 
 
 def expected_layer(name: str, shape: tuple[int, int], precision: str, nbytes: int) -> ExpectedLayer:
-    """The promise of a weight that takes `nbytes`: 4 bytes a weight are float32."""
+    """What the linear `name` must be; nbytes: of its weight, float32 where they are 4 per element."""
     return ExpectedLayer(name, shape, precision, in_float32=nbytes == 4 * shape[0] * shape[1])
 
 
@@ -47,7 +47,7 @@ def verify(model: nn.Module, manifest: Manifest) -> None:
 
     Both directions: every layer of the manifest has its class, dtype, shape and quantization state,
     no linear of the model is missing from the manifest, uncovered weights are untouched, and the
-    stored bytes are the expected_layer ones. For a model before adapters are put on it.
+    stored bytes are those expected. For a model before adapters are put on it.
     """
     verify_layers(model, expected_layers(manifest), manifest.uncovered, manifest.format)
     stored = stored_bytes(model).total_bytes
@@ -62,52 +62,52 @@ def verify(model: nn.Module, manifest: Manifest) -> None:
 def verify_layers(
     model: nn.Module, expected: Sequence[ExpectedLayer], uncovered: Sequence[Uncovered], spec: FormatSpec
 ) -> None:
-    """Raises VerificationError, naming layers, unless every promise is kept and nothing else is linear."""
+    """Raises VerificationError, naming layers, unless every layer is as expected and no other is linear."""
     problems = [
-        *_broken_promises(model, expected, spec),
-        *_unpromised(model, {promise.name for promise in expected}),
+        *_unlike_expected(model, expected, spec),
+        *_unexpected(model, {layer.name for layer in expected}),
         *_touched(model, uncovered),
     ]
     if problems:
         shown = "; ".join(problems[:SHOWN])
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise VerificationError(
-            f"{counted(len(problems), 'thing')} in the model {is_or_are(len(problems))} not what was "
-            f"expected_layer of its {counted(len(expected), 'layer')}: {shown}{more}. Load it with "
+            f"{counted(len(problems), 'thing')} in the model {is_or_are(len(problems))} not what is "
+            f"expected of its {counted(len(expected), 'layer')}: {shown}{more}. Load it with "
             f"load_dynamic_4bit, from the checkpoint and manifest of one scan."
         )
 
 
-def _broken_promises(model: nn.Module, expected: Sequence[ExpectedLayer], spec: FormatSpec) -> Iterator[str]:
+def _unlike_expected(model: nn.Module, expected: Sequence[ExpectedLayer], spec: FormatSpec) -> Iterator[str]:
     modules = dict(model.named_modules())
-    for promise in expected:
-        module = modules.get(promise.name)
+    for layer in expected:
+        module = modules.get(layer.name)
         if module is None:
-            yield f"{promise.name} is listed, but the model has no such module"
+            yield f"{layer.name} is listed, but the model has no such module"
             continue
-        is_four_bit = promise.precision == "nf4"
+        is_four_bit = layer.precision == "nf4"
         problem = (
-            _four_bit_problem(module, promise, spec) if is_four_bit else _kept_problem(module, promise, spec)
+            _four_bit_problem(module, layer, spec) if is_four_bit else _kept_problem(module, layer, spec)
         )
         if problem is not None:
-            yield f"{promise.name} {problem}"
+            yield f"{layer.name} {problem}"
 
 
-def _kept_problem(module: nn.Module, promise: ExpectedLayer, spec: FormatSpec) -> str | None:
+def _kept_problem(module: nn.Module, layer: ExpectedLayer, spec: FormatSpec) -> str | None:
     """What is wrong with a layer that must be a plain linear in 16-bit."""
     if type(module) is not nn.Linear:
         return f"must stay in 16-bit but is a {type(module).__name__}"
     if type(module.weight) is not nn.Parameter:
         return f"must stay in 16-bit but holds a {type(module.weight).__name__}"
-    wanted = torch.float32 if promise.in_float32 else getattr(torch, spec.compute_dtype)
+    wanted = torch.float32 if layer.in_float32 else getattr(torch, spec.compute_dtype)
     if module.weight.dtype != wanted:
         return f"is in {module.weight.dtype}, not in {wanted}"
-    if tuple(module.weight.shape) != promise.shape:
-        return f"has shape {tuple(module.weight.shape)}, not {promise.shape}"
+    if tuple(module.weight.shape) != layer.shape:
+        return f"has shape {tuple(module.weight.shape)}, not {layer.shape}"
     return None
 
 
-def _four_bit_problem(module: nn.Module, promise: ExpectedLayer, spec: FormatSpec) -> str | None:
+def _four_bit_problem(module: nn.Module, layer: ExpectedLayer, spec: FormatSpec) -> str | None:
     """What is wrong with a layer that must be in 4-bit."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
@@ -120,14 +120,14 @@ def _four_bit_problem(module: nn.Module, promise: ExpectedLayer, spec: FormatSpe
         return f"must be in 4-bit but holds {weight.dtype}"
     if weight.quant_state is None:
         return "has lost its quant_state"
-    if weight.numel() != packed_bytes(promise.shape):
-        return f"holds {weight.numel()} packed bytes, not {packed_bytes(promise.shape)}"
+    if weight.numel() != packed_bytes(layer.shape):
+        return f"holds {weight.numel()} packed bytes, not {packed_bytes(layer.shape)}"
     if module.compute_dtype != getattr(torch, spec.compute_dtype):
         return f"computes in {module.compute_dtype}, not in torch.{spec.compute_dtype}"
-    return _state_problem(weight.quant_state, promise, spec)
+    return _state_problem(weight.quant_state, layer, spec)
 
 
-def _state_problem(state: Any, promise: ExpectedLayer, spec: FormatSpec) -> str | None:
+def _state_problem(state: Any, layer: ExpectedLayer, spec: FormatSpec) -> str | None:
     """What is wrong with the quantization state of a 4-bit layer."""
     if getattr(state, "packing_format_for_cpu", False):
         return "was repacked by bitsandbytes for this CPU, which rounds its absmax to bf16"
@@ -135,7 +135,7 @@ def _state_problem(state: Any, promise: ExpectedLayer, spec: FormatSpec) -> str 
         "quant_type": spec.quant_type,
         "blocksize": spec.blocksize,
         "nested": spec.double_quant,
-        "shape": promise.shape,
+        "shape": layer.shape,
         "dtype": getattr(torch, spec.compute_dtype),
     }
     found = {key: getattr(state, key) for key in wanted}
@@ -151,8 +151,8 @@ def _state_problem(state: Any, promise: ExpectedLayer, spec: FormatSpec) -> str 
     return None
 
 
-def _unpromised(model: nn.Module, names: set[str]) -> Iterator[str]:
-    """Linears that nothing was expected_layer about, though 4-bit loading converts or converted them."""
+def _unexpected(model: nn.Module, names: set[str]) -> Iterator[str]:
+    """Linears of which nothing is expected, though 4-bit loading converts or converted them."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     inside_attention = {

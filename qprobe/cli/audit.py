@@ -20,10 +20,12 @@ from qprobe.system.wording import counted
 def audit(folder: Path, manifest: Path | None, load: bool, device: str | None, as_json: bool) -> None:
     """Say which linear layers of the checkpoint in DIR are really 4-bit, and whether all parts of it agree.
 
-    Reads config.json and the headers of the safetensors files, no weights: which layers are packed, which
-    hold 16-bit data though they would load as 4-bit layers (the first forward fails on them), which entries
-    of the skip-list match nothing or too much, whether output head and tied weights are named, and the bytes.
-    Entries are read as the transformers that is installed reads them.
+    Reads config.json, the headers of the safetensors files, and of each 4-bit layer the tables and scales
+    beside its codes: which layers are packed, which hold 16-bit data though they would load as 4-bit layers
+    (the first forward fails on them), which entries of the skip-list match nothing or too much, whether head
+    and tied weights are named, whether the scales belong to the format, and the bytes. Weights are read
+    with --load and with the manifest of a calibrated scan only. Entries are read as the transformers that is
+    installed reads them.
 
     With the manifest of a calibrated scan, the 4-bit weights too are read and held against the file of
     calibrated weights that it names.

@@ -97,13 +97,15 @@ def plan(as_json: bool, model: str, manifest: Path | None, training: bool, **ste
     usable_bytes, margin_bytes, fits}]}]}.
     """
     refuse_step_without_training(training)
-    from qprobe.checkpoint.plan import plan as size_plan
-
-    found = size_plan(model, manifest).to_json()
     if training:
         from qprobe.training.memory import Step, training_plan
 
-        found["training"] = training_plan(model, Step(**step), manifest).to_json()
+        of_step = training_plan(model, Step(**step), manifest)
+        found = {**of_step.sizes.to_json(), "training": of_step.to_json()}
+    else:
+        from qprobe.checkpoint.plan import plan as size_plan
+
+        found = size_plan(model, manifest).to_json()
     if as_json:
         shared.print_json(found)
         return

@@ -10,7 +10,7 @@ from torch import nn
 
 from qprobe.errors import ModelError
 from qprobe.loading.names import checkpoint_names
-from qprobe.loading.reference import Source
+from qprobe.loading.source import Source
 from qprobe.models.headers import StoredTensor, stored_weight
 from qprobe.models.spellings import spellings
 from qprobe.records import Inventory

@@ -1,14 +1,26 @@
-"""Peak memory so far, in bytes."""
+"""Memory of a scan in bytes: what is held, its peak, and keeping it within a limit.
+
+What a kind of work needs beside the weights is measured, not guessed: its first batch runs with every
+streamed weight on the host, and what it leaves of the limit is given to weights from the next batch on.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 
+from qprobe.errors import MachineError
+from qprobe.measure.weight_store import WeightStore
+
+SPARE = 0.03  # of the limit: batches of one size differ by rounding of allocations, libraries by workspaces
+LIBRARIES_BYTES = 64 * 2**20  # that a process has yet to load to choose and to draw, 40 MiB as measured
 _earlier: dict[torch.device, int] = {}  # the highest peak of each CUDA device before its last restart
 
 
@@ -41,3 +53,92 @@ def held_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
+
+
+@dataclass
+class MemoryLimit:
+    """The most memory that a scan may hold on `device`: allocated on CUDA, of the whole process on the CPU.
+
+    On the CPU no weight stays, since a copy costs little beside a product there. Its peak cannot begin
+    anew, so there a batch is refused for what an earlier one took as well.
+    base_bytes: held before any batch ran, no streamed weight among them.
+    """
+
+    limit_bytes: int
+    device: torch.device
+    store: WeightStore
+    base_bytes: int = 0
+    _needed: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (bytes, size of the batch)
+
+    def check(self, working_bytes: int, what: str) -> None:
+        """Raises MachineError if what is held now and `working_bytes` are beyond the limit; what: a name."""
+        self._refuse_below(held_bytes(self.device) + working_bytes + self.later_bytes, what)
+
+    def check_room(self, working_bytes: int, what: str) -> None:
+        """Raises MachineError if `working_bytes` are more than `left_bytes`; what: names the work."""
+        if working_bytes > self.left_bytes:
+            least = (self.base_bytes + self.later_bytes + working_bytes) / (1 - SPARE)
+            self._refuse_below(int(least) + 1, what)
+
+    @property
+    def later_bytes(self) -> int:
+        """What the process will hold later beside any batch."""
+        return LIBRARIES_BYTES if self.device.type == "cpu" else 0
+
+    def note(self, peak: int) -> tuple[str, ...]:
+        """A sentence if the scan held more than the limit after all; peak: the most that it held."""
+        if peak <= self.limit_bytes:
+            return ()
+        return (f"--max-memory {self.limit_bytes:,} B was exceeded: the scan held up to {peak:,} B.",)
+
+    def _refuse_below(self, least: int, what: str) -> None:
+        if least > self.limit_bytes:
+            raise MachineError(
+                f"--max-memory {self.limit_bytes:,} B is too little: {what} takes {least:,} B. "
+                f"Pass --max-memory {_rounded_up(least)} or more."
+            )
+
+    @contextmanager
+    def running(self, kind: str, size: int, like: str = "") -> Iterator[None]:
+        """Open around one batch of a kind of work; size: of the batch, that memory grows in proportion to.
+
+        like: a kind that takes no less, so that what it took stands in for the first batch of this one.
+        Raises MachineError if its first batch did not fit, with the least that would do.
+        """
+        needed = self._needed.get(kind, self._needed.get(like))
+        self.store.allow(self._room(needed, size))
+        restart_peak(self.device)
+        yield
+        peak = peak_bytes(self.device, since_restart=True)
+        if needed is None and peak + self.later_bytes > self.limit_bytes:
+            least = int(peak * (1 + SPARE)) + self.later_bytes
+            later = f", and {self.later_bytes:,} B are for what is loaded later" if self.later_bytes else ""
+            raise MachineError(
+                f"--max-memory {self.limit_bytes:,} B is too little: a batch took {peak:,} B with every "
+                f"weight streamed{later}. Pass --max-memory {_rounded_up(least)} or more, or a smaller "
+                "--batch-size."
+            )
+        beside = max(0, peak - self.store.resident_bytes - self.base_bytes)
+        most, largest = self._needed.get(kind, (0, 0))
+        self._needed[kind] = max(beside, most), max(size, largest)
+
+    @property
+    def left_bytes(self) -> int:
+        """What the limit leaves beside what is always held, for weights and for work."""
+        return self.limit_bytes - int(SPARE * self.limit_bytes) - self.base_bytes - self.later_bytes
+
+    def needed_by(self, kind: str) -> int:
+        """Bytes that a batch of this kind took beside weights that stay and what is always held."""
+        return self._needed[kind][0]
+
+    def _room(self, needed: tuple[int, int] | None, size: int) -> int:
+        """Bytes of weights that may stay on the device while a batch of `size` runs."""
+        if needed is None or self.device.type == "cpu":
+            return 0
+        found, found_at = needed
+        return max(0, self.left_bytes - int(found * max(1.0, size / found_at)))
+
+
+def _rounded_up(count: int) -> str:
+    """`count` bytes in MiB, rounded up, as an option takes it."""
+    return f"{-(-count // 2**20)}MiB"

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from qprobe.formats.protocol import format_from
 from qprobe.inputs.batch import Batch, batches, encode, image_token_id, one_shape_groups
-from qprobe.loading.inventory import has_language_head, linear_modules, list_layers
+from qprobe.loading.inventory import has_language_head, linear_modules
 from qprobe.loading.mapped import Mapped
 from qprobe.loading.reference import Reference
 from qprobe.measure.attribution import Path, path_dtype
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.digests import weights_digest
 from qprobe.measure.hooks import ROOM_BYTES, repeated_blocks, replaced_forwards
-from qprobe.measure.limit import MemoryLimit
-from qprobe.measure.memory import held_bytes
+from qprobe.measure.memory import MemoryLimit, held_bytes
 from qprobe.measure.weight_store import Files, PinnedMemory, WeightStore
 from qprobe.records import FormatSpec, Inventory, Linear, Sample
 
@@ -132,7 +131,7 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     it lives, see `Mapped`. Open `Subject.streaming` around all that runs the model.
     Raises MachineError if the limit is too small, with the least that would do.
     """
-    modules, inventory = linear_modules(reference.model), list_layers(reference.model, spec)
+    modules, inventory = linear_modules(reference.model), reference.inventory(spec)
     device = reference.device
     streamed = streamed_names(reference.model, modules, inventory)
     move_rest(reference.model, {id(modules[name].weight) for name in streamed}, device)
@@ -181,4 +180,4 @@ def subject_of(reference: Reference, spec: FormatSpec) -> Subject:
     modules = linear_modules(reference.model)
     with torch.inference_mode():
         dequantized = DequantizedWeights(modules, format_from(spec))
-    return Subject(reference, list_layers(reference.model, spec), modules, dequantized, reference.model.dtype)
+    return Subject(reference, reference.inventory(spec), modules, dequantized, reference.model.dtype)

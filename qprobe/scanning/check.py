@@ -1,4 +1,4 @@
-"""What a scan is refused for before weights are read: by its options alone, then by the model's outline."""
+"""What a scan is refused for before weights are read: by its options alone, then by the model's skeleton."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import nn
 
 from qprobe.data.sampling import Wanted, check_wanted
 from qprobe.errors import ModelError, QprobeError, RunError
-from qprobe.loading.inventory import fingerprint, has_language_head, list_layers
-from qprobe.loading.reference import SPREAD, Source, load_config, meta_model, one_device, pick_device, resolve
+from qprobe.loading.device import SPREAD, one_device, pick_device
+from qprobe.loading.inventory import has_language_head
+from qprobe.loading.skeleton import Skeleton, skeleton_of
+from qprobe.loading.source import resolve
 from qprobe.measure.ablation import ALL, ablated_names, check_ablated
 from qprobe.options import ScanOptions
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
@@ -86,8 +88,8 @@ def _check_ablate(options: ScanOptions) -> None:
         )
 
 
-def check_model(options: ScanOptions, shard: Shard) -> Path:
-    """The run folder of the scan; builds the model without weights and checks by it what depends on it.
+def check_model(options: ScanOptions, shard: Shard) -> tuple[Path, Skeleton]:
+    """(run folder, skeleton) of the scan, after what depends on the skeleton was checked.
 
     Raises QprobeError for a model that cannot be had, for samples, limits or layers that it does not have,
     and for a folder that cannot be its run folder.
@@ -97,23 +99,14 @@ def check_model(options: ScanOptions, shard: Shard) -> Path:
     check_wanted(source.id, wanted)
     folder = options.out or Path("runs") / source.id.replace("/", "--")
     fmt = FormatSpec(options.format, compute_dtype=options.dtype)
-    model = _outline(source, options)
-    if model is not None:
-        check_inventory(list_layers(model, fmt), model, options)
+    skeleton = skeleton_of(source, options.dtype)
+    if skeleton.is_buildable:  # else loading says better what is wrong, and the same is checked then
+        check_inventory(skeleton.inventory(fmt), skeleton.model, options)
     _check_folder(folder, shard)
-    if model is not None and (folder / "scan.json").is_file():
-        identity = ModelIdentity(source.id, None, type(model).__name__, fingerprint(model))
+    if skeleton.is_buildable and (folder / "scan.json").is_file():
+        identity = ModelIdentity(source.id, None, skeleton.architecture, skeleton.fingerprint)
         _check_same(folder, identity, fmt)
-    return folder
-
-
-def _outline(source: Source, options: ScanOptions) -> nn.Module | None:
-    """The model on the meta device; None where only loading it shows what it is."""
-    config = load_config(source)
-    try:
-        return meta_model(config, options.dtype)
-    except Exception:  # loading says better what is wrong, and the same is checked again then
-        return None
+    return folder, skeleton
 
 
 def check_inventory(inventory: Inventory, model: nn.Module, options: ScanOptions) -> None:

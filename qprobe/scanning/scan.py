@@ -11,7 +11,7 @@ from qprobe.calibration import calibrate as calibration
 from qprobe.data.sampling import Wanted, choose_samples, split_held_out
 from qprobe.errors import RunError, SampleError
 from qprobe.loading.log_filters import quiet_models
-from qprobe.loading.reference import Reference, load_reference, reads_images
+from qprobe.loading.reference import Reference, reference_of
 from qprobe.loading.spread import device_of
 from qprobe.measure.ablation import ablated_layers, measure_ablation
 from qprobe.measure.memory import peak_bytes
@@ -130,10 +130,8 @@ def run_scan(options: ScanOptions, progress: Progress) -> ScanResult:
     shard = shard_from(os.environ)
     clock = Clock()
     with clock.stage("load"):
-        folder = check_model(options, shard)  # whatever can be refused without weights
-        reference = load_reference(
-            options.model, device_of(shard, options.device), options.dtype, on_host=limit is not None
-        )
+        folder, skeleton = check_model(options, shard)  # whatever can be refused without weights
+        reference = reference_of(skeleton, device_of(shard, options.device), on_host=limit is not None)
     with clock.stage("weights"):
         subject = opened(reference, FormatSpec(options.format, compute_dtype=options.dtype), limit, folder)
         check_request(subject, options)
@@ -242,7 +240,7 @@ def prepare_samples(
     """
     wanted = Wanted(options.images, options.data, options.prompt, options.samples, options.seed)
     reference = subject.reference
-    found = choose_samples(reference.identity.id, reads_images(reference), wanted, "scan")
+    found = choose_samples(reference.identity.id, reference.reads_images, wanted, "scan")
     notes = list(found.skipped)
     samples = found.samples
     if subject.has_head:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from qprobe.errors import ModelError, QprobeError
 from qprobe.formats.protocol import format_from
-from qprobe.loading.inventory import fingerprint, list_layers
+from qprobe.loading.device import DTYPES, pick_device
 from qprobe.loading.mapped import return_freed_memory
-from qprobe.loading.reference import DTYPES, Source, load_config, meta_model, pick_device, resolve
+from qprobe.loading.skeleton import Skeleton
+from qprobe.loading.source import Source
 from qprobe.loading.spread import device_of
 from qprobe.loading.stored import checkpoint_folder, weight_names
 from qprobe.manifest.write import write_manifest
@@ -51,11 +51,11 @@ CAUTION = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files and its outline. weights: linear -> name of its weight, None where it is not stored."""
+    """A model's files and its skeleton. weights: linear -> name of its weight, None if it is not stored."""
 
     source: Source
     folder: Path
-    model: nn.Module
+    skeleton: Skeleton
     inventory: Inventory
     fmt: FormatSpec
     tensors: Mapping[str, StoredTensor]
@@ -86,8 +86,8 @@ def scan_weights(options: ScanOptions, progress: Progress) -> ScanResult:
     device = pick_device(device_of(shard, options.device))
     clock = Clock()
     with clock.stage("load"):
-        folder = check_model(options, shard)  # before a checkpoint is fetched
-        checkpoint = open_checkpoint(options)
+        folder, skeleton = check_model(options, shard)  # before a checkpoint is fetched
+        checkpoint = open_checkpoint(skeleton, options)
         parse_budget(options.budget or DEFAULT_BUDGET).within(checkpoint.inventory.standard_4bit_bytes)
         record = _record(checkpoint, device)
     with entered(folder, shard):
@@ -116,30 +116,27 @@ def _check(options: ScanOptions) -> None:
         raise QprobeError(f"--by {options.by} is not measured by --measures weight. Leave one of them away.")
 
 
-def open_checkpoint(options: ScanOptions) -> Checkpoint:
-    """The files behind `options.model` and its outline on the meta device; no weight is read.
+def open_checkpoint(skeleton: Skeleton, options: ScanOptions) -> Checkpoint:
+    """The files behind `skeleton`; no weight is read.
 
     Raises ModelError if they cannot be had, are in 4-bit already, or hold no linear's weight.
     """
-    source = resolve(options.model)
+    source, model = skeleton.source, skeleton.model
     fmt = FormatSpec(options.format, compute_dtype=options.dtype)
-    model = meta_model(load_config(source), options.dtype)
     folder = checkpoint_folder(source)
-    tensors, inventory = read_headers(folder), list_layers(model, fmt)
+    tensors, inventory = read_headers(folder), skeleton.inventory(fmt)
     weights = weight_names(model, inventory, tensors)
     if not any(weights.values()):
         raise ModelError(
-            f"{folder} holds none of the {len(weights)} linear layers of {type(model).__name__} under a name "
-            "that qprobe knows. Check that its config.json belongs to its safetensors files."
+            f"{folder} holds none of the {len(weights)} linear layers of {skeleton.architecture} under a "
+            "name that qprobe knows. Check that its config.json belongs to its safetensors files."
         )
-    return Checkpoint(source, folder, model, inventory, fmt, tensors, weights)
+    return Checkpoint(source, folder, skeleton, inventory, fmt, tensors, weights)
 
 
 def _record(checkpoint: Checkpoint, device: torch.device) -> Scan:
-    model = checkpoint.model
-    identity = ModelIdentity(
-        checkpoint.source.id, checkpoint.source.revision, type(model).__name__, fingerprint(model)
-    )
+    skeleton, source = checkpoint.skeleton, checkpoint.source
+    identity = ModelIdentity(source.id, source.revision, skeleton.architecture, skeleton.fingerprint)
     where = [(file, name) for file, weights in checkpoint.by_file.items() for name in weights.values()]
     spec = {
         "model": asdict(identity),

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.checkpoint.load import check_model, load_dynamic_4bit, load_standard_4bit, source_of, with_dtype
+from qprobe.checkpoint.load import check_model, load_dynamic_4bit, source_of, standard_4bit, with_dtype
 from qprobe.checkpoint.ready import ready_for_training
 from qprobe.errors import MachineError, ManifestError, RunError
+from qprobe.loading.device import pick_device
 from qprobe.loading.log_filters import quiet_models
-from qprobe.loading.reference import load_processor, load_reference, pick_device
+from qprobe.loading.processor import load_processor
+from qprobe.loading.reference import reference_of
 from qprobe.loading.stored import checkpoint_folder
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
@@ -37,16 +39,14 @@ def load_base(
     if base == "dynamic":
         return load_dynamic_4bit(manifest, model, device, dtype, for_training=True)
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    source = check_model(written, model).source
     spec = with_dtype(written.format, dtype)
+    skeleton = check_model(written, model).in_dtype(spec.compute_dtype)
     if base == "nf4":
-        loaded, processor = load_standard_4bit(
-            source.location, replace(spec, name="nf4"), device, source.revision
-        )
-        return ready_for_training(loaded), processor
+        loaded = standard_4bit(skeleton, replace(spec, name="nf4"), device, None)
+        return ready_for_training(loaded), load_processor(skeleton.source)
     place = str(pick_device(device))  # one device, since a spread model does not train
-    reference = load_reference(source.location, place, spec.compute_dtype, source.revision)
-    return ready_for_training(reference.model), load_processor(source)
+    reference = reference_of(skeleton, place)
+    return ready_for_training(reference.model), reference.processor
 
 
 def base_digest(manifest: Manifest, model: str | None) -> str:

@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from qprobe.checkpoint.plan import outline_of, plan
-from qprobe.loading.inventory import list_layers
+from qprobe.checkpoint.plan import SizePlan, planned_skeleton, sizes_of
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.models.family import CROSS, PROJECTOR, VISION
@@ -95,8 +94,9 @@ class LayoutMemory:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What `plan --training` adds."""
+    """What `plan --training` adds to `sizes`."""
 
+    sizes: SizePlan
     step: Step
     adapted_layers: int
     adapter_parameters: int
@@ -120,19 +120,18 @@ def training_plan(model: str, step: Step, manifest: Manifest | str | Path | None
     Errors as of `plan`.
     """
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
-    spec = written.format if written else FormatSpec()
-    sizes = plan(model, written)
-    skeleton = outline_of(model, spec.compute_dtype).skeleton
-    layers = list_layers(skeleton, spec).layers
+    skeleton = planned_skeleton(model, written)
+    sizes = sizes_of(skeleton, written)
+    layers = skeleton.inventory(written.format if written else FormatSpec()).layers
     adapted = adapted_layers(layers, step.vision)
     adapter = adapter_sizes(adapted, step.rank)
-    activations = activations_of(skeleton, layers, step)
+    activations = activations_of(skeleton.model, layers, step)
     layouts = [
         _layout(x.name, x.total_bytes + CODE_TABLE_BYTES * x.layers_4bit, adapter, activations, step)
         for x in sizes.layouts
         if x.name not in NOT_TRAINED
     ]
-    return TrainingPlan(step, len(adapted), sum(adapter), activations, tuple(layouts))
+    return TrainingPlan(sizes, step, len(adapted), sum(adapter), activations, tuple(layouts))
 
 
 def adapted_layers(layers: Iterable[Linear], vision: bool) -> tuple[Linear, ...]:
@@ -173,9 +172,9 @@ def _layout(
 # Activations ----------------------------------------------------------------------------------------------
 
 
-def activations_of(skeleton: Any, layers: Sequence[Linear], step: Step) -> Activations:
-    """Bytes of activations at the peak of a step; skeleton: the 16-bit model on the meta device."""
-    config: Any = skeleton.config
+def activations_of(model: Any, layers: Sequence[Linear], step: Step) -> Activations:
+    """Bytes of activations at the peak of a step; model: in 16-bit, on the meta device."""
+    config: Any = model.config
     text = step.batch_size * step.tokens
     seen = step.batch_size * vision_tokens(config, step.tiles)
     blocks: defaultdict[str, list[Linear]] = defaultdict(list)
@@ -194,13 +193,13 @@ def activations_of(skeleton: Any, layers: Sequence[Linear], step: Step) -> Activ
             continue  # nothing in it needs a gradient, so nothing of it is kept
         width = seen if is_vision else text
         saved, moving = _block_bytes(members, width, seen)
-        if _recomputed(skeleton, name):
+        if _recomputed(model, name):
             kept += 2 * members[0].in_features * width
             largest = max(largest, saved + moving)
         else:
             kept += saved
             largest = max(largest, moving)
-    head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     words: int = 0 if head is None else head.weight.shape[0]
     return Activations(kept, LOGIT_BYTES * text * words, largest)
 
@@ -211,11 +210,11 @@ def _block(name: str) -> str | None:
     return match[1] if match else None
 
 
-def _recomputed(skeleton: nn.Module, block: str) -> bool:
+def _recomputed(model: nn.Module, block: str) -> bool:
     """True if transformers recomputes this block in the backward pass; Mllama's vision blocks it does not."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return isinstance(skeleton.get_submodule(block), GradientCheckpointingLayer)
+    return isinstance(model.get_submodule(block), GradientCheckpointingLayer)
 
 
 def _block_bytes(layers: Sequence[Linear], tokens: int, seen: int) -> tuple[int, int]:

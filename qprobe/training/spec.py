@@ -12,7 +12,7 @@ import torch
 
 from qprobe.data.conversations import Conversations
 from qprobe.errors import MachineError, SampleError
-from qprobe.loading.reference import pick_device
+from qprobe.loading.device import pick_device
 from qprobe.manifest.records import Manifest
 from qprobe.options import FinetuneOptions, Optimizer
 from qprobe.system.foreign import open_foreign

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import MllamaConfig, MllamaProcessor, PreTrainedTokenizerFast
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from qprobe.loading.reference import meta_model
+from qprobe.loading.skeleton import meta_model
 from tests.benchmarks.cost import full_config, tiny_config
 from tests.tiny import CONTROLS, END, PAD, UNK, chat_template
 

@@ -19,7 +19,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from qprobe.inputs.batch import ANSWER, TEXT, Batch
 from qprobe.loading.inventory import fingerprint
-from qprobe.loading.reference import Reference, Source
+from qprobe.loading.reference import Reference
+from qprobe.loading.skeleton import Skeleton
+from qprobe.loading.source import Source
 from qprobe.measure.attribution import attribute, walking
 from qprobe.measure.outputs import run_model
 from qprobe.measure.runner import observe, observe_isolated, observe_outputs
@@ -72,7 +74,7 @@ def build(config: MllamaConfig, device: torch.device) -> Reference:
             parameter.data.fill_(0.5)
     model.eval().requires_grad_(False)
     identity = ModelIdentity("llama-3.2-11b-vision-random", None, type(model).__name__, fingerprint(model))
-    return Reference(model, None, identity, Source("random", "nowhere"))
+    return Reference(model, None, identity, Skeleton(Source("random", "nowhere"), model.config, "bfloat16"))
 
 
 def make_batch(config: MllamaConfig, device: torch.device) -> Batch:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qprobe.loading.reference import pick_device
+from qprobe.loading.device import pick_device
 
 
 def made_with(device: str | None) -> str:

@@ -19,7 +19,7 @@ from qprobe.formats.codes_file import FILE_NAME, join_codes, open_codes, sha256_
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
-from qprobe.measure.limit import LIBRARIES_BYTES, SPARE
+from qprobe.measure.memory import LIBRARIES_BYTES, SPARE
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.records import FormatSpec, Scan
 from qprobe.registry.precisions import NF4_CALIBRATED

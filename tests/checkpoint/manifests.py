@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qprobe.loading.config import load_config
 from qprobe.loading.inventory import fingerprint, list_layers
-from qprobe.loading.reference import load_config, meta_model, resolve
+from qprobe.loading.skeleton import meta_model
+from qprobe.loading.source import resolve
 from qprobe.manifest.records import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 

@@ -26,7 +26,10 @@ from qprobe.data.sources import Samples
 from qprobe.errors import ManifestError, ModelError
 from qprobe.formats.codes_file import FILE_NAME, open_codes
 from qprobe.inputs.batch import ANSWER, encode
-from qprobe.loading.reference import Source, load_processor, load_reference, model_class
+from qprobe.loading.config import model_class
+from qprobe.loading.processor import load_processor
+from qprobe.loading.reference import load_reference
+from qprobe.loading.source import Source
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import moved
 from qprobe.manifest.write import manifest_to_json, write_manifest

@@ -11,12 +11,12 @@ import pytest
 
 from qprobe.checkpoint import compare as compare_module
 from qprobe.checkpoint.compare import Comparison, ratio
-from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
+from qprobe.checkpoint.load import dynamic_4bit, load_dynamic_4bit, load_standard_4bit, standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.data.sources import Samples
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.inputs.answers import answered
-from qprobe.loading.reference import load_reference
+from qprobe.loading.reference import load_reference, reference_of
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.options import CompareOptions, Progress, no_progress
@@ -152,9 +152,9 @@ def test_one_model_at_a_time(written, use_samples, monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(compare_module, "load_reference", watched(load_reference, lambda x: x.model))
-    for name, load in (("load_standard_4bit", load_standard_4bit), ("load_dynamic_4bit", load_dynamic_4bit)):
-        monkeypatch.setattr(compare_module, name, watched(load, lambda x: x[0]))
+    monkeypatch.setattr(compare_module, "reference_of", watched(reference_of, lambda x: x.model))
+    for name, load in (("standard_4bit", standard_4bit), ("dynamic_4bit", dynamic_4bit)):
+        monkeypatch.setattr(compare_module, name, watched(load, lambda x: x))
     use_samples(tiny.questions("llama", 1))
     compare(written("llama"))
     assert len(alive) == 3
@@ -163,25 +163,25 @@ def test_one_model_at_a_time(written, use_samples, monkeypatch):
 def test_the_revision_of_the_manifest_is_the_one_that_is_compared(
     written, use_samples, tiny_folder, monkeypatch
 ):
-    # A stand-in for a model on the hub: its blueprint says which revision the manifest asks for.
+    # A stand-in for a model on the hub: its skeleton says which revision the manifest asks for.
     asked = []
-    check, standard = compare_module.check_model, load_standard_4bit
+    check = compare_module.check_model
 
     def at_revision(*args):
-        blueprint = check(*args)
-        return replace(blueprint, source=replace(blueprint.source, revision="abc"))
+        skeleton = check(*args)
+        return replace(skeleton, source=replace(skeleton.source, revision="abc"))
 
-    def load(model, device, dtype, revision):
-        asked.append(("16-bit", revision))
-        return load_reference(model, device, dtype)
+    def load(skeleton, device):
+        asked.append(("16-bit", skeleton.source.revision))
+        return reference_of(skeleton, device)
 
-    def load_nf4(model, spec, device, revision):
-        asked.append(("nf4", revision))
-        return standard(model, spec, device)
+    def load_nf4(skeleton, spec, device, codes):
+        asked.append(("nf4", skeleton.source.revision))
+        return standard_4bit(skeleton, spec, device, codes)
 
     monkeypatch.setattr(compare_module, "check_model", at_revision)
-    monkeypatch.setattr(compare_module, "load_reference", load)
-    monkeypatch.setattr(compare_module, "load_standard_4bit", load_nf4)
+    monkeypatch.setattr(compare_module, "reference_of", load)
+    monkeypatch.setattr(compare_module, "standard_4bit", load_nf4)
     use_samples(tiny.questions("llama", 1))
     compare(written("llama"))
     assert asked == [("16-bit", "abc"), ("nf4", "abc")]

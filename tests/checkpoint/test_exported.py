@@ -14,7 +14,8 @@ from transformers import BitsAndBytesConfig
 from qprobe.checkpoint.audit import audit
 from qprobe.checkpoint.verify import verify
 from qprobe.exports import export_manifest
-from qprobe.loading.reference import load_config, model_class, resolve
+from qprobe.loading.config import load_config, model_class
+from qprobe.loading.source import resolve
 from tests.checkpoint.manifests import every_third, manifest_for
 
 FIVE = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama")

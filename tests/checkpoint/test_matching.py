@@ -8,7 +8,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qprobe.checkpoint.matching import convertible_modules, skip_keys
 from qprobe.errors import VerificationError
-from qprobe.loading.reference import load_config, meta_model, resolve
+from qprobe.loading.config import load_config
+from qprobe.loading.skeleton import meta_model
+from qprobe.loading.source import resolve
 from tests import tiny
 
 

@@ -22,11 +22,12 @@ from qprobe import plan as exported
 from qprobe.checkpoint.audit import audit
 from qprobe.checkpoint.import_list import import_list
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
-from qprobe.checkpoint.outside import BUFFER, everything_outside
 from qprobe.checkpoint.plan import LayoutSize, SizePlan, plan
+from qprobe.checkpoint.sizes import BUFFER, everything_outside
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError
-from qprobe.loading.reference import load_reference, model_class
+from qprobe.loading.config import model_class
+from qprobe.loading.reference import load_reference
 from qprobe.manifest.write import write_manifest
 from qprobe.records import FormatSpec
 from tests import tiny

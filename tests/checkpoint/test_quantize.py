@@ -21,7 +21,7 @@ from qprobe.checkpoint.quantize import quantize
 from qprobe.errors import ManifestError, ModelError
 from qprobe.exports.matchers import hits, transformers_5_0, transformers_5_21
 from qprobe.inputs.batch import encode
-from qprobe.loading.reference import model_class
+from qprobe.loading.config import model_class
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Compared, Quality
 from qprobe.manifest.write import write_manifest

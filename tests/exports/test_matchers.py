@@ -15,7 +15,7 @@ from qprobe.exports import matchers
 from qprobe.exports.matchers import hits, running_rule, transformers_rule
 from qprobe.exports.targets import autoround, gptqmodel, llama_cpp, llm_compressor, peft, unsloth, vllm
 from qprobe.loading.inventory import linear_modules
-from qprobe.loading.reference import meta_model
+from qprobe.loading.skeleton import meta_model
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 
 

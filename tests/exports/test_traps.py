@@ -12,7 +12,7 @@ from qprobe.exports import export_manifest, matchers
 from qprobe.exports.keys import check_entries, reader, transformers_4_readers, transformers_readers
 from qprobe.exports.targets import vllm
 from qprobe.loading.inventory import WHY_ATTENTION, WHY_CONV, WHY_SUBCLASS, list_layers
-from qprobe.loading.reference import meta_model
+from qprobe.loading.skeleton import meta_model
 from qprobe.manifest.records import Manifest
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 from qprobe.records import FormatSpec, Uncovered

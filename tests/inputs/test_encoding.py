@@ -13,7 +13,8 @@ from qprobe.demo import demo_folder
 from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import tokenizer_of
 from qprobe.inputs.encoding import IGNORED, encode_conversations, encoding_problem, render
-from qprobe.loading.reference import load_processor, resolve
+from qprobe.loading.processor import load_processor
+from qprobe.loading.source import resolve
 from tests import tiny
 
 USER, ANSWER = "what does the image show?", "a cat. what does it show?"

@@ -15,6 +15,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, MllamaConfi
 from qprobe.checkpoint.load import load_standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ModelError
+from qprobe.loading.config import load_config
 from qprobe.loading.inventory import (
     FLOAT32,
     WHY_ATTENTION,
@@ -23,16 +24,10 @@ from qprobe.loading.inventory import (
     linear_modules,
     list_layers,
 )
-from qprobe.loading.reference import (
-    Source,
-    at_revision,
-    known,
-    load_config,
-    load_processor,
-    load_reference,
-    meta_model,
-    resolve,
-)
+from qprobe.loading.processor import load_processor
+from qprobe.loading.reference import load_reference
+from qprobe.loading.skeleton import meta_model
+from qprobe.loading.source import Source, at_revision, known, resolve
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 from qprobe.records import FormatSpec, Inventory
 from qprobe.registry.precisions import absmax_bytes, packed_bytes

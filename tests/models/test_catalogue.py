@@ -12,7 +12,7 @@ import pytest
 from qprobe.checkpoint.plan import plan
 from qprobe.loading.config import catalogue_config
 from qprobe.loading.inventory import list_layers
-from qprobe.loading.reference import meta_model
+from qprobe.loading.skeleton import meta_model
 from qprobe.models.catalogue import entries, find, nearest
 from qprobe.models.entry import Entry
 from qprobe.models.families import family_of

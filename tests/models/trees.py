@@ -10,7 +10,7 @@ import transformers as tf
 from torch import nn
 
 from qprobe.loading.inventory import list_layers
-from qprobe.loading.reference import meta_model
+from qprobe.loading.skeleton import meta_model
 from qprobe.records import FormatSpec, Inventory
 from tests import tiny
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from qprobe.loading.config import catalogue_config
 from qprobe.loading.inventory import list_layers
-from qprobe.loading.reference import meta_model
+from qprobe.loading.skeleton import meta_model
 from qprobe.manifest.records import Compared, Quality
 from qprobe.manifest.write import write_manifest
 from qprobe.models.catalogue import find

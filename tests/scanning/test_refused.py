@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qprobe.errors import QprobeError, RunError, SampleError
-from qprobe.loading.reference import load_reference
+from qprobe.loading.reference import reference_of
 from qprobe.runs.store import read_scan, update_scan
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import Scanned, TinyFolder, options
@@ -20,7 +20,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("qprobe.scanning.scan.load_reference", loaded)
+    monkeypatch.setattr("qprobe.scanning.scan.reference_of", loaded)
     monkeypatch.setattr("qprobe.scanning.weights.checkpoint_folder", loaded)
 
 
@@ -105,14 +105,14 @@ def test_the_folder_of_another_model_or_format(llama_run: Path, no_weights: None
 def test_a_model_that_cannot_be_built_without_weights_is_checked_once_it_is_loaded(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def no_outline(*_: Any) -> None:
+    def unbuildable(*_: Any) -> None:
         raise NotImplementedError("cannot copy out of a meta tensor")
 
-    monkeypatch.setattr("qprobe.scanning.check.meta_model", no_outline)
+    monkeypatch.setattr("qprobe.loading.skeleton.meta_model", unbuildable)
     reads: list[str] = []
     monkeypatch.setattr(
-        "qprobe.scanning.scan.load_reference",
-        lambda *asked, **more: (reads.append(asked[0]), load_reference(*asked, **more))[1],
+        "qprobe.scanning.scan.reference_of",
+        lambda *asked, **more: (reads.append(asked[0].source.location), reference_of(*asked, **more))[1],
     )
     with pytest.raises(QprobeError, match="below standard 4-bit"):
         scan(**options(tiny_folder("llama"), tmp_path / "run", budget="1KiB"))

@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 from qprobe.errors import MachineError, QprobeError
-from qprobe.loading.reference import load_reference
+from qprobe.loading.reference import reference_of
 from qprobe.loading.spread import device_of
 from qprobe.measure.attribution import on_host
 from qprobe.measure.hooks import replaced_forwards
@@ -47,11 +47,11 @@ def test_a_dispatched_model_gives_the_same_table(
     tiny_folder: TinyFolder, scanned: Scanned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def dispatched(*args: Any, **kwargs: Any) -> Any:
-        loaded = load_reference(*args, **kwargs)
+        loaded = reference_of(*args, **kwargs)
         dispatch_model(loaded.model, {"": "cpu"}, force_hooks=True)
         return loaded
 
-    monkeypatch.setattr("qprobe.scanning.scan.load_reference", dispatched)
+    monkeypatch.setattr("qprobe.scanning.scan.reference_of", dispatched)
     found = scan(**options(tiny_folder(name), tmp_path / "run"))
     table, expected = (pd.read_csv(run / "layers.csv") for run in (found.run, scanned(name).run))
     pd.testing.assert_frame_equal(table, expected, check_exact=True)

@@ -142,7 +142,7 @@ def test_one_tensor_is_open_at_a_time_and_read_in_parts(
 ):
     monkeypatch.setattr("qprobe.measure.files.row_parts", partial(row_parts, part=1024))
     monkeypatch.setattr("qprobe.measure.files._PART", 1024)
-    monkeypatch.setattr("qprobe.scanning.scan.load_reference", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qprobe.scanning.scan.reference_of", lambda *_: pytest.fail("the model is loaded"))
     opened, alive, largest, real = [], [], [0], files.open_tensor
 
     class Watched:

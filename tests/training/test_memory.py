@@ -16,7 +16,7 @@ from qprobe.checkpoint.ready import lora_targets, ready_for_training
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.cli import main
 from qprobe.loading.inventory import list_layers
-from qprobe.loading.reference import meta_model
+from qprobe.loading.skeleton import meta_model
 from qprobe.records import FormatSpec
 from qprobe.training.memory import (
     CODE_TABLE_BYTES,

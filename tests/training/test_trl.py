@@ -13,7 +13,8 @@ import qprobe
 from qprobe.demo import demo_folder
 from qprobe.demo.scenes import TRAINING_SEED, scenes
 from qprobe.errors import SampleError
-from qprobe.loading.reference import load_processor, resolve
+from qprobe.loading.processor import load_processor
+from qprobe.loading.source import resolve
 
 pytestmark = [
     # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.

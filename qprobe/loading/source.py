@@ -1,0 +1,108 @@
+"""Where a model comes from: a known name, a folder or a hub id, and what to say when it cannot be had."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qprobe.errors import ModelError
+from qprobe.models.catalogue import entries, find, nearest
+from qprobe.models.entry import Entry
+
+_FOR_EXAMPLE = ("demo", "llama-3.2-11b-vision", "qwen2.5-vl-7b")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: `location` is a folder or a hub id, `id` what we call it."""
+
+    id: str
+    location: str
+    revision: str | None = None
+
+
+def resolve(model: str) -> Source:
+    """The source behind a catalogue alias, a local folder or a hub id.
+
+    Raises ModelError if it is none of them, or an alias and the name of a checkpoint's folder here.
+    """
+    if not model.strip():
+        raise ModelError("The model is an empty name. Pass a folder, a hub id (owner/name) or a known name.")
+    folder = Path(model).expanduser()
+    entry = find(model)
+    if _is_checkpoint(folder) and entry is not None and entry.alias == model.lower():
+        elsewhere = f"pass {entry.hub_id}" if entry.hub_id else "run the command from another folder"
+        raise ModelError(
+            f"{model!r} is both a model that qprobe knows and a folder with a model here. Pass ./{model} for "
+            f"the folder; for the known model {elsewhere}."
+        )
+    if folder.is_dir() and (entry is None or _is_checkpoint(folder)):
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"Folder {model} holds no config.json, so it is no model. Pass the checkpoint's folder."
+            )
+        return Source(folder.resolve().name, str(folder))
+    if entry is not None and entry.hub_id is None:
+        from qprobe.demo import demo_folder, outliers_folder
+
+        embedded = {"demo": demo_folder, "demo-outliers": outliers_folder}
+        return Source(entry.alias, str(embedded[entry.alias]()))
+    if entry is not None and entry.hub_id is not None:
+        return Source(entry.hub_id, entry.hub_id)
+    if _HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
+        return Source(model, model)
+    near = nearest(model)
+    meant = f"Did you mean {', '.join(near)}?" if near else f"Some of them: {', '.join(_FOR_EXAMPLE)}."
+    raise ModelError(
+        f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the {len(entries())} known "
+        f"names. {meant} `qprobe models` lists what is known."
+    )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def at_revision(source: Source, revision: str | None) -> Source:
+    """`source` at `revision`; unchanged where it is a folder, which has none."""
+    return source if Path(source.location).is_dir() else replace(source, revision=revision)
+
+
+def known(model: str) -> Entry | None:
+    """The catalogue's entry for `model`; None for a folder, and for what the catalogue does not know."""
+    return None if _is_checkpoint(Path(model).expanduser()) else find(model)
+
+
+class explained:
+    """Turns what transformers raises for a model it cannot load into one sentence."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            advice = _advice(self.source)
+            raise ModelError(f"Model {self.source.id!r} cannot be loaded: {first} {advice}") from error
+
+
+def _advice(source: Source) -> str:
+    """What to do when the files of `source` cannot be had."""
+    if Path(source.location).exists():
+        return "Check that the folder is a complete transformers checkpoint with safetensors files."
+    entry = find(source.location)
+    if entry is None:
+        return (
+            "Check the name and the network; for a gated model accept its licence on the hub "
+            "and run `hf auth login`, or pass a local folder."
+        )
+    licence = f"accept its licence at https://huggingface.co/{entry.hub_id}, run `hf auth login`, and "
+    return (
+        f"To have its weights, {licence if entry.is_gated else ''}check the network, or pass a local folder; "
+        f"`qprobe plan --model {entry.alias}` needs neither."
+    )
