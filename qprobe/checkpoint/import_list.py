@@ -85,7 +85,7 @@ def _manifest(
     matched: Sequence[Matched],
     command: str,
 ) -> Manifest:
-    four_bit = blueprint.format.precision.stored
+    four_bit = spec.precision.stored
     by_entry = {name: one.entry for one in reversed(matched) for name in one.layers}
     layers = tuple(
         LayerChoice(
