@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qprobe.errors import MachineError, RunError
 from qprobe.loading.mapped import Mapped
 from qprobe.loading.reference import load_reference
-from qprobe.measure import limit as limits
+from qprobe.measure import memory as limits
 from qprobe.measure.memory import LIBRARIES_BYTES, SPARE, MemoryLimit
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.measure.weight_store import Key, PinnedMemory, WeightStore, chosen_keys
