@@ -65,7 +65,6 @@ def models(as_json: bool) -> None:
 def _entry(entry: Entry) -> dict[str, object]:
     from qprobe.models.geometry import read_geometry
 
-    assert entry.geometry is not None, entry.alias
     geometry = read_geometry(entry.geometry)
     return {
         "alias": entry.alias,

@@ -34,10 +34,9 @@ def model_class(config: Any) -> Any:
 
 
 def catalogue_config(entry: Entry) -> Any:
-    """The transformers config of a catalogue entry, from data alone. The entry must have a geometry."""
+    """The transformers config of a catalogue entry, from data alone."""
     from transformers import AutoConfig
 
-    assert entry.geometry is not None, entry.alias
     config = read_geometry(entry.geometry).config
     if config is None:
         from qprobe.demo import demo_folder

@@ -94,7 +94,7 @@ def skeleton_of(source: Source, dtype: str, entry: Entry | None = None) -> Skele
     entry: the catalogue's, whose geometry, if it has one, takes the place of the config of `source`, so that
     no network is needed. Raises ModelError if the config cannot be had.
     """
-    if entry is None or entry.geometry is None:
+    if entry is None:
         try:
             return Skeleton(source, load_config(source), dtype, entry)
         except ModelError:

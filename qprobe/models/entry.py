@@ -51,16 +51,15 @@ class PublishedSize:
 class Entry:
     """One line of the catalogue. hub_id is None for a model that qprobe carries itself.
 
-    geometry: name of its file in `geometries`, from which all about its size follows without a network; None
-    if there is none.
+    geometry: name of its file in `geometries`, from which all about its size follows without a network.
     """
 
     alias: str
     hub_id: str | None
     architecture: str
     note: str
+    geometry: str
     published: tuple[PublishedList, ...] = ()
-    geometry: str | None = None
     published_sizes: tuple[PublishedSize, ...] = ()
 
     @property
@@ -78,6 +77,6 @@ def on_the_hub(
 ) -> tuple[Entry, ...]:
     """Entries of `models`, each (alias, hub id, geometry), which share everything else."""
     return tuple(
-        Entry(alias, hub_id, architecture, note, published, geometry, sizes)
+        Entry(alias, hub_id, architecture, note, geometry, published, sizes)
         for alias, hub_id, geometry in models
     )

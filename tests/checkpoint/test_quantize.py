@@ -180,7 +180,7 @@ def test_figures_are_this_model_s_only_where_the_weights_are_those_that_were_mea
         quality=Quality(9, 0.2, 0.1, 0.1),
     )
     card = model_card(known, "LlamaForCausalLM")
-    assert 'base_model: "owner/measured"' in card and "**this model**" in card and "not checked" not in card
+    assert "base_model: owner/measured" in card and "**this model**" in card and "not checked" not in card
     quantize(known, tmp_path / "out", str(folder), "cpu")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "measured on the weights of `owner/measured`" in card and "**this model**" not in card

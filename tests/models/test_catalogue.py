@@ -36,7 +36,7 @@ def built(geometry: str) -> tuple[str, int, Inventory]:
 
 def entry_of(alias: str) -> Entry:
     entry = find(alias)
-    assert entry is not None and entry.geometry is not None
+    assert entry is not None
     return entry
 
 
@@ -81,7 +81,7 @@ def test_every_geometry_is_used() -> None:
 @pytest.mark.parametrize("alias", ALIASES)
 def test_every_linear_of_an_entry_is_in_exactly_one_tower(alias: str) -> None:
     entry = entry_of(alias)
-    architecture, _, inventory = built(str(entry.geometry))
+    architecture, _, inventory = built(entry.geometry)
     assert architecture == entry.architecture
     towers = family_of(architecture).towers
     for layer in inventory.layers:
@@ -91,7 +91,7 @@ def test_every_linear_of_an_entry_is_in_exactly_one_tower(alias: str) -> None:
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_every_fused_group_of_an_entry_is_whole(alias: str) -> None:
-    _, _, inventory = built(str(entry_of(alias).geometry))
+    _, _, inventory = built(entry_of(alias).geometry)
     groups: dict[str, list[str]] = defaultdict(list)
     towers: dict[str, set[str]] = defaultdict(set)
     for layer in inventory.layers:
@@ -111,7 +111,7 @@ def test_every_fused_group_of_an_entry_is_whole(alias: str) -> None:
 
 @pytest.mark.parametrize("alias", ["qwen2-vl-2b", "qwen2.5-vl-7b"])
 def test_one_linear_that_holds_q_k_and_v_is_a_group_of_its_own(alias: str) -> None:
-    _, _, inventory = built(str(entry_of(alias).geometry))
+    _, _, inventory = built(entry_of(alias).geometry)
     joint = [x for x in inventory.layers if x.name.endswith(".attn.qkv")]
     assert len(joint) == 32 and all(x.group == x.name and x.tower == VISION for x in joint)
 
@@ -158,7 +158,7 @@ def test_base_and_tuned_llama_11b_differ_in_their_tiles() -> None:
     # 4 tiles for 9 aspect ratios, 1280 wide.
     base, tuned = find("meta-llama/Llama-3.2-11B-Vision"), find("meta-llama/Llama-3.2-11B-Vision-Instruct")
     assert base is not None and tuned is not None
-    counts = [read_geometry(str(x.geometry)).parameters for x in (base, tuned)]
+    counts = [read_geometry(x.geometry).parameters for x in (base, tuned)]
     assert counts[1] - counts[0] == (40 * 40 - 32 * 32) * 1280 * (1 + 4 * 9)
 
 
