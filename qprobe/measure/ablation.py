@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -29,34 +30,36 @@ from qprobe.runs.store import ablation_stage, missing_units, read_scan, read_uni
 from qprobe.runs.table import rank_table, read_table
 from qprobe.selection.decide import Candidate, difference, on_common_samples
 
-ALL = "all"
+ALL: Literal["all"] = "all"
+Ablated = Literal["all"] | int | tuple[str, ...]
+"""Which layers to ablate: all, so many from the head of the sensitivity ranking, or those named."""
 FILE = "ablation.csv"
 COLUMNS = ("layer", "kl_isolated", "kl_isolated_se", "kl_saved", "kl_saved_se", "samples")
 _ALONE, _KEPT = "alone ", "kept "  # choices in the units: one layer in 4-bit, one layer in 16-bit
 
 
-def ablated_names(asked: str) -> list[str] | None:
-    """The names in `asked` (see `ablate` of `qprobe.scan`); none for a number, None for all layers.
+def parse_ablated(text: str) -> Ablated:
+    """The layers that `text` asks to ablate.
 
     Raises QprobeError for a number below 1, and for text that names nothing.
     """
-    text = asked.strip()
-    if text == ALL:
-        return None
-    if text.removeprefix("-").isdecimal():
-        if int(text) < 1:
+    asked = text.strip()
+    if asked == ALL:
+        return ALL
+    if asked.removeprefix("-").isdecimal():
+        if int(asked) < 1:
             raise QprobeError(f"--ablate {asked} measures no layer. Pass 1 or more, or all.")
-        return []
-    names = _names(asked)
+        return int(asked)
+    names = tuple(name.strip() for name in asked.split(",") if name.strip())
     if not names:
         raise QprobeError("--ablate names no layer. Pass all, a number, or names with commas.")
     return names
 
 
-def check_ablated(asked: str, inventory: Inventory) -> None:
-    """Raises QprobeError if `asked` (see `ablate` of `qprobe.scan`) makes no sense for this model."""
+def check_ablated(asked: Ablated, inventory: Inventory) -> None:
+    """Raises QprobeError if `asked` makes no sense for this model."""
     fixed = {x.name: x.fixed for x in inventory.layers}
-    for name in ablated_names(asked) or ():
+    for name in asked if isinstance(asked, tuple) else ():
         if name not in fixed:
             raise QprobeError(
                 f"--ablate names {name!r}, which is no linear layer of this model. "
@@ -66,24 +69,17 @@ def check_ablated(asked: str, inventory: Inventory) -> None:
             raise QprobeError(f"--ablate names {name}, which is never in 4-bit ({fixed[name]}). Drop it.")
 
 
-def ablated_layers(asked: str, folder: Path) -> tuple[str, ...]:
-    """The layers to ablate, in execution order; of those that are quantized and ran on the samples.
-
-    asked: see `ablate` of `qprobe.scan`; checked by `check_ablated`.
-    """
+def ablated_layers(asked: Ablated, folder: Path) -> tuple[str, ...]:
+    """The layers to ablate, in execution order; of those that are quantized and ran on the samples."""
     record, table = read_scan(folder), read_table(folder)
     ran = {x.name for x in record.inventory.layers if not x.fixed} - set(record.unmeasured)
     wanted = ran
-    if asked.strip().isdecimal():
+    if isinstance(asked, int):
         ranked = rank_table(table, "sensitivity_kl")["layer"].tolist()
-        wanted = set([name for name in ranked if name in ran][: int(asked)])
-    elif asked.strip() != ALL:
-        wanted = ran & set(_names(asked))
+        wanted = set([name for name in ranked if name in ran][:asked])
+    elif isinstance(asked, tuple):
+        wanted = ran & set(asked)
     return tuple(x.name for x in record.inventory.layers if x.name in wanted)
-
-
-def _names(asked: str) -> list[str]:
-    return [name.strip() for name in asked.split(",") if name.strip()]
 
 
 def measure_ablation(

@@ -8,14 +8,12 @@ each other; all they share is the folder, or nothing, where folders are joined l
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from qprobe.errors import RunError
-from qprobe.options import DEFAULT_BUDGET, ScanOptions
 from qprobe.runs.needed import units_left
 from qprobe.system.locks import open_lock, try_lock, try_share
 from qprobe.system.processes import Shard
@@ -97,12 +95,6 @@ def _met(folder: Path, request: str) -> bytes | None:
 def _lock(held: ExitStack, path: Path, how: Callable[[BinaryIO], bool | None]) -> bool:
     """False if another process has the file locked; `held` lets go of it."""
     return how(held.enter_context(open_lock(path))) is not False
-
-
-def request_of(options: ScanOptions) -> str:
-    """What of `options` bears on what a scan does once all units are there, as text."""
-    asked = (options.budget or DEFAULT_BUDGET, options.max_kl, options.by, options.for_tool, options.ablate)
-    return json.dumps(asked)
 
 
 def left_to_others(shard: Shard, turn: Turn, folder: Path) -> str:

@@ -17,13 +17,13 @@ from qprobe.errors import RunError
 from qprobe.inputs.answers import answer_group
 from qprobe.measure.digests import reading_digest
 from qprobe.measure.subject import Subject
-from qprobe.options import Progress
 from qprobe.records import Sample
 from qprobe.runs.store import ANSWERS
+from qprobe.scanning.process import Process
+from qprobe.scanning.request import Batching
 from qprobe.system.decoding import decode, strict_json
 from qprobe.system.files import write_atomic, write_first
 from qprobe.system.foreign import read_foreign_if_there
-from qprobe.system.processes import Shard
 from qprobe.system.versions import library_versions
 
 MAX_ANSWERS_BYTES = 64 * 2**20  # of one batch
@@ -39,17 +39,11 @@ class _Answer:
 
 
 def with_answers(
-    subject: Subject,
-    samples: tuple[Sample, ...],
-    max_new_tokens: int,
-    batch_size: int,
-    folder: Path,
-    progress: Progress,
-    shard: Shard,
+    subject: Subject, samples: tuple[Sample, ...], batching: Batching, process: Process
 ) -> tuple[Sample, ...]:
     """`samples`, in order; those without an answer get the reference's greedy one.
 
-    Generated answers are kept in FOLDER/answers/ under all that decides them, so that a resumed scan finds
+    Generated answers are kept in RUN/answers/ under all that decides them, so that a resumed scan finds
     the same ones, and a changed model, processor, library or prompt none. Every process needs all of them:
     those that share a folder begin with different batches and take what others have finished.
     Raises RunError if the disk refuses.
@@ -57,21 +51,21 @@ def with_answers(
     silent = tuple(s for s in samples if s.answer is None)
     if not silent:
         return samples
-    made_by = _made_by(subject, silent, max_new_tokens)
-    groups = subject.groups(silent, batch_size)
-    paths = [folder / ANSWERS / f"{_key(made_by, group)}.json" for group in groups]
-    for count, i in enumerate(shard.rotated(range(len(groups))), start=1):
+    made_by = _made_by(subject, silent, batching.max_new_tokens)
+    groups = subject.groups(silent, batching.size)
+    paths = [process.folder / ANSWERS / f"{_key(made_by, group)}.json" for group in groups]
+    for count, i in enumerate(process.shard.rotated(range(len(groups))), start=1):
         if _read(paths[i], groups[i]) is None:
             with subject.running("answers", len(groups[i])):
                 own = answer_group(
                     subject.model,
                     subject.reference.processor,
                     groups[i],
-                    max_new_tokens,
+                    batching.max_new_tokens,
                     subject.reference.device,
                 )
             _write(paths[i], own, groups[i])
-        progress("answers", count, len(groups))
+        process.progress("answers", count, len(groups))
     found: dict[int, Sample] = {}
     for path, group in zip(paths, groups, strict=True):
         answered = _read(path, group) or _vanished(path)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +13,7 @@ from qprobe.manifest.records import NEAREST, NOTHING, Manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.measure.held_out import measure_choices, measure_nearest
 from qprobe.measure.subject import Subject
-from qprobe.options import DEFAULT_BUDGET, Progress, ScanOptions
+from qprobe.options import Progress
 from qprobe.records import Sample
 from qprobe.runs.shards import SKIPLIST
 from qprobe.runs.store import write_file
@@ -28,8 +27,6 @@ from qprobe.selection.select import scored_run
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import manifest_of
 from qprobe.system.wording import counted
-
-_DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}
 
 
 @dataclass(frozen=True)
@@ -116,33 +113,6 @@ def _left_out(held_out: HeldOut, compared: Sequence[Candidate]) -> tuple[str, ..
         f"{len(missing)} of {samples} left out of the choice, since "
         f"they have no finite KL under every list: {shown}.",
     )
-
-
-def scan_command(asked: ScanOptions, model_id: str) -> str:
-    """What a reader of the results types: every option that changes them, and no path of a folder here.
-
-    The model has its id, the user's samples the name of their folder or file.
-    """
-    given: list[tuple[str, object, object]] = [  # option, value, default
-        ("--images", None if asked.images is None else asked.images.resolve().name, None),
-        ("--data", None if asked.data is None else asked.data.name, None),
-        ("--prompt", asked.prompt, None),
-        ("--samples", asked.samples, None),
-        ("--seed", asked.seed, _DEFAULTS["seed"]),
-        ("--batch-size", asked.batch_size, _DEFAULTS["batch_size"]),
-        ("--max-new-tokens", asked.max_new_tokens, _DEFAULTS["max_new_tokens"]),
-        ("--dtype", "fp16" if asked.dtype == "float16" else "bf16", "bf16"),
-        ("--format", asked.format, _DEFAULTS["format"]),
-        ("--budget", (asked.budget or DEFAULT_BUDGET) if asked.max_kl is None else None, None),
-        ("--max-kl", asked.max_kl, None),
-        ("--by", asked.by, None),
-        ("--for", asked.for_tool, None),
-        ("--measures", ",".join(asked.measures) if asked.measures else None, None),
-        ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
-        ("--ablate", asked.ablate, None),
-    ]
-    words = [word for name, value, default in given if value != default for word in (name, str(value))]
-    return shlex.join(["qprobe", "scan", "--model", model_id, *words])
 
 
 def write_frontier(folder: Path, table: pd.DataFrame, points: Sequence[Candidate]) -> None:

@@ -9,56 +9,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from qprobe.inputs.batch import Batch, cut
+from qprobe.calibration import calibrate as calibration
+from qprobe.errors import RunError
+from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
-from qprobe.measure.runner import isolated_half, observe, observe_isolated
+from qprobe.measure.runner import observe, observe_isolated
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
-from qprobe.options import Progress
-from qprobe.records import Sample
 from qprobe.runs.needed import ISOLATED, Measures
-from qprobe.runs.store import missing_units, write_unit
+from qprobe.runs.store import missing_units, read_scan, write_unit
+from qprobe.scanning.findings import add_notes
+from qprobe.scanning.process import Process
+from qprobe.scanning.samples import Groups, Work
 from qprobe.system.processes import Shard
-
-Groups = list[tuple[Sample, ...]]
-
-
-@dataclass(frozen=True)
-class Work:
-    """The samples of a scan, cut into batches.
-
-    calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
-    `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
-    for the choice alone, maybe none.
-    """
-
-    calibration: Groups
-    isolated: Groups
-    held_out: Groups
-    notes: tuple[str, ...]
-
-    @property
-    def batches(self) -> dict[str, Groups]:
-        """By what is measured on them, as the specification of a run names it."""
-        return {"calibration": self.calibration, "isolated": self.isolated, "held_out": self.held_out}
-
-    @property
-    def samples(self) -> int:
-        return sum(len(group) for group in (*self.calibration, *self.held_out))
-
-
-def cut_samples(
-    subject: Subject,
-    calibration: tuple[Sample, ...],
-    held_out: tuple[Sample, ...],
-    size: int,
-    notes: tuple[str, ...],
-) -> Work:
-    """The work on these samples, in batches of at most `size`."""
-    half = isolated_half(calibration)
-    groups = subject.one_shape_groups(calibration)
-    isolated = [[sample for sample in group if sample.id in half] for group in groups]
-    return Work(cut(groups, size), cut(isolated, size), subject.groups(held_out, size), notes)
 
 
 @dataclass(frozen=True)
@@ -82,10 +45,9 @@ def _kinds(subject: Subject, work: Work, measures: Measures) -> list[_Kind]:
     return [together, isolated] if measures.isolated_kl else [together]
 
 
-def measure_units(
-    subject: Subject, work: Work, measures: Measures, folder: Path, progress: Progress, shard: Shard
-) -> None:
+def measure_units(subject: Subject, work: Work, measures: Measures, process: Process) -> None:
     """Run the missing ones of this process's units, one batch at a time."""
+    folder, shard, progress = process.folder, process.shard, process.progress
     if shard.own(missing_units(folder, "weights", 1)):
         with subject.running("weights"):
             write_unit(folder, "weights", 0, weight_rows(subject.dequantized))
@@ -100,3 +62,20 @@ def measure_units(
             for stage, frame in frames.items():
                 write_unit(folder, stage, unit, frame)
             progress("measure", done, total)
+
+
+def calibrate(subject: Subject, work: Work, process: Process) -> None:
+    """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured.
+
+    Raises RunError where several processes share a scan that is not calibrated yet.
+    """
+    folder = process.folder
+    if not process.shard.is_alone and read_scan(folder).codes is None:
+        raise RunError(
+            f"{folder} is not calibrated yet, and one process calibrates all weights: run the command "
+            "without RANK and WORLD_SIZE, or share a scan of plain nf4."
+        )
+    calibration.calibrate_model(
+        calibration.Work(subject, folder, work.calibration, progress=process.progress)
+    )
+    add_notes(folder, (calibration.FITTED, *calibration.calibration_notes(folder)))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +35,3 @@ class ScanResult:
         """The documented object of `scan --json`."""
         skiplist = None if self.skiplist is None else str(self.skiplist)
         return {**vars(self), "run": str(self.run), "skiplist": skiplist, "notes": list(self.notes)}
-
-
-@dataclass
-class Clock:
-    """Seconds by stage, added up when a stage is entered more than once."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)

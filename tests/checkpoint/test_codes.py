@@ -76,7 +76,7 @@ def run(tiny_folder, tmp_path_factory) -> Callable[[str], Run]:
             model = write_odd(root / "model") if name == "odd" else tiny_folder(name)
             few: dict[str, Any] = {"samples": 6, "max_new_tokens": 5, "device": "cpu"}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
+                patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
                 scan(str(model), out=root / "run", format="nf4-calibrated", **few)
             done[name] = Run(name, model, root / "run")
         return done[name]

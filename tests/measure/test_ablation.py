@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qprobe.errors import QprobeError
-from qprobe.measure.ablation import COLUMNS, ablation_rows, check_ablated, measure_ablation
+from qprobe.measure.ablation import COLUMNS, ablation_rows, check_ablated, measure_ablation, parse_ablated
 from qprobe.measure.kl import answer_logits, kl_sums
 from qprobe.options import no_progress
 from qprobe.records import Sample
@@ -129,7 +129,7 @@ INVENTORY = inventory_of(linear("model.a"), linear("model.b"), linear("lm_head",
 
 @pytest.mark.parametrize("asked", ["all", "1", "900", "model.a", "model.b, model.a"])
 def test_what_can_be_asked(asked: str) -> None:
-    check_ablated(asked, INVENTORY)
+    check_ablated(parse_ablated(asked), INVENTORY)
 
 
 @pytest.mark.parametrize(
@@ -145,4 +145,4 @@ def test_what_can_be_asked(asked: str) -> None:
 )
 def test_what_cannot_be_asked_is_explained(asked: str, said: str) -> None:
     with pytest.raises(QprobeError, match=said):
-        check_ablated(asked, INVENTORY)
+        check_ablated(parse_ablated(asked), INVENTORY)

@@ -214,7 +214,7 @@ def test_in_print_everything_is_on_paper(page: Page):
 def test_a_downloaded_manifest_builds_the_model(
     opened: Open, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
     model = tiny_folder("mllama")
     found = scan(**options(model, tmp_path / "run"))
     page = opened(page_file(found.run))

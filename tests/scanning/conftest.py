@@ -12,7 +12,7 @@ from tests.scanning.asked import Scanned, TinyFolder, options
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer than all else here, and have tests of their own."""
-    monkeypatch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def scanned(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -
     def make(name: str) -> ScanResult:
         if name not in done:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
+                patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
                 done[name] = scan(**options(tiny_folder(name), tmp_path_factory.mktemp(name) / "run"))
         return done[name]
 

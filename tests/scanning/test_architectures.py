@@ -159,7 +159,7 @@ def test_the_result_is_the_documented_object(scanned: Scanned):
 
 
 def test_a_scan_draws_its_report(tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qprobe.scanning.scan.write_report", write_report)
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", write_report)
     run = scan(**options(tiny_folder("llama"), tmp_path / "run")).run
     drawn = {path.name for path in (run / "report").iterdir()}
     assert drawn >= {"spikes.png", "spikes.svg", "frontier.png"}

@@ -11,7 +11,7 @@ import pytest
 
 from qprobe.cli.scan import scan as scan_cli
 from qprobe.options import DEFAULT_BUDGET, ScanOptions
-from qprobe.scanning.choose import scan_command
+from qprobe.scanning.request import scan_command
 
 EVERY_OPTION: dict[str, Any] = {
     "images": Path("/home/me/my photos"),

@@ -20,7 +20,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("qprobe.scanning.scan.reference_of", loaded)
+    monkeypatch.setattr("qprobe.scanning.opening.reference_of", loaded)
     monkeypatch.setattr("qprobe.scanning.weights.checkpoint_folder", loaded)
 
 
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_once_it_is_load
     monkeypatch.setattr("qprobe.loading.skeleton.meta_model", unbuildable)
     reads: list[str] = []
     monkeypatch.setattr(
-        "qprobe.scanning.scan.reference_of",
+        "qprobe.scanning.opening.reference_of",
         lambda *asked, **more: (reads.append(asked[0].source.location), reference_of(*asked, **more))[1],
     )
     with pytest.raises(QprobeError, match="below standard 4-bit"):

@@ -51,7 +51,7 @@ def test_a_dispatched_model_gives_the_same_table(
         dispatch_model(loaded.model, {"": "cpu"}, force_hooks=True)
         return loaded
 
-    monkeypatch.setattr("qprobe.scanning.scan.reference_of", dispatched)
+    monkeypatch.setattr("qprobe.scanning.opening.reference_of", dispatched)
     found = scan(**options(tiny_folder(name), tmp_path / "run"))
     table, expected = (pd.read_csv(run / "layers.csv") for run in (found.run, scanned(name).run))
     pd.testing.assert_frame_equal(table, expected, check_exact=True)

@@ -11,7 +11,7 @@ from qprobe.measure.runner import isolated_half
 from qprobe.records import Sample, asked
 from qprobe.runs.needed import Measures, needed_units
 from qprobe.runs.store import read_scan, read_units
-from qprobe.scanning.measure import cut_samples
+from qprobe.scanning.samples import cut_samples
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
 

@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qprobe.scanning.weights.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
 
 
 def options(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_
 def test_its_report_is_drawn_and_its_layers_rank(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("qprobe.scanning.weights.write_report", write_report)
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", write_report)
     run = scan(**options(tiny_folder("llama"), tmp_path / "run")).run
     assert {"spikes.png", "spikes.svg"} <= {path.name for path in (run / "report").iterdir()}
     again = select(run, "+20%")
@@ -142,7 +142,7 @@ def test_one_tensor_is_open_at_a_time_and_read_in_parts(
 ):
     monkeypatch.setattr("qprobe.measure.files.row_parts", partial(row_parts, part=1024))
     monkeypatch.setattr("qprobe.measure.files._PART", 1024)
-    monkeypatch.setattr("qprobe.scanning.scan.reference_of", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qprobe.scanning.opening.reference_of", lambda *_: pytest.fail("the model is loaded"))
     opened, alive, largest, real = [], [], [0], files.open_tensor
 
     class Watched:
@@ -272,7 +272,7 @@ def test_options_of_samples_are_refused_by_the_name_that_was_typed(
     asked = ["scan", "--model", str(tiny_folder("llama")), "--out", str(tmp_path / "run")]
     result = CliRunner().invoke(main, [*asked, "--device", "cpu", "--measures", "weight", option, value])
     assert result.exit_code == 1
-    assert f"runs no samples, so {option} does not apply. Leave one of them away." in result.output
+    assert f"runs no samples, so {option} does not apply. Leave out one of them." in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -302,7 +302,7 @@ def test_measures_on_the_command_line(
     asked: str, filled: list[str], empty: list[str], tiny_folder: TinyFolder, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
     arguments = ["scan", "--model", tiny_folder("llama"), "--out", tmp_path / "run", "--measures", asked]
     arguments += ["--samples", 3, "--max-new-tokens", 3, "--device", "cpu", "--json"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])

@@ -13,7 +13,7 @@ from tests.scanning.resume.runs import Share, TinyFolder, options
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def llama(tiny_folder: TinyFolder) -> Path:
 def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of one undisturbed process: three units of two samples. Tests must not change it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qprobe.scanning.scan.write_report", lambda _folder: [])
+        patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
         return scan(**options(llama, tmp_path_factory.mktemp("whole") / "run")).run
 
 

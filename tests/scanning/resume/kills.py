@@ -27,10 +27,10 @@ import psutil
 import torch
 
 import qprobe.scanning.scan as road
-import qprobe.scanning.weights as weight_road
 from qprobe.checkpoint.quantize import quantize
 from qprobe.data.sampling import choose_samples
 from qprobe.data.sources import Samples
+from qprobe.scanning import finish, samples
 from qprobe.scanning.join import join
 from tests import tiny
 
@@ -191,8 +191,8 @@ def without_answers(*asked: Any) -> Samples:
 
 def main(folder: Path, *asked: str) -> None:
     torch.set_num_threads(1)
-    road.choose_samples = without_answers
-    road.write_report = weight_road.write_report = lambda *_: []
+    samples.choose_samples = without_answers
+    finish.write_report = lambda *_: []
     tiny.write(MODEL, folder / MODEL)
     jobs = dict(one.split("=") for one in asked)
     print(json.dumps({job: killed(folder, job, int(count)) for job, count in jobs.items()}))

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from qprobe.errors import RunError
 from qprobe.options import ScanOptions
-from qprobe.runs.shards import request_of
 from qprobe.scanning import answers
 from qprobe.scanning import measure as units
+from qprobe.scanning.request import parse_options
 from qprobe.scanning.scan import scan
 from tests.scanning.resume.runs import options, table
 
@@ -107,5 +107,6 @@ def test_whatever_the_units_do_not_depend_on_is_part_of_the_request():
     }
     left = {field.name for field in fields(ScanOptions)} - IN_THE_SPECIFICATION - NO_PART
     assert left == other.keys()
-    asked = {request_of(ScanOptions("demo", **{name: value})) for name, value in other.items()}
-    assert len(asked | {request_of(ScanOptions("demo"))}) == len(other) + 1
+    requests = [parse_options(ScanOptions("demo", **{name: value})) for name, value in other.items()]
+    asked = {request.after_units for request in requests}
+    assert len(asked | {parse_options(ScanOptions("demo")).after_units}) == len(other) + 1

@@ -161,8 +161,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_sentence_and_loses_nothing(
 ):
     pictures = {"spikes.png": b"png", "spikes.svg": b"svg"}  # which take long to draw
     monkeypatch.setattr("qprobe.report.write._pictures", lambda *_: pictures)
-    monkeypatch.setattr("qprobe.scanning.scan.write_report", write_report)
-    monkeypatch.setattr("qprobe.scanning.weights.write_report", write_report)
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", write_report)
     work: Work = {
         "scan": scanning(llama, ablate="1"),
         "weights": weighing(llama),

@@ -200,7 +200,7 @@ def test_a_rank_that_is_late_says_that_the_list_is_chosen(
     run = Path(copytree(whole, tmp_path / "run"))
     before = (run / "skiplist.json").read_bytes(), (run / "scan.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("qprobe.scanning.scan.choose", lambda *_: pytest.fail("chosen again"))
+        patch.setattr("qprobe.scanning.finish.choose", lambda *_: pytest.fail("chosen again"))
         late = share(1, 2, run)
     assert late.skiplist is None and f"chosen already: {run / 'skiplist.json'}" in late.verdict
     assert ((run / "skiplist.json").read_bytes(), (run / "scan.json").read_bytes()) == before

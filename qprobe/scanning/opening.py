@@ -1,0 +1,102 @@
+"""The opening step of a scan: the model under measurement, and the run folder of what it is measured for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qprobe.calibration import calibrate as calibration
+from qprobe.inputs.batch import Batch
+from qprobe.loading.reference import Reference, reference_of
+from qprobe.loading.skeleton import Skeleton
+from qprobe.loading.spread import device_of
+from qprobe.measure.digests import inputs_digest, reading_digest
+from qprobe.measure.nonfinite import first_finite
+from qprobe.measure.runner import applicable_measures
+from qprobe.measure.subject import Subject, limited_subject, subject_of
+from qprobe.records import FormatSpec, Sample, Scan
+from qprobe.runs.damaged import set_aside_damaged
+from qprobe.runs.needed import Measures
+from qprobe.runs.store import open_run
+from qprobe.scanning.check import check_inventory
+from qprobe.scanning.process import Process
+from qprobe.scanning.request import ScanRequest
+from qprobe.scanning.samples import Work
+from qprobe.system.versions import library_versions
+
+
+def open_model(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Subject:
+    """The model of `skeleton`, loaded and with its 4-bit form beside it.
+
+    Raises QprobeError, before anything is measured, for what this model can never be asked.
+    """
+    with process.clock.stage("load"):
+        device, on_host = device_of(process.shard, asked.device), asked.max_memory_bytes is not None
+        reference = reference_of(skeleton, device, on_host=on_host)
+    with process.clock.stage("weights"):
+        subject = _subject(reference, asked.format, asked.max_memory_bytes, asked.folder)
+        check_inventory(subject.inventory, subject.model, asked.skiplist, asked.ablate)
+        if asked.format.is_calibrated:
+            calibration.check_limit(subject)
+    return subject
+
+
+def _subject(reference: Reference, fmt: FormatSpec, limit_bytes: int | None, folder: Path) -> Subject:
+    """The subject of `reference`, within a limit if there is one."""
+    if limit_bytes is None:
+        return subject_of(reference, fmt)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return limited_subject(reference, fmt, limit_bytes, there)
+
+
+def open_units(subject: Subject, work: Work, asked: ScanRequest) -> Measures:
+    """What can be measured on this model; opens the run folder for it, or resumes what is there."""
+    first = subject.encode(work.calibration[0])
+    finite = first_finite(subject, work.calibration)
+    wanted, notes = asked.measures.names, work.notes
+    if finite is None:
+        wanted = tuple(m for m in wanted or ("sensitivity",) if m != "propagated")
+        notes = (*notes, "Propagated error is not measured: on no sample is the 16-bit model finite.")
+    batch = first if finite is None else subject.encode(finite)
+    measures, more = applicable_measures(subject, batch, wanted, asked.measures.nodes)
+    spec = run_spec(subject, asked.format, measures, work.batches, first, asked.samples.seed)
+    if asked.format.is_calibrated:
+        spec["rounding"] = calibration.SETTINGS
+    identity = subject.reference.identity
+    open_run(asked.folder, Scan(identity, asked.format, subject.inventory, spec, notes=(*notes, *more)))
+    set_aside_damaged(asked.folder)
+    return measures
+
+
+def run_spec(
+    subject: Subject,
+    fmt: FormatSpec,
+    measures: Measures,
+    batches: Mapping[str, Sequence[Sequence[Sample]]],
+    first: Batch,
+    seed: int,
+) -> dict[str, Any]:
+    """The specification of a run: two runs with equal specifications give the same units.
+
+    batches: of samples, by what is measured on them. first: one of them.
+    """
+    reference = subject.reference
+    samples = [s for groups in batches.values() for group in groups for s in group]
+    return {
+        "model": asdict(reference.identity),
+        "weights": subject.weights_digest,
+        "format": asdict(fmt),
+        "device": reference.device.type,
+        "measures": asdict(measures),
+        "processor": inputs_digest(first),
+        "reading": reading_digest(reference.processor, samples),
+        **{what: [[_named(s) for s in group] for group in groups] for what, groups in batches.items()},
+        "seed": seed,
+        "versions": library_versions(),
+    }
+
+
+def _named(sample: Sample) -> dict[str, Any]:
+    return {"id": sample.id, "digest": sample.digest, "ends": sample.ends}

@@ -1,0 +1,202 @@
+"""The door of a scan: what a user typed becomes typed values, once; nothing below parses it again."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from qprobe.data.sampling import Wanted
+from qprobe.errors import QprobeError
+from qprobe.loading.device import SPREAD, one_device, pick_device
+from qprobe.loading.source import Source, resolve
+from qprobe.measure.ablation import ALL, Ablated, parse_ablated
+from qprobe.options import DEFAULT_BUDGET, ScanOptions
+from qprobe.records import FormatSpec
+from qprobe.registry import measures as declared
+from qprobe.selection.bound import Bound
+from qprobe.selection.budget import parse_size
+from qprobe.selection.request import ListRequest, parse_request
+
+WEIGHT_SCORE = "weight_nmse"  # chooses where only weights are read
+APPLIES_TO_WEIGHTS = frozenset(("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures"))
+"""The fields of `ScanOptions` that bear on weights alone; any other is refused, new ones as well."""
+_DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples run. size: at most so many at once; max_new_tokens: of an answer that is generated."""
+
+    size: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class AskedMeasures:
+    """names: what to measure, None for all that apply; nodes: of the path attribution."""
+
+    names: tuple[str, ...] | None
+    nodes: int
+
+    @property
+    def is_weight_alone(self) -> bool:
+        """True if the model need not be loaded."""
+        return self.names is not None and {*self.names} == {"weight"}
+
+
+@dataclass(frozen=True)
+class ScanRequest:
+    """What a scan is asked, in typed values.
+
+    source: of the model. folder: of the run. format: its compute_dtype is the reference's dtype. device: as
+    `pick_device` and `device_of` take it. max_memory_bytes: None for no limit. ablate: None for no ablation.
+    command: what a reader of the results types.
+    """
+
+    source: Source
+    folder: Path
+    format: FormatSpec
+    device: str | None
+    max_memory_bytes: int | None
+    samples: Wanted
+    batching: Batching
+    measures: AskedMeasures
+    ablate: Ablated | None
+    skiplist: ListRequest
+    command: str
+
+    @property
+    def after_units(self) -> str:
+        """What of it bears on what a scan does once all units are there, as text."""
+        return shlex.join([*self.skiplist.words, "--ablate", str(self.ablate)])
+
+
+def parse_options(options: ScanOptions) -> ScanRequest:
+    """What `options` ask for.
+
+    Raises QprobeError for what no model can be asked: wrong words, and options that exclude each other.
+    """
+    measures = AskedMeasures(options.measures, options.nodes)
+    _check_measures(measures)
+    _check_score(options.by, measures)
+    skiplist = parse_request(options.budget, options.max_kl, options.by, options.for_tool)
+    _check_bound(skiplist, measures)
+    limit = None if options.max_memory is None else parse_size(options.max_memory)
+    if limit is not None and options.device == SPREAD:
+        raise QprobeError(
+            f"--max-memory keeps a scan to one GPU, and --device {SPREAD} takes all. Leave out one of them."
+        )
+    ablate = None if options.ablate is None else parse_ablated(options.ablate)
+    _check_ablate(ablate, measures)
+    pick_device(one_device(options.device))
+    if measures.is_weight_alone:
+        _check_weight_alone(options)
+        skiplist = ListRequest(skiplist.limit, options.by or WEIGHT_SCORE, options.for_tool)
+    source = resolve(options.model)
+    return ScanRequest(
+        source=source,
+        folder=options.out or Path("runs") / source.id.replace("/", "--"),
+        format=FormatSpec(options.format, compute_dtype=options.dtype),
+        device=options.device,
+        max_memory_bytes=limit,
+        samples=Wanted(options.images, options.data, options.prompt, options.samples, options.seed),
+        batching=Batching(options.batch_size, options.max_new_tokens),
+        measures=measures,
+        ablate=ablate,
+        skiplist=skiplist,
+        command=scan_command(options, source.id),
+    )
+
+
+def _check_measures(measures: AskedMeasures) -> None:
+    if measures.names is None:
+        return
+    unknown = [name for name in measures.names if name not in declared.names()]
+    if unknown or not measures.names:
+        what = f"names {unknown[0]!r}, which is no measure" if unknown else "names none"
+        raise QprobeError(f"--measures {what}. Name one or more of {', '.join(declared.names())}.")
+
+
+def _check_bound(skiplist: ListRequest, measures: AskedMeasures) -> None:
+    if isinstance(skiplist.limit, Bound) and not _takes("sensitivity", measures):
+        raise QprobeError(
+            f"--max-kl chooses by sensitivity, which --measures {_typed(measures)} leaves out. Add it."
+        )
+
+
+def _check_score(by: str | None, measures: AskedMeasures) -> None:
+    """Raises QprobeError if --by is no score, cannot choose, or is not going to be measured."""
+    if by is None:
+        return
+    adding_up = [x.name for x in declared.columns() if x.adds_up]
+    measure = declared.measure_of(by)
+    if measure is None:
+        raise QprobeError(f"{by!r} is no measure. Choose by one of {', '.join(adding_up)}.")
+    if by not in adding_up:
+        raise QprobeError(
+            f"{by} is in decibels, which do not add up. Choose by {by.replace('sqnr_db', 'nmse')}."
+        )
+    needed = measure.follows or measure.name
+    if not measure.is_always and not _takes(needed, measures):
+        raise QprobeError(
+            f"--by {by} needs {needed}, which --measures {_typed(measures)} leaves out. Add it."
+        )
+    if "two nodes" in measure.needs and measures.nodes < 2:
+        raise QprobeError(f"--by {by} is measured at the first of two or more nodes. Pass --nodes 2.")
+
+
+def _check_ablate(ablate: Ablated | None, measures: AskedMeasures) -> None:
+    if isinstance(ablate, int) and not _takes("sensitivity", measures):
+        raise QprobeError(
+            f"--ablate {ablate} takes the most sensitive layers, and --measures {_typed(measures)} leaves "
+            f"sensitivity out. Add it, or name the layers, or pass {ALL}."
+        )
+
+
+def _takes(name: str, measures: AskedMeasures) -> bool:
+    return measures.names is None or name in measures.names
+
+
+def _typed(measures: AskedMeasures) -> str:
+    return ",".join(measures.names or ())
+
+
+def _check_weight_alone(options: ScanOptions) -> None:
+    """Raises QprobeError for what the weights alone cannot be asked."""
+    for asked in fields(ScanOptions):
+        if asked.name not in APPLIES_TO_WEIGHTS and getattr(options, asked.name) != asked.default:
+            option = f"--{asked.name.replace('_', '-')}"
+            raise QprobeError(
+                "--measures weight reads the files tensor by tensor and runs no samples, so "
+                f"{option} does not apply. Leave out one of them."
+            )
+    if options.by not in (None, WEIGHT_SCORE, "weight_peak"):
+        raise QprobeError(f"--by {options.by} is not measured by --measures weight. Leave out one of them.")
+
+
+def scan_command(asked: ScanOptions, model_id: str) -> str:
+    """What a reader of the results types: every option that changes them, and no path of a folder here.
+
+    The model has its id, the user's samples the name of their folder or file.
+    """
+    given: list[tuple[str, object, object]] = [  # option, value, default
+        ("--images", None if asked.images is None else asked.images.resolve().name, None),
+        ("--data", None if asked.data is None else asked.data.name, None),
+        ("--prompt", asked.prompt, None),
+        ("--samples", asked.samples, None),
+        ("--seed", asked.seed, _DEFAULTS["seed"]),
+        ("--batch-size", asked.batch_size, _DEFAULTS["batch_size"]),
+        ("--max-new-tokens", asked.max_new_tokens, _DEFAULTS["max_new_tokens"]),
+        ("--dtype", "fp16" if asked.dtype == "float16" else "bf16", "bf16"),
+        ("--format", asked.format, _DEFAULTS["format"]),
+        ("--budget", (asked.budget or DEFAULT_BUDGET) if asked.max_kl is None else None, None),
+        ("--max-kl", asked.max_kl, None),
+        ("--by", asked.by, None),
+        ("--for", asked.for_tool, None),
+        ("--measures", ",".join(asked.measures) if asked.measures else None, None),
+        ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
+        ("--ablate", asked.ablate, None),
+    ]
+    words = [word for name, value, default in given if value != default for word in (name, str(value))]
+    return shlex.join(["qprobe", "scan", "--model", model_id, *words])

@@ -1,0 +1,93 @@
+"""The samples of a scan: chosen, answered, split, and cut into batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qprobe.data.sampling import Wanted, choose_samples, split_held_out
+from qprobe.errors import SampleError
+from qprobe.inputs.batch import cut
+from qprobe.measure.nonfinite import first_nonfinite
+from qprobe.measure.runner import isolated_half
+from qprobe.measure.subject import Subject
+from qprobe.records import Sample
+from qprobe.scanning.answers import with_answers
+from qprobe.scanning.process import Process
+from qprobe.scanning.request import Batching
+from qprobe.system.wording import counted
+
+Groups = list[tuple[Sample, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The samples of a scan, cut into batches.
+
+    calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
+    `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
+    for the choice alone, maybe none.
+    """
+
+    calibration: Groups
+    isolated: Groups
+    held_out: Groups
+    notes: tuple[str, ...]
+
+    @property
+    def batches(self) -> dict[str, Groups]:
+        """By what is measured on them, as the specification of a run names it."""
+        return {"calibration": self.calibration, "isolated": self.isolated, "held_out": self.held_out}
+
+    @property
+    def samples(self) -> int:
+        return sum(len(group) for group in (*self.calibration, *self.held_out))
+
+
+def cut_samples(
+    subject: Subject,
+    calibration: tuple[Sample, ...],
+    held_out: tuple[Sample, ...],
+    size: int,
+    notes: tuple[str, ...],
+) -> Work:
+    """The work on these samples, in batches of at most `size`."""
+    half = isolated_half(calibration)
+    groups = subject.one_shape_groups(calibration)
+    isolated = [[sample for sample in group if sample.id in half] for group in groups]
+    return Work(cut(groups, size), cut(isolated, size), subject.groups(held_out, size), notes)
+
+
+def prepare_samples(subject: Subject, wanted: Wanted, batching: Batching, process: Process) -> Work:
+    """The scan's samples with answers, split and cut into batches.
+
+    Raises SampleError if no sample is usable.
+    """
+    reference = subject.reference
+    found = choose_samples(reference.identity.id, reference.reads_images, wanted, "scan")
+    notes = list(found.skipped)
+    samples = found.samples
+    if subject.has_head:
+        samples = with_answers(subject, samples, batching, process)
+        notes += why_silent(subject, tuple(s for s in samples if not s.answer))
+        samples = tuple(s for s in samples if s.answer)
+    if not samples:
+        raise SampleError(
+            f"None of the {counted(len(found.samples), 'sample')} has an answer to measure ({notes[-1]}). "
+            "Pass other prompts, or another --dtype where values are not finite."
+        )
+    calibration, held_out = split_held_out(samples)
+    if subject.has_head and not held_out:
+        few = "1 sample is" if len(samples) == 1 else f"{len(samples)} samples are"
+        notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
+    return cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
+
+
+def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:
+    """For each sample that the model answers nothing to, why it is left out."""
+    notes = []
+    for sample in samples:
+        with subject.running("finite"):
+            layer = first_nonfinite(subject, (sample,))
+        why = f"in 16-bit its values are not finite from {layer} on" if layer else "the model answers nothing"
+        notes.append(f"{sample.id}: left out, {why}")
+    return notes
