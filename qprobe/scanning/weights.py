@@ -12,6 +12,7 @@ from qprobe.errors import ModelError
 from qprobe.formats.protocol import format_from
 from qprobe.loading.mapped import return_freed_memory
 from qprobe.loading.reference import DTYPES, Source, pick_device
+from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.spread import device_of
 from qprobe.loading.stored import checkpoint_folder, weight_names
 from qprobe.manifest.write import write_manifest
