@@ -103,8 +103,7 @@ def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
 def planned_skeleton(model: str, manifest: Manifest | None) -> Skeleton:
     """The skeleton of `model`, of a known one from the catalogue's geometry. Errors as of `plan`."""
     entry = known(model)
-    has_geometry = entry is not None
-    source = Source(entry.alias, entry.hub_id or entry.alias) if entry and has_geometry else resolve(model)
+    source = resolve(model) if entry is None else Source(entry.alias, entry.hub_id or entry.alias)
     skeleton = skeleton_of(source, (manifest.format if manifest else FormatSpec()).compute_dtype, entry)
     if manifest is not None:
         refuse_another_model(manifest, skeleton)

@@ -91,8 +91,8 @@ class Skeleton:
 def skeleton_of(source: Source, dtype: str, entry: Entry | None = None) -> Skeleton:
     """The skeleton of `source`, from its config alone.
 
-    entry: the catalogue's, whose geometry, if it has one, takes the place of the config of `source`, so that
-    no network is needed. Raises ModelError if the config cannot be had.
+    entry: the catalogue's, whose geometry takes the place of the config of `source`, so that no network is
+    needed. Raises ModelError if the config cannot be had.
     """
     if entry is None:
         try:
