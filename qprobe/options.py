@@ -13,6 +13,8 @@ FOR = ("vllm",)
 Dtype = Literal["bfloat16", "float16"]
 Base = Literal["16-bit", "nf4", "dynamic"]
 BadData = Literal["refuse", "skip"]
+Turns = Literal["first", "last", "each"]
+"""Which answers of a conversation count: are measured, or learned."""
 Optimizer = Literal["adamw_8bit", "adamw_torch"]
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total) whenever work moves on."""

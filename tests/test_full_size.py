@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qprobe.data.sources import from_jsonl
+from qprobe.data.sampling import Wanted, from_data
 from qprobe.loading.reference import load_reference
 from qprobe.loading.skeleton import meta_model
 from qprobe.measure.subject import subject_of
@@ -37,7 +37,7 @@ def test_a_checkpoint_loads_whole_and_its_samples_have_the_promised_tokens(tmp_p
     reference = load_reference(str(tmp_path / "model"), "cpu")
     gates = [p for n, p in reference.model.named_parameters() if n.endswith("gate_attn") or "gate_mlp" in n]
     assert gates and all(p.item() == 0.5 for p in gates if p.numel() == 1)  # cross-attention is open
-    samples = from_jsonl(write_samples(tmp_path / "samples", config, 3)).samples
+    samples = from_data(Wanted(data=write_samples(tmp_path / "samples", config, 3)), 3).samples
     subject = subject_of(reference, FormatSpec())
     (group,) = subject.groups(samples, 4)
     batch = subject.encode(group)

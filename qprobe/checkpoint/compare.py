@@ -260,7 +260,7 @@ def _run_reference(
     course = Course(samples, groups, [logits[i] for i in range(len(samples))])
     sums = [KlSums(0.0, len(x), len(x)) for x in course.logits]
     trial = Trial(stored_bytes(reference.model), [s.answer or "" for s in own], sums)
-    return course, trial, chosen.skipped
+    return course, trial, chosen.notes
 
 
 def _run(

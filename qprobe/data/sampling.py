@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from qprobe.data.sources import (
-    PHOTOGRAPHS,
-    Samples,
-    check_file,
-    from_folder,
-    from_jsonl,
-    image_files,
-    photographs,
-)
-from qprobe.data.texts import QUESTIONS, questions
+from qprobe.data.builtin import DEFAULT_PROMPT, PHOTOGRAPHS, QUESTIONS, Samples, photographs, questions
+from qprobe.data.conversation import Conversation, Conversations, Skipped
+from qprobe.data.images import decode, file_bytes, rule_notes
+from qprobe.data.reading import Reading, check_counts, check_left_out, read_conversations
+from qprobe.data.reasons import Refused, shown
+from qprobe.data.source import source_of
+from qprobe.data.turns import samples_of
 from qprobe.errors import SampleError
-from qprobe.records import Sample
+from qprobe.options import BadData, Progress, Turns, no_progress
+from qprobe.records import Sample, asked
 
+IMAGES = "Put PNG or JPEG files there."
 DEMO_MODELS = ("demo", "demo-outliers")
 SCENES = "qprobe.demo.scenes"  # by name: they are drawn with torch, which this room does without
 # Defaults: the demo's KL is small and heavy-tailed, so that 48 scenes leave an error of half its size;
@@ -30,13 +30,17 @@ SEEDS = (
 
 
 class Wanted(NamedTuple):
-    """What the user said about samples; all None for the built-in ones."""
+    """What the user said about samples; neither images nor data for the built-in ones."""
 
     images: Path | None = None
-    data: Path | None = None
+    data: Any = None
     prompt: str | None = None
     count: int | None = None
     seed: int = 0
+    turns: Turns = "each"
+    split: str | None = None
+    bad_data: BadData = "refuse"
+    allow_downloads: bool = False
 
 
 def check_wanted(model_id: str, wanted: Wanted) -> None:
@@ -48,7 +52,7 @@ def check_wanted(model_id: str, wanted: Wanted) -> None:
     if wanted.images is not None:
         image_files(wanted.images)
     elif wanted.data is not None:
-        check_file(wanted.data)
+        source_of(wanted.data)
     elif model_id in DEMO_MODELS and wanted.prompt is not None:
         raise SampleError(
             "--prompt does not apply to the built-in scenes, which bring their own questions and answers. "
@@ -62,7 +66,11 @@ def check_wanted(model_id: str, wanted: Wanted) -> None:
 
 
 def choose_samples(
-    model_id: str, reads_images: bool, wanted: Wanted, purpose: Literal["scan", "compare"]
+    model_id: str,
+    reads_images: bool,
+    wanted: Wanted,
+    purpose: Literal["scan", "compare"],
+    progress: Progress = no_progress,
 ) -> Samples:
     """The samples of a scan, or held-out ones to compare on.
 
@@ -72,9 +80,9 @@ def choose_samples(
     check_wanted(model_id, wanted)
     limit = wanted.count or SCAN_SAMPLES["given"]
     if wanted.images is not None:
-        return from_folder(wanted.images, wanted.prompt, limit)
+        return from_folder(wanted.images, wanted, limit)
     if wanted.data is not None:
-        return from_jsonl(wanted.data, wanted.prompt, limit)
+        return from_data(wanted, limit, progress)
     if model_id in DEMO_MODELS:
         return _scenes(wanted.count or SCAN_SAMPLES["demo"], wanted.seed, purpose)
     builtin, total = (photographs, len(PHOTOGRAPHS)) if reads_images else (questions, len(QUESTIONS))
@@ -91,14 +99,72 @@ def _scenes(count: int, seed: int, purpose: Literal["scan", "compare"]) -> Sampl
     return Samples(tuple(drawn.scenes(count, first + seed)))
 
 
+def from_data(wanted: Wanted, limit: int, progress: Progress = no_progress) -> Samples:
+    """At most `limit` samples of the user's data; a note for each row that was left out.
+
+    Raises SampleError if the data cannot be read, or `check_left_out` does.
+    """
+    how = Reading(wanted.split, wanted.allow_downloads, wanted.prompt or DEFAULT_PROMPT)
+    found = read_conversations(wanted.data, how, limit, progress)
+    samples: list[Sample] = []
+    kept: list[Conversation] = []
+    skipped = list(found.skipped)
+    for one in found.good:
+        try:
+            samples += samples_of(one, wanted.turns)
+            kept.append(one)
+        except Refused as problem:
+            skipped.append(Skipped(one.row, str(problem)))
+    left = Conversations(found.name, found.row, tuple(kept), tuple(skipped), found.notes)
+    check_left_out(left, wanted.bad_data, "measure")
+    return Samples(tuple(samples[:limit]), (*left.sentences(), *left.notes))
+
+
+def from_folder(folder: Path, wanted: Wanted, limit: int | None = None) -> Samples:
+    """One sample for each image file of `folder` (not its subfolders), in name order, at most `limit`.
+
+    Raises SampleError if the folder is missing, empty, or `check_counts` does.
+    """
+    found: list[Sample] = []
+    skipped: list[str] = []
+    rules: Counter[str] = Counter()
+    for path in image_files(folder):
+        if limit is not None and len(found) >= limit:
+            break
+        try:
+            data = file_bytes(path)
+            rules.update(decode(data).rules)
+            found.append(Sample(path.name, asked(wanted.prompt or DEFAULT_PROMPT, data)))
+        except Refused as problem:
+            skipped.append(f"{shown(path.name)}: left out, it {problem}.")
+    check_counts(folder.name, "file", len(found), skipped, wanted.bad_data, "measure", IMAGES)
+    return Samples(tuple(found), (*skipped, *rule_notes(rules)))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files of `folder` that may be images, in name order; SampleError if there is no folder or file."""
+    if folder.exists() and not folder.is_dir():
+        raise SampleError(
+            f"{folder} is a file, and --images takes a folder of images. Pass its folder, or a .jsonl file "
+            f"with --data."
+        )
+    if not folder.is_dir():
+        raise SampleError(f"Image folder {folder} does not exist. Pass a folder of image files to --images.")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise SampleError(f"Image folder {folder} is empty. {IMAGES}")
+    return files
+
+
 def split_held_out(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """(calibration, held out): every third sample is held out for the choice of the skip-list.
 
-    Samples of the same image, prompt and answer are on one side together. With fewer than three different
-    ones there is nothing to hold out, and the second part is empty.
+    Samples of one conversation, or of the same turns and answer, are on one side together. With
+    fewer than three different ones there is nothing to hold out, and the second part is empty.
     """
-    order = {digest: i for i, digest in enumerate(dict.fromkeys(sample.digest for sample in samples))}
-    is_held_out = [order[sample.digest] % 3 == 2 for sample in samples]
+    own = [sample.conversation or sample.digest for sample in samples]
+    order = {x: i for i, x in enumerate(dict.fromkeys(own))}
+    is_held_out = [order[x] % 3 == 2 for x in own]
     return (
         tuple(s for s, held in zip(samples, is_held_out, strict=True) if not held),
         tuple(s for s, held in zip(samples, is_held_out, strict=True) if held),

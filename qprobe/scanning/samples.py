@@ -64,7 +64,7 @@ def prepare_samples(subject: Subject, wanted: Wanted, batching: Batching, proces
     """
     reference = subject.reference
     found = choose_samples(reference.identity.id, reference.reads_images, wanted, "scan")
-    notes = list(found.skipped)
+    notes = list(found.notes)
     samples = found.samples
     if subject.has_head:
         samples = with_answers(subject, samples, batching, process)

@@ -155,8 +155,7 @@ def child_bare(bench: Bench) -> dict[str, Any]:
     """Loading, and the 16-bit model alone on the scan's batches, for as long as a scan takes."""
     import torch
 
-    from qprobe.data.sampling import split_held_out
-    from qprobe.data.sources import from_jsonl
+    from qprobe.data.sampling import Wanted, from_data, split_held_out
     from qprobe.loading.inventory import list_layers
     from qprobe.loading.reference import load_reference
     from qprobe.measure.memory import peak_bytes
@@ -172,7 +171,7 @@ def child_bare(bench: Bench) -> dict[str, Any]:
     inventory = list_layers(reference.model, FormatSpec())
     subject = Subject(reference, inventory, {}, unpacked, reference.model.dtype)
     start = time.perf_counter()
-    parts = split_held_out(from_jsonl(bench.samples, None, bench.most_images).samples)
+    parts = split_held_out(from_data(Wanted(data=bench.samples), bench.most_images).samples)
     batches = [
         [subject.encode(g) for g in subject.groups(p, o.batch_size)] if p else []  # none held out of two
         for p in parts

@@ -22,7 +22,7 @@ from qprobe.checkpoint.compare import compare
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.storage import stored_bytes
-from qprobe.data.sources import Samples
+from qprobe.data.builtin import Samples
 from qprobe.errors import ManifestError, ModelError
 from qprobe.formats.codes_file import FILE_NAME, open_codes
 from qprobe.inputs.batch import ANSWER, encode

@@ -13,7 +13,7 @@ from qprobe.checkpoint import compare as compare_module
 from qprobe.checkpoint.compare import Comparison, ratio
 from qprobe.checkpoint.load import dynamic_4bit, load_dynamic_4bit, load_standard_4bit, standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
-from qprobe.data.sources import Samples
+from qprobe.data.builtin import Samples
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.inputs.answers import answered
 from qprobe.loading.reference import load_reference, reference_of

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from qprobe.data.sampling import SCAN_SAMPLES, Wanted, choose_samples, split_held_out
+import pytest
+from PIL import Image
+
+from qprobe.data.builtin import DEFAULT_PROMPT, PHOTOGRAPHS, photographs
+from qprobe.data.sampling import (
+    SCAN_SAMPLES,
+    Wanted,
+    choose_samples,
+    from_data,
+    from_folder,
+    split_held_out,
+)
 from qprobe.errors import SampleError
 from qprobe.records import Sample, asked
 
@@ -64,3 +75,105 @@ def test_a_sample_given_twice_is_never_on_both_sides():
     assert {x.prompt for x in held_out} == {"question 2"}
     assert not {x.digest for x in calibration} & {x.digest for x in held_out}
     assert len(calibration) + len(held_out) == 12
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name, colour in (("b.png", "red"), ("a.jpg", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    return tmp_path
+
+
+def test_a_folder_gives_its_images_in_name_order(pictures: Path) -> None:
+    found = from_folder(pictures, Wanted())
+    assert [s.id for s in found.samples] == ["a.jpg", "b.png"]
+    assert all(s.prompt == DEFAULT_PROMPT and s.answer is None for s in found.samples)
+    assert found.samples[0].images == ((pictures / "a.jpg").read_bytes(),)
+
+
+def test_a_file_that_is_no_image_is_left_out_and_named(pictures: Path) -> None:
+    (pictures / "notes.txt").write_text("no image")
+    (pictures / "short.png").write_bytes((pictures / "b.png").read_bytes()[:40])
+    found = from_folder(pictures, Wanted())
+    assert len(found.samples) == 2
+    assert [note.partition(":")[0] for note in found.notes] == ["notes.txt", "short.png"]
+
+
+def test_many_files_that_are_no_images_are_an_error(pictures: Path) -> None:
+    for n in range(10):
+        (pictures / f"{n}.txt").write_text("no image")
+    with pytest.raises(SampleError, match=r"10 of 12 files .* --bad-data skip"):
+        from_folder(pictures, Wanted())
+    assert len(from_folder(pictures, Wanted(bad_data="skip")).samples) == 2
+
+
+def test_only_unreadable_files_are_an_error_that_names_one(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(SampleError, match=r"No file of .* is left to measure.*notes\.txt"):
+        from_folder(tmp_path, Wanted())
+
+
+@pytest.mark.parametrize(("make", "words"), [(False, "does not exist"), (True, "is empty")])
+def test_a_missing_or_empty_folder_is_an_error(tmp_path: Path, make: bool, words: str) -> None:
+    folder = tmp_path / "photos"
+    if make:
+        folder.mkdir()
+    with pytest.raises(SampleError, match=words):
+        from_folder(folder, Wanted())
+
+
+def test_the_limit_counts_usable_images_and_rows(pictures: Path) -> None:
+    (pictures / "0.txt").write_text("no image")
+    assert [s.id for s in from_folder(pictures, Wanted(), limit=1).samples] == ["a.jpg"]
+    rows = [{"prompt": 5}, *({"prompt": x} for x in "abc")]
+    assert [s.prompt for s in from_data(Wanted(data=rows), 2).samples] == ["a", "b"]
+
+
+def test_an_image_without_a_question_is_asked_the_prompt(pictures: Path) -> None:
+    rows = [{"image": str(pictures / "a.jpg")}, {"prompt": "mine?", "image": str(pictures / "a.jpg")}]
+    assert [s.prompt for s in from_data(Wanted(data=rows), 9).samples] == [DEFAULT_PROMPT, "mine?"]
+    assert [s.prompt for s in from_data(Wanted(data=rows, prompt="Why?"), 9).samples] == ["Why?", "mine?"]
+
+
+def test_samples_of_one_conversation_are_on_one_side(pictures: Path) -> None:
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[i % 2], "content": f"{n} {i}"} for i in range(4)]}
+        for n in range(6)
+    ]
+    samples = from_data(Wanted(data=rows), 99).samples
+    calibration, held_out = split_held_out(samples)
+    assert len(samples) == 12 and len(held_out) == 4
+    assert not {s.conversation for s in calibration} & {s.conversation for s in held_out}
+
+
+def test_photographs_need_no_download_and_those_to_compare_on_were_not_scanned() -> None:
+    assert len(photographs().samples) == len(PHOTOGRAPHS)
+    scanned = choose_samples("some/model", True, Wanted(), "scan").samples
+    compared = choose_samples("some/model", True, Wanted(), "compare").samples
+    assert scanned and compared
+    assert not {s.digest for s in scanned} & {s.digest for s in compared}
+
+
+def test_a_text_model_gets_questions_without_images() -> None:
+    found = choose_samples("some/model", False, Wanted(count=5), "scan").samples
+    assert len(found) == 5 and all(not s.images for s in found)
+
+
+def test_images_and_data_together_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="Both"):
+        choose_samples("m", True, Wanted(images=tmp_path, data=tmp_path / "x.jsonl"), "scan")
+
+
+def test_every_third_photograph_is_held_out_and_none_is_lost() -> None:
+    samples = photographs(limit=8).samples
+    calibration, held_out = split_held_out(samples)
+    assert len(held_out) == 2
+    assert {s.id for s in (*calibration, *held_out)} == {s.id for s in samples}
+    assert not set(calibration) & set(held_out)
+
+
+def test_the_mark_that_some_editors_put_first_is_no_part_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"prompt": "what?", "answer": "a bag"}\n' * 2, encoding="utf-8-sig")
+    found = from_data(Wanted(data=path), 9)
+    assert [s.answer for s in found.samples] == ["a bag"] * 2 and found.notes == ()

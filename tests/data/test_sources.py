@@ -1,178 +1,264 @@
-"""Folders, JSONL files and photographs become samples; what cannot be used is named."""
+"""Each kind of source gives the same rows; what cannot be read is one sentence."""
 
 from __future__ import annotations
 
+import http.server
+import io
 import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from qprobe.data.sampling import Wanted, choose_samples, split_held_out
-from qprobe.data.sources import DEFAULT_PROMPT, PHOTOGRAPHS, from_folder, from_jsonl, photographs
-from qprobe.errors import SampleError
+import qprobe.data.sources
+from qprobe.data.images import decode, file_bytes
+from qprobe.data.reading import Reading, check_left_out, read_conversations
+from qprobe.data.source import sources
+from qprobe.errors import MachineError, QprobeError, SampleError
+from tests import tiny
+
+ROWS = [{"image": "a.png", "prompt": "What?", "answer": str(n)} for n in range(3)]
+BYTES = [{**x, "image": {"bytes": tiny.picture(0), "path": None}} for x in ROWS]
+
+
+def lines(path: Path) -> Path:
+    path.write_text("".join(json.dumps(x) + "\n" for x in ROWS))
+    return path
+
+
+def array(path: Path) -> Path:
+    path.write_text("\ufeff \n" + json.dumps(ROWS, indent=1) + "\n", "utf-8")
+    return path
+
+
+def parquet(path: Path) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(BYTES), path)
+    return path
+
+
+def parquet_folder(path: Path) -> Path:
+    path.mkdir()
+    for n, row in enumerate(BYTES):
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([row]), path / f"train-{n:05d}-of-00003.parquet"
+        )
+    return path
+
+
+def saved(path: Path) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(BYTES).cast_column("image", datasets.Image()).save_to_disk(path)
+    return path
+
+
+FILES: dict[str, Callable[[Path], Path]] = {
+    "rows.jsonl": lines,
+    "rows.json": array,
+    "lines.json": lines,
+    "rows": lines,
+    "rows.parquet": parquet,
+    "parquet": parquet_folder,
+    "saved": saved,
+}
+
+
+def answers(data: Any, how: Reading = Reading()) -> list[str]:  # noqa: B008
+    found = read_conversations(data, how)
+    assert found.skipped == () and found.notes == ()
+    for one in found.good:
+        (image,) = one.images
+        assert (image if isinstance(image, bytes) else file_bytes(image)) == tiny.picture(0)
+    return [x.turns[-1].text for x in found.good]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(tiny.picture(0))
+    path = FILES[name](tmp_path / name)
+    assert answers(path) == answers(str(path)) == ["0", "1", "2"]
+
+
+def test_a_saved_dataset_is_read_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = saved(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert answers(path) == ["0", "1", "2"]
+
+
+def test_datasets_in_memory_give_the_bytes_of_their_images(tmp_path: Path):
+    import datasets
+
+    data = datasets.Dataset.from_list(BYTES).cast_column("image", datasets.Image())
+    assert answers(data) == ["0", "1", "2"]
+    assert answers(data.select([2, 0])) == ["2", "0"]
+    splits = datasets.DatasetDict({"train": data, "test": data.select([1])})
+    assert answers(splits, Reading(split="test")) == ["1"]
+    splits.save_to_disk(tmp_path / "splits")
+    assert answers(tmp_path / "splits", Reading(split="test")) == ["1"]
+    for where in (splits, tmp_path / "splits"):
+        with pytest.raises(SampleError, match=r"has the splits train, test\. Pass one of them to --split"):
+            read_conversations(where)
+        with pytest.raises(SampleError, match="no split 'dev'"):
+            read_conversations(where, Reading(split="dev"))
+
+
+def test_pictures_in_memory_keep_their_pixels():
+    image = Image.open(io.BytesIO(tiny.picture(3)))
+    (found,) = read_conversations(
+        [{"prompt": [{"role": "user", "content": "What?"}], "images": [image]}]
+    ).good
+    assert decode(found.images[0]).image.tobytes() == image.tobytes()  # pyright: ignore[reportArgumentType]
+
+
+def test_parquet_files_named_by_splits_are_told_apart(tmp_path: Path):
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(BYTES[:1]), tmp_path / f"{name}.parquet")
+    assert answers(tmp_path, Reading(split="test")) == ["0"]
+
+
+def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    data = datasets.Dataset.from_list(BYTES).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": data} if name == "a/b" else 1 / 0)
+    assert answers("a/b") == answers(Path("a/b")) == ["0", "1", "2"]
+    with pytest.raises(SampleError, match=r"x/y is no file here, and .* data set of the hub \(division"):
+        read_conversations("x/y")
+    monkeypatch.setattr("qprobe.data.sources.hub.find_spec", lambda _: None)
+    with pytest.raises(MachineError, match="pip install datasets"):
+        read_conversations("a/b")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", None, r"x\.jsonl does not exist"),
+        ("x.jsonl", b" \n", "is empty"),
+        ("x.jsonl", '{"prompt": "a"}'.encode("utf-16"), "is UTF-16"),
+        ("x.json", b"[]", "is an empty array"),
+        ("x.json", b'[{"prompt": "a"}', "no whole JSON array"),
+        ("x.json", b'[{"prompt": "a"} {"prompt": "b"}]', "no whole JSON array"),
+        ("x.json", b'[,{"prompt": "a"}]', "no whole JSON array"),
+        ("x.json", b"[" * 50_000, "nested too deeply"),
+        ("x.json", b'["\xff"]', "not UTF-8"),
+        ("x.parquet", b"PAR1 no", "no whole Parquet file"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_one_sentence(
+    name: str, content: bytes | None, said: str, tmp_path: Path
+):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SampleError, match=said) as error:
+        read_conversations(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_bad_element_of_an_array_costs_that_row_alone(tmp_path: Path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"prompt": "a"}, {"prompt": "a", "prompt": "b"}, 7, {"prompt": NaN}, {"prompt": "c"}]')
+    found = read_conversations(path)
+    assert [x.row for x in found.good] == [1, 5] and [x.row for x in found.skipped] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", ["state", "names", "rows"])
+def test_a_damaged_saved_dataset_is_one_sentence(damage: str, tmp_path: Path):
+    path = saved(tmp_path / "saved")
+    if damage == "state":
+        (path / "state.json").write_text("{")
+    elif damage == "names":
+        (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../../x.arrow"}]}))
+    else:
+        (path / "data-00000-of-00001.arrow").write_bytes(b"no rows")
+    with pytest.raises(SampleError, match=r"save_to_disk wrote"):
+        read_conversations(path)
+
+
+def test_what_is_no_source_names_those_that_are(tmp_path: Path):
+    with pytest.raises(
+        SampleError, match=r"is none of these\. --data takes a folder of datasets.* a \.jsonl"
+    ):
+        read_conversations(tmp_path)
+    for strange in (7, None, b"x"):
+        with pytest.raises(QprobeError, match="--data takes"):
+            read_conversations(strange)
+    with pytest.raises(SampleError, match="--split train does not apply"):
+        read_conversations(lines(tmp_path / "x.jsonl"), Reading(split="train"))
+
+
+def test_a_file_in_the_folder_is_a_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "colon_lines.py").write_text(
+        "from pathlib import Path\n"
+        "from qprobe.data.source import Source\n"
+        "def rows(data, split):\n"
+        "    for n, line in enumerate(Path(data).read_text().splitlines(), start=1):\n"
+        "        yield n, dict(zip(('prompt', 'answer'), line.split(':'), strict=True))\n"
+        "SOURCE = Source('a .colon file', 'line', 1, lambda x: str(x).endswith('.colon'), str,\n"
+        "                lambda x: Path(x).parent, rows)\n"
+    )
+    monkeypatch.setattr(qprobe.data.sources, "__path__", [*qprobe.data.sources.__path__, str(tmp_path)])
+    (tmp_path / "x.colon").write_text("one?:yes\ntwo?:no\n")
+    assert [x.turns[-1].text for x in read_conversations(tmp_path / "x.colon").good] == ["yes", "no"]
+    assert "a .colon file" in [x.what for x in sources()]
+    sys.modules.pop("qprobe.data.sources.colon_lines")
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "is_error"),
+    [(9, 1, False), (10, 90, False), (11, 89, True), (10, 89, True), (1, 0, True)],
+)
+def test_more_than_a_tenth_and_at_least_ten_left_out_is_an_error(bad: int, good: int, is_error: bool):
+    found = read_conversations([*[{"prompt": 5}] * bad, *[{"prompt": "a"}] * good])
+    if is_error:
+        with pytest.raises(SampleError, match=r"data row 1: its prompt is 5") as error:
+            check_left_out(found, "refuse", "train on")
+        assert ("--bad-data skip" in str(error.value)) == (good > 0)
+    else:
+        check_left_out(found, "refuse", "train on")
+    if good:
+        check_left_out(found, "skip", "train on")
+    else:
+        with pytest.raises(SampleError, match=r'No row of data is left to train on.*"prompt".*text alone'):
+            check_left_out(found, "skip", "train on")
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    for name, colour in (("b.png", "red"), ("a.jpg", "blue")):
-        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
-    return tmp_path
+def address() -> Iterator[str]:
+    """Of a server on this machine that has one picture."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_GET(self) -> None:
+            type(self).asked += 1
+            assert type(self).asked == 1 or self.path != "/a.png", "an image is fetched once"
+            self.send_response(200 if self.path == "/a.png" else 404)
+            self.end_headers()
+            self.wfile.write(tiny.picture(0) if self.path == "/a.png" else b"")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
-def test_a_folder_gives_its_images_in_name_order(pictures: Path) -> None:
-    found = from_folder(pictures)
-    assert [s.id for s in found.samples] == ["a.jpg", "b.png"]
-    assert all(s.prompt == DEFAULT_PROMPT and s.answer is None for s in found.samples)
-    assert found.samples[0].images[0] == (pictures / "a.jpg").read_bytes()
-
-
-def test_a_file_that_is_no_image_is_skipped_and_named(pictures: Path) -> None:
-    (pictures / "notes.txt").write_text("no image")
-    (pictures / "short.png").write_bytes((pictures / "b.png").read_bytes()[:40])
-    found = from_folder(pictures)
-    assert len(found.samples) == 2
-    assert [note.partition(":")[0] for note in found.skipped] == ["notes.txt", "short.png"]
-
-
-def test_only_unreadable_files_are_an_error_that_names_one(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(SampleError, match=r"None of the 1 files .*notes\.txt"):
-        from_folder(tmp_path)
-
-
-@pytest.mark.parametrize(("make", "words"), [(False, "does not exist"), (True, "is empty")])
-def test_a_missing_or_empty_folder_is_an_error(tmp_path: Path, make: bool, words: str) -> None:
-    folder = tmp_path / "photos"
-    if make:
-        folder.mkdir()
-    with pytest.raises(SampleError, match=words):
-        from_folder(folder)
-
-
-def test_the_limit_counts_usable_images(pictures: Path) -> None:
-    (pictures / "0.txt").write_text("no image")
-    assert [s.id for s in from_folder(pictures, limit=1).samples] == ["a.jpg"]
-
-
-def test_jsonl_lines_of_three_forms_are_read_and_bad_ones_named(pictures: Path) -> None:
-    lines = [
-        {"image": "a.jpg", "prompt": "What colour?", "answer": "Blue."},
-        {"image": "b.png", "conversations": [
-            {"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]},
-        {"messages": [
-            {"role": "user", "content": [
-                {"type": "image", "image": "b.png"}, {"type": "text", "text": "And?"}]},
-            {"role": "assistant", "content": "Red."}]},
-        {"prompt": "No image here."},
-        {"image": "missing.png", "prompt": "x"},
-        {"conversations": [{"from": "gpt", "value": "an answer without a question"}]},
-        {"image": ["a.jpg", "b.png"], "prompt": "two"},
-    ]  # fmt: skip
-    path = pictures / "data.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"image": "a.j', encoding="utf-8")
-    found = from_jsonl(path)
-    assert [(s.prompt, s.answer, bool(s.images)) for s in found.samples] == [
-        ("What colour?", "Blue.", True),
-        ("What colour?", "Red.", True),
-        ("And?", "Red.", True),
-        ("No image here.", None, False),
-    ]
-    assert [note.partition(":")[0] for note in found.skipped] == [
-        f"data.jsonl line {n}" for n in (5, 6, 7, 8)
-    ]
-
-
-def test_a_line_that_is_not_utf8_is_named_and_not_read_with_other_letters(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes('{"prompt": "Größe?"}\n'.encode() + '{"prompt": "Größe?"}\n'.encode("latin-1"))
-    found = from_jsonl(path)
-    assert [s.prompt for s in found.samples] == ["Größe?"]
-    (note,) = found.skipped
-    assert note.startswith("data.jsonl line 2: skipped, it is not UTF-8 (byte 15)")
-
-
-def ids(path: Path, *lines: object) -> tuple[list[str], tuple[str, ...]]:
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    found = from_jsonl(path)
-    assert [s.prompt for s in found.samples] == [x["prompt"] for x in lines if "prompt" in x]
-    return [s.id for s in found.samples], found.skipped
-
-
-def test_a_line_without_an_id_is_named_by_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    without = [{"prompt": "a"}, {"prompt": "b", "id": None}, {"prompt": "c", "id": ""}]
-    assert ids(path, *without, {"prompt": "d", "id": 0}) == (["data-1", "data-2", "data-3", "0"], ())
-
-
-def test_lines_of_one_id_are_told_apart_and_named(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    found, notes = ids(
-        path,
-        {"prompt": "a", "id": 7},
-        {"id": "x"},  # is skipped, so its id is free
-        {"prompt": "b", "id": "7"},
-        {"prompt": "c", "id": "x"},
-        {"prompt": "d", "id": "data-6"},
-        {"prompt": "e"},  # would be called so by its number
-        {"prompt": "f", "id": "7 (line 8)"},
-        {"prompt": "g", "id": 7},  # even the changed name is taken
-    )
-    assert found == [
-        "7", "7 (line 3)", "x", "data-6", "data-6 (line 6)", "7 (line 8)", "7 (line 8) (line 8)"
-    ]  # fmt: skip
-    assert notes[1:] == (
-        "data.jsonl: 3 lines with the id of an earlier one: '7' of line 1 is called '7 (line 3)' in line 3, "
-        "'data-6' of line 5 is called 'data-6 (line 6)' in line 6, "
-        "'7' of line 1 is called '7 (line 8) (line 8)' in line 8.",
-    )
-
-
-@pytest.mark.parametrize("line", ['{"text": "What?"}', '{"messages": [{"content": "What?"}]}'])
-def test_a_file_without_the_keys_names_them(line: str, tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text(line)
-    with pytest.raises(SampleError) as refused:
-        from_jsonl(tmp_path / "data.jsonl")
-    said = str(refused.value)
-    assert all(f'"{key}"' in said for key in ("prompt", "image", "answer"))
-    assert "text alone are fine" in said and ("no key 'role'" in said) == ("messages" in line)
-
-
-def test_what_is_there_but_no_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(SampleError, match="is no regular file"):
-        from_jsonl(tmp_path)
-    with pytest.raises(SampleError, match="does not exist"):
-        from_jsonl(tmp_path / "data.jsonl")
-
-
-def test_photographs_need_no_download_and_those_to_compare_on_were_not_scanned() -> None:
-    assert len(photographs().samples) == len(PHOTOGRAPHS)
-    scanned = choose_samples("some/model", True, Wanted(), "scan").samples
-    compared = choose_samples("some/model", True, Wanted(), "compare").samples
-    assert scanned and compared
-    assert not {s.digest for s in scanned} & {s.digest for s in compared}
-
-
-def test_a_text_model_gets_questions_without_images() -> None:
-    found = choose_samples("some/model", False, Wanted(count=5), "scan").samples
-    assert len(found) == 5 and all(not s.images for s in found)
-
-
-def test_images_and_data_together_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SampleError, match="Both"):
-        choose_samples("m", True, Wanted(images=tmp_path, data=tmp_path / "x.jsonl"), "scan")
-
-
-def test_every_third_sample_is_held_out_and_none_is_lost() -> None:
-    samples = photographs(limit=8).samples
-    calibration, held_out = split_held_out(samples)
-    assert len(held_out) == 2
-    assert {s.id for s in (*calibration, *held_out)} == {s.id for s in samples}
-    assert not set(calibration) & set(held_out)
-
-
-def test_the_mark_that_some_editors_put_first_is_no_part_of_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "marked.jsonl"
-    path.write_text('{"prompt": "what?", "answer": "a bag"}\n' * 2, encoding="utf-8-sig")
-    found = from_jsonl(path)
-    assert [s.answer for s in found.samples] == ["a bag"] * 2 and found.skipped == ()
+def test_addresses_are_fetched_on_request_alone(address: str):
+    rows = [{**ROWS[0], "image": f"{address}/a.png"}] * 2
+    refused = read_conversations(rows)
+    assert refused.good == () and "--allow-downloads" in refused.skipped[0].why
+    assert answers(rows, Reading(downloads=True)) == ["0", "0"]
+    gone = read_conversations([{**ROWS[0], "image": f"{address}/b.png"}], Reading(downloads=True))
+    assert "cannot be fetched" in gone.skipped[0].why

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qprobe.data.sources import photographs
+from qprobe.data.builtin import photographs
 from qprobe.errors import SampleError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import ANSWER, PAD, VISION, batches, encode, image_token_id, tokenizer_of

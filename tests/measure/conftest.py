@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from qprobe.data.sources import photographs
+from qprobe.data.builtin import photographs
 from qprobe.inputs.answers import answered
 from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of

@@ -28,8 +28,8 @@ import torch
 
 import qprobe.scanning.scan as road
 from qprobe.checkpoint.quantize import quantize
+from qprobe.data.builtin import Samples
 from qprobe.data.sampling import choose_samples
-from qprobe.data.sources import Samples
 from qprobe.scanning import finish, samples
 from qprobe.scanning.join import join
 from tests import tiny

@@ -1,10 +1,27 @@
-"""Questions for text-only models that are given no data; the reference answers them itself."""
+"""Samples that bring themselves: photographs that scikit-image ships, and questions for text-only models.
+
+The reference answers them itself.
+"""
 
 from __future__ import annotations
 
-from qprobe.data.sources import Samples
+from dataclasses import dataclass
+from pathlib import Path
+
+from qprobe.data.images import file_bytes
 from qprobe.errors import SampleError
 from qprobe.records import Sample, asked
+
+DEFAULT_PROMPT = "Describe this image in detail."
+
+# Varied kinds that lie in scikit-image's wheel (no download): people, animals, medicine, space, parts,
+# documents, textures, products.
+PHOTOGRAPHS = (
+    "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg", "ihc.png",
+    "hubble_deep_field.jpg", "motorcycle_left.png", "page.png", "coins.png", "camera.png",
+    "clock_motion.png", "cell.png", "brick.png", "grass.png", "gravel.png", "horse.png", "moon.png",
+    "text.png", "microaneurysms.png",
+)  # fmt: skip
 
 QUESTIONS = (
     "Explain in two sentences why the sky is blue.",
@@ -32,6 +49,25 @@ QUESTIONS = (
     "Who wrote Don Quixote, and what is it about?",
     "Explain the term inflation in one paragraph.",
 )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Usable samples, and a sentence for each thing that was left out or that a reader must know."""
+
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
+
+
+def photographs(prompt: str | None = None, limit: int | None = None, offset: int = 0) -> Samples:
+    """Photographs that scikit-image ships, from number `offset` on, at most `limit`."""
+    from skimage import data_dir
+
+    names = PHOTOGRAPHS[offset:][:limit]
+    if not names:
+        raise SampleError(f"No photograph is left from number {offset} on; there are {len(PHOTOGRAPHS)}.")
+    files = ((name, file_bytes(Path(data_dir) / name)) for name in names)
+    return Samples(tuple(Sample(name, asked(prompt or DEFAULT_PROMPT, data)) for name, data in files))
 
 
 def questions(prompt: str | None = None, limit: int | None = None, offset: int = 0) -> Samples:

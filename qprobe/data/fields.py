@@ -1,0 +1,86 @@
+"""Which fields of a row were read, and what the others seem to hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from qprobe.data.reasons import Refused, shown
+
+_NOUN = r"(?:image|images|img|imgs|picture|pictures|photo|photos)"
+_OF_IMAGES = re.compile(
+    rf"^{_NOUN}(?:_?(?:path|paths|file|files|filename|filenames|file_name|file_names|url|urls|bytes))?(?:_?\d+)?$",
+    re.IGNORECASE,
+)
+_OF_MOVING = re.compile(r"(?:^|_)(?:videos?|clips?|frames?|audios?|sounds?|speech)(?:$|_|\d)", re.IGNORECASE)
+_IMAGE_FILE = re.compile(
+    r"^data:image/|\.(?:png|jpe?g|jfif|gif|bmp|tiff?|webp|avif|jp2|heic|heif|ppm)$", re.IGNORECASE
+)
+_VIDEO_FILE = re.compile(
+    r"^data:(?:video|audio)/|\.(?:mp4|m4v|mov|avi|mkv|webm|wav|mp3|flac|ogg)$", re.IGNORECASE
+)
+
+
+class Fields:
+    """The fields of one row; those that nobody takes are told at the end."""
+
+    def __init__(self, row: Mapping[Any, Any]) -> None:
+        self._row = {str(key): value for key, value in row.items()}
+        self._taken: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return not _is_nothing(self._row.get(name))
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there, though it may hold an empty list."""
+        return self._row.get(name) is not None
+
+    def names(self) -> list[str]:
+        """Of the fields that hold something."""
+        return [x for x in self._row if x in self]
+
+    def take(self, *names: str) -> Any:
+        """What the one field of `names` holds that is there; None without one. Raises Refused for two."""
+        self._taken.update(x for x in names if x in self._row)
+        there = [x for x in names if x in self]
+        if len(there) > 1:
+            raise Refused(f"it has both {there[0]} and {there[1]}; which one is meant?")
+        return self._row[there[0]] if there else None
+
+    def take_images(self) -> list[Any]:
+        """What the fields with names of images hold, one item per image."""
+        found: list[Any] = []
+        for name in [x for x in self._row if _OF_IMAGES.match(x)]:
+            self._taken.add(name)
+            value = self._row[name]
+            if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+                found += [x for x in value if x is not None]
+            elif value is not None:
+                found.append(value)
+        return found
+
+    def unused(self, images: Sequence[Any]) -> frozenset[str]:
+        """Names of fields that hold something and were not read, but for what repeats a name in `images`.
+
+        Raises Refused for one that seems to hold an image, a video or a sound.
+        """
+        known = {PurePosixPath(x).name for x in images if isinstance(x, str)}
+        left = [x for x in self.names() if x not in self._taken]
+        for name in left:
+            value = self._row[name]
+            texts = [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, str)]
+            holds = isinstance(value, str | bytes | list | tuple | Mapping)
+            if (holds and _OF_MOVING.search(name)) or any(_VIDEO_FILE.search(x) for x in texts):
+                raise Refused(f"its field {shown(name)} names a video or a sound, and neither is read")
+            strange = [x for x in texts if _IMAGE_FILE.search(x) and PurePosixPath(x).name not in known]
+            if strange or isinstance(value, bytes) or hasattr(value, "__array_interface__"):
+                raise Refused(
+                    f"its field {shown(name)} seems to hold an image; call it image or images to have it read"
+                )
+        return frozenset(shown(x) for x in left)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and not value)

@@ -1,0 +1,157 @@
+"""What names or holds an image in a row -> the bytes of its file, or the path of it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+from qprobe.data import images
+from qprobe.data.downloads import download
+from qprobe.data.reasons import Refused, checked_text, shown
+
+# How base64 of image files begins: PNG, JPEG, GIF, WebP, BMP, TIFF of both byte orders.
+_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
+_SHORTEST_BASE64 = 60  # characters: no image file is smaller, and such names of files are rare
+_KEYS = ("bytes", "image", "path", "url", "image_url", "data", "base64", "file")
+
+
+@dataclass
+class Pictures:
+    """Reads the images of one data file, each file once.
+
+    folder: that paths are relative to. downloads: whether addresses are fetched. used: names of `RULES`, and
+    how many images needed each.
+    """
+
+    folder: Path
+    downloads: bool = False
+    used: dict[str, int] = field(default_factory=dict)
+    _seen: dict[Path, str | None] = field(default_factory=dict)
+    _fetched: dict[str, bytes] = field(default_factory=dict)
+
+    def find(self, value: Any) -> bytes | Path:
+        """The image that `value` is or names. Raises Refused for none, or an address that is not fetched.
+
+        value: a path, file://, data: or http(s):// address, base64, bytes, {"bytes" | "path" | "url": ...},
+        an image of Pillow, or an array. What is found is not decoded yet.
+        """
+        if isinstance(value, str):
+            return self._of_text(value)
+        if isinstance(value, Path):
+            return self.folder / value
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        if isinstance(value, Mapping):
+            given = next((value[x] for x in _KEYS if value.get(x) is not None), None)
+            if isinstance(given, Mapping):  # {"image_url": {"url": ...}}
+                given = given.get("url")
+            if given is None or isinstance(given, Mapping):
+                raise Refused(
+                    f"its image is {shown(repr(dict(value)))}, which names no file and holds no bytes"
+                )
+            return self.find(given)
+        if hasattr(value, "__array_interface__"):  # Pillow's images and numpy's arrays
+            return self._of_memory(value)
+        raise Refused(f"its image is {shown(repr(value))}, which is no path of a file")
+
+    def check(self, image: bytes | Path) -> None:
+        """Raises Refused, saying why, unless the image can be decoded within the limits."""
+        if isinstance(image, bytes):
+            self._check_bytes(image, "its image")
+            return
+        if image not in self._seen:
+            try:
+                self._check_bytes(self._read(image), f"image {shown(image.name)}")
+                self._seen[image] = None
+            except Refused as problem:
+                self._seen[image] = str(problem)
+        problem = self._seen[image]
+        if problem is not None:
+            raise Refused(problem)
+
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each rule that images needed."""
+        return images.rule_notes(self.used)
+
+    def _read(self, path: Path) -> bytes:
+        try:
+            return images.file_bytes(path)
+        except Refused as problem:
+            raise Refused(f"image {shown(str(path), 200)} {problem}") from None
+
+    def _check_bytes(self, data: bytes, what: str) -> None:
+        try:
+            decoded = images.decode(data)
+        except Refused as problem:
+            raise Refused(f"{what} {problem}") from None
+        self._count(decoded.rules)
+
+    def _count(self, rules: tuple[str, ...]) -> None:
+        for rule in rules:
+            self.used[rule] = self.used.get(rule, 0) + 1
+
+    def _of_memory(self, value: Any) -> bytes:
+        try:
+            decoded = images.in_memory(value)
+        except Refused as problem:
+            raise Refused(f"its image {problem}") from None
+        self._count(decoded.rules)
+        return images.png(decoded.image)
+
+    def _of_text(self, value: str) -> bytes | Path:
+        text = checked_text(value, "the name of its image").strip()
+        if not text:
+            raise Refused(f"its image is {value!r}, which is no path of a file")
+        if text[:5].lower() == "data:":
+            return _data_address(text)
+        if "://" in text[:20]:
+            return self._of_address(text)
+        if len(text) >= _SHORTEST_BASE64 and text.startswith(_BASE64):
+            found = _base64(text)
+            if found is not None:
+                return found
+        return self.folder / text
+
+    def _of_address(self, text: str) -> bytes | Path:
+        try:
+            parts = urlsplit(text)
+        except ValueError:
+            raise Refused(f"its image is {shown(text)}, which is no address") from None
+        if parts.scheme.lower() == "file":
+            if parts.netloc not in ("", "localhost"):
+                raise Refused(f"its image lies on another machine ({shown(text)})")
+            return Path(url2pathname(unquote(parts.path)))
+        if parts.scheme.lower() not in ("http", "https"):
+            raise Refused(f"its image is the address {shown(text)}; only files and http addresses are read")
+        if not self.downloads:
+            raise Refused(f"its image is the address {shown(text)}; --allow-downloads fetches it")
+        if text not in self._fetched:
+            self._fetched[text] = download(text, images.MAX_BYTES)
+        return self._fetched[text]
+
+
+def _data_address(text: str) -> bytes:
+    head, comma, body = text.partition(",")
+    if not comma:
+        raise Refused("its image is a data: address without data")
+    found = _base64(body) if head.lower().endswith(";base64") else unquote_to_bytes(body)
+    if found is None:
+        raise Refused("its image is a data: address whose base64 is damaged")
+    return found
+
+
+def _base64(text: str) -> bytes | None:
+    """The bytes that `text` stands for; None if it is no base64."""
+    plain = "".join(unquote(text).split()).rstrip("=")
+    padded = plain + "=" * (-len(plain) % 4)
+    alphabet = b"-_" if "-" in padded or "_" in padded else None
+    try:
+        return base64.b64decode(padded.encode("ascii"), altchars=alphabet, validate=True)
+    except (binascii.Error, ValueError):
+        return None

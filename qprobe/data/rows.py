@@ -1,0 +1,222 @@
+"""One row of any of the shapes that people have -> a conversation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qprobe.data.content import IMAGE_MARK, Piece, Place, number_text, pieces_of
+from qprobe.data.fields import Fields
+from qprobe.data.pictures import Pictures
+from qprobe.data.reasons import Refused, checked_text, shown
+from qprobe.records import Part, Role, Turn
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+_LISTS = ("conversations", "messages")
+_QUESTION = ("prompt", "question")
+_ANSWER = ("answer", "answers", "completion", "response")
+_TURN_KEYS = ("role", "from", "content", "value", "weight")
+
+
+@dataclass(frozen=True)
+class Said:
+    """A turn whose images may still stand elsewhere in the row."""
+
+    role: Role
+    pieces: tuple[Piece, ...]
+    learned: bool = True
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a row says. name: its id, None without one; unused: names of the fields that were not read."""
+
+    name: str | None
+    turns: tuple[Turn, ...]
+    unused: frozenset[str]
+
+
+def parse_row(row: Any, pictures: Pictures, prompt: str | None = None) -> Parsed:
+    """The conversation of a row; its images are found and not decoded yet.
+
+    prompt: what is asked where a row has an image and no question. Raises Refused, a clause that says why the
+    row is left out.
+    """
+    if not isinstance(row, Mapping):
+        raise Refused("it is no JSON object")
+    fields = Fields(row)
+    unread: set[str] = set()
+    beside = fields.take_images()
+    said = _said(fields, pictures, prompt if beside else None, unread)
+    system = fields.take("system", "system_prompt")
+    if system is not None:
+        said = _with_system(said, system, pictures)
+    turns = _placed(said, [pictures.find(x) for x in beside])
+    _check_turns(turns)
+    name = fields.take("id")
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        unread |= set() if name is None else {"id"}
+        name = None
+    return Parsed(
+        None if name is None else checked_text(str(name), "its id"), turns, fields.unused(beside) | unread
+    )
+
+
+def _said(fields: Fields, pictures: Pictures, prompt: str | None, unread: set[str]) -> list[Said]:
+    lists = [x for x in _LISTS if fields.has(x)]
+    asked = [x for x in (*_QUESTION, *_ANSWER) if x in fields]
+    if len(lists) > 1 or (lists and asked):
+        one, other = (*lists, *asked)[:2]
+        raise Refused(f"it has both {one} and {other}; which one is meant?")
+    if lists:
+        return _turns_of(fields.take(*_LISTS) or [], lists[0], pictures, unread)
+    question, answer = fields.take(*_QUESTION), fields.take(*_ANSWER)
+    if question is None and prompt is not None:
+        question = prompt
+    if question is None:
+        if asked:
+            raise Refused(f"it has no prompt beside its {asked[0]}")
+        there = shown(", ".join(sorted(fields.names()))) or "nothing"
+        raise Refused(f"it has none of conversations, messages, or prompt and answer, but {there}")
+    if _is_turns(question):
+        said = _turns_of(question, "prompt", pictures, unread)
+    elif isinstance(question, str) and question.strip():
+        said = [Said("user", pieces_of(question, 1, pictures))]
+    else:
+        raise Refused(f"its prompt is {shown(repr(question))}, which is no text and no list of turns")
+    if answer is None:
+        return said
+    if _is_turns(answer):
+        return [*said, *_turns_of(answer, "completion", pictures, unread, len(said))]
+    text = _answer_text(answer)
+    return [*said, Said("assistant", pieces_of(text, len(said) + 1, pictures))] if text.strip() else said
+
+
+def _is_turns(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(x, Mapping) and ("role" in x or "from" in x) for x in value)
+    )
+
+
+def _turns_of(listed: Any, name: str, pictures: Pictures, unread: set[str], before: int = 0) -> list[Said]:
+    """The turns of a list of {"role", "content"} or {"from", "value"}."""
+    if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
+        raise Refused(f"its {name} are not a list of objects")
+    if not listed:
+        raise Refused(f"its {name} are empty")
+    if not all(isinstance(x, Mapping) for x in listed):
+        raise Refused(f"its {name} are not a list of objects")
+    said = []
+    for place, turn in enumerate(listed, start=before + 1):
+        role = turn.get("role", turn.get("from"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise Refused(f"turn {place} is from {shown(repr(role))}; known are {', '.join(ROLES)}")
+        for key, value in turn.items():
+            if key in _TURN_KEYS or value is None or value == "" or value == []:
+                continue
+            if key in ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "image"):
+                raise Refused(f"turn {place} has {key}, which is not read there")
+            unread.add(f"{name}[].{shown(str(key))}")
+        pieces = pieces_of(turn.get("content", turn.get("value")), place, pictures)
+        said.append(_checked(Said(ROLES[role], pieces, _is_learned(turn.get("weight"), place)), place))
+    return said
+
+
+def _checked(said: Said, place: int) -> Said:
+    if said.role != "user" and not all(isinstance(x, str) for x in said.pieces):
+        raise Refused(f"turn {place} of the {said.role} has an {IMAGE_MARK}; only the user shows one")
+    if not said.pieces:
+        raise Refused(f"turn {place} of the {said.role} is empty")
+    return said
+
+
+def _is_learned(weight: Any, place: int) -> bool:
+    if weight is None or (weight in (0, 1) and isinstance(weight, int | float)):
+        return weight is None or bool(weight)
+    raise Refused(f"turn {place} has the weight {shown(repr(weight))}; known are 0 and 1")
+
+
+def _answer_text(answer: Any) -> str:
+    """An answer as text; of several the most frequent one, the first of those that are."""
+    if isinstance(answer, str):
+        return answer
+    number = number_text(answer)
+    if number is not None:
+        return number
+    if isinstance(answer, Mapping):
+        inner = next((answer[x] for x in ("answer", "text") if x in answer), None)
+        if inner is None or isinstance(inner, Mapping):
+            raise Refused(f"its answer is {shown(repr(dict(answer)))}, which holds no text")
+        return _answer_text(inner)
+    if isinstance(answer, Sequence) and not isinstance(answer, bytes):
+        if any(isinstance(x, Sequence) and not isinstance(x, str) for x in answer):
+            raise Refused("its answers are lists of lists")
+        texts = [x for x in map(_answer_text, (x for x in answer if x is not None)) if x.strip()]
+        return Counter(texts).most_common(1)[0][0] if texts else ""
+    raise Refused(f"its answer is {shown(repr(answer))}, which is neither text nor a number")
+
+
+def _with_system(said: Sequence[Said], system: Any, pictures: Pictures) -> list[Said]:
+    """`said` with the row's system prompt in front."""
+    if not isinstance(system, str):
+        raise Refused(f"its system prompt is {shown(repr(system))}, which is no text")
+    turn = _checked(Said("system", pieces_of(system, 1, pictures)), 1) if system.strip() else None
+    if turn is None:
+        return list(said)
+    if said and said[0].role == "system":
+        if said[0].pieces != turn.pieces:
+            raise Refused("it has a system prompt and a turn of the system; which one is meant?")
+        return list(said)
+    return [turn, *said]
+
+
+def _placed(said: Sequence[Said], images: Sequence[Part]) -> tuple[Turn, ...]:
+    """The turns with each of `images` where the row says, or in front of the first question."""
+    places = [x for turn in said for x in turn.pieces if isinstance(x, Place)]
+    inside = [x for turn in said for x in turn.pieces if not isinstance(x, str | Place)]
+    distinct = [x for i, x in enumerate(images) if places or x not in (*inside, *images[:i])]
+    if places and len(images) > len(places):  # fields that name one image twice
+        distinct = list(dict.fromkeys(images))
+    if places and not distinct:
+        turn = next(i for i, x in enumerate(said, start=1) if any(isinstance(p, Place) for p in x.pieces))
+        raise Refused(f"turn {turn} has an {IMAGE_MARK}, but the row names no image file")
+    if any(x.index is not None for x in places):
+        order = [x.index if x.index is not None else -1 for x in places]
+        if sorted(order) != list(range(len(distinct))):
+            raise Refused(f"its parts show the images {order}, and it has {len(distinct)}")
+        distinct = [distinct[x] for x in order]
+    if places and len(places) != len(distinct):
+        raise Refused(f"it has {len(places)} places for images and {len(distinct)} images")
+    left = iter(distinct)
+    if not places and distinct:
+        first = next((i for i, x in enumerate(said) if x.role == "user"), None)
+        if first is None:
+            raise Refused("it has an image, and no turn of the user to show it")
+        said = [
+            Said(x.role, (*distinct, *x.pieces), x.learned) if i == first else x for i, x in enumerate(said)
+        ]
+    return tuple(
+        Turn(x.role, tuple(next(left) if isinstance(p, Place) else p for p in x.pieces), x.learned)
+        for x in said
+    )
+
+
+def _check_turns(turns: Sequence[Turn]) -> None:
+    """Raises Refused unless, behind a turn of the system, user and assistant take turns, the user first."""
+    spoken = [(i, x) for i, x in enumerate(turns, start=1) if i > 1 or x.role != "system"]
+    for place, turn in spoken:
+        expected = "user" if (place - spoken[0][0]) % 2 == 0 else "assistant"
+        if turn.role != expected:
+            raise Refused(f"turn {place} is the {turn.role}'s, where the {expected} must speak")
+    if not spoken:
+        raise Refused("it has no turn but the system's")

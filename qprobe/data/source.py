@@ -1,0 +1,68 @@
+"""Where rows come from: each file of `qprobe/data/sources/` declares one `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe.errors import SampleError
+from qprobe.system.discovery import declared
+
+Rows = Iterator[tuple[int, Any]]
+"""(number from 1, row): a mapping, or a `Refused` that says why there is none."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of source.
+
+    what: it in words, for the sentence that lists what can be read. row: what a row of it is called.
+    takes: whether a value of --data, or of `data=`, is one; the first in `order` that does reads it.
+    name: of a value, for messages. folder: that its image paths are relative to.
+    rows: (value, split) -> its rows, read as they are asked for; raises SampleError if it cannot be read.
+    """
+
+    what: str
+    row: str
+    order: int
+    takes: Callable[[Any], bool]
+    name: Callable[[Any], str]
+    folder: Callable[[Any], Path]
+    rows: Callable[[Any, str | None], Rows]
+
+
+def sources() -> tuple[Source, ...]:
+    """All of them, in the order in which they are asked."""
+    found = declared("qprobe.data.sources", "SOURCE", Source)
+    return tuple(sorted(found.values(), key=lambda x: x.order))
+
+
+def source_of(data: Any) -> Source:
+    """The source that reads `data`. Raises SampleError, with what can be read, if none does."""
+    for one in sources():
+        if one.takes(data):
+            return one
+    shown = f"{data}" if isinstance(data, str | Path) else f"data of type {type(data).__name__}"
+    what = ", ".join(x.what for x in sources())
+    state = (
+        "does not exist" if isinstance(data, str | Path) and not Path(data).exists() else "is none of these"
+    )
+    raise SampleError(f"Data file {shown} {state}. --data takes {what}.")
+
+
+def refuse_split(split: str | None, what: str) -> None:
+    """Raises SampleError where --split was passed for a source without splits."""
+    if split is not None:
+        raise SampleError(f"--split {split} does not apply to {what}, which has no splits. Leave it out.")
+
+
+def only_split(names: list[str], split: str | None, what: str) -> str:
+    """The split that is meant; raises SampleError if it is not there, or several are and none was named."""
+    known = ", ".join(names)
+    if split is not None and split not in names:
+        raise SampleError(f"{what} has no split {split!r}. Pass one of {known} to --split.")
+    if split is None and len(names) != 1:
+        raise SampleError(f"{what} has the splits {known}. Pass one of them to --split.")
+    return split or names[0]

@@ -1,0 +1,1 @@
+"""One file per kind of data source: what it takes, and its rows."""

@@ -1,0 +1,75 @@
+"""A JSON file that holds one array of objects, as LLaVA's data comes."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from qprobe.data.source import Rows, Source, refuse_split
+from qprobe.data.sources.json_lines import row_of
+from qprobe.errors import SampleError
+from qprobe.system.foreign import open_foreign, read_foreign
+
+LARGEST = 2**32  # bytes; the text of the file is held as a whole
+_FIX = "Pass a .json or .jsonl file to --data."
+_BETWEEN = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
+
+
+def _takes(data: Any) -> bool:
+    """Whether the first character of a .json file opens an array."""
+    if not isinstance(data, str | Path) or Path(data).suffix.lower() != ".json" or not Path(data).is_file():
+        return False
+    with open_foreign(Path(data), SampleError, _FIX, None) as file:
+        head = file.read(4096)
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _rows(data: Any, split: str | None) -> Rows:
+    path = Path(data)
+    refuse_split(split, path.name)
+    content = read_foreign(path, SampleError, _FIX, LARGEST).removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start + 1}"
+        raise SampleError(f"{path} is not UTF-8 ({where}). Save it as UTF-8.") from None
+    yield from _elements(text, path)
+
+
+def _elements(text: str, path: Path) -> Rows:
+    """Each element by itself, so that a bad one costs that row alone. A loose reader finds where it ends."""
+    decoder = json.JSONDecoder()
+    at = text.index("[") + 1
+    number = 0
+    while True:
+        gap = _BETWEEN.match(text, at)
+        assert gap is not None, "the pattern matches nothing as well"
+        if text[gap.end() : gap.end() + 1] == "]" and (number == 0) >= bool(gap[1]):
+            break
+        if bool(gap[1]) != bool(number):
+            raise SampleError(f"{path} is no whole JSON array (behind its element {number}). {_FIX}")
+        number += 1
+        try:
+            _, at = decoder.raw_decode(text, gap.end())
+        except (ValueError, RecursionError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise SampleError(f"{path} is no whole JSON array (element {number}: {why}). {_FIX}") from None
+        yield number, row_of(text[gap.end() : at].encode("utf-8"))
+    if number == 0:
+        raise SampleError(
+            f"{path} is an empty array. Its elements are objects with a prompt or a conversation."
+        )
+
+
+SOURCE = Source(
+    what="a .json file with an array",
+    row="row",
+    order=20,
+    takes=_takes,
+    name=lambda data: Path(data).name,
+    folder=lambda data: Path(data).parent,
+    rows=_rows,
+)

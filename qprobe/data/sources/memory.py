@@ -1,0 +1,47 @@
+"""Rows in memory: a list, an iterator, or a Dataset of `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qprobe.data.source import Rows, Source, only_split, refuse_split
+from qprobe.errors import SampleError
+
+
+def rows_of_dataset(data: Any) -> Rows:
+    """The rows of a `datasets.Dataset`, images as the bytes of their files; others as they are."""
+    if hasattr(data, "with_format") and hasattr(data, "num_rows"):  # else images would be decoded here
+        stored = data.with_format("arrow")
+        batches = (stored[start : start + 64] for start in range(0, data.num_rows, 64))
+        yield from enumerate((row for table in batches for row in table.to_pylist()), start=1)
+    else:
+        yield from enumerate(data, start=1)
+
+
+def _rows(data: Any, split: str | None) -> Rows:
+    if isinstance(data, Mapping):  # a DatasetDict
+        data = data[only_split([str(x) for x in data], split, "the data set")]
+    else:
+        refuse_split(split, "rows in memory")
+    number = 0
+    for number, row in rows_of_dataset(data):
+        yield number, row
+    if number == 0:
+        raise SampleError("The data has no rows. Pass rows with a prompt or a conversation.")
+
+
+def _takes(data: Any) -> bool:
+    return isinstance(data, Iterable) and not isinstance(data, str | bytes | Path)
+
+
+SOURCE = Source(
+    what="or, from Python, rows in memory",
+    row="row",
+    order=95,
+    takes=_takes,
+    name=lambda _: "data",
+    folder=lambda _: Path(),
+    rows=_rows,
+)

@@ -1,0 +1,63 @@
+"""--turns: which answers of a conversation count, and the samples that are made of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qprobe.data.conversation import Conversation
+from qprobe.data.images import file_bytes
+from qprobe.data.reasons import Refused
+from qprobe.options import Turns
+from qprobe.records import Sample, Turn
+
+
+def counting(conversation: Conversation, which: Turns) -> tuple[int, ...]:
+    """Places of the answers that count, in order; none where the conversation has no answer.
+
+    Raises Refused if it has answers and none is to be learned.
+    """
+    answers = [i for i, x in enumerate(conversation.turns) if x.role == "assistant"]
+    learned = [i for i in answers if conversation.turns[i].learned]
+    if answers and not learned:
+        raise Refused("all of its answers have the weight 0")
+    chosen = {"first": learned[:1], "last": learned[-1:], "each": learned}[which]
+    return tuple(chosen)
+
+
+def learning(conversation: Conversation, which: Turns) -> Conversation:
+    """The conversation with only those answers to learn that count. Raises Refused if there is none."""
+    if conversation.turns[-1].role != "assistant":
+        raise Refused("its last turn is the user's, so there is no answer to learn")
+    places = counting(conversation, which)
+    turns = tuple(
+        replace(x, learned=i in places) if x.role == "assistant" else x
+        for i, x in enumerate(conversation.turns)
+    )
+    return replace(conversation, turns=turns)
+
+
+def samples_of(conversation: Conversation, which: Turns) -> tuple[Sample, ...]:
+    """A sample per answer that counts: all turns before it, and the answer.
+
+    A question at the end without an answer is a sample whose answer the reference gives, where the last one
+    or each counts. Raises Refused if no answer is to be learned or an image is gone.
+    """
+    places = list(counting(conversation, which))
+    turns = tuple(_held(x) for x in conversation.turns)
+    if turns[-1].role == "user" and (which != "first" or not places):
+        places = [*places, len(turns)] if which == "each" else [len(turns)]
+    alone = len(places) == 1
+    return tuple(
+        Sample(
+            conversation.name if alone else f"{conversation.name} turn {place + 1}",
+            turns[:place],
+            turns[place].text if place < len(turns) else None,
+            conversation=None if alone else conversation.name,
+        )
+        for place in places
+    )
+
+
+def _held(turn: Turn) -> Turn:
+    """`turn` with the bytes of its images."""
+    return replace(turn, parts=tuple(x if isinstance(x, str | bytes) else file_bytes(x) for x in turn.parts))

@@ -1,0 +1,154 @@
+"""Rows in the shapes that people have, and the turns that each of them means."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.request import pathname2url
+
+from tests import tiny
+
+A, B = tiny.picture(0), tiny.picture(1)
+QUESTION, ANSWER = "What is it?", "A cat."
+ONE = [("user", [A, QUESTION]), ("assistant", [ANSWER])]
+TEXT = [("user", [QUESTION]), ("assistant", [ANSWER])]
+
+
+class Shape(NamedTuple):
+    """row: of the folder that a.png and b.png lie in. turns: (role, texts and bytes of images) each."""
+
+    name: str
+    row: Callable[[Path], dict[str, Any]]
+    turns: list[tuple[str, list[str | bytes]]]
+
+
+def files(folder: Path) -> Path:
+    (folder / "a.png").write_bytes(A)
+    (folder / "b.png").write_bytes(B)
+    return folder
+
+
+def in_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def messages(content: Any, answer: Any = ANSWER, **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+def sharegpt(value: str, **more: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": ANSWER}]
+    return {"conversations": turns, **more}
+
+
+def part(**source: Any) -> list[dict[str, Any]]:
+    return [source, {"type": "text", "text": QUESTION}]
+
+
+def asked(**more: Any) -> dict[str, Any]:
+    return {"prompt": QUESTION, "answer": ANSWER, **more}
+
+
+def plain(name: str, row: dict[str, Any], turns: list = ONE) -> Shape:
+    return Shape(name, lambda _: row, turns)
+
+
+SYSTEM = ("system", ["Be short."])
+SHAPES = (
+    # messages
+    plain("messages", messages(QUESTION), TEXT),
+    plain("messages with text parts", messages([{"type": "text", "text": QUESTION}]), TEXT),
+    plain("messages with an answer in parts", messages(QUESTION, [{"type": "text", "text": ANSWER}]), TEXT),
+    plain("messages with a system turn", {
+        "messages": [{"role": "system", "content": "Be short."}, *messages(QUESTION)["messages"]]
+    }, [SYSTEM, *TEXT]),
+    plain("messages with an image beside", messages(QUESTION, image="a.png")),
+    plain("messages with a list of images beside", messages(QUESTION, images=["a.png"])),
+    plain("messages with images as a string", messages(QUESTION, images="a.png")),
+    plain("messages with a mark", messages(f"<image>{QUESTION}", images=["a.png"])),
+    plain("messages with a mark on its own line", messages(f"<image>\n{QUESTION}", images=["a.png"])),
+    plain("messages with images of none", messages(QUESTION, images=None), TEXT),
+    plain("messages with no images", messages(QUESTION, images=[]), TEXT),
+    plain("a part that names its image", messages(part(type="image", image="a.png"))),
+    plain("a part with a path", messages(part(type="image", path="a.png"))),
+    plain("a part with a url of a file", messages(part(type="image", url="a.png"))),
+    plain("a part whose image is beside", messages(part(type="image"), images=["a.png"])),
+    plain("a part whose empty keys are null", messages([
+        {"type": "image", "text": None, "index": 0}, {"type": "text", "text": QUESTION, "index": None}
+    ], images=["a.png"])),
+    plain("parts without types", messages([{"image": "a.png"}, {"text": QUESTION}])),
+    plain("the image inside and beside", messages(part(type="image", image="a.png"), images=["a.png"])),
+    plain("image_url with data", messages(part(
+        type="image_url", image_url={"url": f"data:image/png;base64,{in_base64(A)}", "detail": "low"}
+    ))),
+    plain("image_url as a string", messages(part(type="image_url", image_url="a.png"))),
+    plain("input_image and input_text", messages([
+        {"type": "input_image", "image_url": f"data:image/png;base64,{in_base64(A)}"},
+        {"type": "input_text", "text": QUESTION},
+    ])),
+    plain("two images before the text", messages([
+        {"type": "image", "image": "a.png"}, *part(type="image", image="b.png")
+    ]), [("user", [A, B, QUESTION]), TEXT[1]]),
+    plain("an image between two texts", messages([
+        {"type": "text", "text": "First read."}, {"type": "image", "image": "a.png"},
+        {"type": "text", "text": QUESTION},
+    ]), [("user", ["First read.", A, QUESTION]), TEXT[1]]),
+    plain("a mark between two words", messages("The logo <image> or b?", images=["a.png"]),
+          [("user", ["The logo ", A, " or b?"]), TEXT[1]]),
+    plain("an image behind the text", messages(f"{QUESTION}\n<image>", images=["a.png"]),
+          [("user", [QUESTION, A]), TEXT[1]]),
+    plain("images by their numbers", messages([
+        {"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": QUESTION}
+    ], images=["a.png", "b.png"]), [("user", [B, A, QUESTION]), TEXT[1]]),
+    plain("an image alone", messages("<image>", images=["a.png"]), [("user", [A]), TEXT[1]]),
+    plain("images in two turns", {"messages": [
+        *messages(f"<image>{QUESTION}")["messages"], *messages("<image>And here?")["messages"]
+    ], "images": ["a.png", "b.png"]}, [*ONE, ("user", [B, "And here?"]), TEXT[1]]),
+    # conversations
+    plain("conversations", sharegpt(QUESTION), TEXT),
+    plain("conversations with an image", sharegpt(f"<image>\n{QUESTION}", image="a.png")),
+    plain("conversations without a mark", sharegpt(QUESTION, image="a.png")),
+    plain("conversations with a list of one", sharegpt(QUESTION, image=["a.png"])),
+    plain("conversations with two marks", sharegpt(f"<image>\n<image>\n{QUESTION}", image=["a.png", "b.png"]),
+          [("user", [A, B, QUESTION]), TEXT[1]]),
+    plain("conversations with a system column", sharegpt(QUESTION, system="Be short."), [SYSTEM, *TEXT]),
+    plain("conversations of a system", {"conversations": [
+        {"from": "system", "value": "Be short."}, *sharegpt(QUESTION)["conversations"]
+    ]}, [SYSTEM, *TEXT]),
+    plain("an img tag", sharegpt(f"Picture 1: <img>a.png</img>\n{QUESTION}"),
+          [("user", ["Picture 1: ", A, f"\n{QUESTION}"]), TEXT[1]]),
+    # prompt and answer
+    plain("prompt and answer", asked(), TEXT),
+    plain("prompt, answer and image", asked(image="a.png")),
+    plain("question and answers", {
+        "question": QUESTION, "answers": ["A dog.", ANSWER, ANSWER], "image": "a.png"
+    }),
+    plain("the first of equally frequent answers", asked(answer=[ANSWER, "A dog."]), TEXT),
+    plain("answers of VQA", {"question": QUESTION, "answers": [
+        {"answer": "a dog", "answer_id": 1}, {"answer": ANSWER, "answer_id": 2}, {"answer": ANSWER}
+    ]}, TEXT),
+    plain("a number for an answer", asked(answer=7), [TEXT[0], ("assistant", ["7"])]),
+    plain("a fraction for an answer", asked(answer=0.5), [TEXT[0], ("assistant", ["0.5"])]),
+    plain("numbers for answers", asked(answer=[3, 7, 7]), [TEXT[0], ("assistant", ["7"])]),
+    plain("prompt and completion", {"prompt": QUESTION, "completion": ANSWER}, TEXT),
+    plain("prompt and completion in turns", {
+        "prompt": messages(QUESTION)["messages"][:1], "completion": messages("")["messages"][1:],
+        "images": ["a.png"],
+    }),
+    plain("a prompt in turns", {
+        "prompt": [{"role": "system", "content": "Be short."}, *messages(QUESTION)["messages"][:1]],
+        "answer": ANSWER,
+    }, [SYSTEM, *TEXT]),
+    plain("a prompt with a system column", asked(system="Be short."), [SYSTEM, *TEXT]),
+    plain("image_path", asked(image_path="a.png")),
+    plain("img", asked(img="a.png")),
+    plain("numbered images", asked(image_1="a.png", image_2="b.png", image_3=None),
+          [("user", [A, B, QUESTION]), TEXT[1]]),
+    plain("an image in base64", asked(image=in_base64(A))),
+    plain("an image as datasets stores it", asked(image={"path": "a.png", "bytes": None})),
+    Shape("an address", lambda folder: asked(image=f"file://{pathname2url(str(folder / 'a.png'))}"), ONE),
+    Shape("a whole path", lambda folder: asked(image=str(folder / "a.png")), ONE),
+)  # fmt: skip
