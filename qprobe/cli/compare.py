@@ -11,7 +11,7 @@ from qprobe.cli import shared
 
 @shared.command(
     "compare",
-    interrupted="Nothing was written; the same command begins anew.",
+    interrupted="Nothing was written; the same command starts over.",
     out_of_memory="Pass a smaller --batch-size, or --device auto where there are several GPUs.",
     short_help="16-bit, standard and dynamic 4-bit, side by side.",
 )

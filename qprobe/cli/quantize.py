@@ -12,7 +12,7 @@ from qprobe.system.wording import counted
 
 @shared.command(
     "quantize",
-    interrupted="{out} was not made, nothing is left of it; the same command begins anew.",
+    interrupted="{out} was not made, nothing is left of it; the same command starts over.",
     short_help="Write the dynamic model as a checkpoint that from_pretrained loads.",
 )
 @click.argument("manifest", type=shared.PATH, metavar="F")

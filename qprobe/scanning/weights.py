@@ -10,9 +10,10 @@ import torch
 
 from qprobe.errors import ModelError
 from qprobe.formats.protocol import format_from
+from qprobe.loading.device import DTYPES, pick_device
 from qprobe.loading.mapped import return_freed_memory
-from qprobe.loading.reference import DTYPES, Source, pick_device
 from qprobe.loading.skeleton import Skeleton
+from qprobe.loading.source import Source
 from qprobe.loading.spread import device_of
 from qprobe.loading.stored import checkpoint_folder, weight_names
 from qprobe.manifest.write import write_manifest
@@ -69,9 +70,9 @@ class Checkpoint:
 
 
 def scan_weights(asked: ScanRequest, process: Process) -> ScanResult:
-    """Measure the weight error of every linear, one tensor at a time, and choose by it.
+    """The result of a scan that reads one tensor at a time: the weight error of every linear, and the list by it.
 
-    A unit is one file of the checkpoint. Raises QprobeError for anything a user can mend.
+    A unit is one file of the checkpoint. Raises QprobeError for anything a user can fix.
     """
     return_freed_memory()
     folder, shard, clock = process.folder, process.shard, process.clock
