@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def scan_weights(asked: ScanRequest, process: Process) -> ScanResult:
-    """The result of a scan that reads one tensor at a time: the weight error of every linear, and the list by it.
+    """The result of a scan that reads one tensor at a time, and chooses by the weight error of every linear.
 
     A unit is one file of the checkpoint. Raises QprobeError for anything a user can fix.
     """
