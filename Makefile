@@ -1,4 +1,4 @@
-# `make demo` and `make test` are the two commands; each sets up .venv first if it must.
+# `make help` lists the targets; each sets up .venv first if it must.
 # PYTHON=python3.12 picks another interpreter; PIP_FLAGS is handed to pip, for instance to name
 # the package index of a CPU-only or another CUDA build of torch.
 
@@ -10,22 +10,40 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := runs/demo-outliers
 
-.PHONY: demo test lint browser figures notebooks clean
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo quick test versions lint browser figures notebooks clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 # One thread: the embedded models are tiny, and threads only wait for each other where cores are shared.
 demo: export OMP_NUM_THREADS = 1
-demo: $(STAMP)
+demo: $(STAMP)  ## scan, rank, compare and report an embedded model: runs/demo-outliers
 	$(BIN)/qprobe doctor
 	$(BIN)/qprobe scan --model demo-outliers --out $(DEMO)
 	$(BIN)/qprobe rank $(DEMO)
 	$(BIN)/qprobe compare --manifest $(DEMO)/skiplist.json
 	$(BIN)/qprobe report $(DEMO)
 
-# Two workers of one thread each: the models are tiny, and threads would only get in each other's way.
-test: lint browser
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile
+quick: $(STAMP)  ## after each edit, within a minute: lint, types of changed files, the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	@changed=$$(git diff --name-only --diff-filter=d HEAD -- 'qprobe/*.py'; \
+		git ls-files --others --exclude-standard -- 'qprobe/*.py'); \
+		test -z "$$changed" || $(BIN)/pyright $$changed
+	$(PYTEST) -m "not slow" $(QUICK)
 
-lint: $(STAMP)
+# Two workers of one thread each: the models are tiny, and threads would only get in each other's way.
+test: lint browser  ## lint and all tests
+	$(PYTEST) --dist loadfile
+
+versions: $(STAMP)  ## all tests on the lowest and the newest transformers, peft and bitsandbytes that are allowed
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m tests.versions -n 2 --dist loadfile
+
+lint: $(STAMP)  ## format, lint, types, and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -33,28 +51,26 @@ lint: $(STAMP)
 
 # The tests of the report page drive a real browser. Root on Debian gets one; elsewhere those tests are skipped,
 # except in CI (CI is set), where a missing browser fails.
-browser:
+browser:  ## Chromium for the tests of the report page, where this may be installed
 	@command -v chromium chromium-browser google-chrome >/dev/null || { \
 		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 			chromium fonts-dejavu-core; } || { \
 		test -z "$$CI" && echo "No chromium: the tests of the report page will be skipped."; }
 
-# Every picture in README.md and reports/, from nothing.
 figures: export OMP_NUM_THREADS = 1
-figures: $(STAMP)
+figures: $(STAMP)  ## every picture in README.md and reports/, from nothing
 	rm -rf runs/demo runs/demo-outliers
 	for model in demo demo-outliers; do \
 		$(BIN)/qprobe scan --model $$model --out runs/$$model && \
 		$(BIN)/qprobe compare --manifest runs/$$model/skiplist.json && \
 		$(BIN)/qprobe report runs/$$model --out reports/$$model || exit 1; done
 
-# The outputs that the notebooks show, made anew.
-notebooks: $(STAMP)
+notebooks: $(STAMP)  ## run the notebooks and store what they show
 	$(BIN)/python -m tests.notebooks
 
-clean:
-	rm -rf .venv runs dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove the environments, runs and caches
+	rm -rf .venv .versions runs dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that the rest can never draw in another build of it.

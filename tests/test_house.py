@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+
+from tests import versions
 
 ROOT = Path(__file__).parents[1]
 # The files that pytest turns into test modules, found without importing one of them.
@@ -48,3 +54,30 @@ def written() -> set[Path]:
 def test_pytest_collects_every_file_of_tests_in_git_and_no_other():
     found = collected()
     assert len(found) > 90 and found == written()
+
+
+def test_pre_commit_runs_what_make_lint_runs():
+    recipe = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0].splitlines()[1:]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == [x.strip().replace("$(BIN)", ".venv/bin") for x in recipe]
+
+
+def test_ci_runs_make_test_and_nothing_else():
+    *setup, command = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert command == "make test" and not any("make" in line for line in setup)
+
+
+def test_every_room_has_tests_and_every_folder_of_tests_has_a_room():
+    rooms = {path.parent.name for path in (ROOT / "qprobe").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")} - {"benchmarks"}
+    assert folders == rooms
+    assert {name for name in folders if not any((ROOT / "tests" / name).rglob("test_*.py"))} == set()
+
+
+def test_both_ends_of_the_versions_are_read_from_the_project():
+    stated = {requirement.name: requirement for requirement in versions.requirements()}
+    assert stated.keys() == set(versions.VARIED)
+    assert versions.lowest(Requirement("x>=1.5,<2")) == "x==1.5"
+    for name, requirement in stated.items():
+        assert requirement.specifier.contains(versions.lowest(requirement).removeprefix(f"{name}=="))
+        assert requirement.specifier.contains(version(name))
