@@ -66,8 +66,8 @@ def run(name: str, asked: list[str], arguments: list[str]) -> int:
     install(python, *asked)
     if name == "lowest":
         add_torchvision(python)
-    shown = "import importlib.metadata as m; print({name: m.version(name) for name in %r})" % (VARIED,)
-    subprocess.run([python, "-c", shown], check=True)
+    shown = "import importlib.metadata as m, sys; print({name: m.version(name) for name in sys.argv[1:]})"
+    subprocess.run([python, "-c", shown, *VARIED], check=True)
     # Editable installs of the base are not seen; processes that the tests start need the package as well.
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, env=variables).returncode
