@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.alone import run_alone
 from tests.benchmarks.full_size_parts import run
@@ -29,6 +30,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_takes_too_long_is_killed_with_its_workers(tmp_path: Path):
     ran = run(["-c", PARENT, str(tmp_path / "pid")], 2)
     assert ran.found is None and ran.why == "killed after 2 s" and 2 <= ran.seconds < 60

@@ -24,6 +24,7 @@ def test_the_stored_outputs_are_of_one_run_from_top_to_bottom(path: Path):
     assert all(x.output_type != "error" and x.get("name") != "stderr" for c in cells for x in c.outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")  # of the Jupyter packages; a failing cell raises
 def test_it_runs_and_shows_what_the_stored_one_shows(path: Path):

@@ -133,6 +133,7 @@ def test_a_linear_that_reads_something_else_on_a_later_batch_is_found_out(tiny_f
     assert gathering.apart == {second}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "llama"])
 def test_sums_of_two_halves_of_the_samples_give_the_same_codes_as_one(name, tiny_folder):
     subject = subject_for(tiny_folder(name))
@@ -151,6 +152,7 @@ def test_sums_of_two_halves_of_the_samples_give_the_same_codes_as_one(name, tiny
             assert a.stored is None or torch.equal(a.stored.codes, b.stored.codes)
 
 
+@pytest.mark.slow
 def test_two_shards_of_units_give_the_same_file_as_one(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("llama"))
     one, two = (work_in(tmp_path / name, subject, "llama") for name in ("one", "two"))
@@ -163,6 +165,7 @@ def test_two_shards_of_units_give_the_same_file_as_one(tiny_folder, tmp_path):
     assert read_scan(one.folder).codes == read_scan(two.folder).codes is not None
 
 
+@pytest.mark.slow
 def test_less_memory_runs_the_samples_more_often_and_changes_nothing(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("llama"))
     calls = []
@@ -187,6 +190,7 @@ def test_passes_keep_order_and_fit_the_limit():
     assert [x for part in parts for x in part] == inputs
 
 
+@pytest.mark.slow
 def test_finished_units_are_not_done_again(tiny_folder, tmp_path, monkeypatch):
     subject = subject_for(tiny_folder("llama"))
     work = work_in(tmp_path, subject, "llama")
@@ -209,6 +213,7 @@ def test_finished_units_are_not_done_again(tiny_folder, tmp_path, monkeypatch):
     assert not list((tmp_path / "units").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_calibrated_weights_err_less_on_what_the_layers_read(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("mllama"))
     nearest = weights(subject)
@@ -231,6 +236,7 @@ def test_calibrated_weights_err_less_on_what_the_layers_read(tiny_folder, tmp_pa
     assert (rows["why"] == "").mean() > 0.9 and rows["error"].median() < 0.8
 
 
+@pytest.mark.slow
 def test_layers_that_are_left_to_nearest_are_named_with_the_reason(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("llama"))
     broken = "model.layers.1.mlp.down_proj"
@@ -280,6 +286,7 @@ CUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", CUTS)
 def test_a_joined_file_that_was_cut_is_not_named_and_joined_anew(step, tiny_folder, tmp_path, monkeypatch):
     subject = subject_for(tiny_folder("llama"))

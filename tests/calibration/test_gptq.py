@@ -136,6 +136,7 @@ def test_shrinking_halves_what_as_many_tokens_as_features_say_of_correlation():
     assert float(shrunk(gram, 10**9)[0, 1]) == pytest.approx(6.0, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_within_a_third_of_the_best_of_all_codes():
     # 16^4 codes of each of 16 rows of 4 weights, which make one block, at the scale that was chosen. Inputs
     # with correlations of about 0.5: GPTQ alone is up to 1.5 times the best here.
@@ -230,6 +231,7 @@ def test_the_feedback_factorises_the_damped_gram_matrix(seed, blocks):
     assert list(itertools.chain(metric.feedback.diagonal().tolist())) == [1.0] * n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "features"),
     # The Gram matrix decides, the weights do, several of them, and blocks that straddle rows.

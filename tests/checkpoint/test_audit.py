@@ -64,6 +64,7 @@ def entries(config: dict) -> list[str]:
     return config["quantization_config"][KEY]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_a_sound_checkpoint_is_clear_with_the_bytes_of_its_manifest(name: str, saved: Any):
     folder, manifest = saved(name)

@@ -98,6 +98,7 @@ def without_repacking(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_holds_the_weights_of_the_file_at_the_promised_bytes(name, run):
     one = run(name)
@@ -116,6 +117,7 @@ def test_the_model_holds_the_weights_of_the_file_at_the_promised_bytes(name, run
     assert stored_bytes(model).total_bytes == manifest.budget.total_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_checkpoint_loads_without_qprobe_and_computes_the_same(name, run, tmp_path):
     one = run(name)
@@ -128,6 +130,7 @@ def test_a_saved_checkpoint_loads_without_qprobe_and_computes_the_same(name, run
     assert not torch.equal(logits(theirs, processor, name), logits(original, processor, name))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
 )
@@ -188,6 +191,7 @@ def test_the_run_says_what_was_calibrated(run):
     assert {x.precision for x in manifest.layers} <= {"nf4", "bf16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "odd"])
 def test_an_audit_tells_calibrated_codes_from_rounding_to_nearest(name, run, tmp_path):
     one = run(name)
@@ -286,6 +290,7 @@ def test_a_full_folder_is_not_written_into(run, tmp_path):
         quantize(run("llama").manifest, tmp_path, str(run("llama").model), "cpu")
 
 
+@pytest.mark.slow
 def test_compare_shows_both_ways_of_rounding_with_and_without_the_list(run, monkeypatch):
     one = run("llama")
     given = Samples(tuple(tiny.questions("llama", 3)), ())

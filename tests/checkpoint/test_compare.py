@@ -26,6 +26,8 @@ from tests import tiny
 from tests.checkpoint import reference
 from tests.checkpoint.manifests import every_third, manifest_for
 
+pytestmark = pytest.mark.slow
+
 
 def compare(asked: CompareOptions, progress: Progress = no_progress) -> Comparison:
     return compare_module.compare(**vars(asked), progress=progress)

@@ -27,6 +27,7 @@ def plainly(folder: Path, **options: Any) -> Any:
     return cls.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
 @pytest.mark.parametrize("tool", ["transformers", "vllm"])
 def test_exported_keywords_load_exactly_the_manifests_layers_and_so_does_the_saved_checkpoint(

@@ -49,6 +49,7 @@ def llama_11b(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_published_list_of_llama_11b(given: Any, llama_11b: str):
     entries = list(UNSLOTH_LLAMA_11B.entries)
     found = import_list(given(entries, "4.46.2"), llama_11b)
@@ -148,6 +149,7 @@ def test_an_entry_that_only_transformers_4_can_read_is_imported_and_said(given: 
     assert any("cannot read '*.mlp'" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_a_known_name_needs_no_network(given: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def refuse(*_arguments: object) -> None:
         raise AssertionError("reached for the network")

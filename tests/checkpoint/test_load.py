@@ -23,6 +23,7 @@ from tests.checkpoint.manifests import every_third, inventory_of, manifest_for, 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("name", tiny.NAMES)

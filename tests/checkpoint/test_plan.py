@@ -52,6 +52,7 @@ def llama_11b() -> SizePlan:
     return plan("llama-3.2-11b-vision")
 
 
+@pytest.mark.slow
 def test_llama_11b_has_the_published_figures(llama_11b: SizePlan) -> None:
     assert (llama_11b.parameters, llama_11b.linear_layers) == (10_670_220_835, 522)
     assert figures(llama_11b, "16-bit") == (0, 21_340_441_670, 21_340_441_670)
@@ -70,6 +71,7 @@ def test_without_double_quantization_a_block_costs_4_bytes(llama_11b: SizePlan) 
     assert (layout(llama_11b, "nf4").double_quant, layout(llama_11b, "fp4").double_quant) == (True, False)
 
 
+@pytest.mark.slow
 def test_qwen2_vl_2b_has_a_tied_head_and_the_published_figures() -> None:
     found = plan("qwen2-vl-2b")
     assert (found.parameters, found.linear_layers) == (2_208_985_600, 327)
@@ -81,6 +83,7 @@ def test_qwen2_vl_2b_has_a_tied_head_and_the_published_figures() -> None:
     assert any("unsloth publishes 1.81 GiB" in note for note in found.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "sixteen_bit", "nf4"), [("pixtral-12b", 23.62, 7.78), ("qwen2-vl-7b", 15.44, 5.39)]
 )
@@ -90,6 +93,7 @@ def test_figures_computed_elsewhere(model: str, sixteen_bit: float, nf4: float) 
     assert round(layout(found, "nf4").parameter_bytes / GIB, 2) == nf4
 
 
+@pytest.mark.slow
 def test_pixtral_with_vision_and_projector_in_16_bit_is_8_39_gib() -> None:
     sizes = {t.name: t.layouts for t in plan("pixtral-12b").towers}
     mixed = sizes["language"]["nf4"].parameter_bytes + sum(
@@ -107,6 +111,7 @@ def test_stacked_experts_are_outside_and_named() -> None:
     assert layout(found, "nf4").layers_4bit == 48 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["llama-3.2-11b-vision", "gemma-3-4b", "internvl3-1b", "qwen3-30b-a3b", "demo"]
 )
@@ -137,6 +142,7 @@ def test_a_saved_buffer_is_no_parameter() -> None:
     assert {x.parameter_bytes for x in buffers.values()} == {0} and buffers["1.running_mean"].bytes == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_a_plan_has_the_bytes_of_the_loaded_4bit_models(
     name: str, tiny_folder: TinyFolder, tmp_path: Path
@@ -280,6 +286,7 @@ def test_weights_of_a_gated_model_say_what_to_do() -> None:
     assert "licence" not in str(refused.value) and "local folder" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_11b_takes_less_than_2_gib_and_15_seconds_of_work() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "qprobe", "plan", "--model", "llama-3.2-11b-vision", "--json"]

@@ -45,6 +45,7 @@ def logits(model: Any, processor: Any, name: str) -> torch.Tensor:
     return model(**encode(processor, tiny.questions(name, answer="a cat"), torch.bfloat16).inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
 def test_plain_loading_computes_the_same_bits(name, tiny_folder, tmp_path):
     folder = tiny_folder(name)
@@ -70,6 +71,7 @@ def test_another_16bit_type_is_told_and_measurements_in_the_first_are_not(tiny_f
     assert "float16" in card and "bfloat16" not in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
 def test_its_list_means_the_same_to_every_transformers_5(name, tiny_folder, tmp_path):
     folder = tiny_folder(name)
@@ -108,6 +110,7 @@ assert not any(name.partition(".")[0] == "qprobe" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_it_loads_where_qprobe_is_not_installed_also_from_shards(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize_module, "MAX_SHARD", "100KB")
     folder = tiny_folder("mllama")
@@ -231,6 +234,7 @@ print(peak[0] - start)
 
 
 # How far ahead transformers reads depends on which of its threads runs first: 50 to 153 MB were seen here.
+@pytest.mark.slow
 @pytest.mark.xfail(strict=False, reason="transformers reads the weights ahead without a bound")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's process status")
 def test_memory_holds_the_4bit_model_and_never_the_16bit_one(tiny_folder, tmp_path):

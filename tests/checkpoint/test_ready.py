@@ -54,6 +54,7 @@ def deltas(tuned: PeftModel) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
 def test_an_adapter_goes_from_a_checkpoint_to_a_merged_model(name, tiny_folder, tmp_path):
     folder = tiny_folder(name)
@@ -150,6 +151,7 @@ def test_the_vision_tower_keeps_no_activations_where_nothing_trains_in_it(name, 
     assert seen and not any(seen.values())
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_gradient(tiny_folder):
     folder = tiny_folder("mllama")
     found = []
@@ -163,6 +165,7 @@ def test_checkpointing_changes_no_gradient(tiny_folder):
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
 @pytest.mark.parametrize("vision", [False, True])
 def test_targets_are_exactly_the_wanted_layers_on_every_base(name, vision, tiny_folder):

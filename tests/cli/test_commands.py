@@ -235,6 +235,7 @@ def test_a_bound_that_cannot_be_met_is_one_sentence(
     assert not (tmp_path / "list.json").exists()
 
 
+@pytest.mark.slow
 def test_report_says_where_its_files_are_and_what_it_lacks(
     qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -248,6 +249,7 @@ def test_report_says_where_its_files_are_and_what_it_lacks(
     assert text.splitlines()[-1].startswith("Not measured in this run, so left out: KL on held-out samples")
 
 
+@pytest.mark.slow
 def test_report_draws_another_run_beside_this_one(
     qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

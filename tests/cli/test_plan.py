@@ -17,6 +17,7 @@ Run = Callable[..., Result]
 TinyFolder = Callable[[str], Path]
 
 
+@pytest.mark.slow
 def test_plan_as_json_has_the_figures_of_its_contract(qprobe: Run):
     found = json.loads(qprobe("plan", "--model", "qwen2-vl-2b", "--json").stdout)
     assert (found["model"], found["hub_id"]) == ("qwen2-vl-2b", "Qwen/Qwen2-VL-2B")
@@ -26,6 +27,7 @@ def test_plan_as_json_has_the_figures_of_its_contract(qprobe: Run):
     assert layouts["nf4"]["parameter_bytes"] == 1_457_841_152 and layouts["nf4"]["layers_4bit"] == 326
 
 
+@pytest.mark.slow
 def test_plan_as_text_stands_beside_the_published_figures(qprobe: Run):
     result = qprobe("plan", "--model", "qwen2-vl-2b")
     assert result.exit_code == 0 and result.stderr == ""
@@ -71,6 +73,7 @@ def test_plan_wants_a_model(qprobe: Run):
     assert qprobe("plan").exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", ["80", "120"])
 def test_models_and_plans_fit_the_terminal(qprobe: Run, monkeypatch: pytest.MonkeyPatch, width: str):
     monkeypatch.setenv("COLUMNS", width)

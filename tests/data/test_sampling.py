@@ -33,6 +33,7 @@ def test_a_prompt_for_scenes_that_bring_their_own_is_refused(purpose):
         choose_samples("demo", True, Wanted(prompt="What is it?", count=1), purpose)
 
 
+@pytest.mark.slow
 def test_scenes_of_a_scan_are_never_those_of_a_comparison():
     drawn = {
         purpose: {
@@ -50,6 +51,7 @@ def test_seeds_are_of_built_in_scenes_alone():
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_demo_is_scanned_on_more_scenes_than_a_user_has_images():
     assert SCAN_SAMPLES == {"demo": 192, "given": 32}
     assert len(choose_samples("demo-outliers", True, Wanted(), "scan").samples) == 192

@@ -58,6 +58,7 @@ def test_every_linear_fills_whole_blocks_and_gates_are_open(demo):
     assert min(abs(g) for g in gates.values()) > 0.01, gates
 
 
+@pytest.mark.slow
 def test_held_out_facts_are_right_but_not_all(held_out, demo_answers):
     total = score(held_out, demo_answers)
     assert 0.90 <= total.share <= 0.99, score_by_kind(held_out, demo_answers)
@@ -114,6 +115,7 @@ def test_learning_rate_rises_and_falls():
     assert learning_rate(1.0, recipe) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_recipe_makes_two_steps_and_a_folder_that_loads(tmp_path: Path):
     record = run(TINY, tmp_path, "cpu")
     assert record["training"]["steps"] == 2

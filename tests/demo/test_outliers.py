@@ -70,6 +70,7 @@ def ends(subject: Subject, batch: Batch, names: frozenset[str]) -> tuple[list[Te
             return plain, answer_logits(subject.model, batch)
 
 
+@pytest.mark.slow
 def test_16_bit_logits_are_bit_identical(demo: Any, planted: Any, processor: Any):
     batch = inputs(processor, scenes(8, CALIBRATION_SEED))
     with torch.inference_mode():
@@ -93,6 +94,7 @@ def test_planted_columns_stand_out_and_every_block_has_one(planted: Any):
         assert {c // 64 for c in columns} == set(range(len(peaks) // 64))
 
 
+@pytest.mark.slow
 def test_nf4_loses_a_fifth_of_the_facts_and_keeping_the_planted_layers_wins_them_back(
     planted: Any, processor: Any, held_out: list, demo_answers: list[str]
 ):
@@ -116,6 +118,7 @@ def test_planted_layers_fit_into_seven_percent(planted: Any):
     assert extra / total < 0.07
 
 
+@pytest.mark.slow
 def test_planted_layers_head_the_ranking_by_activation_error(planted: Any, processor: Any):
     sums: dict[str, list[float]] = {}
     handles = []
@@ -145,6 +148,7 @@ def test_planted_layers_stand_in_three_towers_and_in_no_fused_group(subject: Sub
     assert all(x.group == x.name for x in layers)
 
 
+@pytest.mark.slow
 def test_each_planted_layer_hurts_alone_and_more_than_all_others_together(
     subject: Subject, calibration: list[Batch]
 ):
@@ -159,6 +163,7 @@ def test_each_planted_layer_hurts_alone_and_more_than_all_others_together(
     assert max(alone) < 3 * min(alone)  # none is hidden behind another
 
 
+@pytest.mark.slow
 def test_planted_layers_head_the_ranking_by_attribution(subject: Subject, calibration: list[Batch]):
     results = [attribute(subject.path, b, nodes=NODES, tolerance=float("inf")) for b in calibration]
     shares = pd.concat([r.rows for r in results]).groupby("layer").kl_sum.sum().sort_values(ascending=False)

@@ -19,6 +19,7 @@ from qprobe.demo.scenes import (
 from qprobe.records import Fact
 
 
+@pytest.mark.slow
 def test_every_answer_states_its_facts_and_no_fact_twice():
     for sample in scenes(64, 7):
         assert sample.answer is not None
@@ -55,6 +56,7 @@ def test_same_seed_gives_the_same_bytes_and_a_shorter_series_is_a_prefix():
     assert [s.digest for s in scenes(8, 11)] == [s.digest for s in scenes(16, 11)][:8]
 
 
+@pytest.mark.slow
 def test_calibration_held_out_and_training_scenes_are_disjoint():
     calibration = {s.digest for s in scenes(200, CALIBRATION_SEED)}
     held_out = {s.digest for s in scenes(200, HELD_OUT_SEED)}

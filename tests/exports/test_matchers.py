@@ -88,6 +88,7 @@ ENTRIES = NAMES | st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(NAMES, st.lists(ENTRIES, max_size=3))
 def test_todays_rule_is_the_running_transformers(name: str, entries: list[str]):
     ours = any(running_rule()(entry, name) for entry in entries)

@@ -37,6 +37,7 @@ def published() -> Manifest:
     )
 
 
+@pytest.mark.slow
 def test_a_list_of_old_names_is_refused_and_written_anew(published: Manifest):
     # Its names are those of the files; transformers 5 calls the layers otherwise.
     with pytest.raises(ManifestError, match=r"of the 16 entries matches model\.language_model\.layers\.1\."):

@@ -42,6 +42,7 @@ def llama_11b() -> Inventory:
     return list_layers(meta_model(config, "bfloat16"), FormatSpec())
 
 
+@pytest.mark.slow
 def test_llama_11b_has_the_published_sizes(llama_11b: Inventory) -> None:
     # Published for Llama-3.2-11B-Vision: 522 linears, 21,340,441,670 bytes in 16-bit.
     everything = frozenset(x.name for x in llama_11b.layers)

@@ -91,6 +91,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(manifest=manifests())
 def test_what_is_written_comes_back(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory):

@@ -39,6 +39,7 @@ def table(run: Path) -> pd.DataFrame:
     return pd.read_csv(run / "ablation.csv").set_index("layer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_HEAD)
 def test_units_equal_a_hand_made_swap_of_weights_exactly(case: CaseOf, run: Path, name: str) -> None:
     found, layers = case(name), some_layers(case(name))
@@ -65,6 +66,7 @@ def test_units_equal_a_hand_made_swap_of_weights_exactly(case: CaseOf, run: Path
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "llama_tied"])
 def test_the_table_equals_a_slow_oracle(case: CaseOf, run: Path, name: str) -> None:
     found, layers = case(name), some_layers(case(name))

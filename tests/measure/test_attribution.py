@@ -106,6 +106,7 @@ def test_random_directions_have_the_covariance_of_the_fisher_information() -> No
     torch.testing.assert_close(roots.T @ roots / 16, torch.diag(p) - torch.outer(p, p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "llama"])
 def test_attributions_sum_to_the_measured_kl(case: CaseOf, name: str) -> None:
     # Random tiny models break completely in 4-bit (KL of several nats), where two nodes are too few.

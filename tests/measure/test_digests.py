@@ -44,6 +44,7 @@ def flipped(tensor: Tensor, element: int) -> Tensor:
     return changed
 
 
+@pytest.mark.slow
 @given(dtype=st.sampled_from(DTYPES), rows=st.integers(1, 9), data=st.data())
 def test_any_bit_of_any_element_changes_the_digest_of_weights(dtype: torch.dtype, rows: int, data):
     torch.manual_seed(0)

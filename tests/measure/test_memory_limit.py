@@ -18,6 +18,8 @@ from qprobe.runs.table import read_table
 from tests import tiny
 from tests.alone import run_alone
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 WEIGHTS_MIB = 360  # of the blocks, in 16-bit
 

@@ -40,6 +40,7 @@ def entry_of(alias: str) -> Entry:
     return entry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_geometry_has_the_parameters_stated_elsewhere_and_the_stored_sizes(name: str) -> None:
     geometry = read_geometry(name)
@@ -116,6 +117,7 @@ def test_one_linear_that_holds_q_k_and_v_is_a_group_of_its_own(alias: str) -> No
     assert len(joint) == 32 and all(x.group == x.name and x.tower == VISION for x in joint)
 
 
+@pytest.mark.slow
 def test_gemma_3_has_a_projector_without_a_linear() -> None:
     projector = {t.name: t for t in plan("gemma-3-4b").towers}["projector"]
     # mm_input_projection_weight of 1152 x 2560 and a norm of 1152, in 16-bit in every layout

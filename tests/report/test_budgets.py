@@ -16,6 +16,7 @@ from tests.report.full_run import write_full_run
 from tests.runs.runs import make_run, rows
 
 
+@pytest.mark.slow
 def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path):
     folder = write_full_run(tmp_path)
     found = points(folder, read_scan(folder), read_table(folder))

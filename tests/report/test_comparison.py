@@ -19,6 +19,7 @@ def is_current(folder: Path) -> bool:
     return b'"comparison_is_current":true' in page_of(folder)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_another_list_is_told_apart(tmp_path: Path):
     folder = write_full_run(tmp_path)
     write_comparison(folder)

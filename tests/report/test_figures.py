@@ -16,6 +16,8 @@ from qprobe.report.frontier import frontier_plot
 from qprobe.report.panels import LABELLED_SPIKES, panel_columns, tower_runs, tower_spans
 from tests.report.tables import MEASURES, layer_table
 
+pytestmark = pytest.mark.slow
+
 SPIKES = {3: 200.0, 4: 180.0, 14: 50.0, 15: 60.0, 16: 70.0, 25: 90.0}
 
 

@@ -33,6 +33,7 @@ from tests.report.pages import (
 from tests.scanning.asked import options
 
 
+@pytest.mark.slow
 def test_every_layer_is_a_point_of_every_chart_and_kept_ones_are_marked(page: Page, run: Path):
     manifest = read_manifest(run / "skiplist.json")
     kept = {i for i, x in enumerate(manifest.layers) if x.precision == "bf16"}
@@ -156,6 +157,7 @@ def test_no_label_of_a_chart_covers_another(opened: Open, width: int, run: Path)
     assert len(texts) == 3 and not any((0, i) in overlapping([*ring, *labels]) for i in range(1, 4))
 
 
+@pytest.mark.slow
 def test_lists_without_room_for_their_names_are_named_below(opened: Open, tmp_path: Path):
     folder = write_full_run(tmp_path / "run")
     manifest = json.loads((folder / "skiplist.json").read_text())
@@ -194,6 +196,7 @@ def test_differences_have_a_sign_of_their_own(page: Page):
     assert "±0 B (±0.0 %)" in page.locator("#buys").inner_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (400, "light")])
 def test_600_layers_fit_the_window_and_8_megabytes(opened: Open, large: Path, width: int, scheme: str):
     assert large.stat().st_size < 8e6
@@ -211,6 +214,7 @@ def test_in_print_everything_is_on_paper(page: Page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
+@pytest.mark.slow
 def test_a_downloaded_manifest_builds_the_model(
     opened: Open, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -32,6 +32,7 @@ SCRIPT = "<script>alert(1)</script>"
 CLOSING = "</script><img src=x onerror=alert(2)>"
 
 
+@pytest.mark.slow
 def test_beside_calibrated_weights_standard_4bit_is_the_list_that_rounds_to_nearest(
     opened: Open, tmp_path: Path
 ):
@@ -48,6 +49,7 @@ def test_beside_calibrated_weights_standard_4bit_is_the_list_that_rounds_to_near
     assert {"calibrated 4-bit", "standard 4-bit"} <= set(labels)
 
 
+@pytest.mark.slow
 def test_the_slider_shows_the_list_bytes_and_kl_of_each_budget(page: Page, run: Path):
     last = int(page.locator("#slider").get_attribute("max"))
     sizes = []
@@ -76,6 +78,7 @@ def test_each_budgets_manifest_is_what_select_gives(page: Page, run: Path, tmp_p
         assert json.loads(json.dumps(manifest_to_json(mine))) == json.loads(json.dumps(wanted))
 
 
+@pytest.mark.slow
 def test_manifests_of_calibrated_weights_name_their_file(opened: Open, tmp_path: Path):
     folder = write_full_run(tmp_path / "run", codes=CodesFile("codes.safetensors", "a" * 64))
     page = opened(page_file(folder))
@@ -114,6 +117,7 @@ def test_answers_and_method_are_told(page: Page):
     assert "qprobe scan --model owner/model --budget +10%" in page.locator("header").inner_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [SCRIPT, CLOSING])
 def test_markup_in_names_is_text_everywhere(opened: Open, tmp_path: Path, name: str):
     folder = write_full_run(tmp_path / "run", names={3: f"a.{name}.q_proj", 20: name}, model=name)
@@ -150,6 +154,7 @@ def test_a_model_without_a_head_leaves_its_parts_out_and_says_so(opened: Open, t
     assert page.locator("#verdict").inner_text() == "No skip-list was chosen in this run."
 
 
+@pytest.mark.slow
 def test_a_scan_of_the_weights_alone_shows_its_list_and_what_is_missing(opened: Open, tmp_path: Path):
     folder = only(write_full_run(tmp_path / "run"), "weights")
     write_table(folder)
@@ -178,6 +183,7 @@ def test_a_run_not_yet_finished_shows_what_it_has(opened: Open, tmp_path: Path):
     assert page.locator("svg.panel").count() == 4 and page.locator("#rows tbody tr").count() == 30
 
 
+@pytest.mark.slow
 def test_the_page_that_a_scan_writes_last_does_not_call_it_unfinished(opened: Open, tmp_path: Path):
     folder = write_full_run(tmp_path / "run")
     text = (folder / "scan.json").read_text()

@@ -32,6 +32,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qprobe.report.write._image", lambda figure, _kind, _layout: str(figure).encode())
 
 
+@pytest.mark.slow
 def test_the_pictures_lie_in_the_run_folder_and_are_the_same_bytes_each_time(tmp_path: Path):
     write_run(tmp_path, spikes=SPIKES)
     files = {file.name: file for file in write_report(tmp_path)}
@@ -44,6 +45,7 @@ def test_the_pictures_lie_in_the_run_folder_and_are_the_same_bytes_each_time(tmp
     assert [f.read_bytes() for f in files.values()] == [f.read_bytes() for f in again]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_measured_frontier_is_drawn(tmp_path: Path):
     write_run(tmp_path)
@@ -51,6 +53,7 @@ def test_a_measured_frontier_is_drawn(tmp_path: Path):
     assert [f.name for f in write_report(tmp_path)] == ["index.html", *IMAGES, "frontier.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"", FRONTIER.encode()[:20]])
 def test_a_damaged_frontier_is_refused(tmp_path: Path, undrawn: None, data: bytes):
     write_run(tmp_path, spikes=SPIKES)
@@ -81,6 +84,7 @@ def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path):
         write_report(tmp_path, tmp_path / "taken")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_another_run_is_drawn_beside_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_run(tmp_path / "a", spikes=SPIKES)
@@ -95,6 +99,7 @@ def test_another_run_is_drawn_beside_this_one(tmp_path: Path, monkeypatch: pytes
         write_report(tmp_path / "a", against=tmp_path / "missing")
 
 
+@pytest.mark.slow
 def test_a_run_of_another_model_is_not_drawn_beside_this_one(tmp_path: Path):
     for run in "ab":
         write_run(tmp_path / run)
@@ -105,6 +110,7 @@ def test_a_run_of_another_model_is_not_drawn_beside_this_one(tmp_path: Path):
         write_report(tmp_path / "a", against=tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_names_with_dollars_are_drawn_as_they_are_and_no_path_is(tmp_path: Path):
     # Between two dollars matplotlib would read a formula, and fail on this one.
     for run in ("x$y_$z", "b"):
@@ -121,6 +127,7 @@ def test_names_with_dollars_are_drawn_as_they_are_and_no_path_is(tmp_path: Path)
     assert str(tmp_path) not in against and r"\$" not in against
 
 
+@pytest.mark.slow
 def test_600_layers_take_less_than_10_seconds_of_processor_time_and_no_torch(tmp_path: Path):
     write_full_run(tmp_path, 600, 24)
     code = (
@@ -135,6 +142,7 @@ def test_600_layers_take_less_than_10_seconds_of_processor_time_and_no_torch(tmp
     assert used < 10, f"{used:.1f} s"
 
 
+@pytest.mark.slow
 def test_the_522_layers_of_llama_11b_draw_with_towers_spikes_and_marks_in_sight(tmp_path: Path):
     write_llama_11b(tmp_path)
     scan, table = read_scan(tmp_path), read_table(tmp_path)

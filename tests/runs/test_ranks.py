@@ -50,6 +50,7 @@ def test_more_samples_make_it_surer(tmp_path: Path):
     assert width_many < width_few
 
 
+@pytest.mark.slow
 def test_an_interval_holds_90_percent_of_slow_resamples(tmp_path: Path):
     kl = noisy(8, 3.0)
     found = rank_intervals(run_of(tmp_path / "run", kl))

@@ -291,6 +291,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=3), json_values, max_size=4))
 def test_spec_key_ignores_the_order_of_keys_and_nothing_else(spec: dict):
     assert spec_key(dict(reversed(spec.items()))) == spec_key(spec)

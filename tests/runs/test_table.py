@@ -204,6 +204,7 @@ sample_rows = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(table=sample_rows, data=st.data())
 def test_neither_order_nor_cut_of_units_changes_a_digit(
@@ -227,6 +228,7 @@ def test_neither_order_nor_cut_of_units_changes_a_digit(
     assert (one / "peaks.csv").read_bytes() == (many / "peaks.csv").read_bytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(values=st.lists(st.tuples(st.floats(1e-300, 1e300), st.floats(0, 1e300)), min_size=1, max_size=5))
 def test_csv_reads_back_to_the_last_bit(values: list, tmp_path_factory: pytest.TempPathFactory):

@@ -35,6 +35,7 @@ KEYS = (
 ).split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_table_has_a_row_a_linear_in_execution_order(
     name: str, scanned: Scanned, tiny_folder: TinyFolder
@@ -97,6 +98,7 @@ def test_the_manifest_says_what_was_compared(name: str, scanned: Scanned):
     assert not (result.run / "candidates.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_two_runs_give_the_same_bytes(name: str, scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path):
     first, second = scanned(name).run, scan(**options(tiny_folder(name), tmp_path / "run")).run
@@ -106,6 +108,7 @@ def test_two_runs_give_the_same_bytes(name: str, scanned: Scanned, tiny_folder: 
             assert (first / file).read_bytes() == (second / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "llama", "bert"])
 def test_a_resumed_run_gives_the_same_table(
     name: str, scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path
@@ -158,6 +161,7 @@ def test_the_result_is_the_documented_object(scanned: Scanned):
     assert list(data["seconds"]) == "load weights answers prepare measure table choose report".split()
 
 
+@pytest.mark.slow
 def test_a_scan_draws_its_report(tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qprobe.scanning.finish.write_report", write_report)
     run = scan(**options(tiny_folder("llama"), tmp_path / "run")).run
@@ -165,6 +169,7 @@ def test_a_scan_draws_its_report(tiny_folder: TinyFolder, tmp_path: Path, monkey
     assert drawn >= {"spikes.png", "spikes.svg", "frontier.png"}
 
 
+@pytest.mark.slow
 def test_linears_that_never_run_are_named_and_stay_empty(tiny_folder: TinyFolder, tmp_path: Path):
     lines = [{"prompt": text} for text in ("a red bag", "name the unit", "which one", "the left bar")]
     data = write_lines(tmp_path / "text.jsonl", *lines)

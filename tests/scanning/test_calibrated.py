@@ -12,6 +12,8 @@ from qprobe.runs.store import read_scan
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import TinyFolder, options
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_calibrated_scan_resumes_as_it_was_and_refuses_to_mix_with_a_plain_one(
     tiny_folder: TinyFolder, tmp_path: Path

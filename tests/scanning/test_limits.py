@@ -17,6 +17,8 @@ from qprobe.runs.table import read_table
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import Scanned, TinyFolder, options
 
+pytestmark = pytest.mark.slow
+
 
 def test_ablation_of_the_most_sensitive_layers(scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path):
     run = Path(copytree(scanned("llama").run, tmp_path / "run"))

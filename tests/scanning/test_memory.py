@@ -11,6 +11,8 @@ from qprobe.scanning.scan import scan
 from tests import tiny
 from tests.scanning.asked import Scanned, TinyFolder, options
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_a_scan_within_a_memory_limit_gives_the_same_table(

@@ -19,6 +19,8 @@ from qprobe.scanning.scan import scan
 from tests import tiny
 from tests.scanning.asked import TinyFolder, options, write_lines
 
+pytestmark = pytest.mark.slow
+
 
 def broken_copy(folder: Path, to: Path, weight: str, value: float, row: int | None = None) -> Path:
     """A copy of a tiny model with one element of `weight`, or a whole row, set to `value`."""

@@ -42,6 +42,7 @@ def test_a_replaced_forward_asks_the_hook_of_its_module() -> None:
     assert module.forward is hooked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "llama"])
 def test_a_dispatched_model_gives_the_same_table(
     tiny_folder: TinyFolder, scanned: Scanned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

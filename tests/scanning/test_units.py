@@ -53,6 +53,7 @@ def test_a_run_of_before_own_batches_needs_isolated_kl_in_every_batch() -> None:
     assert needed_units({**spec, "isolated": [[], []]})["isolated"] == 2
 
 
+@pytest.mark.slow
 def test_samples_of_one_id_are_measured_apart(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     lines = [{"id": name, "prompt": f"what is {i}?"} for i, name in enumerate(["x", "x", None, None, "x", 3])]
     data = write_lines(tmp_path / "data.jsonl", *lines)

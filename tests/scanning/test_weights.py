@@ -93,6 +93,7 @@ def test_error_sums_of_many_parts_count_each_element_once(monkeypatch: pytest.Mo
 # The scan -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_numbers_are_those_of_the_loaded_model(name: str, tiny_folder: TinyFolder, tmp_path: Path):
     result = scan(**options(sharded(tiny_folder(name), tmp_path / name, 3), tmp_path / "run"))
@@ -115,6 +116,7 @@ def test_the_numbers_are_those_of_the_loaded_model(name: str, tiny_folder: TinyF
     load_dynamic_4bit(manifest, str(tiny_folder(name)), "cpu")
 
 
+@pytest.mark.slow
 def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_path: Path):
     both = [
         scan(**options(tiny_folder("llama"), tmp_path / str(i), **changes))
@@ -125,6 +127,7 @@ def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
+@pytest.mark.slow
 def test_its_report_is_drawn_and_its_layers_rank(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -290,6 +293,7 @@ def test_files_of_another_model_are_told(tiny_folder: TinyFolder, tmp_path: Path
         scan(**options(folder, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "filled", "empty"),
     [

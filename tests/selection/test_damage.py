@@ -71,6 +71,7 @@ def test_a_layer_that_hurts_only_beside_the_worst_one_is_not_kept_once_that_is()
     assert least_damage(inventory, damage, room, BY).kept == ("l0", "l1")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_no_list_by_either_score_alone_is_predicted_to_be_better(case: tuple[Inventory, Damage, int]):
@@ -103,6 +104,7 @@ def test_a_limit_below_standard_4bit_is_refused():
         least_damage(layers([64, 64], 0), Damage({"l0": 1.0}, {"l0": 1.0}), 100, BY)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.floats(0.001, 1))
 def test_the_fewest_bytes_meet_the_bound_and_no_smaller_limit_does(

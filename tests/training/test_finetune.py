@@ -28,6 +28,8 @@ from qprobe.training.result import Finetuned
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
 
+pytestmark = pytest.mark.slow
+
 BASES = ("16-bit", "nf4", "dynamic")
 
 

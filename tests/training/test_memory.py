@@ -32,10 +32,13 @@ from tests import tiny
 from tests.benchmarks.cost import build, tiny_config
 from tests.training.peak import LiveBytes
 
-pytestmark = pytest.mark.filterwarnings(
-    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
-    "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+        "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning",
+    ),
+]
 
 
 def measured_peak(model: Any, vision: bool, inputs: dict[str, torch.Tensor]) -> int:

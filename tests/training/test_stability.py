@@ -12,6 +12,8 @@ import pytest
 from tests.benchmarks.stability import Outcome, Run, conditions, files_key, kept_outcome, key_of
 from tests.benchmarks.stability_report import off_16bit, spread, unrest, write_report
 
+pytestmark = pytest.mark.slow
+
 
 def outcome(base: str, seed: int, losses: list[float]) -> Outcome:
     steps = tuple((i, x) for i, x in enumerate(losses, start=1))

@@ -17,6 +17,7 @@ from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
 
 pytestmark = [
+    pytest.mark.slow,
     # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # trl 1.16.0 hands transformers the options by their old names; can go with the first that does not.

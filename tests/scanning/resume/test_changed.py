@@ -61,6 +61,7 @@ def test_weights_that_change_in_any_place_are_noticed(llama: Path, tmp_path: Pat
         scan(**asked)
 
 
+@pytest.mark.slow
 def test_answers_of_before_a_change_are_not_mixed_with_those_after(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -82,6 +83,7 @@ def test_answers_of_before_a_change_are_not_mixed_with_those_after(
             scan(**options(changed, resumed))
 
 
+@pytest.mark.slow
 def test_whether_an_answer_ends_is_part_of_what_is_measured(llama: Path, tmp_path: Path, monkeypatch):
     run = tmp_path / "run"
     scan(**options(llama, run, measures=("activation",)))

@@ -40,6 +40,7 @@ def told(result: ScanResult) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_cut_unit_is_set_aside_named_and_measured_anew(llama: Path, whole: Path, tmp_path: Path):
     run = Path(copytree(whole, tmp_path / "run"))
     choice = min(path.name for path in (run / "units").glob("heldout-*.parquet"))
@@ -58,6 +59,7 @@ def test_nothing_is_said_of_a_run_without_damage(whole: Path):
     assert not any("damaged" in note for note in read_scan(whole).notes)
 
 
+@pytest.mark.slow
 def test_a_cut_unit_of_an_ablation_is_measured_anew(llama: Path, whole: Path, tmp_path: Path):
     asked = options(llama, Path(copytree(whole, tmp_path / "run")), ablate="2")
     run = scan(**asked).run
@@ -68,6 +70,7 @@ def test_a_cut_unit_of_an_ablation_is_measured_anew(llama: Path, whole: Path, tm
     assert name in note and units(run) == before | left and (run / "ablation.csv").read_bytes() == wanted
 
 
+@pytest.mark.slow
 def test_a_cut_unit_of_named_calibrated_weights_is_measured_anew_and_the_weights_stay(
     llama: Path, tmp_path: Path
 ):
@@ -81,6 +84,7 @@ def test_a_cut_unit_of_named_calibrated_weights_is_measured_anew_and_the_weights
     assert again.kl_dynamic == first.kl_dynamic
 
 
+@pytest.mark.slow
 def test_cut_weights_of_a_calibration_that_was_interrupted_are_made_anew(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -130,6 +134,7 @@ def test_joining_and_reading_refuse_what_is_damaged_and_leave_it(whole: Path, tm
     assert (run / "units" / "kl-00001.parquet").read_bytes() == left
 
 
+@pytest.mark.slow
 def test_several_processes_set_aside_at_once_what_each_found(whole: Path, tmp_path: Path):
     for attempt in range(5):
         run = Path(copytree(whole, tmp_path / str(attempt)))
@@ -162,6 +167,7 @@ def test_a_file_that_another_process_took_meanwhile_is_no_error(
     assert [path.name for path in run.rglob("*.damaged")] == ["isolated-00000.parquet.damaged"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_chosen", [True, False])
 def test_ranks_that_resume_measure_what_was_set_aside_and_tell(
     is_chosen: bool, whole: Path, share: Share, tmp_path: Path

@@ -22,6 +22,8 @@ from qprobe.scanning.scan import scan
 from qprobe.system import files as atomic
 from tests.scanning.resume.runs import options, table, units
 
+pytestmark = pytest.mark.slow
+
 # Resumed ------------------------------------------------------------------------------------------------
 
 

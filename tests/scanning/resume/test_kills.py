@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 JOBS = {"demo": 20, "scan": 4, "calibrated": 4, "limited": 4, "weights": 5, "join": 5, "quantize": 6}
 
 

@@ -26,6 +26,8 @@ from qprobe.scanning.scan import scan
 from qprobe.system.processes import Shard, shard_from
 from tests.scanning.resume.runs import Share, options, table, units
 
+pytestmark = pytest.mark.slow
+
 # Two processes ------------------------------------------------------------------------------------------
 
 
