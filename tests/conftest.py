@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 # Before transformers is imported: a test that would reach for the hub must fail at once, not hang.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is: tiny matrices gain nothing from threads, but on a busy machine they wait for each other,
+# twenty times slower with two threads than with one.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
-from tests import tiny
-
 
 @pytest.fixture(autouse=True, scope="session")
-def _quiet_and_unthreaded() -> None:
-    """No progress bar for each of the hundreds of tiny models, and one thread a test process.
+def _quiet() -> None:
+    """No progress bar for each of the hundreds of tiny models; nothing where no test imports transformers."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
 
-    Tiny matrices gain nothing from threads, but on a busy machine they wait for each other: twenty
-    times slower with two threads than with one.
-    """
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+        logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_folder(name)`: that model's folder, written once a session. Tests must not change it."""
+    from tests import tiny  # which imports torch and transformers: six seconds that most rooms' tests save
+
     root = tmp_path_factory.mktemp("tiny")
     written: dict[str, Path] = {}
 

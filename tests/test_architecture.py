@@ -103,6 +103,13 @@ def test_the_top_of_the_package_holds_five_files():
     assert names == {"__init__.py", "__main__.py", "errors.py", "options.py", "records.py"}
 
 
+def test_no_folder_has_more_than_16_modules():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    counts = {str(x.relative_to(ROOT)): len(list(x.glob("*.py"))) - 1 for x in folders}  # besides __init__
+    del counts["qprobe/models/families"]
+    assert {name: count for name, count in counts.items() if count > 16} == {}
+
+
 def test_no_python_file_has_more_than_400_lines():
     files = [path for top in ("qprobe", "tests") for path in (ROOT / top).rglob("*.py")]
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}

@@ -21,16 +21,16 @@ from tests.alone import run_alone
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
-WEIGHTS_MIB = 360  # of the blocks, in 16-bit
+WEIGHTS_MIB = 180  # of the blocks, in 16-bit
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 190 M parameters, nearly all of them in its 12 blocks, and two samples beside it."""
+    """A checkpoint of 95 M parameters, nearly all of them in its 6 blocks, and two samples beside it."""
     folder = tmp_path_factory.mktemp("wide")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**tiny.decoder(1024, 4096, 12)))
+        model = LlamaForCausalLM(LlamaConfig(**tiny.decoder(1024, 4096, 6)))
     model.to(torch.bfloat16).save_pretrained(folder)
     for part in tiny.text_tokenizer():
         part.save_pretrained(folder)
