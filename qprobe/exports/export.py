@@ -72,7 +72,7 @@ def _lost_codes(manifest: Manifest, target: Target) -> tuple[str, ...]:
     """What a tool that makes the 4-bit weights itself loses of calibrated ones; nothing for plain NF4."""
     if not manifest.format.is_calibrated or target.of_checkpoint:
         return ()
-    figure = "The KL in the manifest is that of calibrated NF4."
+    figure = f"The KL in the manifest is that of {manifest.format.precision.title}."
     if target.own_codes is not None:
         return (
             f"The calibrated weights are not carried over: the tool chooses 4-bit codes of its own, "

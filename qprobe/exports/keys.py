@@ -39,7 +39,7 @@ def layer_spellings(manifest: Manifest) -> dict[str, tuple[Spellings, bool]]:
     """
     architecture = manifest.model.architecture
     found = {
-        x.name: (spellings(x.name, x.checkpoint_name, architecture), x.precision == "bf16")
+        x.name: (spellings(x.name, x.checkpoint_name, architecture), not x.is_four_bit)
         for x in manifest.layers
     }
     for weight in manifest.uncovered:

@@ -1,4 +1,4 @@
-"""The NF4 round trip of one weight in parts, for weights whose round trip would not fit into memory.
+"""NF4 weights dequantized in parts, for those of which both forms would not fit into memory.
 
 bitsandbytes quantizes each block of 64 weights on its own, but block scales over the whole weight (their
 mean is taken off first). So codes and scales are made part by part, scales are rounded together, and then
@@ -12,24 +12,28 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qprobe.formats.nf4 import Nf4
+from qprobe.registry.precisions import NESTED_BLOCKSIZE
 
 PART = 2**20  # elements; bitsandbytes takes 13 bytes an element while it quantizes on the CPU
 
 
-def row_parts(shape: tuple[int, int], blocksize: int, part: int = PART) -> list[slice]:
-    """The rows of a weight cut into parts of about `part` elements, each of whole blocks.
+def row_parts(shape: tuple[int, int], blocksize: int, part: int | None = None) -> list[slice]:
+    """The rows of a weight cut into parts of about `part` elements (None for `PART`), each of whole blocks.
 
     A weight whose rows are not of whole blocks is one part: bitsandbytes 0.50.2 on the CPU reads such rows
     back in a way of its own, which depends on the shape.
     """
     rows, columns = shape
-    step = rows if columns % blocksize else max(1, part // columns)
+    step = rows if columns % blocksize else max(1, (part or PART) // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def dequantized_parts(
-    parts: Sequence[Callable[[], Tensor]], fmt: Nf4, device: torch.device, dtype: torch.dtype
+    parts: Sequence[Callable[[], Tensor]],
+    blocksize: int,
+    double_quant: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(W, W-hat) of each part of one weight, in `dtype` on `device`.
 
@@ -40,11 +44,11 @@ def dequantized_parts(
     codes, states = [], []
     for read in parts:
         piece = read().to(device, dtype).contiguous()
-        packed, state = quantize_4bit(piece, blocksize=fmt.blocksize, quant_type="nf4")
+        packed, state = quantize_4bit(piece, blocksize=blocksize, quant_type="nf4")
         codes.append(packed)
         states.append(state)
     scales = torch.cat([state.absmax for state in states])
-    if fmt.double_quant:
+    if double_quant:
         scales = _rounded(scales)
     own = scales.split([state.absmax.numel() for state in states])
     for read, packed, state, absmax in zip(parts, codes, states, own, strict=True):
@@ -55,8 +59,6 @@ def dequantized_parts(
 def _rounded(scales: Tensor) -> Tensor:
     """Block scales as double quantization reads them back (bitsandbytes 0.50, `functional.quantize_4bit`)."""
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
-
-    from qprobe.registry.precisions import NESTED_BLOCKSIZE
 
     offset = scales.mean()
     codes, state = quantize_blockwise(scales - offset, blocksize=NESTED_BLOCKSIZE)

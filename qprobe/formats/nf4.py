@@ -5,13 +5,15 @@ Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from qprobe.formats import chunks
 from qprobe.records import FormatSpec
-from qprobe.registry.precisions import four_bit_bytes
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ class Nf4:
     def pack(self, weight: Tensor) -> PackedNf4:
         return self.stored(weight).packed()
 
-    def roundtrip(self, weight: Tensor) -> Tensor:
-        return self.pack(weight).unpack()
+    def row_parts(self, shape: tuple[int, int]) -> list[slice]:
+        return chunks.row_parts(shape, self.blocksize)
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        return four_bit_bytes(shape, self.blocksize, self.double_quant)
+    def dequantized_parts(
+        self, parts: Sequence[Callable[[], Tensor]], device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return chunks.dequantized_parts(parts, self.blocksize, self.double_quant, device, dtype)
 
 
 def _with_plain_scales(state: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qprobe.errors import QprobeError
@@ -39,12 +41,18 @@ class Format(Protocol):
         """The stored form of `weight` (out_features, in_features), on the weight's device."""
         ...
 
-    def roundtrip(self, weight: Tensor) -> Tensor:
-        """`weight` stored and read back: same shape, dtype and device."""
+    def row_parts(self, shape: tuple[int, int]) -> list[slice]:
+        """The rows of a weight cut into parts that can be dequantized one after the other."""
         ...
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a stored weight of `shape`, see `qprobe.registry.precisions`."""
+    def dequantized_parts(
+        self, parts: Sequence[Callable[[], Tensor]], device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(W, W-hat) of each part of one weight, in `dtype` on `device`: the same numbers as of `pack`.
+
+        parts: functions that read the parts that `row_parts` cuts, of any dtype and device; each is called
+        twice at most. For weights that would not fit into memory in 16-bit and 4-bit at once.
+        """
         ...
 
 

@@ -15,8 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qprobe.errors import ModelError
-from qprobe.formats.chunks import dequantized_parts, row_parts
-from qprobe.formats.nf4 import Nf4
+from qprobe.formats.protocol import Format
 from qprobe.measure.weights import COLUMNS, error_sums, weight_row
 from qprobe.records import ErrorSums
 
@@ -24,7 +23,7 @@ _PART = 2**22  # elements that enter the digest at once
 
 
 def file_rows(
-    path: Path, weights: Mapping[str, str], fmt: Nf4, device: torch.device, dtype: torch.dtype
+    path: Path, weights: Mapping[str, str], fmt: Format, device: torch.device, dtype: torch.dtype
 ) -> pd.DataFrame:
     """Rows of the unit stage "weights" for the linears whose weights lie in one file.
 
@@ -36,9 +35,9 @@ def file_rows(
     for layer, name in weights.items():
         total, peak = ErrorSums(), 0.0
         with open_tensor(path, name) as stored:
-            cuts = row_parts(tuple(stored.get_shape()), fmt.blocksize)
+            cuts = fmt.row_parts(tuple(stored.get_shape()))
             parts = [partial(stored.__getitem__, cut) for cut in cuts]
-            for wanted, got in dequantized_parts(parts, fmt, device, dtype):
+            for wanted, got in fmt.dequantized_parts(parts, device, dtype):
                 sums, largest = error_sums(wanted, got)
                 total, peak = total + sums, max(peak, largest)
         rows.append(weight_row(layer, total, peak))

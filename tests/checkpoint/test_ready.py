@@ -42,7 +42,7 @@ def plain_weight(weight: Any) -> torch.Tensor:
 def changed(weight: torch.Tensor, delta: torch.Tensor, four_bit: bool) -> torch.Tensor:
     """The weight as it is stored after `delta` was added in float32; peft leaves 4-bit layers in float32."""
     summed = weight.float() + delta
-    return Nf4().roundtrip(summed) if four_bit else summed.to(torch.bfloat16)
+    return Nf4().pack(summed).unpack() if four_bit else summed.to(torch.bfloat16)
 
 
 def deltas(tuned: PeftModel) -> dict[str, torch.Tensor]:

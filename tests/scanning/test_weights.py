@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.cli import main
 from qprobe.errors import BudgetError, ModelError, QprobeError, RunError
-from qprobe.formats.chunks import dequantized_parts, row_parts
+from qprobe.formats.chunks import row_parts
 from qprobe.formats.nf4 import Nf4
 from qprobe.loading.inventory import linear_modules
 from qprobe.loading.reference import load_reference
@@ -74,9 +74,9 @@ def test_a_round_trip_in_parts_is_the_whole_one(shape: tuple[int, int], part: in
     fmt = Nf4(double_quant=double_quant)
     cuts = row_parts(shape, 64, part)
     assert len(cuts) == (1 if shape[1] % 64 else -(-shape[0] // max(1, part // shape[1])))
-    found = list(dequantized_parts([partial(weight.__getitem__, c) for c in cuts], fmt, CPU, torch.bfloat16))
+    found = list(fmt.dequantized_parts([partial(weight.__getitem__, c) for c in cuts], CPU, torch.bfloat16))
     assert torch.equal(torch.cat([w for w, _ in found]), weight)
-    assert torch.equal(torch.cat([w for _, w in found]), fmt.roundtrip(weight))
+    assert torch.equal(torch.cat([w for _, w in found]), fmt.pack(weight).unpack())
 
 
 def test_error_sums_of_many_parts_count_each_element_once(monkeypatch: pytest.MonkeyPatch):
@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_the_loaded_model(name: str, tiny_folder: TinyF
     modules, fmt = linear_modules(model), Nf4()
     assert list(table.index) == list(modules) and result.layers == len(modules)
     for layer, module in modules.items():
-        sums, peak = error_sums(module.weight, fmt.roundtrip(module.weight))
+        sums, peak = error_sums(module.weight, fmt.pack(module.weight).unpack())
         assert table.loc[layer, "weight_nmse"] == sums.nmse
         assert table.loc[layer, "weight_peak"] == peak
     empty = ["activation_nmse", "activation_peak", "propagated_nmse", "sensitivity_kl", "isolated_kl"]
@@ -143,7 +143,7 @@ def test_its_report_is_drawn_and_its_layers_rank(
 def test_one_tensor_is_open_at_a_time_and_read_in_parts(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("qprobe.measure.files.row_parts", partial(row_parts, part=1024))
+    monkeypatch.setattr("qprobe.formats.chunks.PART", 1024)
     monkeypatch.setattr("qprobe.measure.files._PART", 1024)
     monkeypatch.setattr("qprobe.scanning.opening.reference_of", lambda *_: pytest.fail("the model is loaded"))
     opened, alive, largest, real = [], [], [0], files.open_tensor
@@ -332,6 +332,6 @@ def test_weights_of_several_parts_have_the_same_error(shape: tuple[int, int], tm
     (row,) = files.file_rows(
         tmp_path / "one.safetensors", {"layer": "w"}, Nf4(), torch.device("cpu"), torch.bfloat16
     ).itertuples()
-    sums, peak = error_sums(weight, Nf4().roundtrip(weight))
+    sums, peak = error_sums(weight, Nf4().pack(weight).unpack())
     assert (row.n, row.peak, row.nonfinite) == (sums.n, peak, 0)
     assert (row.signal, row.noise) == pytest.approx((sums.signal, sums.noise), rel=1e-12)

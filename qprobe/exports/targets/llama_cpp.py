@@ -13,7 +13,6 @@ from qprobe.exports.writing import other_codes
 from qprobe.manifest.records import LayerChoice, Manifest
 from qprobe.models.family import OTHER, PROJECTOR, VISION
 from qprobe.models.towers import tower_of
-from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.system.wording import counted
 
 # gguf 0.19.0, tensor_mapping.py and constants.py, for the decoders of the Llama family.
@@ -99,7 +98,7 @@ def gguf_tensors(manifest: Manifest) -> dict[str, bool]:
                 f"llama.cpp has no tensor for {layer.name} of {manifest.model.architecture}, so its models "
                 f"cannot be told about that layer; export to another tool."
             )
-        found[f"blk.{match[1]}.{GGUF_LAYERS[match[2]]}.weight"] = layer.precision == SIXTEEN_BIT.name
+        found[f"blk.{match[1]}.{GGUF_LAYERS[match[2]]}.weight"] = not layer.is_four_bit
     for weight in manifest.uncovered:
         if weight.name in outside or _GGUF_NEVER.search(weight.name):
             continue
@@ -115,7 +114,7 @@ def gguf_tensors(manifest: Manifest) -> dict[str, bool]:
 
 def _keeps_own_head(manifest: Manifest) -> bool:
     """True if the model has an output head in 16-bit that is not its embedding."""
-    heads = [x for x in manifest.layers if _is_output(x) and x.precision == SIXTEEN_BIT.name]
+    heads = [x for x in manifest.layers if _is_output(x) and not x.is_four_bit]
     return any(not x.reason.startswith("tied") for x in heads)
 
 

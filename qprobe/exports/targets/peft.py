@@ -10,7 +10,6 @@ from qprobe.errors import ManifestError
 from qprobe.exports.keys import Reader, first_exact, kept_names, one_pattern
 from qprobe.exports.target import Target, Written
 from qprobe.manifest.records import Manifest
-from qprobe.registry.precisions import SIXTEEN_BIT
 
 
 def rule(entry: str, name: str) -> bool:
@@ -49,7 +48,7 @@ def target_pattern(manifest: Manifest) -> str:
 def write(manifest: Manifest, entries: Sequence[str]) -> Written:
     """A JSON object."""
     (pattern,) = entries
-    kept = {x.name: x.precision == SIXTEEN_BIT.name for x in manifest.layers}
+    kept = {x.name: not x.is_four_bit for x in manifest.layers}
     data = {
         "target_modules": pattern,
         "layers_4bit": [name for name, is_kept in kept.items() if not is_kept],
