@@ -288,10 +288,10 @@ def _against(
         )
         return
     found = {x.name: x.state for x in layers}
-    wanted = {x.name: x.precision for x in manifest.layers}
+    wanted = {x.name: x.is_four_bit for x in manifest.layers}
     packed = ("4-bit", "packed in a 16-bit class")
-    is_4bit = [n for n, p in wanted.items() if p == "bf16" and found[n] in packed]
-    is_16bit = [n for n, p in wanted.items() if p == "nf4" and found[n] not in (*packed, "missing")]
+    is_4bit = [n for n, four_bit in wanted.items() if not four_bit and found[n] in packed]
+    is_16bit = [n for n, four_bit in wanted.items() if four_bit and found[n] not in (*packed, "missing")]
     if is_4bit:
         yield (
             f"{counted(len(is_4bit), 'linear')} {is_or_are(len(is_4bit))} in 4-bit, though the manifest "

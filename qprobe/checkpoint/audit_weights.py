@@ -152,9 +152,10 @@ def uncalibrated(
     try:
         path = checked(manifest.codes, beside)
         with open_codes(path) as file:
-            four_bit = [x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers]
+            four_bit = [x.name for x in manifest.layers if x.is_four_bit and x.name in file.layers]
             packed = {name: weights.get(name) for name in four_bit}
-            present = {name: x for name, x in packed.items() if x is not None and x.four_bit == "nf4"}
+            stored = manifest.format.quant_type
+            present = {name: x for name, x in packed.items() if x is not None and x.four_bit == stored}
             wrong = [name for name, x in present.items() if not _is_same(folder, tensors, x, file, name)]
     except ManifestError as error:
         yield f"The calibrated codes could not be compared: {error}"

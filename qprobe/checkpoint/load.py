@@ -26,10 +26,12 @@ from qprobe.loading.source import Source, at_revision, resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.records import FormatSpec
+from qprobe.registry.precisions import SIXTEEN_BIT, measurable
 from qprobe.system.wording import counted, is_or_are
 
 # Of the energy of a weight as loaded: calibration moves it by a few percent, another model's weight by 200 %.
 MOST_CHANGE = 0.5
+LOADER = "bitsandbytes"  # what `_load` has transformers convert linears with
 BLOCKSIZE = 64  # transformers' BitsAndBytesConfig has no field for it; bitsandbytes defaults to 64
 
 
@@ -97,12 +99,12 @@ def load_standard_4bit(
 
 def standard_4bit(skeleton: Skeleton, spec: FormatSpec, device: str | None, codes: Path | None) -> Any:
     """The model of `skeleton`, in the dtype of `spec`, as `load_standard_4bit` gives it, and its errors."""
-    _check_blocksize(spec)
+    _check_loads(spec)
     inventory = skeleton.inventory(spec)
     expected = [
-        expected_layer(x.name, x.shape, "bf16", x.bytes_16bit)
+        expected_layer(x.name, x.shape, SIXTEEN_BIT.name, x.bytes_16bit)
         if x.fixed
-        else expected_layer(x.name, x.shape, "nf4", x.bytes_4bit)
+        else expected_layer(x.name, x.shape, spec.four_bit_name, x.bytes_4bit)
         for x in inventory.layers
     ]
     loaded = _load(skeleton, spec, expected, device)
@@ -131,7 +133,13 @@ def with_dtype(spec: FormatSpec, dtype: str | None) -> FormatSpec:
     return replace(spec, compute_dtype=dtype)
 
 
-def _check_blocksize(spec: FormatSpec) -> None:
+def _check_loads(spec: FormatSpec) -> None:
+    """Raises ManifestError for a format in which transformers cannot load a model."""
+    if spec.precision.loader != LOADER:
+        raise ManifestError(
+            f"A model with layers in {spec.name} cannot be loaded: {LOADER} has no such layers. Scan in "
+            f"{' or '.join(x.name for x in measurable() if x.loader == LOADER)}."
+        )
     if spec.blocksize != BLOCKSIZE:
         raise ManifestError(
             f"Blocks of {spec.blocksize} weights are wanted, but transformers loads bitsandbytes layers in "
@@ -145,7 +153,7 @@ def check_model(manifest: Manifest, model: str | None) -> Skeleton:
     model: where its weights are; None for the id that the manifest names. Raises ModelError if it is
     not found, ManifestError, with both fingerprints, if it is another model.
     """
-    _check_blocksize(manifest.format)
+    _check_loads(manifest.format)
     skeleton = skeleton_of(source_of(manifest, model), manifest.format.compute_dtype)
     refuse_another_model(manifest, skeleton)
     return skeleton
@@ -196,7 +204,7 @@ def _load(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[ExpectedLayer
 
     source = skeleton.source
     dtype = getattr(torch, spec.compute_dtype)
-    four_bit = [p.name for p in expected if p.precision == "nf4"]
+    four_bit = [p.name for p in expected if p.is_four_bit]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quant_type,
@@ -267,7 +275,7 @@ def put_calibrated(model: nn.Module, codes: Path, expected: Sequence[ExpectedLay
     """
     with open_codes(codes) as file:
         for layer in expected:
-            if layer.precision == "nf4" and layer.name in file.layers:
+            if layer.is_four_bit and layer.name in file.layers:
                 _put(model.get_submodule(layer.name), layer.name, file)
 
 

@@ -161,16 +161,16 @@ def _dead(author: str, dead: tuple[str, ...], entries: int) -> str:
 
 def _chosen(manifest: Manifest, inventory: Inventory) -> Layout:
     """The layout of `manifest`. Raises ManifestError unless it lists exactly the model's linears."""
-    precision = {x.name: x.precision for x in manifest.layers}
+    is_four_bit = {x.name: x.is_four_bit for x in manifest.layers}
     names = [x.name for x in inventory.layers]
-    wrong = sorted(precision.keys() ^ set(names))
+    wrong = sorted(is_four_bit.keys() ^ set(names))
     if wrong:
         raise ManifestError(
-            f"The manifest lists {counted(len(precision), 'layer')} and the model has {len(names)}; "
+            f"The manifest lists {counted(len(is_four_bit), 'layer')} and the model has {len(names)}; "
             f"{wrong[0]} is in only one of them. Names change between transformers versions; scan again "
             f"with this one."
         )
-    four_bit = frozenset(name for name in names if precision[name] == "nf4")
+    four_bit = frozenset(name for name in names if is_four_bit[name])
     return Layout(MANIFEST, four_bit, manifest.format.double_quant, manifest.format.blocksize)
 
 

@@ -79,7 +79,7 @@ def quantize(
     progress("load in 4-bit", 0, 3)
     loaded = dynamic_4bit(written, skeleton, device, codes_of(written, origin))
     processor = load_processor(skeleton.source)
-    four_bit = [x.name for x in written.layers if x.precision == "nf4"]
+    four_bit = [x.name for x in written.layers if x.is_four_bit]
     check_keys(loaded, entries, four_bit, written.skip_modules)
     loaded.config.quantization_config.llm_int8_skip_modules = entries
     progress("write", 1, 3)

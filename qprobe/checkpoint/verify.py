@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import VerificationError
 from qprobe.manifest.records import Manifest
 from qprobe.records import FormatSpec, Uncovered
-from qprobe.registry.precisions import NESTED_BLOCKSIZE, packed_bytes
+from qprobe.registry.precisions import NESTED_BLOCKSIZE, is_four_bit, packed_bytes
 from qprobe.system.wording import counted, is_or_are
 
 SHOWN = 5  # problems that an error message spells out
@@ -27,14 +28,18 @@ class ExpectedLayer:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     precision: str
     in_float32: bool = False
 
+    @property
+    def is_four_bit(self) -> bool:
+        return is_four_bit(self.precision)
 
-def expected_layer(name: str, shape: tuple[int, int], precision: str, nbytes: int) -> ExpectedLayer:
+
+def expected_layer(name: str, shape: tuple[int, ...], precision: str, nbytes: int) -> ExpectedLayer:
     """What the linear `name` must be; nbytes: of its weight, float32 where they are 4 per element."""
-    return ExpectedLayer(name, shape, precision, in_float32=nbytes == 4 * shape[0] * shape[1])
+    return ExpectedLayer(name, shape, precision, in_float32=nbytes == 4 * prod(shape))
 
 
 def expected_layers(manifest: Manifest) -> list[ExpectedLayer]:
@@ -85,7 +90,7 @@ def _unlike_expected(model: nn.Module, expected: Sequence[ExpectedLayer], spec: 
         if module is None:
             yield f"{layer.name} is listed, but the model has no such module"
             continue
-        is_four_bit = layer.precision == "nf4"
+        is_four_bit = layer.is_four_bit
         problem = (
             _four_bit_problem(module, layer, spec) if is_four_bit else _kept_problem(module, layer, spec)
         )

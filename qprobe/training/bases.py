@@ -42,7 +42,7 @@ def load_base(
     spec = with_dtype(written.format, dtype)
     skeleton = check_model(written, model).in_dtype(spec.compute_dtype)
     if base == "nf4":
-        loaded = standard_4bit(skeleton, replace(spec, name="nf4"), device, None)
+        loaded = standard_4bit(skeleton, replace(spec, name=spec.four_bit_name), device, None)
         return ready_for_training(loaded), load_processor(skeleton.source)
     place = str(pick_device(device))  # one device, since a spread model does not train
     reference = reference_of(skeleton, place)

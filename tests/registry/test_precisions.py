@@ -82,6 +82,10 @@ def test_a_declared_precision_takes_the_place_of_nf4_for_a_whole_scan(tiny_folde
     for target in export_targets():
         with pytest.raises(ManifestError, match=rf"The manifest is for {PRECISION.name}"):
             export_manifest(manifest, target)
+    with pytest.raises(
+        ManifestError, match=r"in int4-rows cannot be loaded.*Scan in nf4 or nf4-calibrated\."
+    ):
+        qprobe.load_dynamic_4bit(manifest, str(folder), "cpu")
 
 
 @pytest.mark.usefixtures("declared")
