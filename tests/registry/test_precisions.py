@@ -90,7 +90,7 @@ def test_a_declared_precision_takes_the_place_of_nf4_for_a_whole_scan(tiny_folde
 
 @pytest.mark.usefixtures("declared")
 def test_a_layer_in_another_precision_than_its_format_is_refused(tiny_folder: TinyFolder, tmp_path):
-    result = qprobe.scan(**options(tiny_folder("llama"), tmp_path / "run", measures=["weight"]))
+    result = qprobe.scan(str(tiny_folder("llama")), device="cpu", out=tmp_path / "run", measures=["weight"])
     data = json.loads((result.run / "skiplist.json").read_text())
     four_bit = next(x for x in data["layers"] if x["precision"] == "nf4")
     four_bit["precision"] = PRECISION.name
