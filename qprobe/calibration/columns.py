@@ -111,10 +111,12 @@ def fused_kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] |
     grid = nf4_grid(device)
     given = torch.linspace(-1, 1, 64, device=device).reshape(2, 32)
     inputs: tuple[Any, ...] = (given, torch.ones_like(given), torch.full((2, 2), 0.25, device=device), grid)
+    kernel = None
     try:
         from qprobe.calibration.columns_cuda import fused
 
-        found = fused(given.clone(), *inputs)
+        kernel = fused
+        found = kernel(given.clone(), *inputs)
         agrees = torch.equal(found[0], one_by_one(given.clone(), *inputs)[0])
         why = "its codes differ"
     except Exception as error:  # no Triton, no C compiler, a card or driver that it does not know: many kinds
@@ -125,4 +127,4 @@ def fused_kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] |
             "without it calibration takes several times as long.",
             stacklevel=2,
         )
-    return fused if agrees else None
+    return kernel if agrees else None

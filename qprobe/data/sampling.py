@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from qprobe.data.builtin import DEFAULT_PROMPT, PHOTOGRAPHS, QUESTIONS, Samples, photographs, questions
 from qprobe.data.conversation import Conversation, Conversations, Skipped
@@ -29,7 +30,8 @@ SEEDS = (
 )
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True)
+class Wanted:
     """What the user said about samples; neither images nor data for the built-in ones."""
 
     images: Path | None = None

@@ -263,7 +263,7 @@ def train(recipe: Recipe, device: str) -> tuple[MllamaForConditionalGeneration, 
     if device == "cuda":
         _compile_layers(model)
     optimizer = _optimizer(model, recipe, device)
-    pace, step, report = Pace(recipe), 0, {}
+    pace, step, scenes, report = Pace(recipe), 0, 0, {}
     for batch in batches(recipe, device):
         progress = pace.progress(step)
         if progress >= 1:
@@ -279,8 +279,8 @@ def train(recipe: Recipe, device: str) -> tuple[MllamaForConditionalGeneration, 
         if step % 200 == 0:
             report = _progress_report(losses.detach(), batch.sizes)
             print(f"step {step} {pace.seconds():.0f} s {report}", flush=True)
-        step += 1
-    took = {"steps": step, "seconds": pace.seconds(), "scenes": step * sum(batch.sizes), "last_nats": report}
+        step, scenes = step + 1, scenes + sum(batch.sizes)
+    took = {"steps": step, "seconds": pace.seconds(), "scenes": scenes, "last_nats": report}
     return model.to(torch.bfloat16).eval(), took  # pyright: ignore[reportArgumentType]
 
 

@@ -62,7 +62,7 @@ def weight_names(
 
 
 def _first(
-    tensors: Mapping[str, StoredTensor], names: list[str], shape: tuple[int, int], prefix: Any
+    tensors: Mapping[str, StoredTensor], names: list[str], shape: tuple[int, ...], prefix: Any
 ) -> str | None:
     """The first of `names` that is stored; files of a bare model lack the prefix, those of others add it."""
     variants = [v for n in names for v in (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}."))]
