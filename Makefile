@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := runs/demo-outliers
 
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test versions lint browser figures notebooks clean
@@ -34,11 +34,11 @@ quick: $(STAMP)  ## after each edit, within a minute: lint, types of changed fil
 	@changed=$$(git diff --name-only --diff-filter=d HEAD -- 'qprobe/*.py'; \
 		git ls-files --others --exclude-standard -- 'qprobe/*.py'); \
 		test -z "$$changed" || $(BIN)/pyright $$changed
-	$(PYTEST) -m "not slow" $(QUICK)
+	$(PYTEST) -m "not slow"
 
 # Two workers of one thread each: the models are tiny, and threads would only get in each other's way.
 test: lint browser  ## lint and all tests
-	$(PYTEST) --dist loadfile
+	$(PYTEST)
 
 versions: $(STAMP)  ## all tests on the lowest and the newest transformers, peft and bitsandbytes that are allowed
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m tests.versions -n 2 --dist loadfile

@@ -67,10 +67,10 @@ def test_ci_runs_make_test_and_nothing_else():
     assert command == "make test" and not any("make" in line for line in setup)
 
 
-def test_every_folder_of_tests_has_a_room_and_holds_tests():
+def test_every_room_has_tests_and_every_folder_of_tests_has_a_room():
     rooms = {path.parent.name for path in (ROOT / "qprobe").glob("*/__init__.py")}
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")} - {"benchmarks"}
-    assert folders <= rooms
+    assert folders == rooms
     assert {name for name in folders if not any((ROOT / "tests" / name).rglob("test_*.py"))} == set()
 
 
