@@ -21,7 +21,7 @@ _HOMES = {
     "finetune": "qprobe.training.finetune",
     "import_list": "qprobe.checkpoint.import_list",
     "join": "qprobe.scanning.join",
-    "layer_table": "qprobe.runs.table",
+    "layer_table": "qprobe.runs.folder",
     "load_dynamic_4bit": "qprobe.checkpoint.load",
     "load_finetuned": "qprobe.training.bases",
     "load_standard_4bit": "qprobe.checkpoint.load",
@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from qprobe.manifest.records import Manifest
     from qprobe.manifest.write import write_manifest
     from qprobe.report.write import write_report
-    from qprobe.runs.table import layer_table, rank_table
+    from qprobe.runs.folder import layer_table
+    from qprobe.runs.table import rank_table
     from qprobe.scanning.join import join
     from qprobe.scanning.scan import scan
     from qprobe.selection.select import select

@@ -278,9 +278,8 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Scan:
-    """What `scan.json` holds: the specification that decides every number, and what came of it.
+    """What is known of a scan: what it measured, and what its processes remarked (see `qprobe.runs.folder`).
 
-    spec: JSON values only; two runs with equal specs may share a folder and its units.
     unmeasured: names of linears that never ran on the samples.
     notes: sentences a reader must see (skipped files, measures that do not apply, warnings).
     codes: the calibrated weights, beside scan.json; None before they are there, and for formats without.
@@ -289,7 +288,6 @@ class Scan:
     model: ModelIdentity
     format: FormatSpec
     inventory: Inventory
-    spec: dict
     status: Literal["running", "finished"] = "running"
     unmeasured: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

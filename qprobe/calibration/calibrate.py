@@ -10,7 +10,7 @@ are large (0.8 GB for a down_proj of an 11B), so the samples run once for as man
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,13 @@ from qprobe.inputs.batch import Batch
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
 from qprobe.records import CodesFile, Sample
+from qprobe.registry.measures import CALIBRATION
 from qprobe.runs.damaged import lost_units
-from qprobe.runs.store import (
-    STAGE_CALIBRATION,
-    missing_units,
-    read_scan,
-    read_units,
-    update_scan,
-    write_unit,
-)
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import Rounding
 
 APART = "it does not read the same tensor as its neighbours on every batch"
-SETTINGS = {"method": "gptq", "version": 3, "damping": DAMPING, "shrinkage": "n / (n + tokens)"}
+SETTINGS = Rounding("gptq", 3, DAMPING, "n / (n + tokens)")
 """What decides the codes, beside weights and samples; part of a run's specification.
 
 Version 3 leaves out image tiles that no text attends to. Version 2 shrinks the Gram matrices by how few
@@ -64,7 +59,7 @@ class Work:
     """
 
     subject: Subject
-    folder: Path
+    run: RunFolder
     samples: Sequence[tuple[Sample, ...]]
     limit_bytes: int | None = None
     progress: Progress = no_progress
@@ -76,7 +71,7 @@ class Work:
 
     @property
     def format(self) -> Nf4:
-        return nf4(read_scan(self.folder).format)
+        return nf4(self.run.key.format)
 
 
 def check_limit(subject: Subject) -> None:
@@ -124,41 +119,41 @@ def calibrate_model(work: Work) -> None:
     """Calibrate every linear that is quantized, and put the weights in place in `work.subject.dequantized`.
 
     Finished units are not done again; of one that was lost since only what was measured is, while the weights
-    that are named stay. Leaves FOLDER/nf4-calibrated.safetensors, named with its hash in
-    scan.json. Raises ManifestError if such a file is named already but is gone or changed, or if a new one
-    does not read back; that one is not named, so that the same command joins the units again.
+    that are named stay. Leaves RUN/nf4-calibrated.safetensors, named with its hash in RUN/notes/codes.json.
+    Raises ManifestError if such a file is named already but is gone or changed, or if a new one does not read
+    back; that one is not named, so that the same command joins the units again.
     """
-    named = read_scan(work.folder).codes
-    if named and (lost := lost_units(work.folder, STAGE_CALIBRATION)):
+    named = work.run.codes
+    if named and (lost := lost_units(work.run, CALIBRATION.name)):
         calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
     codes = named or _calibrated(work)
-    with open_codes(checked(codes, work.folder)) as file:
+    with open_codes(checked(codes, work.run.path)) as file:
         for name in sorted(file.layers):
             packed = file.stored(name, work.subject.device_of(name)).packed()
             work.subject.dequantized.put(name, packed)
     # Only now that the joined file was read whole is it named, and are the units' own files not needed.
     if named is None:
-        update_scan(work.folder, replace(read_scan(work.folder), codes=codes))
-    for left in (work.folder / "units").glob(f"{STAGE_CALIBRATION}-*.safetensors"):
+        work.run.notes.put("codes", codes)
+    for left in (work.run.path / "units").glob(f"{CALIBRATION.name}-*.safetensors"):
         left.unlink(missing_ok=True)
 
 
 def _calibrated(work: Work) -> CodesFile:
     """The weights of all units in one file, once those that are missing are done."""
     inputs = shared_inputs(work.subject, work.batches)
-    calibrate_units(work, inputs, unfinished(work.folder, len(inputs)))
-    return _joined(work.folder, len(inputs))
+    calibrate_units(work, inputs, unfinished(work.run, len(inputs)))
+    return _joined(work.run.path, len(inputs))
 
 
-def unfinished(folder: Path, count: int) -> list[int]:
+def unfinished(run: RunFolder, count: int) -> list[int]:
     """The numbers of the units, of `count`, that are to be done."""
-    missing = set(missing_units(folder, STAGE_CALIBRATION, count))
-    return [unit for unit in range(count) if unit in missing or not codes_unit(folder, unit).exists()]
+    missing = set(run.missing_units(CALIBRATION.name, count))
+    return [unit for unit in range(count) if unit in missing or not codes_unit(run.path, unit).exists()]
 
 
 def codes_unit(folder: Path, unit: int) -> Path:
     """The file with the weights of unit number `unit`."""
-    return Path(folder) / "units" / f"{STAGE_CALIBRATION}-{unit:05d}.safetensors"
+    return Path(folder) / "units" / f"{CALIBRATION.name}-{unit:05d}.safetensors"
 
 
 def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[int]) -> None:
@@ -195,10 +190,10 @@ def _finish(
         )
     stored = {name: result.stored for name, result in found.items() if result.stored is not None}
     try:
-        write_codes(codes_unit(work.folder, unit), stored)
+        write_codes(codes_unit(work.run.path, unit), stored)
     except OSError as error:
-        raise _cannot_write(codes_unit(work.folder, unit), error) from error
-    write_unit(work.folder, STAGE_CALIBRATION, unit, _rows(found, tokens))
+        raise _cannot_write(codes_unit(work.run.path, unit), error) from error
+    work.run.write_unit(CALIBRATION.name, unit, _rows(found, tokens))
 
 
 def _rows(found: dict[str, Rounded], tokens: int) -> pd.DataFrame:
@@ -229,11 +224,10 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
     )
 
 
-def calibration_notes(folder: Path) -> tuple[str, ...]:
+def calibration_notes(run: RunFolder) -> tuple[str, ...]:
     """A sentence on the layers that are rounded to nearest after all, by reason; none if there are none."""
-    rows = read_units(folder, STAGE_CALIBRATION)
-    scan = read_scan(folder)
-    never = {x.name for x in scan.inventory.layers if not x.fixed} - set(rows["layer"])
+    rows = run.units(CALIBRATION.name)
+    never = {x.name for x in run.key.inventory.layers if not x.fixed} - set(rows["layer"])
     reasons: dict[str, list[str]] = {}
     for name, why in zip(rows["layer"].tolist(), rows["why"].tolist(), strict=True):
         if why:

@@ -21,7 +21,7 @@ from torch import Tensor
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, standard_4bit, with_dtype
 from qprobe.checkpoint.storage import StoredBytes, stored_bytes
 from qprobe.data.sampling import Wanted, choose_samples
-from qprobe.errors import ModelError, QprobeError
+from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import batches, encode, image_token_id, tokenizer_of
 from qprobe.loading.device import one_device
@@ -35,8 +35,8 @@ from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
 from qprobe.options import CompareOptions, Dtype, Progress, no_progress, path_of
 from qprobe.records import Sample
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.statistics import ratio_se
-from qprobe.system.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -181,15 +181,15 @@ def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str,
 
     A note if the disk refuses: what was measured is worth more than an error.
     """
-    if not (folder / "scan.json").is_file():
+    run = RunFolder(folder)
+    if not run.is_there:
         return ()
     kept = {"skip_modules": list(manifest.skip_modules), **comparison.to_json()}
+    data = (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode()
     try:
-        write_atomic(
-            folder / "compare.json", (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode()
-        )
-    except OSError as error:
-        return (f"{folder / 'compare.json'} cannot be written ({error.strerror}); the report lacks it.",)
+        run.files.write({"compare.json": (data, len(comparison.rows))})
+    except RunError as error:
+        return (f"The report lacks this comparison: {error}",)
     return ()
 
 

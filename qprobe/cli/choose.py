@@ -13,6 +13,7 @@ from qprobe.system.wording import counted, named
 
 if TYPE_CHECKING:
     from qprobe.manifest.records import Manifest
+    from qprobe.runs.folder import RunFolder
 
 _RUN = click.argument("run", type=shared.PATH)
 
@@ -40,12 +41,14 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     and rank_high, the 90 % interval of the rank over other samples of the same kind.
     """
     from qprobe.cli.ranking import default_score, ranking, show_ranking
+    from qprobe.runs.folder import RunFolder
 
+    opened = RunFolder(run)
     if not as_json:
-        show_ranking(run, by, top)
+        show_ranking(opened, by, top)
         return
-    score = by or default_score(run)
-    ranked = ranking(run, score, top).to_dict("records")
+    score = by or default_score(opened)
+    ranked = ranking(opened, score, top).to_dict("records")
     shared.print_json({"by": score, "rows": [{"rank": i, **row} for i, row in enumerate(ranked, 1)]})
 
 
@@ -77,29 +80,32 @@ def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **a
     require_a_limit({**asked, "max_kl": max_kl})
     from qprobe.manifest.records import moved
     from qprobe.manifest.write import manifest_to_json, write_manifest
+    from qprobe.runs.folder import RunFolder
     from qprobe.selection.replaced import check_target, set_aside
     from qprobe.selection.select import select as choose
 
     target = out if out is not None else run / "skiplist.json"
-    check_target(run, target)
-    manifest = moved(choose(run, max_kl=max_kl, **asked), run, target.parent)
-    replaced = set_aside(run, target)
+    opened = RunFolder(run)
+    check_target(opened, target)
+    manifest = moved(choose(opened, max_kl=max_kl, **asked), run, target.parent)
+    replaced = set_aside(opened, target)
     write_manifest(target, manifest)
+    if target == run / "skiplist.json":
+        opened.files.record(target.name, len(manifest.layers))
     if as_json:
         shared.print_json(manifest_to_json(manifest))
     else:
-        _show(run, manifest, target, is_bound=max_kl is not None)
+        _show(opened, manifest, target, is_bound=max_kl is not None)
     if replaced is not None:
         click.echo(replaced.sentence, err=as_json)
 
 
-def _show(run: Path, manifest: Manifest, target: Path, is_bound: bool) -> None:
+def _show(run: RunFolder, manifest: Manifest, target: Path, is_bound: bool) -> None:
     from qprobe.report.terminal import kept_text, paragraphs, readable_bytes, table_width, terminal_width
-    from qprobe.runs.store import read_scan
     from qprobe.selection.budget import Budget, all_fit
     from qprobe.selection.to_manifest import kept_and_fixed
 
-    inventory = read_scan(run).inventory
+    inventory = run.inventory
     kept, fixed = kept_and_fixed(manifest, inventory)
     if kept:
         click.echo(kept_text(manifest, {x.name: x.bytes_4bit for x in inventory.layers}, kept, table_width()))
@@ -159,9 +165,11 @@ def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> 
     --json prints: files [path], missing [measures that were not taken].
     """
     from qprobe.report.write import missing_measures, write_report
+    from qprobe.runs.folder import RunFolder
 
-    files = write_report(run, out, against)
-    missing = missing_measures(run)
+    opened = RunFolder(run)
+    files = write_report(opened, out, against)
+    missing = missing_measures(opened)
     if as_json:
         shared.print_json({"files": files, "missing": missing})
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,39 +11,38 @@ from qprobe.system.wording import counted, named
 if TYPE_CHECKING:
     import pandas as pd
 
+    from qprobe.runs.folder import RunFolder
 
-def default_score(folder: Path) -> str:
+
+def default_score(run: RunFolder) -> str:
     """The score that chooses by default: of those measured the one that predicts best."""
-    from qprobe.runs.table import read_table
-    from qprobe.selection.scores import default_measure
+    from qprobe.selection.select import default_measure
 
-    return default_measure(read_table(folder))
+    return default_measure(run.table)
 
 
-def ranking(folder: Path, by: str, top: int) -> pd.DataFrame:
+def ranking(run: RunFolder, by: str, top: int) -> pd.DataFrame:
     """The `top` rows of the layer table by `by`, the most damaged first.
 
     By sensitivity_kl they also have rank_low and rank_high, where the run knows them.
     """
-    from qprobe.runs.ranks import read_ranks
-    from qprobe.runs.table import rank_table, read_table
+    from qprobe.runs.table import rank_table
 
-    ranked = rank_table(read_table(folder), by, top)
-    intervals = read_ranks(folder) if by == "sensitivity_kl" else None
+    ranked = rank_table(run.table, by, top)
+    intervals = run.ranks if by == "sensitivity_kl" else None
     if intervals is None:
         return ranked
     known = intervals.set_index("layer")[["rank_low", "rank_high"]]
     return ranked.join(known, on="layer")
 
 
-def show_ranking(folder: Path, by: str | None, top: int) -> None:
+def show_ranking(run: RunFolder, by: str | None, top: int) -> None:
     """Print the `top` layers of the ranking; in a terminal also a spark line of all layers."""
     from qprobe.report.terminal import is_terminal, rank_text, spark_line, table_width
-    from qprobe.runs.table import read_table
 
-    score, table, width = by or default_score(folder), read_table(folder), table_width()
-    ranked = ranking(folder, score, top)
-    kept, fixed = _in_16bit(folder)
+    score, table, width = by or default_score(run), run.table, table_width()
+    ranked = ranking(run, score, top)
+    kept, fixed = _in_16bit(run)
     if is_terminal():
         click.echo(f"{score} of {len(table)} layers in execution order:")
         click.echo(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
@@ -57,13 +55,12 @@ def show_ranking(folder: Path, by: str | None, top: int) -> None:
         click.echo(f"* stays in 16-bit in skiplist.json ({counted(len(kept), 'layer')}{besides})")
 
 
-def _in_16bit(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _in_16bit(run: RunFolder) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(layers that the run's skip-list keeps beyond standard 4-bit, those that standard 4-bit keeps)."""
     from qprobe.manifest.read import read_manifest
-    from qprobe.runs.store import read_scan
     from qprobe.selection.to_manifest import kept_and_fixed
 
-    inventory, path = read_scan(folder).inventory, folder / "skiplist.json"
+    inventory, path = run.inventory, run.path / "skiplist.json"
     if path.is_file():
         return kept_and_fixed(read_manifest(path), inventory)
     return (), tuple(x.name for x in inventory.layers if x.fixed)

@@ -127,13 +127,14 @@ def _names(value: str | None) -> tuple[str, ...] | None:
 def _show(result: ScanResult, asked: Mapping[str, Any]) -> None:
     from qprobe.cli.ranking import show_ranking
     from qprobe.report.terminal import paragraphs, readable_bytes, terminal_width
+    from qprobe.runs.folder import RunFolder
 
     width = terminal_width()
     stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
     click.echo(f"{counted(result.layers, 'linear layer')}, {counted(result.samples, 'sample')}")
     click.echo(f"{stages}{peak}\n")
-    show_ranking(result.run, asked["by"], TOP)
+    show_ranking(RunFolder(result.run), asked["by"], TOP)
     if result.notes:
         click.echo("\n" + paragraphs(result.notes, width))
     click.echo(f"\nRun folder  {result.run}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -26,8 +25,10 @@ from qprobe.measure.runner import STANDARD, kl_rows
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Inventory, Sample
-from qprobe.runs.store import ablation_stage, missing_units, read_scan, read_units, write_file, write_unit
-from qprobe.runs.table import rank_table, read_table
+from qprobe.runs.derived import csv_bytes
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.table import rank_table
+from qprobe.runs.units import ablation_stage
 from qprobe.selection.decide import Candidate, difference, on_common_samples
 
 ALL: Literal["all"] = "all"
@@ -69,9 +70,9 @@ def check_ablated(asked: Ablated, inventory: Inventory) -> None:
             raise QprobeError(f"--ablate names {name}, which is never in 4-bit ({fixed[name]}). Drop it.")
 
 
-def ablated_layers(asked: Ablated, folder: Path) -> tuple[str, ...]:
+def ablated_layers(asked: Ablated, run: RunFolder) -> tuple[str, ...]:
     """The layers to ablate, in execution order; of those that are quantized and ran on the samples."""
-    record, table = read_scan(folder), read_table(folder)
+    record, table = run.scan, run.table
     ran = {x.name for x in record.inventory.layers if not x.fixed} - set(record.unmeasured)
     wanted = ran
     if isinstance(asked, int):
@@ -84,26 +85,26 @@ def ablated_layers(asked: Ablated, folder: Path) -> tuple[str, ...]:
 
 def measure_ablation(
     subject: Subject,
-    folder: Path,
+    run: RunFolder,
     groups: list[tuple[Sample, ...]],
     layers: tuple[str, ...],
     progress: Progress,
 ) -> None:
-    """Measure what is missing of `layers` on the batches `groups`, and write FOLDER/ablation.csv.
+    """Measure what is missing of `layers` on the batches `groups`, and write RUN/ablation.csv.
 
     Two forward passes for each layer and batch, and two a batch for what they are compared with.
     """
     stage = ablation_stage(frozenset(layers))
-    missing = missing_units(folder, stage, len(groups))
+    missing = run.missing_units(stage, len(groups))
     done = len(groups) - len(missing)
     for unit in missing:
         batch = subject.encode(groups[unit])
         with subject.running("ablation", batch.elements):
             frame = _unit(subject, batch, layers, partial(_tick, progress, done, len(groups)))
-        write_unit(folder, stage, unit, frame)
+        run.write_unit(stage, unit, frame)
         done += 1
-    rows = ablation_rows(read_units(folder, stage), layers)
-    write_file(folder / FILE, rows.to_csv(index=False, lineterminator="\n").encode())
+    rows = ablation_rows(run.units(stage), layers)
+    run.files.write({FILE: (csv_bytes(rows), len(rows))})
 
 
 def _tick(progress: Progress, batches_done: int, batches: int, layers_done: int, layers: int) -> None:

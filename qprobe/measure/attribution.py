@@ -37,7 +37,7 @@ from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.hooks import ROOM_BYTES, checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, kl_per_sample, kl_sums
 from qprobe.measure.outputs import split_by_sample
-from qprobe.runs.needed import RESIDUAL
+from qprobe.runs.key import RESIDUAL
 
 FLOAT32_UP_TO = 2_500_000_000  # parameters: in 16-bit, float32 and 4-bit together 16 GB, for a 24 GB card
 SMALLEST_KL = 1e-3  # nats an answer token: a batch below it is held to the same absolute error as one at it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 
@@ -12,12 +11,13 @@ from qprobe.measure.runner import choice_kl, nearest_kl
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
-from qprobe.runs.store import NEAREST_STAGE, choice_stage, missing_units, read_units, write_unit
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.units import NEAREST_STAGE, choice_stage
 
 
 def measure_choices(
     subject: Subject,
-    folder: Path,
+    run: RunFolder,
     groups: list[tuple[Sample, ...]],
     choices: Mapping[str, frozenset[str]],
     progress: Progress,
@@ -27,7 +27,7 @@ def measure_choices(
     Each distinct list costs one forward pass a batch, and the reference one; finished units are not repeated.
     """
     lists = {choice_stage(kept): kept for kept in choices.values()}
-    missing = {stage: set(missing_units(folder, stage, len(groups))) for stage in lists}
+    missing = {stage: set(run.missing_units(stage, len(groups))) for stage in lists}
     for unit, group in enumerate(groups):
         wanted = {stage: kept for stage, kept in lists.items() if unit in missing[stage]}
         if wanted:
@@ -35,23 +35,23 @@ def measure_choices(
             with subject.running("choice", batch.elements, like="measure"):
                 frames = choice_kl(subject, batch, wanted)
             for stage, frame in frames.items():
-                write_unit(folder, stage, unit, frame)
+                run.write_unit(stage, unit, frame)
         progress("choice", unit + 1, len(groups))
-    return {name: read_units(folder, choice_stage(kept)) for name, kept in choices.items()}
+    return {name: run.units(choice_stage(kept)) for name, kept in choices.items()}
 
 
 def measure_nearest(
-    subject: Subject, folder: Path, groups: list[tuple[Sample, ...]], fmt: Format, progress: Progress
+    subject: Subject, run: RunFolder, groups: list[tuple[Sample, ...]], fmt: Format, progress: Progress
 ) -> pd.DataFrame:
     """The KL rows over `groups` with nothing kept and every weight rounded to nearest, whatever is in place.
 
     Two forward passes a batch; finished units are not repeated.
     """
-    missing = missing_units(folder, NEAREST_STAGE, len(groups))
+    missing = run.missing_units(NEAREST_STAGE, len(groups))
     for done, unit in enumerate(missing, start=1):
         batch = subject.encode(groups[unit])
         with subject.running("nearest", batch.elements):
             frame = nearest_kl(subject, batch, fmt, NEAREST_STAGE)
-        write_unit(folder, NEAREST_STAGE, unit, frame)
+        run.write_unit(NEAREST_STAGE, unit, frame)
         progress("nearest", done, len(missing))
-    return read_units(folder, NEAREST_STAGE)
+    return run.units(NEAREST_STAGE)

@@ -17,7 +17,8 @@ from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
 from qprobe.measure.subject import Subject
 from qprobe.records import Sample
-from qprobe.runs.needed import ISOLATED, Measures
+from qprobe.registry.measures import ISOLATED
+from qprobe.runs.key import Measures
 
 STANDARD = "standard"  # the choice that keeps nothing: every linear but the fixed ones in 4-bit
 
@@ -79,7 +80,7 @@ def observe_isolated(subject: Subject, batch: Batch) -> dict[str, pd.DataFrame]:
     path = subject.path
     batch = batch.in_dtype(path.dtype)
     with walking(path):
-        return {ISOLATED: rows_by_sample(batch, path.isolated_kl(batch))}
+        return {ISOLATED.name: rows_by_sample(batch, path.isolated_kl(batch))}
 
 
 def isolated_half(samples: Iterable[Sample]) -> frozenset[str]:

@@ -6,16 +6,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import fsum, sqrt
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from qprobe.manifest.records import Manifest, Quality
 from qprobe.records import Scan
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.statistics import ratio_se
-from qprobe.runs.store import choice_stage, read_units
 from qprobe.runs.table import finite_answers, measured
+from qprobe.runs.units import choice_stage
 from qprobe.selection.budget import Budget
 from qprobe.selection.scores import ScoredRun, default_measure, predictor, skiplists_by
 from qprobe.selection.skiplist import SkipList
@@ -51,7 +51,7 @@ class Point:
     measured: KL | None
 
 
-def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
+def points(run: RunFolder, scan: Scan, table: pd.DataFrame) -> list[Point]:
     """The best list by the default score at each budget of `SHARES`, each distinct list once."""
     if not {"sensitivity_kl", "activation_nmse"} & set(measured(table)):
         return []
@@ -62,13 +62,13 @@ def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
     limits = [standard + int(share * saved) for share in SHARES]
     for skiplist, limit in zip(skiplists_by(inventory, table, column, limits), limits, strict=True):
         chosen.setdefault(skiplist.kept, (skiplist, limit))
-    prediction = Prediction(folder, scan, table)
+    prediction = Prediction(run, scan, table)
     return [
         Point(
             skiplist,
             Budget(str(limit), limit),
             prediction.left_by(frozenset(skiplist.kept)),
-            measured_kl(folder, skiplist),
+            measured_kl(run, skiplist),
         )
         for skiplist, limit in sorted(chosen.values(), key=lambda item: item[1])
     ]
@@ -77,13 +77,13 @@ def points(folder: Path, scan: Scan, table: pd.DataFrame) -> list[Point]:
 class Prediction:
     """What each list is predicted to leave, as `qprobe.selection` predicts it, with a standard error."""
 
-    def __init__(self, folder: Path, scan: Scan, table: pd.DataFrame) -> None:
+    def __init__(self, run: RunFolder, scan: Scan, table: pd.DataFrame) -> None:
         self.predicted_kl = predictor(table)
         self.fixed = frozenset(x.name for x in scan.inventory.layers if x.fixed)
-        rows = finite_answers(read_units(folder, "sensitivity"))
+        rows = finite_answers(run.units("sensitivity"))
         self.path = rows.pivot(index="sample", columns="layer", values="kl_sum").fillna(0.0)
         self.tokens = rows.groupby("sample")["answer_tokens"].max().reindex(self.path.index)
-        isolated = finite_answers(read_units(folder, "isolated"))
+        isolated = finite_answers(run.units("isolated"))
         own = isolated.pivot(index="sample", columns="layer", values="kl_sum")
         # Isolated KL is measured on half of the samples; without it predictions are additive in the path.
         self.own = None if own.empty else own.reindex(columns=self.path.columns).fillna(0.0)
@@ -111,25 +111,25 @@ class Prediction:
         return ratio_se(sums.tolist(), self.tokens.reindex(rows.index).tolist())
 
 
-def measured_kl(folder: Path, skiplist: SkipList) -> KL | None:
+def measured_kl(run: RunFolder, skiplist: SkipList) -> KL | None:
     """What a scan measured of this very list on held-out samples; None if it did not."""
-    rows = finite_answers(read_units(folder, choice_stage(frozenset(skiplist.kept))))
+    rows = finite_answers(run.units(choice_stage(frozenset(skiplist.kept))))
     if rows.empty:
         return None
     kl, tokens = rows["kl_sum"].tolist(), rows["answer_tokens"].tolist()
     return KL(fsum(kl) / fsum(tokens), ratio_se(kl, tokens), len(rows))
 
 
-def manifest_at(folder: Path, scan: Scan, table: pd.DataFrame, point: Point) -> Manifest:
+def manifest_at(run: RunFolder, scan: Scan, table: pd.DataFrame, point: Point) -> Manifest:
     """The manifest of `point`, as `qprobe select RUN --budget` gives it."""
-    proof = Proof(held_out_quality(folder, scan, point.skiplist))
-    run, command = ScoredRun(scan, table), command_at(folder, point)
-    return manifest_of(run, point.skiplist, point.budget, command, proof)
+    proof = Proof(held_out_quality(run, scan, point.skiplist))
+    scored, command = ScoredRun(scan, table), command_at(run, point)
+    return manifest_of(scored, point.skiplist, point.budget, command, proof)
 
 
-def command_at(folder: Path, point: Point) -> str:
+def command_at(run: RunFolder, point: Point) -> str:
     """What makes the manifest of `point`."""
-    return shlex.join(["qprobe", "select", folder.resolve().name, "--budget", point.budget.requested])
+    return shlex.join(["qprobe", "select", run.path.resolve().name, "--budget", point.budget.requested])
 
 
 def quality_at(point: Point, other: Quality) -> Quality:

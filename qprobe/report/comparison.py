@@ -6,31 +6,31 @@ was compared, by which a reader sees whether it still is the run's.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from qprobe.errors import RunError
+from qprobe.runs.folder import RunFolder
 from qprobe.system.decoding import strict_json
 
 FILE = "compare.json"
 _NUMBERS = ("kl", "kl_se", "top1_agreement", "answer_agreement", "facts")
 
 
-def read_comparison(folder: Path) -> dict[str, Any] | None:
-    """What `compare` left in the run `folder`, None if nothing; raises RunError if the file is damaged."""
-    path = Path(folder) / FILE
+def read_comparison(run: RunFolder) -> dict[str, Any] | None:
+    """What `compare` left in `run`, None if nothing; raises RunError if the file is damaged."""
+    data = run.files.read(FILE)
+    if data is None:
+        return None
     try:
-        found = strict_json(path.read_bytes())
+        found = strict_json(data)
         for row in found["rows"]:
             _check_row(row)
         for sample in found["samples"]:
             _check_texts([sample["id"], sample["prompt"], *sample["answers"], *sample["answers"].values()])
         _check_texts(found["skip_modules"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(
-            f"{path} is damaged ({str(error)[:100]}). Delete it, or run `qprobe compare` again."
+            f"{run.path / FILE} is damaged ({str(error)[:100]}). Delete it, or run `qprobe compare` again."
         ) from None
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,26 +22,26 @@ from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
 from qprobe.report.panels import panel_columns, spike_indices, taken
 from qprobe.report.worst import Worst, worst_tokens
-from qprobe.runs.ranks import read_ranks
-from qprobe.runs.shown import ShownSample, read_shown
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.shown import ShownSample
 from qprobe.runs.table import attribution_residual
 
 
-def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:
+def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:
     """The JSON value that the page is made of; None stands for what was not measured.
 
     manifest: the run's skiplist.json, if it has one.
     """
-    shown = read_shown(folder)
-    worst = worst_tokens(folder, shown)
-    frontier = points(folder, scan, table)
-    comparison = read_comparison(folder)
+    shown = run.samples
+    worst = worst_tokens(run, shown)
+    frontier = points(run, scan, table)
+    comparison = read_comparison(run)
     used = {w.sample for w in worst.values()}
     return plain(
         {
             "qprobe": __version__,
             "names": {"nothing": NOTHING, "nearest": NEAREST},
-            "run": folder.resolve().name,
+            "run": run.path.resolve().name,
             "model": asdict(scan.model),
             "format": asdict(scan.format),
             "precisions": {"four_bit": scan.format.four_bit_name, "sixteen_bit": SIXTEEN_BIT.name},
@@ -56,16 +55,16 @@ def page_data(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest 
                 if x.is_shown and table[x.name].notna().any()
             ],
             "panels": _panels(table),
-            "layers": _layers(folder, scan, table, worst, frontier),
+            "layers": _layers(run, scan, table, worst, frontier),
             "samples": {name: _sample(sample) for name, sample in shown.items() if name in used},
             "points": [_point(point) for point in frontier],
-            "chosen": None if manifest is None else _chosen(folder, scan, table, manifest),
-            "base": _base(folder, scan, table, frontier),
+            "chosen": None if manifest is None else _chosen(run, scan, table, manifest),
+            "base": _base(run, scan, table, frontier),
             "comparison": comparison,
             "comparison_is_current": bool(
                 comparison and manifest and comparison["skip_modules"] == list(manifest.skip_modules)
             ),
-            "method": _method(folder, scan, table, manifest),
+            "method": _method(run, scan, table, manifest),
         }
     )
 
@@ -97,14 +96,13 @@ def _panels(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _layers(
-    folder: Path, scan: Scan, table: pd.DataFrame, worst: Mapping[str, Worst], frontier: Sequence[Point]
+    run: RunFolder, scan: Scan, table: pd.DataFrame, worst: Mapping[str, Worst], frontier: Sequence[Point]
 ) -> list[dict[str, Any]]:
     by = frontier[0].skiplist.by if frontier else None
     four_bit = scan.format.precision.stored.title
     not_kept, kept = reasons(scan, table, by) if by else ([four_bit] * len(table), [""] * len(table))
     short = short_names(table["layer"])
-    ranks = read_ranks(folder)
-    known = {} if ranks is None else ranks.set_index("layer").to_dict("index")
+    known = {} if run.ranks is None else run.ranks.set_index("layer").to_dict("index")
     values = [name for x in columns() if x.is_shown for name in (x.name, x.error_name) if name]
     return [
         {
@@ -147,40 +145,45 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def _chosen(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest) -> dict[str, Any]:
+def _chosen(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest) -> dict[str, Any]:
     """The run's own manifest, and what it is predicted to leave."""
     kept = frozenset(manifest.skip_modules)
-    predicted = Prediction(folder, scan, table).left_by(kept)
+    predicted = Prediction(run, scan, table).left_by(kept)
     return {"manifest": manifest_to_json(manifest), "predicted": _kl(predicted)}
 
 
-def _base(folder: Path, scan: Scan, table: pd.DataFrame, frontier: Sequence[Point]) -> dict[str, Any] | None:
+def _base(
+    run: RunFolder, scan: Scan, table: pd.DataFrame, frontier: Sequence[Point]
+) -> dict[str, Any] | None:
     """What the manifests of all points share, and what each has alone that its list does not tell."""
     if not frontier:
         return None
-    manifest = manifest_at(folder, scan, table, frontier[0])
+    manifest = manifest_at(run, scan, table, frontier[0])
     whole = manifest_to_json(manifest)
     own = {"budget", "quality", "compared", "layers", "skip_modules", "made_by"}
     return {
         "shared": {key: value for key, value in whole.items() if key not in own},
         "qualities": [asdict(quality_at(point, manifest.quality)) for point in frontier],
-        "commands": [command_at(folder, point) for point in frontier],
+        "commands": [command_at(run, point) for point in frontier],
     }
 
 
-def _method(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:
+def _method(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:
     """How it was measured: what decides the numbers, and what a reader must know of them."""
-    spec = scan.spec
-    counted = {key: sum(map(len, spec.get(key, []))) for key in ("calibration", "held_out")}
-    residual = attribution_residual(folder)
+    spec = run.key.spec
+    counted = {
+        name: sum(map(len, batches))
+        for name, batches in (("calibration", spec.calibration), ("held_out", spec.held_out))
+    }
+    residual = attribution_residual(run)
     return {
-        "command": _command(folder, scan, manifest),
+        "command": _command(run, scan, manifest),
         "made": None if manifest is None else manifest.made_by.time,
-        "versions": spec.get("versions", {}),
-        "device": spec.get("device"),
-        "seed": spec.get("seed"),
+        "versions": spec.versions or {},
+        "device": spec.device,
+        "seed": spec.seed,
         "samples": counted,
-        "nodes": spec.get("measures", {}).get("nodes"),
+        "nodes": spec.measures.nodes if spec.measures else None,
         "attribution_residual": residual,
         "seconds": scan.seconds,
         "peak_bytes": scan.peak_bytes,
@@ -191,20 +194,20 @@ def _method(folder: Path, scan: Scan, table: pd.DataFrame, manifest: Manifest | 
     }
 
 
-def _command(folder: Path, scan: Scan, manifest: Manifest | None) -> str:
+def _command(run: RunFolder, scan: Scan, manifest: Manifest | None) -> str:
     """What made the run, and its skip-list if that was chosen again later."""
     made = "" if manifest is None else manifest.made_by.command
     if made.startswith("qprobe scan "):
         return made
-    first = _first_command(folder) or f"qprobe scan --model {scan.model.id}"
+    first = _first_command(run) or f"qprobe scan --model {scan.model.id}"
     return f"{first} && {made}" if made else first
 
 
-def _first_command(folder: Path) -> str | None:
+def _first_command(run: RunFolder) -> str | None:
     """What made the scan, by the list of its own that `select` has set aside."""
     for name in ("skiplist-measured.json", "skiplist-before.json"):
         try:
-            made = read_manifest(folder / name).made_by.command
+            made = read_manifest(run.path / name).made_by.command
         except ManifestError:
             continue
         if made.startswith("qprobe scan "):

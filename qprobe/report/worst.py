@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from qprobe.models.grid import Grid
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.shown import ShownSample
-from qprobe.runs.store import read_scan, read_units
 from qprobe.runs.table import peaks
 
 _CONTEXT = 6  # tokens shown on either side
@@ -34,14 +33,14 @@ class Worst:
     box: tuple[float, float, float, float] | None = None
 
 
-def worst_tokens(folder: Path, samples: Mapping[str, ShownSample]) -> dict[str, Worst]:
+def worst_tokens(run: RunFolder, samples: Mapping[str, ShownSample]) -> dict[str, Worst]:
     """The worst token of each layer that has one, by layer name.
 
-    samples: of `qprobe.runs.shown.read_shown`; of one that is missing only the index of the token is said.
+    samples: of `RunFolder.samples`; of one that is missing only the index of the token is said.
     """
-    reads = {x.name: x.reads for x in read_scan(folder).inventory.layers}
-    found = peaks(folder).dropna(subset=["sample"])
-    outputs = read_units(folder, "outputs")[["sample", "layer", "tokens"]]
+    reads = {x.name: x.reads for x in run.key.inventory.layers}
+    found = peaks(run).dropna(subset=["sample"])
+    outputs = run.units("outputs")[["sample", "layer", "tokens"]]
     joined = found.merge(outputs, on=["layer", "sample"], suffixes=("", "_seen"))
     return {
         str(row["layer"]): _worst(row, samples.get(row["sample"]), reads[row["layer"]])

@@ -22,8 +22,8 @@ from qprobe.report.frontier import frontier_plot
 from qprobe.report.page import page_html
 from qprobe.report.panels import panel_columns, taken
 from qprobe.report.payload import page_data
-from qprobe.runs.store import read_scan
-from qprobe.runs.table import layer_table, read_table
+from qprobe.runs.folder import RunFolder, run_folder
+from qprobe.runs.key import Key
 from qprobe.selection.scores import predicted_kl
 from qprobe.system.files import write_atomic
 
@@ -32,24 +32,27 @@ FRONTIER = "frontier.csv"
 PAGE_FILE = "index.html"
 
 
-def write_report(folder: Path, out: Path | None = None, against: Path | None = None) -> list[Path]:
-    """The files of the report on the run `folder`, written to `out` (default: folder/report).
+def write_report(
+    run: Path | str | RunFolder, out: Path | None = None, against: Path | str | RunFolder | None = None
+) -> list[Path]:
+    """The files of the report on the run folder `run`, written to `out` (default: RUN/report).
 
     index.html, spikes.png and spikes.svg, the same at the width of a column (spikes-column.png and .svg), and
     frontier.png where the run has a frontier.csv. against: another run of the same model, drawn beside this
     one in against.png and against.svg.
     Raises RunError if a run is missing or holds no finished measurement, or the two share no layer.
     """
-    scan, table = _measured(folder)
-    theirs = None if against is None else _measured(against)
-    target = out if out is not None else folder / "report"
+    mine, other = run_folder(run), None if against is None else run_folder(against)
+    scan, table = _measured(mine)
+    theirs = None if other is None else _measured(other)
+    target = out if out is not None else mine.path / "report"
     try:
         target.mkdir(
             parents=True, exist_ok=True
         )  # before the work: a place that cannot be written costs none
-        files = {PAGE_FILE: page_of(folder), **_pictures(folder, scan, table)}
-        if against is not None and theirs is not None:
-            files |= _both("against", _against(folder, against, (scan, table), theirs), PAGE)
+        files = {PAGE_FILE: page_of(mine), **_pictures(mine, scan, table)}
+        if other is not None and theirs is not None:
+            files |= _both("against", _against(mine, other, (scan, table), theirs), PAGE)
         for name, data in files.items():
             write_atomic(target / name, data)
     except OSError as error:
@@ -59,15 +62,15 @@ def write_report(folder: Path, out: Path | None = None, against: Path | None = N
     return [target / name for name in files]
 
 
-def _pictures(folder: Path, scan: Scan, table: pd.DataFrame) -> dict[str, bytes]:
+def _pictures(run: RunFolder, scan: Scan, table: pd.DataFrame) -> dict[str, bytes]:
     """The pictures of one run by file name."""
-    kept, model = kept_layers(folder, scan), f"{scan.model.id} in {scan.format.name}"
-    manifest = _manifest(folder)
+    kept, model = kept_layers(run, scan), f"{scan.model.id} in {scan.format.name}"
+    manifest = _manifest(run)
     files = _both("spikes", spike_plot(table, kept, f"{model}: what 4-bit costs each layer"), PAGE)
     files |= _both("spikes-column", spike_plot(table, kept, model, COLUMN), COLUMN)
-    if (folder / FRONTIER).is_file():
+    if run.files.has(FRONTIER):
         compared = manifest.compared if manifest else ()
-        frontier = _frontier(folder, scan, table, compared)
+        frontier = _frontier(run, scan, table, compared)
         figure = frontier_plot(frontier, f"{model}: KL by size", compared)
         files["frontier.png"] = _image(figure, "png", PAGE)
     return files
@@ -77,51 +80,50 @@ def _both(name: str, figure: Figure, layout: Layout) -> dict[str, bytes]:
     return {f"{name}.{kind}": _image(figure, kind, layout) for kind in ("png", "svg")}
 
 
-def page_of(folder: Path) -> bytes:
-    """The page of the run `folder` alone; raises RunError as `write_report` does."""
-    scan, table = _measured(folder)
+def page_of(run: RunFolder) -> bytes:
+    """The page of `run` alone; raises RunError as `write_report` does."""
+    scan, table = _measured(run)
     title = f"{scan.model.id}: which layers 4-bit hurts"
-    return page_html(page_data(folder, scan, table, _manifest(folder)), title).encode()
+    return page_html(page_data(run, scan, table, _manifest(run)), title).encode()
 
 
-def _manifest(folder: Path) -> Manifest | None:
-    return read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+def _manifest(run: RunFolder) -> Manifest | None:
+    return read_manifest(run.path / MANIFEST) if run.files.has(MANIFEST) else None
 
 
-def missing_measures(folder: Path) -> list[str]:
-    """What the report on the run `folder` leaves out since it was not measured, in words."""
-    _, table = _measured(folder)
+def missing_measures(run: RunFolder) -> list[str]:
+    """What the report on `run` leaves out since it was not measured, in words."""
+    _, table = _measured(run)
     present = taken([table])
-    frontier = [] if (folder / FRONTIER).is_file() else ["KL on held-out samples (frontier)"]
+    frontier = [] if run.files.has(FRONTIER) else ["KL on held-out samples (frontier)"]
     return [*(p.label for p in panel_columns() if p not in present), *frontier]
 
 
-def kept_layers(folder: Path, scan: Scan) -> Kept:
+def kept_layers(run: RunFolder, scan: Scan) -> Kept:
     """Layers in 16-bit by the run's manifest; without one, only those that standard 4-bit keeps."""
-    manifest = _manifest(folder)
+    manifest = _manifest(run)
     always = frozenset(layer.name for layer in scan.inventory.layers if layer.fixed)
     in_16bit = frozenset() if manifest is None else frozenset(manifest.skip_modules)
     return Kept(in_16bit - always, always)
 
 
-def _measured(folder: Path) -> tuple[Scan, pd.DataFrame]:
-    """The scan in `folder` and its layer table, from the units where layers.csv is not written yet."""
-    scan = read_scan(folder)
-    table = read_table(folder) if (folder / "layers.csv").is_file() else layer_table(folder)
+def _measured(run: RunFolder) -> tuple[Scan, pd.DataFrame]:
+    """What is known of the scan and its layer table, from the units where layers.csv is not written yet."""
+    scan, table = run.scan, run.table_so_far
     if table.empty:
         raise RunError(
-            f"Run {folder} has no layer table yet, so there is nothing to draw. Run `qprobe scan` again."
+            f"Run {run.path} has no layer table yet, so there is nothing to draw. Run `qprobe scan` again."
         )
     return scan, table
 
 
-def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[Compared]) -> pd.DataFrame:
+def _frontier(run: RunFolder, scan: Scan, table: pd.DataFrame, compared: Sequence[Compared]) -> pd.DataFrame:
     """The rows of frontier.csv, and before them the list that keeps nothing, where it was measured."""
     columns = ["budget_bytes", "predicted_kl", "measured_kl", "measured_kl_se", "candidate"]
     try:
-        frontier = pd.read_csv(folder / FRONTIER, usecols=columns)
-    except (ValueError, OSError) as error:
-        raise RunError(f"{folder / FRONTIER} is damaged ({error}). Run the scan again.") from None
+        frontier = pd.read_csv(BytesIO(run.files.read(FRONTIER) or b""), usecols=columns)
+    except ValueError as error:
+        raise RunError(f"{run.path / FRONTIER} is damaged ({error}). Run the scan again.") from None
     nothing = next((x for x in compared if x.name == NOTHING and x.kl is not None), None)
     if nothing is None:
         return frontier
@@ -136,15 +138,15 @@ def _frontier(folder: Path, scan: Scan, table: pd.DataFrame, compared: Sequence[
 
 
 def _against(
-    folder: Path, other: Path, mine: tuple[Scan, pd.DataFrame], theirs: tuple[Scan, pd.DataFrame]
+    run: RunFolder, other: RunFolder, mine: tuple[Scan, pd.DataFrame], theirs: tuple[Scan, pd.DataFrame]
 ) -> Figure:
-    if not _is_same_model(mine[0], theirs[0]):
+    if not _is_same_model(run.key, other.key):
         one, two = (f"{scan.model.id} ({scan.model.architecture})" for scan in (mine[0], theirs[0]))
         raise RunError(
-            f"{folder} is a run of {one} and {other} one of {two}: their layers cannot be put side "
+            f"{run.path} is a run of {one} and {other.path} one of {two}: their layers cannot be put side "
             "by side. Pass two runs of one model to --against."
         )
-    names = [path.resolve().name for path in (folder, other)]  # a path would tell where its user keeps it
+    names = [x.path.resolve().name for x in (run, other)]  # a path would tell where its user keeps it
     one, two = (
         Side(f"{name}: {scan.model.id}, {scan.format.name}", table)
         for name, (scan, table) in zip(names, (mine, theirs), strict=True)
@@ -152,10 +154,9 @@ def _against(
     return against_plot(one, two, f"{names[0]} against {names[1]}")
 
 
-def _is_same_model(one: Scan, other: Scan) -> bool:
+def _is_same_model(one: Key, other: Key) -> bool:
     """True for equal names, or equal weights under another name, of one architecture."""
-    weights = one.spec.get("weights")
-    is_same = one.model.id == other.model.id or (weights is not None and weights == other.spec.get("weights"))
+    is_same = one.model.id == other.model.id or one.spec.weights == other.spec.weights
     return is_same and one.model.architecture == other.model.architecture
 
 

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import nan
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from qprobe.errors import RunError
-from qprobe.records import Inventory
+
+if TYPE_CHECKING:
+    from qprobe.runs.folder import RunFolder
 
 Rows = Mapping[str, np.ndarray]
 """The rows of one layer: a stage's columns, numbers as `numbers` gives them and texts as objects."""
 
 
-def rows_by_layer(folder: Path, stage: str, frame: pd.DataFrame, inventory: Inventory) -> dict[str, Rows]:
-    """`frame`, the units of `stage` in `folder`, by layer name; rows keep their order.
+def rows_by_layer(run: RunFolder, stage: str) -> dict[str, Rows]:
+    """The units of `stage` by layer name; rows keep their order.
 
     Columns are turned into arrays once and not for each of hundreds of layers, which takes pandas seconds.
-    Raises RunError if a layer is none of `inventory`.
+    Raises RunError if a layer is none of the run's inventory.
     """
-    unknown = sorted(set(frame["layer"]) - {x.name for x in inventory.layers})
+    frame = run.units(stage)
+    unknown = sorted(set(frame["layer"]) - {x.name for x in run.key.inventory.layers})
     if unknown:
         raise RunError(
-            f"{folder} holds {stage} units of {unknown[0]}, which scan.json does not list: they belong to "
+            f"{run.path} holds {stage} units of {unknown[0]}, which scan.json does not list: they belong to "
             "another scan. Scan again with another --out."
         )
     columns = {str(name): _array(frame, str(name)) for name in frame.columns}

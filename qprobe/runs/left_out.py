@@ -2,56 +2,54 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from qprobe.errors import RunError, SampleError
-from qprobe.runs.store import read_scan, read_units
+from qprobe.errors import SampleError
+from qprobe.runs.derived import csv_bytes
 from qprobe.runs.table import STANDARD, finite_answers, left_out
-from qprobe.system.files import write_atomic
 from qprobe.system.wording import counted, named
+
+if TYPE_CHECKING:
+    from qprobe.runs.folder import RunFolder
 
 FILE = "left_out.csv"
 
 
-def write_left_out(folder: Path, frame: pd.DataFrame) -> None:
-    """Write `frame`, what `left_out` gave, to FOLDER/left_out.csv; no file where nothing is left out."""
-    path = Path(folder) / FILE
-    try:
-        if len(frame):
-            write_atomic(path, frame.to_csv(index=False, lineterminator="\n").encode())
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}). Make room first.") from error
+def write_left_out(run: RunFolder, frame: pd.DataFrame) -> None:
+    """Write `frame`, what `left_out` gave, to RUN/left_out.csv; no file where nothing is left out."""
+    if len(frame):
+        run.files.write({FILE: (csv_bytes(frame), len(frame))})
+    else:
+        run.files.remove(FILE)
 
 
-def left_out_notes(folder: Path, frame: pd.DataFrame) -> tuple[str, ...]:
+def left_out_notes(run: RunFolder, frame: pd.DataFrame) -> tuple[str, ...]:
     """A sentence each on weights, outputs and samples that are left out; none where all is finite.
 
-    frame: what `left_out` gave of the run in `folder`.
+    frame: what `left_out` gave of `run`.
     """
-    return (*_weight_notes(folder, frame), *_output_notes(frame), *_answer_notes(folder))
+    return (*_weight_notes(run, frame), *_output_notes(frame), *_answer_notes(run))
 
 
-def check_answers(folder: Path) -> None:
+def check_answers(run: RunFolder) -> None:
     """Raises SampleError where KL was measured and is finite on no sample."""
-    rows = _standard(folder)
+    rows = _standard(run)
     if rows.empty or len(finite_answers(rows)):
         return
     raise SampleError(
         f"None of the {len(rows)} samples has a finite KL, so nothing can be chosen: "
-        f"{' '.join(left_out_notes(folder, left_out(folder)))} Check the checkpoint, or pass another --dtype."
+        f"{' '.join(left_out_notes(run, left_out(run)))} Check the checkpoint, or pass another --dtype."
     )
 
 
-def _weight_notes(folder: Path, frame: pd.DataFrame) -> tuple[str, ...]:
+def _weight_notes(run: RunFolder, frame: pd.DataFrame) -> tuple[str, ...]:
     hurt = frame.loc[frame["weight"] > 0]
     if hurt.empty:
         return ()
-    sizes = {x.name: x.in_features * x.out_features for x in read_scan(folder).inventory.layers}
+    sizes = {x.name: x.in_features * x.out_features for x in run.key.inventory.layers}
     shown = [
         f"{name} ({count:,} of {sizes[name]:,})"
         for name, count in zip(hurt["layer"].tolist(), hurt["weight"].tolist(), strict=True)
@@ -78,13 +76,13 @@ def _output_notes(frame: pd.DataFrame) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _answer_notes(folder: Path) -> tuple[str, ...]:
-    rows = _standard(folder)
+def _answer_notes(run: RunFolder) -> tuple[str, ...]:
+    rows = _standard(run)
     finite = set(finite_answers(rows)["sample"])
     missing = [name for name in rows["sample"].tolist() if name not in finite]
     if not missing:
         return ()
-    outputs = read_units(folder, "outputs")
+    outputs = run.units("outputs")
     hurt = outputs.loc[outputs["activation_nonfinite"].fillna(0) > 0, "sample"]
     broken = set(hurt)
     notes = []
@@ -100,7 +98,7 @@ def _answer_notes(folder: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _standard(folder: Path) -> pd.DataFrame:
+def _standard(run: RunFolder) -> pd.DataFrame:
     """KL rows of the calibration samples under standard 4-bit."""
-    rows = read_units(folder, "kl")
+    rows = run.units("kl")
     return rows.loc[np.asarray(rows["choice"] == STANDARD, dtype=bool)]

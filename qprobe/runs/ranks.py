@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from qprobe.errors import RunError
-from qprobe.runs.store import read_scan, read_units
+from qprobe.runs.derived import csv_bytes
 from qprobe.runs.table import answer_tokens
-from qprobe.system.files import write_atomic
+
+if TYPE_CHECKING:
+    from qprobe.runs.folder import RunFolder
 
 FILE = "ranks.csv"
 SHARE = 0.9  # of the resamples that an interval holds
@@ -19,15 +23,15 @@ _SEED = 0  # any; fixed, so that equal units give equal intervals
 _DTYPES = {"layer": "str", "rank": "Int64", "rank_low": "Int64", "rank_high": "Int64"}
 
 
-def rank_intervals(folder: Path) -> pd.DataFrame:
+def rank_intervals(run: RunFolder) -> pd.DataFrame:
     """The rank of each linear by sensitivity_kl and its 90 % interval, in execution order.
 
     Columns: layer, rank (from 1, the most sensitive), rank_low, rank_high; empty for a linear that was not
     measured, the interval also where a single sample was. Percentile bootstrap over samples: each resample
-    draws as many samples with replacement and ranks the layers by sum of KL / sum of answer tokens anew.
+    draws as many samples with replacement and ranks the layers by sum of KL / sum of answer tokens again.
     """
-    names = [x.name for x in read_scan(folder).inventory.layers]
-    kl, tokens = _by_sample(read_units(folder, "sensitivity"), names)
+    names = [x.name for x in run.measured_inventory.layers]
+    kl, tokens = _by_sample(run.units("sensitivity"), names)
     rank = _ranks(kl.sum(axis=0, keepdims=True), tokens.sum(axis=0, keepdims=True))[0]
     low, high = _interval(kl, tokens)
     is_measured = tokens.sum(axis=0) > 0
@@ -44,25 +48,18 @@ def rank_intervals(folder: Path) -> pd.DataFrame:
     return frame
 
 
-def write_ranks(folder: Path) -> None:
-    """Write FOLDER/ranks.csv, see `rank_intervals`; nothing where no sensitivity was measured."""
-    frame = rank_intervals(folder)
-    if not frame["rank"].notna().any():
-        return
-    try:
-        write_atomic(folder / FILE, frame.to_csv(index=False, lineterminator="\n").encode())
-    except OSError as error:
-        raise RunError(f"{folder / FILE} cannot be written ({error.strerror}). Make room first.") from error
+def write_ranks(run: RunFolder) -> None:
+    """Write RUN/ranks.csv, see `rank_intervals`; nothing where no sensitivity was measured."""
+    frame = rank_intervals(run)
+    if frame["rank"].notna().any():
+        run.files.write({FILE: (csv_bytes(frame), len(frame))})
 
 
-def read_ranks(folder: Path) -> pd.DataFrame | None:
-    """What `write_ranks` wrote, None if there is no such file. Raises RunError if it is damaged."""
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return None
+def parse_ranks(path: Path, data: bytes) -> pd.DataFrame:
+    """What `write_ranks` wrote, from `data`, the bytes of the file `path`; RunError if it is damaged."""
     try:
-        return pd.read_csv(path, dtype=_DTYPES)[list(_DTYPES)]
-    except (ValueError, KeyError, OSError) as error:
+        return pd.read_csv(BytesIO(data), dtype=_DTYPES)[list(_DTYPES)]
+    except (ValueError, KeyError) as error:
         raise RunError(f"{path} is damaged ({error}). Run the scan again.") from None
 
 

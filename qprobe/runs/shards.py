@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from qprobe.errors import RunError
-from qprobe.runs.needed import units_left
+from qprobe.runs.folder import RunFolder
 from qprobe.system.locks import open_lock, try_lock, try_share
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
@@ -97,14 +97,14 @@ def _lock(held: ExitStack, path: Path, how: Callable[[BinaryIO], bool | None]) -
     return how(held.enter_context(open_lock(path))) is not False
 
 
-def left_to_others(shard: Shard, turn: Turn, folder: Path) -> str:
+def left_to_others(shard: Shard, turn: Turn, run: RunFolder) -> str:
     """The verdict of a process that does not choose."""
     if turn == "chosen":
-        rest = f"the list is chosen already: {folder / SKIPLIST}. To choose again, run the command alone."
+        rest = f"the list is chosen already: {run.path / SKIPLIST}. To choose again, run the command alone."
     elif turn == "another's":
         rest = "another one chooses the list."
     else:
-        left = units_left(folder)
+        left = run.units_left
         rest = (
             f"{counted(left, 'unit')} {'is' if left == 1 else 'are'} left to the others, and the last of "
             "them chooses the list. Where they have folders of their own, join these with `qprobe join`."

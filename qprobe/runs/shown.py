@@ -12,12 +12,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qprobe.errors import RunError
 from qprobe.models.grid import Grid
 from qprobe.system.decoding import strict_json
-from qprobe.system.files import write_atomic
+
+if TYPE_CHECKING:
+    from qprobe.runs.folder import RunFolder
 
 FILE = "samples.json"
 
@@ -38,26 +40,17 @@ class ShownSample:
     grid: Grid | None
 
 
-def write_shown(folder: Path, samples: Sequence[ShownSample]) -> None:
+def write_shown(run: RunFolder, samples: Sequence[ShownSample]) -> None:
     """Write RUN/samples.json whole or not at all; raises RunError if the disk refuses."""
     text = json.dumps([asdict(s) for s in samples], ensure_ascii=False) + "\n"
+    run.files.write({FILE: (text.encode("utf-8", "replace"), len(samples))})
+
+
+def parse_shown(path: Path, data: bytes) -> dict[str, ShownSample]:
+    """The samples by id in `data`, the bytes of the samples.json at `path`; RunError if it is damaged."""
     try:
-        write_atomic(Path(folder) / FILE, text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise RunError(f"{Path(folder) / FILE} cannot be written ({error.strerror}). Make room.") from error
-
-
-def read_shown(folder: Path) -> dict[str, ShownSample]:
-    """The samples of RUN/samples.json by id; empty if there is no such file (runs of older versions).
-
-    Raises RunError if it is damaged.
-    """
-    path = Path(folder) / FILE
-    try:
-        return {s.id: s for s in map(_sample, strict_json(path.read_bytes()))}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {s.id: s for s in map(_sample, strict_json(data))}
+    except (ValueError, TypeError, KeyError) as error:
         raise RunError(
             f"{path} is damaged ({str(error)[:100]}). Delete it; the report does without, and the same scan "
             "writes it again."

@@ -11,18 +11,22 @@ import csv
 from io import StringIO
 from math import fsum, nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from qprobe.errors import QprobeError, RunError
-from qprobe.records import Linear
+from qprobe.records import Inventory, Linear
 from qprobe.registry import measures
 from qprobe.runs.aggregates import LayerRows, aggregated
+from qprobe.runs.derived import csv_bytes
 from qprobe.runs.layer_rows import Rows, numbers, rows_by_layer
-from qprobe.runs.store import STAGE_CALIBRATION, read_scan, read_units
-from qprobe.system.files import write_atomic
+
+if TYPE_CHECKING:
+    from qprobe.runs.folder import RunFolder
+
+FILE = "layers.csv"
 
 ROUNDING = "rounding"
 """Of calibrated weights: "calibrated", "nearest: " and why, or "" if fixed; empty in other runs."""
@@ -53,8 +57,8 @@ def dtypes() -> dict[str, str]:
     return {**_FIRST, **dict.fromkeys(names, "float64"), **_LAST}
 
 
-def layer_table(folder: Path) -> pd.DataFrame:
-    """The layer table of the run in `folder`, columns as `dtypes`, in execution order.
+def derived_table(run: RunFolder) -> pd.DataFrame:
+    """The layer table of `run`, from its units, columns as `dtypes`, in execution order.
 
     nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
     isolated_kl (the KL with this layer alone in 4-bit, to second order) are in nats per answer token with the
@@ -63,15 +67,12 @@ def layer_table(folder: Path) -> pd.DataFrame:
     others.
     Raises RunError if the folder is no run or a file of it is damaged.
     """
-    scan = read_scan(folder)
-    inventory = scan.inventory
-    names = dict.fromkeys([*(x.stage.name for x in measures.DECLARED), STAGE_CALIBRATION])
-    frames = {name: read_units(folder, name) for name in names}
-    found = {name: rows_by_layer(folder, name, frame, inventory) for name, frame in frames.items()}
-    tokens = {name: answer_tokens(frame) for name, frame in frames.items()}
-    calibration = found[STAGE_CALIBRATION] if scan.format.is_calibrated else None
+    names = dict.fromkeys([*(x.stage.name for x in measures.DECLARED), measures.CALIBRATION.name])
+    found = {name: rows_by_layer(run, name) for name in names}
+    tokens = {name: answer_tokens(run.units(name)) for name in names}
+    calibration = found[measures.CALIBRATION.name] if run.key.format.is_calibrated else None
     rows = []
-    for layer in inventory.layers:
+    for layer in run.measured_inventory.layers:
         cells = _static(layer)
         for measure in measures.DECLARED:
             own = found[measure.stage.name].get(layer.name)
@@ -85,56 +86,41 @@ def layer_table(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=pd.Index(list(kinds))).astype(kinds)
 
 
-def peaks(folder: Path) -> pd.DataFrame:
+def peaks(run: RunFolder) -> pd.DataFrame:
     """Where the largest single-token error of each linear was, in execution order.
 
     Columns: layer, activation_peak (as in the layer table), sample, token (its index in the sequence of its
     kind), kind ("vision", "text" or "answer"); empty for a linear that was not measured. Of equal peaks the
     first by sample id, then token, is named.
     """
-    inventory = read_scan(folder).inventory
-    outputs = rows_by_layer(folder, "outputs", read_units(folder, "outputs"), inventory)
-    rows = [{"layer": x.name, **(_peak(outputs.get(x.name)) or {})} for x in inventory.layers]
+    outputs = rows_by_layer(run, "outputs")
+    layers = run.measured_inventory.layers
+    rows = [{"layer": x.name, **(_peak(outputs.get(x.name)) or {})} for x in layers]
     return pd.DataFrame(rows, columns=pd.Index(list(_PEAK_DTYPES))).astype(_PEAK_DTYPES)
 
 
-def write_table(folder: Path) -> Path:
+def write_table(run: RunFolder) -> Path:
     """Write layers.csv, and peaks.csv beside it, from the units; the path of layers.csv.
 
     Numbers are written with the fewest digits that read back as the same number.
     """
-    folder = Path(folder)
-    for name, frame in (("peaks.csv", peaks(folder)), ("layers.csv", layer_table(folder))):
-        try:
-            write_atomic(folder / name, frame.to_csv(index=False, lineterminator="\n").encode())
-        except OSError as error:
-            raise RunError(
-                f"{folder / name} cannot be written ({error.strerror}). Make room first."
-            ) from error
-    return folder / "layers.csv"
+    frames = {"peaks.csv": peaks(run), FILE: derived_table(run)}
+    run.files.write({name: (csv_bytes(frame), len(frame)) for name, frame in frames.items()})
+    return run.path / FILE
 
 
-def read_table(folder: Path) -> pd.DataFrame:
-    """The layer table in `folder`/layers.csv, equal to what `layer_table` gave when it was written.
+def parse_table(path: Path, data: bytes, inventory: Inventory) -> pd.DataFrame:
+    """The layer table in `data`, the bytes of the layers.csv at `path`.
 
-    Raises RunError if the file is missing or damaged, or its layers are not those of scan.json.
+    Raises RunError if it is damaged, or its layers are not those of `inventory`.
     """
-    path = Path(folder) / "layers.csv"
-    layers = [x.name for x in read_scan(folder).inventory.layers]
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise RunError(
-            f"{folder} has no layers.csv: its scan has not finished. Run the scan again."
-        ) from None
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}). Make it readable.") from error
     try:
         table = _parse(data.decode("utf-8"))
     except (ValueError, csv.Error) as error:
         raise RunError(f"{path} is damaged ({error}). Run the scan again.") from None
-    if table["layer"].tolist() != layers:
-        raise RunError(f"{path} does not list the {len(layers)} layers of scan.json. Run the scan again.")
+    if sorted(table["layer"]) != sorted(x.name for x in inventory.layers):
+        count = len(inventory.layers)
+        raise RunError(f"{path} does not list the {count} layers of scan.json. Run the scan again.")
     return table
 
 
@@ -150,8 +136,8 @@ def check_measure(table: pd.DataFrame, by: str) -> None:
     if by in names:
         return
     what = "was not measured in this run" if measures.column(by) else "is no measure"
-    mend = f"Measured are {', '.join(names)}." if names else "Nothing is measured yet: run the scan first."
-    raise QprobeError(f"{by!r} {what}, so layers cannot be ranked by it. {mend}")
+    fix = f"Measured are {', '.join(names)}." if names else "Nothing is measured yet: run the scan first."
+    raise QprobeError(f"{by!r} {what}, so layers cannot be ranked by it. {fix}")
 
 
 def rank_table(table: pd.DataFrame, by: str, top: int | None = None) -> pd.DataFrame:
@@ -171,14 +157,14 @@ def rank_table(table: pd.DataFrame, by: str, top: int | None = None) -> pd.DataF
     return ranked if top is None else ranked.head(top)
 
 
-def attribution_residual(folder: Path) -> float | None:
+def attribution_residual(run: RunFolder) -> float | None:
     """(sum of the sensitivities - KL of standard 4-bit) / that KL, on the samples that have both, as a share.
 
     None where either was not measured or the KL is 0.
     """
-    choices = read_units(folder, "kl")
+    choices = run.units("kl")
     kl = finite_answers(choices.loc[choices["choice"].to_numpy() == STANDARD])
-    parts = read_units(folder, "sensitivity")
+    parts = run.units("sensitivity")
     by_sample = {str(name): numbers(rows, "kl_sum") for name, rows in parts.groupby("sample")}
     both = [
         (fsum(by_sample[sample]), float(kl_sum))
@@ -202,18 +188,17 @@ def answer_tokens(rows: pd.DataFrame) -> dict[str, int]:
     return {str(sample): int(count) for sample, count in found.items() if count > 0}
 
 
-def left_out(folder: Path) -> pd.DataFrame:
+def left_out(run: RunFolder) -> pd.DataFrame:
     """How many non-finite values the sums of each layer leave out; only layers with any.
 
     Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples; its own
     damage counts as well), and samples: the ids on which one of them was not finite, "; " between them.
     """
-    inventory = read_scan(folder).inventory
+    layers = run.measured_inventory.layers
     weights, outputs, sensitivity, isolated = (
-        rows_by_layer(folder, stage, read_units(folder, stage), inventory)
-        for stage in ("weights", "outputs", "sensitivity", "isolated")
+        rows_by_layer(run, stage) for stage in ("weights", "outputs", "sensitivity", "isolated")
     )
-    damage = {x.name: _both(sensitivity.get(x.name), isolated.get(x.name)) for x in inventory.layers}
+    damage = {x.name: _both(sensitivity.get(x.name), isolated.get(x.name)) for x in layers}
     rows = [
         {
             "layer": x.name,
@@ -223,7 +208,7 @@ def left_out(folder: Path) -> pd.DataFrame:
             "sensitivity": _not_finite(damage[x.name]),
             "samples": "; ".join(_hurt_samples(outputs.get(x.name), damage[x.name])),
         }
-        for x in inventory.layers
+        for x in layers
     ]
     counts = ["weight", "activation", "propagated", "sensitivity"]
     frame = pd.DataFrame(rows, columns=pd.Index(["layer", *counts, "samples"]))

@@ -18,7 +18,7 @@ from qprobe.inputs.answers import answer_group
 from qprobe.measure.digests import reading_digest
 from qprobe.measure.subject import Subject
 from qprobe.records import Sample
-from qprobe.runs.store import ANSWERS
+from qprobe.runs.folder import ANSWERS
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import Batching
 from qprobe.system.decoding import decode, strict_json
@@ -53,7 +53,7 @@ def with_answers(
         return samples
     made_by = _made_by(subject, silent, batching.max_new_tokens)
     groups = subject.groups(silent, batching.size)
-    paths = [process.folder / ANSWERS / f"{_key(made_by, group)}.json" for group in groups]
+    paths = [process.run.path / ANSWERS / f"{_key(made_by, group)}.json" for group in groups]
     for count, i in enumerate(process.shard.rotated(range(len(groups))), start=1):
         if _read(paths[i], groups[i]) is None:
             with subject.running("answers", len(groups[i])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -14,8 +14,9 @@ from qprobe.loading.inventory import has_language_head
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.measure.ablation import Ablated, check_ablated
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered
-from qprobe.runs.store import differences, read_scan
+from qprobe.scanning.process import Process
 from qprobe.scanning.request import ScanRequest
 from qprobe.selection.bound import SCORE, Bound
 from qprobe.selection.request import ListRequest
@@ -23,21 +24,21 @@ from qprobe.selection.scores import ISOLATED_KL
 from qprobe.system.processes import Shard
 
 
-def check_model(asked: ScanRequest, shard: Shard) -> Skeleton:
+def check_model(asked: ScanRequest, process: Process) -> Skeleton:
     """The skeleton of the model, after what depends on it was checked.
 
     Raises QprobeError for a model that cannot be had, for samples, limits or layers that it does not have,
     and for a folder that cannot be its run folder.
     """
-    source, folder, fmt = asked.source, asked.folder, asked.format
+    source, run, fmt = asked.source, process.run, asked.format
     check_wanted(source.id, asked.samples)
     skeleton = skeleton_of(source, fmt.compute_dtype)
     if skeleton.is_buildable:  # else loading says better what is wrong, and the same is checked then
         check_inventory(skeleton.inventory(fmt), skeleton.model, asked.skiplist, asked.ablate)
-    _check_folder(folder, shard)
-    if skeleton.is_buildable and (folder / "scan.json").is_file():
+    _check_folder(run.path, process.shard)
+    if skeleton.is_buildable and run.is_there:
         identity = ModelIdentity(source.id, None, skeleton.architecture, skeleton.fingerprint)
-        _check_same(folder, identity, fmt)
+        _check_same(run, identity, fmt)
     return skeleton
 
 
@@ -79,11 +80,7 @@ def _check_folder(folder: Path, shard: Shard) -> None:
         raise RunError(f"{folder} cannot be written: {there} {why}. Pass another --out.")
 
 
-def _check_same(folder: Path, model: ModelIdentity, fmt: FormatSpec) -> None:
-    """Raises RunError if `folder` holds a scan of another model or format."""
-    record = read_scan(folder)
-    identity = replace(model, revision=record.model.revision)  # the hub's is known once the model is loaded
-    spec = {**record.spec, "model": asdict(identity), "format": asdict(fmt)}
-    found = differences(record, replace(record, model=identity, format=fmt, spec=spec))
-    if found:
-        raise RunError(f"{folder} holds another scan, which differs in {found}. Pass another --out.")
+def _check_same(run: RunFolder, model: ModelIdentity, fmt: FormatSpec) -> None:
+    """Raises RunError if `run` holds a scan of another model or format."""
+    identity = replace(model, revision=run.key.model.revision)  # the hub's is known once the model is loaded
+    run.check_same(replace(run.key, model=identity, format=fmt))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pandas as pd
 
@@ -15,8 +14,9 @@ from qprobe.measure.held_out import measure_choices, measure_nearest
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
+from qprobe.runs.derived import csv_bytes
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import SKIPLIST
-from qprobe.runs.store import write_file
 from qprobe.selection.bound import Bound
 from qprobe.selection.candidates import candidates, frontier, nothing_kept
 from qprobe.selection.decide import Candidate, on_common_samples
@@ -40,10 +40,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The samples that decide between candidates, in batches, maybe none; folder: the run's."""
+    """The samples that decide between candidates, in batches, maybe none."""
 
     subject: Subject
-    folder: Path
+    run: RunFolder
     groups: list[tuple[Sample, ...]]
     progress: Progress
 
@@ -55,7 +55,7 @@ class HeldOut:
     def measure(self, skiplists: Mapping[str, SkipList]) -> dict[str, Candidate]:
         """Each skip-list as a candidate of the same name; what is known is not run again."""
         kept = {name: frozenset(skiplist.kept) for name, skiplist in skiplists.items()}
-        frames = measure_choices(self.subject, self.folder, self.groups, kept, self.progress)
+        frames = measure_choices(self.subject, self.run, self.groups, kept, self.progress)
         return {n: Candidate(n, kept[n], x.total_bytes, frames[n]) for n, x in skiplists.items()}
 
     def nearest(self, run: ScoredRun) -> list[Candidate]:
@@ -63,7 +63,7 @@ class HeldOut:
         if not run.scan.format.is_calibrated:
             return []
         fmt = format_from(run.scan.format)
-        frame = measure_nearest(self.subject, self.folder, self.groups, fmt, self.progress)
+        frame = measure_nearest(self.subject, self.run, self.groups, fmt, self.progress)
         return [Candidate(NEAREST, frozenset(), run.standard_bytes, frame)]
 
 
@@ -74,10 +74,11 @@ def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
     Also writes RUN/frontier.csv where KL was measured. command: what made it, for the manifest.
     Raises BudgetError for what no list fits.
     """
-    run = scored_run(held_out.folder, request)
+    run = scored_run(held_out.run, request)
     outcome = _measured(run, held_out, request) if held_out.has_kl else by_score(run, request)
     manifest = manifest_of(run, outcome.skiplist, outcome.budget, command, outcome.proof)
-    write_manifest(held_out.folder / SKIPLIST, manifest)
+    write_manifest(held_out.run.path / SKIPLIST, manifest)
+    held_out.run.files.record(SKIPLIST, len(manifest.layers))
     return Selection(manifest, outcome.verdict, outcome.notes)
 
 
@@ -89,7 +90,7 @@ def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest) -> Outcom
     skiplists = {NOTHING: nothing_kept(run, request.by), **proposed}
     lines = frontier(run, request.by)
     found = held_out.measure({**skiplists, **lines})  # in one go, so that the 16-bit model runs once a batch
-    write_frontier(held_out.folder, run.table, on_common_samples([found[name] for name in lines]))
+    write_frontier(held_out.run, run.table, on_common_samples([found[name] for name in lines]))
     compared = on_common_samples([*(found[name] for name in skiplists), *held_out.nearest(run)])
     if compared[0].measured.empty:
         outcome = replace(by_score(run, request), candidates=tuple(compared))
@@ -115,8 +116,8 @@ def _left_out(held_out: HeldOut, compared: Sequence[Candidate]) -> tuple[str, ..
     )
 
 
-def write_frontier(folder: Path, table: pd.DataFrame, points: Sequence[Candidate]) -> None:
-    """FOLDER/frontier.csv: predicted and measured KL of the best score's lists at several budgets."""
+def write_frontier(run: RunFolder, table: pd.DataFrame, points: Sequence[Candidate]) -> None:
+    """RUN/frontier.csv: predicted and measured KL of the best score's lists at several budgets."""
     rows = [
         {
             "budget_bytes": point.total_bytes,
@@ -127,4 +128,4 @@ def write_frontier(folder: Path, table: pd.DataFrame, points: Sequence[Candidate
         }
         for point in points
     ]
-    write_file(folder / "frontier.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+    run.files.write({"frontier.csv": (csv_bytes(pd.DataFrame(rows)), len(rows))})

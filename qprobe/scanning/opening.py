@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qprobe.calibration import calibrate as calibration
 from qprobe.inputs.batch import Batch
@@ -16,10 +14,10 @@ from qprobe.measure.digests import inputs_digest, reading_digest
 from qprobe.measure.nonfinite import first_finite
 from qprobe.measure.runner import applicable_measures
 from qprobe.measure.subject import Subject, limited_subject, subject_of
-from qprobe.records import FormatSpec, Sample, Scan
+from qprobe.records import FormatSpec, Sample
 from qprobe.runs.damaged import set_aside_damaged
-from qprobe.runs.needed import Measures
-from qprobe.runs.store import open_run
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import VERSION, Batches, Key, Measures, SampleKey, Spec
 from qprobe.scanning.check import check_inventory
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import ScanRequest
@@ -51,7 +49,7 @@ def _subject(reference: Reference, fmt: FormatSpec, limit_bytes: int | None, fol
     return limited_subject(reference, fmt, limit_bytes, there)
 
 
-def open_units(subject: Subject, work: Work, asked: ScanRequest) -> Measures:
+def open_units(subject: Subject, work: Work, asked: ScanRequest, run: RunFolder) -> Measures:
     """What can be measured on this model; opens the run folder for it, or resumes what is there."""
     first = subject.encode(work.calibration[0])
     finite = first_finite(subject, work.calibration)
@@ -61,42 +59,41 @@ def open_units(subject: Subject, work: Work, asked: ScanRequest) -> Measures:
         notes = (*notes, "Propagated error is not measured: on no sample is the 16-bit model finite.")
     batch = first if finite is None else subject.encode(finite)
     measures, more = applicable_measures(subject, batch, wanted, asked.measures.nodes)
-    spec = run_spec(subject, asked.format, measures, work.batches, first, asked.samples.seed)
-    if asked.format.is_calibrated:
-        spec["rounding"] = calibration.SETTINGS
-    identity = subject.reference.identity
-    open_run(asked.folder, Scan(identity, asked.format, subject.inventory, spec, notes=(*notes, *more)))
-    set_aside_damaged(asked.folder)
+    run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed))
+    run.notes.add("start", (*notes, *more))
+    set_aside_damaged(run)
     return measures
 
 
-def run_spec(
+def run_key(
     subject: Subject,
     fmt: FormatSpec,
     measures: Measures,
     batches: Mapping[str, Sequence[Sequence[Sample]]],
     first: Batch,
     seed: int,
-) -> dict[str, Any]:
-    """The specification of a run: two runs with equal specifications give the same units.
+) -> Key:
+    """The key of a run: two runs with equal keys give the same units.
 
     batches: of samples, by what is measured on them. first: one of them.
     """
     reference = subject.reference
     samples = [s for groups in batches.values() for group in groups for s in group]
-    return {
-        "model": asdict(reference.identity),
-        "weights": subject.weights_digest,
-        "format": asdict(fmt),
-        "device": reference.device.type,
-        "measures": asdict(measures),
-        "processor": inputs_digest(first),
-        "reading": reading_digest(reference.processor, samples),
-        **{what: [[_named(s) for s in group] for group in groups] for what, groups in batches.items()},
-        "seed": seed,
-        "versions": library_versions(),
-    }
+    spec = Spec(
+        weights=subject.weights_digest,
+        device=reference.device.type,
+        measures=measures,
+        processor=inputs_digest(first),
+        reading=reading_digest(reference.processor, samples),
+        calibration=_named(batches["calibration"]),
+        isolated=_named(batches["isolated"]),
+        held_out=_named(batches["held_out"]),
+        seed=seed,
+        rounding=calibration.SETTINGS if fmt.is_calibrated else None,
+        versions=library_versions(),
+    )
+    return Key(VERSION, reference.identity, fmt, subject.inventory, spec)
 
 
-def _named(sample: Sample) -> dict[str, Any]:
-    return {"id": sample.id, "digest": sample.digest, "ends": sample.ends}
+def _named(groups: Iterable[Iterable[Sample]]) -> Batches:
+    return tuple(tuple(SampleKey(s.id, s.digest, s.ends) for s in group) for group in groups)

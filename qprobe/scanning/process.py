@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from qprobe.options import Progress
+from qprobe.runs.folder import RunFolder
 from qprobe.system.processes import Shard
 
 
@@ -27,9 +27,9 @@ class Clock:
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a scan. folder: of the run; shard: its share of the units."""
+    """One process of a scan. run: where it writes; shard: its share of the units."""
 
-    folder: Path
+    run: RunFolder
     shard: Shard
     progress: Progress
     clock: Clock = field(default_factory=Clock)

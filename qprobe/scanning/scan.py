@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qprobe.loading.log_filters import quiet_models
 from qprobe.options import Dtype, Progress, ScanOptions, no_progress, path_of
-from qprobe.runs.needed import units_left
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing, left_to_others
 from qprobe.scanning.check import check_model
 from qprobe.scanning.finish import finish, unfinished
@@ -99,29 +99,29 @@ def scan(
             max_memory=None if max_memory is None else str(max_memory),
         )
     )
-    process = Process(asked.folder, shard_from(os.environ), progress)
+    process = Process(RunFolder(asked.folder), shard_from(os.environ), progress)
     return scan_weights(asked, process) if asked.measures.is_weight_alone else scan_model(asked, process)
 
 
 def scan_model(asked: ScanRequest, process: Process) -> ScanResult:
     """The result of a scan that loads the model."""
-    folder, shard, clock = process.folder, process.shard, process.clock
+    run, shard, clock = process.run, process.shard, process.clock
     with clock.stage("load"):
-        skeleton = check_model(asked, shard)  # whatever can be refused without weights
+        skeleton = check_model(asked, process)  # whatever can be refused without weights
     subject = open_model(skeleton, asked, process)
-    with subject.streaming(), entered(folder, shard):
+    with subject.streaming(), entered(run.path, shard):
         with clock.stage("answers"):
             work = prepare_samples(subject, asked.samples, asked.batching, process)
         with clock.stage("prepare"):
             with subject.running("start"):
-                measures = open_units(subject, work, asked)
-            show_samples(subject, work.calibration, folder)
+                measures = open_units(subject, work, asked, run)
+            show_samples(subject, work.calibration, run)
         if asked.format.is_calibrated:
             with clock.stage("calibrate"):
                 calibrate(subject, work, process)
         with clock.stage("measure"):
             measure_units(subject, work, measures, process)
-        with finishing(folder, shard, units_left(folder), asked.after_units) as turn:
+        with finishing(run.path, shard, run.units_left, asked.after_units) as turn:
             if turn == "ours":
                 return finish(subject, work, asked, process)
-            return unfinished(subject, work, process, left_to_others(shard, turn, folder))
+            return unfinished(subject, work, process, left_to_others(shard, turn, run))

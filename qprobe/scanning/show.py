@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,21 +14,22 @@ from qprobe.measure.subject import Subject
 from qprobe.models.families import family_of
 from qprobe.models.grid import Grid, ImageTensors
 from qprobe.records import Sample
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.shown import FILE, ShownSample, write_shown
 
 THUMBNAIL_PX = 144  # of the longer side: recognisable, and about 5 KB
 _QUALITY = 65
 
 
-def show_samples(subject: Subject, groups: Sequence[tuple[Sample, ...]], folder: Path) -> None:
-    """Write RUN/samples.json for the samples of `groups`, unless the run folder has it already.
+def show_samples(subject: Subject, groups: Sequence[tuple[Sample, ...]], run: RunFolder) -> None:
+    """Write RUN/samples.json for the samples of `groups`, unless the run folder has it already, and whole.
 
     The folder belongs to one specification, so its samples never change.
     """
-    if (folder / FILE).exists():
+    if run.files.is_whole(FILE):
         return
     encoded = (subject.encode(group) for group in groups)
-    write_shown(folder, [shown for batch in encoded for shown in shown_samples(subject, batch)])
+    write_shown(run, [shown for batch in encoded for shown in shown_samples(subject, batch)])
 
 
 def shown_samples(subject: Subject, batch: Batch) -> list[ShownSample]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from qprobe.manifest.write import write_manifest
 from qprobe.measure.files import file_rows, files_digest
 from qprobe.measure.memory import peak_bytes
 from qprobe.models.headers import StoredTensor, read_headers
-from qprobe.records import FormatSpec, Inventory, ModelIdentity, Scan
+from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.runs.damaged import set_aside_damaged
-from qprobe.runs.needed import units_left
+from qprobe.runs.key import VERSION, Key, Spec
+from qprobe.runs.notes import Ended, Ran
 from qprobe.runs.shards import SKIPLIST, entered, finishing, left_to_others
-from qprobe.runs.store import missing_units, open_run, write_unit
 from qprobe.scanning.check import check_inventory, check_model
 from qprobe.scanning.findings import write_findings
 from qprobe.scanning.finish import report
@@ -75,23 +75,25 @@ def scan_weights(asked: ScanRequest, process: Process) -> ScanResult:
     A unit is one file of the checkpoint. Raises QprobeError for anything a user can fix.
     """
     return_freed_memory()
-    folder, shard, clock = process.folder, process.shard, process.clock
+    run, shard, clock = process.run, process.shard, process.clock
     device = pick_device(device_of(shard, asked.device))
     with clock.stage("load"):
-        skeleton = check_model(asked, shard)  # before a checkpoint is fetched
+        skeleton = check_model(asked, process)  # before a checkpoint is fetched
         checkpoint = open_checkpoint(skeleton, asked.format)
         check_inventory(checkpoint.inventory, skeleton.model, asked.skiplist, asked.ablate)
-        record = _record(checkpoint, device)
-    with entered(folder, shard):
-        open_run(folder, record)
-        set_aside_damaged(folder)
+        key = _run_key(checkpoint, device)
+    with entered(run.path, shard):
+        run.open(key)
+        run.notes.put("layers", _unmeasured(checkpoint.missing))
+        run.notes.add("start", (CAUTION,))
+        set_aside_damaged(run)
         with clock.stage("weights"):
             measure_files(checkpoint, device, process)
-        with finishing(folder, shard, units_left(folder), asked.after_units) as turn:
+        with finishing(run.path, shard, run.units_left, asked.after_units) as turn:
             if turn == "ours":
                 return _finish(asked, process, device)
-            verdict = left_to_others(shard, turn, folder)
-    return _result(process, record, peak_bytes(device), verdict)
+            verdict = left_to_others(shard, turn, run)
+    return _result(process, peak_bytes(device), verdict)
 
 
 def open_checkpoint(skeleton: Skeleton, fmt: FormatSpec) -> Checkpoint:
@@ -111,58 +113,57 @@ def open_checkpoint(skeleton: Skeleton, fmt: FormatSpec) -> Checkpoint:
     return Checkpoint(source, folder, skeleton, inventory, fmt, tensors, weights)
 
 
-def _record(checkpoint: Checkpoint, device: torch.device) -> Scan:
+def _run_key(checkpoint: Checkpoint, device: torch.device) -> Key:
     skeleton, source = checkpoint.skeleton, checkpoint.source
     identity = ModelIdentity(source.id, source.revision, skeleton.architecture, skeleton.fingerprint)
     where = [(file, name) for file, weights in checkpoint.by_file.items() for name in weights.values()]
-    spec = {
-        "model": asdict(identity),
-        "weights": files_digest(checkpoint.folder, where),
-        "files": list(checkpoint.by_file),
-        "format": asdict(checkpoint.fmt),
-        "device": device.type,
-        "measures": {"weight": True},
-        "versions": library_versions(),
-    }
-    missing = checkpoint.missing
+    spec = Spec(
+        weights=files_digest(checkpoint.folder, where),
+        files=tuple(checkpoint.by_file),
+        device=device.type,
+        versions=library_versions(),
+    )
+    return Key(VERSION, identity, checkpoint.fmt, checkpoint.inventory, spec)
+
+
+def _unmeasured(missing: tuple[str, ...]) -> Ran:
     count = f"{counted(len(missing), 'linear')} {'is' if len(missing) == 1 else 'are'}"
     lost = (f"{count} not stored as one tensor and stay unmeasured: {named(missing)}.",) if missing else ()
-    return Scan(
-        identity, checkpoint.fmt, checkpoint.inventory, spec, unmeasured=missing, notes=(*lost, CAUTION)
-    )
+    return Ran(missing, lost)
 
 
 def measure_files(checkpoint: Checkpoint, device: torch.device, process: Process) -> None:
     """Run the missing ones of this process's units, one file of the checkpoint each."""
     files = list(checkpoint.by_file.items())
     fmt, dtype = format_from(checkpoint.fmt), DTYPES[checkpoint.fmt.compute_dtype]
-    folder = process.folder
-    missing = process.shard.own(missing_units(folder, "weights", len(files)))
+    run = process.run
+    missing = process.shard.own(run.missing_units("weights", len(files)))
     for done, unit in enumerate(missing, start=1):
         file, weights = files[unit]
-        write_unit(folder, "weights", unit, file_rows(checkpoint.folder / file, weights, fmt, device, dtype))
+        run.write_unit("weights", unit, file_rows(checkpoint.folder / file, weights, fmt, device, dtype))
         process.progress("weights", done, len(missing))
 
 
 def _finish(asked: ScanRequest, process: Process, device: torch.device) -> ScanResult:
     """The table, the list chosen by it, and the pictures."""
-    folder = process.folder
+    run = process.run
     with process.clock.stage("choose"):
-        write_findings(folder)
-        run = scored_run(folder, asked.skiplist)
-        outcome = by_score(run, asked.skiplist)
-        manifest = manifest_of(run, outcome.skiplist, outcome.budget, asked.command)
-        write_manifest(folder / SKIPLIST, manifest)
-    done = report(process, lambda: peak_bytes(device))
-    result = _result(process, done, done.peak_bytes, outcome.verdict)
-    return replace(result, skiplist=folder / SKIPLIST, notes=done.notes)
+        write_findings(run)
+        scored = scored_run(run, asked.skiplist)
+        outcome = by_score(scored, asked.skiplist)
+        manifest = manifest_of(scored, outcome.skiplist, outcome.budget, asked.command)
+        write_manifest(run.path / SKIPLIST, manifest)
+        run.files.record(SKIPLIST, len(manifest.layers))
+    report(process, lambda: Ended(dict(process.clock.seconds), peak_bytes(device), ()))
+    result = _result(process, peak_bytes(device), outcome.verdict)
+    return replace(result, skiplist=run.path / SKIPLIST, notes=run.notes.sentences)
 
 
-def _result(process: Process, record: Scan, peak: int | None, verdict: str) -> ScanResult:
+def _result(process: Process, peak: int | None, verdict: str) -> ScanResult:
     """The result of a process, without a skip-list."""
     return ScanResult(
-        run=process.folder,
-        layers=len(record.inventory.layers),
+        run=process.run.path,
+        layers=len(process.run.key.inventory.layers),
         samples=0,
         seconds=process.clock.seconds,
         peak_bytes=peak,

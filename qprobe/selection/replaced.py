@@ -9,6 +9,7 @@ from pathlib import Path
 from qprobe.errors import ManifestError, QprobeError, RunError
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, moved
+from qprobe.runs.folder import RunFolder
 from qprobe.selection.select import select
 from qprobe.system.files import write_atomic
 
@@ -34,14 +35,14 @@ class Replaced:
         return f"Replaces {what}, which is kept as {self.kept_as}."
 
 
-def check_target(run: Path, target: Path) -> None:
+def check_target(run: RunFolder, target: Path) -> None:
     """Raises RunError unless a skip-list may be written to `target`: a new file, or a skip-list's.
 
     The copies that `set_aside` makes in `run` stay as they are, too.
     """
     if target.is_dir():
         raise RunError(f"{target} is a folder. Pass a file, such as {target / FILE}.")
-    in_run = target.parent.resolve() == run.resolve()
+    in_run = target.parent.resolve() == run.path.resolve()
     if in_run and target.suffix != ".json":  # also names that a report or a later scan will need
         raise RunError(
             f"{target} is no place for a skip-list: the run's own files lie there. Pass a .json name."
@@ -55,7 +56,7 @@ def check_target(run: Path, target: Path) -> None:
     raise RunError(f"{target} holds {what}, and select would replace it. Pass another --out.")
 
 
-def set_aside(run: Path, target: Path) -> Replaced | None:
+def set_aside(run: RunFolder, target: Path) -> Replaced | None:
     """Copies the list in `target` beside it, before it is replaced, unless `select` on `run` makes it again.
 
     What a scan measured is copied to NAME-measured.json, other lists to NAME-before.json. None where
@@ -89,7 +90,7 @@ def _manifest(path: Path) -> Manifest | None:
         return None
 
 
-def _again(run: Path, target: Path, manifest: Manifest) -> str | None:
+def _again(run: RunFolder, target: Path, manifest: Manifest) -> str | None:
     """The command that makes `manifest` again from `run`; None if there is none, which is tried."""
     words = shlex.split(manifest.made_by.command)
     asked = dict(zip(words[3::2], words[4::2], strict=False))
@@ -106,7 +107,7 @@ def _again(run: Path, target: Path, manifest: Manifest) -> str | None:
         )
     except (QprobeError, ValueError):
         return None
-    if moved(replace(made, made_by=manifest.made_by), run, target.parent) != manifest:
+    if moved(replace(made, made_by=manifest.made_by), run.path, target.parent) != manifest:
         return None
-    out = [] if target == run / FILE else ["--out", str(target)]
-    return shlex.join(["qprobe", "select", str(run), *words[3:], *out])
+    out = [] if target == run.path / FILE else ["--out", str(target)]
+    return shlex.join(["qprobe", "select", str(run.path), *words[3:], *out])

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qprobe.manifest.records import Manifest
-from qprobe.runs.store import read_scan
-from qprobe.runs.table import read_table
+from qprobe.runs.folder import RunFolder, run_folder
 from qprobe.selection.bound import Bound, predicted_skiplist
 from qprobe.selection.budget import Budget
 from qprobe.selection.groups import grouped_for
@@ -19,7 +18,7 @@ from qprobe.selection.to_manifest import Proof, held_out_quality, manifest_of
 
 
 def select(
-    folder: str | Path,
+    run: Path | str | RunFolder,
     budget: str | None = None,
     *,
     by: str | None = None,
@@ -34,16 +33,18 @@ def select(
     measured on held-out samples; kl_dynamic is None unless this very list was among its candidates.
     Raises RunError for a folder without a finished scan, BudgetError, or QprobeError for a wrong `by`.
     """
-    folder, request = Path(folder), parse_request(budget, max_kl, by, for_tool)
-    run = scored_run(folder, request)
-    skiplist, limit = asked_skiplist(run, request)
-    command = shlex.join(["qprobe", "select", folder.resolve().name, *request.words])
-    return manifest_of(run, skiplist, limit, command, Proof(held_out_quality(folder, run.scan, skiplist)))
+    folder, request = run_folder(run), parse_request(budget, max_kl, by, for_tool)
+    scored = scored_run(folder, request)
+    skiplist, limit = asked_skiplist(scored, request)
+    command = shlex.join(["qprobe", "select", folder.path.resolve().name, *request.words])
+    return manifest_of(
+        scored, skiplist, limit, command, Proof(held_out_quality(folder, scored.scan, skiplist))
+    )
 
 
-def scored_run(folder: Path, request: ListRequest) -> ScoredRun:
-    """The finished run in `folder`, with the groups that `request` keeps whole."""
-    record, table = read_scan(folder), read_table(folder)
+def scored_run(run: RunFolder, request: ListRequest) -> ScoredRun:
+    """The finished `run`, with the groups that `request` keeps whole."""
+    record, table = run.scan, run.table
     inventory = grouped_for(record.inventory, request.for_tool)
     return ScoredRun(replace(record, inventory=inventory), table)
 

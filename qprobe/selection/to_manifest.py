@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import fsum, isfinite
-from pathlib import Path
 
 import pandas as pd
 
@@ -14,8 +13,9 @@ from qprobe import __version__
 from qprobe.manifest.records import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.records import Inventory, Linear, Scan
 from qprobe.registry.precisions import SIXTEEN_BIT
-from qprobe.runs.store import NEAREST_STAGE, choice_stage, read_units
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.table import finite_answers, measured
+from qprobe.runs.units import NEAREST_STAGE, choice_stage
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
 from qprobe.selection.scores import ISOLATED_KL, ScoredRun, column_of, predicted_kl
@@ -80,12 +80,11 @@ def manifest_of(
     )
 
 
-def held_out_quality(folder: Path, scan: Scan, skiplist: SkipList) -> Quality:
+def held_out_quality(run: RunFolder, scan: Scan, skiplist: SkipList) -> Quality:
     """What `scan` measured on held-out samples: standard 4-bit and, if it was a candidate, this skip-list."""
     standard_stage = NEAREST_STAGE if scan.format.is_calibrated else choice_stage(frozenset())
     standard, dynamic = (
-        finite_answers(read_units(folder, stage))
-        for stage in (standard_stage, choice_stage(frozenset(skiplist.kept)))
+        finite_answers(run.units(stage)) for stage in (standard_stage, choice_stage(frozenset(skiplist.kept)))
     )
     return Quality(
         samples=len(standard) or None, kl_standard_4bit=_mean_kl(standard), kl_dynamic=_mean_kl(dynamic)

@@ -28,7 +28,7 @@ from qprobe.measure.runner import observe, observe_isolated, observe_outputs
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import weight_rows
 from qprobe.records import FormatSpec, ModelIdentity, Sample, asked
-from qprobe.runs.needed import Measures
+from qprobe.runs.key import Measures
 
 SAMPLES, TEXT_TOKENS, ANSWER_TOKENS, SEED = 4, 256, 64, 0
 

@@ -21,9 +21,10 @@ from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
 from qprobe.measure.memory import LIBRARIES_BYTES, SPARE
 from qprobe.measure.subject import Subject, limited_subject, subject_of
-from qprobe.records import FormatSpec, Scan
+from qprobe.records import FormatSpec
 from qprobe.registry.precisions import NF4_CALIBRATED
-from qprobe.runs.store import open_run, read_scan, read_units
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import VERSION, Key, Measures, Spec
 from tests import tiny
 
 PARTS = ((0, 1), (2, 3))
@@ -39,9 +40,12 @@ def samples_of(name: str, count: int = 4) -> list:
 
 
 def work_in(folder: Path, subject: Subject, name: str, limit: int = 2**40) -> Work:
-    open_run(folder, Scan(subject.reference.identity, FormatSpec(NF4_CALIBRATED.name), subject.inventory, {}))
+    run, spec = RunFolder(folder), Spec("weights", "cpu", Measures(False, False))
+    run.open(
+        Key(VERSION, subject.reference.identity, FormatSpec(NF4_CALIBRATED.name), subject.inventory, spec)
+    )
     groups = subject.groups(tuple(samples_of(name)), 2)
-    return Work(subject, folder, groups, limit)
+    return Work(subject, run, groups, limit)
 
 
 def weights(subject: Subject) -> dict[str, torch.Tensor]:
@@ -161,8 +165,8 @@ def test_two_shards_of_units_give_the_same_file_as_one(tiny_folder, tmp_path):
     for rank in (1, 0):
         calibrate_units(two, inputs, range(len(inputs))[rank::2])
     calibrate_model(two)
-    assert sha256_of(one.folder / FILE_NAME) == sha256_of(two.folder / FILE_NAME)
-    assert read_scan(one.folder).codes == read_scan(two.folder).codes is not None
+    assert sha256_of(one.run.path / FILE_NAME) == sha256_of(two.run.path / FILE_NAME)
+    assert one.run.codes == two.run.codes is not None
 
 
 @pytest.mark.slow
@@ -175,7 +179,7 @@ def test_less_memory_runs_the_samples_more_often_and_changes_nothing(tiny_folder
         work = work_in(tmp_path / str(limit), subject, "llama", limit)
         calls.clear()
         calibrate_model(work)
-        files.append((len(calls), sha256_of(work.folder / FILE_NAME)))
+        files.append((len(calls), sha256_of(work.run.path / FILE_NAME)))
     handle.remove()
     assert files[0][0] == 1 + 2 and files[1][0] > 10  # a survey of one batch, and two batches a pass
     assert files[0][1] == files[1][1]
@@ -221,7 +225,7 @@ def test_calibrated_weights_err_less_on_what_the_layers_read(tiny_folder, tmp_pa
     inputs = shared_inputs(subject, work.batches)
     grams = gathered(subject, inputs, work.batches).grams
     calibrate_model(work)
-    rows = read_units(tmp_path, "calibration").set_index("layer")
+    rows = RunFolder(tmp_path).units("calibration").set_index("layer")
     with open_codes(tmp_path / FILE_NAME) as file:
         assert file.layers == set(rows.index[rows["why"] == ""])
     for one in inputs:
@@ -243,7 +247,7 @@ def test_layers_that_are_left_to_nearest_are_named_with_the_reason(tiny_folder, 
     subject.modules[broken].weight.data[0, 0] = float("nan")
     work = work_in(tmp_path, subject, "llama")
     calibrate_model(work)
-    notes = " ".join(calibration.calibration_notes(tmp_path))
+    notes = " ".join(calibration.calibration_notes(work.run))
     assert f"its weights are not finite): {broken}" in notes and "its inputs are not finite" in notes
 
 
@@ -253,7 +257,7 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
     reference = load_reference(str(tiny_folder("llama")), "cpu", on_host=True)
     subject = limited_subject(reference, FormatSpec(NF4_CALIBRATED.name), 2**40, tmp_path)
     assert subject.limit is not None
-    work = Work(subject, tmp_path, [])
+    work = Work(subject, RunFolder(tmp_path), [])
     inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs, in 16-bit
     rounding = workspace_bytes(64, 96) + 2 * 64 * 96
     limits = [
@@ -272,7 +276,7 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
 
 
 def test_without_a_memory_limit_matrices_get_a_share_of_what_is_free(tiny_folder, tmp_path):
-    assert gram_room(Work(subject_for(tiny_folder("llama")), tmp_path, []), []) > 2**20
+    assert gram_room(Work(subject_for(tiny_folder("llama")), RunFolder(tmp_path), []), []) > 2**20
 
 
 def cut(path: Path) -> None:
@@ -295,10 +299,10 @@ def test_a_joined_file_that_was_cut_is_not_named_and_joined_anew(step, tiny_fold
         sabotage.setattr(calibration, step, CUTS[step])
         with pytest.raises(ManifestError):
             calibrate_model(work)
-    assert read_scan(tmp_path).codes is None
+    assert RunFolder(tmp_path).scan.codes is None
     monkeypatch.setattr(calibration, "_finish", lambda *_: pytest.fail("a unit was done again"))
     calibrate_model(work)
-    rows = read_units(tmp_path, "calibration")
+    rows = RunFolder(tmp_path).units("calibration")
     with open_codes(tmp_path / FILE_NAME) as file:
         assert file.layers == set(rows["layer"][rows["why"] == ""])
     assert not list((tmp_path / "units").glob("*.safetensors"))

@@ -22,6 +22,7 @@ from qprobe.manifest.write import write_manifest
 from qprobe.options import CompareOptions, Progress, no_progress
 from qprobe.records import Fact
 from qprobe.report.comparison import read_comparison
+from qprobe.runs.folder import RunFolder
 from tests import tiny
 from tests.checkpoint import reference
 from tests.checkpoint.manifests import every_third, manifest_for
@@ -227,7 +228,7 @@ def test_the_result_stays_in_the_run_folder_of_the_manifest(written, use_samples
     assert not (folder / "compare.json").exists()  # no run folder
     (folder / "scan.json").write_text("{}")
     assert compare(options) == result
-    kept = read_comparison(folder)
+    kept = read_comparison(RunFolder(folder))
     assert kept.pop("skip_modules") == list(read_manifest(options.manifest).skip_modules)
     assert kept == result.to_json()
 

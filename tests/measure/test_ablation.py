@@ -15,7 +15,8 @@ from qprobe.measure.ablation import COLUMNS, ablation_rows, check_ablated, measu
 from qprobe.measure.kl import answer_logits, kl_sums
 from qprobe.options import no_progress
 from qprobe.records import Sample
-from qprobe.runs.store import ablation_stage, read_units
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.units import ablation_stage
 from tests import reference
 from tests.measure.conftest import WITH_HEAD, Case
 from tests.runs.runs import inventory_of, linear, rows
@@ -44,8 +45,8 @@ def table(run: Path) -> pd.DataFrame:
 def test_units_equal_a_hand_made_swap_of_weights_exactly(case: CaseOf, run: Path, name: str) -> None:
     found, layers = case(name), some_layers(case(name))
     subject, samples = found.subject, found.samples[:1]
-    measure_ablation(subject, run, [samples], layers, no_progress)
-    units = read_units(run, ablation_stage(frozenset(layers))).set_index("choice")
+    measure_ablation(subject, RunFolder(run), [samples], layers, no_progress)
+    units = RunFolder(run).units(ablation_stage(frozenset(layers))).set_index("choice")
     batch = subject.encode(samples)
     with torch.inference_mode():
         plain = answer_logits(subject.model, batch)
@@ -71,7 +72,7 @@ def test_units_equal_a_hand_made_swap_of_weights_exactly(case: CaseOf, run: Path
 def test_the_table_equals_a_slow_oracle(case: CaseOf, run: Path, name: str) -> None:
     found, layers = case(name), some_layers(case(name))
     subject = found.subject
-    measure_ablation(subject, run, [(s,) for s in found.samples], layers, no_progress)
+    measure_ablation(subject, RunFolder(run), [(s,) for s in found.samples], layers, no_progress)
     result = table(run)
     assert list(result.index) == list(layers) and list(result.columns) == list(COLUMNS[1:])
     assert (result["samples"] == 3).all()
@@ -100,14 +101,14 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(case: CaseOf, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_ablation(found.subject, broken, groups, layers, stop_in_the_second_batch)
+        measure_ablation(found.subject, RunFolder(broken), groups, layers, stop_in_the_second_batch)
     assert all("forward" not in m.__dict__ for m in found.subject.model.modules())
     assert len(list((broken / "units").iterdir())) == 1 and not (broken / "ablation.csv").exists()
     measure_ablation(
-        found.subject, broken, groups, layers, lambda _, done, total: steps.append((done, total))
+        found.subject, RunFolder(broken), groups, layers, lambda _, done, total: steps.append((done, total))
     )
     assert steps == [(i, 9) for i in range(4, 10)]  # three layers a batch; the first batch is not run again
-    measure_ablation(found.subject, whole, groups, layers, no_progress)
+    measure_ablation(found.subject, RunFolder(whole), groups, layers, no_progress)
     assert (broken / "ablation.csv").read_bytes() == (whole / "ablation.csv").read_bytes()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qprobe.runs.table import read_table
+from qprobe.runs.folder import RunFolder
 from tests import tiny
 from tests.alone import run_alone
 
@@ -87,7 +87,7 @@ def test_a_card_holds_no_more_than_the_limit_and_the_table_is_the_same(wide: Pat
     limited = scan_alone(wide, tmp_path / "limited", "cuda", "--max-memory", str(limit))
     assert limited.status == 0, limited.said
     assert limited.found["peak_bytes"] <= limit and limited.found["streamed_bytes"] > WEIGHTS_MIB * MIB
-    one, other = (read_table(tmp_path / name) for name in ("plain", "limited"))
+    one, other = (RunFolder(tmp_path / name).table for name in ("plain", "limited"))
     assert one["layer"].tolist() == other["layer"].tolist()
     numbers = one.select_dtypes("number").columns
     np.testing.assert_allclose(other[numbers], one[numbers], rtol=1e-3)

@@ -17,7 +17,7 @@ from qprobe.measure.runner import observe_outputs
 from qprobe.measure.subject import subject_of
 from qprobe.measure.weights import error_sums, weight_rows
 from qprobe.records import FormatSpec
-from qprobe.runs.needed import Measures
+from qprobe.runs.key import Measures
 from tests import reference, tiny
 from tests.measure.conftest import ALL, Case
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from qprobe import __version__
 from qprobe.loading.config import catalogue_config
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.skeleton import meta_model
@@ -23,11 +24,14 @@ from qprobe.manifest.records import Compared, Quality
 from qprobe.manifest.write import write_manifest
 from qprobe.models.catalogue import find
 from qprobe.models.grid import Grid
-from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Scan
+from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import VERSION, Key, Measures, SampleKey, Spec
+from qprobe.runs.notes import Ended, Remarks
 from qprobe.runs.ranks import write_ranks
 from qprobe.runs.shown import ShownSample, write_shown
-from qprobe.runs.store import choice_stage, open_run, write_unit
 from qprobe.runs.table import write_table
+from qprobe.runs.units import choice_stage
 from qprobe.selection.select import select
 from tests.report.tables import layer_names
 
@@ -53,10 +57,10 @@ def write_full_run(
     linears = _linears(layers, names or {})
     inventory = Inventory(linears, (), 100_000)
     ids = [f"sample-{i}" for i in range(samples)]
-    scan = _scan(ModelIdentity(model, None, "MllamaForConditionalGeneration", "f" * 64), inventory, ids)
+    key = _key(ModelIdentity(model, None, "MllamaForConditionalGeneration", "f" * 64), inventory, ids)
     if codes is not None:
-        scan = replace(scan, format=FormatSpec("nf4-calibrated"), codes=codes)
-    return _measured(folder, scan, SPIKES)
+        key = replace(key, format=FormatSpec("nf4-calibrated"))
+    return _measured(folder, key, SPIKES, codes)
 
 
 def write_llama_11b(folder: Path, samples: int = 6) -> Path:
@@ -74,19 +78,24 @@ def write_llama_11b(folder: Path, samples: int = 6) -> Path:
     factors = np.random.default_rng(0).uniform(8, 80, len(high))
     ids = [f"sample-{i}" for i in range(samples)]
     model = ModelIdentity(entry.hub_id, None, entry.architecture, "f" * 64)
-    scan = _scan(model, replace(found, layers=linears), ids)
-    return _measured(folder, scan, dict(zip(high, factors.tolist(), strict=True)))
+    key = _key(model, replace(found, layers=linears), ids)
+    return _measured(folder, key, dict(zip(high, factors.tolist(), strict=True)))
 
 
-def _measured(folder: Path, scan: Scan, spikes: dict[int, float]) -> Path:
+def _measured(folder: Path, key: Key, spikes: dict[int, float], codes: CodesFile | None = None) -> Path:
     """`folder` with all that a finished scan leaves. spikes: index -> factor of its errors."""
-    ids = [sample["id"] for batch in scan.spec["calibration"] for sample in batch]
-    open_run(folder, scan)
-    _write_units(folder, scan.inventory.layers, ids, spikes)
-    write_table(folder)
-    write_ranks(folder)
-    write_shown(folder, [_shown(name, i) for i, name in enumerate(ids)])
-    _choose(folder, scan.inventory)
+    ids = [sample.id for batch in key.spec.calibration for sample in batch]
+    run = RunFolder(folder)
+    run.open(key)
+    run.notes.put("start", Remarks(("x.txt: skipped, it is no image",)))
+    run.notes.put("end", Ended({}, None, ()))
+    if codes is not None:
+        run.notes.put("codes", codes)
+    _write_units(folder, key.inventory.layers, ids, spikes)
+    write_table(run)
+    write_ranks(run)
+    write_shown(run, [_shown(name, i) for i, name in enumerate(ids)])
+    _choose(folder, key.inventory)
     return folder
 
 
@@ -131,16 +140,18 @@ def _linears(count: int, names: dict[int, str]) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-def _scan(model: ModelIdentity, inventory: Inventory, ids: list[str]) -> Scan:
-    spec = {
-        "seed": 0,
-        "device": "cpu",
-        "measures": {"nodes": 2},
-        "versions": {"qprobe": "0.1.0", "torch": "2.13.0"},
-        "calibration": [[{"id": name, "digest": name} for name in ids]],
-        "held_out": [[{"id": f"held-{i}", "digest": str(i)} for i in range(HELD_OUT)]],
-    }
-    return Scan(model, FormatSpec(), inventory, spec, "finished", notes=("x.txt: skipped, it is no image",))
+def _key(model: ModelIdentity, inventory: Inventory, ids: list[str]) -> Key:
+    held = tuple(SampleKey(f"held-{i}", str(i), True) for i in range(HELD_OUT))
+    spec = Spec(
+        weights="weights",
+        device="cpu",
+        measures=Measures(True, True),
+        calibration=(tuple(SampleKey(name, name, True) for name in ids),),
+        held_out=(held,),
+        seed=0,
+        versions={"qprobe": __version__, "torch": "2.13.0"},
+    )
+    return Key(VERSION, model, FormatSpec(), inventory, spec)
 
 
 def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spikes: dict[int, float]) -> None:
@@ -152,8 +163,8 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spik
         (x.name, x.shape[0] * x.shape[1], 1.0, 8e-3 * np.sqrt(f), 0, 0.01)
         for x, f in zip(linears, factor, strict=True)
     ]
-    write_unit(
-        folder, "weights", 0, pd.DataFrame(weights, columns="layer n signal noise nonfinite peak".split())
+    RunFolder(folder).write_unit(
+        "weights", 0, pd.DataFrame(weights, columns="layer n signal noise nonfinite peak".split())
     )
     outputs, parts = [], []
     for sample in ids:
@@ -172,10 +183,10 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spik
         "activation_peak peak_token peak_kind propagated_n propagated_signal propagated_noise "
         "propagated_nonfinite"
     ).split()
-    write_unit(folder, "outputs", 0, pd.DataFrame(outputs, columns=columns))
+    RunFolder(folder).write_unit("outputs", 0, pd.DataFrame(outputs, columns=columns))
     sensitivity = pd.DataFrame(parts, columns=["sample", "layer", "answer_tokens", "kl_sum"])
-    write_unit(folder, "sensitivity", 0, sensitivity)
-    write_unit(folder, "isolated", 0, sensitivity.assign(kl_sum=0.4 * sensitivity["kl_sum"].abs()))
+    RunFolder(folder).write_unit("sensitivity", 0, sensitivity)
+    RunFolder(folder).write_unit("isolated", 0, sensitivity.assign(kl_sum=0.4 * sensitivity["kl_sum"].abs()))
     total = sensitivity.groupby("sample", sort=False)["kl_sum"].sum()
     _write_kl(folder, "kl", list(total.index), list(total), "standard")
 
@@ -183,7 +194,7 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spik
 def _write_kl(folder: Path, stage: str, ids: list[str], sums: list[float], choice: str) -> None:
     rows = [(name, choice, 5, value, 4) for name, value in zip(ids, sums, strict=True)]
     columns = ["sample", "choice", "answer_tokens", "kl_sum", "top1_agree"]
-    write_unit(folder, stage, 0, pd.DataFrame(rows, columns=columns))
+    RunFolder(folder).write_unit(stage, 0, pd.DataFrame(rows, columns=columns))
 
 
 def _shown(name: str, index: int) -> ShownSample:

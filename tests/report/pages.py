@@ -8,6 +8,7 @@ from pathlib import Path
 from playwright.sync_api import Page
 
 from qprobe.report.write import page_of
+from qprobe.runs.folder import RunFolder
 
 MINUS = "\N{MINUS SIGN}"
 Open = Callable[..., Page]
@@ -16,7 +17,7 @@ Open = Callable[..., Page]
 def page_file(folder: Path) -> Path:
     """The page of the run `folder`, without the pictures, which take longer."""
     file = folder / "index.html"
-    file.write_bytes(page_of(folder))
+    file.write_bytes(page_of(RunFolder(folder)))
     return file
 
 

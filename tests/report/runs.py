@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from qprobe.manifest.write import write_manifest
-from qprobe.records import FormatSpec, Inventory, Linear, ModelIdentity, Scan
-from qprobe.runs.store import open_run
+from qprobe.records import FormatSpec, Inventory, Linear, ModelIdentity
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import VERSION, Key, Measures, Spec
 from qprobe.selection.select import select
 from tests.report.tables import layer_table
 
@@ -36,7 +37,8 @@ def write_run(folder: Path, layers: int = 30, spikes: dict[int, float] | None = 
         for row in table.itertuples()
     )
     model = ModelIdentity("owner/model", None, "MllamaForConditionalGeneration", "f" * 64)
-    open_run(folder, Scan(model, FormatSpec(), Inventory(linears, (), 100_000), spec={"seed": 0}))
+    spec = Spec("weights", "cpu", Measures(False, False), seed=0)
+    RunFolder(folder).open(Key(VERSION, model, FormatSpec(), Inventory(linears, (), 100_000), spec))
     table.to_csv(folder / "layers.csv", index=False)
     write_manifest(folder / "skiplist.json", select(folder, "+10%"))
     return table

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from qprobe.report.budgets import Prediction, points
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.statistics import ratio_se
-from qprobe.runs.store import read_scan, read_units
-from qprobe.runs.table import read_table, write_table
+from qprobe.runs.table import write_table
 from qprobe.selection.select import select
 from tests.report.full_run import write_full_run
 from tests.runs.runs import make_run, rows
@@ -19,7 +19,7 @@ from tests.runs.runs import make_run, rows
 @pytest.mark.slow
 def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path):
     folder = write_full_run(tmp_path)
-    found = points(folder, read_scan(folder), read_table(folder))
+    found = points(RunFolder(folder), RunFolder(folder).scan, RunFolder(folder).table)
     assert found[0].skiplist.kept == () and len({p.skiplist.kept for p in found}) == len(found) > 10
     for point in found[:: len(found) // 4]:
         manifest = select(folder, point.budget.requested)
@@ -34,12 +34,12 @@ def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path
 def test_without_isolated_kl_the_error_is_that_of_the_summed_sensitivities(tmp_path: Path):
     folder = write_full_run(tmp_path)
     next((folder / "units").glob("isolated-*")).unlink()
-    write_table(folder)
-    scan, table = read_scan(folder), read_table(folder)
+    write_table(RunFolder(folder))
+    scan, table = RunFolder(folder).scan, RunFolder(folder).table
     kept = frozenset(table["layer"][:20])
-    units = read_units(folder, "sensitivity")
+    units = RunFolder(folder).units("sensitivity")
     rest = units[~units["layer"].isin(kept)].groupby("sample")["kl_sum"].apply(fsum)
-    found = Prediction(folder, scan, table).left_by(kept)
+    found = Prediction(RunFolder(folder), scan, table).left_by(kept)
     assert found is not None and found.samples == 6
     assert found.value == pytest.approx(fsum(rest) / 30)  # 6 samples of 5 answer tokens
     assert found.error == pytest.approx(ratio_se(list(rest), [5] * 6))
@@ -54,8 +54,10 @@ def test_samples_without_isolated_kl_add_no_error(tmp_path: Path):
         sensitivity=[rows("sensitivity", *sensitivity)],
         isolated=[rows("isolated", *isolated)],
     )
-    write_table(run)
-    found = Prediction(run, read_scan(run), read_table(run)).left_by(frozenset(("model.a",)))
+    write_table(RunFolder(run))
+    found = Prediction(RunFolder(run), RunFolder(run).scan, RunFolder(run).table).left_by(
+        frozenset(("model.a",))
+    )
     # half of the damage left: 0.1 / 5 of its own, and 1/2 of (0.2 - 0.1) / 5 between both
     assert found is not None and found.value == pytest.approx(0.03)
     assert found.error == pytest.approx(0.0, abs=1e-12)

@@ -11,12 +11,13 @@ from qprobe.errors import RunError
 from qprobe.manifest.write import write_manifest
 from qprobe.report.comparison import FILE, read_comparison
 from qprobe.report.write import page_of
+from qprobe.runs.folder import RunFolder
 from qprobe.selection.select import select
 from tests.report.full_run import write_comparison, write_full_run
 
 
 def is_current(folder: Path) -> bool:
-    return b'"comparison_is_current":true' in page_of(folder)
+    return b'"comparison_is_current":true' in page_of(RunFolder(folder))
 
 
 @pytest.mark.slow
@@ -29,7 +30,7 @@ def test_a_comparison_of_another_list_is_told_apart(tmp_path: Path):
 
 
 def test_no_comparison_is_none(tmp_path: Path):
-    assert read_comparison(tmp_path) is None
+    assert read_comparison(RunFolder(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_no_comparison_is_none(tmp_path: Path):
 def test_a_damaged_comparison_is_refused(tmp_path: Path, change: dict):
     whole = {"rows": [], "samples": [], "skip_modules": []}
     (tmp_path / FILE).write_text(json.dumps(whole))
-    assert read_comparison(tmp_path) == whole
+    assert read_comparison(RunFolder(tmp_path)) == whole
     (tmp_path / FILE).write_text(json.dumps({**whole, **change}))
     with pytest.raises(RunError, match=r"compare\.json is damaged"):
-        read_comparison(tmp_path)
+        read_comparison(RunFolder(tmp_path))

@@ -15,8 +15,7 @@ from playwright.sync_api import Page, expect
 
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.manifest.read import read_manifest
-from qprobe.runs.store import read_scan
-from qprobe.runs.table import read_table
+from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
 from tests.report.full_run import write_full_run
 from tests.report.pages import (
@@ -37,7 +36,7 @@ from tests.scanning.asked import options
 def test_every_layer_is_a_point_of_every_chart_and_kept_ones_are_marked(page: Page, run: Path):
     manifest = read_manifest(run / "skiplist.json")
     kept = {i for i, x in enumerate(manifest.layers) if x.precision == "bf16"}
-    always = {i for i, x in enumerate(read_scan(run).inventory.layers) if x.fixed}
+    always = {i for i, x in enumerate(RunFolder(run).scan.inventory.layers) if x.fixed}
     assert always == {len(manifest.layers) - 1}
     panels = page.locator("svg.panel").evaluate_all("all => all.map(s => s.dataset.panel)")
     assert panels == [
@@ -58,7 +57,7 @@ def test_every_layer_is_a_point_of_every_chart_and_kept_ones_are_marked(page: Pa
 
 
 def test_pointing_at_a_layer_shows_its_figures_and_worst_token(page: Page, run: Path):
-    row = read_table(run).iloc[14]  # text; its worst token is " 7" of the answer
+    row = RunFolder(run).table.iloc[14]  # text; its worst token is " 7" of the answer
     page.locator("svg[data-panel=activation_nmse] [data-layer='14']").hover()
     detail = page.locator("#detail")
     assert row["layer"] in detail.inner_text()
@@ -86,7 +85,7 @@ def test_a_click_holds_a_layer_until_escape(page: Page):
 
 
 def test_the_keyboard_reaches_every_layer_and_budget(page: Page, run: Path):
-    order = list(read_table(run)["layer"])
+    order = list(RunFolder(run).table["layer"])
     charts = page.locator("#charts")
     charts.focus()
     for key, layer in (("Home", 0), ("ArrowRight", 1), ("ArrowLeft", 0), ("End", len(order) - 1)):
@@ -116,7 +115,7 @@ def test_filters_apply_to_table_and_charts(page: Page):
 
 
 def test_the_table_sorts_by_every_heading_both_ways(page: Page, run: Path):
-    table = read_table(run)
+    table = RunFolder(run).table
     assert names(page) == list(table["layer"])
     heading = page.get_by_role("columnheader", name="sensitivity")
     heading.get_by_role("button").click()

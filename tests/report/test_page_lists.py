@@ -14,8 +14,8 @@ from qprobe.manifest.write import manifest_to_json, write_manifest
 from qprobe.records import CodesFile
 from qprobe.report.figures import spike_plot
 from qprobe.report.write import kept_layers
-from qprobe.runs.store import read_scan
-from qprobe.runs.table import read_table, write_table
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.table import write_table
 from qprobe.selection.select import select
 from tests.report.full_run import write_comparison, write_full_run
 from tests.report.pages import (
@@ -157,7 +157,7 @@ def test_a_model_without_a_head_leaves_its_parts_out_and_says_so(opened: Open, t
 @pytest.mark.slow
 def test_a_scan_of_the_weights_alone_shows_its_list_and_what_is_missing(opened: Open, tmp_path: Path):
     folder = only(write_full_run(tmp_path / "run"), "weights")
-    write_table(folder)
+    write_table(RunFolder(folder))
     write_manifest(folder / "skiplist.json", select(folder, "+10%", by="weight_nmse"))
     page = opened(page_file(folder))
     assert page.locator("svg.panel").evaluate_all("all => all.map(s => s.dataset.panel)") == ["weight_nmse"]
@@ -169,14 +169,15 @@ def test_a_scan_of_the_weights_alone_shows_its_list_and_what_is_missing(opened: 
     page.locator("#charts").focus()
     page.keyboard.press("Home")
     assert page.locator("#detail img").count() == 0 and "weight error" in page.locator("#detail").inner_text()
-    figure = spike_plot(read_table(folder), kept_layers(folder, read_scan(folder)), "a model")
+    figure = spike_plot(
+        RunFolder(folder).table, kept_layers(RunFolder(folder), RunFolder(folder).scan), "a model"
+    )
     assert len(figure.axes) == 1 and missing in figure.legends[0].get_title().get_text()
 
 
 def test_a_run_not_yet_finished_shows_what_it_has(opened: Open, tmp_path: Path):
     folder = only(write_full_run(tmp_path / "run"), "weights", "outputs")
-    text = (folder / "scan.json").read_text()
-    (folder / "scan.json").write_text(text.replace('"finished"', '"running"'))
+    (folder / "notes" / "end.json").unlink()
     page = opened(page_file(folder))
     assert "not finished" in page.locator("#missing").inner_text()
     assert "not finished" in page.locator("#notes").inner_text()
@@ -186,6 +187,5 @@ def test_a_run_not_yet_finished_shows_what_it_has(opened: Open, tmp_path: Path):
 @pytest.mark.slow
 def test_the_page_that_a_scan_writes_last_does_not_call_it_unfinished(opened: Open, tmp_path: Path):
     folder = write_full_run(tmp_path / "run")
-    text = (folder / "scan.json").read_text()
-    (folder / "scan.json").write_text(text.replace('"finished"', '"running"'))
+    (folder / "notes" / "end.json").unlink()
     assert "not finished" not in opened(page_file(folder)).locator("#method").inner_text()

@@ -10,7 +10,8 @@ import pytest
 from qprobe.errors import RunError
 from qprobe.models.grid import Grid
 from qprobe.report.worst import patch_at, worst_tokens
-from qprobe.runs.shown import FILE, ShownSample, read_shown, write_shown
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.shown import FILE, ShownSample, write_shown
 from qprobe.runs.table import peaks
 from tests.report.full_run import ANSWER, write_full_run
 
@@ -42,7 +43,7 @@ def test_a_vision_token_has_a_place_in_the_image(grid: Grid, index: int, rows: i
 
 def test_an_answer_token_is_shown_in_its_text(tmp_path: Path):
     folder = write_full_run(tmp_path)
-    worst = worst_tokens(folder, read_shown(folder))[peaks(folder)["layer"][14]]
+    worst = worst_tokens(RunFolder(folder), RunFolder(folder).samples)[peaks(RunFolder(folder))["layer"][14]]
     # the sequence is <s>, image, "What?", then the answer; token 6 is its fourth
     assert (worst.kind, worst.token, worst.text) == ("answer", 6, ANSWER[3])
     assert worst.before == "<s> [image] What?The dial shows" and worst.after == "."
@@ -51,27 +52,27 @@ def test_an_answer_token_is_shown_in_its_text(tmp_path: Path):
 
 def test_a_patch_is_shown_on_its_image_only_if_the_patches_cover_it(tmp_path: Path):
     folder = write_full_run(tmp_path)
-    layer, index = peaks(folder)["layer"][3], int(peaks(folder)["token"][3])
-    sample = read_shown(folder)[peaks(folder)["sample"][3]]
+    layer, index = peaks(RunFolder(folder))["layer"][3], int(peaks(RunFolder(folder))["token"][3])
+    sample = RunFolder(folder).samples[peaks(RunFolder(folder))["sample"][3]]
     row, column = divmod(index - 1, 10)
-    found = worst_tokens(folder, {sample.id: sample})[layer]
+    found = worst_tokens(RunFolder(folder), {sample.id: sample})[layer]
     assert found.place == f"patch in row {row + 1} of 10, column {column + 1} of 10"
     assert found.box == (column / 10, row / 10, 0.1, 0.1)
     wide = ShownSample(**{**vars(sample), "size": (280, 140)})
-    assert worst_tokens(folder, {sample.id: wide})[layer].box is None
+    assert worst_tokens(RunFolder(folder), {sample.id: wide})[layer].box is None
 
 
 def test_without_samples_the_index_alone_is_said(tmp_path: Path):
     folder = write_full_run(tmp_path)
-    worst = worst_tokens(folder, {})
-    assert len(worst) == 30 and worst[peaks(folder)["layer"][14]].place == "answer token 7 of 8"
+    worst = worst_tokens(RunFolder(folder), {})
+    assert len(worst) == 30 and worst[peaks(RunFolder(folder))["layer"][14]].place == "answer token 7 of 8"
 
 
 def test_samples_read_back_as_written(tmp_path: Path):
     sample = ShownSample("ü</script>", "what?", None, None, None, ("a", None, "�"), None)
-    write_shown(tmp_path, [sample])
-    assert read_shown(tmp_path) == {sample.id: sample}
-    assert read_shown(tmp_path / "elsewhere") == {}
+    write_shown(RunFolder(tmp_path), [sample])
+    assert RunFolder(tmp_path).samples == {sample.id: sample}
+    assert RunFolder(tmp_path / "elsewhere").samples == {}
 
 
 WHOLE = {
@@ -91,8 +92,8 @@ WHOLE = {
 )
 def test_damaged_samples_are_refused(tmp_path: Path, change: dict):
     (tmp_path / FILE).write_text(json.dumps([WHOLE]))
-    assert list(read_shown(tmp_path)) == ["a"]
+    assert list(RunFolder(tmp_path).samples) == ["a"]
     for damaged in (json.dumps([{**WHOLE, **change}]), "[", "[1]"):
         (tmp_path / FILE).write_text(damaged)
         with pytest.raises(RunError, match=r"samples\.json is damaged"):
-            read_shown(tmp_path)
+            _ = RunFolder(tmp_path).samples

@@ -15,8 +15,7 @@ from qprobe.errors import RunError
 from qprobe.report.figures import Kept, spike_plot
 from qprobe.report.page import page_html, script_json
 from qprobe.report.write import kept_layers, write_report
-from qprobe.runs.store import read_scan
-from qprobe.runs.table import read_table
+from qprobe.runs.folder import RunFolder
 from tests.report.full_run import write_full_run, write_llama_11b
 from tests.report.runs import write_run
 
@@ -65,11 +64,13 @@ def test_a_damaged_frontier_is_refused(tmp_path: Path, undrawn: None, data: byte
 def test_the_kept_layers_are_those_of_the_manifest(tmp_path: Path):
     write_run(tmp_path, spikes=SPIKES)
     manifest = json.loads((tmp_path / "skiplist.json").read_text())
-    kept = kept_layers(tmp_path, read_scan(tmp_path))
+    kept = kept_layers(RunFolder(tmp_path), RunFolder(tmp_path).scan)
     assert kept.in_16bit == set(manifest["skip_modules"]) and len(kept.chosen) > 1
     assert kept.always == {"lm_head"} and "lm_head" not in kept.chosen
     (tmp_path / "skiplist.json").unlink()
-    assert kept_layers(tmp_path, read_scan(tmp_path)) == Kept(frozenset(), frozenset({"lm_head"}))
+    assert kept_layers(RunFolder(tmp_path), RunFolder(tmp_path).scan) == Kept(
+        frozenset(), frozenset({"lm_head"})
+    )
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
@@ -145,8 +146,8 @@ def test_600_layers_take_less_than_10_seconds_of_processor_time_and_no_torch(tmp
 @pytest.mark.slow
 def test_the_522_layers_of_llama_11b_draw_with_towers_spikes_and_marks_in_sight(tmp_path: Path):
     write_llama_11b(tmp_path)
-    scan, table = read_scan(tmp_path), read_table(tmp_path)
-    kept = kept_layers(tmp_path, scan)
+    scan, table = RunFolder(tmp_path).scan, RunFolder(tmp_path).table
+    kept = kept_layers(RunFolder(tmp_path), scan)
     figure = spike_plot(table, kept, "a model")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from qprobe.records import FormatSpec, Inventory, Linear, ModelIdentity, Scan, Uncovered
-from qprobe.runs.store import UNIT_SCHEMAS, open_run, write_unit
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import VERSION, Key, Measures, SampleKey, Spec
+from qprobe.runs.units import unit_columns
+from qprobe.system.versions import library_versions
 
 MODEL = ModelIdentity("demo", None, "DemoForConditionalGeneration", "f" * 64)
 
@@ -27,8 +31,18 @@ def inventory_of(*layers: Linear, other_bytes: int = 1000) -> Inventory:
 
 
 def scan_of(inventory: Inventory, **changes: Any) -> Scan:
-    spec = {"seed": 0, "samples": [{"id": "a", "digest": "a1"}, {"id": "b", "digest": "b1"}]}
-    return Scan(**{"model": MODEL, "format": FormatSpec(), "inventory": inventory, "spec": spec, **changes})
+    return Scan(**{"model": MODEL, "format": FormatSpec(), "inventory": inventory, **changes})
+
+
+def spec_of(**changes: Any) -> Spec:
+    """Two samples in a batch, of which the outputs are measured."""
+    batch = tuple(SampleKey(name, f"{name}1", True) for name in "ab")
+    measured: dict[str, Any] = {"measures": Measures(False, False), "calibration": (batch,), "seed": 0}
+    return Spec("weights", "cpu", **{**measured, "versions": library_versions(), **changes})
+
+
+def key_of(inventory: Inventory, **changes: Any) -> Key:
+    return replace(Key(VERSION, MODEL, FormatSpec(), inventory, spec_of()), **changes)
 
 
 def four_layers() -> Inventory:
@@ -48,7 +62,7 @@ def four_layers() -> Inventory:
 
 def rows(stage: str, *values: Sequence[Any]) -> pd.DataFrame:
     """A unit frame from tuples in the order of the stage's schema."""
-    return pd.DataFrame(list(values), columns=list(UNIT_SCHEMAS[stage]))
+    return pd.DataFrame(list(values), columns=unit_columns(stage))
 
 
 def output(sample: str, layer: str, signal: float, noise: float, peak: float = 1.0, **changes: Any) -> dict:
@@ -63,8 +77,9 @@ def output(sample: str, layer: str, signal: float, noise: float, peak: float = 1
 
 def make_run(folder: Path, inventory: Inventory | None = None, **units: list[pd.DataFrame]) -> Path:
     """A run folder whose stages hold the given frames as units 0, 1, ..."""
-    open_run(folder, scan_of(inventory or four_layers()))
+    run = RunFolder(folder)
+    run.open(key_of(inventory or four_layers()))
     for stage, frames in units.items():
         for unit, frame in enumerate(frames):
-            write_unit(folder, stage, unit, frame)
+            run.write_unit(stage, unit, frame)
     return folder

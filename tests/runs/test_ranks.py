@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from qprobe.errors import RunError
-from qprobe.runs.ranks import rank_intervals, read_ranks, write_ranks
-from qprobe.runs.table import layer_table, rank_table
+from qprobe.runs.folder import RunFolder, layer_table
+from qprobe.runs.ranks import rank_intervals, write_ranks
+from qprobe.runs.table import rank_table
 from tests.runs.runs import inventory_of, linear, make_run, rows
 
 NAMES = [f"l{i}" for i in range(6)]
@@ -33,19 +34,19 @@ def noisy(samples: int, spread: float) -> np.ndarray:
 def test_ranks_are_those_of_the_layer_table(tmp_path: Path):
     run = run_of(tmp_path / "run", noisy(12, 2.0))
     ranked = rank_table(layer_table(run), "sensitivity_kl")
-    found = rank_intervals(run).set_index("layer")["rank"]
+    found = rank_intervals(RunFolder(run)).set_index("layer")["rank"]
     assert [found[name] for name in ranked["layer"][:6]] == [1, 2, 3, 4, 5, 6]
-    assert list(rank_intervals(run)["layer"]) == [*NAMES, "lm_head"]
+    assert list(rank_intervals(RunFolder(run))["layer"]) == [*NAMES, "lm_head"]
 
 
 def test_layers_that_never_change_places_have_one_rank(tmp_path: Path):
-    found = rank_intervals(run_of(tmp_path / "run", noisy(12, 0.01)))
+    found = rank_intervals(RunFolder(run_of(tmp_path / "run", noisy(12, 0.01))))
     assert found["rank"].tolist()[:6] == [6, 1, 4, 5, 2, 3]
     assert (found["rank"] == found["rank_low"]).all() and (found["rank"] == found["rank_high"]).all()
 
 
 def test_more_samples_make_it_surer(tmp_path: Path):
-    few, many = (rank_intervals(run_of(tmp_path / str(n), noisy(n, 3.0))) for n in (6, 200))
+    few, many = (rank_intervals(RunFolder(run_of(tmp_path / str(n), noisy(n, 3.0)))) for n in (6, 200))
     width_few, width_many = ((x["rank_high"] - x["rank_low"]).sum() for x in (few, many))
     assert width_many < width_few
 
@@ -53,7 +54,7 @@ def test_more_samples_make_it_surer(tmp_path: Path):
 @pytest.mark.slow
 def test_an_interval_holds_90_percent_of_slow_resamples(tmp_path: Path):
     kl = noisy(8, 3.0)
-    found = rank_intervals(run_of(tmp_path / "run", kl))
+    found = rank_intervals(RunFolder(run_of(tmp_path / "run", kl)))
     rng = np.random.default_rng(99)
     inside = np.zeros(6)
     for _ in range(2000):
@@ -71,47 +72,47 @@ def test_the_cut_of_the_units_changes_nothing(tmp_path: Path):
     parts = [rows("sensitivity", *values[24:]), rows("sensitivity", *values[:24])]
     inventory = inventory_of(*(linear(name) for name in NAMES), linear("lm_head", fixed="lm_head"))
     cut = make_run(tmp_path / "cut", inventory, sensitivity=parts)
-    pd.testing.assert_frame_equal(rank_intervals(whole), rank_intervals(cut))
+    pd.testing.assert_frame_equal(rank_intervals(RunFolder(whole)), rank_intervals(RunFolder(cut)))
 
 
 def test_what_was_not_measured_has_no_rank(tmp_path: Path):
     kl = noisy(8, 1.0)[:, :5]
-    found = rank_intervals(run_of(tmp_path / "run", kl, names=NAMES[:5])).set_index("layer")
+    found = rank_intervals(RunFolder(run_of(tmp_path / "run", kl, names=NAMES[:5]))).set_index("layer")
     assert found.loc[["l5", "lm_head"]].isna().all(axis=None)
     assert sorted(found["rank"].dropna()) == [1, 2, 3, 4, 5]
 
 
 def test_one_sample_gives_ranks_without_intervals(tmp_path: Path):
-    found = rank_intervals(run_of(tmp_path / "run", noisy(1, 1.0)))
+    found = rank_intervals(RunFolder(run_of(tmp_path / "run", noisy(1, 1.0))))
     assert found["rank"].notna().sum() == 6 and found["rank_low"].isna().all()
 
 
 def test_a_sample_without_a_finite_kl_does_not_enter(tmp_path: Path):
     kl = noisy(8, 1.0)
-    clean = rank_intervals(run_of(tmp_path / "clean", kl))
+    clean = rank_intervals(RunFolder(run_of(tmp_path / "clean", kl)))
     poisoned = np.vstack([kl, np.full((1, 6), np.nan)])
-    pd.testing.assert_frame_equal(rank_intervals(run_of(tmp_path / "poisoned", poisoned)), clean)
+    pd.testing.assert_frame_equal(rank_intervals(RunFolder(run_of(tmp_path / "poisoned", poisoned))), clean)
 
 
 def test_the_file_comes_back_and_is_byte_identical(tmp_path: Path):
     run = run_of(tmp_path / "run", noisy(8, 3.0))
-    assert read_ranks(run) is None
-    write_ranks(run)
+    assert RunFolder(run).ranks is None
+    write_ranks(RunFolder(run))
     first = (run / "ranks.csv").read_bytes()
     assert (
         first.splitlines()[0] == b"layer,rank,rank_low,rank_high" and first.splitlines()[-1] == b"lm_head,,,"
     )
-    write_ranks(run)
+    write_ranks(RunFolder(run))
     assert (run / "ranks.csv").read_bytes() == first
-    back = read_ranks(run)
+    back = RunFolder(run).ranks
     assert back is not None
-    pd.testing.assert_frame_equal(back, rank_intervals(run), check_dtype=False)
+    pd.testing.assert_frame_equal(back, rank_intervals(RunFolder(run)), check_dtype=False)
     (run / "ranks.csv").write_text("layer,rank\nl0,one\n")
     with pytest.raises(RunError, match=r"ranks\.csv is damaged"):
-        read_ranks(run)
+        _ = RunFolder(run).ranks
 
 
 def test_nothing_is_written_without_a_sensitivity(tmp_path: Path):
     run = make_run(tmp_path / "run")
-    write_ranks(run)
+    write_ranks(RunFolder(run))
     assert not (run / "ranks.csv").exists()

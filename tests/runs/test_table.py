@@ -10,18 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qprobe.errors import QprobeError, RunError
-from qprobe.runs.store import update_scan
-from qprobe.runs.table import (
-    attribution_residual,
-    dtypes,
-    layer_table,
-    left_out,
-    peaks,
-    rank_table,
-    read_table,
-    write_table,
-)
-from tests.runs.runs import inventory_of, linear, make_run, output, rows, scan_of
+from qprobe.runs.folder import RunFolder, layer_table
+from qprobe.runs.key import key_bytes
+from qprobe.runs.table import attribution_residual, dtypes, left_out, peaks, rank_table, write_table
+from tests.runs.runs import inventory_of, key_of, linear, make_run, output, rows
 
 
 def table_of(folder: Path, **units: list[pd.DataFrame]) -> pd.DataFrame:
@@ -44,7 +36,7 @@ def test_what_was_not_measured_is_empty_never_zero(tmp_path: Path):
     run = make_run(tmp_path / "run")
     columns = list(dtypes())
     assert layer_table(run)[columns[8:]].replace("", pd.NA).isna().all(axis=None)
-    lines = write_table(run).read_text().splitlines()
+    lines = write_table(RunFolder(run)).read_text().splitlines()
     assert lines[1] == "model.a,language,model.a,64,64,,2116,8192" + "," * (len(columns) - 8)
 
 
@@ -53,7 +45,7 @@ def test_a_weight_that_experts_share_has_their_number_beside_its_features(tmp_pa
     row = layer_table(make_run(tmp_path / "run", inventory_of(layer))).iloc[0]
     assert (row["experts"], row["out_features"], row["in_features"]) == (8, 64, 128)
     assert (
-        write_table(tmp_path / "run")
+        write_table(RunFolder(tmp_path / "run"))
         .read_text()
         .splitlines()[1]
         .startswith("model.experts,language,model.experts,128,64,8,")
@@ -99,8 +91,8 @@ def test_a_layer_that_saw_no_token_is_unmeasured(tmp_path: Path):
 
 def test_an_exact_copy_scores_zero_and_not_empty(tmp_path: Path):
     run = make_run(tmp_path / "run", outputs=[pd.DataFrame([output("a", "model.a", 2.0, 0.0, peak=0.0)])])
-    write_table(run)
-    for table in (layer_table(run), read_table(run)):
+    write_table(RunFolder(run))
+    for table in (layer_table(run), RunFolder(run).table):
         row = table.set_index("layer").loc["model.a"]
         assert (row["activation_nmse"], row["activation_sqnr_db"], row["activation_peak"]) == (0, inf, 0)
 
@@ -134,7 +126,7 @@ def test_a_sample_on_which_one_layer_is_not_finite_is_left_out_of_that_layer_alo
 
 def test_isolated_kl_that_is_not_finite_is_named(tmp_path: Path):
     frame = rows("isolated", ("s", "model.a", 2, nan), ("t", "model.a", 2, 1.0))
-    found = left_out(make_run(tmp_path / "run", isolated=[frame]))
+    found = left_out(RunFolder(make_run(tmp_path / "run", isolated=[frame])))
     assert found.loc[0, "layer"] == "model.a" and found.loc[0, "sensitivity"] == 1
     assert found.loc[0, "samples"] == "s"
 
@@ -164,7 +156,7 @@ def test_non_finite_values_are_left_out_and_counted(tmp_path: Path):
         ],
     )
     assert layer_table(run).set_index("layer").loc["model.a", "sensitivity_kl"] == 1.5
-    assert left_out(run).to_dict("records") == [
+    assert left_out(RunFolder(run)).to_dict("records") == [
         {
             "layer": "model.a", "weight": 0, "activation": 2, "propagated": 0, "sensitivity": 2,
             "samples": "a; b; c",
@@ -185,11 +177,11 @@ def test_peak_is_the_maximum_and_remembers_where_it_was(tmp_path: Path):
     ]
     run = make_run(tmp_path / "run", outputs=frames)
     assert layer_table(run).loc[0, "activation_peak"] == 7.0
-    found = peaks(run)
+    found = peaks(RunFolder(run))
     assert found.loc[0].tolist() == ["model.a", 7.0, "b", 5, "vision"]
     assert found["layer"].tolist() == layer_table(run)["layer"].tolist()
     assert found.loc[1:, ["activation_peak", "sample", "token", "kind"]].isna().all(axis=None)
-    write_table(run)
+    write_table(RunFolder(run))
     assert (run / "peaks.csv").read_text().splitlines()[:3] == [
         "layer,activation_peak,sample,token,kind", "model.a,7.0,b,5,vision", "model.q,,,,",
     ]  # fmt: skip
@@ -224,7 +216,7 @@ def test_neither_order_nor_cut_of_units_changes_a_digit(
     parts = [frames(order[i : i + cut]) for i in range(0, len(table), cut)]
     one = make_run(root / "one", outputs=[whole[0]], sensitivity=[whole[1]])
     many = make_run(root / "many", outputs=[x for x, _ in parts], sensitivity=[x for _, x in parts])
-    assert write_table(one).read_bytes() == write_table(many).read_bytes()
+    assert write_table(RunFolder(one)).read_bytes() == write_table(RunFolder(many)).read_bytes()
     assert (one / "peaks.csv").read_bytes() == (many / "peaks.csv").read_bytes()
 
 
@@ -238,15 +230,15 @@ def test_csv_reads_back_to_the_last_bit(values: list, tmp_path_factory: pytest.T
         [output("s", x.name, y, e, peak=e) for x, (y, e) in zip(layers, values, strict=True)]
     )
     run = make_run(tmp_path_factory.mktemp("csv") / "run", inventory_of(*layers), outputs=[frame])
-    write_table(run)
-    pd.testing.assert_frame_equal(read_table(run), layer_table(run), check_exact=True)
+    write_table(RunFolder(run))
+    pd.testing.assert_frame_equal(RunFolder(run).table, layer_table(run), check_exact=True)
 
 
 def test_a_missing_damaged_or_foreign_table_is_explained(tmp_path: Path):
     run = make_run(tmp_path / "run")
     with pytest.raises(RunError, match=r"has no layers\.csv: its scan has not finished"):
-        read_table(run)
-    path = write_table(run)
+        _ = RunFolder(run).table
+    path = write_table(RunFolder(run))
     good = path.read_text()
     for broken in (
         "",
@@ -257,11 +249,11 @@ def test_a_missing_damaged_or_foreign_table_is_explained(tmp_path: Path):
     ):
         path.write_text(broken)
         with pytest.raises(RunError, match="Run the scan again"):
-            read_table(run)
+            _ = RunFolder(run).table
     path.write_text(good)
-    update_scan(run, scan_of(inventory_of(linear("another"))))
+    (run / "scan.json").write_bytes(key_bytes(key_of(inventory_of(linear("another")))))
     with pytest.raises(RunError, match="does not list the 1 layers"):
-        read_table(run)
+        _ = RunFolder(run).table
 
 
 def test_units_of_a_layer_that_the_scan_does_not_list_are_refused(tmp_path: Path):
@@ -313,12 +305,12 @@ def test_residual_compares_the_sum_of_sensitivities_with_the_measured_kl(tmp_pat
             rows("sensitivity", ("c", "model.a", 2, nan), ("d", "model.a", 2, 7.0)),
         ],
     )
-    assert attribution_residual(run) == 0.0
+    assert attribution_residual(RunFolder(run)) == 0.0
 
 
 def test_residual_is_a_share_of_the_measured_kl_and_none_without_one(tmp_path: Path):
     parts = rows("sensitivity", ("a", "model.a", 2, 1.0), ("a", "model.b", 2, 2.0))
     kl = rows("kl", ("a", "standard", 2, 4.0, 1), ("a", "other", 2, 1.0, 1))
-    assert attribution_residual(make_run(tmp_path / "one", kl=[kl], sensitivity=[parts])) == -0.25
-    assert attribution_residual(make_run(tmp_path / "two", sensitivity=[parts])) is None
-    assert attribution_residual(make_run(tmp_path / "three", kl=[kl])) is None
+    assert attribution_residual(RunFolder(make_run(tmp_path / "one", kl=[kl], sensitivity=[parts]))) == -0.25
+    assert attribution_residual(RunFolder(make_run(tmp_path / "two", sensitivity=[parts]))) is None
+    assert attribution_residual(RunFolder(make_run(tmp_path / "three", kl=[kl]))) is None

@@ -17,8 +17,7 @@ from qprobe.loading.inventory import linear_modules
 from qprobe.loading.reference import load_reference
 from qprobe.manifest.read import read_manifest
 from qprobe.report.write import write_report
-from qprobe.runs.store import read_scan
-from qprobe.runs.table import read_table
+from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
 from tests import tiny
 from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
@@ -57,8 +56,8 @@ def test_the_table_has_a_row_a_linear_in_execution_order(
 
 @pytest.mark.parametrize("name", tiny.GENERATING_NAMES)
 def test_everything_is_measured_where_there_is_a_language_head(name: str, scanned: Scanned):
-    result, table = scanned(name), read_table(scanned(name).run)
-    fixed = {x.name for x in read_scan(result.run).inventory.layers if x.fixed}
+    result, table = scanned(name), RunFolder(scanned(name).run).table
+    fixed = {x.name for x in RunFolder(result.run).scan.inventory.layers if x.fixed}
     assert table["experts"].isna().all() and (table["rounding"] == "").all()  # of other layers, other runs
     for column in COLUMNS.replace("experts,", "").split(","):
         empty = set(table.loc[table[column].isna(), "layer"])
@@ -137,14 +136,14 @@ def test_ranks_come_with_their_intervals(scanned: Scanned):
     run = scanned("llama").run
     ranks = pd.read_csv(run / "ranks.csv")
     assert list(ranks) == ["layer", "rank", "rank_low", "rank_high"]
-    assert ranks["layer"].tolist() == read_table(run)["layer"].tolist()
+    assert ranks["layer"].tolist() == RunFolder(run).table["layer"].tolist()
     quantized = ranks.dropna()
     assert len(quantized) == 21 and sorted(quantized["rank"]) == list(range(1, 22))
     assert (quantized["rank_low"] <= quantized["rank_high"]).all()
 
 
 def test_a_model_without_a_language_head_is_told_what_does_not_apply(scanned: Scanned):
-    result, table = scanned("bert"), read_table(scanned("bert").run)
+    result, table = scanned("bert"), RunFolder(scanned("bert").run).table
     assert any(
         "Sensitivity and KL do not apply" in note and "no language head" in note for note in result.notes
     )
@@ -174,8 +173,8 @@ def test_linears_that_never_run_are_named_and_stay_empty(tiny_folder: TinyFolder
     lines = [{"prompt": text} for text in ("a red bag", "name the unit", "which one", "the left bar")]
     data = write_lines(tmp_path / "text.jsonl", *lines)
     result = scan(**options(tiny_folder("qwen2_vl"), tmp_path / "run", data=data))
-    table = read_table(result.run).set_index("layer")
-    unmeasured = read_scan(result.run).unmeasured
+    table = RunFolder(result.run).table.set_index("layer")
+    unmeasured = RunFolder(result.run).scan.unmeasured
     assert set(unmeasured) == {name for name in table.index if ".visual." in name} and unmeasured
     outputs = ["activation_nmse", "activation_peak", "propagated_nmse", "sensitivity_kl", "samples", "tokens"]
     assert table.loc[list(unmeasured), outputs].isna().all(axis=None)

@@ -8,7 +8,7 @@ import pytest
 
 from qprobe.errors import QprobeError
 from qprobe.manifest.read import read_manifest
-from qprobe.runs.store import read_scan
+from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import TinyFolder, options
 
@@ -20,10 +20,10 @@ def test_a_calibrated_scan_resumes_as_it_was_and_refuses_to_mix_with_a_plain_one
 ):
     asked = options(tiny_folder("llama"), tmp_path / "run", format="nf4-calibrated")
     first = scan(**asked)
-    codes = read_scan(first.run).codes
+    codes = RunFolder(first.run).scan.codes
     again = scan(**asked)
     assert (again.kl_standard_4bit, again.kl_dynamic) == (first.kl_standard_4bit, first.kl_dynamic)
-    assert read_scan(again.run).codes == codes is not None
+    assert RunFolder(again.run).scan.codes == codes is not None
     manifest = read_manifest(first.skiplist)
     plain = scan(**options(tiny_folder("llama"), tmp_path / "plain"))
     # On the same samples standard 4-bit costs what a scan without calibration says it does.

@@ -12,8 +12,7 @@ import pytest
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.errors import BudgetError
 from qprobe.manifest.read import read_manifest
-from qprobe.runs.store import read_scan
-from qprobe.runs.table import read_table
+from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import Scanned, TinyFolder, options
 
@@ -33,7 +32,7 @@ def test_ablation_of_the_most_sensitive_layers(scanned: Scanned, tiny_folder: Ti
     assert list(frame) == ["layer", "kl_isolated", "kl_isolated_se", "kl_saved", "kl_saved_se", "samples"]
     ranks = pd.read_csv(run / "ranks.csv").set_index("layer")["rank"]
     assert sorted(ranks[frame["layer"]]) == [1, 2, 3]
-    assert frame["layer"].tolist() == [x for x in read_table(run)["layer"] if x in set(frame["layer"])]
+    assert frame["layer"].tolist() == [x for x in RunFolder(run).table["layer"] if x in set(frame["layer"])]
     assert (frame["kl_isolated"] > 0).all() and (frame["samples"] == 4).all()
     assert steps[-1][0] == steps[-1][1] and result.seconds["ablate"] > 0
     # The same units again: nothing is measured twice.
@@ -45,10 +44,10 @@ def test_ablation_of_the_most_sensitive_layers(scanned: Scanned, tiny_folder: Ti
 
 def test_ablation_of_all_layers_leaves_out_the_fixed_ones(tiny_folder: TinyFolder, tmp_path: Path):
     run = scan(**options(tiny_folder("llama_tied"), tmp_path / "run", ablate="all")).run
-    frame, inventory = pd.read_csv(run / "ablation.csv"), read_scan(run).inventory
+    frame, inventory = pd.read_csv(run / "ablation.csv"), RunFolder(run).scan.inventory
     assert frame["layer"].tolist() == [x.name for x in inventory.layers if not x.fixed]
     # Sensitivities approximate what ablation measures: the same scale, and mostly the same order.
-    sensitivity = read_table(run).set_index("layer")["sensitivity_kl"][frame["layer"]]
+    sensitivity = RunFolder(run).table.set_index("layer")["sensitivity_kl"][frame["layer"]]
     between = (frame["kl_isolated"] + frame["kl_saved"]) / 2
     assert np.corrcoef(between.rank(), sensitivity.rank())[0, 1] > 0.5
 

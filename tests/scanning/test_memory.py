@@ -6,7 +6,7 @@ from shutil import copytree
 import pytest
 
 from qprobe.errors import BudgetError, MachineError
-from qprobe.runs.store import read_scan
+from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
 from tests import tiny
 from tests.scanning.asked import Scanned, TinyFolder, options
@@ -22,13 +22,13 @@ def test_a_scan_within_a_memory_limit_gives_the_same_table(
     plain = scanned(name)
     limited = scan(**options(tiny_folder(name), tmp_path / "run", max_memory="1TiB"))
     assert plain.streamed_bytes is None
-    blocks = [x for x in read_scan(limited.run).inventory.layers if not x.fixed]
+    blocks = [x for x in RunFolder(limited.run).scan.inventory.layers if not x.fixed]
     assert limited.streamed_bytes > 4 * sum(x.bytes_16bit for x in blocks)
     for file in ("layers.csv", "frontier.csv", "ranks.csv"):
         if (plain.run / file).exists():
             assert (limited.run / file).read_text() == (plain.run / file).read_text()
     assert (limited.kl_standard_4bit, limited.kl_dynamic) == (plain.kl_standard_4bit, plain.kl_dynamic)
-    assert read_scan(limited.run).spec == read_scan(plain.run).spec
+    assert RunFolder(limited.run).key == RunFolder(plain.run).key
     assert not list(limited.run.glob(".weight-*"))
 
 
@@ -58,5 +58,5 @@ def test_calibration_within_a_memory_limit_chooses_the_same_codes(tiny_folder: T
     asked = options(tiny_folder("llama"), tmp_path / "plain", format="nf4-calibrated")
     plain = scan(**asked)
     limited = scan(**{**asked, "out": tmp_path / "limited", "max_memory": "1TiB"})
-    assert read_scan(limited.run).codes == read_scan(plain.run).codes is not None
+    assert RunFolder(limited.run).scan.codes == RunFolder(plain.run).scan.codes is not None
     assert (limited.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()

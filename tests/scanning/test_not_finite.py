@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 
 from qprobe.errors import SampleError
 from qprobe.manifest.read import read_manifest
-from qprobe.runs.store import read_units
-from qprobe.runs.table import read_table
+from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
 from tests import tiny
 from tests.scanning.asked import TinyFolder, options, write_lines
@@ -48,7 +47,7 @@ def test_a_nan_weight_is_named_and_left_out(tiny_folder: TinyFolder, tmp_path: P
     assert any("weights that are not finite" in note and f"{layer} (" in note for note in result.notes)
     assert any(f"first {layer} on question-0" in note for note in result.notes)
     assert any("Propagated error is not measured" in note and "finite" in note for note in result.notes)
-    table = read_table(result.run).set_index("layer")
+    table = RunFolder(result.run).table.set_index("layer")
     position = list(table.index).index(layer)
     assert table["activation_nmse"].iloc[:position].notna().all()
     assert table["activation_nmse"].iloc[position:].isna().all() and pd.isna(table["weight_nmse"][layer])
@@ -74,7 +73,7 @@ def test_samples_that_a_nan_weight_spoils_are_named_and_the_others_measured(
     for name in ("photo-0", "photo-1"):
         assert f"{name}: left out, in 16-bit its values are not finite from {layer} on" in result.notes
     assert result.samples == 4 and any(f"{layer} (" in note for note in result.notes)
-    table = read_table(result.run).set_index("layer")
+    table = RunFolder(result.run).table.set_index("layer")
     assert table["sensitivity_kl"].filter(like="language_model").notna().all()
     assert result.kl_standard_4bit is not None and np.isfinite(result.kl_standard_4bit)
     assert_no_nan_sums(result.run)
@@ -117,11 +116,11 @@ def test_a_sample_with_an_inf_activation_is_left_out_of_kl_and_named(tiny_folder
     )  # measured: the first batch is not the judge
     counts = pd.read_csv(result.run / "left_out.csv").set_index("layer")
     assert (counts["samples"] == "zebra").all() and (counts["sensitivity"].drop("lm_head") == 1).all()
-    table = read_table(result.run)
+    table = RunFolder(result.run).table
     assert table["activation_nmse"].notna().all() and table["propagated_nmse"].notna().all()
     assert table["sensitivity_kl"].iloc[:-1].notna().all()
     assert_no_nan_sums(result.run)
-    rows = read_units(result.run, "kl")
+    rows = RunFolder(result.run).units("kl")
     assert len(rows) == 5 and rows["kl_sum"].isna().sum() == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qprobe.errors import QprobeError, RunError, SampleError
 from qprobe.loading.reference import reference_of
-from qprobe.runs.store import read_scan, update_scan
+from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import Scanned, TinyFolder, options
 
@@ -88,8 +88,7 @@ def test_a_folder_that_cannot_be_the_run_folder(no_weights: None, tiny_folder: T
 def llama_run(scanned: Scanned, tmp_path: Path) -> Path:
     """The folder of a scan of the tiny Llama, without its units."""
     run = tmp_path / "run"
-    run.mkdir()
-    update_scan(run, read_scan(scanned("llama").run))
+    RunFolder(run).open(RunFolder(scanned("llama").run).key)
     return run
 
 

@@ -17,7 +17,8 @@ from qprobe.measure.outputs import OutputErrors, run_model
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec
 from qprobe.report.worst import patch_at
-from qprobe.runs.shown import FILE, read_shown
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.shown import FILE
 from qprobe.scanning.show import THUMBNAIL_PX, show_samples, shown_samples, thumbnail
 from tests import tiny
 
@@ -53,7 +54,7 @@ def test_a_text_model_has_tokens_and_no_picture(tiny_folder: Callable[[str], Pat
     samples = tuple(tiny.questions("llama", 3))
     groups = seen.groups(samples, 2)
     show_samples(seen, groups, tmp_path)
-    found = read_shown(tmp_path)
+    found = RunFolder(tmp_path).samples
     assert list(found) == [s.id for group in groups for s in group]
     for sample in samples:
         shown = found[sample.id]

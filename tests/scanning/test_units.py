@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 
 from qprobe.measure.runner import isolated_half
 from qprobe.records import Sample, asked
-from qprobe.runs.needed import Measures, needed_units
-from qprobe.runs.store import read_scan, read_units
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import Measures, Spec
 from qprobe.scanning.samples import cut_samples
 from qprobe.scanning.scan import scan
 from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
@@ -39,18 +40,22 @@ def test_isolated_kl_has_full_batches_of_one_shape(size: int) -> None:
 
 def test_isolated_kl_is_measured_once_on_each_sample_of_the_half(scanned: Scanned) -> None:
     run = scanned("mllama").run
-    isolated, all_rows = read_units(run, "isolated"), read_units(run, "sensitivity")
+    isolated, all_rows = RunFolder(run).units("isolated"), RunFolder(run).units("sensitivity")
     assert not isolated.duplicated(["sample", "layer"]).any()
     assert isolated["sample"].nunique() == (all_rows["sample"].nunique() + 1) // 2
     assert set(isolated["layer"]) == set(all_rows["layer"])
-    needed = needed_units(read_scan(run).spec)
-    assert needed["isolated"] == len(read_scan(run).spec["isolated"])
+    spec = RunFolder(run).key.spec
+    assert spec.needed_units["isolated"] == len(spec.isolated)
 
 
-def test_a_run_of_before_own_batches_needs_isolated_kl_in_every_batch() -> None:
-    spec = {"measures": vars(Measures(True, True)), "calibration": [[], [], []]}
-    assert needed_units(spec) == {"weights": 1, "outputs": 3, "kl": 3, "sensitivity": 3, "isolated": 3}
-    assert needed_units({**spec, "isolated": [[], []]})["isolated"] == 2
+def test_a_table_needs_the_units_of_what_was_asked_for() -> None:
+    spec = Spec("w", "cpu", Measures(True, True), calibration=((), (), ()), isolated=((), ()))
+    assert spec.needed_units == {"weights": 1, "outputs": 3, "kl": 3, "sensitivity": 3, "isolated": 2}
+    without = replace(spec, measures=Measures(True, True, nodes=1))
+    assert without.needed_units == {"weights": 1, "outputs": 3, "kl": 3, "sensitivity": 3}
+    assert Spec("w", "cpu", files=("a", "b")).needed_units == {"weights": 2}
+    with pytest.raises(ValueError, match="measures is None, and 0 files are named"):
+        Spec("w", "cpu")
 
 
 @pytest.mark.slow
@@ -59,7 +64,7 @@ def test_samples_of_one_id_are_measured_apart(tiny_folder: TinyFolder, tmp_path:
     data = write_lines(tmp_path / "data.jsonl", *lines)
     result = scan(**options(tiny_folder("llama"), tmp_path / "run", data=data))
     names = {"x", "x (line 2)", "data-3", "data-4", "x (line 5)", "3"}
-    spec = read_scan(result.run).spec
-    measured = {s["id"] for part in ("calibration", "held_out") for group in spec[part] for s in group}
+    spec = RunFolder(result.run).key.spec
+    measured = {s.id for group in (*spec.calibration, *spec.held_out) for s in group}
     assert measured == names and result.samples == 6 and result.skiplist is not None
     assert any("2 lines with the id of an earlier one: 'x' of line 1" in note for note in result.notes)

@@ -28,9 +28,8 @@ from qprobe.measure import files
 from qprobe.measure.weights import error_sums
 from qprobe.models.headers import SINGLE
 from qprobe.report.write import write_report
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import SKIPLIST
-from qprobe.runs.store import read_scan
-from qprobe.runs.table import read_table
 from qprobe.scanning.join import join
 from qprobe.scanning.scan import scan
 from qprobe.selection.select import select
@@ -97,7 +96,7 @@ def test_error_sums_of_many_parts_count_each_element_once(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_numbers_are_those_of_the_loaded_model(name: str, tiny_folder: TinyFolder, tmp_path: Path):
     result = scan(**options(sharded(tiny_folder(name), tmp_path / name, 3), tmp_path / "run"))
-    table = read_table(result.run).set_index("layer")
+    table = RunFolder(result.run).table.set_index("layer")
     model = load_reference(str(tiny_folder(name)), "cpu").model
     modules, fmt = linear_modules(model), Nf4()
     assert list(table.index) == list(modules) and result.layers == len(modules)
@@ -123,7 +122,7 @@ def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_
         for i, changes in enumerate([{}, {"measures": ("activation",), "samples": 4, "max_new_tokens": 3}])
     ]
     columns = ["layer", "weight_nmse", "weight_sqnr_db", "weight_peak", "bytes_4bit", "bytes_16bit", "group"]
-    tables = [read_table(r.run)[columns].sort_values("layer", ignore_index=True) for r in both]
+    tables = [RunFolder(r.run).table[columns].sort_values("layer", ignore_index=True) for r in both]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
@@ -207,7 +206,7 @@ def test_shares_of_the_files_join_into_the_same_table(
     joined = join([tmp_path / "part-1", tmp_path / "part-0"], tmp_path / "joined")
     assert joined.missing == 0
     assert (joined.run / "layers.csv").read_bytes() == (whole / "layers.csv").read_bytes()
-    assert read_scan(joined.run).unmeasured == read_scan(whole).unmeasured == ()
+    assert RunFolder(joined.run).scan.unmeasured == RunFolder(whole).scan.unmeasured == ()
 
 
 def test_changed_weights_are_another_scan(tiny_folder: TinyFolder, tmp_path: Path):
@@ -226,7 +225,7 @@ def test_a_weight_that_is_not_stored_is_named_and_stays_empty(tiny_folder: TinyF
     tensors["model.layers.0.mlp.gate_and_up.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     result = scan(**options(folder, tmp_path / "run"))
-    table = read_table(result.run).set_index("layer")["weight_nmse"]
+    table = RunFolder(result.run).table.set_index("layer")["weight_nmse"]
     assert list(table.index[table.isna()]) == ["model.layers.0.mlp.up_proj"]
     assert any("1 linear is not stored as one tensor" in n and "up_proj" in n for n in result.notes)
 
@@ -311,7 +310,7 @@ def test_measures_on_the_command_line(
     arguments += ["--samples", 3, "--max-new-tokens", 3, "--device", "cpu", "--json"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    table = read_table(tmp_path / "run")
+    table = RunFolder(tmp_path / "run").table
     quantized = table[table["layer"] != "lm_head"]
     assert quantized[["weight_nmse", *filled]].notna().all(axis=None)
     assert table[empty].isna().all(axis=None)

@@ -10,7 +10,7 @@ import pytest
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.exports import export_manifest
 from qprobe.records import Inventory
-from qprobe.runs.store import read_scan
+from qprobe.runs.folder import RunFolder
 from qprobe.selection.budget import Budget
 from qprobe.selection.candidates import candidates
 from qprobe.selection.groups import grouped_for, keeps_groups_whole
@@ -87,10 +87,10 @@ def test_every_candidate_keeps_groups_whole(
     entry = type("Entry", (), {"published": (Published(),)})
     monkeypatch.setattr("qprobe.selection.candidates.find", lambda _: entry)
     request = parse_request(for_tool=tool)
-    inventory = read_scan(tmp_path).inventory
+    inventory = RunFolder(tmp_path).scan.inventory
     everything = inventory.total_bytes(frozenset(x.name for x in inventory.layers))
     budget = Budget("half", (inventory.standard_4bit_bytes + everything) // 2)
-    skiplists = candidates(scored_run(tmp_path, request), request, budget)
+    skiplists = candidates(scored_run(RunFolder(tmp_path), request), request, budget)
     assert ("somebody" in skiplists) == there
     grouped = grouped_for(inventory, "vllm")
     assert all(keeps_groups_whole(grouped, x.kept) for x in skiplists.values()) != there

@@ -16,8 +16,9 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Quality
 from qprobe.manifest.write import write_manifest
 from qprobe.records import Inventory
-from qprobe.runs.store import choice_stage, write_unit
-from qprobe.runs.table import layer_table, read_table, write_table
+from qprobe.runs.folder import RunFolder, layer_table
+from qprobe.runs.table import write_table
+from qprobe.runs.units import choice_stage
 from qprobe.selection.budget import Budget
 from qprobe.selection.scores import ScoredRun, damage_of
 from qprobe.selection.select import select
@@ -32,14 +33,14 @@ NOISE = {"model.a": 0.031, "model.q": 0.5, "model.k": 0.001}  # model.b never ra
 def run(tmp_path: Path) -> Path:
     outputs = pd.DataFrame([output("s", name, 1.0, noise) for name, noise in NOISE.items()])
     folder = make_run(tmp_path / "run", outputs=[outputs])
-    write_table(folder)
+    write_table(RunFolder(folder))
     return folder
 
 
 def with_sensitivity(run: Path) -> Path:
     values = (("s", "model.a", 2, 1.0), ("s", "model.q", 2, 0.02), ("s", "model.k", 2, 0.02))
-    write_unit(run, "sensitivity", 0, rows("sensitivity", *values))
-    write_table(run)
+    RunFolder(run).write_unit("sensitivity", 0, rows("sensitivity", *values))
+    write_table(RunFolder(run))
     return run
 
 
@@ -91,8 +92,10 @@ def test_predicted_kl_is_the_sensitivity_of_what_stays_in_4_bit(run: Path):
 def test_quality_holds_what_was_measured_on_held_out_samples_of_this_very_list(run: Path):
     with_sensitivity(run)
     standard = rows("kl", ("x", "any", 2, 1.0, 1), ("y", "any", 6, 1.0, 1), ("z", "any", 3, nan, 0))
-    write_unit(run, choice_stage(frozenset()), 0, standard)
-    write_unit(run, choice_stage(frozenset({"model.a"})), 0, standard.assign(kl_sum=[0.2, 0.2, nan]))
+    RunFolder(run).write_unit(choice_stage(frozenset()), 0, standard)
+    RunFolder(run).write_unit(
+        choice_stage(frozenset({"model.a"})), 0, standard.assign(kl_sum=[0.2, 0.2, nan])
+    )
     quality = select(run, "+12200B").quality
     # Tokens, not samples, have equal weight: 2 / 8 and not (1/2 + 1/6) / 2.
     assert (quality.samples, quality.kl_standard_4bit, quality.kl_dynamic) == (2, 0.25, 0.05)
@@ -174,7 +177,7 @@ def large_run(folder: Path) -> Path:
     layers = [linear(f"l{i}", f"g{i // 3}" if i % 2 else None, shape) for i, shape in enumerate(shapes)]
     frame = pd.DataFrame([output("s", x.name, 1.0, float(rng.lognormal(-5, 2))) for x in layers])
     run = make_run(folder, Inventory(tuple(layers), (), 10**9), outputs=[frame])
-    write_table(run)
+    write_table(RunFolder(run))
     return run
 
 
@@ -206,8 +209,8 @@ def test_without_a_finite_isolated_kl_a_layer_counts_by_its_share(tmp_path: Path
     run = make_run(
         tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], isolated=[rows("isolated", *own)]
     )
-    write_table(run)
-    damage = damage_of(read_table(run))
+    write_table(RunFolder(run))
+    damage = damage_of(RunFolder(run).table)
     assert damage is not None and damage.path == {"model.a": 0.2, "model.b": 0.1}
     assert damage.isolated == {"model.a": 0.2, "model.b": 0.05}
     assert damage.left(frozenset()) == pytest.approx(0.3)
@@ -220,7 +223,7 @@ def test_a_bound_and_a_budget_predict_the_same_kl_where_isolated_kl_was_measured
     run = make_run(
         tmp_path / "run", sensitivity=[rows("sensitivity", *parts)], isolated=[rows("isolated", *own)]
     )
-    write_table(run)
+    write_table(RunFolder(run))
     # a kept leaves 0.02 + 0.26 / 0.86 x (0.19 + 0.05) = 0.0926; adding up the shares would have said 0.26
     manifest = select(run, max_kl=0.1)
     assert manifest.skip_modules == ("model.a", "lm_head")

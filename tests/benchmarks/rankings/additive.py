@@ -19,7 +19,7 @@ from qprobe.measure.runner import isolated_half, observe_outputs
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums
-from qprobe.runs.needed import RESIDUAL, Measures
+from qprobe.runs.key import RESIDUAL, Measures
 from qprobe.selection.damage import Damage
 from tests.benchmarks.rankings.measured import Measured
 

@@ -24,3 +24,9 @@ def table(run: Path) -> bytes:
 
 def units(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "units").iterdir()}
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of the run but the locks."""
+    there = (x for x in run.rglob("*") if x.is_file() and not x.name.startswith(".lock"))
+    return {str(x.relative_to(run)): x.read_bytes() for x in there}

@@ -12,10 +12,8 @@ import pytest
 
 from qprobe.calibration import calibrate as calibration
 from qprobe.errors import ManifestError, RunError
-from qprobe.runs import damaged
 from qprobe.runs.damaged import set_aside_damaged
-from qprobe.runs.store import check_unit, read_scan, read_units
-from qprobe.runs.table import read_table
+from qprobe.runs.folder import RunFolder
 from qprobe.scanning.result import ScanResult
 from qprobe.scanning.scan import scan
 from tests.scanning.resume.runs import Share, options, table, units
@@ -36,7 +34,7 @@ def cut(run: Path, *names: str) -> dict[str, bytes]:
 def told(result: ScanResult) -> list[str]:
     """The sentences on damaged files, which are the same in the result and in scan.json."""
     found = [note for note in result.notes if "damaged" in note]
-    assert found == [note for note in read_scan(result.run).notes if "damaged" in note]
+    assert found == [note for note in RunFolder(result.run).scan.notes if "damaged" in note]
     return found
 
 
@@ -44,10 +42,10 @@ def told(result: ScanResult) -> list[str]:
 def test_every_cut_unit_is_set_aside_named_and_measured_anew(llama: Path, whole: Path, tmp_path: Path):
     run = Path(copytree(whole, tmp_path / "run"))
     choice = min(path.name for path in (run / "units").glob("heldout-*.parquet"))
-    names = ["isolated-00000.parquet", choice, "outputs-00001.parquet", "sensitivity-00002.parquet"]
+    names = [choice, "isolated-00000.parquet", "outputs-00001.parquet", "sensitivity-00002.parquet"]
     left = cut(run, *names, "weights-00000.parquet")
     (note,) = told(scan(**options(llama, run)))
-    assert note.endswith(f"measured anew where needed: {', '.join((*names, 'weights-00000.parquet'))}.")
+    assert note.endswith(f"measured again where needed: {', '.join((*names, 'weights-00000.parquet'))}.")
     assert table(run) == table(whole) and units(run) == units(whole) | left
     again = cut(run, "kl-00000.parquet", "weights-00000.parquet")
     (note,) = told(scan(**options(llama, run)))  # one sentence, of both times
@@ -56,7 +54,7 @@ def test_every_cut_unit_is_set_aside_named_and_measured_anew(llama: Path, whole:
 
 
 def test_nothing_is_said_of_a_run_without_damage(whole: Path):
-    assert not any("damaged" in note for note in read_scan(whole).notes)
+    assert not any("damaged" in note for note in RunFolder(whole).scan.notes)
 
 
 @pytest.mark.slow
@@ -76,10 +74,10 @@ def test_a_cut_unit_of_named_calibrated_weights_is_measured_anew_and_the_weights
 ):
     asked = options(llama, tmp_path / "run", format=CALIBRATED)
     first = scan(**asked)
-    before, codes = units(first.run), read_scan(first.run).codes
+    before, codes = units(first.run), RunFolder(first.run).scan.codes
     left = cut(first.run, "calibration-00001.parquet", "kl-00000.parquet")
     again = scan(**asked)
-    assert units(again.run) == before | left and read_scan(again.run).codes == codes is not None
+    assert units(again.run) == before | left and RunFolder(again.run).scan.codes == codes is not None
     assert [n for n in again.notes if n not in first.notes] == told(again)  # no layer is said to be missing
     assert again.kl_dynamic == first.kl_dynamic
 
@@ -99,7 +97,7 @@ def test_cut_weights_of_a_calibration_that_was_interrupted_are_made_anew(
     (note,) = told(scan(**asked))
     assert weights in note and "calibration-00002.parquet" in note
     assert units(tmp_path / "run") == units(undisturbed) | left
-    assert read_scan(tmp_path / "run").codes == read_scan(undisturbed).codes is not None
+    assert RunFolder(tmp_path / "run").scan.codes == RunFolder(undisturbed).scan.codes is not None
 
 
 def test_a_scan_of_weights_alone_does_so_too(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -118,7 +116,7 @@ def test_a_unit_of_other_columns_is_refused_and_nothing_is_set_aside(
 ):
     run = Path(copytree(whole, tmp_path / "run"))
     left = cut(run, "isolated-00000.parquet")
-    read_units(run, "kl").assign(extra=1).to_parquet(run / "units" / "kl-00001.parquet")
+    RunFolder(run).units("kl").assign(extra=1).to_parquet(run / "units" / "kl-00001.parquet")
     with pytest.raises(RunError, match=r"kl-00001\.parquet has other columns"):
         scan(**options(llama, run))
     assert not list(run.rglob("*.damaged"))
@@ -129,8 +127,8 @@ def test_joining_and_reading_refuse_what_is_damaged_and_leave_it(whole: Path, tm
     run = Path(copytree(whole, tmp_path / "run"))
     (left,) = cut(run, "kl-00001.parquet").values()
     with pytest.raises(RunError, match=r"kl-00001\.parquet is damaged .*Scan again into the same folder"):
-        read_units(run, "kl")
-    assert read_table(run) is not None  # which was made before
+        RunFolder(run).units("kl")
+    assert RunFolder(run).table is not None  # which was made before
     assert (run / "units" / "kl-00001.parquet").read_bytes() == left
 
 
@@ -141,7 +139,12 @@ def test_several_processes_set_aside_at_once_what_each_found(whole: Path, tmp_pa
         left = cut(run, *(f"sensitivity-0000{i}.parquet" for i in range(3)))
         together = Barrier(4, timeout=10)
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _, run=run, wait=together: (wait.wait(), set_aside_damaged(run)), range(4)))
+            list(
+                pool.map(
+                    lambda _, run=run, wait=together: (wait.wait(), set_aside_damaged(RunFolder(run))),
+                    range(4),
+                )
+            )
         there = units(run)
         assert {n: d for n, d in there.items() if n.endswith(".damaged")} == left
         assert not {n.removesuffix(".damaged") for n in left} & there.keys()
@@ -153,17 +156,19 @@ def test_a_file_that_another_process_took_meanwhile_is_no_error(
     run = Path(copytree(whole, tmp_path / "run"))
     cut(run, "isolated-00000.parquet", "kl-00000.parquet")
 
-    def vanishing(path: Path) -> None:
-        if path.name == "outputs-00000.parquet":
+    def vanishing(self: RunFolder, name: str) -> Any:
+        path = self.path / "units" / name
+        if name == "outputs-00000.parquet":
             path.unlink()  # before it is read
         try:
-            check_unit(path)
+            return real(self, name)
         finally:
-            if path.name == "kl-00000.parquet":
+            if name == "kl-00000.parquet":
                 path.unlink()  # after it was found to be damaged
 
-    monkeypatch.setattr(damaged, "check_unit", vanishing)
-    set_aside_damaged(run)
+    real = RunFolder.unit
+    monkeypatch.setattr(RunFolder, "unit", vanishing)
+    set_aside_damaged(RunFolder(run))
     assert [path.name for path in run.rglob("*.damaged")] == ["isolated-00000.parquet.damaged"]
 
 
@@ -179,6 +184,6 @@ def test_ranks_that_resume_measure_what_was_set_aside_and_tell(
     assert share(1, 2, run).skiplist is None  # the first batch is not its own
     last = share(0, 2, run)
     assert (last.skiplist is None) == is_chosen
-    (note,) = (note for note in read_scan(run).notes if "damaged" in note)
+    (note,) = (note for note in RunFolder(run).scan.notes if "damaged" in note)
     assert "kl-00000.parquet, kl-00001.parquet" in note
     assert table(run) == table(whole) and units(run) == units(whole) | left

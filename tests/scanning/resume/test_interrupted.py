@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from qprobe.errors import QprobeError, RunError
 from qprobe.report.write import write_report
-from qprobe.runs.store import read_scan, update_scan
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import key_bytes
 from qprobe.scanning.join import join
 from qprobe.scanning.scan import scan
 from qprobe.system import files as atomic
-from tests.scanning.resume.runs import options, table, units
+from tests.scanning.resume.runs import contents, options, table, units
 
 pytestmark = pytest.mark.slow
 
@@ -114,12 +115,6 @@ class Refusing:
         self.file.close()
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of the run but the locks."""
-    there = (x for x in run.rglob("*") if x.is_file() and not x.name.startswith(".lock"))
-    return {str(x.relative_to(run)): x.read_bytes() for x in there}
-
-
 def fill(work: Work, run: Path, passed: set[Write], step: str) -> tuple[Write | None, str]:
     """(the write that failed, what was said) of work in the folder `run`; (None, "") where it got through."""
     before = contents(run)
@@ -174,7 +169,12 @@ def test_a_disk_that_is_full_at_any_write_is_one_sentence_and_loses_nothing(
     run, undisturbed = contents(tmp_path / "run"), contents(tmp_path / "undisturbed")
     assert failed == run.keys() == undisturbed.keys()
     differ = {name for name in run if run[name] != undisturbed[name]}
-    assert differ <= {"scan.json", "skiplist.json", "report/index.html"}  # which name times
+    assert differ <= {
+        "notes/end.json",
+        "files.json",
+        "skiplist.json",
+        "report/index.html",
+    }  # which name times
 
 
 def test_a_disk_that_is_full_while_weights_are_calibrated_loses_nothing(llama: Path, tmp_path: Path):
@@ -184,7 +184,9 @@ def test_a_disk_that_is_full_while_weights_are_calibrated_loses_nothing(llama: P
     for name in ("run", "undisturbed"):
         work(tmp_path / name)
     assert units(tmp_path / "run") == units(tmp_path / "undisturbed")
-    assert read_scan(tmp_path / "run").codes == read_scan(tmp_path / "undisturbed").codes is not None
+    assert (
+        RunFolder(tmp_path / "run").scan.codes == RunFolder(tmp_path / "undisturbed").scan.codes is not None
+    )
 
 
 # Another scan's folder ----------------------------------------------------------------------------------
@@ -192,9 +194,9 @@ def test_a_disk_that_is_full_while_weights_are_calibrated_loses_nothing(llama: P
 
 def test_a_folder_of_another_version_is_refused_with_both_versions(llama: Path, whole: Path, tmp_path: Path):
     run = Path(copytree(whole, tmp_path / "run"))
-    record = read_scan(run)
-    versions = {**record.spec["versions"], "torch": "1.0.0"}
-    update_scan(run, replace(record, spec={**record.spec, "versions": versions}))
+    key = RunFolder(run).key
+    versions = {**(key.spec.versions or {}), "torch": "1.0.0"}
+    (run / "scan.json").write_bytes(key_bytes(replace(key, spec=replace(key.spec, versions=versions))))
     before = units(run)
     with pytest.raises(RunError, match=r"1 place: spec\.versions\.torch: 1\.0\.0 -> .*Pass another --out"):
         scan(**options(llama, run))

@@ -54,4 +54,4 @@ def test_work_killed_at_any_moment_ends_with_the_same_files_and_no_other(job: st
 
 def test_a_limit_changes_no_file_but_what_names_it(found: dict[str, Any]):
     plain, limited = found["scan"]["wanted"], found["limited"]["wanted"]
-    assert {name for name in plain if plain[name] != limited.get(name)} <= {"out/scan.json"}
+    assert {name for name in plain if plain[name] != limited.get(name)} <= {"out/notes/end.json"}

@@ -18,13 +18,12 @@ import pytest
 from qprobe.errors import MachineError, RunError
 from qprobe.loading.spread import device_of
 from qprobe.manifest.read import read_manifest
-from qprobe.runs import store
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing
-from qprobe.runs.store import read_scan
 from qprobe.scanning.join import join
 from qprobe.scanning.scan import scan
 from qprobe.system.processes import Shard, shard_from
-from tests.scanning.resume.runs import Share, options, table, units
+from tests.scanning.resume.runs import Share, contents, options, table, units
 
 pytestmark = pytest.mark.slow
 
@@ -192,7 +191,7 @@ def test_processes_one_after_the_other_in_one_folder_give_the_same_table(
     results = [share(rank, world, run) for rank in reversed(range(world))]
     *early, last = results
     assert all(r.skiplist is None and "left to the others" in r.verdict for r in early)
-    assert last.skiplist is not None and read_scan(run).status == "finished"
+    assert last.skiplist is not None and RunFolder(run).scan.status == "finished"
     assert table(run) == table(whole) and units(run) == units(whole)
 
 
@@ -200,12 +199,12 @@ def test_a_rank_that_is_late_says_that_the_list_is_chosen(
     llama: Path, whole: Path, share: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = Path(copytree(whole, tmp_path / "run"))
-    before = (run / "skiplist.json").read_bytes(), (run / "scan.json").read_bytes()
+    before = contents(run)
     with monkeypatch.context() as patch:
         patch.setattr("qprobe.scanning.finish.choose", lambda *_: pytest.fail("chosen again"))
         late = share(1, 2, run)
     assert late.skiplist is None and f"chosen already: {run / 'skiplist.json'}" in late.verdict
-    assert ((run / "skiplist.json").read_bytes(), (run / "scan.json").read_bytes()) == before
+    assert contents(run) == before
     again = scan(**options(llama, run, budget="+40%"))
     assert again.skiplist is not None
     assert read_manifest(again.skiplist).budget.requested == "+40%"
@@ -254,8 +253,8 @@ def test_a_join_that_lacks_a_share_says_how_much(share: Share, tmp_path: Path):
 def test_the_same_unit_with_other_numbers_is_chosen_alike_in_any_order(whole: Path, tmp_path: Path):
     other = Path(copytree(whole, tmp_path / "other"))
     (path,) = (other / "units").glob("kl-00001.parquet")
-    frame = store.read_units(other, "kl").iloc[2:4].assign(kl_sum=lambda f: f["kl_sum"] * (1 + 1e-12))
-    store.write_unit(other, "kl", 1, frame)
+    frame = RunFolder(other).units("kl").iloc[2:4].assign(kl_sum=lambda f: f["kl_sum"] * (1 + 1e-12))
+    RunFolder(other).write_unit("kl", 1, frame)
     assert path.read_bytes() != (whole / "units" / path.name).read_bytes()
     joined = [join(o, tmp_path / str(i)) for i, o in enumerate(permutations([whole, other]))]
     assert units(joined[0].run) == units(joined[1].run)

@@ -1,0 +1,106 @@
+"""What processes remark about a run: RUN/notes/, one JSON file per topic; no torch.
+
+Nothing here decides a number. Each file is written whole or not at all, and by whoever knows its topic, so
+that no process can lose what another one wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qprobe.errors import RunError
+from qprobe.records import CodesFile
+from qprobe.runs.access import read_file, write_file
+from qprobe.system.decoding import decode, strict_json
+
+FOLDER = "notes"
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """Sentences a reader must see (skipped files, measures that do not apply, warnings)."""
+
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """unmeasured: names of linears that never ran on the samples, or are not stored as one tensor."""
+
+    unmeasured: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a scan that finished took. seconds: by stage. peak_bytes: of the fullest device."""
+
+    seconds: dict[str, float]
+    peak_bytes: int | None
+    notes: tuple[str, ...]
+
+
+TOPICS: Mapping[str, type[Any]] = {
+    "start": Remarks,  # on samples and measures, when a scan begins
+    "codes": CodesFile,  # which calibrated weights were measured
+    "calibration": Remarks,  # on how they were chosen
+    "layers": Ran,
+    "non-finite": Remarks,  # on what is left out
+    "damaged": Remarks,  # on unit files that were set aside
+    "end": Ended,
+}
+"""The files of the folder, without .json, in the order in which a reader is told."""
+
+
+class Notes:
+    """The notes of the run in `folder`; each file is read when its topic is first asked for, and once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read: dict[str, Any] = {}
+
+    def get(self, topic: str) -> Any | None:
+        """What is noted under `topic`, of the type that `TOPICS` names; None if nothing is.
+
+        Raises RunError if the file is damaged or cannot be read.
+        """
+        if topic not in self._read:
+            path = self._path(topic)
+            data = read_file(path)
+            try:
+                noted = None if data is None else decode(TOPICS[topic], strict_json(data), topic)
+            except ValueError as error:
+                raise RunError(
+                    f"{path} is damaged ({str(error)[:100]}). Put a copy of it back, or scan again with "
+                    "another --out."
+                ) from None
+            self._read[topic] = noted
+        return self._read[topic]
+
+    def put(self, topic: str, value: Any) -> None:
+        """Note `value` under `topic`, in the place of what stood there; RunError if the disk refuses."""
+        assert isinstance(value, TOPICS[topic]), topic
+        data = (json.dumps(asdict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        write_file(self._path(topic), data)
+        self._read[topic] = value
+
+    def add(self, topic: str, sentences: Iterable[str]) -> None:
+        """Note sentences under `topic`, after those that stand there, each once."""
+        there = self.get(topic)
+        before = there.notes if there else ()
+        told = tuple(dict.fromkeys((*before, *sentences)))
+        if told != before:
+            self.put(topic, Remarks(told))
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All that a reader must see, each sentence once."""
+        noted = (self.get(topic) for topic in TOPICS)
+        return tuple(dict.fromkeys(said for one in noted for said in getattr(one, "notes", ())))
+
+    def _path(self, topic: str) -> Path:
+        return self.folder / FOLDER / f"{topic}.json"

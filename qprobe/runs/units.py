@@ -1,0 +1,155 @@
+"""Unit files: what a finished unit of each stage holds, and how it is named, written and read; no torch.
+
+A unit is one piece of work of one stage, numbered from 0: the rows of one batch of samples, or all weights.
+Each is one parquet file with a fixed schema, written whole or not at all, so that resuming a scan is running
+its missing units and joining two scans of one specification is putting their unit files in one folder.
+Units hold sums and counts only; `qprobe.runs.table` turns them into the layer table.
+
+The schema of each stage is declared in `qprobe.registry.measures`, with the columns that name a row. The
+experts of a fused tensor will be rows of one layer, told apart by a further column "expert" (null for a plain
+linear): it joins the schema and the key of the stages that have a "layer", and nothing changes here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qprobe.errors import RunError
+from qprobe.registry import measures
+
+_KINDS = {"text": pa.string(), "count": pa.int64(), "number": pa.float64()}
+
+# A list of kept layers measured on held-out samples, and a list of layers measured one by one, have stages
+# of their own with the schema of "kl": `choice_stage` and `ablation_stage`.
+_CHOICE, _ABLATION = "heldout", "ablation"
+
+_UNIT_NAME = re.compile(r"([a-z0-9-]+)-([0-9]{5,})\.parquet")
+
+
+class DamagedUnitError(RunError):
+    """A unit file is not whole."""
+
+
+def choice_stage(kept: frozenset[str]) -> str:
+    """The stage, with the schema of "kl", of the held-out measurements with the layers `kept` in 16-bit.
+
+    Equal lists share their units, whatever they are called.
+    """
+    return f"{_CHOICE}-{_digest(kept)}"
+
+
+NEAREST_STAGE = f"{_CHOICE}-nearest"
+"""The same with nothing kept and every weight rounded to nearest, in a run of calibrated weights."""
+
+
+def ablation_stage(layers: frozenset[str]) -> str:
+    """The stage, with the schema of "kl", of the KL of single layers among `layers`."""
+    return f"{_ABLATION}-{_digest(layers)}"
+
+
+def _digest(names: frozenset[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+
+
+def unit_name(stage: str, unit: int) -> str:
+    """The name of the file of the unit number `unit` of `stage`."""
+    assert declared_stage(stage) is not None and unit >= 0, (stage, unit)
+    return f"{stage}-{unit:05d}.parquet"
+
+
+def stage_of(name: str) -> str | None:
+    """The stage of a unit file by its name; None if it is no unit of a known one."""
+    match = _UNIT_NAME.fullmatch(name)
+    return match[1] if match and declared_stage(match[1]) is not None else None
+
+
+def number_of(name: str) -> int:
+    """The number of a unit by the name of its file."""
+    match = _UNIT_NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[2])
+
+
+def encode_unit(stage: str, frame: pd.DataFrame) -> tuple[bytes, pa.Table]:
+    """(the bytes of the file, the table they hold) of a unit of `stage`. Equal frames give equal bytes.
+
+    frame: exactly the columns of the stage's schema, in any order, or nothing at all; NaN or None is stored
+    as null.
+    """
+    schema = _schema(stage)
+    complete = frame if len(frame.columns) or len(frame) else pd.DataFrame(columns=unit_columns(stage))
+    assert set(complete.columns) == set(schema.names), sorted(set(complete.columns) ^ set(schema.names))
+    arrays = [pa.Array.from_pandas(complete[field.name], type=field.type) for field in schema]
+    table = pa.table(dict(zip(schema.names, arrays, strict=True)))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue().to_pybytes(), table
+
+
+def decode_unit(path: Path, data: bytes) -> pa.Table:
+    """The table in `data`, the bytes of the unit file `path`.
+
+    Raises DamagedUnitError where they are not whole, RunError where they have other columns than the stage.
+    """
+    stage = stage_of(path.name)
+    assert stage is not None, path
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise DamagedUnitError(
+            f"{path} is damaged ({reason}). Scan again into the same folder: what is damaged is set aside, "
+            "and only that is measured again."
+        ) from None
+    if not table.schema.equals(_schema(stage)):
+        raise RunError(
+            f"{path} has other columns than this qprobe writes ({', '.join(table.schema.names)}). "
+            "Scan again with another --out."
+        )
+    return table
+
+
+def rows_of(folder: Path, stage: str, tables: Iterable[pa.Table]) -> pd.DataFrame:
+    """The rows of `tables`, the finished units of `stage` in `folder`, in their order; no rows without any.
+
+    Columns as in the stage's schema; counts with a null among them come as floats, nulls as NaN.
+    Raises RunError if a row stands in two units (folders joined that were cut into different batches).
+    """
+    frame = pa.concat_tables([_schema(stage).empty_table(), *tables]).to_pandas()
+    keys = list(_stage(stage).key)
+    repeated = frame[frame.duplicated(keys)]
+    if len(repeated):
+        row = ", ".join(f"{key} {repeated.iloc[0][key]}" for key in keys)
+        raise RunError(
+            f"{folder} holds {stage} of {row} in two units, so it would count twice: units of differently "
+            "cut scans were put together. Join only scans with the same batch size, or scan again."
+        )
+    return frame
+
+
+def unit_columns(stage: str) -> list[str]:
+    """The columns of the units of `stage`."""
+    return list(_stage(stage).schema)
+
+
+def declared_stage(stage: str) -> measures.Stage | None:
+    """The declaration of `stage`; None if there is no such stage."""
+    name = measures.KL.name if stage.startswith((f"{_CHOICE}-", f"{_ABLATION}-")) else stage
+    return next((x for x in measures.stages() if x.name == name), None)
+
+
+def _stage(stage: str) -> measures.Stage:
+    found = declared_stage(stage)
+    assert found is not None, stage
+    return found
+
+
+def _schema(stage: str) -> pa.Schema:
+    return pa.schema([(name, _KINDS[kind]) for name, kind in _stage(stage).schema.items()])
