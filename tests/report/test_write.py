@@ -105,7 +105,7 @@ def test_a_run_of_another_model_is_not_drawn_beside_this_one(tmp_path: Path):
     for run in "ab":
         write_run(tmp_path / run)
     scan = json.loads((tmp_path / "b" / "scan.json").read_text())
-    scan["model"]["id"] = "other/model"
+    scan["model"]["id"], scan["spec"]["weights"] = "other/model", "other"
     (tmp_path / "b" / "scan.json").write_text(json.dumps(scan))
     with pytest.raises(RunError, match=r"owner/model \(Mllama.* other/model \(Mllama"):
         write_report(tmp_path / "a", against=tmp_path / "b")
