@@ -104,13 +104,15 @@ class DerivedFiles:
         """What files.json says."""
         if self._known is None:
             path = self.folder / FILE
+            data = read_file(path)
             try:
-                self._known = decode(dict[str, Derived], strict_json(read_file(path) or b"{}"), "files")
+                known = {} if data is None else decode(dict[str, Derived], strict_json(data), "files")
             except ValueError as error:
                 raise RunError(
                     f"{path} is damaged ({str(error)[:100]}). Delete it, or run the scan again, which writes "
                     "it again."
                 ) from None
+            self._known = known
         return self._known
 
     @contextmanager

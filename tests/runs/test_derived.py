@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from qprobe.errors import RunError
+from qprobe.runs.derived import Derived, DerivedFiles
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.table import write_table
 from tests.runs.runs import make_run
@@ -57,12 +59,16 @@ def test_what_was_cut_is_made_again_from_the_units(run: Path):
 def test_a_writer_that_is_killed_between_two_files_leaves_no_false_alarm(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    found, calls, real = RunFolder(run), [], DerivedFiles._write
 
-    found = RunFolder(run)
+    def killed_the_second_time(self: DerivedFiles, known: Mapping[str, Derived]) -> None:
+        calls.append(known)
+        if len(calls) == 2:  # after the file, before files.json
+            raise KeyboardInterrupt
+        real(self, known)
+
     with monkeypatch.context() as patch:
-        patch.setattr("qprobe.runs.derived.Derived", killed)  # after the file, before files.json
+        patch.setattr(DerivedFiles, "_write", killed_the_second_time)
         with pytest.raises(KeyboardInterrupt):
             found.files.write({"peaks.csv": (b"other\n1\n", 1)})
     assert (run / "peaks.csv").read_bytes() == b"other\n1\n"

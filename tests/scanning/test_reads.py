@@ -102,7 +102,7 @@ def test_a_report_against_another_run_reads_each_file_of_both_once(
 def test_a_comparison_reads_each_file_once(run: Path, tiny_folder: TinyFolder):
     asked = ("--samples", 2, "--max-new-tokens", 3, "--device", "cpu")
     model = ("--model", tiny_folder("llama"))
-    found = reads_of(run, "compare", run / "skiplist.json", *model, *asked)
+    found = reads_of(run, "compare", "--manifest", run / "skiplist.json", *model, *asked)
     assert often(found) == {} and (run / "compare.json").is_file()
 
 
