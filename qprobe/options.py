@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 DEFAULT_BUDGET = "+10%"
 FOR = ("vllm",)
@@ -29,13 +29,18 @@ def path_of(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
 
 
+def data_of(given: Any) -> Any:
+    """A file or an id that was given as text or as a path; rows in memory as they are."""
+    return Path(given) if isinstance(given, str) else given
+
+
 @dataclass(frozen=True)
 class ScanOptions:
     """What `scan` was asked, as typed; its docstring says what each means."""
 
     model: str
     images: Path | None = None
-    data: Path | None = None
+    data: Any = None
     prompt: str | None = None
     samples: int | None = None
     format: str = "nf4"
@@ -53,6 +58,10 @@ class ScanOptions:
     nodes: int = 2
     ablate: str | None = None
     max_memory: str | None = None
+    turns: Turns = "each"
+    split: str | None = None
+    bad_data: BadData = "refuse"
+    allow_downloads: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class CompareOptions:
     manifest: Path
     model: str | None = None
     images: Path | None = None
-    data: Path | None = None
+    data: Any = None
     prompt: str | None = None
     samples: int | None = None
     device: str | None = None
@@ -70,6 +79,10 @@ class CompareOptions:
     seed: int = 0
     batch_size: int = 4
     max_new_tokens: int = 64
+    turns: Turns = "each"
+    split: str | None = None
+    bad_data: BadData = "refuse"
+    allow_downloads: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,15 +90,18 @@ class FinetuneOptions:
     """What `finetune` was asked, as typed; its docstring says what each means."""
 
     manifest: Path
-    data: Path
+    data: Any
     out: Path
     base: Base = "dynamic"
     model: str | None = None
     device: str | None = None
     dtype: Dtype | None = None
-    eval_data: Path | None = None
+    eval_data: Any = None
     held_out: float = 0.1
+    turns: Turns = "each"
+    split: str | None = None
     bad_data: BadData = "refuse"
+    allow_downloads: bool = False
     steps: int | None = None
     epochs: float = 1.0
     rank: int = 16

@@ -33,7 +33,7 @@ from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
-from qprobe.options import CompareOptions, Dtype, Progress, no_progress, path_of
+from qprobe.options import BadData, CompareOptions, Dtype, Progress, Turns, data_of, no_progress, path_of
 from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.statistics import ratio_se
@@ -109,7 +109,7 @@ def compare(
     *,
     model: str | None = None,
     images: str | Path | None = None,
-    data: str | Path | None = None,
+    data: Any = None,
     prompt: str | None = None,
     samples: int | None = None,
     device: str | None = None,
@@ -117,6 +117,10 @@ def compare(
     seed: int = 0,
     batch_size: int = 4,
     max_new_tokens: int = 64,
+    turns: Turns = "each",
+    split: str | None = None,
+    bad_data: BadData = "refuse",
+    allow_downloads: bool = False,
     progress: Progress = no_progress,
 ) -> Comparison:
     """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
@@ -128,6 +132,7 @@ def compare(
     images, data, prompt, samples, seed: as in `qprobe.scan`; built-in samples are other ones than a scan's.
     device: as in `qprobe.scan`. dtype: of everything in 16-bit; None for the manifest's compute_dtype.
     batch_size: samples that run at once. max_new_tokens: longest answer, where a sample brings none.
+    turns, split, bad_data, allow_downloads: as in `qprobe.scan`.
     progress: called as work moves on, see `qprobe.options.Progress`.
     Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
     usable, QprobeError for a model without a language head.
@@ -136,7 +141,7 @@ def compare(
         manifest=Path(manifest),
         model=model,
         images=path_of(images),
-        data=path_of(data),
+        data=data_of(data),
         prompt=prompt,
         samples=samples,
         device=device,
@@ -144,6 +149,10 @@ def compare(
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        turns=turns,
+        split=split,
+        bad_data=bad_data,
+        allow_downloads=allow_downloads,
     )
     return run_comparison(options, progress)
 
@@ -243,7 +252,17 @@ def _run_reference(
     if reference.processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
     reads_images = tokenizer_of(reference.processor) is not reference.processor
-    wanted = Wanted(options.images, options.data, options.prompt, options.samples, options.seed)
+    wanted = Wanted(
+        images=options.images,
+        data=options.data,
+        prompt=options.prompt,
+        count=options.samples,
+        seed=options.seed,
+        turns=options.turns,
+        split=options.split,
+        bad_data=options.bad_data,
+        allow_downloads=options.allow_downloads,
+    )
     chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare")
     report = partial(_staged, progress, "16-bit")
     own = _answers(reference.model, reference.processor, chosen.samples, options, report)

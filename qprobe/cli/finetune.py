@@ -17,7 +17,7 @@ _OPTIONS = (
         type=shared.PATH,
         required=True,
         metavar="FILE",
-        help="JSONL file, one conversation a line; image paths are relative to its folder.",
+        help="Conversations: .jsonl, .json, .parquet, a saved data set or its id on the hub.",
     ),
     click.option("--out", type=shared.PATH, required=True, metavar="DIR", help="Folder for the adapter."),
     click.option(
@@ -43,13 +43,7 @@ _OPTIONS = (
         metavar="SHARE",
         help="Without --eval-data: share of the lines that is evaluated and not trained on.",
     ),
-    click.option(
-        "--bad-data",
-        type=click.Choice(["refuse", "skip"]),
-        default="refuse",
-        show_default=True,
-        help="A line that cannot be trained on: name it and stop, or name it and go on without it.",
-    ),
+    *shared.DATA_OPTIONS,
     click.option(
         "--steps", type=_POSITIVE, metavar="N", help="Optimizer steps.  [default: as many as --epochs takes]"
     ),

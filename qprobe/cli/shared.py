@@ -67,6 +67,26 @@ def _explained(function: Command, interrupted: str, out_of_memory: str) -> Comma
     return run
 
 
+DATA_OPTIONS = (
+    click.option(
+        "--turns",
+        type=click.Choice(["first", "last", "each"]),
+        default="each",
+        show_default=True,
+        help="Which answers of a conversation count.",
+    ),
+    click.option("--split", metavar="NAME", help="Of a data set that has several."),
+    click.option(
+        "--bad-data",
+        type=click.Choice(["refuse", "skip"]),
+        default="refuse",
+        show_default=True,
+        help="Rows that cannot be used are named and left out; more than 10 % of them, and at "
+        "least 10: stop, or go on without them.",
+    ),
+    click.option("--allow-downloads", is_flag=True, help="Fetch images that rows name by an address."),
+)
+"""How --data is read: the options that `scan`, `compare` and `finetune` share."""
 _SAMPLE_OPTIONS = (
     click.option(
         "--images", type=PATH, metavar="DIR", help="Folder of images to look at.  [default: built-in samples]"
@@ -75,11 +95,12 @@ _SAMPLE_OPTIONS = (
         "--data",
         type=PATH,
         metavar="FILE",
-        help="JSONL file of samples, one a line: image, prompt and, where known, answer.",
+        help="Samples: .jsonl, .json, .parquet, a saved data set or its id on the hub.",
     ),
     click.option(
         "--prompt", metavar="TEXT", help="What to ask where the sample brings no prompt of its own."
     ),
+    *DATA_OPTIONS,
     click.option(
         "--samples",
         type=click.IntRange(min=1),

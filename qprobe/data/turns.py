@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from qprobe.data.conversation import Conversation
@@ -43,7 +44,7 @@ def samples_of(conversation: Conversation, which: Turns) -> tuple[Sample, ...]:
     or each counts. Raises Refused if no answer is to be learned or an image is gone.
     """
     places = list(counting(conversation, which))
-    turns = tuple(_held(x) for x in conversation.turns)
+    turns = held(conversation.turns)
     if turns[-1].role == "user" and (which != "first" or not places):
         places = [*places, len(turns)] if which == "each" else [len(turns)]
     alone = len(places) == 1
@@ -58,6 +59,9 @@ def samples_of(conversation: Conversation, which: Turns) -> tuple[Sample, ...]:
     )
 
 
-def _held(turn: Turn) -> Turn:
-    """`turn` with the bytes of its images."""
-    return replace(turn, parts=tuple(x if isinstance(x, str | bytes) else file_bytes(x) for x in turn.parts))
+def held(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """`turns` with the bytes of their images. Raises Refused if a file is gone."""
+    return tuple(
+        replace(turn, parts=tuple(x if isinstance(x, str | bytes) else file_bytes(x) for x in turn.parts))
+        for turn in turns
+    )

@@ -6,7 +6,6 @@ rows can be told apart by sample; texts are padded on the right and pads are mar
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,8 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qprobe.data.images import decode
+from qprobe.data.reasons import Refused
+from qprobe.data.rendering import Template
 from qprobe.errors import SampleError
-from qprobe.records import Sample, Turn
+from qprobe.records import Sample
 
 PAD, VISION, TEXT, ANSWER = 0, 1, 2, 3
 KIND_NAMES = {VISION: "vision", TEXT: "text", ANSWER: "answer"}
@@ -76,17 +78,17 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:
-    """The text a model reads before its answer: the chat template's, or image token and prompt."""
+    """The text a model reads before its answer: the chat template's, or image tokens and texts.
+
+    Raises SampleError where the template does not keep the texts of the sample.
+    """
     if getattr(processor, "chat_template", None):
-        is_plain = tokenizer_of(processor) is processor
-        messages = [{"role": x.role, "content": x.text if is_plain else _parts(x)} for x in sample.turns]
-        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    image_token = getattr(processor, "image_token", "")
-    return "".join(part if isinstance(part, str) else image_token for x in sample.turns for part in x.parts)
-
-
-def _parts(turn: Turn) -> list[dict[str, str]]:
-    return [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image"} for x in turn.parts]
+        try:
+            return Template(processor).prompt(sample.turns)
+        except Refused as reason:
+            raise SampleError(f"Sample {sample.id!r} cannot be read: {reason}. Leave it out.") from None
+    token = getattr(processor, "image_token", "")
+    return "\n".join("".join(x if isinstance(x, str) else token for x in turn.parts) for turn in sample.turns)
 
 
 def full_text(processor: Any, sample: Sample) -> str:
@@ -133,14 +135,9 @@ def _processed(
         return dict(processor(texts, **options))
     if not with_image:
         return dict(processor(text=texts, **options))
-    return dict(processor(images=[[_decode(x) for x in s.images] for s in with_image], text=texts, **options))
-
-
-def _decode(data: bytes) -> Any:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
+    return dict(
+        processor(images=[[decode(x).image for x in s.images] for s in with_image], text=texts, **options)
+    )
 
 
 def encode(

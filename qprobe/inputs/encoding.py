@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qprobe.data.conversations import Conversation, Turn, conversation_of
+from qprobe.data.conversation import Conversation
+from qprobe.data.reading import read_conversations
+from qprobe.data.reasons import Refused
+from qprobe.data.rendering import Template
+from qprobe.data.turns import held, learning
 from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import process, tokenizer_of
-from qprobe.records import Sample, asked
+from qprobe.records import Sample
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -27,63 +30,68 @@ class Rendered:
 
 
 def render(processor: Any, conversation: Conversation) -> Rendered:
-    """The conversation in the words of the processor's chat template.
+    """The conversation in the words of the processor's chat template; answers: those that are learned.
 
-    Raises ModelError if there is no template, SampleError if the template does not keep earlier turns as
-    they were or leaves an answer out.
+    Raises ModelError if there is no template, Refused if the template does not keep texts, or rewrites a turn
+    that is learned once others follow it.
     """
     if not getattr(processor, "chat_template", None):
         raise ModelError(
             "The model's processor has no chat template, so conversations cannot be written as it reads them."
             " Take the instruction-tuned model, or put a chat_template.jinja into its folder."
         )
-    error: SampleError | None = None
-    # Templates of some processors want lists of parts from everybody, others plain text from the assistant.
-    for in_parts in ({"system", "user", "assistant"}, {"user"}):
-        try:
-            return _rendered(processor, conversation, in_parts)
-        except SampleError as wrong:
-            error = error or wrong
-    assert error is not None
-    raise error
-
-
-def _rendered(processor: Any, conversation: Conversation, in_parts: set[str]) -> Rendered:
-    is_plain = tokenizer_of(processor) is processor
-    messages = [
-        {"role": x.role, "content": _parts(x) if x.role in in_parts and not is_plain else x.text}
-        for x in conversation.turns
-    ]
-
-    def written(count: int, prompt: bool) -> str:
-        try:
-            return processor.apply_chat_template(
-                messages[:count], add_generation_prompt=prompt, tokenize=False
-            )
-        except Exception as error:  # templates raise what they like: jinja2's errors, TypeError, KeyError
-            raise SampleError(f"the model's chat template does not take it ({error})") from error
-
-    full, answers = written(len(messages), False), []
-    for place, turn in enumerate(conversation.turns):
-        if turn.role != "assistant":
+    template, turns = Template(processor), conversation.turns
+    way, full = template.fitting(turns, False)
+    answers = []
+    for place, turn in enumerate(turns):
+        if turn.role != "assistant" or not turn.learned:
             continue
-        before, so_far = written(place, True), written(place + 1, False)
+        before = template.written(turns[:place], way, True)
+        so_far = template.written(turns[: place + 1], way, False)
         if not full.startswith(so_far):
-            raise SampleError("the model's chat template rewrites earlier turns, so they cannot be learned")
+            raise Refused("the model's chat template rewrites earlier turns, so they cannot be learned")
         # Where the prompt for an answer is written otherwise than the answer's own head, look for the text.
-        opened = len(before) if so_far.startswith(before) else len(written(place, False))
-        start = opened if so_far.startswith(before) else so_far.find(turn.text, opened)
-        if start < 0 or turn.text not in so_far[start:]:
-            raise SampleError(f"the model's chat template leaves out the answer of turn {place + 1}")
+        opened = so_far.startswith(before)
+        text = turn.parts[0]
+        assert isinstance(text, str), "only the user shows images"
+        start = (
+            len(before)
+            if opened
+            else so_far.find(text.strip(), len(template.written(turns[:place], way, False)))
+        )
+        if start < 0 or text.strip() not in so_far[start:]:
+            raise Refused(f"the model's chat template leaves out the answer of turn {place + 1}")
         answers.append((start, len(so_far.rstrip())))
     return Rendered(full, tuple(answers))
 
 
-def _parts(turn: Turn) -> list[dict[str, str]]:
-    text = [{"type": "text", "text": turn.text}] if turn.text else []
-    if turn.image is None:
-        return text
-    return [{"type": "image"}, *text] if turn.image == "before" else [*text, {"type": "image"}]
+def rows_to_learn(processor: Any, conversation: Conversation) -> tuple[Conversation, ...]:
+    """The conversation, or one up to each answer that is learned, where the template rewrites earlier turns.
+
+    Raises Refused and ModelError as `render` does.
+    """
+    places = [i for i, x in enumerate(conversation.turns) if x.role == "assistant" and x.learned]
+    try:
+        render(processor, conversation)
+        return (conversation,)
+    except Refused:
+        if places == [len(conversation.turns) - 1]:
+            raise
+    rows = tuple(_up_to(conversation, place) for place in places)
+    for row in rows:
+        render(processor, row)
+    return rows
+
+
+def _up_to(conversation: Conversation, place: int) -> Conversation:
+    """The turns up to the answer at `place`, of which it alone is learned."""
+    turns = conversation.turns[: place + 1]
+    return replace(
+        conversation,
+        turns=tuple(
+            replace(x, learned=i == place) if x.role == "assistant" else x for i, x in enumerate(turns)
+        ),
+    )
 
 
 def encode_conversations(
@@ -93,11 +101,11 @@ def encode_conversations(
 
     Floating tensors are in `dtype`. Raises SampleError for what the processor cannot read or tell apart.
     """
-    with_image = sum(x.image is not None for x in conversations)
+    with_image = sum(bool(x.images) for x in conversations)
     if 0 < with_image < len(conversations):
         raise SampleError("a batch mixes lines with and without an image; pass --batch-size 1")
     rendered = [render(processor, x) for x in conversations]
-    samples = [Sample(f"line {x.line}", asked("", _image_bytes(x))) for x in conversations]
+    samples = [Sample(x.name, held(x.turns)) for x in conversations]
     inputs = {
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in process(processor, samples, [x.text for x in rendered], "right").items()
@@ -113,20 +121,27 @@ def encode_conversations(
     return {**inputs, "labels": labels}
 
 
-def _image_bytes(conversation: Conversation) -> bytes | None:
-    image = conversation.image
-    return image.read_bytes() if isinstance(image, Path) else image
-
-
 def answer_collator(
     processor: Any, dtype: torch.dtype = torch.bfloat16
 ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """A `data_collator` for TRL's SFTTrainer that learns the answers only; for any processor with a template.
 
     TRL's own puts labels on image tokens too, which Llama 3.2 Vision has no logits for. Rows as of
-    `conversation_of`; dtype: of the pixels. Raises SampleError for a row that cannot be trained on.
+    `read_conversations`; dtype: of the pixels. Raises SampleError for a row that cannot be trained on.
     """
-    return lambda rows: encode_conversations(processor, [conversation_of(x) for x in rows], dtype)
+    return lambda rows: encode_conversations(processor, _conversations(rows), dtype)
+
+
+def _conversations(rows: list[dict[str, Any]]) -> list[Conversation]:
+    found = read_conversations(rows)
+    try:
+        if found.skipped:
+            raise Refused(found.skipped[0].why)
+        return [learning(x, "each") for x in found.good]
+    except Refused as reason:
+        raise SampleError(
+            f"A row of the data set cannot be trained on: {reason}. Fix it or drop it."
+        ) from None
 
 
 def _answer_tokens(tokenizer: Any, rendered: Rendered, ids: list[int]) -> list[int]:
@@ -166,7 +181,7 @@ def encoding_problem(
     processor: Any, conversation: Conversation, dtype: torch.dtype, max_length: int
 ) -> str | None:
     """Why the conversation cannot be trained on once it is tokens; None if it can."""
-    if conversation.image is not None and tokenizer_of(processor) is processor:
+    if conversation.images and tokenizer_of(processor) is processor:
         return "it has an image, but the model reads text only"
     token = getattr(processor, "image_token", None)
     if token and any(token in turn.text for turn in conversation.turns):
@@ -176,7 +191,7 @@ def encoding_problem(
         return f"its text contains {control}, which the model reads as a mark of its own, not as text"
     try:
         inputs = encode_conversations(processor, [conversation], dtype)
-    except SampleError as error:
+    except (SampleError, Refused) as error:
         return str(error)
     except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from qprobe.data.sampling import Wanted
 from qprobe.errors import QprobeError
@@ -100,7 +101,17 @@ def parse_options(options: ScanOptions) -> ScanRequest:
         format=FormatSpec(options.format, compute_dtype=options.dtype),
         device=options.device,
         max_memory_bytes=limit,
-        samples=Wanted(options.images, options.data, options.prompt, options.samples, options.seed),
+        samples=Wanted(
+            images=options.images,
+            data=options.data,
+            prompt=options.prompt,
+            count=options.samples,
+            seed=options.seed,
+            turns=options.turns,
+            split=options.split,
+            bad_data=options.bad_data,
+            allow_downloads=options.allow_downloads,
+        ),
         batching=Batching(options.batch_size, options.max_new_tokens),
         measures=measures,
         ablate=ablate,
@@ -175,6 +186,13 @@ def _check_weight_alone(options: ScanOptions) -> None:
         raise QprobeError(f"--by {options.by} is not measured by --measures weight. Leave out one of them.")
 
 
+def _data_name(data: Any) -> str | None:
+    """A file's name, or the id of a data set of the hub."""
+    if not isinstance(data, Path):
+        return None if data is None else "data"
+    return data.name if data.exists() or data.suffix else str(data)
+
+
 def scan_command(asked: ScanOptions, model_id: str) -> str:
     """What a reader of the results types: every option that changes them, and no path of a folder here.
 
@@ -182,8 +200,11 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
     """
     given: list[tuple[str, object, object]] = [  # option, value, default
         ("--images", None if asked.images is None else asked.images.resolve().name, None),
-        ("--data", None if asked.data is None else asked.data.name, None),
+        ("--data", _data_name(asked.data), None),
         ("--prompt", asked.prompt, None),
+        ("--turns", asked.turns, _DEFAULTS["turns"]),
+        ("--split", asked.split, None),
+        ("--bad-data", asked.bad_data, _DEFAULTS["bad_data"]),
         ("--samples", asked.samples, None),
         ("--seed", asked.seed, _DEFAULTS["seed"]),
         ("--batch-size", asked.batch_size, _DEFAULTS["batch_size"]),
@@ -199,4 +220,5 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
         ("--ablate", asked.ablate, None),
     ]
     words = [word for name, value, default in given if value != default for word in (name, str(value))]
+    words += ["--allow-downloads"] if asked.allow_downloads else []
     return shlex.join(["qprobe", "scan", "--model", model_id, *words])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qprobe.loading.log_filters import quiet_models
-from qprobe.options import Dtype, Progress, ScanOptions, no_progress, path_of
+from qprobe.options import BadData, Dtype, Progress, ScanOptions, Turns, data_of, no_progress, path_of
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing, left_to_others
 from qprobe.scanning.check import check_model
@@ -28,7 +29,7 @@ def scan(
     model: str,
     *,
     images: str | Path | None = None,
-    data: str | Path | None = None,
+    data: Any = None,
     prompt: str | None = None,
     samples: int | None = None,
     format: str = "nf4",
@@ -46,6 +47,10 @@ def scan(
     nodes: int = 2,
     ablate: str | int | None = None,
     max_memory: str | int | None = None,
+    turns: Turns = "each",
+    split: str | None = None,
+    bad_data: BadData = "refuse",
+    allow_downloads: bool = False,
     progress: Progress = no_progress,
 ) -> ScanResult:
     """What a scan found: it measures every linear, chooses a skip-list, and leaves a run folder.
@@ -55,8 +60,9 @@ def scan(
     `qprobe.runs.shards`), and whichever finds all of them finished goes on to choose.
 
     model: catalogue alias, hub id or local folder.
-    images: folder of images; data: JSON Lines file of samples; at most one of them, neither for the built-in
-        ones. prompt: asked of every image of `images`. samples: how many; None for a sensible number.
+    images: folder of images; data: a file, a data set's id or rows in memory, see
+        `qprobe.data.reading`; at most one of them, neither for the built-in ones.
+    prompt: asked of every image that brings no question. samples: how many; None for a sensible number.
     format: "nf4", or "nf4-calibrated" for codes that are chosen on the samples, at the same bytes.
     budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB";
         None for "+10%". max_kl: ask the other way round, for the fewest bytes with a KL of at most this; at
@@ -72,6 +78,9 @@ def scan(
         take from the head of the sensitivity ranking, or names with commas between them.
     max_memory: the most that the scan may hold on its device, on a CPU in its process, in bytes or as
         "22GiB"; weights that do not fit wait on the host, for the same results. None for no limit.
+    turns: which answers of a conversation count, "first", "last" or "each". split: of a data set that has
+        several. bad_data: "refuse" where more than a tenth of the rows, and at least ten, are left out, or
+        "skip" them. allow_downloads: fetch images that rows name by an address.
     progress: called as work moves on, see `qprobe.options.Progress`.
     Raises QprobeError for anything a user can fix (see `qprobe.errors`).
     """
@@ -79,7 +88,7 @@ def scan(
         ScanOptions(
             model=model,
             images=path_of(images),
-            data=path_of(data),
+            data=data_of(data),
             prompt=prompt,
             samples=samples,
             format=format,
@@ -97,6 +106,10 @@ def scan(
             nodes=nodes,
             ablate=None if ablate is None else str(ablate),
             max_memory=None if max_memory is None else str(max_memory),
+            turns=turns,
+            split=split,
+            bad_data=bad_data,
+            allow_downloads=allow_downloads,
         )
     )
     process = Process(RunFolder(asked.folder), shard_from(os.environ), progress)

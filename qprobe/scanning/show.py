@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qprobe.data.images import decode
 from qprobe.inputs.batch import PAD, VISION, Batch, tokenizer_of
 from qprobe.measure.subject import Subject
 from qprobe.models.families import family_of
@@ -49,12 +50,9 @@ def shown_samples(subject: Subject, batch: Batch) -> list[ShownSample]:
 
 def thumbnail(image: bytes | None) -> tuple[str | None, tuple[int, int] | None]:
     """(data URI of a small JPEG, width and height of the image in pixels); (None, None) without an image."""
-    from PIL import Image
-
     if image is None:
         return None, None
-    with Image.open(io.BytesIO(image)) as opened:
-        picture = opened.convert("RGB")
+    picture = decode(image).image
     size = picture.size
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     drawn = io.BytesIO()

@@ -19,20 +19,27 @@ from safetensors import SafetensorError
 
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import lora_targets
-from qprobe.data.conversations import (
-    BadLine,
-    Conversation,
-    Conversations,
-    keep_good,
-    read_conversations,
-)
+from qprobe.data.conversation import Conversation, Conversations, Skipped
+from qprobe.data.reading import Reading, check_left_out, read_conversations
+from qprobe.data.reasons import Refused
+from qprobe.data.turns import learning
 from qprobe.errors import RunError, SampleError
-from qprobe.inputs.encoding import encode_conversations, encoding_problem
+from qprobe.inputs.encoding import encode_conversations, encoding_problem, rows_to_learn
 from qprobe.loading.log_filters import quiet_models
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, moved
 from qprobe.manifest.write import write_manifest
-from qprobe.options import BadData, Base, Dtype, FinetuneOptions, Optimizer, Progress, no_progress, path_of
+from qprobe.options import (
+    BadData,
+    Base,
+    Dtype,
+    FinetuneOptions,
+    Optimizer,
+    Progress,
+    Turns,
+    data_of,
+    no_progress,
+)
 from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.log_filters import Remark
 from qprobe.training.alone import LOCK, alone_in
@@ -46,7 +53,7 @@ from qprobe.training.bases import (
 from qprobe.training.record import Record, read_record, write_record
 from qprobe.training.refused import check_options, refuse_several_processes
 from qprobe.training.result import Finetuned, card
-from qprobe.training.spec import asked_spec, images_digest
+from qprobe.training.spec import asked_spec, images_digest, texts_digest
 from qprobe.training.trainer import LossError, Watch, check_adapter, make_trainer
 
 # Of tokenizers whose files name a length; lines that --max-length refuses are named one by one.
@@ -64,15 +71,18 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def finetune(
     manifest: str | Path,
     *,
-    data: str | Path,
+    data: Any,
     out: str | Path,
     base: Base = "dynamic",
     model: str | None = None,
     device: str | None = None,
     dtype: Dtype | None = None,
-    eval_data: str | Path | None = None,
+    eval_data: Any = None,
     held_out: float = 0.1,
+    turns: Turns = "each",
+    split: str | None = None,
     bad_data: BadData = "refuse",
+    allow_downloads: bool = False,
     steps: int | None = None,
     epochs: float = 1.0,
     rank: int = 16,
@@ -90,12 +100,12 @@ def finetune(
 
     Run again with the same arguments after an interruption, it goes on from the last checkpoint.
 
-    manifest: the skiplist.json of a scan. data: JSON Lines file of conversations. out: folder of the adapter.
+    manifest: the skiplist.json of a scan. data: as in `qprobe.scan`. out: folder of the adapter.
     base: what the adapter is put on: the manifest's model in 16-bit, in standard 4-bit, or dynamic.
     model: where the 16-bit weights are; None for the id that the manifest names.
     dtype: of everything in 16-bit; None for the manifest's compute_dtype.
-    held_out: share of the lines that is never trained on, only evaluated; eval_data: another file instead.
-    bad_data: what to do about a line that cannot be trained on: refuse the file, or skip the line.
+    held_out: share of the lines that is never trained on, only evaluated; eval_data: other data instead.
+    turns, split, bad_data, allow_downloads: as in `qprobe.scan`; answers that do not count are not learned.
     steps: optimizer steps; None for `epochs` passes over the data. rank: of the adapters; alpha equals it.
     learning_rate: the highest one. batch_size: conversations that run at once; accumulation: batches per
     step. max_length: tokens of a line. optimizer: None for adamw_8bit on CUDA, and adamw_torch on a CPU, for
@@ -108,15 +118,18 @@ def finetune(
     """
     options = FinetuneOptions(
         manifest=Path(manifest),
-        data=Path(data),
+        data=data_of(data),
         out=Path(out),
         base=base,
         model=model,
         device=device,
         dtype=dtype,
-        eval_data=path_of(eval_data),
+        eval_data=data_of(eval_data),
         held_out=held_out,
+        turns=turns,
+        split=split,
         bad_data=bad_data,
+        allow_downloads=allow_downloads,
         steps=steps,
         epochs=epochs,
         rank=rank,
@@ -140,10 +153,10 @@ def run_finetuning(options: FinetuneOptions, progress: Progress) -> Finetuned:
     peft = peft_library()
     spec = asked_spec(options, manifest)
     _check_out(options.out, spec)
-    found = [read_conversations(x, progress) for x in (options.data, options.eval_data) if x is not None]
-    for one in found:
-        keep_good(one, options.bad_data)  # before a model is loaded
-    spec["images"] = images_digest(found)
+    found = [_learnable(x, options, progress) for x in (options.data, options.eval_data) if x is not None]
+    spec |= {"data": texts_digest(found[0]), "images": images_digest(found)}
+    if len(found) > 1:
+        spec["eval_data"] = texts_digest(found[1])
     with alone_in(options.out):
         return _finetune(options, manifest, spec, found, peft, progress)
 
@@ -160,7 +173,9 @@ def _finetune(
     _check_out(options.out, spec)
     model, processor = load_base(options.manifest, options.base, options.model, options.device, options.dtype)
     checked = [_encodable(x, processor, model.dtype, options.max_length, progress) for x in found]
-    train, held_out = _split([keep_good(x, options.bad_data) for x in checked], options)
+    for one in checked:
+        check_left_out(one, options.bad_data, "train on")
+    train, held_out = _split([x.good for x in checked], options)
     _check_batches(train, options.batch_size)
     # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
     spec = {**spec, BASE_WEIGHTS: base_digest(manifest, options.model)}
@@ -187,7 +202,7 @@ def _finetune(
 
 def _check_batches(lines: Sequence[Conversation], batch_size: int) -> None:
     """Raises SampleError if a batch could mix lines with and without an image, which processors refuse."""
-    with_image = sum(x.image is not None for x in lines)
+    with_image = sum(bool(x.images) for x in lines)
     if batch_size > 1 and 0 < with_image < len(lines):
         raise SampleError(
             f"{with_image} of {len(lines)} lines have an image, and a batch cannot mix both kinds. Pass "
@@ -229,20 +244,49 @@ def _check_out(out: Path, spec: dict[str, Any]) -> None:
         )
 
 
+def _learnable(data: Any, options: FinetuneOptions, progress: Progress) -> Conversations:
+    """The conversations of `data` with the answers that --turns names; before a model is loaded.
+
+    Raises SampleError if the data cannot be read, or too many rows are left out.
+    """
+    how = Reading(options.split, options.allow_downloads)
+    found = read_conversations(data, how, progress=progress)
+    good: list[Conversation] = []
+    skipped = list(found.skipped)
+    for one in found.good:
+        try:
+            good.append(learning(one, options.turns))
+        except Refused as reason:
+            skipped.append(Skipped(one.row, str(reason)))
+    left = replace(found, good=tuple(good), skipped=_in_order(skipped))
+    check_left_out(left, options.bad_data, "train on")
+    return left
+
+
 def _encodable(
     found: Conversations, processor: Any, dtype: torch.dtype, max_length: int, progress: Progress
 ) -> Conversations:
-    """`found` with the lines that the model's processor cannot encode moved to the bad ones."""
+    """`found` as rows that can be learned; those that the model's processor cannot encode are skipped."""
     good: list[Conversation] = []
-    bad = list(found.bad)
+    skipped = list(found.skipped)
     for done, one in enumerate(found.good, start=1):
-        problem = encoding_problem(processor, one, dtype, max_length)
+        try:
+            rows = rows_to_learn(processor, one)
+            problem = next(
+                filter(None, (encoding_problem(processor, x, dtype, max_length) for x in rows)), None
+            )
+        except Refused as reason:
+            rows, problem = (), str(reason)
         if problem is None:
-            good.append(one)
+            good += rows
         else:
-            bad.append(BadLine(one.line, problem))
+            skipped.append(Skipped(one.row, problem))
         progress("check data", done, len(found.good))
-    return Conversations(found.name, tuple(good), tuple(sorted(bad, key=lambda x: x.line)))
+    return replace(found, good=tuple(good), skipped=_in_order(skipped))
+
+
+def _in_order(skipped: list[Skipped]) -> tuple[Skipped, ...]:
+    return tuple(sorted(skipped, key=lambda x: x.row))
 
 
 def _split(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 
-from qprobe.data.conversations import Conversations
-from qprobe.errors import MachineError, SampleError
+from qprobe.data.conversation import Conversations
+from qprobe.data.images import file_bytes
+from qprobe.errors import MachineError
 from qprobe.loading.device import pick_device
 from qprobe.manifest.records import Manifest
 from qprobe.options import FinetuneOptions, Optimizer
-from qprobe.system.foreign import open_foreign
+
+_NOT_ASKED = (  # what decides nothing, or is told by digests of what was read
+    "manifest", "data", "eval_data", "out", "model", "device", "save_every", "optimizer", "allow_downloads",
+)  # fmt: skip
 
 
 def asked_spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:
@@ -26,11 +30,7 @@ def asked_spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:
             f"transformers' Trainer works on the first GPU it sees, not on {device}. Set "
             f"CUDA_VISIBLE_DEVICES={device.index} and leave --device out."
         )
-    asked = {
-        key: value
-        for key, value in asdict(options).items()
-        if key not in ("manifest", "data", "eval_data", "out", "model", "device", "save_every", "optimizer")
-    }
+    asked = {x.name: getattr(options, x.name) for x in fields(options) if x.name not in _NOT_ASKED}
     return {
         **asked,
         "optimizer": _optimizer(options.optimizer, device),
@@ -38,15 +38,20 @@ def asked_spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:
         "format": asdict(manifest.format),
         "codes": None if manifest.codes is None else manifest.codes.sha256,
         "skip_modules": _digest("\n".join(manifest.skip_modules).encode()),
-        "data": _file_digest(options.data),
-        "eval_data": None if options.eval_data is None else _file_digest(options.eval_data),
     }
 
 
 def images_digest(files: Sequence[Conversations]) -> str:
-    """SHA-256 over the bytes of every image that a good line shows: the lines name files alone."""
-    images = {x.image for one in files for x in one.good if isinstance(x.image, Path)}
-    return _digest("\n".join(_file_digest(path) for path in sorted(images)).encode())
+    """SHA-256 over the bytes of every image that a good row shows: the rows name files alone."""
+    images = {x for one in files for row in one.good for x in row.images}
+    digests = {_digest(x) if isinstance(x, bytes) else _digest(file_bytes(x)) for x in images}
+    return _digest("\n".join(sorted(digests)).encode())
+
+
+def texts_digest(found: Conversations) -> str:
+    """SHA-256 over what is said in the good rows, and which answers are learned."""
+    rows = [[(x.role, x.learned, x.text, len(x.images)) for x in row.turns] for row in found.good]
+    return _digest(json.dumps(rows).encode())
 
 
 def _optimizer(wanted: Optimizer | None, device: torch.device) -> Optimizer:
@@ -56,11 +61,6 @@ def _optimizer(wanted: Optimizer | None, device: torch.device) -> Optimizer:
             f"out: on a CPU it is adamw_torch."
         )
     return wanted or ("adamw_8bit" if device.type == "cuda" else "adamw_torch")
-
-
-def _file_digest(path: Path) -> str:
-    with open_foreign(path, SampleError, "Pass a .jsonl file.", None) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(data: bytes) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qprobe.data.conversations import Conversation
+from qprobe.data.conversation import Conversation
 from qprobe.errors import QprobeError
 from qprobe.options import FinetuneOptions, Optimizer, Progress
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from qprobe.cli import main
-from qprobe.data.conversations import read_conversations
+from qprobe.data.reading import read_conversations
 from qprobe.errors import MachineError, ManifestError, QprobeError, RunError, SampleError
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.manifest.read import read_manifest
@@ -158,17 +158,23 @@ def test_an_adapter_beside_another_models_manifest_is_refused(asked, tiny_folder
         load_finetuned(asked.out, str(tiny_folder("llama")), "cpu")
 
 
-def test_bad_lines_are_refused_before_a_model_loads_or_skipped_by_name(asked, monkeypatch):
+def test_many_bad_lines_are_refused_before_a_model_loads_and_few_are_skipped_by_name(asked, monkeypatch):
     long = json.dumps(
         {"conversations": [{"from": "human", "value": "a " * 200}, {"from": "gpt", "value": "b"}]}
     )
-    write_data(asked.data, 4, '{"image": "0.png", "conv', long)
+    write_data(asked.data, 4, *['{"image": "0.png", "conv'] * 10, long)
     with monkeypatch.context() as patch:
         patch.setattr("qprobe.training.finetune.load_base", lambda *_: pytest.fail("a model was loaded"))
-        with pytest.raises(SampleError, match=r"line 5: .* no whole JSON object"):
+        with pytest.raises(
+            SampleError, match=r"10 of 15 lines.*line 5: .* no whole JSON object.*--bad-data skip"
+        ):
             finetune(asked)
     assert not asked.out.exists()
-    done = finetune(replace(asked, bad_data="skip", steps=1))
+    skipping = replace(asked, bad_data="skip", steps=1, out=asked.out.with_name("skipping"))
+    done = finetune(skipping)
+    assert (done.trained_lines, done.held_out_lines, len(done.skipped)) == (3, 1, 11)
+    write_data(asked.data, 4, '{"image": "0.png", "conv', long)
+    done = finetune(replace(asked, steps=1))
     assert (done.trained_lines, done.held_out_lines) == (3, 1)
     assert [x.split(":")[0] for x in done.skipped] == ["train.jsonl line 5", "train.jsonl line 6"]
     assert "tokens, more than --max-length 128" in done.skipped[1]

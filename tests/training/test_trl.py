@@ -81,5 +81,13 @@ def test_rows_of_both_kinds_are_learned_alike_and_bad_ones_are_named():
     assert 0 < (one["labels"] != -100).sum() < one["labels"].numel() / 2
     with pytest.raises(SampleError, match="no answer to learn"):
         collate([{"messages": [user], "images": row["images"]}])
-    with pytest.raises(SampleError, match="2 images"):
-        collate([{**row, "images": row["images"] * 2}])
+    with pytest.raises(SampleError, match="1 places for images and 2 images"):
+        collate(
+            [
+                {
+                    **row,
+                    "messages": [{**user, "content": f"<image>{user['content']}"}, assistant],
+                    "images": [row["images"][0], row["images"][0].rotate(180)],
+                }
+            ]
+        )

@@ -1,0 +1,113 @@
+"""A conversation in the words of a model's chat template, checked: every text stands in it as it was written.
+
+Templates differ in whether they take content as a list of parts or as a string, and one that is given the
+other kind may write Python source or nothing at all. So each way is tried, and what comes out is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from qprobe.data.reasons import Refused, shown
+from qprobe.records import Role, Turn
+
+EVERYBODY: frozenset[Role] = frozenset({"system", "user", "assistant"})
+WAYS: tuple[frozenset[Role], ...] = (EVERYBODY, frozenset({"user"}), frozenset())
+"""Whose content is a list of parts; that of the others is a string."""
+_SOURCE = re.compile(r"""['"]type['"]: ?['"](?:text|image)['"]""")
+_THOUGHTS = re.compile(r".*</\w+>", re.DOTALL)  # what templates take out of earlier answers
+
+
+class Template:
+    """The chat template of a processor or tokenizer, which has `apply_chat_template`."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._token: str | None = getattr(processor, "image_token", None)
+        # A tokenizer by itself has a template for strings.
+        self._ways = WAYS if hasattr(processor, "tokenizer") else WAYS[::-1]
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """All turns and the head of the next answer. Raises Refused as `fitting` does."""
+        return self.fitting(turns, True)[1]
+
+    def fitting(self, turns: Sequence[Turn], answer_next: bool) -> tuple[frozenset[Role], str]:
+        """The first of `WAYS` that keeps all texts, and what it gives.
+
+        Raises Refused, with the reason of each way of writing content.
+        """
+        reasons: list[str] = []
+        for way in self._ways:
+            try:
+                text = self.written(turns, way, answer_next)
+                self.check(text, turns)
+                return way, text
+            except Refused as reason:
+                reasons.append(f"given {_kind(way)} {reason}")
+        raise Refused(f"the model's chat template does not take it: {'; '.join(reasons)}")
+
+    def written(self, turns: Sequence[Turn], way: frozenset[Role], answer_next: bool) -> str:
+        """The text of `turns`. Raises Refused, a clause behind "given ...", if the template fails."""
+        messages = [{"role": x.role, "content": self._content(x, x.role in way)} for x in turns]
+        try:
+            text = self._processor.apply_chat_template(
+                messages, add_generation_prompt=answer_next, tokenize=False
+            )
+        except Exception as error:  # templates raise what they like: jinja2's errors, TypeError, KeyError
+            raise Refused(f"it fails ({shown(str(error), 120) or type(error).__name__})") from None
+        assert isinstance(text, str), "tokenize=False gives text"
+        return text
+
+    def check(self, text: str, turns: Sequence[Turn]) -> None:
+        """Raises Refused unless every text and image of `turns` stands in `text`, in order and as written.
+
+        Up to outer white space, which templates trim; of an answer before the last turn what stands behind
+        its thoughts is enough.
+        """
+        own = sum(len(_SOURCE.findall(x.text)) for x in turns)
+        if len(_SOURCE.findall(text)) > own:
+            raise Refused("it writes the list of parts itself, as source code")
+        end = 0
+        for place, turn in enumerate(turns):
+            earlier = turn.role == "assistant" and place < len(turns) - 1
+            for part in turn.parts:
+                end = self._behind(text, part, end, earlier, place)
+        if self._token and text.count(self._token, end):
+            raise Refused("it shows more images than there are")
+
+    def _behind(self, text: str, part: Any, start: int, earlier: bool, place: int) -> int:
+        """Where `part` of a turn ends in `text`, from `start` on."""
+        if not isinstance(part, str):
+            if not self._token:
+                return start
+            found = text.find(self._token, start)
+            if found < 0:
+                raise Refused(f"it does not show an image of turn {place + 1} where it stands")
+            return found + len(self._token)
+        wanted = part.strip()
+        found = text.find(wanted, start)
+        if found < 0 and earlier:
+            wanted = _THOUGHTS.sub("", wanted, count=1).strip()
+            found = text.find(wanted, start) if wanted else -1
+        if found < 0:
+            raise Refused(f"it leaves out or changes the text of turn {place + 1}")
+        return found + len(wanted)
+
+    def _content(self, turn: Turn, in_parts: bool) -> str | list[dict[str, str]]:
+        if in_parts:
+            return [
+                {"type": "text", "text": x} if isinstance(x, str) else {"type": "image"} for x in turn.parts
+            ]
+        if not turn.images:
+            return turn.text
+        if not self._token:
+            raise Refused("there is no text that stands for an image")
+        return "".join(x if isinstance(x, str) else self._token for x in turn.parts)
+
+
+def _kind(way: frozenset[Role]) -> str:
+    if way == EVERYBODY:
+        return "parts"
+    return "parts from the user alone" if way else "strings"
