@@ -19,12 +19,10 @@ from safetensors import SafetensorError
 
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import lora_targets
-from qprobe.data.conversation import Conversation, Conversations, Skipped
-from qprobe.data.reading import Reading, check_left_out, read_conversations
-from qprobe.data.reasons import Refused
-from qprobe.data.turns import learning
+from qprobe.data.conversation import Conversation, Conversations
+from qprobe.data.reading import check_left_out
 from qprobe.errors import RunError, SampleError
-from qprobe.inputs.encoding import encode_conversations, encoding_problem, rows_to_learn
+from qprobe.inputs.encoding import encode_conversations
 from qprobe.loading.log_filters import quiet_models
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, moved
@@ -53,6 +51,7 @@ from qprobe.training.bases import (
 from qprobe.training.record import Record, read_record, write_record
 from qprobe.training.refused import check_options, refuse_several_processes
 from qprobe.training.result import Finetuned, card
+from qprobe.training.rows import encodable, learnable
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
 from qprobe.training.trainer import LossError, Watch, check_adapter, make_trainer
 
@@ -153,7 +152,7 @@ def run_finetuning(options: FinetuneOptions, progress: Progress) -> Finetuned:
     peft = peft_library()
     spec = asked_spec(options, manifest)
     _check_out(options.out, spec)
-    found = [_learnable(x, options, progress) for x in (options.data, options.eval_data) if x is not None]
+    found = [learnable(x, options, progress) for x in (options.data, options.eval_data) if x is not None]
     spec |= {"data": texts_digest(found[0]), "images": images_digest(found)}
     if len(found) > 1:
         spec["eval_data"] = texts_digest(found[1])
@@ -172,7 +171,7 @@ def _finetune(
     """The run, in a folder that no other process trains into."""
     _check_out(options.out, spec)
     model, processor = load_base(options.manifest, options.base, options.model, options.device, options.dtype)
-    checked = [_encodable(x, processor, model.dtype, options.max_length, progress) for x in found]
+    checked = [encodable(x, processor, model.dtype, options.max_length, progress) for x in found]
     for one in checked:
         check_left_out(one, options.bad_data, "train on")
     train, held_out = _split([x.good for x in checked], options)
@@ -242,51 +241,6 @@ def _check_out(out: Path, spec: dict[str, Any]) -> None:
             f"{out} holds an unfinished run that was asked for otherwise ({', '.join(differing)}). Pass the "
             f"same options to continue it, or another folder."
         )
-
-
-def _learnable(data: Any, options: FinetuneOptions, progress: Progress) -> Conversations:
-    """The conversations of `data` with the answers that --turns names; before a model is loaded.
-
-    Raises SampleError if the data cannot be read, or too many rows are left out.
-    """
-    how = Reading(options.split, options.allow_downloads)
-    found = read_conversations(data, how, progress=progress)
-    good: list[Conversation] = []
-    skipped = list(found.skipped)
-    for one in found.good:
-        try:
-            good.append(learning(one, options.turns))
-        except Refused as reason:
-            skipped.append(Skipped(one.row, str(reason)))
-    left = replace(found, good=tuple(good), skipped=_in_order(skipped))
-    check_left_out(left, options.bad_data, "train on")
-    return left
-
-
-def _encodable(
-    found: Conversations, processor: Any, dtype: torch.dtype, max_length: int, progress: Progress
-) -> Conversations:
-    """`found` as rows that can be learned; those that the model's processor cannot encode are skipped."""
-    good: list[Conversation] = []
-    skipped = list(found.skipped)
-    for done, one in enumerate(found.good, start=1):
-        try:
-            rows = rows_to_learn(processor, one)
-            problem = next(
-                filter(None, (encoding_problem(processor, x, dtype, max_length) for x in rows)), None
-            )
-        except Refused as reason:
-            rows, problem = (), str(reason)
-        if problem is None:
-            good += rows
-        else:
-            skipped.append(Skipped(one.row, problem))
-        progress("check data", done, len(found.good))
-    return replace(found, good=tuple(good), skipped=_in_order(skipped))
-
-
-def _in_order(skipped: list[Skipped]) -> tuple[Skipped, ...]:
-    return tuple(sorted(skipped, key=lambda x: x.row))
 
 
 def _split(

@@ -70,7 +70,7 @@ def test_an_empty_image_folder(scan: Run, tmp_path: Path):
 def test_a_folder_without_any_image(scan: Run, tmp_path: Path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "notes.txt").write_text("no image")
-    assert "notes.txt: skipped, it is no image" in explained(scan("--images", tmp_path / "photos"))
+    assert "notes.txt: left out, it is no image." in explained(scan("--images", tmp_path / "photos"))
 
 
 @pytest.mark.slow
@@ -82,13 +82,20 @@ def test_a_file_that_is_no_image_is_skipped_and_named(scan: Run, tmp_path: Path)
     (folder / "1.txt").write_text("no image")
     result = scan("--images", folder, "--json")
     assert result.exit_code == 0
-    assert "1.txt: skipped, it is no image" in json.loads(result.stdout)["notes"]
+    assert "1.txt: left out, it is no image." in json.loads(result.stdout)["notes"]
 
 
-@pytest.mark.parametrize("lines", ["", "no json", '{"image": "nowhere.png"}'])
-def test_data_without_a_usable_line(scan: Run, tmp_path: Path, lines: str):
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("", "data.jsonl is empty"),
+        ("no json", "No line of data.jsonl is left to measure. data.jsonl line 1: it is no whole JSON"),
+        ('{"image": "nowhere.png"}', "No line of data.jsonl is left to measure. data.jsonl line 1: image"),
+    ],
+)
+def test_data_without_a_usable_line(scan: Run, tmp_path: Path, lines: str, said: str):
     (tmp_path / "data.jsonl").write_text(lines)
-    assert "holds no usable line" in explained(scan("--data", tmp_path / "data.jsonl"))
+    assert said in explained(scan("--data", tmp_path / "data.jsonl"))
 
 
 @pytest.mark.parametrize(

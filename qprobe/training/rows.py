@@ -1,0 +1,60 @@
+"""Which rows are trained on: those with answers that count, and that the model's processor can encode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qprobe.data.conversation import Conversation, Conversations, Skipped
+from qprobe.data.reading import Reading, check_left_out, read_conversations
+from qprobe.data.reasons import Refused
+from qprobe.data.turns import learning
+from qprobe.inputs.encoding import encoding_problem, rows_to_learn
+from qprobe.options import FinetuneOptions, Progress
+
+
+def learnable(data: Any, options: FinetuneOptions, progress: Progress) -> Conversations:
+    """The conversations of `data` with the answers that --turns names; before a model is loaded.
+
+    Raises SampleError if the data cannot be read, or too many rows are left out.
+    """
+    how = Reading(options.split, options.allow_downloads)
+    found = read_conversations(data, how, progress=progress)
+    good: list[Conversation] = []
+    skipped = list(found.skipped)
+    for one in found.good:
+        try:
+            good.append(learning(one, options.turns))
+        except Refused as reason:
+            skipped.append(Skipped(one.row, str(reason)))
+    left = replace(found, good=tuple(good), skipped=_in_order(skipped))
+    check_left_out(left, options.bad_data, "train on")
+    return left
+
+
+def encodable(
+    found: Conversations, processor: Any, dtype: torch.dtype, max_length: int, progress: Progress
+) -> Conversations:
+    """`found` as rows that can be learned; those that the model's processor cannot encode are skipped."""
+    good: list[Conversation] = []
+    skipped = list(found.skipped)
+    for done, one in enumerate(found.good, start=1):
+        try:
+            rows = rows_to_learn(processor, one)
+            problem = next(
+                filter(None, (encoding_problem(processor, x, dtype, max_length) for x in rows)), None
+            )
+        except Refused as reason:
+            rows, problem = (), str(reason)
+        if problem is None:
+            good += rows
+        else:
+            skipped.append(Skipped(one.row, problem))
+        progress("check data", done, len(found.good))
+    return replace(found, good=tuple(good), skipped=_in_order(skipped))
+
+
+def _in_order(skipped: list[Skipped]) -> tuple[Skipped, ...]:
+    return tuple(sorted(skipped, key=lambda x: x.row))
