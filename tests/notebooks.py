@@ -1,4 +1,4 @@
-"""The notebooks in notebooks/, executed: `python -m tests.notebooks` stores their outputs anew."""
+"""The notebooks in notebooks/, executed: `python -m tests.notebooks` stores their outputs."""
 
 from __future__ import annotations
 
