@@ -37,7 +37,7 @@ def test_answers_are_generated_once(
     batches[1].unlink()
     batches[2].write_text(batches[2].read_text()[:20])  # damaged from outside
     asked: list[int] = []
-    from qprobe.scanning.scan import answers
+    from qprobe.scanning import answers
 
     real = answers.answer_group
 
