@@ -23,7 +23,8 @@ from qprobe.checkpoint.storage import StoredBytes, stored_bytes
 from qprobe.data.sampling import Wanted, choose_samples
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.inputs.answers import answered
-from qprobe.inputs.batch import batches, encode, image_token_id, tokenizer_of
+from qprobe.inputs.batch import image_token_id, tokenizer_of
+from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.device import one_device
 from qprobe.loading.inventory import has_language_head
 from qprobe.loading.log_filters import quiet_models
@@ -265,15 +266,18 @@ def _run_reference(
     )
     chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare")
     report = partial(_staged, progress, "16-bit")
-    own = _answers(reference.model, reference.processor, chosen.samples, options, report)
+    processed = ProcessedSamples(
+        reference.processor, reference.model.dtype, image_token_id(reference.model.config)
+    )
+    own = _answers(reference.model, processed, chosen.samples, options, report)
     samples = tuple(
         mine if given.answer is None else given for given, mine in zip(chosen.samples, own, strict=True)
     )
     index = {id(sample): i for i, sample in enumerate(samples)}
-    parts = batches(reference.processor, samples, options.batch_size)
+    parts = processed.batches(samples, options.batch_size)
     groups = [[index[id(sample)] for sample in part] for part in parts]
     logits: dict[int, Tensor] = {}
-    for group, rows in _logits(reference.model, reference.processor, samples, groups):
+    for group, rows in _logits(reference.model, processed, samples, groups):
         logits.update(zip(group, (_compact(x, reference.model.dtype) for x in rows), strict=True))
         report("kl", len(logits), len(samples))
     course = Course(samples, groups, [logits[i] for i in range(len(samples))])
@@ -288,9 +292,10 @@ def _run(
     """The trial of the model that `load` gives; the model is gone afterwards."""
     model, processor = load()
     stored = stored_bytes(model)
-    own = _answers(model, processor, course.samples, options, report)
+    processed = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
+    own = _answers(model, processed, course.samples, options, report)
     sums: dict[int, KlSums] = {}
-    for group, rows in _logits(model, processor, course.samples, course.groups):
+    for group, rows in _logits(model, processed, course.samples, course.groups):
         reference = [course.logits[i].float() for i in group]
         sums.update(zip(group, kl_sums(reference, rows), strict=True))
         report("kl", len(sums), len(course.samples))
@@ -298,19 +303,23 @@ def _run(
 
 
 def _answers(
-    model: Any, processor: Any, samples: Sequence[Sample], options: CompareOptions, report: Progress
+    model: Any,
+    processed: ProcessedSamples,
+    samples: Sequence[Sample],
+    options: CompareOptions,
+    report: Progress,
 ) -> list[Sample]:
     """`samples` with the model's own greedy answers."""
-    return answered(model, processor, samples, options.max_new_tokens, options.batch_size, report)
+    return answered(model, processed, samples, options.max_new_tokens, options.batch_size, report)
 
 
 @torch.inference_mode()
 def _logits(
-    model: Any, processor: Any, samples: Sequence[Sample], groups: list[list[int]]
+    model: Any, processed: ProcessedSamples, samples: Sequence[Sample], groups: list[list[int]]
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Each batch with the logits of its samples' answer tokens, (answer tokens, vocabulary) on the CPU."""
     for group in groups:
-        batch = encode(processor, [samples[i] for i in group], model.dtype, image_token_id(model.config))
+        batch = processed.batch([samples[i] for i in group])
         yield group, [x.cpu() for x in answer_logits(model, batch.to(model.device))]
 
 

@@ -7,23 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from qprobe.inputs.batch import batches, process, prompt_text, tokenizer_of
+from qprobe.inputs.batch import tokenizer_of
+from qprobe.inputs.processed import ProcessedSamples
 from qprobe.options import Progress, no_progress
 from qprobe.records import Sample
 
 
-def greedy_answers(
-    model: Any, processor: Any, samples: Sequence[Sample], max_new_tokens: int, batch_size: int
-) -> list[str]:
-    """The model's greedy answer to each sample, without special tokens, at most `max_new_tokens` long."""
-    return [s.answer or "" for s in answered(model, processor, samples, max_new_tokens, batch_size)]
-
-
 def answered(
     model: Any,
-    processor: Any,
+    processed: ProcessedSamples,
     samples: Sequence[Sample],
     max_new_tokens: int,
     batch_size: int,
@@ -32,8 +25,8 @@ def answered(
     """`samples` with the model's greedy answers in place of their own, in the same order."""
     done: dict[int, Sample] = {}
     index = {id(s): i for i, s in enumerate(samples)}
-    for group in batches(processor, samples, batch_size):
-        for sample, own in zip(group, answer_group(model, processor, group, max_new_tokens), strict=True):
+    for group in processed.batches(samples, batch_size):
+        for sample, own in zip(group, answer_group(model, processed, group, max_new_tokens), strict=True):
             done[index[id(sample)]] = own
         progress("answers", len(done), len(samples))
     return [done[i] for i in range(len(samples))]
@@ -41,31 +34,25 @@ def answered(
 
 def answer_group(
     model: Any,
-    processor: Any,
+    processed: ProcessedSamples,
     group: Sequence[Sample],
     max_new_tokens: int,
     device: torch.device | None = None,
 ) -> list[Sample]:
-    """`answered` of one batch, as `qprobe.inputs.batch.batches` cuts it; device: None for the weights'."""
-    found = _generate(model, processor, group, max_new_tokens, device)
+    """`answered` of one batch, as `ProcessedSamples.batches` cuts it; device: None for the weights'."""
+    found = _generate(model, processed, group, max_new_tokens, device)
     return [replace(s, answer=text, ends=ends) for s, (text, ends) in zip(group, found, strict=True)]
 
 
 def _generate(
-    model: Any, processor: Any, group: Sequence[Sample], limit: int, device: torch.device | None
+    model: Any, processed: ProcessedSamples, group: Sequence[Sample], limit: int, device: torch.device | None
 ) -> list[tuple[str, bool]]:
     """(text, ended by itself) for each sample of one batch."""
     from transformers import GenerationConfig
 
-    tokenizer = tokenizer_of(processor)
+    tokenizer = tokenizer_of(processed.processor)
     device = device or next(model.parameters()).device
-    texts = [prompt_text(processor, s) for s in group]
-    raw = process(processor, group, texts, "left")
-    inputs = {
-        k: v.to(device, model.dtype) if v.is_floating_point() else v.to(device)
-        for k, v in raw.items()
-        if isinstance(v, Tensor)
-    }
+    inputs = {k: v.to(device) for k, v in processed.prompts(group).items()}
     stop = _stop_ids(model, tokenizer)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=limit, eos_token_id=stop or None, pad_token_id=tokenizer.pad_token_id

@@ -23,7 +23,7 @@ PAD, VISION, TEXT, ANSWER = 0, 1, 2, 3
 KIND_NAMES = {VISION: "vision", TEXT: "text", ANSWER: "answer"}
 
 # Tensors with a token axis; all others belong to images and decide which samples fit one batch.
-_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"}
+TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"}
 
 
 @dataclass(frozen=True)
@@ -140,20 +140,13 @@ def _processed(
     )
 
 
-def encode(
-    processor: Any, samples: Sequence[Sample], dtype: torch.dtype, image_token_id: int | None = None
+def marked(
+    processor: Any, samples: Sequence[Sample], inputs: dict[str, Tensor], image_token_id: int | None
 ) -> Batch:
-    """One batch of `samples` on the CPU, floating tensors in `dtype`, padded on the right.
+    """The batch of `inputs`, padded on the right, with the kind of each token and where the answers are.
 
     image_token_id marks vision tokens in the sequence (the model config's; None if it has none).
-    Raises SampleError if the processor cannot read them.
     """
-    texts = [full_text(processor, s) for s in samples]
-    inputs = {
-        key: value.to(dtype) if value.is_floating_point() else value
-        for key, value in process(processor, samples, texts, "right").items()
-        if isinstance(value, Tensor)
-    }
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     answers = tuple(
         (length - _answer_length(processor, sample, inputs["input_ids"][i, :length].tolist()), length)
@@ -176,12 +169,20 @@ def _answer_length(processor: Any, sample: Sample, ids: list[int]) -> int:
     alone = tokenizer_of(processor)(tail, add_special_tokens=False)["input_ids"]
     if ids[len(ids) - len(alone) :] == alone:
         return len(alone)
-    # The tokenizer joins prompt and answer at the seam: count what follows the longest common prefix.
-    prompt = process(processor, [sample], [prompt_text(processor, sample)], "right")["input_ids"][0].tolist()
-    common = next(
-        (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids))
+    # The tokenizer joins prompt and answer at the seam: count what follows the longest common prefix. Images
+    # stand before it, so the texts tell it as they are.
+    prompt, whole = (
+        text_ids(processor, x) for x in (prompt_text(processor, sample), full_text(processor, sample))
     )
-    return len(ids) - common
+    same = (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
+    return len(whole) - next(same, min(len(prompt), len(whole)))
+
+
+def text_ids(processor: Any, text: str) -> list[int]:
+    """The tokens of `text`, each image as the one token that the text has for it."""
+    tokenizer = tokenizer_of(processor)
+    adds = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return tokenizer(text, add_special_tokens=adds)["input_ids"]
 
 
 def image_token_id(config: Any) -> int | None:
@@ -193,30 +194,6 @@ def image_token_id(config: Any) -> int | None:
     return None
 
 
-def batches(processor: Any, samples: Iterable[Sample], size: int) -> list[tuple[Sample, ...]]:
-    """`samples` cut into groups of at most `size` whose images have one processed shape, in stable order."""
-    return cut(one_shape_groups(processor, samples), size)
-
-
-def one_shape_groups(processor: Any, samples: Iterable[Sample]) -> list[tuple[Sample, ...]]:
-    """`samples` in groups whose images have one processed shape, in stable order."""
-    by_shape: dict[tuple, list[Sample]] = {}
-    for sample in samples:
-        by_shape.setdefault(_image_shape(processor, sample), []).append(sample)
-    return [tuple(group) for group in by_shape.values()]
-
-
 def cut(groups: Iterable[Sequence[Sample]], size: int) -> list[tuple[Sample, ...]]:
     """Each of `groups` cut into parts of at most `size`, in order."""
     return [tuple(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
-
-
-def _image_shape(processor: Any, sample: Sample) -> tuple:
-    if not sample.images:
-        return ()
-    inputs = process(processor, [sample], [prompt_text(processor, sample)], "right")
-    return tuple(
-        sorted(
-            (k, tuple(v.shape)) for k, v in inputs.items() if isinstance(v, Tensor) and k not in _TEXT_KEYS
-        )
-    )

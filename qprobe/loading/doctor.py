@@ -39,7 +39,7 @@ DECISIVE_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate")  # s
 OPTIONAL_PACKAGES = {
     "peft": "adapters for fine-tuning",
     "trl": "the fine-tuning loop",
-    "torchvision": "faster image processors; not needed",
+    "torchvision": "image processors; some models' processors need it",
 }
 
 

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.formats.protocol import format_from
-from qprobe.inputs.batch import Batch, batches, encode, image_token_id, one_shape_groups
+from qprobe.inputs.batch import Batch, image_token_id
+from qprobe.inputs.processed import ROOM_BYTES as INPUTS_BYTES
+from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.inventory import has_language_head, linear_modules
 from qprobe.loading.mapped import Mapped
 from qprobe.loading.reference import Reference
@@ -29,6 +31,8 @@ from qprobe.records import FormatSpec, Inventory, Linear, Sample
 # What packing a weight takes for each element while it lasts: bitsandbytes works in parts on a GPU.
 PACKING_BYTES = {"cpu": 13, "cuda": 4}
 ROOM_SHARE = 10  # of a memory limit, one part may be what blocks keep so as not to run again
+
+INPUTS_SHARE = 50  # and one of these, what the processor made of samples
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class Subject:
     @property
     def model(self) -> Any:
         return self.reference.model
+
+    @cached_property
+    def processed(self) -> ProcessedSamples:
+        """What the processor makes of samples, each held while there is room."""
+        room = (
+            INPUTS_BYTES if self.limit is None else min(INPUTS_BYTES, self.limit.limit_bytes // INPUTS_SHARE)
+        )
+        return ProcessedSamples(self.reference.processor, self.dtype, image_token_id(self.model.config), room)
 
     @cached_property
     def weights_digest(self) -> str:
@@ -110,18 +122,16 @@ class Subject:
         return nullcontext() if self.limit is None else self.limit.running(kind, size, like)
 
     def groups(self, samples: tuple[Sample, ...], size: int) -> list[tuple[Sample, ...]]:
-        """`samples` in batches of one processed image shape, see `qprobe.inputs.batch.batches`."""
-        return batches(self.reference.processor, samples, size)
+        """`samples` in batches of one processed image shape, see `ProcessedSamples.batches`."""
+        return self.processed.batches(samples, size)
 
     def one_shape_groups(self, samples: tuple[Sample, ...]) -> list[tuple[Sample, ...]]:
-        """`samples` in groups of one processed image shape, see `qprobe.inputs.batch.one_shape_groups`."""
-        return one_shape_groups(self.reference.processor, samples)
+        """`samples` in groups of one processed image shape, see `ProcessedSamples`."""
+        return self.processed.one_shape_groups(samples)
 
     def encode(self, samples: tuple[Sample, ...]) -> Batch:
         """The batch of `samples` on the model's device."""
-        token = image_token_id(self.model.config)
-        batch = encode(self.reference.processor, samples, self.dtype, token)
-        return batch.to(self.reference.device)
+        return self.processed.batch(samples).to(self.reference.device)
 
 
 def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, folder: FilePath) -> Subject:

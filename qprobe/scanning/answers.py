@@ -59,7 +59,7 @@ def with_answers(
             with subject.running("answers", len(groups[i])):
                 own = answer_group(
                     subject.model,
-                    subject.reference.processor,
+                    subject.processed,
                     groups[i],
                     batching.max_new_tokens,
                     subject.reference.device,

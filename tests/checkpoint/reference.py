@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qprobe.inputs.batch import encode
 from qprobe.records import Sample
+from tests.reading import encode
 
 
 def log_softmax(logits: Sequence[float]) -> list[float]:

@@ -25,7 +25,7 @@ from qprobe.checkpoint.storage import stored_bytes
 from qprobe.data.builtin import Samples
 from qprobe.errors import ManifestError, ModelError
 from qprobe.formats.codes_file import FILE_NAME, open_codes
-from qprobe.inputs.batch import ANSWER, encode
+from qprobe.inputs.batch import ANSWER
 from qprobe.loading.config import model_class
 from qprobe.loading.processor import load_processor
 from qprobe.loading.reference import load_reference
@@ -36,6 +36,7 @@ from qprobe.manifest.write import manifest_to_json, write_manifest
 from qprobe.scanning.scan import scan
 from qprobe.selection.select import select
 from tests import tiny
+from tests.reading import encode
 
 NAMES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama", "odd")
 

@@ -15,7 +15,6 @@ from qprobe.checkpoint.load import dynamic_4bit, load_dynamic_4bit, load_standar
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.data.builtin import Samples
 from qprobe.errors import ManifestError, QprobeError
-from qprobe.inputs.answers import answered
 from qprobe.loading.reference import load_reference, reference_of
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
@@ -26,6 +25,7 @@ from qprobe.runs.folder import RunFolder
 from tests import tiny
 from tests.checkpoint import reference
 from tests.checkpoint.manifests import every_third, manifest_for
+from tests.reading import answered
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,12 @@ from qprobe.checkpoint.storage import stored_bytes
 from qprobe.checkpoint.verify import verify
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.formats.nf4 import Nf4
-from qprobe.inputs.answers import greedy_answers
-from qprobe.inputs.batch import encode
 from qprobe.loading.reference import load_reference
 from qprobe.manifest.write import write_manifest
 from qprobe.records import FormatSpec
 from tests import tiny
 from tests.checkpoint.manifests import every_third, inventory_of, manifest_for, with_layer
+from tests.reading import encode, greedy_answers
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

@@ -20,13 +20,13 @@ from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize
 from qprobe.errors import ManifestError, ModelError
 from qprobe.exports.matchers import hits, transformers_5_0, transformers_5_21
-from qprobe.inputs.batch import encode
 from qprobe.loading.config import model_class
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Compared, Quality
 from qprobe.manifest.write import write_manifest
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
+from tests.reading import encode
 
 FIVE = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama")
 

@@ -14,12 +14,12 @@ from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.ready import lora_targets, ready_for_training
 from qprobe.errors import ModelError
 from qprobe.formats.nf4 import Nf4
-from qprobe.inputs.batch import encode
 from qprobe.loading.reference import load_reference
 from qprobe.models.family import VISION
 from tests import tiny
 from tests.checkpoint.manifests import every_third, inventory_of, manifest_for
 from tests.checkpoint.test_quantize import FIVE, logits, plainly
+from tests.reading import encode
 
 pytestmark = pytest.mark.filterwarnings(
     # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.

@@ -11,11 +11,11 @@ import torch
 
 from qprobe.data.builtin import photographs
 from qprobe.errors import SampleError
-from qprobe.inputs.answers import answered
-from qprobe.inputs.batch import ANSWER, PAD, VISION, batches, encode, image_token_id, tokenizer_of
+from qprobe.inputs.batch import ANSWER, PAD, VISION, image_token_id, tokenizer_of
 from qprobe.loading.reference import Reference, load_reference
 from qprobe.records import Sample, asked
 from tests import tiny
+from tests.reading import answered, batches, encode
 
 Load = Callable[[str], Reference]
 

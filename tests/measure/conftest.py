@@ -9,10 +9,10 @@ from typing import NamedTuple
 import pytest
 
 from qprobe.data.builtin import photographs
-from qprobe.inputs.answers import answered
 from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
+from tests.reading import answered
 
 WITH_IMAGES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral")
 WITH_HEAD = (*WITH_IMAGES, "llama", "llama_tied")

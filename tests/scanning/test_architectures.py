@@ -12,7 +12,6 @@ import pytest
 
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.storage import stored_bytes
-from qprobe.inputs.batch import encode
 from qprobe.loading.inventory import linear_modules
 from qprobe.loading.reference import load_reference
 from qprobe.manifest.read import read_manifest
@@ -20,6 +19,7 @@ from qprobe.report.write import write_report
 from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
 from tests import tiny
+from tests.reading import encode
 from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
 
 # The contract of layers.csv, written out.

@@ -1,0 +1,125 @@
+"""What the processor makes of samples: each text with its images is processed once while it is needed.
+
+A batch is put together from its samples' own inputs, so that telling the shapes of images apart, and every
+pass over the same samples, runs the processor no further time and decodes no image again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qprobe.inputs.batch import TEXT_KEYS, Batch, cut, full_text, marked, process, prompt_text, tokenizer_of
+from qprobe.records import Sample
+
+ROOM_BYTES = 2**29  # of inputs that are held: those of 35 images of four tiles of 560 pixels, in 16-bit
+
+Inputs = dict[str, Tensor]
+Key = tuple[tuple[bytes, ...], str]  # images and text
+
+
+class ProcessedSamples:
+    """The inputs of samples on the CPU, floating ones in `dtype`.
+
+    Holds the inputs of one kind of text at a time, prompts or prompts with answers, up to `room_bytes`; what
+    does not fit is processed again when it is next asked for. All shapes of processed images are
+    held.
+    image_token_id: marks vision tokens in the text; None if there are none.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        dtype: torch.dtype,
+        image_token_id: int | None = None,
+        room_bytes: int = ROOM_BYTES,
+    ) -> None:
+        self.processor = processor
+        self._dtype = dtype
+        self._image_token_id = image_token_id
+        self._room_bytes = room_bytes
+        self._kind = ""
+        self._held: dict[Key, Inputs] = {}
+        self._shapes: dict[Key, tuple] = {}
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """One batch of `samples`, texts with their answers, padded on the right.
+
+        Raises SampleError if the processor cannot read them.
+        """
+        inputs = self._joined([self._inputs(s, "full") for s in samples], "right")
+        return marked(self.processor, samples, inputs, self._image_token_id)
+
+    def prompts(self, samples: Sequence[Sample]) -> Inputs:
+        """Inputs of `samples` without their answers, padded on the left. Errors as of `batch`."""
+        return self._joined([self._inputs(s, "prompt") for s in samples], "left")
+
+    def batches(self, samples: Iterable[Sample], size: int) -> list[tuple[Sample, ...]]:
+        """`samples` in groups of at most `size` whose images have one processed shape, in stable order."""
+        return cut(self.one_shape_groups(samples), size)
+
+    def one_shape_groups(self, samples: Iterable[Sample]) -> list[tuple[Sample, ...]]:
+        """`samples` in groups whose images have one processed shape, in stable order."""
+        by_shape: dict[tuple, list[Sample]] = {}
+        for sample in samples:
+            by_shape.setdefault(self._shape(sample), []).append(sample)
+        return [tuple(group) for group in by_shape.values()]
+
+    def _shape(self, sample: Sample) -> tuple:
+        if not sample.images:
+            return ()
+        key = (sample.images, prompt_text(self.processor, sample))
+        if key not in self._shapes:
+            self._inputs(sample, "prompt" if sample.answer is None else "full")
+        return self._shapes[key]
+
+    def _inputs(self, sample: Sample, kind: Literal["prompt", "full"]) -> Inputs:
+        text = (prompt_text if kind == "prompt" else full_text)(self.processor, sample)
+        key = (sample.images, text)
+        if key in self._held:
+            return self._held[key]
+        made = process(self.processor, [sample], [text], "right")
+        found = {
+            k: v.to(self._dtype) if v.is_floating_point() else v
+            for k, v in made.items()
+            if isinstance(v, Tensor)
+        }
+        images = ((k, tuple(v.shape)) for k, v in found.items() if k not in TEXT_KEYS)
+        self._shapes[sample.images, prompt_text(self.processor, sample)] = tuple(sorted(images))
+        self._hold(key, found, kind)
+        return found
+
+    def _hold(self, key: Key, inputs: Inputs, kind: str) -> None:
+        if kind != self._kind:
+            self._held.clear()
+            self._kind = kind
+        held = sum(x.nbytes for one in (*self._held.values(), inputs) for x in one.values())
+        if held <= self._room_bytes:
+            self._held[key] = inputs
+
+    def _joined(self, found: Sequence[Inputs], side: Literal["left", "right"]) -> Inputs:
+        """The inputs of single samples as those of a batch, as the processor itself would pad them."""
+        length = max(x["input_ids"].shape[1] for x in found)
+        fill = tokenizer_of(self.processor).pad_token_id
+        return {
+            key: torch.cat(
+                [_padded(x[key], key, length, side, fill) if key in TEXT_KEYS else x[key] for x in found]
+            )
+            for key in found[0]
+        }
+
+
+def _padded(value: Tensor, key: str, length: int, side: Literal["left", "right"], fill: int) -> Tensor:
+    """`value`, (1, tokens, ...), with pads up to `length` tokens."""
+    missing = length - value.shape[1]
+    if not missing:
+        return value
+    if key == "cross_attention_mask" and side == "right":
+        pads = value[:, -1:].expand(-1, missing, *value.shape[2:])  # pads see what the last token sees
+    else:
+        shape = (1, missing, *value.shape[2:])
+        pads = torch.full(shape, fill if key == "input_ids" else 0, dtype=value.dtype)
+    return torch.cat([pads, value] if side == "left" else [value, pads], dim=1)
