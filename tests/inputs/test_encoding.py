@@ -14,7 +14,7 @@ from qprobe.data.reasons import Refused
 from qprobe.data.turns import samples_of
 from qprobe.demo import demo_folder
 from qprobe.errors import ModelError, SampleError
-from qprobe.inputs.batch import encode, prompt_text, tokenizer_of
+from qprobe.inputs.batch import prompt_text, tokenizer_of
 from qprobe.inputs.encoding import (
     IGNORED,
     encode_conversations,
@@ -26,6 +26,7 @@ from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
 from qprobe.records import Part, Role, Turn
 from tests import tiny
+from tests.reading import encode
 
 USER, ANSWER = "what does the image show?", "a cat. what does it show?"
 
