@@ -16,6 +16,8 @@ BadData = Literal["refuse", "skip"]
 Turns = Literal["first", "last", "each"]
 """Which answers of a conversation count: are measured, or learned."""
 Optimizer = Literal["adamw_8bit", "adamw_torch"]
+AskedMetric = str | Callable[[Any, str], Any]
+"""A declared name (`qprobe.registry.metrics`), or a function of (sample, answer) to a number."""
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total) whenever work moves on."""
 
