@@ -85,6 +85,7 @@ class CompareOptions:
     split: str | None = None
     bad_data: BadData = "refuse"
     allow_downloads: bool = False
+    metric: AskedMetric | None = None
 
 
 @dataclass(frozen=True)

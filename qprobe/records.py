@@ -109,6 +109,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What one answer scores by a metric: `value` out of `weight`; a weight of 0 means it does not count."""
+
+    value: float = 0.0
+    weight: int = 0
+
+
+@dataclass(frozen=True)
 class ErrorSums:
     """Squared-error sums of a quantity against its reference; `+` is the merge.
 

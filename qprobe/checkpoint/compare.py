@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from qprobe.data.sampling import Wanted, choose_samples
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import image_token_id, tokenizer_of
+from qprobe.inputs.metrics import Metric, metric_of, metrics_for
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.device import one_device
 from qprobe.loading.inventory import has_language_head
@@ -34,10 +34,21 @@ from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import KlSums, answer_logits, kl_sums
-from qprobe.options import BadData, CompareOptions, Dtype, Progress, Turns, data_of, no_progress, path_of
-from qprobe.records import Sample
+from qprobe.options import (
+    AskedMetric,
+    BadData,
+    CompareOptions,
+    Dtype,
+    Progress,
+    Turns,
+    data_of,
+    no_progress,
+    path_of,
+)
+from qprobe.records import Sample, Score
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.statistics import ratio_se
+from qprobe.runs.scored import Scored, scored
+from qprobe.runs.statistics import ratio
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,6 @@ class Row:
     kl: nats per answer token to the 16-bit model; kl_se: its standard error over samples.
     top1_agreement: share of answer tokens with the same most probable token.
     answer_agreement: share of samples with exactly the 16-bit model's greedy answer.
-    facts: share of the samples' facts that the greedy answers state.
     """
 
     name: str
@@ -57,7 +67,6 @@ class Row:
     kl_se: float | None
     top1_agreement: float | None
     answer_agreement: float
-    facts: float | None
 
 
 @dataclass(frozen=True)
@@ -71,24 +80,37 @@ class ComparedSample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; notes are sentences a reader must see (skipped files)."""
+    """What `compare` found; notes are sentences a reader must see (skipped files).
+
+    metrics: of the greedy answers, for all rows: the facts of the samples where they bring some, and the one
+    that was asked for.
+    """
 
     rows: tuple[Row, ...]
     samples: tuple[ComparedSample, ...]
+    metrics: tuple[Scored, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `compare --json`: rows and samples."""
-        return {"rows": [asdict(row) for row in self.rows], "samples": [asdict(s) for s in self.samples]}
+        """The object of `compare --json`: rows, metrics and samples."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "metrics": [metric.to_json() for metric in self.metrics],
+            "samples": [asdict(s) for s in self.samples],
+        }
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one model did: its bytes, its greedy answers, its KL sums by sample, all in sample order."""
+    """What one model did: its bytes, its greedy answers, its KL sums by sample, all in sample order.
+
+    scores: of the answers, for each metric of the course.
+    """
 
     stored: StoredBytes
     answers: list[str]
     sums: list[KlSums]
+    scores: list[tuple[Score, ...]]
 
 
 @dataclass(frozen=True)
@@ -97,11 +119,18 @@ class Course:
 
     samples: their answers are those whose tokens count. groups: indices of the samples of each batch.
     logits: the 16-bit model's for each sample, (answer tokens, vocabulary) on the CPU.
+    given: the samples as they were given, which metrics read. metrics: of the answers.
     """
 
     samples: tuple[Sample, ...]
     groups: list[list[int]]
     logits: list[Tensor]
+    given: tuple[Sample, ...]
+    metrics: tuple[Metric, ...]
+
+    def scores(self, answers: Sequence[str]) -> list[tuple[Score, ...]]:
+        """What `answers` score, for each metric."""
+        return [metric.scores(self.given, answers) for metric in self.metrics]
 
 
 @quiet_models()
@@ -122,6 +151,7 @@ def compare(
     split: str | None = None,
     bad_data: BadData = "refuse",
     allow_downloads: bool = False,
+    metric: AskedMetric | None = None,
     progress: Progress = no_progress,
 ) -> Comparison:
     """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
@@ -134,9 +164,11 @@ def compare(
     device: as in `qprobe.scan`. dtype: of everything in 16-bit; None for the manifest's compute_dtype.
     batch_size: samples that run at once. max_new_tokens: longest answer, where a sample brings none.
     turns, split, bad_data, allow_downloads: as in `qprobe.scan`.
+    metric: of the greedy answers, beside KL: one of `qprobe.registry.metrics.names()`, or any function of
+        (sample, answer) to a number; the sample's answer is None where none was given.
     progress: called as work moves on, see `qprobe.options.Progress`.
     Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
-    usable, QprobeError for a model without a language head.
+    usable, QprobeError for a model without a language head, or for a sample that `metric` fails on.
     """
     options = CompareOptions(
         manifest=Path(manifest),
@@ -154,12 +186,15 @@ def compare(
         split=split,
         bad_data=bad_data,
         allow_downloads=allow_downloads,
+        metric=metric,
     )
     return run_comparison(options, progress)
 
 
 def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
     """`compare` as `options` ask."""
+    if options.metric is not None:
+        metric_of(options.metric)
     manifest = read_manifest(options.manifest)
     skeleton = check_model(manifest, options.model)
     if not has_language_head(skeleton.model):
@@ -176,10 +211,14 @@ def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
         _free_memory()
         trials[name] = _run(load, course, options, partial(_staged, progress, name))
     comparison = Comparison(
-        rows=tuple(_row(name, trial, reference, course.samples) for name, trial in trials.items()),
+        rows=tuple(_row(name, trial, reference) for name, trial in trials.items()),
         samples=tuple(
             ComparedSample(s.id, s.prompt, {name: trial.answers[i] for name, trial in trials.items()})
             for i, s in enumerate(course.samples)
+        ),
+        metrics=tuple(
+            scored(metric.name, metric.is_share, {name: trial.scores[i] for name, trial in trials.items()})
+            for i, metric in enumerate(course.metrics)
         ),
         notes=notes,
     )
@@ -270,6 +309,9 @@ def _run_reference(
         reference.processor, reference.model.dtype, image_token_id(reference.model.config)
     )
     own = _answers(reference.model, processed, chosen.samples, options, report)
+    answers = [s.answer or "" for s in own]
+    metrics = metrics_for(options.metric, chosen.samples)
+    scores = [metric.scores(chosen.samples, answers) for metric in metrics]  # a mistake shows before all else
     samples = tuple(
         mine if given.answer is None else given for given, mine in zip(chosen.samples, own, strict=True)
     )
@@ -280,10 +322,12 @@ def _run_reference(
     for group, rows in _logits(reference.model, processed, samples, groups):
         logits.update(zip(group, (_compact(x, reference.model.dtype) for x in rows), strict=True))
         report("kl", len(logits), len(samples))
-    course = Course(samples, groups, [logits[i] for i in range(len(samples))])
-    sums = [KlSums(0.0, len(x), len(x)) for x in course.logits]
-    trial = Trial(stored_bytes(reference.model), [s.answer or "" for s in own], sums)
-    return course, trial, chosen.notes
+    ordered = [logits[i] for i in range(len(samples))]
+    course = Course(samples, groups, ordered, chosen.samples, metrics)
+    sums = [KlSums(0.0, len(x), len(x)) for x in ordered]
+    trial = Trial(stored_bytes(reference.model), answers, sums, scores)
+    left_out = [metric.left_out(chosen.samples, x) for metric, x in zip(metrics, scores, strict=True)]
+    return course, trial, (*chosen.notes, *(note for notes in left_out for note in notes))
 
 
 def _run(
@@ -294,12 +338,15 @@ def _run(
     stored = stored_bytes(model)
     processed = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
     own = _answers(model, processed, course.samples, options, report)
+    answers = [s.answer or "" for s in own]
+    scores = course.scores(answers)
     sums: dict[int, KlSums] = {}
     for group, rows in _logits(model, processed, course.samples, course.groups):
         reference = [course.logits[i].float() for i in group]
         sums.update(zip(group, kl_sums(reference, rows), strict=True))
         report("kl", len(sums), len(course.samples))
-    return Trial(stored, [s.answer or "" for s in own], [sums[i] for i in range(len(course.samples))])
+    ordered = [sums[i] for i in range(len(course.samples))]
+    return Trial(stored, answers, ordered, scores)
 
 
 def _answers(
@@ -329,16 +376,11 @@ def _compact(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return small if torch.equal(small.float(), logits) else logits
 
 
-def _row(name: str, trial: Trial, reference: Trial, samples: Sequence[Sample]) -> Row:
+def _row(name: str, trial: Trial, reference: Trial) -> Row:
     """The numbers of one model."""
     kl, kl_se = ratio([s.kl for s in trial.sums], [s.tokens for s in trial.sums])
     top1, _ = ratio([s.top1_agree for s in trial.sums], [s.tokens for s in trial.sums])
     same = sum(mine == theirs for mine, theirs in zip(trial.answers, reference.answers, strict=True))
-    stated = [
-        fact.stated_in(answer)
-        for sample, answer in zip(samples, trial.answers, strict=True)
-        for fact in sample.facts
-    ]
     return Row(
         name=name,
         parameter_bytes=trial.stored.parameter_bytes,
@@ -346,19 +388,5 @@ def _row(name: str, trial: Trial, reference: Trial, samples: Sequence[Sample]) -
         kl=kl,
         kl_se=kl_se,
         top1_agreement=top1,
-        answer_agreement=same / len(samples),
-        facts=sum(stated) / len(stated) if stated else None,
+        answer_agreement=same / len(trial.answers),
     )
-
-
-def ratio(values: Sequence[float], counts: Sequence[int]) -> tuple[float | None, float | None]:
-    """(sum of values / sum of counts, its standard error over samples), None where there are too few.
-
-    Samples with a count of 0 say nothing and are left out.
-    """
-    pairs = [(value, count) for value, count in zip(values, counts, strict=True) if count]
-    if not pairs:
-        return None, None
-    kept_values, kept_counts = zip(*pairs, strict=True)
-    error = ratio_se(kept_values, kept_counts)
-    return math.fsum(kept_values) / sum(kept_counts), None if math.isnan(error) else error

@@ -24,21 +24,25 @@ from qprobe.cli import shared
     help="Where the 16-bit weights are: name, hub id or folder.  [default: as the manifest says]",
 )
 @shared.sample_options
+@shared.metric_option("the three models")
 @shared.devices_option
 @shared.dtype_option(None, "that of the manifest")
 def compare(as_json: bool, **asked: Any) -> None:
     """Run the 16-bit model, standard 4-bit and the dynamic 4-bit model on the same samples, side by side.
 
     Shows bytes as stored, KL to the 16-bit model (nats per answer token, with its standard error), how
-    often the most likely token and the whole answer are the same, facts stated right where the samples
-    carry facts, and a few answers. The built-in samples are other ones than those of a scan. Where FILE lies
-    in a run folder, the result stays there as compare.json, and `qprobe report` shows it.
+    often the most likely token and the whole answer are the same, metrics of the answers with the
+    differences between the models (facts wherever the samples carry facts), and a few answers. The built-in
+    samples are other ones than those of a scan. Where FILE lies in a run folder, the result stays there as
+    compare.json, and `qprobe report` shows it.
 
     \b
-    --json prints: rows [{name, parameter_bytes, total_bytes, kl, kl_se, top1_agreement, answer_agreement,
-    facts}] for 16-bit, nf4 and dynamic (for calibrated weights also nf4-calibrated, with nothing kept, and
-    dynamic-nf4, the list with weights rounded to nearest), and samples [{id, prompt, answers {name: text}}];
-    shares are 0 to 1, null for what does not apply.
+    --json prints: rows [{name, parameter_bytes, total_bytes, kl, kl_se, top1_agreement, answer_agreement}]
+    for 16-bit, nf4 and dynamic (for calibrated weights also nf4-calibrated, with nothing kept, and
+    dynamic-nf4, the list with weights rounded to nearest), metrics [{name, is_share, samples, left_out,
+    means {name: {value, se}}, differences [{model, against, value, se, is_found}]}] (is_found: more than
+    twice its error), and samples [{id, prompt, answers {name: text}}]; shares are 0 to 1, null for what does
+    not apply.
     """
     shared.refuse_two_sources(asked)
     from qprobe.checkpoint.compare import compare as run_compare

@@ -16,6 +16,7 @@ import click
 from qprobe.cli.debug import debugged, stage_times
 from qprobe.errors import QprobeError
 from qprobe.options import Progress, no_progress
+from qprobe.registry import metrics
 from qprobe.system.log_filters import quiet
 
 Command = Callable[..., Any]
@@ -139,6 +140,17 @@ def sample_options(function: Command) -> Command:
     for option in reversed(_SAMPLE_OPTIONS):
         function = option(function)
     return function
+
+
+def metric_option(models: str) -> Callable[[Command], Command]:
+    """--metric, for commands that score the answers of `models`."""
+    said = "; ".join(f"{x.name}: {x.what}" for x in metrics.DECLARED)
+    return click.option(
+        "--metric",
+        type=click.Choice(list(metrics.names())),
+        help=f"Also score the greedy answers of {models}, beside KL. {said}. A sample without what it needs "
+        "does not count. From Python it can be any function of (sample, answer).",
+    )
 
 
 def device_option(function: Command) -> Command:

@@ -11,20 +11,12 @@ from typing import Any
 
 from qprobe.errors import QprobeError
 from qprobe.options import AskedMetric
-from qprobe.records import Fact, Sample
+from qprobe.records import Fact, Sample, Score
 from qprobe.registry import metrics as declared
 from qprobe.registry.implementation import imported
 from qprobe.system.wording import counted, named
 
 _SHOWN = 80  # characters of what a user's function returned
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one answer scores: `value` out of `weight`; a weight of 0 means that it does not count."""
-
-    value: float = 0.0
-    weight: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Metric:
             return ()
         of = f"{len(missing)} of {counted(len(samples), 'sample')}"
         verb = "does" if len(missing) == 1 else "do"
-        return (f"{self.name}: {of} {verb} not count, without {self.needs}: {named(missing)}.",)
+        return (f"{self.name}: {of} {verb} not count, without {self.needs} ({named(missing)}).",)
 
 
 def metric_of(asked: AskedMetric) -> Metric:
@@ -68,8 +60,8 @@ def metric_of(asked: AskedMetric) -> Metric:
     found = declared.find(asked) if isinstance(asked, str) else None
     if found is None:
         raise QprobeError(
-            f"{asked!r} is no metric. Pass one of {', '.join(declared.names())}, or from Python a function of "
-            "(sample, answer) that returns a number."
+            f"{asked!r} is no metric. Pass one of {', '.join(declared.names())}, or from Python a function "
+            "of (sample, answer) that returns a number."
         )
     return Metric(found.name, imported(found.implementation), is_share=True, needs=found.needs)
 
@@ -122,8 +114,8 @@ def _checked(name: str, function: Callable[[Sample, str], Any]) -> Callable[[Sam
         number = _number(value)
         if number is None:
             raise QprobeError(
-                f"The metric {name} returned {repr(value)[:_SHOWN]} on sample {sample.id}, which is no finite "
-                "number. Return one for every sample."
+                f"The metric {name} returned {repr(value)[:_SHOWN]} on sample {sample.id}, which is no "
+                "finite number. Return one for every sample."
             )
         return Score(number, 1)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class Declared:
     """One metric. name: after --metric; what: in a sentence of help.
 
-    implementation: import path of a function of (sample, answer) to `qprobe.inputs.metrics.Score`.
+    implementation: import path of a function of (sample, answer) to `qprobe.records.Score`.
     needs: what a sample must bring to count, in words.
     """
 

@@ -14,6 +14,7 @@ import pandas as pd
 from qprobe.manifest.records import Manifest
 from qprobe.registry.measures import by_tellingness, column
 from qprobe.report.names import short_names
+from qprobe.selection.verdict import difference_text, mean_text
 from qprobe.system.wording import counted
 
 PIPED_WIDTH = 120  # columns of prose where no terminal says how many it has
@@ -22,6 +23,8 @@ _BAR = 24  # columns of the longest bar
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _LEVELS = "▁▂▃▄▅▆▇█"
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+_LONGEST_METRIC = 16  # columns of the name of a metric above a table
 
 _LEAST_ROOM = 28  # columns for a layer's name; a short name fits
 
@@ -187,8 +190,12 @@ def kept_text(manifest: Manifest, bytes_4bit: Mapping[str, int], names: Sequence
 
 
 def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> str:
-    """The comparison (the object of `compare --json`) as a table, and `shown` answers side by side."""
-    headings = ["model", "parameters", "with state", "KL / token", "top-1", "answers", "facts"]
+    """The comparison (the object of `compare --json`) as a table, and `shown` answers side by side.
+
+    Metrics stand in the table, or in one of their own where it would be wider than `width`.
+    """
+    metrics = comparison["metrics"]
+    headings = ["model", "parameters", "with state", "KL / token", "top-1", "answers"]
     rows = [
         [
             str(row["name"]),
@@ -197,14 +204,36 @@ def compare_text(comparison: Mapping[str, Any], width: int, shown: int = 3) -> s
             _with_error(row["kl"], row["kl_se"]),
             readable_share(row["top1_agreement"]),
             readable_share(row["answer_agreement"]),
-            readable_share(row["facts"]),
         ]
         for row in comparison["rows"]
     ]
-    count = counted(len(comparison["samples"]), "sample")
-    blocks = [f"{count}\n\n{text_table(headings, rows, frozenset({0}))}"]
+    names = [shortened(str(metric["name"]), _LONGEST_METRIC) for metric in metrics]
+    means = [[mean_text(m["means"][row[0]]["value"], m["is_share"]) for m in metrics] for row in rows]
+    wide = [[*row, *mine] for row, mine in zip(rows, means, strict=True)]
+    tables = [text_table([*headings, *names], wide, frozenset({0}))]
+    if max(map(len, tables[0].splitlines())) > width and metrics:
+        short = [[row[0], *mine] for row, mine in zip(rows, means, strict=True)]
+        tables = [text_table(x, y, frozenset({0})) for x, y in ((headings, rows), (["model", *names], short))]
+    blocks = [counted(len(comparison["samples"]), "sample"), *tables]
+    blocks += [fill(_differences(metric), width) for metric in metrics]
     blocks += [_answers(sample, width) for sample in _telling(comparison["samples"])[:shown]]
     return "\n\n".join(blocks)
+
+
+def _differences(metric: Mapping[str, Any]) -> str:
+    """What one metric says: each 4-bit model against 16-bit, and the last one against all."""
+    first, *_, last = metric["means"]
+    told = [
+        f"{x['model']} against {x['against']}: "
+        + difference_text(x["value"], x["se"], metric["is_share"], x["is_found"])
+        for x in metric["differences"]
+        if x["against"] == first or x["model"] == last
+    ]
+    of = "" if not metric["left_out"] else f" of {metric['samples'] + metric['left_out']}"
+    count = f"{metric['samples']}{of} samples" if of else counted(metric["samples"], "sample")
+    if not metric["samples"]:
+        return f"{metric['name']}: no sample counts, so nothing is measured."
+    return f"{metric['name']}, {count}, paired by sample: {'; '.join(told)}."
 
 
 def kl_bars(comparison: Mapping[str, Any]) -> str:

@@ -42,6 +42,27 @@ def verdict(
     )
 
 
+def difference_text(value: float | None, se: float | None, is_share: bool, is_found: bool | None) -> str:
+    """The difference of a metric with its error: "+4.2 ± 1.1 points"; said where none was found."""
+    if value is None:
+        return "not measured"
+    factor, unit = (100, " points") if is_share else (1, "")
+    sign = "+" if value > 0 else ""
+    if se is None:
+        return f"{sign}{factor * value:.3g}{unit} (error unknown)"
+    unsure = "" if is_found else ", no difference found"
+    if is_share:
+        return f"{sign}{100 * value:.1f} ± {100 * se:.1f} points{unsure}"
+    return f"{sign}{with_error(value, se) if se else f'{value:.4g} ± 0'}{unsure}"
+
+
+def mean_text(value: float | None, is_share: bool) -> str:
+    """The mean of a metric: "98.2 %", "3.25", a dash where no sample counts."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
+
+
 def with_error(value: float, error: float) -> str:
     """A value with its standard error, to the digits that the error leaves: "0.0063 +- 0.0004"."""
     if not isfinite(error) or error <= 0:

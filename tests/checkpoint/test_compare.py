@@ -6,11 +6,12 @@ import math
 import weakref
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import pytest
 
 from qprobe.checkpoint import compare as compare_module
-from qprobe.checkpoint.compare import Comparison, ratio
+from qprobe.checkpoint.compare import Comparison
 from qprobe.checkpoint.load import dynamic_4bit, load_dynamic_4bit, load_standard_4bit, standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.data.builtin import Samples
@@ -21,7 +22,10 @@ from qprobe.manifest.write import write_manifest
 from qprobe.options import CompareOptions, Progress, no_progress
 from qprobe.records import Fact
 from qprobe.report.comparison import read_comparison
+from qprobe.runs import derived
+from qprobe.runs.access import write_file
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.statistics import ratio
 from tests import tiny
 from tests.checkpoint import reference
 from tests.checkpoint.manifests import every_third, manifest_for
@@ -102,7 +106,7 @@ def test_every_architecture_goes_through_in_batches(name, written, use_samples):
     assert [s.id for s in result.samples] == ["question-0", "question-1", "question-2"]
     sizes = [row.total_bytes for row in result.rows]
     assert sizes[0] > sizes[2] > sizes[1]
-    assert all(row.facts is None for row in result.rows)
+    assert result.metrics == ()
     for stage in ("16-bit", "nf4", "dynamic"):
         done = [d for s, d, _ in steps if s == stage]
         assert done == sorted(done) and done[-1] == 6
@@ -121,10 +125,10 @@ def test_the_json_is_the_contract(written, use_samples):
     use_samples(tiny.questions("llama", 1), skipped=("b.txt: skipped, it is no image",))
     result = compare(written("llama"))
     data = json.loads(json.dumps(result.to_json()))
-    assert list(data) == ["rows", "samples"]
-    keys = "name parameter_bytes total_bytes kl kl_se top1_agreement answer_agreement facts".split()
+    assert list(data) == ["rows", "metrics", "samples"]
+    keys = "name parameter_bytes total_bytes kl kl_se top1_agreement answer_agreement".split()
     assert [list(row) for row in data["rows"]] == [keys] * 3
-    assert all(row["kl_se"] is None and row["facts"] is None for row in data["rows"])  # one sample, no facts
+    assert all(row["kl_se"] is None for row in data["rows"]) and data["metrics"] == []  # one sample, no facts
     assert [list(sample) for sample in data["samples"]] == [["id", "prompt", "answers"]]
     assert list(data["samples"][0]["answers"]) == ["16-bit", "nf4", "dynamic"]
     assert result.notes == ("b.txt: skipped, it is no image",)
@@ -138,8 +142,62 @@ def test_facts_are_counted_over_all_samples(written, use_samples, tiny_folder):
     facts = ((Fact("a", first), Fact("b", "submarine")), (Fact("c", second),))
     assert first.strip() and second.strip() and "submarine" not in first
     use_samples([replace(s, facts=f) for s, f in zip(given, facts, strict=True)])
-    row = compare(written("llama_tied", batch_size=1)).rows[0]
-    assert row.facts == 2 / 3
+    (metric,) = compare(written("llama_tied", batch_size=1)).metrics
+    assert metric.name == "facts" and metric.means["16-bit"].value == 2 / 3
+
+
+def test_a_metric_is_of_every_models_answers_with_errors_paired_by_sample(written, use_samples):
+    given = tiny.questions("llama", 4)
+    use_samples(given)
+    result = compare(written("llama", batch_size=1, metric=characters))
+    (metric,) = result.metrics
+    assert (metric.name, metric.is_share, metric.samples, metric.left_out) == ("characters", False, 4, 0)
+    counts = {name: [len(s.answers[name]) for s in result.samples] for name in metric.means}
+    assert list(counts) == ["16-bit", "nf4", "dynamic"]
+    for name, found in counts.items():
+        assert metric.means[name].value == pytest.approx(sum(found) / 4)
+    pairs = [(x.model, x.against) for x in metric.differences]
+    assert pairs == [("nf4", "16-bit"), ("dynamic", "16-bit"), ("dynamic", "nf4")]
+    for x in metric.differences:
+        gaps = [a - b for a, b in zip(counts[x.model], counts[x.against], strict=True)]
+        mean = sum(gaps) / 4
+        assert x.value == pytest.approx(mean)
+        # The error of a mean of 4: sqrt(sum((gap - mean)^2) / 3 / 4), not that of two independent means.
+        assert x.se == pytest.approx(math.sqrt(sum((g - mean) ** 2 for g in gaps) / 12))
+
+
+def characters(sample, answer):
+    assert sample.answer is None  # none of them brings an answer, whatever the models said
+    return len(answer)
+
+
+def test_only_samples_with_a_given_answer_count(written, use_samples, tiny_folder):
+    original = load_reference(str(tiny_folder("llama")), "cpu")
+    given = tiny.questions("llama", 3)
+    own = answered(original.model, original.processor, given, 6, 1)
+    given[0], given[1] = (
+        replace(given[0], answer=f" {own[0].answer}\n"),
+        replace(given[1], answer="submarine"),
+    )
+    use_samples(given)
+    result = compare(written("llama", batch_size=1, metric="exact"))
+    (metric,) = result.metrics
+    assert (metric.samples, metric.left_out, metric.means["16-bit"].value) == (2, 1, 0.5)
+    assert result.notes == ("exact: 1 of 3 samples does not count, without a given answer (question-2).",)
+
+
+def test_a_metric_that_fails_names_the_sample_before_another_model_is_run(written, use_samples, monkeypatch):
+    def broken(sample, answer):
+        return {"question-0": 1.0}[sample.id]
+
+    monkeypatch.setattr(compare_module, "standard_4bit", lambda *_: pytest.fail("loaded"))
+    use_samples(tiny.questions("llama", 2))
+    with pytest.raises(
+        QprobeError, match=r"metric broken raised KeyError \('question-1'\) on sample question-1"
+    ):
+        compare(written("llama", metric=broken))
+    with pytest.raises(QprobeError, match=r"'bleu' is no metric\. Pass one of exact, contains, facts"):
+        compare(written("llama", metric="bleu"))
 
 
 def test_one_model_at_a_time(written, use_samples, monkeypatch):
@@ -235,6 +293,6 @@ def test_the_result_stays_in_the_run_folder_of_the_manifest(written, use_samples
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compare_module, "write_atomic", full)
+    monkeypatch.setattr(derived, "write_file", partial(write_file, how=full))
     (note,) = compare(options).notes
     assert "No space left" in note

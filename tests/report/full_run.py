@@ -24,11 +24,12 @@ from qprobe.manifest.records import Compared, Quality
 from qprobe.manifest.write import write_manifest
 from qprobe.models.catalogue import find
 from qprobe.models.grid import Grid
-from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity
+from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Score
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import VERSION, Key, Measures, SampleKey, Spec
 from qprobe.runs.notes import Ended, Remarks
 from qprobe.runs.ranks import write_ranks
+from qprobe.runs.scored import scored
 from qprobe.runs.shown import ShownSample, write_shown
 from qprobe.runs.table import write_table
 from qprobe.runs.units import choice_stage
@@ -99,16 +100,30 @@ def _measured(folder: Path, key: Key, spikes: dict[int, float], codes: CodesFile
     return folder
 
 
+_right, _wrong, _silent = Score(1.0, 1), Score(0.0, 1), Score()
+
+
 def write_comparison(folder: Path, prompt: str = "What does the dial show?") -> None:
     """RUN/compare.json as `qprobe compare` leaves it: nf4 answers one of two samples in another way."""
     manifest = json.loads((folder / "skiplist.json").read_text())
-    row = {"parameter_bytes": 1_000, "total_bytes": 1_100, "top1_agreement": 0.9, "facts": None}
+    row = {"parameter_bytes": 1_000, "total_bytes": 1_100, "top1_agreement": 0.9}
     found = {
         "skip_modules": manifest["skip_modules"],
         "rows": [
             {"name": "16-bit", "kl": 0.0, "kl_se": 0.0, "answer_agreement": 1.0, **row},
             {"name": "nf4", "kl": 0.25, "kl_se": 0.02, "answer_agreement": 0.5, **row},
             {"name": "dynamic", "kl": 0.01, "kl_se": 0.002, "answer_agreement": 1.0, **row},
+        ],
+        "metrics": [
+            scored(
+                "exact",
+                True,
+                {
+                    "16-bit": [_right, _right, _silent],
+                    "nf4": [_wrong, _right, _silent],
+                    "dynamic": [_right, _right, _silent],
+                },
+            ).to_json()
         ],
         "samples": [
             {"id": "a", "prompt": prompt, "answers": {"16-bit": "7 bar", "nf4": "9 bar", "dynamic": "7 bar"}},

@@ -9,11 +9,15 @@ import pytest
 
 from qprobe.errors import RunError
 from qprobe.manifest.write import write_manifest
+from qprobe.records import Score
 from qprobe.report.comparison import FILE, read_comparison
 from qprobe.report.write import page_of
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.scored import scored
 from qprobe.selection.select import select
 from tests.report.full_run import write_comparison, write_full_run
+
+METRIC = scored("exact", True, {"16-bit": [Score(1.0, 1)], "nf4": [Score(0.0, 1)]}).to_json()
 
 
 def is_current(folder: Path) -> bool:
@@ -41,10 +45,14 @@ def test_no_comparison_is_none(tmp_path: Path):
         {"samples": [{"id": "a", "prompt": "b", "answers": {"nf4": 3}}]},
         {"samples": 3},
         {"skip_modules": [1]},
+        {"metrics": None},
+        {"metrics": [{**METRIC, "samples": "2"}]},
+        {"metrics": [{**METRIC, "means": {"nf4": {"value": "high", "se": None}}}]},
+        {"metrics": [{**METRIC, "differences": [{"model": "nf4", "against": "16-bit"}]}]},
     ],
 )
 def test_a_damaged_comparison_is_refused(tmp_path: Path, change: dict):
-    whole = {"rows": [], "samples": [], "skip_modules": []}
+    whole = {"rows": [], "metrics": [METRIC], "samples": [], "skip_modules": []}
     (tmp_path / FILE).write_text(json.dumps(whole))
     assert read_comparison(RunFolder(tmp_path)) == whole
     (tmp_path / FILE).write_text(json.dumps({**whole, **change}))

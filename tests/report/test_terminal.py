@@ -14,9 +14,18 @@ from tests.report.tables import layer_names, layer_table
 COMPARISON = {
     "rows": [
         {"name": "16-bit", "parameter_bytes": 21_340_441_670, "total_bytes": 21_340_441_670, "kl": 0.0,
-         "kl_se": None, "top1_agreement": 1.0, "answer_agreement": 1.0, "facts": 0.982},
+         "kl_se": None, "top1_agreement": 1.0, "answer_agreement": 1.0},
         {"name": "nf4", "parameter_bytes": 7_027_379_270, "total_bytes": 7_178_803_270, "kl": 0.375,
-         "kl_se": 0.02, "top1_agreement": 0.8, "answer_agreement": 0.5, "facts": None},
+         "kl_se": 0.02, "top1_agreement": 0.8, "answer_agreement": 0.5},
+    ],
+    "metrics": [
+        {"name": "facts", "is_share": True, "samples": 50, "left_out": 10,
+         "means": {"16-bit": {"value": 0.982, "se": 0.01}, "nf4": {"value": 0.634, "se": 0.04}},
+         "differences": [
+             {"model": "nf4", "against": "16-bit", "value": -0.348, "se": 0.0412, "is_found": True}]},
+        {"name": "characters", "is_share": False, "samples": 60, "left_out": 0,
+         "means": {"16-bit": {"value": 12.5, "se": 1.0}, "nf4": {"value": 13.0, "se": 1.0}},
+         "differences": [{"model": "nf4", "against": "16-bit", "value": 0.5, "se": 0.3, "is_found": False}]},
     ],
     "samples": [
         {"id": "a", "prompt": "What is it?", "answers": {"16-bit": "a train", "nf4": "a train"}},
@@ -109,6 +118,12 @@ def test_comparison_fits_and_shows_disagreements_first(width: int):
     text = terminal.compare_text(COMPARISON, width, shown=1)
     assert max(map(len, text.splitlines())) <= width
     assert "6.54 GiB" in text and "6.69 GiB" in text and "0.375 ± 0.02" in text and "98.2 %" in text
+    lines = " ".join(text.split())
+    assert "facts, 50 of 60 samples, paired by sample: nf4 against 16-bit: -34.8 ± 4.1 points." in lines
+    assert (
+        "characters, 60 samples, paired by sample: nf4 against 16-bit: +0.50 ± 0.30, no difference found."
+        in lines
+    )
     assert "b: Where is it?" in text and "What is it?" not in text
 
 

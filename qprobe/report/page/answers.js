@@ -35,14 +35,17 @@ function showAnswers() {
   }
   body.replaceChildren();
   if (!DATA.comparison_is_current) body.append(element("p", { class: "chip" }, "This comparison is of another skip-list than the run's present one."));
-  const headings = ["model", "parameters", "with 4-bit state", "KL, nats / answer token", "same top token", "same answer", "facts right"];
+  const headings = ["model", "parameters", "with 4-bit state", "KL, nats / answer token", "same top token", "same answer",
+    ...found.metrics.map((metric) => metric.name)];
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...headings.map((h) => element("th", { scope: "col" }, h)))), element("tbody"));
   for (const row of found.rows) {
     const cells = [bytes(row.parameter_bytes), bytes(row.total_bytes), row.kl === 0 ? "0" : withError(row.kl === null ? null : { value: row.kl, error: row.kl_se }),
-      share(row.top1_agreement), share(row.answer_agreement), share(row.facts)];
+      share(row.top1_agreement), share(row.answer_agreement),
+      ...found.metrics.map((metric) => meanOf(metric, metric.means[row.name]))];
     table.tBodies[0].append(element("tr", {}, element("th", { scope: "row", class: "left" }, row.name), ...cells.map((c) => element("td", { class: "number" }, c))));
   }
   body.append(element("div", { class: "scroll" }, table));
+  body.append(...found.metrics.map((metric) => element("p", { class: "hint" }, differencesOf(metric))));
   const telling = found.samples.filter((s) => new Set(Object.values(s.answers)).size > 1);
   const alike = found.samples.length - telling.length;
   body.append(element("p", { class: "hint" }, `${plural(found.samples.length, "sample")}; the models answer alike on ${alike}.${telling.length ? " Where they differ:" : ""} From compare.json.`));
@@ -52,6 +55,29 @@ function showAnswers() {
     rest.addEventListener("toggle", () => { if (rest.children.length === 1) rest.append(...telling.slice(8).map(answersOf)); });
     body.append(rest);
   }
+}
+
+// The mean of a metric of one model with its error: shares as per cent, other numbers as they are.
+function meanOf(metric, mean) {
+  if (mean.value === null) return "–";
+  return spread(metric, mean) + (metric.is_share ? " %" : "");
+}
+
+function spread(metric, { value, se }) {
+  const scale = metric.is_share ? 100 : 1;
+  return se === 0 ? `${number(scale * value)} ± 0` : withError({ value: scale * value, error: scale * se });
+}
+
+// What a metric says: each 4-bit model against 16-bit, and the last one against all, paired by sample.
+function differencesOf(metric) {
+  if (!metric.samples) return `${metric.name}: no sample counts, so nothing is measured.`;
+  const models = Object.keys(metric.means);
+  const told = metric.differences.filter((d) => d.against === models[0] || d.model === models.at(-1)).map((d) => {
+    const unsure = d.is_found === false ? ", no difference found" : "";
+    return `${d.model} against ${d.against}: ${d.value > 0 ? "+" : ""}${spread(metric, d)}${metric.is_share ? " points" : ""}${unsure}`;
+  });
+  const of = metric.left_out ? ` of ${metric.samples + metric.left_out}` : "";
+  return `${metric.name}, ${metric.samples}${of} samples, paired by sample: ${told.join("; ")}.`;
 }
 
 function answersOf(sample) {
