@@ -50,7 +50,7 @@ class ScanOptions:
     max_kl: float | None = None
     out: Path | None = None
     device: str | None = None
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype | None = None
     seed: int = 0
     batch_size: int = 4
     max_new_tokens: int = 64

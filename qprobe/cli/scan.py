@@ -83,7 +83,7 @@ TOP = 10  # layers of the ranking that are shown
     help="Run folder; an interrupted scan continues in it.  [default: runs/MODEL]",
 )
 @shared.devices_option
-@shared.dtype_option("bf16", "bf16")
+@shared.dtype_option(None, "bf16")
 def scan(as_json: bool, **asked: Any) -> None:
     """Measure what 4-bit costs every linear layer of a model, and choose which layers stay in 16-bit.
 

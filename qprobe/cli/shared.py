@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -15,8 +14,9 @@ import click
 
 from qprobe.cli.debug import debugged, stage_times
 from qprobe.errors import QprobeError
-from qprobe.options import Progress, no_progress
+from qprobe.options import Progress
 from qprobe.registry import metrics
+from qprobe.system.bars import progress_bars as bars
 from qprobe.system.log_filters import quiet
 
 Command = Callable[..., Any]
@@ -192,37 +192,9 @@ def refuse_two_sources(asked: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """A `Progress` that draws one bar per stage on stderr; silent where stderr is no terminal."""
-    with _bars() as show, stage_times(show) as timed:
+    """A `Progress` that draws bars, see `qprobe.system.bars`; under QPROBE_DEBUG stages are timed, too."""
+    with bars() as show, stage_times(show) as timed:
         yield timed
-
-
-@contextmanager
-def _bars() -> Iterator[Progress]:
-    if not sys.stderr.isatty():
-        yield no_progress
-        return
-    from tqdm import tqdm
-
-    bars: dict[str, tqdm] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            _close(bars)
-            bars[stage] = tqdm(total=total, desc=stage, leave=False, dynamic_ncols=True, file=sys.stderr)
-        bar = bars[stage]
-        bar.total = total
-        bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        _close(bars)
-
-
-def _close(bars: dict[str, Any]) -> None:
-    for bar in bars.values():
-        bar.close()
 
 
 def print_json(value: Any) -> None:

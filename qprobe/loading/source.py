@@ -51,7 +51,7 @@ def resolve(model: str) -> Source:
         return Source(entry.alias, str(embedded[entry.alias]()))
     if entry is not None and entry.hub_id is not None:
         return Source(entry.hub_id, entry.hub_id)
-    if _HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
+    if is_hub_id(model):
         return Source(model, model)
     near = nearest(model)
     meant = f"Did you mean {', '.join(near)}?" if near else f"Some of them: {', '.join(_FOR_EXAMPLE)}."
@@ -59,6 +59,11 @@ def resolve(model: str) -> Source:
         f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the {len(entries())} known "
         f"names. {meant} `qprobe models` lists what is known."
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """True if `name` is written as owner/name; a relative path of a folder may be, too."""
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith((".", "/"))
 
 
 def _is_checkpoint(folder: Path) -> bool:

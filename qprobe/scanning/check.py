@@ -11,6 +11,7 @@ from torch import nn
 from qprobe.data.sampling import check_wanted
 from qprobe.errors import ModelError, RunError
 from qprobe.loading.inventory import has_language_head
+from qprobe.loading.loaded import loaded_skeleton
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.measure.ablation import Ablated, check_ablated
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
@@ -32,7 +33,10 @@ def check_model(asked: ScanRequest, process: Process) -> Skeleton:
     """
     source, run, fmt = asked.source, process.run, asked.format
     check_wanted(source.id, asked.samples)
-    skeleton = skeleton_of(source, fmt.compute_dtype)
+    if asked.loaded is None:
+        skeleton = skeleton_of(source, fmt.compute_dtype)
+    else:
+        skeleton = loaded_skeleton(asked.loaded, fmt.compute_dtype)
     if skeleton.is_buildable:  # else loading says better what is wrong, and the same is checked then
         check_inventory(skeleton.inventory(fmt), skeleton.model, asked.skiplist, asked.ablate)
     _check_folder(run.path, process.shard)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qprobe.calibration import calibrate as calibration
 from qprobe.inputs.batch import Batch
+from qprobe.loading.loaded import loaded_reference
 from qprobe.loading.reference import Reference, reference_of
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.spread import device_of
@@ -32,7 +33,10 @@ def open_model(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Subj
     """
     with process.clock.stage("load"):
         device, on_host = device_of(process.shard, asked.device), asked.max_memory_bytes is not None
-        reference = reference_of(skeleton, device, on_host=on_host)
+        if asked.loaded is None:
+            reference = reference_of(skeleton, device, on_host=on_host)
+        else:
+            reference = loaded_reference(asked.loaded, skeleton, device)
     with process.clock.stage("weights"):
         subject = _subject(reference, asked.format, asked.max_memory_bytes, asked.folder)
         check_inventory(subject.inventory, subject.model, asked.skiplist, asked.ablate)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from qprobe.data.sampling import Wanted
 from qprobe.errors import QprobeError
 from qprobe.loading.device import SPREAD, one_device, pick_device
+from qprobe.loading.loaded import LoadedModel
 from qprobe.loading.source import Source, resolve
 from qprobe.measure.ablation import ALL, Ablated, parse_ablated
-from qprobe.options import DEFAULT_BUDGET, ScanOptions
+from qprobe.options import DEFAULT_BUDGET, Dtype, ScanOptions
 from qprobe.records import FormatSpec
 from qprobe.registry import measures as declared
 from qprobe.selection.bound import Bound
 from qprobe.selection.budget import parse_size
 from qprobe.selection.request import ListRequest, parse_request
 
+DEFAULT_DTYPE: Dtype = "bfloat16"
 WEIGHT_SCORE = "weight_nmse"  # chooses where only weights are read
 APPLIES_TO_WEIGHTS = frozenset(("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures"))
 """The fields of `ScanOptions` that bear on weights alone; any other is refused, new ones as well."""
@@ -50,12 +52,14 @@ class AskedMeasures:
 class ScanRequest:
     """What a scan is asked, in typed values.
 
-    source: of the model. folder: of the run. format: its compute_dtype is the reference's dtype. device: as
-    `pick_device` and `device_of` take it. max_memory_bytes: None for no limit. ablate: None for no ablation.
-    command: what a reader of the results types.
+    source: of the model. loaded: the model itself, where its user has loaded it. folder: of the run.
+    format: its compute_dtype is the reference's dtype. device: as `pick_device` and `device_of` take it.
+    max_memory_bytes: None for no limit. ablate: None for no ablation. command: what a reader of the results
+    types.
     """
 
     source: Source
+    loaded: LoadedModel | None
     folder: Path
     format: FormatSpec
     device: str | None
@@ -73,10 +77,11 @@ class ScanRequest:
         return shlex.join([*self.skiplist.words, "--ablate", str(self.ablate)])
 
 
-def parse_options(options: ScanOptions) -> ScanRequest:
+def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> ScanRequest:
     """What `options` ask for.
 
-    Raises QprobeError for what no model can be asked: wrong words, and options that exclude each other.
+    loaded: takes the place of their model. Raises QprobeError for what no model can be asked: wrong words,
+    and options that exclude each other.
     """
     measures = AskedMeasures(options.measures, options.nodes)
     _check_measures(measures)
@@ -94,11 +99,15 @@ def parse_options(options: ScanOptions) -> ScanRequest:
     if measures.is_weight_alone:
         _check_weight_alone(options)
         skiplist = ListRequest(skiplist.limit, options.by or WEIGHT_SCORE, options.for_tool)
-    source = resolve(options.model)
+    source = resolve(options.model) if loaded is None else loaded.source
+    if loaded is not None:
+        _check_loaded(options)
+    dtype = options.dtype or (DEFAULT_DTYPE if loaded is None else loaded.dtype)
     return ScanRequest(
         source=source,
+        loaded=loaded,
         folder=options.out or Path("runs") / source.id.replace("/", "--"),
-        format=FormatSpec(options.format, compute_dtype=options.dtype),
+        format=FormatSpec(options.format, compute_dtype=dtype),
         device=options.device,
         max_memory_bytes=limit,
         samples=Wanted(
@@ -116,7 +125,7 @@ def parse_options(options: ScanOptions) -> ScanRequest:
         measures=measures,
         ablate=ablate,
         skiplist=skiplist,
-        command=scan_command(options, source.id),
+        command=scan_command(replace(options, dtype=dtype), source.id),
     )
 
 
@@ -191,6 +200,21 @@ def _data_name(data: Any) -> str | None:
     if not isinstance(data, Path):
         return None if data is None else "data"
     return data.name if data.exists() or data.suffix else str(data)
+
+
+def _check_loaded(options: ScanOptions) -> None:
+    """Raises QprobeError for what a model that is loaded already cannot be asked."""
+    why = {
+        "measures": ({*(options.measures or ())} == {"weight"}, "reads the files of a checkpoint"),
+        "max_memory": (options.max_memory is not None, "lets weights wait in files while others are loaded"),
+        "device": (options.device == SPREAD, "spreads a model over GPUs while it is loaded"),
+    }
+    for name, (is_asked, what) in why.items():
+        if is_asked:
+            raise QprobeError(
+                f"{name}={getattr(options, name)!r} {what}, and this model is loaded already. Leave "
+                f"{name} out, or pass the model's folder or id."
+            )
 
 
 def scan_command(asked: ScanOptions, model_id: str) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from qprobe.loading.log_filters import quiet_models
-from qprobe.options import BadData, Dtype, Progress, ScanOptions, Turns, data_of, no_progress, path_of
+from qprobe.options import BadData, Dtype, Progress, ScanOptions, Turns, data_of, path_of
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing, left_to_others
 from qprobe.scanning.check import check_model
 from qprobe.scanning.finish import finish, unfinished
+from qprobe.scanning.given import given_model, images_or_rows, named_options
 from qprobe.scanning.measure import calibrate, measure_units
 from qprobe.scanning.opening import open_model, open_units
 from qprobe.scanning.process import Process
@@ -21,14 +23,17 @@ from qprobe.scanning.result import ScanResult
 from qprobe.scanning.samples import prepare_samples
 from qprobe.scanning.show import show_samples
 from qprobe.scanning.weights import scan_weights
+from qprobe.system.bars import progress_bars
 from qprobe.system.processes import shard_from
 
 
+@named_options
 @quiet_models()
 def scan(
-    model: str,
+    model: Any,
     *,
-    images: str | Path | None = None,
+    processor: Any = None,
+    images: Any = None,
     data: Any = None,
     prompt: str | None = None,
     samples: int | None = None,
@@ -37,7 +42,7 @@ def scan(
     max_kl: float | None = None,
     out: str | Path | None = None,
     device: str | None = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype | None = None,
     seed: int = 0,
     batch_size: int = 4,
     max_new_tokens: int = 64,
@@ -51,7 +56,7 @@ def scan(
     split: str | None = None,
     bad_data: BadData = "refuse",
     allow_downloads: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress | None = None,
 ) -> ScanResult:
     """What a scan found: it measures every linear, chooses a skip-list, and leaves a run folder.
 
@@ -59,9 +64,10 @@ def scan(
     wherever RANK and WORLD_SIZE are set, this process measures its share of the units (see
     `qprobe.runs.shards`), and whichever finds all of them finished goes on to choose.
 
-    model: catalogue alias, hub id or local folder.
-    images: folder of images; data: a file, a data set's id or rows in memory, see
-        `qprobe.data.reading`; at most one of them, neither for the built-in ones.
+    model: catalogue alias, hub id, local folder, or a loaded transformers model, with its `processor`. The
+        loaded one is only read: its weights are shared where they are in `dtype`, else copied.
+    images: a folder, or a list of Pillow's images, of arrays or of paths; data: a file, a data set's id or
+        rows in memory, see `qprobe.data.reading`; at most one of them, neither for the built-in ones.
     prompt: asked of every image that brings no question. samples: how many; None for a sensible number.
     format: "nf4", or "nf4-calibrated" for codes that are chosen on the samples, at the same bytes.
     budget: what the skip-list may cost in bytes: "+10%" of standard 4-bit, "+690MiB", or a total "7.3GiB";
@@ -69,7 +75,8 @@ def scan(
         most one of the two.
     out: the run folder; None for runs/MODEL.
     device: "cpu", "cuda", "cuda:1", "auto" for all GPUs; None for the best one there is, or all GPUs where
-        the model is too large for one. dtype: of the 16-bit reference.
+        the model is too large for one; a loaded model stays where it is. dtype: of the 16-bit reference, None
+        for bfloat16, or for float16 where a loaded model is in it.
     by: the score column that chooses; None for the best one measured.
     for_tool: one of `qprobe.options.FOR`, whose fused groups every list keeps whole; None for no tool.
     measures: which of `qprobe.registry.measures.names()` to take; None for all that apply. ["weight"] alone
@@ -81,14 +88,17 @@ def scan(
     turns: which answers of a conversation count, "first", "last" or "each". split: of a data set that has
         several. bad_data: "refuse" where more than a tenth of the rows, and at least ten, are left out, or
         "skip" them. allow_downloads: fetch images that rows name by an address.
-    progress: called as work moves on, see `qprobe.options.Progress`.
-    Raises QprobeError for anything a user can fix (see `qprobe.errors`).
+    progress: called as work moves on, see `qprobe.options.Progress`; None for bars, see `qprobe.system.bars`.
+    Raises TypeError for an option that it does not have, QprobeError for anything a user can fix (see
+    `qprobe.errors`).
     """
+    loaded = given_model(model, processor)
+    folder, rows = images_or_rows(images, data)
     asked = parse_options(
         ScanOptions(
-            model=model,
-            images=path_of(images),
-            data=data_of(data),
+            model=str(model) if loaded is None else loaded.source.id,
+            images=folder,
+            data=data_of(rows),
             prompt=prompt,
             samples=samples,
             format=format,
@@ -110,10 +120,12 @@ def scan(
             split=split,
             bad_data=bad_data,
             allow_downloads=allow_downloads,
-        )
+        ),
+        loaded,
     )
-    process = Process(RunFolder(asked.folder), shard_from(os.environ), progress)
-    return scan_weights(asked, process) if asked.measures.is_weight_alone else scan_model(asked, process)
+    with progress_bars() if progress is None else nullcontext(progress) as show:
+        process = Process(RunFolder(asked.folder), shard_from(os.environ), show)
+        return scan_weights(asked, process) if asked.measures.is_weight_alone else scan_model(asked, process)
 
 
 def scan_model(asked: ScanRequest, process: Process) -> ScanResult:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qprobe.data.source import Rows, Source, only_split, refuse_split
 from qprobe.errors import SampleError
+from qprobe.system.wording import counted
 
 
 def rows_of_dataset(data: Any) -> Rows:
@@ -26,8 +27,15 @@ def _rows(data: Any, split: str | None) -> Rows:
     else:
         refuse_split(split, "rows in memory")
     number = 0
-    for number, row in rows_of_dataset(data):
-        yield number, row
+    try:
+        for number, row in rows_of_dataset(data):
+            yield number, row
+    except Exception as error:  # of the user's own iterator, or of a data set that fails to read
+        said = " ".join(str(error).split())[:200]
+        raise SampleError(
+            f"The data stopped after {counted(number, 'row')} with {type(error).__name__}"
+            f"{f' ({said})' if said else ''}. Pass an iterator that yields all of its rows."
+        ) from error
     if number == 0:
         raise SampleError("The data has no rows. Pass rows with a prompt or a conversation.")
 
