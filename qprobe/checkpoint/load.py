@@ -180,7 +180,7 @@ def source_of(manifest: Manifest, model: str | None) -> Source:
         except ModelError as error:
             raise ModelError(
                 f"The manifest names the model {manifest.model.id!r}, which is no known name and no hub id. "
-                f"Pass the folder of its 16-bit weights as the model."
+                f"Pass model=, or --model, with the folder of its 16-bit weights."
             ) from error
     if source.id == manifest.model.id and source.revision is None and not Path(source.location).is_dir():
         return replace(source, revision=manifest.model.revision)

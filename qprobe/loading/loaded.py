@@ -167,16 +167,14 @@ def loaded_reference(loaded: LoadedModel, skeleton: Skeleton, device: str | None
 
 def _share_parameters(shell: nn.Module, model: nn.Module, device: torch.device) -> None:
     """Give `shell`, on the meta device, the weights of `model`; names that are tied stay tied."""
-    theirs, made = _parameters(model), {}
-    for name, empty in list(_parameters(shell).items()):
+    theirs, empties = _parameters(model), _parameters(shell)
+    made: dict[int, nn.Parameter] = {}
+    for name, empty in empties.items():
         if id(empty) not in made:
             weight = theirs[name].detach().to(device, empty.dtype)
-            made[id(empty)] = (
-                empty,
-                nn.Parameter(weight, requires_grad=False),
-            )  # `empty`, so that its id stays
+            made[id(empty)] = nn.Parameter(weight, requires_grad=False)
         module, leaf = _place(shell, name)
-        module._parameters[leaf] = made[id(empty)][1]
+        module._parameters[leaf] = made[id(empty)]
 
 
 def _copy_tensors(shell: nn.Module, model: nn.Module, device: torch.device) -> None:

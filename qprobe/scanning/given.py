@@ -58,8 +58,8 @@ def images_or_rows(images: Any, data: Any) -> tuple[Path | None, Any]:
         return None, _rows([images])
     if not isinstance(images, Iterable):
         raise SampleError(
-            f"images is a {type(images).__name__}. Pass a folder, or a list of paths, of Pillow's images or of "
-            "arrays."
+            f"images is a {type(images).__name__}. Pass a folder, or a list of paths, of Pillow's images or "
+            "of arrays."
         )
     return None, _rows(images)
 

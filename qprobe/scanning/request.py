@@ -83,6 +83,8 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
     loaded: takes the place of their model. Raises QprobeError for what no model can be asked: wrong words,
     and options that exclude each other.
     """
+    if loaded is not None:
+        _check_loaded(options)
     measures = AskedMeasures(options.measures, options.nodes)
     _check_measures(measures)
     _check_score(options.by, measures)
@@ -100,8 +102,6 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         _check_weight_alone(options)
         skiplist = ListRequest(skiplist.limit, options.by or WEIGHT_SCORE, options.for_tool)
     source = resolve(options.model) if loaded is None else loaded.source
-    if loaded is not None:
-        _check_loaded(options)
     dtype = options.dtype or (DEFAULT_DTYPE if loaded is None else loaded.dtype)
     return ScanRequest(
         source=source,

@@ -219,7 +219,8 @@ def test_every_compare_option_arrives(qprobe: Run, fake: Fake):
 )
 def test_functions_take_their_options_by_keyword_with_the_same_defaults(function: Any, options: Any):
     first, *rest = inspect.signature(function).parameters.values()
-    keywords = {x.name: x.default for x in rest if x.name != "progress"}
+    only_python = ("progress", "processor")
+    keywords = {x.name: x.default for x in rest if x.name not in only_python}
     required = inspect.Parameter.empty
     wanted = {x.name: required if x.default is MISSING else x.default for x in fields(options)}
     assert first.name in ("model", "manifest") and wanted.pop(first.name) is required
