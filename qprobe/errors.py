@@ -1,4 +1,4 @@
-"""One exception family: everything a user can cause and mend is a `QprobeError`.
+"""One exception family: everything a user can cause and fix is a `QprobeError`.
 
 The command line prints the message as one sentence and exits with code 1.
 Our own bugs are `assert`s and keep their traceback.
@@ -6,7 +6,7 @@ Our own bugs are `assert`s and keep their traceback.
 
 
 class QprobeError(Exception):
-    """A mistake the user can mend; the message says what happened, why, and what to do."""
+    """A mistake the user can fix; the message says what happened, why, and what to do."""
 
 
 class ModelError(QprobeError):

@@ -27,7 +27,7 @@ def _quiet() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_folder(name)`: that model's folder, written once a session. Tests must not change it."""
+    """`tiny_folder(name)`: that model's folder, written once per session. Tests must not change it."""
     from tests import tiny  # which imports torch and transformers: six seconds that most rooms' tests save
 
     root = tmp_path_factory.mktemp("tiny")

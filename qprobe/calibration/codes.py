@@ -3,7 +3,7 @@
 The order matters, because a double-quantized scale is not known before all scales of a weight are:
     1. sweeps over the columns find a scale for each block of 64, and codes to go with it;
     2. the scales are double-quantized as bitsandbytes does it, and read back;
-    3. a last sweep chooses every code anew, against the scales that were read back.
+    3. a last sweep chooses every code again, against the scales that were read back.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _spread(scales: Sequence[Tensor], like: Tensor, widths: Sequence[int], block
 
 
 def packed_codes(codes: Tensor) -> Tensor:
-    """(ceil(n / 2), 1) uint8: codes (out_features, in_features) two a byte, the first in the upper half."""
+    """(ceil(n / 2), 1) uint8: codes (out_features, in_features) two per byte, the first in the upper half."""
     flat = codes.reshape(-1)
     even = F.pad(flat, (0, flat.numel() % 2), value=ZERO_CODE)
     return (even[0::2] << 4 | even[1::2]).unsqueeze(1)

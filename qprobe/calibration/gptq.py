@@ -9,8 +9,8 @@ G = U diag(d) U^T, U upper triangular with ones on its diagonal, column j is rou
 and the error is sum_j d_j |t_j - w-hat_j|^2 over those targets t. It needs one Cholesky factor and no
 inverse.
 
-What that leaves is lowered by coordinate descent: column j is rounded anew where the error is least given all
-other columns, at w-hat_j + (E G)_j / G_jj. GPTQ cannot go back to a column; this can, and never does harm.
+What that leaves is lowered by coordinate descent: column j is rounded again where the error is least given
+all other columns, at w-hat_j + (E G)_j / G_jj. GPTQ cannot go back to a column; this can, and never harms.
 
 Matrices lie with the columns of the weight first, (in_features, rows), so that a column is contiguous, and
 layers that read the same inputs stand side by side as more rows.

@@ -52,7 +52,7 @@ def audit(
     load: load it too, plainly, as a user would, and look at every layer; device: where to.
     manifest_folder: where the manifest lies, from which it names its calibrated weights; None for that of
     the file `manifest`, or the working directory.
-    Raises ModelError for a folder that is no whole checkpoint, ManifestError for a broken manifest.
+    Raises ModelError for a folder that is not a complete checkpoint, ManifestError for a broken manifest.
     """
     where = Path(folder)
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)

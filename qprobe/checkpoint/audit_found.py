@@ -32,7 +32,7 @@ class ReadEntry:
 class Audit:
     """What an audit found.
 
-    problems: one sentence a disagreement of config, files, manifest and loaded model; none means they agree.
+    problems: one sentence per disagreement of config, files, manifest and loaded model; none if they agree.
     remarks: what is harmless as it stands. parameter_bytes, total_bytes: of the files, as everywhere here.
     loaded: True if the model was loaded as well.
     """

@@ -25,7 +25,7 @@ def stored_bytes(model: nn.Module) -> StoredBytes:
     """What `model` occupies, each storage counted once however many names share it.
 
     Not counted: the per-tensor code tables that bitsandbytes repeats for every 4-bit layer (16 NF4
-    values, 256 codes of the nested absmax, one offset; about 1 KB a layer), and buffers that are
+    values, 256 codes of the nested absmax, one offset; about 1 KB per layer), and buffers that are
     recomputed on loading (not persistent).
     """
     parameters = list(model.parameters())
@@ -39,7 +39,7 @@ def stored_bytes(model: nn.Module) -> StoredBytes:
 def persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
     """The buffers that belong to the checkpoint.
 
-    Not through `state_dict`, which packs the state of every 4-bit layer anew.
+    Not through `state_dict`, which packs the state of every 4-bit layer again.
     """
     for module in model.modules():
         for name, buffer in module._buffers.items():

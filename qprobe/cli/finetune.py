@@ -75,7 +75,7 @@ _OPTIONS = (
         help="Lines that run at once.",
     ),
     click.option(
-        "--accumulation", type=_POSITIVE, default=4, show_default=True, metavar="N", help="Batches a step."
+        "--accumulation", type=_POSITIVE, default=4, show_default=True, metavar="N", help="Batches per step."
     ),
     click.option(
         "--max-length",

@@ -81,7 +81,7 @@ def plan(as_json: bool, model: str, manifest: Path | None, training: bool, **ste
     Exact, and from the config alone: no weights are read, and a model known by name needs no network.
     Parameter bytes (packed 4-bit weights and every 16-bit parameter) are what published figures count, in
     GiB; bytes "with state" add the block scales of the 4-bit weights and are what memory must hold before
-    the first activation. Code tables, about 1 KB a layer, are not counted.
+    the first activation. Code tables, about 1 KB per layer, are not counted.
 
     \b
     Layouts: 16-bit; nf4 (double quantization, lm_head and tied weights kept); nf4-single (without double

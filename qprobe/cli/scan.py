@@ -74,7 +74,7 @@ TOP = 10  # layers of the ranking that are shown
     "--ablate",
     metavar="LAYERS",
     help="Also measure the KL of single layers, alone in 4-bit and alone in 16-bit, into RUN/ablation.csv: "
-    "all, the N most sensitive ones, or names with commas. Slow: two forward passes a layer and batch.",
+    "all, the N most sensitive ones, or names with commas. Slow: two forward passes per layer and batch.",
 )
 @click.option(
     "--out",

@@ -1,6 +1,6 @@
 """A file of 4-bit weights: for each layer what a bitsandbytes checkpoint holds, as safetensors.
 
-Keys are those of such a checkpoint, with the layer's module name: `NAME.weight` the codes, two a byte, and
+Keys are those of such a checkpoint, with the layer's module name: `NAME.weight` the codes, two per byte, and
 `NAME.weight.absmax`, `NAME.weight.quant_map`, `NAME.weight.quant_state.bitsandbytes__nf4` and so on its
 quantization state.
 """

@@ -1,4 +1,4 @@
-"""NF4 as bitsandbytes stores it: nearest of 16 normal-quantile values, one absmax a block.
+"""NF4 as bitsandbytes stores it: nearest of 16 normal-quantile values, one absmax per block.
 
 Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
 """

@@ -92,7 +92,7 @@ def measure_ablation(
 ) -> None:
     """Measure what is missing of `layers` on the batches `groups`, and write RUN/ablation.csv.
 
-    Two forward passes for each layer and batch, and two a batch for what they are compared with.
+    Two forward passes for each layer and batch, and two per batch for what they are compared with.
     """
     stage = ablation_stage(frozenset(layers))
     missing = run.missing_units(stage, len(groups))
@@ -143,7 +143,7 @@ def _logits_with(subject: Subject, batch: Batch, four_bit: frozenset[str]) -> li
 
 
 def ablation_rows(units: pd.DataFrame, layers: tuple[str, ...]) -> pd.DataFrame:
-    """One row a layer, columns `COLUMNS`, in nats per answer token.
+    """One row per layer, columns `COLUMNS`, in nats per answer token.
 
     kl_isolated: KL with only this layer in 4-bit. kl_saved: KL of standard 4-bit - KL with only this layer
     kept; paired by sample. Each with its standard error, over the samples where both are finite.

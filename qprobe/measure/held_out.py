@@ -24,7 +24,7 @@ def measure_choices(
 ) -> dict[str, pd.DataFrame]:
     """For each choice (name -> linears kept in 16-bit) its KL rows over all batches of `groups`.
 
-    Each distinct list costs one forward pass a batch, and the reference one; finished units are not repeated.
+    Each distinct list costs one forward pass per batch, and the reference one; finished units are kept.
     """
     lists = {choice_stage(kept): kept for kept in choices.values()}
     missing = {stage: set(run.missing_units(stage, len(groups))) for stage in lists}
@@ -45,7 +45,7 @@ def measure_nearest(
 ) -> pd.DataFrame:
     """The KL rows over `groups` with nothing kept and every weight rounded to nearest, whatever is in place.
 
-    Two forward passes a batch; finished units are not repeated.
+    Two forward passes per batch; finished units are not repeated.
     """
     missing = run.missing_units(NEAREST_STAGE, len(groups))
     for done, unit in enumerate(missing, start=1):

@@ -42,7 +42,7 @@ def peak_bytes(device: torch.device, since_restart: bool = False) -> int:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Begin a new peak on a CUDA `device`; a process's own peak cannot begin anew."""
+    """Begin a new peak on a CUDA `device`; a process's own peak cannot be reset."""
     if device.type == "cuda":
         _earlier[device] = peak_bytes(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -60,7 +60,7 @@ class MemoryLimit:
     """The most memory that a scan may hold on `device`: allocated on CUDA, of the whole process on the CPU.
 
     On the CPU no weight stays, since a copy costs little beside a product there. Its peak cannot begin
-    anew, so there a batch is refused for what an earlier one took as well.
+    again, so there a batch is refused for what an earlier one took as well.
     base_bytes: held before any batch ran, no streamed weight among them.
     """
 

@@ -99,7 +99,7 @@ def observe_outputs(
     """(rows, answer logits): activation and propagated error of every linear, columns of the stage "outputs".
 
     The answer logits are those of the 16-bit model and then, where the propagated error is measured,
-    of the all-4-bit model, one tensor a sample; none for a model without a language head.
+    of the all-4-bit model, one tensor per sample; none for a model without a language head.
     """
     errors = OutputErrors(
         batch, subject.layers, subject.dequantized, subject.quantized, doubled=measures.propagated

@@ -166,7 +166,7 @@ class WeightStore:
 def chosen_keys(sizes: Mapping[Key, int], allowed_bytes: int) -> frozenset[Key]:
     """The weights that are worth most on the device, of `allowed_bytes` together at most.
 
-    4-bit forms come first: every list that is tried reads them, the 16-bit ones are read once a batch. Of the
+    4-bit forms come first: every candidate reads them, the 16-bit ones are read once per batch. Of the
     16-bit ones those that have to be copied lie evenly among those that stay (by the golden ratio), so that
     copies and products alternate.
     """

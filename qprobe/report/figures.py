@@ -90,7 +90,7 @@ class Kept:
 def spike_plot(table: pd.DataFrame, kept: Kept, title: str, layout: Layout = PAGE) -> Figure:
     """The error-spike plot of a layer table.
 
-    table: the columns of layers.csv, one row a layer, in execution order. kept: layers in 16-bit.
+    table: the columns of layers.csv, one row per layer, in execution order. kept: layers in 16-bit.
     A measure without any value gets no panel and is named below the plot.
     """
     panels = taken([table])

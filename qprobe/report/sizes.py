@@ -90,7 +90,7 @@ def _outside(outside: Sequence[Mapping[str, Any]], unit: str, size: int, width: 
 
 
 def models_text(models: Sequence[Mapping[str, Any]], width: int) -> str:
-    """The known models (of the object of `models --json`), one a line; hub ids where there is room."""
+    """The known models (of the object of `models --json`), one per line; hub ids where there is room."""
     headings = ["model", "params", "16-bit GiB", "nf4 GiB", "lists", "weights"]
     rows = [
         [

@@ -298,7 +298,7 @@ def doctor_text(diagnosis: Mapping[str, Any], width: int) -> str:
     ]
     if diagnosis["problems"]:
         sentences = [f"{p['what']} {p['advice']}" for p in diagnosis["problems"]]
-        blocks.append("To mend or to know:\n" + paragraphs(sentences, width))
+        blocks.append("To fix or to know:\n" + paragraphs(sentences, width))
     verdict = (
         "4-bit works on this machine." if diagnosis["ok"] else "4-bit works on no device of this machine."
     )

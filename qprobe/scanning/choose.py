@@ -89,7 +89,9 @@ def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest) -> Outcom
     proposed = {} if budget is None else candidates(run, request, budget)
     skiplists = {NOTHING: nothing_kept(run, request.by), **proposed}
     lines = frontier(run, request.by)
-    found = held_out.measure({**skiplists, **lines})  # in one go, so that the 16-bit model runs once a batch
+    found = held_out.measure(
+        {**skiplists, **lines}
+    )  # in one go, so that the 16-bit model runs once per batch
     write_frontier(held_out.run, run.table, on_common_samples([found[name] for name in lines]))
     compared = on_common_samples([*(found[name] for name in skiplists), *held_out.nearest(run)])
     if compared[0].measured.empty:

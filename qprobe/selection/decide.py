@@ -22,7 +22,7 @@ class Candidate:
 
     measured: a row for each held-out sample: sample, answer_tokens, kl_sum (nats); the same ones for all
         (see `on_common_samples`).
-    predicted_kl: what the scores say it leaves, nats a token; NaN where the scores are no KL.
+    predicted_kl: what the scores say it leaves, nats per token; NaN where the scores are no KL.
     """
 
     name: str

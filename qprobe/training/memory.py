@@ -1,7 +1,7 @@
 """What a QLoRA step occupies, from the config alone: weights, adapters, gradients, optimizer, activations.
 
 The peak of a step with recomputed blocks lies in one of two moments: at the loss, where the logits stand in
-float32, or in the backward pass of the largest block, whose activations are made anew. The counts below are
+float32, or in the backward pass of the largest block, whose activations are computed again. The counts are
 those of transformers' models with peft's LoRA in float32; tests hold them against measured bytes.
 """
 

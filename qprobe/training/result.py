@@ -18,7 +18,7 @@ class Finetuned:
 
     eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
     base's; both are None without held-out lines. history: (step, loss), over the step
-    peak_bytes: of device memory, None on a CPU. skipped: one sentence a line that was left out.
+    peak_bytes: of device memory, None on a CPU. skipped: one sentence per row that was left out.
     """
 
     out: Path

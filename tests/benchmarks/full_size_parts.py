@@ -245,7 +245,7 @@ def child_loadplain(bench: Bench) -> dict[str, Any]:
 
 
 def child_speeds(bench: Bench) -> dict[str, Any]:
-    """Bytes a second of reading the files alone, and weights a second of the quantizer alone, on the CPU."""
+    """Bytes per second read from files, and weights per second of the quantizer, each alone on the CPU."""
     import torch
 
     from qprobe.formats.nf4 import Nf4

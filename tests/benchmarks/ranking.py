@@ -44,7 +44,7 @@ from tests.benchmarks.rankings.lists import Chooser, Row, every_layer_alone
 from tests.benchmarks.rankings.measured import NOTHING, Measured
 from tests.benchmarks.rankings.tables import DEFAULT, ORACLE, Tables, completeness, correlations
 
-SEARCHED_SHARES = (0.05, 0.1, 0.2)  # for what searches anew at each budget
+SEARCHED_SHARES = (0.05, 0.1, 0.2)  # for what searches again at each budget
 SEEDS = (0, 1, 2, 3, 4)
 FISHER_DRAWS = 4
 FISHER = f"Fisher, {FISHER_DRAWS} sampled labels"

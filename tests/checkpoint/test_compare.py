@@ -61,7 +61,7 @@ def use_samples(monkeypatch):
     return use
 
 
-# One sample a batch: in bf16 the padding of a batch moves logits by a rounding step, which the oracle,
+# One sample per batch: in bf16 the padding of a batch moves logits by a rounding step, which the oracle,
 # that runs samples alone, does not share.
 @pytest.mark.parametrize("name", ["mllama", "qwen2_5_vl", "llama"])
 def test_rows_equal_the_slow_oracle(name, written, use_samples, tiny_folder):

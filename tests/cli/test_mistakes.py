@@ -89,7 +89,7 @@ def test_a_file_that_is_no_image_is_skipped_and_named(scan: Run, tmp_path: Path)
     ("lines", "said"),
     [
         ("", "data.jsonl is empty"),
-        ("no json", "No line of data.jsonl is left to measure. data.jsonl line 1: it is no whole JSON"),
+        ("no json", "No line of data.jsonl is left to measure. data.jsonl line 1: it is not a complete JSON"),
         ('{"image": "nowhere.png"}', "No line of data.jsonl is left to measure. data.jsonl line 1: image"),
     ],
 )

@@ -51,7 +51,7 @@ def spoken(*contents: Any) -> dict[str, Any]:
 
 
 BAD = [
-    ('{"image": "a.png", "conversations": [{"from": "hum', "no whole JSON object"),
+    ('{"image": "a.png", "conversations": [{"from": "hum', "not a complete JSON object"),
     ("[1, 2]", "no JSON object"),
     ("5", "no JSON object"),
     ('{"image": "a.png", "image": "b.png"}', "stands twice"),

@@ -142,12 +142,12 @@ def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pyt
         ("x.jsonl", b" \n", "is empty"),
         ("x.jsonl", '{"prompt": "a"}'.encode("utf-16"), "is UTF-16"),
         ("x.json", b"[]", "is an empty array"),
-        ("x.json", b'[{"prompt": "a"}', "no whole JSON array"),
-        ("x.json", b'[{"prompt": "a"} {"prompt": "b"}]', "no whole JSON array"),
-        ("x.json", b'[,{"prompt": "a"}]', "no whole JSON array"),
+        ("x.json", b'[{"prompt": "a"}', "not a complete JSON array"),
+        ("x.json", b'[{"prompt": "a"} {"prompt": "b"}]', "not a complete JSON array"),
+        ("x.json", b'[,{"prompt": "a"}]', "not a complete JSON array"),
         ("x.json", b"[" * 50_000, "nested too deeply"),
         ("x.json", b'["\xff"]', "not UTF-8"),
-        ("x.parquet", b"PAR1 no", "no whole Parquet file"),
+        ("x.parquet", b"PAR1 no", "not a complete Parquet file"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_one_sentence(

@@ -1,4 +1,4 @@
-"""The demo's models and scenes, loaded once a session. Tests must not change the models."""
+"""The demo's models and scenes, loaded once per session. Tests must not change the models."""
 
 from __future__ import annotations
 

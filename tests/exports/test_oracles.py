@@ -1,4 +1,4 @@
-"""Exported lists under each tool's matching rule, written anew here; none of the package's own rules.
+"""Exported lists under each tool's matching rule, written a second time; none of the package's own rules.
 
 The writers check their entries with rules of the package. Were such a rule wrong, writer and check would
 agree; these oracles, from each tool's documented behaviour, would not. They look at names as today's

@@ -31,7 +31,7 @@ TILES = Grid(4, 40, 40)
         (TILES, 1608 + 1, 4 * 1608, (1, 0, 0, 40, 40)),  # Llama 3.2 Vision: 1601 tokens padded to 1608
         (Grid(1, 4, 6, 2), 5, 24, (0, 0, 3, 4, 6)),  # block 1 holds columns 2 and 3; its second patch
         (Grid(1, 4, 6, 2), 14, 24, (0, 3, 0, 4, 6)),  # block 3 begins the second row of blocks
-        (Grid(1, 4, 6, 2), 4, 6, (0, 1, 1, 2, 3)),  # merged: a token a block
+        (Grid(1, 4, 6, 2), 4, 6, (0, 1, 1, 2, 3)),  # merged: one token per block
         (SQUARE, 5, 77, None),  # a number of tokens that says nothing
         (SQUARE, 105, 105, None),
         (TILES, 0, 4 * 1608 + 1, None),

@@ -11,7 +11,7 @@ from qprobe.selection.verdict import verdict, with_error
 
 
 def candidate(name: str, total_bytes: int, *kl: float, kept: tuple[str, ...] | None = None) -> Candidate:
-    """One answer token a sample, so that KL is the mean of `kl`."""
+    """One answer token per sample, so that KL is the mean of `kl`."""
     rows = pd.DataFrame({"sample": [f"s{i}" for i in range(len(kl))], "answer_tokens": 1, "kl_sum": kl})
     return Candidate(name, frozenset((name,) if kept is None else kept), total_bytes, rows)
 

@@ -103,7 +103,7 @@ def test_quality_holds_what_was_measured_on_held_out_samples_of_this_very_list(r
 
 
 def test_a_bound_on_kl_takes_the_fewest_bytes_that_are_predicted_to_meet_it(run: Path):
-    # 0.5 + 0.01 + 0.01 nats a token: 0.02 is left with model.a, all of it with nothing, 0 with the group too
+    # 0.5 + 0.01 + 0.01 nats per token: 0.02 is left with model.a, all with nothing, 0 with the group too
     with_sensitivity(run)
     for bound, kept in ((0.6, ()), (0.1, ("model.a",)), (0.001, ("model.a", "model.q", "model.k"))):
         manifest = select(run, max_kl=bound)

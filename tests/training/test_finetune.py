@@ -166,7 +166,7 @@ def test_many_bad_lines_are_refused_before_a_model_loads_and_few_are_skipped_by_
     with monkeypatch.context() as patch:
         patch.setattr("qprobe.training.finetune.load_base", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(
-            SampleError, match=r"10 of 15 lines.*line 5: .* no whole JSON object.*--bad-data skip"
+            SampleError, match=r"10 of 15 lines.*line 5: .* not a complete JSON object.*--bad-data skip"
         ):
             finetune(asked)
     assert not asked.out.exists()

@@ -50,13 +50,15 @@ def _elements(text: str, path: Path) -> Rows:
         if text[gap.end() : gap.end() + 1] == "]" and (number == 0) >= bool(gap[1]):
             break
         if bool(gap[1]) != bool(number):
-            raise SampleError(f"{path} is no whole JSON array (behind its element {number}). {_FIX}")
+            raise SampleError(f"{path} is not a complete JSON array (behind its element {number}). {_FIX}")
         number += 1
         try:
             _, at = decoder.raw_decode(text, gap.end())
         except (ValueError, RecursionError) as error:
             why = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise SampleError(f"{path} is no whole JSON array (element {number}: {why}). {_FIX}") from None
+            raise SampleError(
+                f"{path} is not a complete JSON array (element {number}: {why}). {_FIX}"
+            ) from None
         yield number, row_of(text[gap.end() : at].encode("utf-8"))
     if number == 0:
         raise SampleError(

@@ -23,7 +23,7 @@ def row_of(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return Refused(f"it is not UTF-8 (byte {error.start + 1}); save it as UTF-8")
     except ValueError as error:
-        return Refused(f"it is no whole JSON object ({shown(str(error), 160)})")
+        return Refused(f"it is not a complete JSON object ({shown(str(error), 160)})")
 
 
 def _rows(data: Any, split: str | None) -> Rows:

@@ -38,7 +38,7 @@ def _rows(data: Any, split: str | None) -> Rows:
                         number += 1
                         yield number, row
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise SampleError(f"{path} is no whole Parquet file ({error}). {_FIX}") from None
+            raise SampleError(f"{path} is not a complete Parquet file ({error}). {_FIX}") from None
     if number == 0:
         raise SampleError(f"{data} has no rows. {_FIX}")
 

@@ -47,7 +47,7 @@ def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
                 for start in range(0, batch.num_rows, 64):  # with the bytes of their images
                     yield from batch.slice(start, 64).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise SampleError(f"{path} is no whole Arrow file ({error}). {_FIX}") from None
+        raise SampleError(f"{path} is not a complete Arrow file ({error}). {_FIX}") from None
 
 
 def _files(folder: Path) -> list[Path]:

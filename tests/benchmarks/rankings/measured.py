@@ -41,7 +41,7 @@ class Measured:
         return sum(batch.size for batch in self.batches)
 
     def frame(self, kept: frozenset[str]) -> pd.DataFrame:
-        """One row a sample, columns of the unit stage "kl", with `kept` in 16-bit and the rest in 4-bit."""
+        """One row per sample, columns of the unit stage "kl", with `kept` in 16-bit and the rest in 4-bit."""
         if kept not in self._frames:
             path = path_without(self.subject, kept)
             self._frames[kept] = pd.concat(

@@ -1,4 +1,4 @@
-"""Unit files that were cut short, by a disk or a copy: set aside, named, and measured anew."""
+"""Unit files that were cut short, by a disk or a copy: set aside, named, and measured again."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_answers_are_generated_once(
 
 
 STEPS = ("open", "write", "fsync", "replace")
-KEPT = ("units/", "answers/", "samples.json")  # what is never written anew
+KEPT = ("units/", "answers/", "samples.json")  # what is never written again
 Write = tuple[str, int]
 """A file of the run, and the number of its write in one go, from 0: some are written several times."""
 Work = Callable[[Path], object]
