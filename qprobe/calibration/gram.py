@@ -21,6 +21,9 @@ from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
 from qprobe.measure.subject import Subject
+from qprobe.records import Linear
+
+Weights = Callable[[str, int], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,16 @@ class Gram:
     total: Tensor
     tokens: int = 0
 
-    def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Add the tokens of `x` (..., in_features); mask: (tokens,) on the CPU, True for those that count."""
+    def add(self, x: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
+        """Add the tokens of `x` (..., in_features).
+
+        mask: (tokens,) on the CPU, True for those that count. weights: (tokens,) what each counts; None: 1.
+        """
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if mask is not None:
             rows = torch.where(mask.to(rows.device)[:, None], rows, 0.0)
+        if weights is not None:
+            rows = rows * weights.to(rows.device).sqrt()[:, None]
         self.tokens += len(rows) if mask is None else int(mask.sum())
         if self.total.dtype == rows.dtype:
             self.total.addmm_(rows.T, rows)
@@ -105,13 +113,17 @@ class _Survey:
 class Gathering:
     """Sums the Gram matrices of some shared inputs over batches.
 
+    weights: what tokens count, by leader and number of the batch, (tokens,) or None for once each.
     apart: linears that on some batch did not read what their leader reads, so that its sum is not theirs.
+    batches: how many were added.
     """
 
     subject: Subject
     inputs: Sequence[SharedInput]
+    weights: Weights | None = None
     grams: dict[str, Gram] = field(default_factory=dict)
     apart: set[str] = field(default_factory=set)
+    batches: int = 0
 
     def __post_init__(self) -> None:
         if self.subject.limit is not None:
@@ -129,7 +141,11 @@ class Gathering:
         def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
             leader = self._leaders.get(name)
             if leader == name:
-                self.grams[name].add(x, self._mask(name, x, batch, tiles))
+                layer, tokens = self.subject.layers[name], x.numel() // x.shape[-1]
+                weights = None if self.weights is None else self.weights(name, self.batches)
+                fits = weights is not None and len(weights) == tokens
+                mask = counted_tokens(layer, tokens, batch, tiles)
+                self.grams[name].add(x, mask, weights if fits else None)
                 self._read[name] = ref(x)
             elif leader is not None:
                 read = self._read.get(leader)
@@ -140,17 +156,20 @@ class Gathering:
         # Each set of matrices is a kind of work of its own: what it leaves to weights differs.
         with self.subject.running(f"gram {self.inputs[0].leader}", batch.elements):
             _run(self.subject, batch, forward)
+        self.batches += 1
 
-    def _mask(self, name: str, x: Tensor, batch: Batch, tiles: Tensor | None) -> Tensor | None:
-        """(tokens,) on the CPU, False for what pads texts or images; None where all count."""
-        tokens = x.numel() // x.shape[-1]
-        layer = self.subject.layers[name]
-        if layer.reads == "text":
-            mask = (batch.kinds != PAD).reshape(-1)
-            return mask if tokens == len(mask) and not bool(mask.all()) else None
-        if tiles is None or layer.tower == "vision" or tokens % len(tiles):
-            return None
-        return tiles.repeat_interleave(tokens // len(tiles))
+
+def counted_tokens(layer: Linear, tokens: int, batch: Batch, tiles: Tensor | None) -> Tensor | None:
+    """(tokens,) on the CPU, False for what pads texts or images in the input of `layer`; None where all count.
+
+    tokens: rows of that input, of the whole batch. tiles: see `tiles_that_count`.
+    """
+    if layer.reads == "text":
+        mask = (batch.kinds != PAD).reshape(-1)
+        return mask if tokens == len(mask) and not bool(mask.all()) else None
+    if tiles is None or layer.tower == "vision" or tokens % len(tiles):
+        return None
+    return tiles.repeat_interleave(tokens // len(tiles))
 
 
 def tiles_that_count(batch: Batch) -> Tensor | None:
@@ -193,9 +212,10 @@ def gathered(
     inputs: Sequence[SharedInput],
     batches: Iterable[Batch],
     done: Callable[[], None] = lambda: None,
+    weights: Weights | None = None,
 ) -> Gathering:
-    """The Gram matrices of `inputs` over all `batches`; `done` is called after each."""
-    gathering = Gathering(subject, inputs)
+    """The Gram matrices of `inputs` over all `batches`; `done` is called after each. weights: of tokens."""
+    gathering = Gathering(subject, inputs, weights)
     for batch in batches:
         gathering.add(batch)
         done()

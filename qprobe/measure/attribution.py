@@ -100,7 +100,7 @@ class Path:
 
         def projected(logits: list[Tensor]) -> Tensor:
             weights = [
-                _fisher_root(z.detach(), _signs(z, sample.digest))
+                fisher_direction(z.detach(), sample.digest)
                 for z, sample in zip(logits, batch.samples, strict=True)
             ]
             return torch.stack([(c * z).double().sum() for c, z in zip(weights, logits, strict=True)])
@@ -150,9 +150,17 @@ def on_host(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: copied[name] for name in values}
 
 
-def _signs(reference: Tensor, digest: str) -> Tensor:
-    """Random signs of the shape of `reference`, the same for the same sample on the same kind of device."""
-    generator = torch.Generator(reference.device).manual_seed(int(digest[:15], 16))
+def fisher_direction(reference: Tensor, seed: str) -> Tensor:
+    """(tokens, vocabulary) random weights of covariance diag(p) - p p^T, p = softmax of `reference`.
+
+    That is the Fisher information of the logits. seed: hexadecimal digits, of which the first 15 count.
+    """
+    return _fisher_root(reference, random_signs(reference, seed))
+
+
+def random_signs(reference: Tensor, seed: str) -> Tensor:
+    """Random signs of the shape of `reference`, the same for the same `seed` on the same kind of device."""
+    generator = torch.Generator(reference.device).manual_seed(int(seed[:15], 16))
     return torch.randint(0, 2, reference.shape, generator=generator, device=reference.device) * 2.0 - 1.0
 
 

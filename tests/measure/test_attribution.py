@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from qprobe.loading.reference import load_reference
-from qprobe.measure.attribution import _fisher_root, _signs, attribute, gauss_radau, walking
+from qprobe.measure.attribution import (
+    _fisher_root,
+    attribute,
+    gauss_radau,
+    random_signs,
+    walking,
+)
 from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
 from qprobe.measure.subject import subject_of
 from qprobe.records import FormatSpec
@@ -87,7 +93,7 @@ def test_isolated_kl_is_half_the_squared_slope_along_its_random_direction(case: 
         plain = answer_logits(subject.model, batch)
         got = subject.path.isolated_kl(batch)
         among_others = subject.path.isolated_kl(larger)
-    signs = _signs(plain[0], group[0].digest)
+    signs = random_signs(plain[0], group[0].digest)
     scale = max(v.item() for v in got.values())
     for layer in list(got)[:: max(1, len(got) // 5)]:
         p, j = reference.logit_slopes(subject.model, layer, batch.inputs, batch.answers[0])

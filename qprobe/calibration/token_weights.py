@@ -1,0 +1,190 @@
+"""How much the answers depend on each token that a linear reads: the weights of tokens in Gram matrices.
+
+To second order the KL that an error e_t of a linear's outputs costs is 1/2 E[(sum_t <g_t, e_t>)^2], g_t the
+gradient at the output for token t of the log-likelihood of an answer drawn from the model itself (the Fisher
+metric). Where errors of different tokens and features are unrelated, token t counts E|g_t|^2 times; rounding to
+nearest and GPTQ count every token once. Gradients of given or greedy answers are no substitute: a model is
+sure of those, so they nearly vanish.
+
+The expectation over answers is estimated as the isolated KL is: by random directions with the covariance
+diag(p) - p p^T of the logits' Fisher information, seeded by the sample (`qprobe.measure.attribution`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprobe.calibration.gram import SharedInput, counted_tokens, tiles_that_count
+from qprobe.inputs.batch import PAD, Batch
+from qprobe.measure.attribution import FLOAT16_SCALE, fisher_direction, random_signs, walking
+from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
+from qprobe.measure.kl import answer_logits
+from qprobe.measure.outputs import run_model
+from qprobe.measure.subject import Subject
+
+DRAWS = 2  # random directions a sample; four left as much damage on SmolLM2, one 1 % of it more
+MIX = 0.5  # share of the weighted matrix; 0.25 to 1 left the same damage on SmolLM2 within the error
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """Weights of the tokens that shared inputs hold, by leader and number of the batch.
+
+    raw: (tokens,) float32 on the CPU, squared gradient norms summed over the linears that read the tensor and
+    over draws. means: their mean over the tokens that count. A leader that ran more than once in a batch is
+    missing: its runs cannot be told apart in the backward pass.
+    """
+
+    raw: Mapping[str, Sequence[Tensor]]
+    means: Mapping[str, float]
+
+    def of(self, leader: str, batch: int) -> Tensor | None:
+        """(tokens,) float32, of mean one: what each token of batch number `batch` counts; None for once each."""
+        mean = self.means.get(leader, 0.0)
+        if not mean > 0:
+            return None
+        return (1 - MIX) + MIX * self.raw[leader][batch] / mean
+
+
+def token_weights(
+    subject: Subject,
+    inputs: Sequence[SharedInput],
+    batches: Iterable[Batch],
+    done: Callable[[], None] = lambda: None,
+) -> TokenWeights:
+    """The weights of all tokens of `batches` in each of `inputs`; `done` is called after each batch.
+
+    Costs a forward and `DRAWS` backward passes a batch. Weights of tokens that reach no answer (padding, tiles
+    that nothing attends to) are 0. In a model without a language head the gradient is that of a random
+    direction of its output.
+    """
+    leaders = {name: one.leader for one in inputs for name in one.names}
+    raw: dict[str, list[Tensor]] = {one.leader: [] for one in inputs}
+    counts = dict.fromkeys(raw, 0)
+    repeated: set[str] = set()
+    for batch in batches:
+        notes = _Notes(leaders)
+        with subject.running("weights of tokens", batch.elements, like="measure"):
+            _run(subject, batch, notes)
+        tiles = tiles_that_count(batch)
+        for leader, found in raw.items():
+            weights = notes.weights.get(leader, torch.zeros(0))
+            layer = subject.layers[leader]
+            mask = counted_tokens(layer, len(weights), batch, tiles)
+            counts[leader] += len(weights) if mask is None else int(mask.sum())
+            found.append(weights)
+        repeated |= notes.repeated
+        done()
+    kept = {leader: found for leader, found in raw.items() if leader not in repeated}
+    means = {
+        leader: sum(float(w.double().sum()) for w in found) / max(1, counts[leader])
+        for leader, found in kept.items()
+    }
+    finite = {leader: mean for leader, mean in means.items() if mean < float("inf")}
+    return TokenWeights(kept, finite)
+
+
+class _Notes:
+    """Squared gradient norms of one batch, by leader; `repeated`: leaders of linears that ran twice in it."""
+
+    def __init__(self, leaders: Mapping[str, str]) -> None:
+        self.leaders = leaders
+        self.weights: dict[str, Tensor] = {}
+        self.repeated: set[str] = set()
+        self._runs: set[str] = set()
+
+    def begin(self) -> None:
+        """Begin another draw."""
+        self._runs.clear()
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient (..., out_features) at the output of `name`."""
+        squares = gradient.float().square().sum(dim=-1).reshape(-1).cpu()
+        leader = self.leaders[name]
+        if name in self._runs:
+            self.repeated.add(leader)
+            return
+        self._runs.add(name)
+        so_far = self.weights.get(leader)
+        self.weights[leader] = squares if so_far is None else so_far + squares
+
+
+def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
+    path = subject.path
+    batch = batch.in_dtype(path.dtype)
+    leaf = torch.zeros((), device=subject.reference.device, requires_grad=True)
+
+    def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+        x = x.to(path.dtype)
+
+        def weight() -> Tensor:
+            return subject.dequantized.own(name).to(x.dtype)
+
+        if name not in notes.leaders:
+            return F.linear(x, weight(), module.bias)
+        return _Weighed.apply(x, leaf.to(x.device), weight, module.bias, notes, name)
+
+    keeping = checkpointed_blocks(subject.model, path.room_bytes)
+    with walking(path), torch.enable_grad(), keeping, replaced_forwards(subject.modules, forward):
+        losses = _losses(subject, batch)
+        scale = FLOAT16_SCALE if path.dtype == torch.float16 else 1.0
+        for number, loss in enumerate(losses):
+            notes.begin()
+            torch.autograd.grad(
+                loss * scale, [leaf], retain_graph=number < len(losses) - 1, allow_unused=True
+            )
+
+
+def _losses(subject: Subject, batch: Batch) -> list[Tensor]:
+    """One scalar for each draw, whose gradient at the model's output is a random direction."""
+    if subject.has_head:
+        logits = answer_logits(subject.model, batch)
+        return [
+            torch.stack(
+                [
+                    (fisher_direction(z.detach(), f"{draw}{s.digest}") * z).double().sum()
+                    for z, s in zip(logits, batch.samples, strict=True)
+                ]
+            ).sum()
+            for draw in range(DRAWS)
+        ]
+    hidden = run_model(subject.model, batch)[0]
+    counts = (batch.kinds != PAD).to(hidden.device)
+    rows = counts if hidden.shape[:2] == counts.shape else torch.ones(hidden.shape[:2], device=hidden.device)
+    return [
+        sum(
+            (random_signs(h, f"{draw}{s.digest}") * h * m[..., None]).double().sum()
+            for h, m, s in zip(hidden, rows, batch.samples, strict=True)
+        )
+        for draw in range(DRAWS)
+    ]
+
+
+class _Weighed(torch.autograd.Function):
+    """x W^T + b, whose backward pass notes the squared norm of each token's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        leaf: Tensor,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        notes: _Notes,
+        name: str,
+    ) -> Tensor:
+        """x (..., in_features); leaf: what makes autograd record the first linears as well."""
+        ctx.weight, ctx.notes, ctx.name = weight, notes, name
+        return F.linear(x, weight(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.notes.add(ctx.name, grad)
+        towards_x = grad @ ctx.weight() if ctx.needs_input_grad[0] else None
+        return towards_x, grad.new_zeros(()), None, None, None, None
