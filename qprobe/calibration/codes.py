@@ -69,7 +69,7 @@ def calibrate(
         return tuple(Rounded(None, why=_why_no_metric(gram)) for _ in weights)
     together = _side_by_side(weights)
     raw, codes = _first_sweep(together, [w.shape[0] for w in weights], metric, fmt.blocksize)
-    states = [_state(s, w, fmt) for s, w in zip(raw, weights, strict=True)]
+    states = [quantization_state(s, w.shape, w.dtype, fmt) for s, w in zip(raw, weights, strict=True)]
     read_back = _spread([_absmax(s) for s in states], together, [w.shape[0] for w in weights], fmt.blocksize)
     codes = improved_codes(together, read_back, codes, metric)
     del together, read_back
@@ -125,15 +125,15 @@ def _first_sweep(
     return [part.reshape(-1) for part in found.split(list(widths))], codes
 
 
-def _state(scales: Tensor, weight: Tensor, fmt: Nf4) -> Any:
-    """The quantization state of `weight` with these block scales, as bitsandbytes' quantize_4bit makes it."""
+def quantization_state(scales: Tensor, shape: torch.Size, dtype: torch.dtype, fmt: Nf4) -> Any:
+    """The state of a weight with these block scales (blocks,), as bitsandbytes' quantize_4bit makes it."""
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
 
     plain = {
-        "shape": weight.shape,
-        "dtype": weight.dtype,
+        "shape": shape,
+        "dtype": dtype,
         "blocksize": fmt.blocksize,
-        "code": get_4bit_type("nf4", device=weight.device),
+        "code": get_4bit_type("nf4", device=scales.device),
         "quant_type": "nf4",
     }
     if not fmt.double_quant:

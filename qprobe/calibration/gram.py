@@ -160,7 +160,7 @@ class Gathering:
 
 
 def counted_tokens(layer: Linear, tokens: int, batch: Batch, tiles: Tensor | None) -> Tensor | None:
-    """(tokens,) on the CPU, False for what pads texts or images in the input of `layer`; None where all count.
+    """(tokens,) on the CPU, False for what pads texts or images in what `layer` reads; None where all count.
 
     tokens: rows of that input, of the whole batch. tiles: see `tiles_that_count`.
     """

@@ -1,10 +1,10 @@
 """How much the answers depend on each token that a linear reads: the weights of tokens in Gram matrices.
 
 To second order the KL that an error e_t of a linear's outputs costs is 1/2 E[(sum_t <g_t, e_t>)^2], g_t the
-gradient at the output for token t of the log-likelihood of an answer drawn from the model itself (the Fisher
-metric). Where errors of different tokens and features are unrelated, token t counts E|g_t|^2 times; rounding to
-nearest and GPTQ count every token once. Gradients of given or greedy answers are no substitute: a model is
-sure of those, so they nearly vanish.
+gradient at the output for token t of the log-likelihood of an answer drawn from the model itself (the
+Fisher metric). Where errors of different tokens and features are unrelated, token t counts E|g_t|^2 times;
+GPTQ counts every token once. Gradients of given or greedy answers are no substitute: a model is sure of
+those, so they nearly vanish.
 
 The expectation over answers is estimated as the isolated KL is: by random directions with the covariance
 diag(p) - p p^T of the logits' Fisher information, seeded by the sample (`qprobe.measure.attribution`).
@@ -45,7 +45,7 @@ class TokenWeights:
     means: Mapping[str, float]
 
     def of(self, leader: str, batch: int) -> Tensor | None:
-        """(tokens,) float32, of mean one: what each token of batch number `batch` counts; None for once each."""
+        """(tokens,) float32 of mean one: what those of batch number `batch` count; None for once each."""
         mean = self.means.get(leader, 0.0)
         if not mean > 0:
             return None
@@ -60,8 +60,8 @@ def token_weights(
 ) -> TokenWeights:
     """The weights of all tokens of `batches` in each of `inputs`; `done` is called after each batch.
 
-    Costs a forward and `DRAWS` backward passes a batch. Weights of tokens that reach no answer (padding, tiles
-    that nothing attends to) are 0. In a model without a language head the gradient is that of a random
+    Costs a forward and `DRAWS` backward passes per batch. Tokens that reach no answer (padding, tiles that
+    nothing attends to) weigh 0. In a model without a language head the gradient is that of a random
     direction of its output.
     """
     leaders = {name: one.leader for one in inputs for name in one.names}
@@ -158,10 +158,12 @@ def _losses(subject: Subject, batch: Batch) -> list[Tensor]:
     counts = (batch.kinds != PAD).to(hidden.device)
     rows = counts if hidden.shape[:2] == counts.shape else torch.ones(hidden.shape[:2], device=hidden.device)
     return [
-        sum(
-            (random_signs(h, f"{draw}{s.digest}") * h * m[..., None]).double().sum()
-            for h, m, s in zip(hidden, rows, batch.samples, strict=True)
-        )
+        torch.stack(
+            [
+                (random_signs(h, f"{draw}{s.digest}") * h * m[..., None]).double().sum()
+                for h, m, s in zip(hidden, rows, batch.samples, strict=True)
+            ]
+        ).sum()
         for draw in range(DRAWS)
     ]
 

@@ -33,6 +33,12 @@ class PackedNf4:
 
         return dequantize_4bit(self.codes, self.state)
 
+    def scaled(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """(out_features, in_features): what the codes read as under the block scales `scales`, in `dtype`."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.codes, _with_scales(self.state, scales, dtype))
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Codes and block scales; the table of 16 values stays with the state."""
@@ -101,8 +107,8 @@ def _with_plain_scales(state: Any) -> Any:
     return _with_scales(state, (dequantize_blockwise(state.absmax, state.state2) + state.offset).float())
 
 
-def _with_scales(state: Any, absmax: Tensor) -> Any:
-    """`state` with the plain block scales `absmax`."""
+def _with_scales(state: Any, absmax: Tensor, dtype: torch.dtype | None = None) -> Any:
+    """`state` with the plain block scales `absmax`, to be read in `dtype` (None: in its own)."""
     from bitsandbytes.functional import QuantState
 
     return QuantState(
@@ -111,7 +117,7 @@ def _with_scales(state: Any, absmax: Tensor) -> Any:
         code=state.code,
         blocksize=state.blocksize,
         quant_type=state.quant_type,
-        dtype=state.dtype,
+        dtype=dtype or state.dtype,
     )
 
 

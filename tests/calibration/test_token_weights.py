@@ -1,0 +1,192 @@
+"""Weights of tokens: squared gradients of the model's own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qprobe.calibration.gram import gathered, shared_inputs
+from qprobe.calibration.token_weights import DRAWS, MIX, TokenWeights, token_weights
+from qprobe.inputs.batch import PAD
+from qprobe.loading.reference import load_reference
+from qprobe.measure.attribution import fisher_direction, random_signs
+from qprobe.measure.subject import Subject, subject_of
+from qprobe.records import FormatSpec
+from tests import tiny
+
+TinyFolder = Callable[[str], Path]
+
+
+def subject_for(folder: Path) -> Subject:
+    subject = subject_of(load_reference(str(folder), "cpu"), FormatSpec())
+    subject.model.float()
+    return subject
+
+
+def samples_of(name: str, count: int = 3) -> tuple:
+    given = tiny.questions(name, count)
+    return tuple(
+        replace(s, answer="the red bar, by two units" if i % 2 else "no") for i, s in enumerate(given)
+    )
+
+
+def keep(
+    outputs: dict[str, torch.Tensor], name: str, _module: object, _given: object, y: torch.Tensor
+) -> Any:
+    outputs[name] = y.requires_grad_().clone()
+    return outputs[name]
+
+
+def slow_gradients(subject: Subject, samples: tuple) -> dict[str, list[torch.Tensor]]:
+    """Squared norms of the gradient at every linear's output, by plain hooks and retained gradients.
+
+    One sample at a time, so that there is no padding; summed over draws: (tokens,) for each sample.
+    """
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in subject.quantized}
+    for sample in samples:
+        batch = subject.encode((sample,)).in_dtype(torch.float32)
+        sums: dict[str, torch.Tensor] = {}
+        for draw in range(DRAWS):
+            outputs: dict[str, torch.Tensor] = {}
+            hooks = [
+                module.register_forward_hook(partial(keep, outputs, name))
+                for name, module in subject.quantized_modules.items()
+            ]
+            output = subject.model(**batch.inputs)
+            if subject.has_head:
+                start, end = batch.answers[0]
+                logits = output.logits[0, start - 1 : end - 1].float()
+                direction = fisher_direction(logits.detach(), f"{draw}{sample.digest}")
+                loss = (direction * logits).sum()
+            else:
+                hidden = output[0][0]
+                loss = (random_signs(hidden, f"{draw}{sample.digest}") * hidden).sum()
+            names = list(outputs)
+            gradients = torch.autograd.grad(loss, [outputs[n] for n in names], allow_unused=True)
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    squares = gradient.double().square().sum(dim=-1).reshape(-1)
+                    sums[name] = sums.get(name, torch.zeros_like(squares)) + squares
+            for hook in hooks:
+                hook.remove()
+        for name, squares in sums.items():
+            found[name].append(squares)
+    return found
+
+
+def by_token(wanted: dict[str, list[torch.Tensor]], names: tuple[str, ...]) -> list[list[torch.Tensor]]:
+    """For each sample what each of `names` weighs its tokens."""
+    return [list(one) for one in zip(*(wanted[name] for name in names), strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama", "mllama"])
+def test_weights_are_squared_gradients_of_sampled_answers(name: str, tiny_folder: TinyFolder):
+    subject, samples = subject_for(tiny_folder(name)), samples_of(name)
+    batch = subject.encode(samples)
+    inputs = shared_inputs(subject, [batch])
+    found = token_weights(subject, inputs, [batch])
+    wanted = slow_gradients(subject, samples)
+    for one in inputs:
+        layer = subject.layers[one.leader]
+        (raw,) = found.raw[one.leader]
+        by_sample = raw.double().view(batch.size, -1)
+        for row, kinds, alone in zip(by_sample, batch.kinds, by_token(wanted, one.names), strict=True):
+            total = sum(alone)
+            used = row[kinds != PAD] if layer.reads == "text" and len(row) == len(kinds) else row
+            if len(used) != len(total):  # tiles that only the batch holds
+                continue
+            torch.testing.assert_close(used, total, rtol=1e-3, atol=1e-9)
+            assert layer.reads != "text" or float(row.sum()) == pytest.approx(float(used.sum()))
+
+
+def test_the_matrix_is_a_sum_over_tokens_of_outer_products_times_their_weights(tiny_folder: TinyFolder):
+    subject, samples = subject_for(tiny_folder("llama")), samples_of("llama")
+    batch = subject.encode(samples)
+    inputs = shared_inputs(subject, [batch])
+    weights = token_weights(subject, inputs, [batch])
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        subject.modules[one.leader].register_forward_hook(
+            lambda _m, given, _y, name=one.leader: seen.__setitem__(name, given[0].detach().double())
+        )
+        for one in inputs
+    ]
+    with torch.no_grad():
+        subject.model(**batch.inputs)
+    for hook in hooks:
+        hook.remove()
+    found = gathered(subject, inputs, [batch], weights=weights.of)
+    counts = (batch.kinds != PAD).reshape(-1)
+    for one in inputs:
+        raw = weights.raw[one.leader][0].double()
+        mean = float(raw.sum()) / int(counts.sum())
+        total = torch.zeros(one.in_features, one.in_features, dtype=torch.float64)
+        for x, w, is_counted in zip(seen[one.leader].reshape(-1, one.in_features), raw, counts, strict=True):
+            if is_counted:
+                total += ((1 - MIX) + MIX * float(w) / mean) * torch.outer(x, x)
+        gap = (found.grams[one.leader].total - total).abs().max()
+        assert float(gap) < 1e-5 * float(total.abs().max())
+
+
+def test_equal_weights_give_the_plain_matrix(tiny_folder: TinyFolder):
+    subject, samples = subject_for(tiny_folder("llama")), samples_of("llama")
+    batch = subject.encode(samples)
+    inputs = shared_inputs(subject, [batch])
+    counts = (batch.kinds != PAD).reshape(-1)
+    equal = TokenWeights(
+        {one.leader: [torch.full((len(counts),), 7.0)] for one in inputs},
+        {one.leader: 7.0 for one in inputs},
+    )
+    plain = gathered(subject, inputs, [batch])
+    weighted = gathered(subject, inputs, [batch], weights=equal.of)
+    for one in inputs:
+        torch.testing.assert_close(weighted.grams[one.leader].total, plain.grams[one.leader].total)
+
+
+def test_without_a_language_head_a_random_direction_of_the_output_serves(tiny_folder: TinyFolder):
+    subject, samples = subject_for(tiny_folder("bert")), samples_of("bert")
+    batch = subject.encode(samples)
+    inputs = shared_inputs(subject, [batch])
+    found = token_weights(subject, inputs, [batch])
+    wanted = slow_gradients(subject, samples)
+    some = 0
+    for one in inputs:
+        (raw,) = found.raw[one.leader]
+        for row, kinds, alone in zip(
+            raw.double().view(batch.size, -1), batch.kinds, by_token(wanted, one.names), strict=False
+        ):
+            used = row[kinds != PAD] if len(row) == len(kinds) else row
+            if len(used) == len(alone[0]):
+                torch.testing.assert_close(used, sum(alone), rtol=1e-3, atol=1e-9)
+                some += 1
+    assert some
+
+
+def test_a_linear_that_runs_twice_in_a_batch_counts_its_tokens_once_each(tiny_folder: TinyFolder):
+    subject = subject_for(tiny_folder("llama"))
+    batch = subject.encode(samples_of("llama"))
+    inputs = shared_inputs(subject, [batch])
+    twice = inputs[0].leader
+    first = subject.modules[twice]
+    plain = type(first).forward
+
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (first(x) + first(x)) / 2
+
+    parent, _, leaf = twice.rpartition(".")
+    owner = subject.model.get_submodule(parent)
+    try:
+        owner._modules[leaf] = Twice()
+        found = token_weights(subject, inputs, [batch])
+    finally:
+        owner._modules[leaf] = first
+    assert type(first).forward is plain
+    assert found.of(twice, 0) is None
+    assert all(found.of(one.leader, 0) is not None for one in inputs[1:2])
