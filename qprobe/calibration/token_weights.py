@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.calibration.gram import SharedInput, counted_tokens, tiles_that_count
-from qprobe.inputs.batch import PAD, Batch
+from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import FLOAT16_SCALE, fisher_direction, random_signs, walking
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import answer_logits
-from qprobe.measure.outputs import run_model
+from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
 
 DRAWS = 2  # random directions a sample; four left as much damage on SmolLM2, one 1 % of it more
@@ -60,7 +60,7 @@ def token_weights(
 ) -> TokenWeights:
     """The weights of all tokens of `batches` in each of `inputs`; `done` is called after each batch.
 
-    Costs a forward and `DRAWS` backward passes per batch. Tokens that reach no answer (padding, tiles that
+    Costs `DRAWS` forward and backward passes per batch. Tokens that reach no answer (padding, tiles that
     nothing attends to) weigh 0. In a model without a language head the gradient is that of a random
     direction of its output.
     """
@@ -130,42 +130,27 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
             return F.linear(x, weight(), module.bias)
         return _Weighed.apply(x, leaf.to(x.device), weight, module.bias, notes, name)
 
-    keeping = checkpointed_blocks(subject.model, path.room_bytes)
-    with walking(path), torch.enable_grad(), keeping, replaced_forwards(subject.modules, forward):
-        losses = _losses(subject, batch)
-        scale = FLOAT16_SCALE if path.dtype == torch.float16 else 1.0
-        for number, loss in enumerate(losses):
+    scale = FLOAT16_SCALE if path.dtype == torch.float16 else 1.0
+    with walking(path), torch.enable_grad(), replaced_forwards(subject.modules, forward):
+        for draw in range(DRAWS):  # each with a forward of its own: blocks that run again do so once
             notes.begin()
-            torch.autograd.grad(
-                loss * scale, [leaf], retain_graph=number < len(losses) - 1, allow_unused=True
-            )
+            with checkpointed_blocks(subject.model, path.room_bytes):
+                loss = _loss(subject, batch, draw)
+                torch.autograd.grad(loss * scale, [leaf], allow_unused=True)
 
 
-def _losses(subject: Subject, batch: Batch) -> list[Tensor]:
-    """One scalar for each draw, whose gradient at the model's output is a random direction."""
+def _loss(subject: Subject, batch: Batch, draw: int) -> Tensor:
+    """A scalar whose gradient at the model's output is random direction number `draw` of each sample."""
     if subject.has_head:
-        logits = answer_logits(subject.model, batch)
-        return [
-            torch.stack(
-                [
-                    (fisher_direction(z.detach(), f"{draw}{s.digest}") * z).double().sum()
-                    for z, s in zip(logits, batch.samples, strict=True)
-                ]
-            ).sum()
-            for draw in range(DRAWS)
+        rows = answer_logits(subject.model, batch)
+        directions = [
+            fisher_direction(z.detach(), f"{draw}{s.digest}")
+            for z, s in zip(rows, batch.samples, strict=True)
         ]
-    hidden = run_model(subject.model, batch)[0]
-    counts = (batch.kinds != PAD).to(hidden.device)
-    rows = counts if hidden.shape[:2] == counts.shape else torch.ones(hidden.shape[:2], device=hidden.device)
-    return [
-        torch.stack(
-            [
-                (random_signs(h, f"{draw}{s.digest}") * h * m[..., None]).double().sum()
-                for h, m, s in zip(hidden, rows, batch.samples, strict=True)
-            ]
-        ).sum()
-        for draw in range(DRAWS)
-    ]
+    else:
+        rows = output_rows(subject.model, batch)
+        directions = [random_signs(h, f"{draw}{s.digest}") for h, s in zip(rows, batch.samples, strict=True)]
+    return torch.stack([(c * y).double().sum() for c, y in zip(directions, rows, strict=True)]).sum()
 
 
 class _Weighed(torch.autograd.Function):

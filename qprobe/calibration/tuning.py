@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from qprobe.calibration.codes import quantization_state
 from qprobe.formats.nf4 import Nf4, PackedNf4, StoredNf4
-from qprobe.inputs.batch import PAD, Batch
+from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import answer_logits, kl_per_sample
-from qprobe.measure.outputs import run_model
+from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
 
 RATE = 1e-3  # of the logarithms of the scales; 2e-3 ends alike on SmolLM2, 4e-3 worse
@@ -103,10 +103,8 @@ def _descend(
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - (step - 1) / steps)
         optimizer.zero_grad(set_to_none=True)
-        loss = tuning.loss(training[order.pop()])
-        if not bool(torch.isfinite(loss)):
+        if not isfinite(tuning.descend(training[order.pop()])):
             break
-        loss.backward()
         optimizer.step()
         if step % max(1, steps // CHECKS) == 0 or step == steps:
             found = tuning.damage(kept_back)
@@ -163,14 +161,18 @@ class _Tuning:
             return F.linear(x, self.subject.dequantized.own(name).to(dtype), module.bias)
         return _ScaledLinear.apply(x, self.scales(name), self.packed[name], module.bias)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Damage of one batch, differentiable in the scales."""
+    def descend(self, batch: Batch) -> float:
+        """Damage of one batch per answer token; adds its gradients to the scales', unless it is non-finite."""
         with torch.no_grad(), replaced_forwards(self.subject.quantized_modules, self._reference):
             wanted = _outputs(self.subject, batch)
+        # Blocks run again in the backward pass, so that it belongs inside as well.
         keeping = checkpointed_blocks(self.subject.model, self.subject.path.room_bytes)
         with torch.enable_grad(), keeping, replaced_forwards(self.subject.modules, self.forward):
             damage, weight = _damage(self.subject, batch, wanted)
-        return damage / weight
+            found = float(damage.detach()) / weight
+            if isfinite(found):
+                (damage / weight).backward()
+        return found
 
     def damage(self, batches: Sequence[Batch]) -> float:
         """Damage of `batches` together, per answer token."""
@@ -191,10 +193,7 @@ def _outputs(subject: Subject, batch: Batch) -> list[Tensor]:
     """Answer logits of each sample; without a language head the rows of its output that are no padding."""
     if subject.has_head:
         return answer_logits(subject.model, batch)
-    hidden = run_model(subject.model, batch)[0].float()
-    if hidden.shape[:2] != batch.kinds.shape:
-        return list(hidden)
-    return [h[k != PAD] for h, k in zip(hidden, batch.kinds.to(hidden.device), strict=True)]
+    return [rows.float() for rows in output_rows(subject.model, batch)]
 
 
 def _damage(subject: Subject, batch: Batch, wanted: list[Tensor]) -> tuple[Tensor, float]:

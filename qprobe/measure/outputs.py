@@ -36,6 +36,14 @@ def run_model(model: Any, batch: Batch, **options: Any) -> Any:
     return model(**batch.inputs, **options)
 
 
+def output_rows(model: Any, batch: Batch) -> list[Tensor]:
+    """The output of a model without a language head by sample: (tokens that are no padding, features)."""
+    hidden = run_model(model, batch)[0]
+    if hidden.shape[:2] != batch.kinds.shape:
+        return list(hidden)
+    return [h[k != PAD] for h, k in zip(hidden, batch.kinds.to(hidden.device), strict=True)]
+
+
 @dataclass
 class Norms:
     """Norms over the output features of one call of one linear: (samples, rows of a sample) float32 each.

@@ -190,3 +190,14 @@ def test_a_linear_that_runs_twice_in_a_batch_counts_its_tokens_once_each(tiny_fo
     assert type(first).forward is plain
     assert found.of(twice, 0) is None
     assert all(found.of(one.leader, 0) is not None for one in inputs[1:2])
+
+
+def test_blocks_that_run_again_weigh_the_same(tiny_folder: TinyFolder):
+    subject = subject_for(tiny_folder("llama"))
+    batch = subject.encode(samples_of("llama"))
+    inputs = shared_inputs(subject, [batch])
+    tight = replace(subject)
+    vars(tight)["path"] = replace(subject.path, room_bytes=0)
+    kept, again = (token_weights(one, inputs, [batch]) for one in (subject, tight))
+    for one in inputs:
+        torch.testing.assert_close(again.raw[one.leader][0], kept.raw[one.leader][0])

@@ -84,10 +84,21 @@ def test_tuning_that_does_not_help_the_samples_kept_back_gives_back_what_it_was_
 def test_a_loss_that_is_not_finite_ends_tuning(tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch):
     subject = subject_for(tiny_folder("llama"))
     batches, given = batches_of(subject, "llama", 4), nearest(subject)
-    losses = iter([torch.tensor(inf, requires_grad=True)])
-    monkeypatch.setattr(tuning._Tuning, "loss", lambda *_: next(losses))
+    losses = iter([inf])
+    monkeypatch.setattr(tuning._Tuning, "descend", lambda *_: next(losses))
     found = tune(subject, given, batches[:2], batches[2:], 8, Nf4())
     assert found.after <= found.before
+
+
+def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
+    subject = subject_for(tiny_folder("llama"))
+    tight = replace(subject)
+    vars(tight)["path"] = replace(subject.path, room_bytes=0)
+    batches, given = batches_of(subject, "llama", 4), nearest(subject)
+    kept, again = (tune(one, given, batches[:3], batches[:1], 6, Nf4()) for one in (subject, tight))
+    assert kept.step == again.step > 0
+    for layer, one in kept.stored.items():
+        assert torch.equal(one.state.absmax, again.stored[layer].state.absmax)
 
 
 @pytest.mark.parametrize(("count", "kept"), [(1, [0]), (7, [6]), (8, [7]), (20, [7, 15])])
