@@ -22,10 +22,13 @@ import torch
 from qprobe.calibration.codes import Rounded, calibrate, workspace_bytes
 from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import SharedInput, gathered, gram_bytes, passes, shared_inputs
+from qprobe.calibration.token_weights import DRAWS, MIX, token_weights
+from qprobe.calibration.tuning import FEWEST, split_batches, tune
 from qprobe.errors import RunError
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4, nf4
 from qprobe.inputs.batch import Batch
+from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
 from qprobe.records import CodesFile, Sample
@@ -33,14 +36,22 @@ from qprobe.registry.measures import CALIBRATION
 from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Rounding
+from qprobe.runs.notes import Remarks
 
 APART = "it does not read the same tensor as its neighbours on every batch"
-SETTINGS = Rounding("gptq", 3, DAMPING, "n / (n + tokens)")
-"""What decides the codes, beside weights and samples; part of a run's specification.
+VERSION = 4
+"""Of what decides the codes, beside weights and samples.
 
-Version 3 leaves out image tiles that no text attends to. Version 2 shrinks the Gram matrices by how few
-tokens they saw; version 1 did not.
+Version 4 counts tokens half by how much the answers depend on them, gathers in the dtype of the path, and
+tunes scales where that is asked for. Version 3 leaves out image tiles that no text attends to. Version 2
+shrinks the Gram matrices by how few tokens they saw; version 1 did not.
 """
+
+
+def settings(tune_steps: int = 0) -> Rounding:
+    """What decides the codes; part of a run's key."""
+    tokens = f"{MIX:g} by squared gradients, {DRAWS} draws"
+    return Rounding("gptq", VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps)
 
 
 MOST_MEMORY = 4 * 2**30  # by default: more saves few passes, and rounding needs room beside it
@@ -55,19 +66,20 @@ FITTED = (
 class Work:
     """What calibration needs. samples: in batches.
 
-    limit_bytes: for the Gram matrices held at once; None for `gram_room`.
+    limit_bytes: for the Gram matrices held at once; None for `gram_room`. tune_steps: see `tuned`.
     """
 
     subject: Subject
     run: RunFolder
     samples: Sequence[tuple[Sample, ...]]
     limit_bytes: int | None = None
+    tune_steps: int = 0
     progress: Progress = no_progress
 
     @property
     def batches(self) -> Iterator[Batch]:
-        """The samples as the model reads them, on its device, one batch at a time."""
-        return (self.subject.encode(group) for group in self.samples)
+        """The samples as the model reads them, in the dtype of the path, one batch at a time."""
+        return (self.subject.encode(group).in_dtype(self.subject.path.dtype) for group in self.samples)
 
     @property
     def format(self) -> Nf4:
@@ -124,13 +136,16 @@ def calibrate_model(work: Work) -> None:
     back; that one is not named, so that the same command joins the units again.
     """
     named = work.run.codes
-    if named and (lost := lost_units(work.run, CALIBRATION.name)):
-        calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
-    codes = named or _calibrated(work)
+    with walking(work.subject.path):
+        if named and (lost := lost_units(work.run, CALIBRATION.name)):
+            calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
+        codes = named or _calibrated(work)
     with open_codes(checked(codes, work.run.path)) as file:
         for name in sorted(file.layers):
             packed = file.stored(name, work.subject.device_of(name)).packed()
             work.subject.dequantized.put(name, packed)
+    if named is None and work.tune_steps:
+        codes = _tuned(work, codes)
     # Only now that the joined file was read whole is it named, and are the units' own files not needed.
     if named is None:
         work.run.notes.put("codes", codes)
@@ -159,17 +174,53 @@ def codes_unit(folder: Path, unit: int) -> Path:
 def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[int]) -> None:
     """Finish the `units` of `inputs` (from `shared_inputs`, all of them), as many at once as fit."""
     numbers = {inputs[unit].leader: unit for unit in units}
+    chosen = [inputs[unit] for unit in numbers.values()]
+    weights = token_weights(work.subject, chosen, work.batches)
     limit = gram_room(work, inputs) if work.limit_bytes is None else work.limit_bytes
-    parts = passes([inputs[unit] for unit in numbers.values()], limit, work.subject.reference.device)
+    parts = passes(chosen, limit, work.subject.reference.device)
     step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
     for part in parts:
-        gathering = gathered(work.subject, part, work.batches, step)
+        gathering = gathered(work.subject, part, work.batches, step, weights.of)
         for one in part:
             gram = gathering.grams.pop(one.leader)
             with work.subject.running(f"round {one.leader}"):  # a kind of its own: no weight stays meanwhile
                 _finish(work, one, gram.total, gram.tokens, gathering.apart, numbers[one.leader])
             del gram
             step()
+
+
+def _tuned(work: Work, codes: CodesFile) -> CodesFile:
+    """The file `codes`, whose weights are in place, with tuned scales; as it is where they are no better.
+
+    Leaves a sentence on what came of it in the run's notes.
+    """
+    subject = work.subject
+    if sum(len(group) for group in work.samples) < FEWEST:
+        work.run.notes.put(
+            "tuning", Remarks((f"Scales are not tuned: that takes {FEWEST} samples or more.",))
+        )
+        return codes
+    path = work.run.path / codes.file
+    with open_codes(path) as file:
+        stored = {name: file.stored(name, subject.device_of(name)) for name in sorted(file.layers)}
+    training, kept_back = split_batches([subject.encode(group) for group in work.samples])
+    step = iter(range(1, work.tune_steps + 1))
+    found = tune(
+        subject, stored, training, kept_back, work.tune_steps, work.format,
+        lambda: work.progress("tune", next(step), work.tune_steps),
+    )  # fmt: skip
+    work.run.notes.put("tuning", Remarks((found.sentence,)))
+    if not found.is_better:
+        return codes
+    try:
+        write_codes(path, found.stored)
+        tuned = CodesFile(codes.file, sha256_of(path))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    with open_codes(checked(tuned, work.run.path)) as file:
+        for name in sorted(file.layers):
+            subject.dequantized.put(name, file.stored(name, subject.device_of(name)).packed())
+    return tuned
 
 
 def _steps(progress: Progress, total: int) -> Callable[[], None]:
@@ -182,7 +233,8 @@ def _finish(
     work: Work, one: SharedInput, total: torch.Tensor, tokens: int, apart: set[str], unit: int
 ) -> None:
     """Round the weights of one shared input and write the unit."""
-    weights = {name: work.subject.dequantized.own(name) for name in one.names if name not in apart}
+    own, dtype = work.subject.dequantized.own, work.subject.dtype
+    weights = {name: own(name).to(dtype) for name in one.names if name not in apart}
     found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
     with torch.no_grad():
         found |= dict(

@@ -106,7 +106,7 @@ class _Survey:
             self.leaders[name] = leader = next(same, name)
             if leader == name:
                 self.inputs.append((ref(x), x._version, name))
-        return F.linear(x, self.dequantized.own(name), module.bias)
+        return F.linear(x, self.dequantized.own(name).to(x.dtype), module.bias)
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Gathering:
                 read = self._read.get(leader)
                 if read is None or read() is not x:
                     self.apart.add(name)
-            return F.linear(x, self.subject.dequantized.own(name), module.bias)
+            return F.linear(x, self.subject.dequantized.own(name).to(x.dtype), module.bias)
 
         # Each set of matrices is a kind of work of its own: what it leaves to weights differs.
         with self.subject.running(f"gram {self.inputs[0].leader}", batch.elements):

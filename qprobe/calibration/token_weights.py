@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qprobe.calibration.gram import SharedInput, counted_tokens, tiles_that_count
 from qprobe.inputs.batch import Batch
-from qprobe.measure.attribution import FLOAT16_SCALE, fisher_direction, random_signs, walking
+from qprobe.measure.attribution import FLOAT16_SCALE, fisher_direction, random_signs
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import answer_logits
 from qprobe.measure.outputs import output_rows
@@ -60,6 +60,7 @@ def token_weights(
 ) -> TokenWeights:
     """The weights of all tokens of `batches` in each of `inputs`; `done` is called after each batch.
 
+    batches: in the dtype of the subject's path, which is open (`qprobe.measure.attribution.walking`).
     Costs `DRAWS` forward and backward passes per batch. Tokens that reach no answer (padding, tiles that
     nothing attends to) weigh 0. In a model without a language head the gradient is that of a random
     direction of its output.
@@ -70,7 +71,7 @@ def token_weights(
     repeated: set[str] = set()
     for batch in batches:
         notes = _Notes(leaders)
-        with subject.running("weights of tokens", batch.elements, like="measure"):
+        with subject.running("weights of tokens", batch.elements):
             _run(subject, batch, notes)
         tiles = tiles_that_count(batch)
         for leader, found in raw.items():
@@ -117,7 +118,6 @@ class _Notes:
 
 def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
     path = subject.path
-    batch = batch.in_dtype(path.dtype)
     leaf = torch.zeros((), device=subject.reference.device, requires_grad=True)
 
     def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
         return _Weighed.apply(x, leaf.to(x.device), weight, module.bias, notes, name)
 
     scale = FLOAT16_SCALE if path.dtype == torch.float16 else 1.0
-    with walking(path), torch.enable_grad(), replaced_forwards(subject.modules, forward):
+    with torch.enable_grad(), replaced_forwards(subject.modules, forward):
         for draw in range(DRAWS):  # each with a forward of its own: blocks that run again do so once
             notes.begin()
             with checkpointed_blocks(subject.model, path.room_bytes):

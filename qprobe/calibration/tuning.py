@@ -25,6 +25,7 @@ from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import answer_logits, kl_per_sample
 from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
+from qprobe.system.wording import counted
 
 RATE = 1e-3  # of the logarithms of the scales; 2e-3 ends alike on SmolLM2, 4e-3 worse
 CHECKS = 8  # looks at the samples kept back
@@ -48,6 +49,16 @@ class Tuned:
     @property
     def is_better(self) -> bool:
         return self.after < self.before
+
+    @property
+    def sentence(self) -> str:
+        """What a reader of the run is told."""
+        if not self.is_better:
+            return "Tuned scales were no better on the samples kept back, so they are not used."
+        return (
+            f"Scales were tuned for {counted(self.step, 'step')}: on calibration samples kept back from that "
+            f"the damage fell from {self.before:.4g} to {self.after:.4g}."
+        )
 
 
 def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -69,12 +69,17 @@ Batches = tuple[tuple[SampleKey, ...], ...]
 
 @dataclass(frozen=True)
 class Rounding:
-    """How calibrated codes are chosen, beside weights and samples; see `qprobe.calibration.calibrate`."""
+    """How calibrated codes are chosen, beside weights and samples; see `qprobe.calibration.calibrate`.
+
+    tokens: what each counts. tune_steps: of tuning the scales afterwards, 0 for none.
+    """
 
     method: str
     version: int
     damping: float
     shrinkage: str
+    tokens: str
+    tune_steps: int
 
 
 @dataclass(frozen=True)
