@@ -60,6 +60,7 @@ class ScanOptions:
     nodes: int = 2
     ablate: str | None = None
     max_memory: str | None = None
+    tune: int | None = None
     turns: Turns = "each"
     split: str | None = None
     bad_data: BadData = "refuse"

@@ -78,8 +78,13 @@ class Work:
 
     @property
     def batches(self) -> Iterator[Batch]:
-        """The samples as the model reads them, in the dtype of the path, one batch at a time."""
-        return (self.subject.encode(group).in_dtype(self.subject.path.dtype) for group in self.samples)
+        """The samples as the model reads them, on its device, one batch at a time."""
+        return (self.subject.encode(group) for group in self.samples)
+
+    @property
+    def widened(self) -> Iterator[Batch]:
+        """The same in the dtype of the path: rounding of activations to 16-bit would enter the matrices."""
+        return (batch.in_dtype(self.subject.path.dtype) for batch in self.batches)
 
     @property
     def format(self) -> Nf4:
@@ -136,10 +141,9 @@ def calibrate_model(work: Work) -> None:
     back; that one is not named, so that the same command joins the units again.
     """
     named = work.run.codes
-    with walking(work.subject.path):
-        if named and (lost := lost_units(work.run, CALIBRATION.name)):
-            calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
-        codes = named or _calibrated(work)
+    if named and (lost := lost_units(work.run, CALIBRATION.name)):
+        calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
+    codes = named or _calibrated(work)
     with open_codes(checked(codes, work.run.path)) as file:
         for name in sorted(file.layers):
             packed = file.stored(name, work.subject.device_of(name)).packed()
@@ -175,12 +179,16 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
     """Finish the `units` of `inputs` (from `shared_inputs`, all of them), as many at once as fit."""
     numbers = {inputs[unit].leader: unit for unit in units}
     chosen = [inputs[unit] for unit in numbers.values()]
-    weights = token_weights(work.subject, chosen, work.batches)
+    if not chosen:
+        return
+    with walking(work.subject.path):
+        weights = token_weights(work.subject, chosen, work.widened)
     limit = gram_room(work, inputs) if work.limit_bytes is None else work.limit_bytes
     parts = passes(chosen, limit, work.subject.reference.device)
     step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
     for part in parts:
-        gathering = gathered(work.subject, part, work.batches, step, weights.of)
+        with walking(work.subject.path):
+            gathering = gathered(work.subject, part, work.widened, step, weights.of)
         for one in part:
             gram = gathering.grams.pop(one.leader)
             with work.subject.running(f"round {one.leader}"):  # a kind of its own: no weight stays meanwhile
@@ -233,8 +241,7 @@ def _finish(
     work: Work, one: SharedInput, total: torch.Tensor, tokens: int, apart: set[str], unit: int
 ) -> None:
     """Round the weights of one shared input and write the unit."""
-    own, dtype = work.subject.dequantized.own, work.subject.dtype
-    weights = {name: own(name).to(dtype) for name in one.names if name not in apart}
+    weights = {name: work.subject.dequantized.own(name) for name in one.names if name not in apart}
     found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
     with torch.no_grad():
         found |= dict(

@@ -33,6 +33,16 @@ KEPT_BACK = 8  # one sample of so many is kept back
 FEWEST = 16  # samples; of fewer, those kept back would decide nothing
 
 
+STEPS = {"small": 200, "large": 32}  # on CUDA; large: above `FLOAT32_UP_TO` parameters
+
+
+def tune_steps(subject: Subject, asked: int | None) -> int:
+    """How many steps to tune: those `asked` for, or what suits the device and the size of the model."""
+    if asked is not None or subject.reference.device.type != "cuda":
+        return asked or 0
+    return STEPS["small" if subject.path.dtype == torch.float32 else "large"]
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What tuning gave. before, after: damage on the samples kept back, nats per answer token (without a

@@ -48,6 +48,7 @@ TOPICS: Mapping[str, type[Any]] = {
     "start": Remarks,  # on samples and measures, when a scan begins
     "codes": CodesFile,  # which calibrated weights were measured
     "calibration": Remarks,  # on how they were chosen
+    "tuning": Remarks,  # on whether their scales were tuned
     "layers": Ran,
     "non-finite": Remarks,  # on what is left out
     "damaged": Remarks,  # on unit files that were set aside

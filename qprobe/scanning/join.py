@@ -18,7 +18,7 @@ from qprobe.system.files import write_atomic
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
-_REMARKS = ("start", "calibration", "damaged")  # topics of the notes that no unit tells
+_REMARKS = ("start", "calibration", "tuning", "damaged")  # topics of the notes that no unit tells
 
 
 @dataclass(frozen=True)

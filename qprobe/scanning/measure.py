@@ -64,9 +64,10 @@ def measure_units(subject: Subject, work: Work, measures: Measures, process: Pro
             progress("measure", done, total)
 
 
-def calibrate(subject: Subject, work: Work, process: Process) -> None:
+def calibrate(subject: Subject, work: Work, tune: int, process: Process) -> None:
     """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured.
 
+    tune: steps of tuning the scales afterwards.
     Raises RunError where several processes share a scan that is not calibrated yet.
     """
     run = process.run
@@ -75,6 +76,7 @@ def calibrate(subject: Subject, work: Work, process: Process) -> None:
             f"{run.path} is not calibrated yet, and one process calibrates all weights: run the command "
             "without RANK and WORLD_SIZE, or share a scan of plain nf4."
         )
-    calibration.calibrate_model(calibration.Work(subject, run, work.calibration, progress=process.progress))
+    given = calibration.Work(subject, run, work.calibration, tune_steps=tune, progress=process.progress)
+    calibration.calibrate_model(given)
     told = (calibration.FITTED, *calibration.calibration_notes(run))
     run.notes.put("calibration", Remarks(told))

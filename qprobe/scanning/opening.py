@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qprobe.calibration import calibrate as calibration
+from qprobe.calibration.tuning import tune_steps
 from qprobe.inputs.batch import Batch
 from qprobe.loading.loaded import loaded_reference
 from qprobe.loading.reference import Reference, reference_of
@@ -63,7 +64,8 @@ def open_units(subject: Subject, work: Work, asked: ScanRequest, run: RunFolder)
         notes = (*notes, "Propagated error is not measured: on no sample is the 16-bit model finite.")
     batch = first if finite is None else subject.encode(finite)
     measures, more = applicable_measures(subject, batch, wanted, asked.measures.nodes)
-    run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed))
+    tune = tune_steps(subject, asked.tune)
+    run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed, tune))
     run.notes.add("start", (*notes, *more))
     set_aside_damaged(run)
     return measures
@@ -76,10 +78,11 @@ def run_key(
     batches: Mapping[str, Sequence[Sequence[Sample]]],
     first: Batch,
     seed: int,
+    tune: int = 0,
 ) -> Key:
     """The key of a run: two runs with equal keys give the same units.
 
-    batches: of samples, by what is measured on them. first: one of them.
+    batches: of samples, by what is measured on them. first: one of them. tune: steps, of calibrated weights.
     """
     reference = subject.reference
     samples = [s for groups in batches.values() for group in groups for s in group]
@@ -93,7 +96,7 @@ def run_key(
         isolated=_named(batches["isolated"]),
         held_out=_named(batches["held_out"]),
         seed=seed,
-        rounding=calibration.SETTINGS if fmt.is_calibrated else None,
+        rounding=calibration.settings(tune) if fmt.is_calibrated else None,
         versions=library_versions(),
     )
     return Key(VERSION, reference.identity, fmt, subject.inventory, spec)

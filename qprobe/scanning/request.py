@@ -54,8 +54,8 @@ class ScanRequest:
 
     source: of the model. loaded: the model itself, where its user has loaded it. folder: of the run.
     format: its compute_dtype is the reference's dtype. device: as `pick_device` and `device_of` take it.
-    max_memory_bytes: None for no limit. ablate: None for no ablation. command: what a reader of the results
-    types.
+    max_memory_bytes: None for no limit. tune: steps, None for the default of the device. ablate: None for no
+    ablation. command: what a reader of the results types.
     """
 
     source: Source
@@ -64,6 +64,7 @@ class ScanRequest:
     format: FormatSpec
     device: str | None
     max_memory_bytes: int | None
+    tune: int | None
     samples: Wanted
     batching: Batching
     measures: AskedMeasures
@@ -95,6 +96,11 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         raise QprobeError(
             f"--max-memory keeps a scan to one GPU, and --device {SPREAD} takes all. Leave out one of them."
         )
+    if options.tune is not None and not FormatSpec(options.format).is_calibrated:
+        raise QprobeError(
+            f"--tune moves the scales that nf4-calibrated chose, and --format is {options.format}. Leave out "
+            "--tune, or pass --format nf4-calibrated."
+        )
     ablate = None if options.ablate is None else parse_ablated(options.ablate)
     _check_ablate(ablate, measures)
     pick_device(one_device(options.device))
@@ -110,6 +116,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         format=FormatSpec(options.format, compute_dtype=dtype),
         device=options.device,
         max_memory_bytes=limit,
+        tune=options.tune,
         samples=Wanted(
             images=options.images,
             data=options.data,
@@ -241,6 +248,7 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
         ("--for", asked.for_tool, None),
         ("--measures", ",".join(asked.measures) if asked.measures else None, None),
         ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
+        ("--tune", asked.tune, None),
         ("--ablate", asked.ablate, None),
     ]
     words = [word for name, value, default in given if value != default for word in (name, str(value))]

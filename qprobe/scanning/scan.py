@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from qprobe.calibration.tuning import tune_steps
 from qprobe.loading.log_filters import quiet_models
 from qprobe.options import BadData, Dtype, Progress, ScanOptions, Turns, data_of, path_of
 from qprobe.runs.folder import RunFolder
@@ -52,6 +53,7 @@ def scan(
     nodes: int = 2,
     ablate: str | int | None = None,
     max_memory: str | int | None = None,
+    tune: int | None = None,
     turns: Turns = "each",
     split: str | None = None,
     bad_data: BadData = "refuse",
@@ -88,6 +90,8 @@ def scan(
     turns: which answers of a conversation count, "first", "last" or "each". split: of a data set that has
         several. bad_data: "refuse" where more than a tenth of the rows, and at least ten, are left out, or
         "skip" them. allow_downloads: fetch images that rows name by an address.
+    tune: steps in which "nf4-calibrated" tunes block scales on the answers, 0 for none; None for what suits
+        the device and the model.
     progress: called as work moves on, see `qprobe.options.Progress`; None for bars, see `qprobe.system.bars`.
     Raises TypeError for an option that it does not have, QprobeError for anything a user can fix (see
     `qprobe.errors`).
@@ -116,6 +120,7 @@ def scan(
             nodes=nodes,
             ablate=None if ablate is None else str(ablate),
             max_memory=None if max_memory is None else str(max_memory),
+            tune=tune,
             turns=turns,
             split=split,
             bad_data=bad_data,
@@ -143,7 +148,7 @@ def scan_model(asked: ScanRequest, process: Process) -> ScanResult:
             show_samples(subject, work.calibration, run)
         if asked.format.is_calibrated:
             with clock.stage("calibrate"):
-                calibrate(subject, work, process)
+                calibrate(subject, work, tune_steps(subject, asked.tune), process)
         with clock.stage("measure"):
             measure_units(subject, work, measures, process)
         with finishing(run.path, shard, run.units_left, asked.after_units) as turn:

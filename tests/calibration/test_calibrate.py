@@ -14,11 +14,13 @@ from qprobe.calibration.calibrate import Work, calibrate_model, calibrate_units,
 from qprobe.calibration.codes import calibrate, workspace_bytes
 from qprobe.calibration.gptq import shrunk
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
+from qprobe.calibration.token_weights import DRAWS, token_weights
 from qprobe.errors import MachineError, ManifestError
 from qprobe.formats.codes_file import FILE_NAME, join_codes, open_codes, sha256_of
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
+from qprobe.measure.attribution import walking
 from qprobe.measure.memory import LIBRARIES_BYTES, SPARE
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.records import FormatSpec
@@ -181,7 +183,8 @@ def test_less_memory_runs_the_samples_more_often_and_changes_nothing(tiny_folder
         calibrate_model(work)
         files.append((len(calls), sha256_of(work.run.path / FILE_NAME)))
     handle.remove()
-    assert files[0][0] == 1 + 2 and files[1][0] > 10  # a survey of one batch, and two batches a pass
+    # A survey of one batch, gradients of two batches, and two batches per pass.
+    assert files[0][0] == 1 + 2 * DRAWS + 2 and files[1][0] > 10 + 2 * DRAWS
     assert files[0][1] == files[1][1]
 
 
@@ -223,7 +226,9 @@ def test_calibrated_weights_err_less_on_what_the_layers_read(tiny_folder, tmp_pa
     nearest = weights(subject)
     work = work_in(tmp_path, subject, "mllama")
     inputs = shared_inputs(subject, work.batches)
-    grams = gathered(subject, inputs, work.batches).grams
+    with walking(subject.path):
+        counts = token_weights(subject, inputs, work.widened)
+        grams = gathered(subject, inputs, work.widened, weights=counts.of).grams
     calibrate_model(work)
     rows = RunFolder(tmp_path).units("calibration").set_index("layer")
     with open_codes(tmp_path / FILE_NAME) as file:

@@ -35,3 +35,20 @@ def test_a_calibrated_scan_resumes_as_it_was_and_refuses_to_mix_with_a_plain_one
     assert "calibrate" in first.seconds and first.verdict.startswith("Calibrated 4-bit costs a KL of ")
     with pytest.raises(QprobeError, match=r"format\.name: nf4-calibrated -> nf4"):
         scan(**{**asked, "format": "nf4"})
+
+
+def test_scales_are_tuned_and_the_run_says_so(tiny_folder: TinyFolder, tmp_path: Path):
+    asked = {**options(tiny_folder("llama"), tmp_path / "run"), "format": "nf4-calibrated"}
+    asked |= {"samples": 24, "tune": 6}
+    first = scan(**asked)
+    run = RunFolder(tmp_path / "run")
+    assert run.key.spec.rounding is not None and run.key.spec.rounding.tune_steps == 6
+    assert any("Scales were tuned" in n or "Tuned scales were no better" in n for n in first.notes)
+    assert "--tune 6" in read_manifest(tmp_path / "run" / "skiplist.json").made_by.command
+    with pytest.raises(QprobeError, match=r"rounding\.tune_steps: 6 -> 0"):
+        scan(**{**asked, "tune": 0})
+
+
+def test_tuning_of_plain_nf4_is_refused(tiny_folder: TinyFolder, tmp_path: Path):
+    with pytest.raises(QprobeError, match="--tune moves the scales that nf4-calibrated chose"):
+        scan(**options(tiny_folder("llama"), tmp_path / "run"), tune=6)
