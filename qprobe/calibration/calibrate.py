@@ -205,7 +205,7 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     subject = work.subject
     if sum(len(group) for group in work.samples) < FEWEST:
         work.run.notes.put(
-            "tuning", Remarks((f"Scales are not tuned: that takes {FEWEST} samples or more.",))
+            "tuning", Remarks((f"Scales are not tuned: that takes {FEWEST} calibration samples or more.",))
         )
         return codes
     path = work.run.path / codes.file

@@ -10,7 +10,7 @@ from qprobe.errors import QprobeError
 from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
 from qprobe.scanning.scan import scan
-from tests.scanning.asked import TinyFolder, options
+from tests.scanning.asked import TinyFolder, options, write_lines
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,8 @@ def test_a_calibrated_scan_resumes_as_it_was_and_refuses_to_mix_with_a_plain_one
 
 def test_scales_are_tuned_and_the_run_says_so(tiny_folder: TinyFolder, tmp_path: Path):
     asked = {**options(tiny_folder("llama"), tmp_path / "run"), "format": "nf4-calibrated"}
-    asked |= {"samples": 24, "tune": 6}
+    lines = [{"prompt": f"What comes after {i}?", "answer": f"the number {i + 1}"} for i in range(30)]
+    asked |= {"data": write_lines(tmp_path / "rows.jsonl", *lines), "samples": 30, "tune": 6}
     first = scan(**asked)
     run = RunFolder(tmp_path / "run")
     assert run.key.spec.rounding is not None and run.key.spec.rounding.tune_steps == 6
@@ -47,6 +48,12 @@ def test_scales_are_tuned_and_the_run_says_so(tiny_folder: TinyFolder, tmp_path:
     assert "--tune 6" in read_manifest(tmp_path / "run" / "skiplist.json").made_by.command
     with pytest.raises(QprobeError, match=r"rounding\.tune_steps: 6 -> 0"):
         scan(**{**asked, "tune": 0})
+
+
+def test_too_few_samples_to_keep_any_back_leave_the_scales(tiny_folder: TinyFolder, tmp_path: Path):
+    asked = {**options(tiny_folder("llama"), tmp_path / "run"), "format": "nf4-calibrated", "tune": 6}
+    found = scan(**asked)
+    assert "Scales are not tuned: that takes 16 calibration samples or more." in found.notes
 
 
 def test_tuning_of_plain_nf4_is_refused(tiny_folder: TinyFolder, tmp_path: Path):
