@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -183,10 +184,11 @@ def test_the_dtype_of_the_rest_can_be_another(run):
 def test_the_run_says_what_was_calibrated(run):
     one = run("llama")
     lines = (one.folder / "layers.csv").read_text().splitlines()
-    assert lines[0].endswith(",rounding")
+    assert lines[0].endswith(",rounding,samples,tokens")
+    rounding = {row["layer"]: row["rounding"] for row in csv.DictReader(lines)}
     with open_codes(one.folder / FILE_NAME) as file:
-        assert {x.split(",")[0] for x in lines[1:] if x.endswith(",calibrated")} == file.layers
-    assert [x.split(",")[0] for x in lines[1:] if x.endswith(",")] == ["lm_head"]
+        assert {name for name, how in rounding.items() if how == "calibrated"} == file.layers
+    assert [name for name, how in rounding.items() if not how] == ["lm_head"]
     manifest = read_manifest(one.manifest)
     assert manifest.made_by.command.endswith("--format nf4-calibrated --budget +10%")
     assert {x.precision for x in manifest.layers} <= {"nf4", "bf16"}
