@@ -65,6 +65,7 @@ class ScanOptions:
     split: str | None = None
     bad_data: BadData = "refuse"
     allow_downloads: bool = False
+    metric: AskedMetric | None = None
 
 
 @dataclass(frozen=True)

@@ -326,8 +326,8 @@ def _run_reference(
     course = Course(samples, groups, ordered, chosen.samples, metrics)
     sums = [KlSums(0.0, len(x), len(x)) for x in ordered]
     trial = Trial(stored_bytes(reference.model), answers, sums, scores)
-    left_out = [metric.left_out(chosen.samples, x) for metric, x in zip(metrics, scores, strict=True)]
-    return course, trial, (*chosen.notes, *(note for notes in left_out for note in notes))
+    left_out = (note for metric in metrics for note in metric.left_out(chosen.samples))
+    return course, trial, (*chosen.notes, *left_out)
 
 
 def _run(

@@ -33,6 +33,7 @@ TOP = 10  # layers of the ranking that are shown
     help="Name from `qprobe models`, hub id, or folder of a 16-bit checkpoint.",
 )
 @shared.sample_options
+@shared.metric_option("16-bit, standard 4-bit and the chosen list to the held-out samples")
 @click.option(
     "--format",
     type=click.Choice([x.name for x in precisions.measurable()]),
@@ -104,7 +105,8 @@ def scan(as_json: bool, **asked: Any) -> None:
     \b
     --json prints: run, layers, samples, seconds {stage: s}, peak_bytes, kl_standard_4bit, kl_dynamic
     (nats per answer token), attribution_residual, skiplist, verdict, notes, streamed_bytes (copied to
-    the device for --max-memory); null for what does not apply.
+    the device for --max-memory), metric (as in `qprobe compare --json`; of 16-bit, the format with nothing
+    kept, and dynamic, the chosen list); null for what does not apply.
     """
     shared.refuse_two_sources(asked)
     refuse_two_limits(asked)

@@ -38,9 +38,13 @@ class Metric:
         """
         return tuple(self.score(sample, answer) for sample, answer in zip(samples, answers, strict=True))
 
-    def left_out(self, samples: Sequence[Sample], scores: Sequence[Score]) -> tuple[str, ...]:
-        """A sentence on the samples that do not count; none where all do."""
-        missing = [s.id for s, score in zip(samples, scores, strict=True) if not score.weight]
+    def counts(self, sample: Sample) -> bool:
+        """True if an answer to `sample`, as it was given, counts."""
+        return not self.needs or self.score(sample, "").weight > 0
+
+    def left_out(self, samples: Sequence[Sample]) -> tuple[str, ...]:
+        """A sentence on those of `samples` that do not count; none where all do."""
+        missing = [s.id for s in samples if not self.counts(s)]
         if not missing:
             return ()
         of = f"{len(missing)} of {counted(len(samples), 'sample')}"

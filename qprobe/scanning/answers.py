@@ -1,4 +1,4 @@
-"""Answers of the samples: the data's, or the reference's own, generated once and kept in the run folder.
+"""Answers of the samples: the data's, or the model's own, generated once and kept in the run folder.
 
 A batch of answers is one file, written whole as soon as it is there, so that a killed scan loses one batch at
 most. Batches are cut before any is looked up, so that a resumed scan generates in the same company, and with
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qprobe.errors import RunError
 from qprobe.inputs.answers import answer_group
@@ -38,25 +40,52 @@ class _Answer:
     ends: bool
 
 
+@dataclass(frozen=True)
+class AnsweredBy:
+    """Which form of the model answers. stage: of progress, and the kind of work.
+
+    what: all that tells the form from the 16-bit model, as text. form: opens it; the model is as before once
+    it is closed.
+    """
+
+    stage: str = "answers"
+    what: str = ""
+    form: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+REFERENCE = AnsweredBy()
+
+
 def with_answers(
     subject: Subject, samples: tuple[Sample, ...], batching: Batching, process: Process
 ) -> tuple[Sample, ...]:
-    """`samples`, in order; those without an answer get the reference's greedy one.
+    """`samples`, in order; those without an answer get the reference's greedy one, see `own_answers`."""
+    own = own_answers(subject, tuple(s for s in samples if s.answer is None), batching, process)
+    return tuple(own.get(id(s), s) for s in samples)
+
+
+def own_answers(
+    subject: Subject,
+    samples: tuple[Sample, ...],
+    batching: Batching,
+    process: Process,
+    by: AnsweredBy = REFERENCE,
+) -> dict[int, Sample]:
+    """Each of `samples`, by its `id()`, with the model's greedy answer in place of its own.
 
     Generated answers are kept in RUN/answers/ under all that decides them, so that a resumed scan finds
     the same ones, and a changed model, processor, library or prompt none. Every process needs all of them:
     those that share a folder begin with different batches and take what others have finished.
     Raises RunError if the disk refuses.
     """
-    silent = tuple(s for s in samples if s.answer is None)
-    if not silent:
-        return samples
-    made_by = _made_by(subject, silent, batching.max_new_tokens)
-    groups = subject.groups(silent, batching.size)
+    if not samples:
+        return {}
+    made_by = _made_by(subject, samples, batching.max_new_tokens) + by.what
+    groups = subject.groups(samples, batching.size)
     paths = [process.run.path / ANSWERS / f"{_key(made_by, group)}.json" for group in groups]
     for count, i in enumerate(process.shard.rotated(range(len(groups))), start=1):
         if _read(paths[i], groups[i]) is None:
-            with subject.running("answers", len(groups[i])):
+            with subject.running(by.stage, len(groups[i])), by.form():
                 own = answer_group(
                     subject.model,
                     subject.processed,
@@ -65,16 +94,16 @@ def with_answers(
                     subject.reference.device,
                 )
             _write(paths[i], own, groups[i])
-        process.progress("answers", count, len(groups))
+        process.progress(by.stage, count, len(groups))
     found: dict[int, Sample] = {}
     for path, group in zip(paths, groups, strict=True):
         answered = _read(path, group) or _vanished(path)
         found |= {id(asked): own for asked, own in zip(group, answered, strict=True)}
-    return tuple(found.get(id(s), s) for s in samples)
+    return found
 
 
 def _made_by(subject: Subject, samples: tuple[Sample, ...], max_new_tokens: int) -> str:
-    """All that decides the answers of `samples` but how they are batched, as text."""
+    """All that decides the answers of `samples` but their batches and the model's form, as text."""
     reading = reading_digest(subject.reference.processor, samples)
     device = subject.reference.device.type
     return json.dumps([subject.weights_digest, reading, device, library_versions(), max_new_tokens])

@@ -1,22 +1,33 @@
-"""The choosing step of a scan: candidates are measured on held-out samples, and the manifest of the best."""
+"""The choosing step of a scan: candidates are measured on held-out samples, and the manifest of the best.
+
+Where a metric is asked for, the answers of what was chosen are scored on the same samples.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 
 from qprobe.formats.protocol import format_from
+from qprobe.inputs.metrics import Metric
 from qprobe.manifest.records import NEAREST, NOTHING, Manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.measure.held_out import measure_choices, measure_nearest
+from qprobe.measure.kl import in_four_bit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.scored import Scored, scored
 from qprobe.runs.shards import SKIPLIST
+from qprobe.scanning.answers import AnsweredBy, own_answers
+from qprobe.scanning.process import Process
+from qprobe.scanning.request import Batching
+from qprobe.scanning.samples import Work
 from qprobe.selection.bound import Bound
 from qprobe.selection.candidates import candidates, frontier, nothing_kept
 from qprobe.selection.decide import Candidate, on_common_samples
@@ -26,14 +37,21 @@ from qprobe.selection.scores import ScoredRun, predicted_kl
 from qprobe.selection.select import scored_run
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import manifest_of
+from qprobe.selection.verdict import DYNAMIC, SIXTEEN_BIT
 from qprobe.system.wording import counted
+
+METRIC_STAGE = "metric"  # of progress, and a kind of work
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The manifest that was written, its verdict, and sentences on samples that could not count."""
+    """The manifest that was written, its verdict, and sentences on samples that could not count.
+
+    kept: what it keeps in 16-bit, beyond what standard 4-bit keeps as well.
+    """
 
     manifest: Manifest
+    kept: frozenset[str]
     verdict: str
     notes: tuple[str, ...] = ()
 
@@ -79,7 +97,7 @@ def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
     manifest = manifest_of(run, outcome.skiplist, outcome.budget, command, outcome.proof)
     write_manifest(held_out.run.path / SKIPLIST, manifest)
     held_out.run.files.record(SKIPLIST, len(manifest.layers))
-    return Selection(manifest, outcome.verdict, outcome.notes)
+    return Selection(manifest, frozenset(outcome.skiplist.kept), outcome.verdict, outcome.notes)
 
 
 def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest) -> Outcome:
@@ -131,3 +149,53 @@ def write_frontier(run: RunFolder, table: pd.DataFrame, points: Sequence[Candida
         for point in points
     ]
     run.files.write({"frontier.csv": (csv_bytes(pd.DataFrame(rows)), len(rows))})
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What answers are scored with, and where they are kept."""
+
+    subject: Subject
+    work: Work
+    metric: Metric
+    batching: Batching
+    process: Process
+
+    def measure(self, kept: frozenset[str]) -> tuple[Scored | None, tuple[str, ...]]:
+        """(the metric of 16-bit, of nothing kept and of the list `kept`, notes on samples that do not count).
+
+        None where no held-out sample counts. 4-bit is the scan's format, so calibrated where that is. Each
+        costs a generation of answers, of which those that are known are not repeated.
+        Raises QprobeError for a sample that a user's function fails on, RunError if the disk refuses.
+        """
+        samples = [s for group in self.work.held_out for s in group] if self.subject.has_head else []
+        counting = [s for s in samples if self.metric.counts(self.work.as_given(s))]
+        if not counting:
+            why = f"none of them brings {self.metric.needs}" if samples else "there are none"
+            return None, (f"{self.metric.name} is not measured on held-out samples: {why}.",)
+        lists = {SIXTEEN_BIT: None, self.process.run.key.format.name: frozenset[str]()}
+        if kept:
+            lists[DYNAMIC] = kept
+        given = [self.work.as_given(s) for s in counting]
+        scores = {name: self.metric.scores(given, self._answers(counting, x)) for name, x in lists.items()}
+        found = scored(self.metric.name, self.metric.is_share, scores)
+        left_out = self.metric.left_out([self.work.as_given(s) for s in samples])
+        return replace(found, left_out=len(samples) - len(counting)), left_out
+
+    def _answers(self, samples: Sequence[Sample], kept: frozenset[str] | None) -> list[str]:
+        """The greedy answers; kept: the layers in 16-bit, None for all, whose answers are known in part."""
+        known = {id(s) for s in samples if kept is None and s.id in self.work.answered}
+        asked = tuple(s for s in samples if id(s) not in known)
+        own = own_answers(self.subject, asked, self.batching, self.process, self._form(kept))
+        return [(own[id(s)] if id(s) in own else s).answer or "" for s in samples]
+
+    def _form(self, kept: frozenset[str] | None) -> AnsweredBy:
+        if kept is None:
+            return AnsweredBy(METRIC_STAGE)
+        subject, run = self.subject, self.process.run
+        names = subject.quantized - kept
+        codes = None if run.codes is None else run.codes.sha256
+        what = json.dumps([asdict(run.key.format), codes, sorted(names)])
+        return AnsweredBy(
+            METRIC_STAGE, what, lambda: in_four_bit(subject.modules, subject.dequantized, names)
+        )

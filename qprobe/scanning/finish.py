@@ -11,12 +11,13 @@ from qprobe.report.write import write_report
 from qprobe.runs.notes import Ended
 from qprobe.runs.shards import SKIPLIST
 from qprobe.runs.table import attribution_residual
-from qprobe.scanning.choose import HeldOut, choose
+from qprobe.scanning.choose import HeldOut, Scoring, choose
 from qprobe.scanning.findings import write_findings
 from qprobe.scanning.process import Clock, Process
 from qprobe.scanning.request import ScanRequest
 from qprobe.scanning.result import ScanResult
 from qprobe.scanning.samples import Work
+from qprobe.selection.verdict import metric_verdict
 
 
 def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -> ScanResult:
@@ -31,6 +32,13 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
     with clock.stage("choose"):
         held_out = HeldOut(subject, run, work.held_out, process.progress)
         selection = choose(held_out, asked.skiplist, asked.command)
+    scored, verdict, unscored = None, selection.verdict, ()
+    if asked.metric is not None:
+        with clock.stage("metric"):
+            scoring = Scoring(subject, work, asked.metric, asked.batching, process)
+            scored, unscored = scoring.measure(selection.kept)
+        if scored is not None:
+            verdict = f"{verdict} {metric_verdict(scored)}"
     report(process, lambda: ended(subject, clock))
     quality = selection.manifest.quality
     return ScanResult(
@@ -43,10 +51,11 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
         kl_dynamic=quality.kl_dynamic,
         attribution_residual=attribution_residual(run),
         skiplist=run.path / SKIPLIST,
-        verdict=selection.verdict,
+        verdict=verdict,
         # The run folder may be asked again, for another list.
-        notes=(*run.notes.sentences, *selection.notes),
+        notes=(*run.notes.sentences, *selection.notes, *unscored),
         streamed_bytes=subject.streamed_bytes,
+        metric=scored,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qprobe.data.sampling import Wanted
 from qprobe.errors import QprobeError
+from qprobe.inputs.metrics import Metric, metric_of
 from qprobe.loading.device import SPREAD, one_device, pick_device
 from qprobe.loading.loaded import LoadedModel
 from qprobe.loading.source import Source, resolve
@@ -55,7 +56,7 @@ class ScanRequest:
     source: of the model. loaded: the model itself, where its user has loaded it. folder: of the run.
     format: its compute_dtype is the reference's dtype. device: as `pick_device` and `device_of` take it.
     max_memory_bytes: None for no limit. tune: steps, None for the default of the device. ablate: None for no
-    ablation. command: what a reader of the results types.
+    ablation. metric: of answers, beside KL. command: what a reader of the results types.
     """
 
     source: Source
@@ -70,12 +71,14 @@ class ScanRequest:
     measures: AskedMeasures
     ablate: Ablated | None
     skiplist: ListRequest
+    metric: Metric | None
     command: str
 
     @property
     def after_units(self) -> str:
         """What of it bears on what a scan does once all units are there, as text."""
-        return shlex.join([*self.skiplist.words, "--ablate", str(self.ablate)])
+        metric = () if self.metric is None else ("--metric", self.metric.name)
+        return shlex.join([*self.skiplist.words, "--ablate", str(self.ablate), *metric])
 
 
 def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> ScanRequest:
@@ -132,6 +135,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         measures=measures,
         ablate=ablate,
         skiplist=skiplist,
+        metric=None if options.metric is None else metric_of(options.metric),
         command=scan_command(replace(options, dtype=dtype), source.id),
     )
 
@@ -250,6 +254,7 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
         ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
         ("--tune", asked.tune, None),
         ("--ablate", asked.ablate, None),
+        ("--metric", asked.metric if isinstance(asked.metric, str) else None, None),
     ]
     words = [word for name, value, default in given if value != default for word in (name, str(value))]
     words += ["--allow-downloads"] if asked.allow_downloads else []

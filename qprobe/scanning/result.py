@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qprobe.runs.scored import Scored
+
 
 @dataclass(frozen=True)
 class ScanResult:
@@ -16,6 +18,7 @@ class ScanResult:
     - measured KL) / measured KL, on the calibration samples. skiplist: None where other processes of this
     scan have not finished their share, so that one of them chooses. verdict: one sentence.
     streamed_bytes: of weights that were copied to the device for a memory limit; None without one.
+    metric: the one that was asked for, of 16-bit, the format with nothing kept, and "dynamic", the list.
     """
 
     run: Path
@@ -30,8 +33,16 @@ class ScanResult:
     verdict: str
     notes: tuple[str, ...] = ()
     streamed_bytes: int | None = None
+    metric: Scored | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The documented object of `scan --json`."""
+        metric = None if self.metric is None else self.metric.to_json()
         skiplist = None if self.skiplist is None else str(self.skiplist)
-        return {**vars(self), "run": str(self.run), "skiplist": skiplist, "notes": list(self.notes)}
+        return {
+            **vars(self),
+            "run": str(self.run),
+            "skiplist": skiplist,
+            "notes": list(self.notes),
+            "metric": metric,
+        }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qprobe.data.sampling import Wanted, choose_samples, split_held_out
 from qprobe.errors import SampleError
@@ -25,13 +25,18 @@ class Work:
 
     calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
     `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
-    for the choice alone, maybe none.
+    for the choice alone, maybe none. answered: ids of the samples that brought no answer of their own.
     """
 
     calibration: Groups
     isolated: Groups
     held_out: Groups
     notes: tuple[str, ...]
+    answered: frozenset[str] = frozenset()
+
+    def as_given(self, sample: Sample) -> Sample:
+        """`sample` without the answer that the reference gave it."""
+        return replace(sample, answer=None) if sample.id in self.answered else sample
 
     @property
     def batches(self) -> dict[str, Groups]:
@@ -79,7 +84,8 @@ def prepare_samples(subject: Subject, wanted: Wanted, batching: Batching, proces
     if subject.has_head and not held_out:
         few = "1 sample is" if len(samples) == 1 else f"{len(samples)} samples are"
         notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
-    return cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
+    work = cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
+    return replace(work, answered=frozenset(s.id for s in found.samples if s.answer is None))
 
 
 def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:

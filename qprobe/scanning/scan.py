@@ -10,7 +10,7 @@ from typing import Any
 
 from qprobe.calibration.tuning import tune_steps
 from qprobe.loading.log_filters import quiet_models
-from qprobe.options import BadData, Dtype, Progress, ScanOptions, Turns, data_of, path_of
+from qprobe.options import AskedMetric, BadData, Dtype, Progress, ScanOptions, Turns, data_of, path_of
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing, left_to_others
 from qprobe.scanning.check import check_model
@@ -58,6 +58,7 @@ def scan(
     split: str | None = None,
     bad_data: BadData = "refuse",
     allow_downloads: bool = False,
+    metric: AskedMetric | None = None,
     progress: Progress | None = None,
 ) -> ScanResult:
     """What a scan found: it measures every linear, chooses a skip-list, and leaves a run folder.
@@ -92,6 +93,9 @@ def scan(
         "skip" them. allow_downloads: fetch images that rows name by an address.
     tune: steps in which "nf4-calibrated" tunes block scales on the answers, 0 for none; None for what suits
         the device and the model.
+    metric: of greedy answers to the held-out samples, beside KL, for the verdict: one of
+        `qprobe.registry.metrics.names()`, or any function of (sample, answer) to a number; the answer of the
+        sample is None where none was given. Costs the answers of 16-bit, standard 4-bit and the chosen list.
     progress: called as work moves on, see `qprobe.options.Progress`; None for bars, see `qprobe.system.bars`.
     Raises TypeError for an option that it does not have, QprobeError for anything a user can fix (see
     `qprobe.errors`).
@@ -125,6 +129,7 @@ def scan(
             split=split,
             bad_data=bad_data,
             allow_downloads=allow_downloads,
+            metric=metric,
         ),
         loaded,
     )

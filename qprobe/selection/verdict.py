@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from math import isfinite
 
+from qprobe.registry.precisions import precision
+from qprobe.runs.scored import Scored
 from qprobe.selection.decide import Candidate, difference
 from qprobe.system.wording import counted
 
-GIB = 2**30
+SIXTEEN_BIT, DYNAMIC = "16-bit", "dynamic"  # models whose answers are scored, beside the 4-bit format
 
 
 def verdict(
@@ -42,6 +44,21 @@ def verdict(
     )
 
 
+def metric_verdict(scored: Scored) -> str:
+    """What the answers to held-out samples score, by the models of a scan: 16-bit, nothing kept, the list."""
+    models = list(scored.means)
+    what = "calibrated" if precision(models[1]).is_calibrated else "standard"
+    names = {SIXTEEN_BIT: SIXTEEN_BIT, models[1]: f"{what} 4-bit", DYNAMIC: "this list"}
+    said = [f"{names[m]} {mean_text(mean.value, scored.is_share)}" for m, mean in scored.means.items()]
+    against = [*reversed(models[:-1])]  # of the last one, to what it improves on first
+    differences = [
+        f"{difference_text(x.value, x.se, scored.is_share, x.is_found)} against {names[x.against]}"
+        for x in (scored.difference(models[-1], other) for other in against)
+    ]
+    count = counted(scored.samples, "held-out sample")
+    return f"By {scored.name} on {count}: {', '.join(said)}; {names[models[-1]]} {' and '.join(differences)}."
+
+
 def difference_text(value: float | None, se: float | None, is_share: bool, is_found: bool | None) -> str:
     """The difference of a metric with its error: "+4.2 ± 1.1 points"; said where none was found."""
     if value is None:
@@ -50,7 +67,7 @@ def difference_text(value: float | None, se: float | None, is_share: bool, is_fo
     sign = "+" if value > 0 else ""
     if se is None:
         return f"{sign}{factor * value:.3g}{unit} (error unknown)"
-    unsure = "" if is_found else ", no difference found"
+    unsure = "" if is_found else " (no difference found)"
     if is_share:
         return f"{sign}{100 * value:.1f} ± {100 * se:.1f} points{unsure}"
     return f"{sign}{with_error(value, se) if se else f'{value:.4g} ± 0'}{unsure}"

@@ -142,11 +142,13 @@ def test_facts_are_taken_wherever_a_sample_brings_some():
 def test_samples_that_do_not_count_are_named():
     metric = metric_of("exact")
     asked_of = [sample(None, name=f"photo-{i}") for i in range(4)] + [sample("x")]
-    scores = metric.scores(asked_of, ["x"] * 5)
-    assert metric.left_out(asked_of, scores) == (
+    assert metric.left_out(asked_of) == (
         "exact: 4 of 5 samples do not count, without a given answer (photo-0, photo-1, photo-2, ...).",
     )
-    assert metric.left_out(asked_of[4:], scores[4:]) == ()
+    assert metric.left_out(asked_of[4:]) == ()
+    assert (
+        metric_of(lambda s, a: 1 / len(a)).left_out(asked_of) == ()
+    )  # a user's counts all, and is not asked
 
 
 @pytest.mark.parametrize("name", declared.names())

@@ -121,7 +121,7 @@ def test_comparison_fits_and_shows_disagreements_first(width: int):
     lines = " ".join(text.split())
     assert "facts, 50 of 60 samples, paired by sample: nf4 against 16-bit: -34.8 ± 4.1 points." in lines
     assert (
-        "characters, 60 samples, paired by sample: nf4 against 16-bit: +0.50 ± 0.30, no difference found."
+        "characters, 60 samples, paired by sample: nf4 against 16-bit: +0.50 ± 0.30 (no difference found)."
         in lines
     )
     assert "b: Where is it?" in text and "What is it?" not in text

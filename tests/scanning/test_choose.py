@@ -30,6 +30,11 @@ EVERY_OPTION: dict[str, Any] = {
     "for_tool": "vllm",
     "nodes": 3,
     "ablate": "5",
+    "metric": "contains",
+    "turns": "last",
+    "split": "test",
+    "bad_data": "skip",
+    "allow_downloads": True,
 }
 NO_RESULT = {"model", "out", "device", "max_memory"}  # where it runs and is written, and a model's name
 

@@ -73,7 +73,7 @@ function differencesOf(metric) {
   if (!metric.samples) return `${metric.name}: no sample counts, so nothing is measured.`;
   const models = Object.keys(metric.means);
   const told = metric.differences.filter((d) => d.against === models[0] || d.model === models.at(-1)).map((d) => {
-    const unsure = d.is_found === false ? ", no difference found" : "";
+    const unsure = d.is_found === false ? " (no difference found)" : "";
     return `${d.model} against ${d.against}: ${d.value > 0 ? "+" : ""}${spread(metric, d)}${metric.is_share ? " points" : ""}${unsure}`;
   });
   const of = metric.left_out ? ` of ${metric.samples + metric.left_out}` : "";

@@ -22,7 +22,7 @@ from tests.scanning.resume.runs import options, table
 # What decides the units, so that a folder of other ones is refused, or only where and how the work is done.
 IN_THE_SPECIFICATION = {
     "model", "images", "data", "prompt", "samples", "format", "device", "dtype", "seed", "batch_size",
-    "max_new_tokens", "measures", "nodes",
+    "max_new_tokens", "measures", "nodes", "turns", "split", "bad_data", "allow_downloads",
 }  # fmt: skip
 NO_PART = {"out", "max_memory"}
 
@@ -106,6 +106,7 @@ def test_whatever_the_units_do_not_depend_on_is_part_of_the_request():
         "by": "weight_nmse",
         "for_tool": "vllm",
         "ablate": "3",
+        "metric": "exact",
     }
     left = {field.name for field in fields(ScanOptions)} - IN_THE_SPECIFICATION - NO_PART
     assert left == other.keys()
