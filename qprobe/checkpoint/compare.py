@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, standard_4bit, with_dtype
 from qprobe.checkpoint.storage import StoredBytes, stored_bytes
-from qprobe.data.sampling import Wanted, choose_samples
+from qprobe.data.sampling import Wanted, choose_samples, without
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import image_token_id, tokenizer_of
@@ -303,11 +303,12 @@ def _run_reference(
         bad_data=options.bad_data,
         allow_downloads=options.allow_downloads,
     )
-    chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare")
     report = partial(_staged, progress, "16-bit")
     processed = ProcessedSamples(
         reference.processor, reference.model.dtype, image_token_id(reference.model.config)
     )
+    chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare")
+    chosen = without(chosen, processed.refused(chosen.samples), options.bad_data)
     own = _answers(reference.model, processed, chosen.samples, options, report)
     answers = [s.answer or "" for s in own]
     metrics = metrics_for(options.metric, chosen.samples)

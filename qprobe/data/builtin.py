@@ -5,7 +5,8 @@ The reference answers them itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qprobe.data.images import file_bytes
@@ -52,11 +53,34 @@ QUESTIONS = (
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What samples were made of, for sentences about those that are left out.
+
+    row: what one of its rows is called. rows: what a sentence about a conversation begins with, by its name.
+    forms: what can be used, in a sentence.
+    """
+
+    name: str = "the built-in samples"
+    row: str = "sample"
+    rows: Mapping[str, str] = field(default_factory=dict)
+    forms: str = "Pass others with --images or --data."
+
+
+@dataclass(frozen=True)
 class Samples:
-    """Usable samples, and a sentence for each thing that was left out or that a reader must know."""
+    """Usable samples, and sentences that a reader must know.
+
+    left_out: one for each row or file that is no sample. origin: where the samples are from.
+    """
 
     samples: tuple[Sample, ...]
-    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    origin: Origin = Origin()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self.left_out, *self.remarks)
 
 
 def photographs(prompt: str | None = None, limit: int | None = None, offset: int = 0) -> Samples:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from qprobe.data.builtin import DEFAULT_PROMPT, PHOTOGRAPHS, QUESTIONS, Samples, photographs, questions
+from qprobe.data.builtin import (
+    DEFAULT_PROMPT,
+    PHOTOGRAPHS,
+    QUESTIONS,
+    Origin,
+    Samples,
+    photographs,
+    questions,
+)
 from qprobe.data.conversation import Conversation, Conversations, Skipped
 from qprobe.data.images import decode, file_bytes, rule_notes
-from qprobe.data.reading import Reading, check_counts, check_left_out, read_conversations
+from qprobe.data.reading import FORMS, Reading, check_counts, check_left_out, read_conversations
 from qprobe.data.reasons import Refused, shown
 from qprobe.data.source import source_of
 from qprobe.data.turns import samples_of
@@ -119,7 +128,9 @@ def from_data(wanted: Wanted, limit: int, progress: Progress = no_progress) -> S
             skipped.append(Skipped(one.row, str(problem)))
     left = Conversations(found.name, found.row, tuple(kept), tuple(skipped), found.notes)
     check_left_out(left, wanted.bad_data, "measure")
-    return Samples(tuple(samples[:limit]), (*left.sentences(), *left.notes))
+    rows = {x.name: f"{left.name} {left.row} {x.row}: " for x in kept}
+    origin = Origin(left.name, left.row, rows, FORMS)
+    return Samples(tuple(samples[:limit]), left.sentences(), left.notes, origin)
 
 
 def from_folder(folder: Path, wanted: Wanted, limit: int | None = None) -> Samples:
@@ -140,7 +151,32 @@ def from_folder(folder: Path, wanted: Wanted, limit: int | None = None) -> Sampl
         except Refused as problem:
             skipped.append(f"{shown(path.name)}: left out, it {problem}.")
     check_counts(folder.name, "file", len(found), skipped, wanted.bad_data, "measure", IMAGES)
-    return Samples(tuple(found), (*skipped, *rule_notes(rules)))
+    origin = Origin(folder.name, "file", forms=IMAGES)
+    return Samples(tuple(found), tuple(skipped), rule_notes(rules), origin)
+
+
+def without(found: Samples, refused: Sequence[tuple[Sample, str]], bad_data: BadData) -> Samples:
+    """`found` without the rows of the `refused` samples, each of which has the reason why it cannot be read.
+
+    Raises SampleError as `check_counts` does, of these and what was left out before.
+    """
+    reasons: dict[str, str] = {}
+    for sample, why in refused:
+        reasons.setdefault(_row_of(sample), why)
+    rows = found.origin.rows
+    told = [f"{rows.get(name) or f'{shown(name)}: left out, '}{why}." for name, why in reasons.items()]
+    kept = tuple(x for x in found.samples if _row_of(x) not in reasons)
+    left_out = (*found.left_out, *told)
+    if told:
+        good = len({_row_of(x) for x in kept})
+        origin = found.origin
+        check_counts(origin.name, origin.row, good, left_out, bad_data, "measure", origin.forms)
+    return replace(found, samples=kept, left_out=left_out)
+
+
+def _row_of(sample: Sample) -> str:
+    """The name of what the sample was made of."""
+    return sample.conversation or sample.id
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qprobe.data.images import decode
-from qprobe.data.reasons import Refused
+from qprobe.data.reasons import Refused, shown
 from qprobe.data.rendering import Template
 from qprobe.errors import SampleError
 from qprobe.records import Sample
@@ -22,8 +22,19 @@ from qprobe.records import Sample
 PAD, VISION, TEXT, ANSWER = 0, 1, 2, 3
 KIND_NAMES = {VISION: "vision", TEXT: "text", ANSWER: "answer"}
 
+# What processors raise at images and texts that they do not take.
+PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError)
+
 # Tensors with a token axis; all others belong to images and decide which samples fit one batch.
 TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"}
+
+
+class UnreadableError(SampleError):
+    """Samples that the model's template or processor refuses; `why` is a clause without a full stop."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -80,13 +91,14 @@ def tokenizer_of(processor: Any) -> Any:
 def prompt_text(processor: Any, sample: Sample) -> str:
     """The text a model reads before its answer: the chat template's, or image tokens and texts.
 
-    Raises SampleError where the template does not keep the texts of the sample.
+    Raises UnreadableError where the template does not keep the texts of the sample.
     """
     if getattr(processor, "chat_template", None):
         try:
             return Template(processor).prompt(sample.turns)
         except Refused as reason:
-            raise SampleError(f"Sample {sample.id!r} cannot be read: {reason}. Leave it out.") from None
+            said = f"Sample {sample.id!r} cannot be read: {reason}. Leave it out."
+            raise UnreadableError(said, str(reason)) from None
     token = getattr(processor, "image_token", "")
     return "\n".join("".join(x if isinstance(x, str) else token for x in turn.parts) for turn in sample.turns)
 
@@ -106,16 +118,17 @@ def process(
 ) -> dict:
     """What `processor` makes of the samples' images and of `texts`, padded on `side`.
 
-    Raises SampleError if a sample has an image and the model takes none, or if the processor refuses them.
+    Raises UnreadableError if a sample has an image and the model takes none, or the processor refuses it.
     """
     try:
         return _processed(processor, samples, texts, side)
-    except ValueError as error:
+    except PROCESSOR_ERRORS as error:
         names = ", ".join(repr(s.id) for s in samples)
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise SampleError(
+        said = shown(str(error).strip().partition("\n")[0], 200) or type(error).__name__
+        raise UnreadableError(
             f"The model's processor cannot read {names} ({said}). Leave such a sample out, or take special "
-            "tokens out of its texts."
+            "tokens out of its texts.",
+            f"the model's processor cannot read it ({said})",
         ) from error
 
 
@@ -131,7 +144,8 @@ def _processed(
     with_image = [s for s in samples if s.images]
     if tokenizer is processor:
         if with_image:
-            raise SampleError(f"Sample {with_image[0].id!r} has an image, but the model reads text only.")
+            said = f"Sample {with_image[0].id!r} has an image, but the model reads text only."
+            raise UnreadableError(said, "it has an image, but the model reads text only")
         return dict(processor(texts, **options))
     if not with_image:
         return dict(processor(text=texts, **options))

@@ -15,7 +15,7 @@ from qprobe.data.reasons import Refused
 from qprobe.data.rendering import Template
 from qprobe.data.turns import held, learning
 from qprobe.errors import ModelError, SampleError
-from qprobe.inputs.batch import process, tokenizer_of
+from qprobe.inputs.batch import UnreadableError, process, tokenizer_of
 from qprobe.records import Sample
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -191,11 +191,10 @@ def encoding_problem(
         return f"its text contains {control}, which the model reads as a mark of its own, not as text"
     try:
         inputs = encode_conversations(processor, [conversation], dtype)
+    except UnreadableError as error:
+        return error.why
     except (SampleError, Refused) as error:
         return str(error)
-    except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        return f"the model's processor cannot read it ({first})"
     length = inputs["input_ids"].shape[1]
     if length > max_length:
         return f"it has {length:,} tokens, more than --max-length {max_length:,}"

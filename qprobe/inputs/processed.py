@@ -12,7 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qprobe.inputs.batch import TEXT_KEYS, Batch, cut, full_text, marked, process, prompt_text, tokenizer_of
+from qprobe.inputs.batch import (
+    TEXT_KEYS,
+    Batch,
+    UnreadableError,
+    cut,
+    full_text,
+    marked,
+    process,
+    prompt_text,
+    tokenizer_of,
+)
 from qprobe.records import Sample
 
 ROOM_BYTES = 2**29  # of inputs that are held: those of 35 images of four tiles of 560 pixels, in 16-bit
@@ -56,6 +66,20 @@ class ProcessedSamples:
     def prompts(self, samples: Sequence[Sample]) -> Inputs:
         """Inputs of `samples` without their answers, padded on the left. Errors as of `batch`."""
         return self._joined([self._inputs(s, "prompt") for s in samples], "left")
+
+    def refused(self, samples: Iterable[Sample]) -> list[tuple[Sample, str]]:
+        """Those of `samples` that the template or the processor does not take, and why, in order.
+
+        What it makes of the others is held: prompts of those without an answer in preference.
+        """
+        found: dict[int, str] = {}
+        given = list(samples)
+        for place in sorted(range(len(given)), key=lambda i: given[i].answer is None):
+            try:
+                self._inputs(given[place], "prompt" if given[place].answer is None else "full")
+            except UnreadableError as error:
+                found[place] = error.why
+        return [(given[place], found[place]) for place in sorted(found)]
 
     def batches(self, samples: Iterable[Sample], size: int) -> list[tuple[Sample, ...]]:
         """`samples` in groups of at most `size` whose images have one processed shape, in stable order."""
