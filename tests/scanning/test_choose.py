@@ -31,6 +31,7 @@ EVERY_OPTION: dict[str, Any] = {
     "nodes": 3,
     "ablate": "5",
     "metric": "contains",
+    "tune": 20,
     "turns": "last",
     "split": "test",
     "bad_data": "skip",
