@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qprobe.registry.precisions import NF4
+
 DEFAULT_BUDGET = "+10%"
 FOR = ("vllm",)
 """Tools whose fused groups a skip-list can be asked to keep whole."""
@@ -45,7 +47,7 @@ class ScanOptions:
     data: Any = None
     prompt: str | None = None
     samples: int | None = None
-    format: str = "nf4"
+    format: str = NF4.name
     budget: str | None = None
     max_kl: float | None = None
     out: Path | None = None

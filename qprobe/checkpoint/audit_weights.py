@@ -20,11 +20,9 @@ from qprobe.formats.codes_file import CodesReader, checked, open_codes
 from qprobe.manifest.records import Manifest
 from qprobe.models.headers import QUANT_STATE, StoredTensor, StoredWeight
 from qprobe.records import FormatSpec, Linear
+from qprobe.registry.precisions import NESTED_BLOCKSIZE
 from qprobe.system.decoding import strict_json
 
-NESTED_BLOCKSIZE = (
-    256  # bitsandbytes 0.50, functional.py, `quantize_4bit`: of the scales, whatever the weights'
-)
 _TOLERANCE = 1e-6  # of a table whose values lie in -1 to 1, computed by another version or device
 
 Read = Callable[[str], Tensor | None]

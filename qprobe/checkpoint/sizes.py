@@ -10,7 +10,7 @@ from torch import nn
 
 from qprobe.loading.inventory import linear_modules, why_uncovered
 from qprobe.records import Inventory, Linear
-from qprobe.registry.precisions import four_bit_bytes, packed_bytes
+from qprobe.registry.precisions import FP4, NF4, four_bit_bytes, packed_bytes
 
 BUFFER = "a buffer that is saved with the model"
 WHY_BIAS = "a bias; bitsandbytes converts weights only"
@@ -148,10 +148,10 @@ def standard_layouts(inventory: Inventory) -> tuple[Layout, ...]:
     quantizable = frozenset(x.name for x in inventory.layers if not x.fixed)
     return (
         Layout("16-bit", frozenset(), None),
-        Layout("nf4", quantizable, True),
-        Layout("nf4-single", quantizable, False),
+        Layout(NF4.name, quantizable, True),
+        Layout(f"{NF4.name}-single", quantizable, False),
         Layout(
-            "fp4",
+            FP4.name,
             quantizable,
             False,
             note="fp4 is what load_in_4bit=True alone gives: FP4 without double quantization, the default of "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qprobe.registry import measures
 from qprobe.system.wording import counted, named
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def ranking(run: RunFolder, by: str, top: int) -> pd.DataFrame:
     from qprobe.runs.table import rank_table
 
     ranked = rank_table(run.table, by, top)
-    intervals = run.ranks if by == "sensitivity_kl" else None
+    intervals = run.ranks if by == measures.SENSITIVITY_KL.score else None
     if intervals is None:
         return ranked
     known = intervals.set_index("layer")[["rank_low", "rank_high"]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from qprobe.formats import chunks
 from qprobe.records import FormatSpec
+from qprobe.registry.precisions import absmax_bytes, packed_bytes
+
+# What bitsandbytes takes for each element while it quantizes a weight; on a GPU it works in parts.
+_PACKING_BYTES = {"cpu": 13, "cuda": 4}
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,12 @@ class Nf4:
 
     def pack(self, weight: Tensor) -> PackedNf4:
         return self.stored(weight).packed()
+
+    def held_bytes(self, shape: tuple[int, int]) -> int:
+        return absmax_bytes(shape, self.blocksize, double_quant=False) + packed_bytes(shape)
+
+    def packing_bytes(self, shape: tuple[int, int], device: torch.device) -> int:
+        return _PACKING_BYTES.get(device.type, _PACKING_BYTES["cuda"]) * prod(shape)
 
     def row_parts(self, shape: tuple[int, int]) -> list[slice]:
         return chunks.row_parts(shape, self.blocksize)

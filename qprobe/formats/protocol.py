@@ -41,6 +41,14 @@ class Format(Protocol):
         """The stored form of `weight` (out_features, in_features), on the weight's device."""
         ...
 
+    def held_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of the `tensors` of a packed weight of `shape`."""
+        ...
+
+    def packing_bytes(self, shape: tuple[int, int], device: torch.device) -> int:
+        """The most bytes that `pack` takes at once on `device` for a weight of `shape`, beside the weight."""
+        ...
+
     def row_parts(self, shape: tuple[int, int]) -> list[slice]:
         """The rows of a weight cut into parts that can be dequantized one after the other."""
         ...

@@ -25,6 +25,7 @@ from qprobe.measure.runner import STANDARD, kl_rows
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Inventory, Sample
+from qprobe.registry.measures import SENSITIVITY_KL
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.table import rank_table
@@ -76,7 +77,7 @@ def ablated_layers(asked: Ablated, run: RunFolder) -> tuple[str, ...]:
     ran = {x.name for x in record.inventory.layers if not x.fixed} - set(record.unmeasured)
     wanted = ran
     if isinstance(asked, int):
-        ranked = rank_table(table, "sensitivity_kl")["layer"].tolist()
+        ranked = rank_table(table, SENSITIVITY_KL.score)["layer"].tolist()
         wanted = set([name for name in ranked if name in ran][:asked])
     elif isinstance(asked, tuple):
         wanted = ran & set(asked)

@@ -16,36 +16,51 @@ from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
 from qprobe.measure.subject import Subject
+from qprobe.measure.weights import weight_rows
 from qprobe.records import Sample
-from qprobe.registry.measures import ISOLATED
+from qprobe.registry import measures as declared
+from qprobe.registry.measures import ISOLATED, WEIGHTS, Need
 from qprobe.runs.key import Measures
 
 STANDARD = "standard"  # the choice that keeps nothing: every linear but the fixed ones in 4-bit
 
 
 def applicable_measures(
-    subject: Subject, batch: Batch, wanted: tuple[str, ...] | None, nodes: int
+    subject: Subject, batch: Batch | None, wanted: tuple[str, ...] | None, nodes: int
 ) -> tuple[Measures, tuple[str, ...]]:
     """(measures, notes): what can be measured on this model, and a sentence for each thing that cannot.
 
-    wanted: names among "activation", "propagated", "sensitivity"; None for all.
+    batch: on which the 16-bit model is finite; None if there is none. wanted: names of declared measures;
+    None for all.
     """
-    notes = []
-    propagated = wanted is None or "propagated" in wanted
-    sensitivity = wanted is None or "sensitivity" in wanted
-    if propagated and not halves_are_independent(
-        subject.model, batch, subject.layers, subject.dequantized, subject.quantized
-    ):
-        propagated = False
-        notes.append(
-            "Propagated error is not measured: in this architecture samples of one batch see each other."
-        )
-    if sensitivity and not subject.has_head:
-        sensitivity = False
-        notes.append(
-            "Sensitivity and KL do not apply: the model has no language head, so there are no answer tokens."
-        )
-    return Measures(propagated, sensitivity, nodes), tuple(notes)
+    asked = [x for x in declared.DECLARED if x.is_always or wanted is None or (x.follows or x.name) in wanted]
+    needs: set[Need] = {need for x in asked for need in x.needs}
+    lacking = {need: why for need in needs if (why := _lacking(need, subject, batch, nodes)) is not None}
+    unmet = [(x, lacking[need]) for x in asked for need in sorted(x.needs) if need in lacking]
+    left_out = {x.name for x, _ in unmet}
+    notes = dict.fromkeys(f"{x.label[0].upper()}{x.label[1:]} {why}" for x, why in unmet if x.follows is None)
+    return Measures.of([x for x in asked if x.name not in left_out], nodes), tuple(notes)
+
+
+def _lacking(need: Need, subject: Subject, batch: Batch | None, nodes: int) -> str | None:
+    """What to say after its name of a measure with this need; None where the need is met."""
+    if need == "head" and not subject.has_head:
+        return "and KL do not apply: the model has no language head, so there are no answer tokens."
+    if need == "independent samples":
+        if batch is None:
+            return "is not measured: on no sample is the 16-bit model finite."
+        if not halves_are_independent(
+            subject.model, batch, subject.layers, subject.dequantized, subject.quantized
+        ):
+            return "is not measured: in this architecture samples of one batch see each other."
+    if need == "two nodes" and nodes < 2:
+        return "is not measured: it takes two nodes or more."
+    return None
+
+
+def observe_weights(subject: Subject) -> dict[str, pd.DataFrame]:
+    """The unit frame `WEIGHTS` of the whole model."""
+    return {WEIGHTS.name: weight_rows(subject.dequantized)}
 
 
 def observe(subject: Subject, measures: Measures, batch: Batch) -> dict[str, pd.DataFrame]:
@@ -75,7 +90,7 @@ def _observe_damage(
     return {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
 
 
-def observe_isolated(subject: Subject, batch: Batch) -> dict[str, pd.DataFrame]:
+def observe_isolated(subject: Subject, _measures: Measures, batch: Batch) -> dict[str, pd.DataFrame]:
     """The unit frame `ISOLATED` of one batch: each linear's isolated KL, in the dtype of the path."""
     path = subject.path
     batch = batch.in_dtype(path.dtype)

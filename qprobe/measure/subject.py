@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprobe.formats.protocol import format_from
+from qprobe.formats.protocol import Format, format_from
 from qprobe.inputs.batch import Batch, image_token_id
 from qprobe.inputs.processed import ROOM_BYTES as INPUTS_BYTES
 from qprobe.inputs.processed import ProcessedSamples
@@ -28,8 +28,6 @@ from qprobe.measure.memory import MemoryLimit, held_bytes
 from qprobe.measure.weight_store import Files, PinnedMemory, WeightStore
 from qprobe.records import FormatSpec, Inventory, Linear, Sample
 
-# What packing a weight takes for each element while it lasts: bitsandbytes works in parts on a GPU.
-PACKING_BYTES = {"cpu": 13, "cuda": 4}
 ROOM_SHARE = 10  # of a memory limit, one part may be what blocks keep so as not to run again
 
 INPUTS_SHARE = 50  # and one of these, what the processor made of samples
@@ -142,7 +140,7 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     Raises MachineError if the limit is too small, with the least that would do.
     """
     modules, inventory = linear_modules(reference.model), reference.inventory(spec)
-    device = reference.device
+    device, fmt = reference.device, format_from(spec)
     streamed = streamed_names(reference.model, modules, inventory)
     move_rest(reference.model, {id(modules[name].weight) for name in streamed}, device)
     mapped = Mapped(folder)
@@ -150,13 +148,13 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
         for name in sorted(streamed):
             modules[name].weight.data = mapped.keep(modules[name].weight.data)
     host = Files(mapped) if device.type == "cpu" else PinnedMemory(device, mapped)
-    store = WeightStore(host, window_bytes(reference.model, modules, streamed))
+    store = WeightStore(host, window_bytes(reference.model, modules, streamed, fmt))
     limit = MemoryLimit(limit_bytes, device, store, base_bytes=held_bytes(device))
-    largest = max((m.weight.numel() for m in modules.values()), default=0)
-    work = store.window_bytes + PACKING_BYTES.get(device.type, 4) * largest
+    largest = max((fmt.packing_bytes(shape_of(m), device) for m in modules.values()), default=0)
+    work = store.window_bytes + largest
     limit.check(work, "what is never streamed, with one block of the model and one weight in work,")
     with limit.running("pack", 1), torch.inference_mode():
-        dequantized = DequantizedWeights(modules, format_from(spec), store, streamed)
+        dequantized = DequantizedWeights(modules, fmt, store, streamed)
     dtype = reference.model.dtype
     return Subject(reference, inventory, modules, dequantized, dtype, limit, mapped.forget)
 
@@ -177,12 +175,19 @@ def move_rest(model: nn.Module, streamed: set[int], device: torch.device) -> Non
             tensor.data = tensor.data.to(device)
 
 
-def window_bytes(model: nn.Module, modules: Mapping[str, nn.Linear], streamed: frozenset[str]) -> int:
+def window_bytes(
+    model: nn.Module, modules: Mapping[str, nn.Linear], streamed: frozenset[str], fmt: Format
+) -> int:
     """Bytes of both forms of the streamed weights of the largest block."""
-    ids = {id(modules[name]) for name in streamed}
-    blocks = [sum(m.weight.nbytes for m in b.modules() if id(m) in ids) for b in repeated_blocks(model)]  # type: ignore[union-attr]
-    # Two codes a byte and a float32 scale for 64: 9/16 of a byte for the two of a 16-bit weight.
-    return max(blocks, default=0) * 41 // 32
+    both = {id(modules[x]): modules[x].weight.nbytes + fmt.held_bytes(shape_of(modules[x])) for x in streamed}
+    return max(
+        (sum(both.get(id(m), 0) for m in block.modules()) for block in repeated_blocks(model)), default=0
+    )
+
+
+def shape_of(module: nn.Linear) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    return module.out_features, module.in_features
 
 
 def subject_of(reference: Reference, spec: FormatSpec) -> Subject:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import ModelError
+from qprobe.registry.precisions import quant_types
 from qprobe.system.foreign import open_foreign, read_foreign
 from qprobe.system.tensor_headers import read_tensor_header
 
@@ -84,7 +85,7 @@ def stored_weight(tensors: Mapping[str, StoredTensor], layer: str) -> StoredWeig
     tensor = tensors.get(name)
     if tensor is None:
         return None
-    codes = next((c for c in ("nf4", "fp4") if f"{name}{QUANT_STATE}{c}" in tensors), None)
+    codes = next((c for c in quant_types("bitsandbytes") if f"{name}{QUANT_STATE}{c}" in tensors), None)
     absmax = tensors.get(f"{name}.absmax")
     if codes is None or absmax is None:
         return StoredWeight(name, tensor, None)

@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qprobe.errors import QprobeError
+
 Kind = Literal["text", "count", "number"]
 """What a column of a unit file holds: a string, an int64, a float64."""
-Unit = Literal["weights", "batch"]
-"""What one unit of a stage covers: weights (of the model, or of one file of it), or one batch of samples."""
+Unit = Literal["weights", "batch", "half batch"]
+"""What one unit of a stage covers: weights (of the model, or of one file of it), one batch of samples, or one
+of the half of them that costly measures take (`qprobe.measure.runner.isolated_half`)."""
 Need = Literal["samples", "head", "independent samples", "two nodes"]
 Aggregate = Literal["nmse", "sqnr_db", "peak", "kl_share"]
 """How a layer's value follows from its rows; `qprobe.runs.aggregates` has the functions."""
@@ -74,7 +77,7 @@ class Measure:
     """Something that is measured of every layer.
 
     name: after --measures. stage: the rows its columns are made of; unit: what one of its files covers.
-    implementation: import path of what measures one unit. Of a "batch" it is called with (subject, measures,
+    implementation: import path of what measures one unit. Of batches it is called with (subject, measures,
         batch), of "weights" with (subject), and returns the rows by stage. Measures with the same
         implementation are measured by one call. beside: stages that the same call fills as well.
     needs: what the model and the request must have for it. is_always: measured whenever samples run.
@@ -90,6 +93,21 @@ class Measure:
     needs: frozenset[Need] = field(default=frozenset({"samples"}))
     is_always: bool = False
     follows: str | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Every stage that its implementation fills for it."""
+        return (*self.beside, self.stage)
+
+    @property
+    def score(self) -> str:
+        """The column that layers are ranked and chosen by, the first one."""
+        return self.columns[0].name
+
+    @property
+    def label(self) -> str:
+        """What it is called in a sentence."""
+        return self.columns[0].label
 
 
 WEIGHTS = Stage(
@@ -148,7 +166,7 @@ WEIGHT = Measure(
             "of all weights; D is 4-bit minus 16-bit", has_panel=False, telling=None,
         ),
     ),
-    "qprobe.measure.weights:weight_rows",
+    "qprobe.measure.runner:observe_weights",
     unit="weights",
     needs=frozenset(),
     is_always=True,
@@ -212,6 +230,7 @@ ISOLATED_KL = Measure(
         ),
     ),
     "qprobe.measure.runner:observe_isolated",
+    unit="half batch",
     needs=frozenset({"samples", "head", "two nodes"}),
     follows="sensitivity",
 )  # fmt: skip
@@ -250,7 +269,15 @@ def measure_of(column_name: str) -> Measure | None:
     return next((x for x in DECLARED if any(c.name == column_name for c in x.columns)), None)
 
 
+def check_adds_up(column_name: str) -> None:
+    """Raises QprobeError if the column of a measure does not add up over layers, so that it cannot choose."""
+    found, measure = column(column_name), measure_of(column_name)
+    if found is not None and measure is not None and not found.adds_up:
+        unit = {"dB": "decibels"}.get(found.unit, found.unit)
+        raise QprobeError(f"{column_name} is in {unit}, which do not add up. Choose by {measure.score}.")
+
+
 def stages() -> tuple[Stage, ...]:
     """Every stage whose units a run folder may hold, each once."""
-    of_measures = [stage for x in DECLARED for stage in (*x.beside, x.stage)]
+    of_measures = [stage for x in DECLARED for stage in x.stages]
     return tuple({stage.name: stage for stage in (*of_measures, CALIBRATION)}.values())

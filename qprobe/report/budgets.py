@@ -12,6 +12,7 @@ import pandas as pd
 
 from qprobe.manifest.records import Manifest, Quality
 from qprobe.records import Scan
+from qprobe.registry.measures import ACTIVATION, SENSITIVITY_KL
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.statistics import ratio_se
 from qprobe.runs.table import finite_answers, measured
@@ -53,7 +54,7 @@ class Point:
 
 def points(run: RunFolder, scan: Scan, table: pd.DataFrame) -> list[Point]:
     """The best list by the default score at each budget of `SHARES`, each distinct list once."""
-    if not {"sensitivity_kl", "activation_nmse"} & set(measured(table)):
+    if not {SENSITIVITY_KL.score, ACTIVATION.score} & set(measured(table)):
         return []
     column, inventory = default_measure(table), scan.inventory
     standard = inventory.standard_4bit_bytes
@@ -80,7 +81,7 @@ class Prediction:
     def __init__(self, run: RunFolder, scan: Scan, table: pd.DataFrame) -> None:
         self.predicted_kl = predictor(table)
         self.fixed = frozenset(x.name for x in scan.inventory.layers if x.fixed)
-        rows = finite_answers(run.units("sensitivity"))
+        rows = finite_answers(run.units(SENSITIVITY_KL.stage.name))
         self.path = rows.pivot(index="sample", columns="layer", values="kl_sum").fillna(0.0)
         self.tokens = rows.groupby("sample")["answer_tokens"].max().reindex(self.path.index)
         isolated = finite_answers(run.units("isolated"))

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
-from qprobe.registry.measures import Column
+from qprobe.registry.measures import ACTIVATION, Column
 from qprobe.report.labels import label_points
 from qprobe.report.names import plain, short_names
 from qprobe.report.panels import (
@@ -288,8 +288,8 @@ def _layers(count: int) -> str:
 
 def _facts(table: pd.DataFrame, panels: list[Column]) -> str:
     facts = [*samples_of(table)]
-    if "activation_nmse" in table and table["activation_nmse"].notna().any():
-        idle = int(table["activation_nmse"].isna().sum())
+    if ACTIVATION.score in table and table[ACTIVATION.score].notna().any():
+        idle = int(table[ACTIVATION.score].isna().sum())
         facts += [f"{idle} of {len(table)} layers have no activation error"] if idle else []
     return with_missing("; ".join(facts), panels)
 

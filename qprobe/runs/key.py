@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qprobe.errors import RunError
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
+from qprobe.registry import measures as declared
 from qprobe.system.decoding import decode, strict_json
 from qprobe.system.versions import library_versions
 
@@ -37,22 +38,40 @@ class Measures:
     nodes: of the sensitivity's quadrature to begin with, a forward and a backward pass each. With two or more
     the first is the 16-bit end of the path, where the slope is 0 and the pass measures each layer's isolated
     KL, on half of the samples (see `isolated_half`), in batches of their own; the others are on the path.
-    tolerance: see `attribute`.
+    tolerance: see `attribute`. others: names of further declared measures, each with an implementation of its
+    own.
     """
 
     propagated: bool
     sensitivity: bool
     nodes: int = 2
     tolerance: float = RESIDUAL
+    others: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, taken: Iterable[declared.Measure], nodes: int) -> Measures:
+        """Those that measure what is `taken`, with so many nodes."""
+        names = [x.name for x in taken if not x.is_always]
+        own = (declared.PROPAGATED.name, declared.SENSITIVITY_KL.name, declared.ISOLATED_KL.name)
+        others = tuple(name for name in names if name not in own)
+        return cls(
+            declared.PROPAGATED.name in names, declared.SENSITIVITY_KL.name in names, nodes, others=others
+        )
 
     @property
     def isolated_kl(self) -> bool:
         return self.sensitivity and self.nodes > 1
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Stages of units that `observe` fills; isolated KL has its own, "isolated"."""
-        return ("outputs", *(("kl", "sensitivity") if self.sensitivity else ()))
+    def taken(self) -> tuple[declared.Measure, ...]:
+        """The declarations of all that is measured, in their order."""
+        is_taken = {
+            declared.PROPAGATED.name: self.propagated,
+            declared.SENSITIVITY_KL.name: self.sensitivity,
+            declared.ISOLATED_KL.name: self.isolated_kl,
+            **dict.fromkeys(self.others, True),
+        }
+        return tuple(x for x in declared.DECLARED if x.is_always or is_taken.get(x.name, False))
 
 
 @dataclass(frozen=True)
@@ -113,9 +132,9 @@ class Spec:
     def needed_units(self) -> dict[str, int]:
         """The stages that the layer table is made of, each with its number of units."""
         if self.measures is None:
-            return {"weights": len(self.files)}
-        needed = {"weights": 1, **dict.fromkeys(self.measures.stages, len(self.calibration))}
-        return {**needed, "isolated": len(self.isolated)} if self.measures.isolated_kl else needed
+            return {declared.WEIGHTS.name: len(self.files)}
+        units = {"weights": 1, "batch": len(self.calibration), "half batch": len(self.isolated)}
+        return {stage.name: units[x.unit] for x in self.measures.taken for stage in x.stages}
 
 
 @dataclass(frozen=True)

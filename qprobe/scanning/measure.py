@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +12,9 @@ from qprobe.calibration import calibrate as calibration
 from qprobe.errors import RunError
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
-from qprobe.measure.runner import observe, observe_isolated
 from qprobe.measure.subject import Subject
-from qprobe.measure.weights import weight_rows
-from qprobe.registry.measures import ISOLATED, WEIGHTS
+from qprobe.registry.implementation import imported
+from qprobe.registry.measures import ACTIVATION, Measure, Unit
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Measures
 from qprobe.runs.notes import Remarks
@@ -26,42 +25,77 @@ from qprobe.system.processes import Shard
 
 @dataclass(frozen=True)
 class _Kind:
-    """Units that are measured alike. name: of the kind of work, see `MemoryLimit.running`."""
+    """Units that one implementation measures.
+
+    name, like: of the kind of work, see `MemoryLimit.running`.
+    """
 
     name: str
+    like: str
     groups: Groups
-    stages: tuple[str, ...]
+    stages: frozenset[str]
     observe: Callable[[Batch], dict[str, pd.DataFrame]]
 
     def missing(self, run: RunFolder, shard: Shard) -> list[int]:
         """The units of this process of which a file is missing in any stage."""
-        count = len(self.groups)
-        return sorted({u for stage in self.stages for u in shard.own(run.missing_units(stage, count))})
+        return _missing(run, shard, self.stages, len(self.groups))
+
+
+def _missing(run: RunFolder, shard: Shard, stages: frozenset[str], count: int) -> list[int]:
+    return sorted({unit for stage in stages for unit in shard.own(run.missing_units(stage, count))})
+
+
+def _together(measures: Measures, units: Iterable[Unit]) -> dict[str, list[Measure]]:
+    """What is measured in `units`, by implementation, in the order of declaration."""
+    found: dict[str, list[Measure]] = {}
+    for measure in measures.taken:
+        if measure.unit in units:
+            found.setdefault(measure.implementation, []).append(measure)
+    return found
+
+
+def _stages(together: Iterable[Measure]) -> frozenset[str]:
+    return frozenset(stage.name for x in together for stage in x.stages)
 
 
 def _kinds(subject: Subject, work: Work, measures: Measures) -> list[_Kind]:
-    together = _Kind("measure", work.calibration, measures.stages, partial(observe, subject, measures))
-    isolated = _Kind("isolated", work.isolated, (ISOLATED.name,), partial(observe_isolated, subject))
-    return [together, isolated] if measures.isolated_kl else [together]
+    """The kinds of units that run samples."""
+    groups: dict[Unit, Groups] = {"batch": work.calibration, "half batch": work.isolated}
+    names: dict[str, str] = {}  # of the kind in which a measure is taken
+    kinds = []
+    for path, together in _together(measures, groups).items():
+        first = together[0]
+        name = "measure" if first.name == ACTIVATION.name else first.name
+        names |= {x.name: name for x in together}
+        observe = partial(imported(path), subject, measures)
+        like = names.get(first.follows or "", "")
+        kinds.append(_Kind(name, like, groups[first.unit], _stages(together), observe))
+    return kinds
 
 
 def measure_units(subject: Subject, work: Work, measures: Measures, process: Process) -> None:
     """Run the missing ones of this process's units, one batch at a time."""
     run, shard, progress = process.run, process.shard, process.progress
-    if shard.own(run.missing_units(WEIGHTS.name, 1)):
-        with subject.running("weights"):
-            run.write_unit(WEIGHTS.name, 0, weight_rows(subject.dequantized))
+    for path, together in _together(measures, ["weights"]).items():
+        if _missing(run, shard, _stages(together), 1):
+            with subject.running("weights"):
+                _write(run, _stages(together), 0, imported(path)(subject))
     kinds = _kinds(subject, work, measures)
     todo = [(kind, unit) for kind in kinds for unit in kind.missing(run, shard)]
     total = sum(len(shard.own(range(len(kind.groups)))) for kind in kinds)
     with walking(subject.path):  # opened once, so that weights change their dtype once
         for done, (kind, unit) in enumerate(todo, start=total - len(todo) + 1):
             batch = subject.encode(kind.groups[unit])
-            with subject.running(kind.name, batch.elements, like="measure"):
+            with subject.running(kind.name, batch.elements, kind.like):
                 frames = kind.observe(batch)
-            for stage, frame in frames.items():
-                run.write_unit(stage, unit, frame)
+            _write(run, kind.stages, unit, frames)
             progress("measure", done, total)
+
+
+def _write(run: RunFolder, stages: frozenset[str], unit: int, frames: Mapping[str, pd.DataFrame]) -> None:
+    assert frames.keys() == stages, sorted(frames.keys() ^ stages)
+    for stage, frame in frames.items():
+        run.write_unit(stage, unit, frame)
 
 
 def calibrate(subject: Subject, work: Work, tune: int, process: Process) -> None:
@@ -72,9 +106,10 @@ def calibrate(subject: Subject, work: Work, tune: int, process: Process) -> None
     """
     run = process.run
     if not process.shard.is_alone and run.codes is None:
+        plain = run.key.format.precision.stored.name
         raise RunError(
             f"{run.path} is not calibrated yet, and one process calibrates all weights: run the command "
-            "without RANK and WORLD_SIZE, or share a scan of plain nf4."
+            f"without RANK and WORLD_SIZE, or share a scan of plain {plain}."
         )
     given = calibration.Work(subject, run, work.calibration, tune_steps=tune, progress=process.progress)
     calibration.calibrate_model(given)

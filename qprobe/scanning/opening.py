@@ -58,15 +58,11 @@ def open_units(subject: Subject, work: Work, asked: ScanRequest, run: RunFolder)
     """What can be measured on this model; opens the run folder for it, or resumes what is there."""
     first = subject.encode(work.calibration[0])
     finite = first_finite(subject, work.calibration)
-    wanted, notes = asked.measures.names, work.notes
-    if finite is None:
-        wanted = tuple(m for m in wanted or ("sensitivity",) if m != "propagated")
-        notes = (*notes, "Propagated error is not measured: on no sample is the 16-bit model finite.")
-    batch = first if finite is None else subject.encode(finite)
-    measures, more = applicable_measures(subject, batch, wanted, asked.measures.nodes)
+    batch = None if finite is None else subject.encode(finite)
+    measures, notes = applicable_measures(subject, batch, asked.measures.names, asked.measures.nodes)
     tune = tune_steps(subject, asked.tune)
     run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed, tune))
-    run.notes.add("start", (*notes, *more))
+    run.notes.add("start", (*work.notes, *notes))
     set_aside_damaged(run)
     return measures
 

@@ -22,7 +22,6 @@ from qprobe.selection.budget import parse_size
 from qprobe.selection.request import ListRequest, parse_request
 
 DEFAULT_DTYPE: Dtype = "bfloat16"
-WEIGHT_SCORE = "weight_nmse"  # chooses where only weights are read
 APPLIES_TO_WEIGHTS = frozenset(("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures"))
 """The fields of `ScanOptions` that bear on weights alone; any other is refused, new ones as well."""
 _DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}
@@ -46,7 +45,7 @@ class AskedMeasures:
     @property
     def is_weight_alone(self) -> bool:
         """True if the model need not be loaded."""
-        return self.names is not None and {*self.names} == {"weight"}
+        return self.names is not None and {*self.names} == {declared.WEIGHT.name}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
     pick_device(one_device(options.device))
     if measures.is_weight_alone:
         _check_weight_alone(options)
-        skiplist = ListRequest(skiplist.limit, options.by or WEIGHT_SCORE, options.for_tool)
+        skiplist = ListRequest(skiplist.limit, options.by or declared.WEIGHT.score, options.for_tool)
     source = resolve(options.model) if loaded is None else loaded.source
     dtype = options.dtype or (DEFAULT_DTYPE if loaded is None else loaded.dtype)
     return ScanRequest(
@@ -150,7 +149,7 @@ def _check_measures(measures: AskedMeasures) -> None:
 
 
 def _check_bound(skiplist: ListRequest, measures: AskedMeasures) -> None:
-    if isinstance(skiplist.limit, Bound) and not _takes("sensitivity", measures):
+    if isinstance(skiplist.limit, Bound) and not _takes(declared.SENSITIVITY_KL.name, measures):
         raise QprobeError(
             f"--max-kl chooses by sensitivity, which --measures {_typed(measures)} leaves out. Add it."
         )
@@ -164,10 +163,7 @@ def _check_score(by: str | None, measures: AskedMeasures) -> None:
     measure = declared.measure_of(by)
     if measure is None:
         raise QprobeError(f"{by!r} is no measure. Choose by one of {', '.join(adding_up)}.")
-    if by not in adding_up:
-        raise QprobeError(
-            f"{by} is in decibels, which do not add up. Choose by {by.replace('sqnr_db', 'nmse')}."
-        )
+    declared.check_adds_up(by)
     needed = measure.follows or measure.name
     if not measure.is_always and not _takes(needed, measures):
         raise QprobeError(
@@ -178,7 +174,7 @@ def _check_score(by: str | None, measures: AskedMeasures) -> None:
 
 
 def _check_ablate(ablate: Ablated | None, measures: AskedMeasures) -> None:
-    if isinstance(ablate, int) and not _takes("sensitivity", measures):
+    if isinstance(ablate, int) and not _takes(declared.SENSITIVITY_KL.name, measures):
         raise QprobeError(
             f"--ablate {ablate} takes the most sensitive layers, and --measures {_typed(measures)} leaves "
             f"sensitivity out. Add it, or name the layers, or pass {ALL}."
@@ -202,7 +198,7 @@ def _check_weight_alone(options: ScanOptions) -> None:
                 "--measures weight reads the files tensor by tensor and runs no samples, so "
                 f"{option} does not apply. Leave out one of them."
             )
-    if options.by not in (None, WEIGHT_SCORE, "weight_peak"):
+    if options.by is not None and declared.measure_of(options.by) is not declared.WEIGHT:
         raise QprobeError(f"--by {options.by} is not measured by --measures weight. Leave out one of them.")
 
 

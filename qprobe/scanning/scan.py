@@ -11,6 +11,7 @@ from typing import Any
 from qprobe.calibration.tuning import tune_steps
 from qprobe.loading.log_filters import quiet_models
 from qprobe.options import AskedMetric, BadData, Dtype, Progress, ScanOptions, Turns, data_of, path_of
+from qprobe.registry.precisions import NF4
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing, left_to_others
 from qprobe.scanning.check import check_model
@@ -38,7 +39,7 @@ def scan(
     data: Any = None,
     prompt: str | None = None,
     samples: int | None = None,
-    format: str = "nf4",
+    format: str = NF4.name,
     budget: str | None = None,
     max_kl: float | None = None,
     out: str | Path | None = None,

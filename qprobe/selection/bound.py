@@ -9,11 +9,12 @@ from math import isfinite
 
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
+from qprobe.registry.measures import SENSITIVITY_KL
 from qprobe.selection.budget import Budget
 from qprobe.selection.damage import Damage, fewest_bytes, least_damage
 from qprobe.selection.skiplist import SkipList
 
-SCORE = "sensitivity_kl"  # the one column that predicts a KL
+SCORE = SENSITIVITY_KL.score  # the one column that predicts a KL
 MOST_LISTS = 6  # measured at most; each halves what is not known, so the last step is 3 % of the range
 
 

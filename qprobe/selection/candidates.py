@@ -5,12 +5,13 @@ from __future__ import annotations
 from math import nan
 
 from qprobe.models.catalogue import find
+from qprobe.registry.measures import proposing
 from qprobe.runs.table import measured
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
 from qprobe.selection.groups import keeps_groups_whole
 from qprobe.selection.request import ListRequest
-from qprobe.selection.scores import SCORES, ScoredRun, damage_of, default_measure, layer_scores, skiplist_by
+from qprobe.selection.scores import ScoredRun, damage_of, default_measure, layer_scores, skiplist_by
 from qprobe.selection.skiplist import SkipList, best_skiplist
 
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves
@@ -29,7 +30,7 @@ def candidates(run: ScoredRun, request: ListRequest, budget: Budget) -> dict[str
     `request.for_tool` a published list that splits a group is no candidate.
     """
     by, inventory, limit = request.by, run.inventory, budget.limit_bytes
-    columns = [by] if by else [c for c in SCORES if c in measured(run.table)]
+    columns = [by] if by else [c for c in proposing() if c in measured(run.table)]
     found = {f"by {c}": skiplist_by(inventory, run.table, c, limit) for c in columns}
     if SCORE in columns and damage_of(run.table) is not None:
         scores = layer_scores(run.table, SCORE)

@@ -65,7 +65,11 @@ def within_budget(
     said = verdict(lists[0], won, run.standard_bytes, nearest=nearest)
     is_tied = any(c.kept != won.kept for c in (decision.best, *decision.tied))
     roomy = all_fit(budget, run.inventory)
-    notes = (*([decision.why] if is_tied else []), *([roomy] if roomy else []), *_no_better(won, nearest))
+    notes = (
+        *([decision.why] if is_tied else []),
+        *([roomy] if roomy else []),
+        *_no_better(run, won, nearest),
+    )
     proof = _proof(candidates, won)
     return Outcome(skiplists[won.name], budget, proof, said, notes, tuple(candidates))
 
@@ -95,7 +99,7 @@ def within_bound(run: ScoredRun, bound: Bound, standard: Candidate, held_out: Me
         )
     won = next(c for c in lists if skiplists[c.name] == best)
     said = verdict(lists[0], won, run.standard_bytes, bound.max_kl, nearest)
-    notes, proof = _no_better(won, nearest), _proof(candidates, won)
+    notes, proof = _no_better(run, won, nearest), _proof(candidates, won)
     return Outcome(best, bound.budget_of(best), proof, said, notes, tuple(candidates))
 
 
@@ -105,14 +109,15 @@ def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], Candidate 
     return [c for c in candidates if c.name != NEAREST], nearest[0] if nearest else None
 
 
-def _no_better(won: Candidate, nearest: Candidate | None) -> tuple[str, ...]:
+def _no_better(run: ScoredRun, won: Candidate, nearest: Candidate | None) -> tuple[str, ...]:
     """A note where what was chosen of calibrated weights did not measure better than standard 4-bit."""
     if nearest is None or won.kl < nearest.kl:
         return ()
+    stored = run.scan.format.precision.stored.name
     return (
         f"Calibration does not pay here: on the held-out samples the choice leaves a KL of {won.kl:.3g}, "
-        f"and rounding to nearest with nothing kept {nearest.kl:.3g}. Scan with --format nf4, or calibrate "
-        "on more samples.",
+        f"and rounding to nearest with nothing kept {nearest.kl:.3g}. Scan with --format {stored}, or "
+        "calibrate on more samples.",
     )
 
 

@@ -8,15 +8,14 @@ from math import fsum, isfinite
 
 import pandas as pd
 
-from qprobe.errors import QprobeError
 from qprobe.records import Inventory, Scan
+from qprobe.registry import measures
 from qprobe.runs.table import check_measure, measured
 from qprobe.selection.bound import SCORE, Prospect
 from qprobe.selection.damage import Damage, least_damages
 from qprobe.selection.skiplist import SkipList, best_skiplists
 
-ISOLATED_KL = "isolated_kl"  # the column of each layer's isolated KL
-SCORES = ("sensitivity_kl", "activation_nmse", "weight_nmse")  # in the order of what is known of their worth
+ISOLATED_KL = measures.ISOLATED_KL.score  # the column of each layer's isolated KL
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def predictor(table: pd.DataFrame) -> Callable[[frozenset[str]], float | None]:
 def default_measure(table: pd.DataFrame) -> str:
     """The column that chooses unless the user says otherwise: the measured one that predicts best."""
     found = measured(table)
-    return next((c for c in SCORES if c in found), "activation_nmse")
+    return next((c for c in measures.proposing() if c in found), measures.ACTIVATION.score)
 
 
 def layer_scores(table: pd.DataFrame, by: str) -> dict[str, float]:
@@ -104,10 +103,7 @@ def layer_scores(table: pd.DataFrame, by: str) -> dict[str, float]:
     Raises QprobeError if `by` is not measured, or in decibels.
     """
     check_measure(table, by)
-    if by.endswith("_db"):
-        raise QprobeError(
-            f"{by} is in decibels, which do not add up. Choose by {by.replace('sqnr_db', 'nmse')}."
-        )
+    measures.check_adds_up(by)
     return {name: value for name, value in column_of(table, by).items() if isfinite(value)}
 
 

@@ -49,7 +49,7 @@ def manifest_of(
     scan, table = run.scan, run.table
     kept = frozenset(skiplist.kept)
     in_16bit = kept | {x.name for x in scan.inventory.layers if x.fixed}
-    sensitivity = column_of(table, "sensitivity_kl")
+    sensitivity = column_of(table, SCORE)
     own = column_of(table, ISOLATED_KL) if skiplist.by == SCORE and ISOLATED_KL in measured(table) else {}
     reasons = _reasons(scan, skiplist, column_of(table, skiplist.by), own)
     layers = tuple(

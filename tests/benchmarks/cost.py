@@ -183,7 +183,7 @@ def report(subject: Subject, batch: Batch, device: torch.device) -> None:
             "activation and propagated error": lambda: observe_outputs(subject, given, both),
             "one node of the path, both ends known": lambda: attribute(path, given, 1, forever, ends),
             "two nodes of the path, both ends known": lambda: attribute(path, given, 2, forever, ends),
-            "isolated KL": lambda: observe_isolated(subject, given),
+            "isolated KL": lambda: observe_isolated(subject, default, given),
             "outputs, KL and one node on the path": lambda: observe(subject, default, given),
         }
         # The bare forward runs as often as the longest stage lasts: a card that is warm clocks lower.

@@ -43,6 +43,12 @@ class Rows:
         codes = (weight.float() / scales).round().to(torch.int8)
         return PackedRows(codes, scales, weight.dtype)
 
+    def held_bytes(self, shape: tuple[int, int]) -> int:
+        return prod(shape) + 4 * shape[0]
+
+    def packing_bytes(self, shape: tuple[int, int], device: torch.device) -> int:
+        return 9 * prod(shape)
+
     def row_parts(self, shape: tuple[int, int]) -> list[slice]:
         return [slice(row, row + 8) for row in range(0, shape[0], 8)]
 

@@ -230,8 +230,8 @@ def test_a_joined_folder_is_resumed_by_the_scan_that_chooses(
     for rank, part in enumerate(parts):
         share(rank, 2, part)
     run = join(parts, parts[0]).run  # into one of them
-    for name in ("observe", "observe_isolated", "weight_rows"):
-        monkeypatch.setattr(f"qprobe.scanning.measure.{name}", lambda *_: pytest.fail("measured again"))
+    for name in ("observe", "observe_isolated", "observe_weights"):
+        monkeypatch.setattr(f"qprobe.measure.runner.{name}", lambda *_: pytest.fail("measured again"))
     result = scan(**options(llama, run))
     assert result.skiplist is not None and units(run) == units(whole)
 
