@@ -58,7 +58,7 @@ def test_a_declared_measure_is_part_of_a_whole_scan(tiny_folder: TinyFolder, tmp
     assert table[COLUMN.name].notna().all() and table[COLUMN.name].equals(table["weight_nmse"])
     assert COLUMN.heading in said
     ranked = CliRunner().invoke(main, ["rank", str(run), "--by", COLUMN.name, "--json"])
-    first = table.loc[table[COLUMN.name].idxmax(), "layer"]
+    first = table.set_index("layer")[COLUMN.name].idxmax()
     assert ranked.exit_code == 0 and json.loads(ranked.output)["rows"][0]["layer"] == first
     page = (run / "report" / "index.html").read_text()
     assert f'"column":"{COLUMN.name}"' in page and f'"{COLUMN.name}":{float(table[COLUMN.name][0])!r}' in page
