@@ -233,9 +233,7 @@ print(peak[0] - start)
 """
 
 
-# How far ahead transformers reads depends on which of its threads runs first: 50 to 153 MB were seen here.
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="transformers reads the weights ahead without a bound")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's process status")
 def test_memory_holds_the_4bit_model_and_never_the_16bit_one(tiny_folder, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
