@@ -30,7 +30,7 @@ COLUMNS = (
 )
 KEYS = (
     "run layers samples seconds peak_bytes kl_standard_4bit kl_dynamic attribution_residual skiplist verdict "
-    "notes streamed_bytes"
+    "notes streamed_bytes metric"
 ).split()
 
 

@@ -53,7 +53,7 @@ def test_a_text_model_has_tokens_and_no_picture(tiny_folder: Callable[[str], Pat
     seen = subject(tiny_folder, "llama")
     samples = tuple(tiny.questions("llama", 3))
     groups = seen.groups(samples, 2)
-    show_samples(seen, groups, tmp_path)
+    show_samples(seen, groups, RunFolder(tmp_path))
     found = RunFolder(tmp_path).samples
     assert list(found) == [s.id for group in groups for s in group]
     for sample in samples:
@@ -61,7 +61,7 @@ def test_a_text_model_has_tokens_and_no_picture(tiny_folder: Callable[[str], Pat
         assert shown.prompt == sample.prompt and shown.thumbnail is None and shown.grid is None
         assert shown.tokens and None not in shown.tokens
     before = (tmp_path / FILE).stat().st_mtime_ns
-    show_samples(seen, groups, tmp_path)  # a resumed scan does not write them again
+    show_samples(seen, groups, RunFolder(tmp_path))  # a resumed scan does not write them again
     assert (tmp_path / FILE).stat().st_mtime_ns == before
 
 
