@@ -101,14 +101,20 @@ def encode_conversations(
 
     Floating tensors are in `dtype`. Raises SampleError for what the processor cannot read or tell apart.
     """
-    with_image = sum(bool(x.images) for x in conversations)
-    if 0 < with_image < len(conversations):
-        raise SampleError("a batch mixes lines with and without an image; pass --batch-size 1")
     rendered = [render(processor, x) for x in conversations]
     samples = [Sample(x.name, held(x.turns)) for x in conversations]
+    try:
+        processed = process(processor, samples, [x.text for x in rendered], "right")
+    except UnreadableError as error:
+        if len({bool(x.images) for x in conversations}) == 1:
+            raise
+        raise SampleError(
+            "a batch mixes lines with and without an image, which the model's processor does not take; pass "
+            "--batch-size 1"
+        ) from error
     inputs = {
         key: value.to(dtype) if value.is_floating_point() else value
-        for key, value in process(processor, samples, [x.text for x in rendered], "right").items()
+        for key, value in processed.items()
         if isinstance(value, Tensor)
     }
     ids = inputs["input_ids"]

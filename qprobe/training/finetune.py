@@ -175,7 +175,7 @@ def _finetune(
     for one in checked:
         check_left_out(one, options.bad_data, "train on")
     train, held_out = _split([x.good for x in checked], options)
-    _check_batches(train, options.batch_size)
+    _check_batches(train, options.batch_size, processor, model.dtype)
     # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
     spec = {**spec, BASE_WEIGHTS: base_digest(manifest, options.model)}
     _check_out(options.out, spec)
@@ -199,14 +199,22 @@ def _finetune(
     return done
 
 
-def _check_batches(lines: Sequence[Conversation], batch_size: int) -> None:
-    """Raises SampleError if a batch could mix lines with and without an image, which processors refuse."""
-    with_image = sum(bool(x.images) for x in lines)
-    if batch_size > 1 and 0 < with_image < len(lines):
+def _check_batches(
+    lines: Sequence[Conversation], batch_size: int, processor: Any, dtype: torch.dtype
+) -> None:
+    """Raises SampleError if a batch could mix lines with and without an image and the processor refuses."""
+    with_image = [x for x in lines if x.images]
+    if batch_size == 1 or len(with_image) in (0, len(lines)):
+        return
+    without = next(x for x in lines if not x.images)
+    try:
+        encode_conversations(processor, [with_image[0], without], dtype)
+    except SampleError:
         raise SampleError(
-            f"{with_image} of {len(lines)} lines have an image, and a batch cannot mix both kinds. Pass "
-            f"--batch-size 1 with --accumulation {batch_size} times as large."
-        )
+            f"{len(with_image)} of {len(lines)} lines have an image, and a batch cannot mix both kinds: this "
+            "model's processor takes none. "
+            f"Pass --batch-size 1 with --accumulation {batch_size} times as large."
+        ) from None
 
 
 @contextmanager

@@ -203,3 +203,24 @@ def test_two_images_between_words_are_read_where_they_stand(name, tiny_folder):
     text = prompt_text(processor, sample).replace(processor.image_token, "#")
     order = [text.index(x) for x in ("be short", "the left ", "#", " or right ", " bar?")]
     assert order == sorted(order) and text.count("#") == 2 and text.rindex("#") > order[3]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "llava_pixtral"])
+def test_lines_with_and_without_an_image_in_one_batch_are_as_they_are_alone(name, tiny_folder, tmp_path):
+    processor = load_processor(resolve(str(tiny_folder(name))))
+    image = picture(tmp_path)
+    rows = [
+        talk(("user", [image, "what?"]), ("assistant", ["a cat"])),
+        talk(("user", ["which one is larger?"]), ("assistant", ["seven"])),
+        talk(("user", ["and here?", image]), ("assistant", ["a train"])),
+    ]
+    together = encode_conversations(processor, rows, torch.float32)
+    for place, row in enumerate(rows):
+        alone = encode_conversations(processor, [row], torch.float32)
+        length = alone["input_ids"].shape[1]
+        for key in ("input_ids", "attention_mask", "labels"):
+            assert torch.equal(together[key][place, :length], alone[key][0]), key
+        assert (together["labels"][place, length:] == IGNORED).all()
+    assert [learned(processor, together, i) for i in range(3)] == [
+        ["a cat<|end|>"], ["seven<|end|>"], ["a train<|end|>"],
+    ]  # fmt: skip

@@ -120,6 +120,17 @@ def test_a_run_does_not_go_on_with_other_weights_of_the_same_shapes(asked, tmp_p
         finetune(replace(asked, model=str(other)))
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "llava_pixtral"])
+def test_lines_with_and_without_an_image_train_in_batches_of_three(name, asked, tiny_folder):
+    folder = tiny_folder(name)
+    write_manifest(asked.manifest, manifest_for(folder, every_third(folder)))
+    text = json.dumps({"prompt": "which one is larger?", "answer": "seven"})
+    write_data(asked.data, 3, text, text, text)
+    done = finetune(replace(asked, model=str(folder), batch_size=3, accumulation=1, held_out=0.0))
+    assert (done.trained_lines, done.skipped) == (6, ())
+    assert done.history[-1][1] < done.history[0][1]
+
+
 def test_lines_with_and_without_an_image_cannot_share_a_batch(asked):
     plain = json.dumps(
         {"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]}
