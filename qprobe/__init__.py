@@ -13,6 +13,7 @@ _HOMES = {
     "Audit": "qprobe.checkpoint.audit_found",
     "Manifest": "qprobe.manifest.records",
     "QprobeError": "qprobe.errors",
+    "Run": "qprobe.scanning.run",
     "answer_collator": "qprobe.inputs.encoding",
     "audit": "qprobe.checkpoint.audit",
     "compare": "qprobe.checkpoint.compare",
@@ -27,6 +28,7 @@ _HOMES = {
     "load_finetuned": "qprobe.training.bases",
     "load_standard_4bit": "qprobe.checkpoint.load",
     "lora_targets": "qprobe.checkpoint.ready",
+    "open_run": "qprobe.scanning.run",
     "plan": "qprobe.checkpoint.plan",
     "quantize": "qprobe.checkpoint.quantize",
     "rank_table": "qprobe.runs.table",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from qprobe.checkpoint.quantize import quantize
     from qprobe.checkpoint.ready import lora_targets
     from qprobe.checkpoint.verify import verify
+    from qprobe.data.images import load_image
     from qprobe.errors import QprobeError
     from qprobe.exports import export_manifest
     from qprobe.inputs.encoding import answer_collator
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from qprobe.runs.folder import layer_table
     from qprobe.runs.table import rank_table
     from qprobe.scanning.join import join
+    from qprobe.scanning.run import Run, open_run
     from qprobe.scanning.scan import scan
     from qprobe.selection.select import select
     from qprobe.training.bases import load_finetuned
@@ -68,6 +72,7 @@ __all__ = [
     "Audit",
     "Manifest",
     "QprobeError",
+    "Run",
     "__version__",
     "answer_collator",
     "audit",
@@ -83,6 +88,7 @@ __all__ = [
     "load_image",
     "load_standard_4bit",
     "lora_targets",
+    "open_run",
     "plan",
     "quantize",
     "rank_table",

@@ -78,20 +78,13 @@ def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **a
     --json prints the manifest that was written.
     """
     require_a_limit({**asked, "max_kl": max_kl})
-    from qprobe.manifest.records import moved
-    from qprobe.manifest.write import manifest_to_json, write_manifest
+    from qprobe.manifest.write import manifest_to_json
     from qprobe.runs.folder import RunFolder
-    from qprobe.selection.replaced import check_target, set_aside
-    from qprobe.selection.select import select as choose
+    from qprobe.selection.replaced import select_into
 
     target = out if out is not None else run / "skiplist.json"
     opened = RunFolder(run)
-    check_target(opened, target)
-    manifest = moved(choose(opened, max_kl=max_kl, **asked), run, target.parent)
-    replaced = set_aside(opened, target)
-    write_manifest(target, manifest)
-    if target == run / "skiplist.json":
-        opened.files.record(target.name, len(manifest.layers))
+    manifest, replaced = select_into(target, opened, max_kl=max_kl, **asked)
     if as_json:
         shared.print_json(manifest_to_json(manifest))
     else:

@@ -14,7 +14,7 @@ from qprobe.registry import measures, precisions
 from qprobe.system.wording import counted
 
 if TYPE_CHECKING:
-    from qprobe.scanning.result import ScanResult
+    from qprobe.scanning.run import Run
 
 TOP = 10  # layers of the ranking that are shown
 
@@ -113,13 +113,13 @@ def scan(as_json: bool, **asked: Any) -> None:
     from qprobe.scanning.scan import scan as run_scan
 
     with shared.progress_bars() as progress:
-        result = run_scan(**asked, progress=progress)
-    if result.skiplist is None:  # stdout belongs to the process that chooses
-        click.echo(result.verdict, err=True)
+        run = run_scan(**asked, progress=progress)
+    if run.skiplist is None:  # stdout belongs to the process that chooses
+        click.echo(run.verdict, err=True)
     elif as_json:
-        shared.print_json(result.to_json())
+        shared.print_json(run.to_json())
     else:
-        _show(result, asked)
+        _show(run, asked)
 
 
 def _names(value: str | None) -> tuple[str, ...] | None:
@@ -133,22 +133,21 @@ def _names(value: str | None) -> tuple[str, ...] | None:
     return tuple(name for name in measures.names() if name in typed)
 
 
-def _show(result: ScanResult, asked: Mapping[str, Any]) -> None:
+def _show(run: Run, asked: Mapping[str, Any]) -> None:
     from qprobe.cli.ranking import show_ranking
     from qprobe.report.terminal import paragraphs, readable_bytes, terminal_width
-    from qprobe.runs.folder import RunFolder
 
-    width = terminal_width()
+    result, width = run.result, terminal_width()
     stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
     click.echo(f"{counted(result.layers, 'linear layer')}, {counted(result.samples, 'sample')}")
     click.echo(f"{stages}{peak}\n")
-    show_ranking(RunFolder(result.run), asked["by"], TOP)
-    if result.notes:
-        click.echo("\n" + paragraphs(result.notes, width))
-    click.echo(f"\nRun folder  {result.run}")
+    show_ranking(run.folder, asked["by"], TOP)
+    if run.notes:
+        click.echo("\n" + paragraphs(run.notes, width))
+    click.echo(f"\nRun folder  {run.path}")
     if asked["ablate"] is not None:
-        click.echo(f"Ablation    {result.run / 'ablation.csv'}")
-    click.echo(f"Skip-list   {result.skiplist}")
+        click.echo(f"Ablation    {run.path / 'ablation.csv'}")
+    click.echo(f"Skip-list   {run.skiplist}")
     click.echo()
-    click.secho(paragraphs([result.verdict], width, mark=""), bold=True)
+    click.secho(paragraphs([run.verdict], width, mark=""), bold=True)

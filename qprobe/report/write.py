@@ -66,7 +66,7 @@ def _pictures(run: RunFolder, scan: Scan, table: pd.DataFrame) -> dict[str, byte
     """The pictures of one run by file name."""
     kept, model = kept_layers(run, scan), f"{scan.model.id} in {scan.format.name}"
     manifest = _manifest(run)
-    files = _both("spikes", spike_plot(table, kept, f"{model}: what 4-bit costs each layer"), PAGE)
+    files = _both("spikes", spikes(run), PAGE)
     files |= _both("spikes-column", spike_plot(table, kept, model, COLUMN), COLUMN)
     if run.files.has(FRONTIER):
         compared = manifest.compared if manifest else ()
@@ -74,6 +74,13 @@ def _pictures(run: RunFolder, scan: Scan, table: pd.DataFrame) -> dict[str, byte
         figure = frontier_plot(frontier, f"{model}: KL by size", compared)
         files["frontier.png"] = _image(figure, "png", PAGE)
     return files
+
+
+def spikes(run: RunFolder) -> Figure:
+    """The spikes of one run: every measured error of each layer; RunError if nothing is measured yet."""
+    scan, table = _measured(run)
+    title = f"{scan.model.id} in {scan.format.name}: what 4-bit costs each layer"
+    return spike_plot(table, kept_layers(run, scan), title)
 
 
 def _both(name: str, figure: Figure, layout: Layout) -> dict[str, bytes]:

@@ -37,11 +37,15 @@ class Ran:
 
 @dataclass(frozen=True)
 class Ended:
-    """What a scan that finished took. seconds: by stage. peak_bytes: of the fullest device."""
+    """The end of a scan that finished.
+
+    seconds: by stage. peak_bytes: of the fullest device. verdict: on the list that it chose, in a sentence.
+    """
 
     seconds: dict[str, float]
     peak_bytes: int | None
     notes: tuple[str, ...]
+    verdict: str
 
 
 TOPICS: Mapping[str, type[Any]] = {

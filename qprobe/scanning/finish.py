@@ -39,7 +39,7 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
             scored, unscored = scoring.measure(selection.kept)
         if scored is not None:
             verdict = f"{verdict} {metric_verdict(scored)}"
-    report(process, lambda: ended(subject, clock))
+    report(process, lambda: ended(subject, clock, verdict))
     quality = selection.manifest.quality
     return ScanResult(
         run=run.path,
@@ -86,11 +86,11 @@ def report(process: Process, until_now: Callable[[], Ended]) -> None:
     run.notes.put("end", until_now())
 
 
-def ended(subject: Subject, clock: Clock) -> Ended:
+def ended(subject: Subject, clock: Clock, verdict: str) -> Ended:
     """What the scan of `subject` took until now."""
     peak = most_held(subject)
     notes = () if subject.limit is None else tuple(subject.limit.note(peak))
-    return Ended(dict(clock.seconds), peak, notes)
+    return Ended(dict(clock.seconds), peak, notes, verdict)
 
 
 def most_held(subject: Subject) -> int:

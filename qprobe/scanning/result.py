@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Quality
+from qprobe.runs.folder import RunFolder
 from qprobe.runs.scored import Scored
+from qprobe.runs.shards import SKIPLIST
+from qprobe.runs.table import attribution_residual
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,26 @@ class ScanResult:
             "notes": list(self.notes),
             "metric": metric,
         }
+
+
+def result_of(run: RunFolder) -> ScanResult:
+    """What the scan in the folder `run` found, by what lies there; streamed_bytes is not known any more.
+
+    Raises RunError if it is no run folder, or a file of it is damaged.
+    """
+    spec, end, path = run.key.spec, run.notes.get("end"), run.path / SKIPLIST
+    has_list = end is not None and path.is_file()
+    quality = read_manifest(path).quality if has_list else Quality()
+    return ScanResult(
+        run=run.path,
+        layers=len(run.key.inventory.layers),
+        samples=sum(len(group) for group in (*spec.calibration, *spec.held_out)),
+        seconds=end.seconds if end else {},
+        peak_bytes=end.peak_bytes if end else None,
+        kl_standard_4bit=quality.kl_standard_4bit,
+        kl_dynamic=quality.kl_dynamic,
+        attribution_residual=attribution_residual(run),
+        skiplist=path if has_list else None,
+        verdict=end.verdict if end else "This scan has not finished; the same command goes on with it.",
+        notes=run.notes.sentences,
+    )

@@ -22,6 +22,7 @@ from qprobe.scanning.opening import open_model, open_units
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import ScanRequest, parse_options
 from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import Run
 from qprobe.scanning.samples import prepare_samples
 from qprobe.scanning.show import show_samples
 from qprobe.scanning.weights import scan_weights
@@ -61,8 +62,8 @@ def scan(
     allow_downloads: bool = False,
     metric: AskedMetric | None = None,
     progress: Progress | None = None,
-) -> ScanResult:
-    """What a scan found: it measures every linear, chooses a skip-list, and leaves a run folder.
+) -> Run:
+    """The run of a scan, which measures every linear, chooses a skip-list, and leaves a run folder.
 
     A folder of the same specification is resumed: finished units are not measured again. Under torchrun, or
     wherever RANK and WORLD_SIZE are set, this process measures its share of the units (see
@@ -136,7 +137,8 @@ def scan(
     )
     with progress_bars() if progress is None else nullcontext(progress) as show:
         process = Process(RunFolder(asked.folder), shard_from(os.environ), show)
-        return scan_weights(asked, process) if asked.measures.is_weight_alone else scan_model(asked, process)
+        steps = scan_weights if asked.measures.is_weight_alone else scan_model
+        return Run(process.run, steps(asked, process))
 
 
 def scan_model(asked: ScanRequest, process: Process) -> ScanResult:

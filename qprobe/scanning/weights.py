@@ -154,7 +154,7 @@ def _finish(asked: ScanRequest, process: Process, device: torch.device) -> ScanR
         manifest = manifest_of(scored, outcome.skiplist, outcome.budget, asked.command)
         write_manifest(run.path / SKIPLIST, manifest)
         run.files.record(SKIPLIST, len(manifest.layers))
-    report(process, lambda: Ended(dict(process.clock.seconds), peak_bytes(device), ()))
+    report(process, lambda: Ended(dict(process.clock.seconds), peak_bytes(device), (), outcome.verdict))
     result = _result(process, peak_bytes(device), outcome.verdict)
     return replace(result, skiplist=run.path / SKIPLIST, notes=run.notes.sentences)
 

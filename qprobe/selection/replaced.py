@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qprobe.errors import ManifestError, QprobeError, RunError
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, moved
+from qprobe.manifest.write import write_manifest
 from qprobe.runs.folder import RunFolder
 from qprobe.selection.select import select
 from qprobe.system.files import write_atomic
@@ -33,6 +35,23 @@ class Replaced:
         if self.kept_as is None:
             return f"Replaces {what}; `{self.again}` makes it again."
         return f"Replaces {what}, which is kept as {self.kept_as}."
+
+
+def select_into(
+    target: Path, run: RunFolder, budget: str | None = None, **asked: Any
+) -> tuple[Manifest, Replaced | None]:
+    """(manifest that was written to `target`, what it took the place of).
+
+    budget, asked: as of `qprobe.select`. Raises RunError unless a skip-list may be written there, and what
+    `select` and `set_aside` raise; then `target` is as before.
+    """
+    check_target(run, target)
+    manifest = moved(select(run, budget, **asked), run.path, target.parent)
+    replaced = set_aside(run, target)
+    write_manifest(target, manifest)
+    if target.resolve() == (run.path / FILE).resolve():
+        run.files.record(FILE, len(manifest.layers))
+    return manifest, replaced
 
 
 def check_target(run: RunFolder, target: Path) -> None:

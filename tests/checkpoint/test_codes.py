@@ -34,10 +34,10 @@ from qprobe.loading.source import Source
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import moved
 from qprobe.manifest.write import manifest_to_json, write_manifest
-from qprobe.scanning.scan import scan
 from qprobe.selection.select import select
 from tests import tiny
 from tests.reading import encode
+from tests.scanning.asked import scan
 
 NAMES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama", "odd")
 

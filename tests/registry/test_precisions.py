@@ -66,8 +66,8 @@ def test_help_offers_a_declared_precision():
 @pytest.mark.usefixtures("declared")
 def test_a_declared_precision_takes_the_place_of_nf4_for_a_whole_scan(tiny_folder: TinyFolder, tmp_path):
     folder = tiny_folder("llama")
-    result = qprobe.scan(**options(folder, tmp_path / "run", format=PRECISION.name))
-    plain = qprobe.scan(**options(folder, tmp_path / "plain"))
+    result = qprobe.scan(**options(folder, tmp_path / "run", format=PRECISION.name)).result
+    plain = qprobe.scan(**options(folder, tmp_path / "plain")).result
     table, other = (pd.read_csv(x.run / "layers.csv").set_index("layer") for x in (result, plain))
     for name, row in table.iterrows():
         assert row["bytes_4bit"] == row_bytes((row["out_features"], row["in_features"]), 64, True), name
@@ -90,7 +90,9 @@ def test_a_declared_precision_takes_the_place_of_nf4_for_a_whole_scan(tiny_folde
 
 @pytest.mark.usefixtures("declared")
 def test_a_layer_in_another_precision_than_its_format_is_refused(tiny_folder: TinyFolder, tmp_path):
-    result = qprobe.scan(str(tiny_folder("llama")), device="cpu", out=tmp_path / "run", measures=["weight"])
+    result = qprobe.scan(
+        str(tiny_folder("llama")), device="cpu", out=tmp_path / "run", measures=["weight"]
+    ).result
     data = json.loads((result.run / "skiplist.json").read_text())
     four_bit = next(x for x in data["layers"] if x["precision"] == "nf4")
     four_bit["precision"] = PRECISION.name

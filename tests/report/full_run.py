@@ -89,7 +89,7 @@ def _measured(folder: Path, key: Key, spikes: dict[int, float], codes: CodesFile
     run = RunFolder(folder)
     run.open(key)
     run.notes.put("start", Remarks(("x.txt: skipped, it is no image",)))
-    run.notes.put("end", Ended({}, None, ()))
+    run.notes.put("end", Ended({}, None, (), ""))
     if codes is not None:
         run.notes.put("codes", codes)
     _write_units(folder, key.inventory.layers, ids, spikes)

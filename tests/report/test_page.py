@@ -16,7 +16,6 @@ from playwright.sync_api import Page, expect
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
-from qprobe.scanning.scan import scan
 from tests.report.full_run import write_full_run
 from tests.report.pages import (
     MINUS,
@@ -29,7 +28,7 @@ from tests.report.pages import (
     overlapping,
     page_file,
 )
-from tests.scanning.asked import options
+from tests.scanning.asked import options, scan
 
 
 @pytest.mark.slow

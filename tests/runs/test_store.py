@@ -37,7 +37,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_key_survives_its_file_and_notes_survive_theirs(run: Path):
     assert RunFolder(run).key == key_of(four_layers())
-    notes, ended = RunFolder(run).notes, Ended({"load": 1.5}, 7, ("late",))
+    notes, ended = RunFolder(run).notes, Ended({"load": 1.5}, 7, ("late",), "good")
     notes.put("end", ended)
     notes.put("layers", Ran(("model.b",), ()))
     notes.add("start", ("é",))
@@ -55,7 +55,7 @@ def test_the_key_survives_its_file_and_notes_survive_theirs(run: Path):
 
 def test_sentences_are_noted_once_in_the_order_of_topics(run: Path):
     notes = RunFolder(run).notes
-    notes.put("end", Ended({}, None, ("last", "twice")))
+    notes.put("end", Ended({}, None, ("last", "twice"), ""))
     notes.add("start", ("first", "twice"))
     notes.add("start", ("first", "second"))
     assert RunFolder(run).notes.sentences == ("first", "twice", "second", "last")
@@ -165,7 +165,7 @@ def test_a_full_disk_is_explained_and_leaves_what_was_there(run: Path, monkeypat
 
 def test_the_same_scan_resumes_and_keeps_its_file(run: Path):
     before = (run / "scan.json").read_bytes()
-    RunFolder(run).notes.put("end", Ended({}, None, ("kept",)))
+    RunFolder(run).notes.put("end", Ended({}, None, ("kept",), ""))
     versions = dict(reversed((spec_of().versions or {}).items()))
     RunFolder(run).open(key_of(four_layers(), spec=spec_of(versions=versions)))
     assert (run / "scan.json").read_bytes() == before and RunFolder(run).scan.notes == ("kept",)

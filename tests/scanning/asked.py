@@ -7,10 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import qprobe
 from qprobe.scanning.result import ScanResult
 
 TinyFolder = Callable[[str], Path]
 Scanned = Callable[[str], ScanResult]
+
+
+def scan(*model: Any, **asked: Any) -> ScanResult:
+    """What a scan found."""
+    return qprobe.scan(*model, **asked).result
 
 
 def options(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:

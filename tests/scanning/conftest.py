@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qprobe.scanning.result import ScanResult
-from qprobe.scanning.scan import scan
-from tests.scanning.asked import Scanned, TinyFolder, options
+from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,9 @@ from qprobe.loading.reference import load_reference
 from qprobe.manifest.read import read_manifest
 from qprobe.report.write import write_report
 from qprobe.runs.folder import RunFolder
-from qprobe.scanning.scan import scan
 from tests import tiny
 from tests.reading import encode
-from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
+from tests.scanning.asked import Scanned, TinyFolder, options, scan, write_lines
 
 # The contract of layers.csv, written out.
 COLUMNS = (

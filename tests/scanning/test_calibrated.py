@@ -9,8 +9,7 @@ import pytest
 from qprobe.errors import QprobeError
 from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
-from qprobe.scanning.scan import scan
-from tests.scanning.asked import TinyFolder, options, write_lines
+from tests.scanning.asked import TinyFolder, options, scan, write_lines
 
 pytestmark = pytest.mark.slow
 

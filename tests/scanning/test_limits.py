@@ -13,8 +13,7 @@ from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.errors import BudgetError
 from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
-from qprobe.scanning.scan import scan
-from tests.scanning.asked import Scanned, TinyFolder, options
+from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,8 @@ import pytest
 
 from qprobe.errors import BudgetError, MachineError
 from qprobe.runs.folder import RunFolder
-from qprobe.scanning.scan import scan
 from tests import tiny
-from tests.scanning.asked import Scanned, TinyFolder, options
+from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
 pytestmark = pytest.mark.slow
 

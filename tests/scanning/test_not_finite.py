@@ -14,9 +14,8 @@ from transformers import AutoTokenizer
 from qprobe.errors import SampleError
 from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
-from qprobe.scanning.scan import scan
 from tests import tiny
-from tests.scanning.asked import TinyFolder, options, write_lines
+from tests.scanning.asked import TinyFolder, options, scan, write_lines
 
 pytestmark = pytest.mark.slow
 

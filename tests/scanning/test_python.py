@@ -91,7 +91,7 @@ def test_a_loaded_model_gives_the_table_of_its_folder_and_stays_as_it_was(
     found = qprobe.scan(model, processor=processor, out=tmp_path / "run", **FEW)
 
     wanted = scanned(name).run
-    assert (found.run / "layers.csv").read_bytes() == (wanted / "layers.csv").read_bytes()
+    assert (found.path / "layers.csv").read_bytes() == (wanted / "layers.csv").read_bytes()
     assert_same(state(model), before)
     assert written(model, processor) == said
 
@@ -102,7 +102,7 @@ def test_a_model_in_32_bit_is_measured_in_16_bit_and_stays_in_32(
     model, processor = loaded(tiny_folder("llama"), dtype=torch.float32)
     before = state(model)
     found = qprobe.scan(model, processor=processor, out=tmp_path / "run", **FEW)
-    assert (found.run / "layers.csv").read_bytes() == (scanned("llama").run / "layers.csv").read_bytes()
+    assert (found.path / "layers.csv").read_bytes() == (scanned("llama").run / "layers.csv").read_bytes()
     assert_same(state(model), before)
 
 
@@ -144,7 +144,7 @@ def test_its_manifest_names_no_folder_and_loading_it_asks_for_the_model(
     folder = tiny_folder("llama")
     model, processor = loaded(folder)
     found = qprobe.scan(model, processor=processor, out=tmp_path / "run", **FEW)
-    files = [found.run / "scan.json", found.run / "skiplist.json"]
+    files = [found.path / "scan.json", found.path / "skiplist.json"]
     assert all(str(folder.parent) not in x.read_text() for x in files)
     assert json.loads(files[1].read_text())["model"]["id"] == "LlamaForCausalLM"
 
@@ -239,7 +239,7 @@ def test_images_in_memory_give_the_table_of_their_folder(
             given = {"data": Dataset.from_list(rows)}
     asked = options(tiny_folder("qwen2_vl"), tmp_path / "run", prompt="what is it?", samples=4, **given)
     found = qprobe.scan(**asked)
-    ours, theirs = (pd.read_csv(x / "layers.csv") for x in (found.run, scanned_images))
+    ours, theirs = (pd.read_csv(x / "layers.csv") for x in (found.path, scanned_images))
     # Which half of the samples has isolated KL is decided by the bytes of their files, which are new here.
     other = [] if kind == "paths" else ["isolated_kl", "isolated_kl_se"]
     pd.testing.assert_frame_equal(ours.drop(columns=other), theirs.drop(columns=other), check_exact=True)
@@ -257,7 +257,7 @@ def scanned_images(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFac
         asked = options(
             tiny_folder("qwen2_vl"), folder / "run", images=folder / "images", prompt="what is it?", samples=4
         )
-        return qprobe.scan(**asked).run
+        return qprobe.scan(**asked).path
 
 
 def test_one_image_and_a_stack_of_images_are_lists_of_them():

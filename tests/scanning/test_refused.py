@@ -11,8 +11,7 @@ import pytest
 from qprobe.errors import QprobeError, RunError, SampleError
 from qprobe.loading.reference import reference_of
 from qprobe.runs.folder import RunFolder
-from qprobe.scanning.scan import scan
-from tests.scanning.asked import Scanned, TinyFolder, options
+from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
 
 @pytest.fixture

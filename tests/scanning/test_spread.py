@@ -16,9 +16,8 @@ from qprobe.loading.reference import reference_of
 from qprobe.loading.spread import device_of
 from qprobe.measure.attribution import on_host
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.scanning.scan import scan
 from qprobe.system.processes import Shard
-from tests.scanning.asked import Scanned, TinyFolder, options
+from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

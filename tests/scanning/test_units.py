@@ -13,8 +13,7 @@ from qprobe.records import Sample, asked
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Measures, Spec
 from qprobe.scanning.samples import cut_samples
-from qprobe.scanning.scan import scan
-from tests.scanning.asked import Scanned, TinyFolder, options, write_lines
+from tests.scanning.asked import Scanned, TinyFolder, options, scan, write_lines
 
 
 class TwoShapes:

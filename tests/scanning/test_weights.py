@@ -31,9 +31,9 @@ from qprobe.report.write import write_report
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import SKIPLIST
 from qprobe.scanning.join import join
-from qprobe.scanning.scan import scan
 from qprobe.selection.select import select
 from tests import tiny
+from tests.scanning.asked import scan
 
 TinyFolder = Callable[[str], Path]
 CPU = torch.device("cpu")

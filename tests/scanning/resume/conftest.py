@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qprobe.scanning.result import ScanResult
-from qprobe.scanning.scan import scan
+from tests.scanning.asked import scan
 from tests.scanning.resume.runs import Share, TinyFolder, options
 
 

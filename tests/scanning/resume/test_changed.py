@@ -16,7 +16,7 @@ from qprobe.options import ScanOptions
 from qprobe.scanning import answers
 from qprobe.scanning import measure as units
 from qprobe.scanning.request import parse_options
-from qprobe.scanning.scan import scan
+from tests.scanning.asked import scan
 from tests.scanning.resume.runs import options, table
 
 # What decides the units, so that a folder of other ones is refused, or only where and how the work is done.

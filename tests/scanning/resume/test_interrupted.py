@@ -19,8 +19,8 @@ from qprobe.report.write import write_report
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import key_bytes
 from qprobe.scanning.join import join
-from qprobe.scanning.scan import scan
 from qprobe.system import files as atomic
+from tests.scanning.asked import scan
 from tests.scanning.resume.runs import contents, options, table, units
 
 pytestmark = pytest.mark.slow

@@ -21,8 +21,8 @@ from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing
 from qprobe.scanning.join import join
-from qprobe.scanning.scan import scan
 from qprobe.system.processes import Shard, shard_from
+from tests.scanning.asked import scan
 from tests.scanning.resume.runs import Share, contents, options, table, units
 
 pytestmark = pytest.mark.slow
