@@ -15,7 +15,7 @@ from qprobe.scanning.choose import HeldOut, Scoring, choose
 from qprobe.scanning.findings import write_findings
 from qprobe.scanning.process import Clock, Process
 from qprobe.scanning.request import ScanRequest
-from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import ScanResult
 from qprobe.scanning.samples import Work
 from qprobe.selection.verdict import metric_verdict
 

@@ -21,8 +21,7 @@ from qprobe.scanning.measure import calibrate, measure_units
 from qprobe.scanning.opening import open_model, open_units
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import ScanRequest, parse_options
-from qprobe.scanning.result import ScanResult
-from qprobe.scanning.run import Run
+from qprobe.scanning.run import Run, ScanResult
 from qprobe.scanning.samples import prepare_samples
 from qprobe.scanning.show import show_samples
 from qprobe.scanning.weights import scan_weights

@@ -30,7 +30,7 @@ from qprobe.scanning.findings import write_findings
 from qprobe.scanning.finish import report
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import ScanRequest
-from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import ScanResult
 from qprobe.selection.outcome import by_score
 from qprobe.selection.select import scored_run
 from qprobe.selection.to_manifest import manifest_of

@@ -14,6 +14,8 @@ from click.testing import Result
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Compared, Manifest
 from qprobe.manifest.write import write_manifest
+from qprobe.scanning.run import Run as FinishedRun
+from qprobe.scanning.run import ScanResult
 from tests.report.test_terminal import COMPARISON, DIAGNOSIS
 
 Run = Callable[..., Result]
@@ -259,17 +261,20 @@ def test_report_draws_another_run_beside_this_one(
 
 
 def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
-    found = SimpleNamespace(
+    found = ScanResult(
         run=run_folder,
         layers=30,
         samples=24,
         seconds={"load": 1.25, "measure": 12.0},
         peak_bytes=2**31,
+        kl_standard_4bit=0.3,
+        kl_dynamic=0.1,
+        attribution_residual=0.01,
         skiplist=run_folder / "skiplist.json",
         verdict="Standard 4-bit costs 0.3 nats; the list brings back 0.2 for 9 % more bytes.",
         notes=("a.txt is no image and was left out.",),
     )
-    fake("qprobe.scanning.scan", scan=lambda **_asked: found)
+    fake("qprobe.scanning.scan", scan=lambda **_asked: FinishedRun(run_folder, found))
     result = qprobe("scan", "--model", "m")
     assert result.exit_code == 0 and result.stderr == ""
     assert result.stdout.splitlines()[-1] == found.verdict

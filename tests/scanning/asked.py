@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import qprobe
-from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import ScanResult
 
 TinyFolder = Callable[[str], Path]
 Scanned = Callable[[str], ScanResult]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import ScanResult
 from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
 

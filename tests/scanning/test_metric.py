@@ -18,7 +18,7 @@ from qprobe.records import Sample, Score
 from qprobe.records import asked as question
 from qprobe.runs.scored import scored
 from qprobe.scanning import answers
-from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import ScanResult
 from qprobe.scanning.scan import scan
 from qprobe.selection.verdict import metric_verdict
 from tests.scanning.asked import TinyFolder, options, write_lines

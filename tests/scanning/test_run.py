@@ -34,7 +34,7 @@ def test_an_opened_run_knows_what_its_scan_gave_back(scanned: Scanned):
 
 
 def test_layers_is_the_table_and_a_copy_of_it(opened: Run):
-    wanted = pd.read_csv(opened.path / "layers.csv")
+    wanted = pd.read_csv(opened.path / "layers.csv", float_precision="round_trip")
     table = opened.layers
     assert table["layer"].tolist() == wanted["layer"].tolist()
     pd.testing.assert_series_equal(table["sensitivity_kl"], wanted["sensitivity_kl"], check_exact=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import ScanResult
 from tests.scanning.asked import scan
 from tests.scanning.resume.runs import Share, TinyFolder, options
 

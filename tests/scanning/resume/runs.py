@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import ScanResult
 
 TinyFolder = Callable[[str], Path]
 Share = Callable[[int, int, Path], ScanResult]

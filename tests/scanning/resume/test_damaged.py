@@ -14,7 +14,7 @@ from qprobe.calibration import calibrate as calibration
 from qprobe.errors import ManifestError, RunError
 from qprobe.runs.damaged import set_aside_damaged
 from qprobe.runs.folder import RunFolder
-from qprobe.scanning.result import ScanResult
+from qprobe.scanning.run import ScanResult
 from tests.scanning.asked import scan
 from tests.scanning.resume.runs import Share, options, table, units
 
