@@ -19,9 +19,8 @@ from qprobe.records import asked as question
 from qprobe.runs.scored import scored
 from qprobe.scanning import answers
 from qprobe.scanning.run import ScanResult
-from qprobe.scanning.scan import scan
 from qprobe.selection.verdict import metric_verdict
-from tests.scanning.asked import TinyFolder, options, write_lines
+from tests.scanning.asked import TinyFolder, options, scan, write_lines
 
 FAST = {"measures": ("activation",), "samples": 9, "batch_size": 1, "max_new_tokens": 6}
 

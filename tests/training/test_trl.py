@@ -70,6 +70,47 @@ def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(p.abs().sum() > 0 for p in moved)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "placeholder",
+        "image in parts",
+        "parts of a Dataset",
+        "answer in parts",
+        "one image",
+        "prompt and completion",
+        "prompt and completion in parts",
+        "texts",
+    ],
+)
+def test_every_shape_that_trainers_collators_take_is_learned_alike(shape: str):
+    from datasets import Dataset
+
+    processor = load_processor(resolve(str(demo_folder())))
+    (row,) = rows(1)
+    (image,), (user, assistant) = row["images"], row["messages"]
+    question = {"type": "text", "text": user["content"]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": assistant["content"]}]}
+    mark, shown = ({"role": "user", "content": [x, question]} for x in (
+        {"type": "image"}, {"type": "image", "image": image}
+    ))  # fmt: skip
+    given = {
+        "placeholder": {"messages": [mark, assistant], "images": [image]},
+        "image in parts": {"messages": [shown, answer]},
+        "parts of a Dataset": Dataset.from_list([{"messages": [mark, answer], "images": [image]}])[0],
+        "answer in parts": {"messages": [mark, answer], "images": [image]},
+        "one image": {"messages": [user, assistant], "image": image},
+        "prompt and completion": {"prompt": [user], "completion": [assistant], "images": [image]},
+        "prompt and completion in parts": {"prompt": [shown], "completion": [answer]},
+        "texts": {"prompt": user["content"], "completion": assistant["content"], "images": [image]},
+    }[shape]
+    collate = qprobe.answer_collator(processor)
+    wanted, found = collate([row, row]), collate([given, row])
+    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    learned = wanted["input_ids"][0][wanted["labels"][0] != -100]
+    assert processor.tokenizer.decode(learned).startswith(assistant["content"])
+
+
 def test_rows_of_both_kinds_are_learned_alike_and_bad_ones_are_named():
     processor = load_processor(resolve(str(demo_folder())))
     (row,) = rows(1)
