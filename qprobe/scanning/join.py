@@ -9,11 +9,11 @@ from pathlib import Path
 
 from qprobe.errors import RunError
 from qprobe.formats.codes_file import checked
+from qprobe.runs.findings import write_findings
 from qprobe.runs.folder import ANSWERS, RunFolder
 from qprobe.runs.key import differences
 from qprobe.runs.shards import entered
 from qprobe.runs.shown import FILE as SHOWN
-from qprobe.scanning.findings import write_findings
 from qprobe.system.files import write_atomic
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted

@@ -22,11 +22,11 @@ from qprobe.measure.memory import peak_bytes
 from qprobe.models.headers import StoredTensor, read_headers
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.runs.damaged import set_aside_damaged
+from qprobe.runs.findings import write_findings
 from qprobe.runs.key import VERSION, Key, Spec
 from qprobe.runs.notes import Ended, Ran
 from qprobe.runs.shards import SKIPLIST, entered, finishing, left_to_others
 from qprobe.scanning.check import check_inventory, check_model
-from qprobe.scanning.findings import write_findings
 from qprobe.scanning.finish import report
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import ScanRequest

@@ -17,10 +17,9 @@ from qprobe.data.sampling import without
 from qprobe.errors import SampleError
 from qprobe.manifest.write import write_manifest
 from qprobe.records import Sample, asked
-from qprobe.scanning.scan import scan
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
-from tests.scanning.asked import TinyFolder, options, write_lines
+from tests.scanning.asked import TinyFolder, options, scan, write_lines
 
 TOO_LONG = (
     "long.png: left out, the model's processor cannot read it (absolute aspect ratio must be smaller than "

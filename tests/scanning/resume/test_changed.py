@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qprobe.errors import RunError
+from qprobe.measure import runner
 from qprobe.options import ScanOptions
 from qprobe.scanning import answers
-from qprobe.scanning import measure as units
 from qprobe.scanning.request import parse_options
 from tests.scanning.asked import scan
 from tests.scanning.resume.runs import options, table
@@ -50,7 +50,7 @@ def test_weights_that_change_in_any_place_are_noticed(llama: Path, tmp_path: Pat
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     asked = options(changed, run, data=tmp_path / "data.jsonl", measures=("activation",))
     with monkeypatch.context() as patch:
-        patch.setattr(units, "observe", stop_at(2, units.observe))
+        patch.setattr(runner, "observe", stop_at(2, runner.observe))
         with pytest.raises(Stopped):
             scan(**asked)
     tensors = load_file(changed / "model.safetensors")
