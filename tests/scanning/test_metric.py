@@ -34,7 +34,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, tmp_path: Path, **changes: Any) -> ScanResult:
-    return scan(**options(folder, tmp_path / "run", **FAST, **changes)).result
+    return scan(**options(folder, tmp_path / "run", **FAST, **changes))
 
 
 def characters(sample: Sample, answer: str) -> int:
