@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, standard_4bit, with_dtype
 from qprobe.checkpoint.storage import StoredBytes, stored_bytes
-from qprobe.data.sampling import Wanted, choose_samples, without
+from qprobe.data.sampling import choose_samples, wanted_by, without
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import image_token_id, tokenizer_of
@@ -292,17 +292,7 @@ def _run_reference(
     if reference.processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
     reads_images = tokenizer_of(reference.processor) is not reference.processor
-    wanted = Wanted(
-        images=options.images,
-        data=options.data,
-        prompt=options.prompt,
-        count=options.samples,
-        seed=options.seed,
-        turns=options.turns,
-        split=options.split,
-        bad_data=options.bad_data,
-        allow_downloads=options.allow_downloads,
-    )
+    wanted = wanted_by(options)
     report = partial(_staged, progress, "16-bit")
     processed = ProcessedSamples(
         reference.processor, reference.model.dtype, image_token_id(reference.model.config)

@@ -25,7 +25,7 @@ from qprobe.data.reasons import Refused, shown
 from qprobe.data.source import source_of
 from qprobe.data.turns import samples_of
 from qprobe.errors import SampleError
-from qprobe.options import BadData, Progress, Turns, no_progress
+from qprobe.options import BadData, CompareOptions, Progress, ScanOptions, Turns, no_progress
 from qprobe.records import Sample, asked
 
 IMAGES = "Put PNG or JPEG files there."
@@ -52,6 +52,21 @@ class Wanted:
     split: str | None = None
     bad_data: BadData = "refuse"
     allow_downloads: bool = False
+
+
+def wanted_by(options: ScanOptions | CompareOptions) -> Wanted:
+    """What `options` say about samples."""
+    return Wanted(
+        images=options.images,
+        data=options.data,
+        prompt=options.prompt,
+        count=options.samples,
+        seed=options.seed,
+        turns=options.turns,
+        split=options.split,
+        bad_data=options.bad_data,
+        allow_downloads=options.allow_downloads,
+    )
 
 
 def check_wanted(model_id: str, wanted: Wanted) -> None:

@@ -108,6 +108,7 @@ def _checked(name: str, function: Callable[[Sample, str], Any]) -> Callable[[Sam
     """`function`, whose mistakes name the sample."""
 
     def score(sample: Sample, answer: str) -> Score:
+        """The value of one answer; QprobeError where the function fails or gives no finite number."""
         try:
             value = function(sample, answer)
         except Exception as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.data.sampling import Wanted
+from qprobe.data.sampling import Wanted, wanted_by
 from qprobe.errors import QprobeError
 from qprobe.inputs.metrics import Metric, metric_of
 from qprobe.loading.device import SPREAD, one_device, pick_device
@@ -119,17 +119,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         device=options.device,
         max_memory_bytes=limit,
         tune=options.tune,
-        samples=Wanted(
-            images=options.images,
-            data=options.data,
-            prompt=options.prompt,
-            count=options.samples,
-            seed=options.seed,
-            turns=options.turns,
-            split=options.split,
-            bad_data=options.bad_data,
-            allow_downloads=options.allow_downloads,
-        ),
+        samples=wanted_by(options),
         batching=Batching(options.batch_size, options.max_new_tokens),
         measures=measures,
         ablate=ablate,

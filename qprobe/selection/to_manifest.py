@@ -124,6 +124,7 @@ def _reasons(
         groups.setdefault(x.group, []).append(x.name)
 
     def reason(layer: Linear) -> str:
+        """Why this layer has its precision."""
         if layer.fixed is not None:
             return _FIXED_REASONS.get(layer.fixed, f"{layer.fixed}: stays in 16-bit")
         if layer.name not in ranks or layer.name in never_ran:
