@@ -22,7 +22,7 @@ class RunError(QprobeError):
 
 
 class BudgetError(QprobeError):
-    """The budget cannot be read, or no choice of layers fits it."""
+    """The budget cannot be read, or no skip-list fits it."""
 
 
 class ManifestError(QprobeError):

@@ -101,7 +101,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Trial:
+class ModelResult:
     """What one model did: its bytes, its greedy answers, its KL sums by sample, all in sample order.
 
     scores: of the answers, for each metric of the course.
@@ -206,18 +206,18 @@ def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
     skeleton = skeleton.in_dtype(wanted.format.compute_dtype)
     course, reference, notes = _run_reference(manifest, skeleton, options, progress)
     loaders = _loaders(wanted, skeleton, options)
-    trials = {"16-bit": reference}
+    results = {"16-bit": reference}
     for name, load in loaders.items():
         _free_memory()
-        trials[name] = _run(load, course, options, partial(_staged, progress, name))
+        results[name] = _run(load, course, options, partial(_staged, progress, name))
     comparison = Comparison(
-        rows=tuple(_row(name, trial, reference) for name, trial in trials.items()),
+        rows=tuple(_row(name, result, reference) for name, result in results.items()),
         samples=tuple(
-            ComparedSample(s.id, s.prompt, {name: trial.answers[i] for name, trial in trials.items()})
+            ComparedSample(s.id, s.prompt, {name: result.answers[i] for name, result in results.items()})
             for i, s in enumerate(course.samples)
         ),
         metrics=tuple(
-            scored(metric.name, metric.is_share, {name: trial.scores[i] for name, trial in trials.items()})
+            scored(metric.name, metric.is_share, {name: result.scores[i] for name, result in results.items()})
             for i, metric in enumerate(course.metrics)
         ),
         notes=notes,
@@ -286,8 +286,8 @@ def _free_memory() -> None:
 
 def _run_reference(
     manifest: Manifest, skeleton: Skeleton, options: CompareOptions, progress: Progress
-) -> tuple[Course, Trial, tuple[str, ...]]:
-    """The course that the 16-bit model sets, its own trial, and notes on the samples."""
+) -> tuple[Course, ModelResult, tuple[str, ...]]:
+    """The course that the 16-bit model sets, its own result, and notes on the samples."""
     reference = reference_of(skeleton, options.device)
     if reference.processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
@@ -316,15 +316,15 @@ def _run_reference(
     ordered = [logits[i] for i in range(len(samples))]
     course = Course(samples, groups, ordered, chosen.samples, metrics)
     sums = [KlSums(0.0, len(x), len(x)) for x in ordered]
-    trial = Trial(stored_bytes(reference.model), answers, sums, scores)
+    result = ModelResult(stored_bytes(reference.model), answers, sums, scores)
     left_out = (note for metric in metrics for note in metric.left_out(chosen.samples))
-    return course, trial, (*chosen.notes, *left_out)
+    return course, result, (*chosen.notes, *left_out)
 
 
 def _run(
     load: Callable[[], tuple[Any, Any]], course: Course, options: CompareOptions, report: Progress
-) -> Trial:
-    """The trial of the model that `load` gives; the model is gone afterwards."""
+) -> ModelResult:
+    """The result of the model that `load` gives; the model is gone afterwards."""
     model, processor = load()
     stored = stored_bytes(model)
     processed = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
@@ -337,7 +337,7 @@ def _run(
         sums.update(zip(group, kl_sums(reference, rows), strict=True))
         report("kl", len(sums), len(course.samples))
     ordered = [sums[i] for i in range(len(course.samples))]
-    return Trial(stored, answers, ordered, scores)
+    return ModelResult(stored, answers, ordered, scores)
 
 
 def _answers(
@@ -367,17 +367,17 @@ def _compact(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return small if torch.equal(small.float(), logits) else logits
 
 
-def _row(name: str, trial: Trial, reference: Trial) -> Row:
+def _row(name: str, result: ModelResult, reference: ModelResult) -> Row:
     """The numbers of one model."""
-    kl, kl_se = ratio([s.kl for s in trial.sums], [s.tokens for s in trial.sums])
-    top1, _ = ratio([s.top1_agree for s in trial.sums], [s.tokens for s in trial.sums])
-    same = sum(mine == theirs for mine, theirs in zip(trial.answers, reference.answers, strict=True))
+    kl, kl_se = ratio([s.kl for s in result.sums], [s.tokens for s in result.sums])
+    top1, _ = ratio([s.top1_agree for s in result.sums], [s.tokens for s in result.sums])
+    same = sum(mine == theirs for mine, theirs in zip(result.answers, reference.answers, strict=True))
     return Row(
         name=name,
-        parameter_bytes=trial.stored.parameter_bytes,
-        total_bytes=trial.stored.total_bytes,
+        parameter_bytes=result.stored.parameter_bytes,
+        total_bytes=result.stored.total_bytes,
         kl=kl,
         kl_se=kl_se,
         top1_agreement=top1,
-        answer_agreement=same / len(trial.answers),
+        answer_agreement=same / len(result.answers),
     )

@@ -15,7 +15,7 @@ from qprobe.exports.lists import Matched, match_list, read_list, remarks
 from qprobe.exports.matchers import transformers_rule
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import known, resolve
-from qprobe.manifest.records import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.registry.precisions import SIXTEEN_BIT, Precision
 
@@ -88,7 +88,7 @@ def _manifest(
     four_bit = spec.precision.stored
     by_entry = {name: one.entry for one in reversed(matched) for name in one.layers}
     layers = tuple(
-        LayerChoice(
+        ManifestLayer(
             name=x.name,
             checkpoint_name=x.checkpoint_name,
             shape=x.shape,

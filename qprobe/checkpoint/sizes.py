@@ -1,4 +1,4 @@
-"""Exact bytes of a model under one choice of 4-bit layers: in its linears, and outside them."""
+"""Exact bytes of a model under one set of 4-bit layers: in its linears, and outside them."""
 
 from __future__ import annotations
 

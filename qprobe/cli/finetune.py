@@ -140,7 +140,7 @@ def finetune(as_json: bool, **asked: Any) -> None:
 
     The loss is on the tokens of the answers only. Every line and image is checked first. The same command
     goes on from the last checkpoint after an interruption. DIR gets the adapter as peft reads it, the
-    processor, F, and finetune.json with every choice and F's fingerprint.
+    processor, F, and finetune.json with every option and F's fingerprint.
 
     \b
     --json prints: out, base, fingerprint, steps, resumed_from, trained_lines, held_out_lines, skipped [text],

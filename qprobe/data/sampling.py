@@ -210,7 +210,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def split_held_out(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """(calibration, held out): every third sample is held out for the choice of the skip-list.
+    """(calibration, held out): every third sample is held out for the selection of the skip-list.
 
     Samples of one conversation, or of the same turns and answer, are on one side together. With
     fewer than three different ones there is nothing to hold out, and the second part is empty.

@@ -17,7 +17,7 @@ from qprobe.exports.matchers import (
     transformers_5_0,
     transformers_5_21,
 )
-from qprobe.manifest.records import LayerChoice, Manifest
+from qprobe.manifest.records import Manifest, ManifestLayer
 from qprobe.models.spellings import Spellings, spellings
 from qprobe.system.wording import counted
 
@@ -50,7 +50,7 @@ def layer_spellings(manifest: Manifest) -> dict[str, tuple[Spellings, bool]]:
     return found
 
 
-def _in_files(name: str, layers: Sequence[LayerChoice]) -> str:
+def _in_files(name: str, layers: Sequence[ManifestLayer]) -> str:
     """The name in the files of a module that the manifest gives only today's name of.
 
     It is renamed as the listed linear nearest to it in the tree.
@@ -221,5 +221,5 @@ def one_pattern(names: Iterable[str]) -> str:
     return "|".join(branches)
 
 
-def _any(choices: Sequence[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"
+def _any(alternatives: Sequence[str]) -> str:
+    return alternatives[0] if len(alternatives) == 1 else f"(?:{'|'.join(alternatives)})"

@@ -32,7 +32,7 @@ class Matched:
 
 @dataclass(frozen=True)
 class GivenList:
-    """A list as its file gives it. entries: None where the file leaves the choice to transformers."""
+    """A list as its file gives it. entries: None where the file leaves that to transformers."""
 
     entries: tuple[str, ...] | None
     transformers: str | None

@@ -46,7 +46,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class LayerChoice:
+class ManifestLayer:
     """One linear and its precision.
 
     shape: of the weight, as `qprobe.records.Linear` has it. precision: the name of a declared one.
@@ -89,7 +89,7 @@ class Manifest:
     budget: ManifestBudget
     quality: Quality
     compared: tuple[Compared, ...] = field(default=(), kw_only=True)
-    layers: tuple[LayerChoice, ...]
+    layers: tuple[ManifestLayer, ...]
     uncovered: tuple[Uncovered, ...]
     skip_modules: tuple[str, ...]
     made_by: MadeBy

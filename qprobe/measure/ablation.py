@@ -37,7 +37,7 @@ Ablated = Literal["all"] | int | tuple[str, ...]
 """Which layers to ablate: all, so many from the head of the sensitivity ranking, or those named."""
 FILE = "ablation.csv"
 COLUMNS = ("layer", "kl_isolated", "kl_isolated_se", "kl_saved", "kl_saved_se", "samples")
-_ALONE, _KEPT = "alone ", "kept "  # choices in the units: one layer in 4-bit, one layer in 16-bit
+_ALONE, _KEPT = "alone ", "kept "  # candidates in the units: one layer in 4-bit, one layer in 16-bit
 
 
 def parse_ablated(text: str) -> Ablated:
@@ -121,8 +121,8 @@ def _unit(
     with walking(path), torch.inference_mode():
         reference = answer_logits(subject.model, batch)
 
-        def rows(choice: str, four_bit: frozenset[str]) -> pd.DataFrame:
-            return kl_rows(batch, choice, kl_sums(reference, _logits_with(subject, batch, four_bit)))
+        def rows(candidate: str, four_bit: frozenset[str]) -> pd.DataFrame:
+            return kl_rows(batch, candidate, kl_sums(reference, _logits_with(subject, batch, four_bit)))
 
         frames = [rows(STANDARD, subject.quantized)]
         for count, name in enumerate(layers, start=1):
@@ -149,13 +149,13 @@ def ablation_rows(units: pd.DataFrame, layers: tuple[str, ...]) -> pd.DataFrame:
     kl_isolated: KL with only this layer in 4-bit. kl_saved: KL of standard 4-bit - KL with only this layer
     kept; paired by sample. Each with its standard error, over the samples where both are finite.
     """
-    measured = {str(choice): rows for choice, rows in units.groupby("choice")}
+    measured = {str(name): rows for name, rows in units.groupby("candidate")}
     rows = []
     for name in layers:
         standard, alone, kept = on_common_samples(
             [
-                Candidate(choice, frozenset(), 0, measured.get(choice, units.iloc[:0]))
-                for choice in (STANDARD, _ALONE + name, _KEPT + name)
+                Candidate(candidate, frozenset(), 0, measured.get(candidate, units.iloc[:0]))
+                for candidate in (STANDARD, _ALONE + name, _KEPT + name)
             ]
         )
         saved, saved_se = difference(standard, kept)

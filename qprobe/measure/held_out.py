@@ -7,37 +7,37 @@ from collections.abc import Mapping
 import pandas as pd
 
 from qprobe.formats.protocol import Format
-from qprobe.measure.runner import choice_kl, nearest_kl
+from qprobe.measure.runner import candidate_kl, nearest_kl
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.units import NEAREST_STAGE, choice_stage
+from qprobe.runs.units import NEAREST_STAGE, candidate_stage
 
 
-def measure_choices(
+def measure_candidates(
     subject: Subject,
     run: RunFolder,
     groups: list[tuple[Sample, ...]],
-    choices: Mapping[str, frozenset[str]],
+    candidates: Mapping[str, frozenset[str]],
     progress: Progress,
 ) -> dict[str, pd.DataFrame]:
-    """For each choice (name -> linears kept in 16-bit) its KL rows over all batches of `groups`.
+    """For each candidate (name -> linears kept in 16-bit) its KL rows over all batches of `groups`.
 
     Each distinct list costs one forward pass per batch, and the reference one; finished units are kept.
     """
-    lists = {choice_stage(kept): kept for kept in choices.values()}
+    lists = {candidate_stage(kept): kept for kept in candidates.values()}
     missing = {stage: set(run.missing_units(stage, len(groups))) for stage in lists}
     for unit, group in enumerate(groups):
         wanted = {stage: kept for stage, kept in lists.items() if unit in missing[stage]}
         if wanted:
             batch = subject.encode(group)
-            with subject.running("choice", batch.elements, like="measure"):
-                frames = choice_kl(subject, batch, wanted)
+            with subject.running("candidates", batch.elements, like="measure"):
+                frames = candidate_kl(subject, batch, wanted)
             for stage, frame in frames.items():
                 run.write_unit(stage, unit, frame)
-        progress("choice", unit + 1, len(groups))
-    return {name: run.units(choice_stage(kept)) for name, kept in choices.items()}
+        progress("candidates", unit + 1, len(groups))
+    return {name: run.units(candidate_stage(kept)) for name, kept in candidates.items()}
 
 
 def measure_nearest(

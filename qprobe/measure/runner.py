@@ -22,7 +22,7 @@ from qprobe.registry import measures as declared
 from qprobe.registry.measures import ISOLATED, WEIGHTS, Need
 from qprobe.runs.key import Measures
 
-STANDARD = "standard"  # the choice that keeps nothing: every linear but the fixed ones in 4-bit
+STANDARD = "standard"  # the candidate that keeps nothing: every linear but the fixed ones in 4-bit
 
 
 def applicable_measures(
@@ -101,8 +101,8 @@ def observe_isolated(subject: Subject, _measures: Measures, batch: Batch) -> dic
 def isolated_half(samples: Iterable[Sample]) -> frozenset[str]:
     """Ids of half of the `samples` that have an answer, rounded up: those with isolated KL.
 
-    The choice is by digest, so neither order nor kind of the samples enter it. Half as many samples make the
-    estimate 1.4 times as uncertain and halve its cost; lists hardly change (reports/sensitivity).
+    They are picked by digest, so neither order nor kind of the samples enter it. Half as many samples make
+    the estimate 1.4 times as uncertain and halve its cost; lists hardly change (reports/sensitivity).
     """
     answered = sorted((x for x in samples if x.answer), key=lambda x: (x.digest, x.id))
     return frozenset(x.id for x in answered[: (len(answered) + 1) // 2])
@@ -125,17 +125,17 @@ def observe_outputs(
     return errors.rows(), at_answers(output.logits, given) if subject.has_head else []
 
 
-def kl_rows(batch: Batch, choice: str, sums: list[KlSums]) -> pd.DataFrame:
+def kl_rows(batch: Batch, candidate: str, sums: list[KlSums]) -> pd.DataFrame:
     """One row for each sample with an answer, columns of the unit stage "kl"."""
     rows = [
-        (sample.id, choice, s.tokens, s.kl, s.top1_agree)
+        (sample.id, candidate, s.tokens, s.kl, s.top1_agree)
         for sample, s in zip(batch.samples, sums, strict=False)
         if s.tokens
     ]
-    return pd.DataFrame(rows, columns=["sample", "choice", "answer_tokens", "kl_sum", "top1_agree"])
+    return pd.DataFrame(rows, columns=["sample", "candidate", "answer_tokens", "kl_sum", "top1_agree"])
 
 
-def nearest_kl(subject: Subject, batch: Batch, fmt: Format, choice: str) -> pd.DataFrame:
+def nearest_kl(subject: Subject, batch: Batch, fmt: Format, candidate: str) -> pd.DataFrame:
     """The KL rows of the batch with every quantized linear rounded to nearest, one at a time as it runs."""
 
     def forward(name: str, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -144,15 +144,17 @@ def nearest_kl(subject: Subject, batch: Batch, fmt: Format, choice: str) -> pd.D
     with torch.inference_mode():
         reference = answer_logits(subject.model, batch)
         with replaced_forwards(subject.quantized_modules, forward):
-            return kl_rows(batch, choice, kl_sums(reference, answer_logits(subject.model, batch)))
+            return kl_rows(batch, candidate, kl_sums(reference, answer_logits(subject.model, batch)))
 
 
-def choice_kl(subject: Subject, batch: Batch, choices: dict[str, frozenset[str]]) -> dict[str, pd.DataFrame]:
-    """For each choice (name -> linears kept in 16-bit) the KL rows of the batch; costs a forward each."""
+def candidate_kl(
+    subject: Subject, batch: Batch, candidates: dict[str, frozenset[str]]
+) -> dict[str, pd.DataFrame]:
+    """For each candidate (name -> linears kept in 16-bit) the KL rows of the batch; costs a forward each."""
     frames = {}
     with torch.inference_mode():
         reference = answer_logits(subject.model, batch)
-        for name, kept in choices.items():
+        for name, kept in candidates.items():
             with in_four_bit(subject.modules, subject.dequantized, subject.quantized - kept):
                 sums = kl_sums(reference, answer_logits(subject.model, batch))
             frames[name] = kl_rows(batch, name, sums)

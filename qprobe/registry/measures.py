@@ -127,8 +127,14 @@ OUTPUTS = Stage(
 )  # fmt: skip
 KL = Stage(
     "kl",
-    {"sample": "text", "choice": "text", "answer_tokens": "count", "kl_sum": "number", "top1_agree": "count"},
-    ("sample", "choice"),
+    {
+        "sample": "text",
+        "candidate": "text",
+        "answer_tokens": "count",
+        "kl_sum": "number",
+        "top1_agree": "count",
+    },
+    ("sample", "candidate"),
 )
 _SHARES: Mapping[str, Kind] = {
     "sample": "text",

@@ -16,7 +16,7 @@ from qprobe.registry.measures import ACTIVATION, SENSITIVITY_KL
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.statistics import ratio_se
 from qprobe.runs.table import finite_answers, measured
-from qprobe.runs.units import choice_stage
+from qprobe.runs.units import candidate_stage
 from qprobe.selection.budget import Budget
 from qprobe.selection.scores import ScoredRun, default_measure, predictor, skiplists_by
 from qprobe.selection.skiplist import SkipList
@@ -114,7 +114,7 @@ class Prediction:
 
 def measured_kl(run: RunFolder, skiplist: SkipList) -> KL | None:
     """What a scan measured of this very list on held-out samples; None if it did not."""
-    rows = finite_answers(run.units(choice_stage(frozenset(skiplist.kept))))
+    rows = finite_answers(run.units(candidate_stage(frozenset(skiplist.kept))))
     if rows.empty:
         return None
     kl, tokens = rows["kl_sum"].tolist(), rows["answer_tokens"].tolist()

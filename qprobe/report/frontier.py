@@ -17,7 +17,7 @@ _DECADES = 20.0  # KL that spans more than this factor is drawn on a logarithmic
 
 
 def frontier_plot(frontier: pd.DataFrame, title: str, compared: Sequence[Compared] = ()) -> Figure:
-    """Predicted and measured KL over the size of the model, one colour a way of choosing.
+    """Predicted and measured KL over the size of the model, one colour per way of selecting.
 
     frontier: columns budget_bytes, predicted_kl, measured_kl, measured_kl_se, candidate. Where every row is a
     candidate of its own, all of them are points of one line. compared: the lists that the run's own was

@@ -116,12 +116,10 @@ def rank_text(ranked: pd.DataFrame, by: str, kept: frozenset[str], width: int) -
     """
     telling = [x.name for x in by_tellingness()]
     beside = [c for c in telling if c != by and c in ranked and ranked[c].notna().any()]
-    choices = [_rank_cells(ranked, [by, *beside[:count]]) for count in range(len(beside), -1, -1)]
-    rooms = [
-        width - len(text_table(*choice, frozenset()).splitlines()[1]) + len("layer") for choice in choices
-    ]
-    fitting = next((i for i, room in enumerate(rooms) if room >= _LEAST_ROOM), len(choices) - 1)
-    headings, cells = choices[fitting]
+    tables = [_rank_cells(ranked, [by, *beside[:count]]) for count in range(len(beside), -1, -1)]
+    rooms = [width - len(text_table(*table, frozenset()).splitlines()[1]) + len("layer") for table in tables]
+    fitting = next((i for i, room in enumerate(rooms) if room >= _LEAST_ROOM), len(tables) - 1)
+    headings, cells = tables[fitting]
     marks = [" *" if name in kept else "" for name in ranked["layer"]]
     labels = _labels(list(ranked["layer"]), marks, max(rooms[fitting], _LEAST_ROOM))
     rows = [[line[0], label, *line[2:]] for line, label in zip(cells, labels, strict=True)]

@@ -131,4 +131,4 @@ def _answer_notes(run: RunFolder) -> tuple[str, ...]:
 def _standard(run: RunFolder) -> pd.DataFrame:
     """KL rows of the calibration samples under standard 4-bit."""
     rows = run.units("kl")
-    return rows.loc[np.asarray(rows["choice"] == STANDARD, dtype=bool)]
+    return rows.loc[np.asarray(rows["candidate"] == STANDARD, dtype=bool)]

@@ -64,7 +64,9 @@ def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[T
     if left:
         yield "units left"
         return
-    path = folder / f"{_LOCK}-choice"  # while it is locked somebody chooses; then it holds what was asked for
+    path = (
+        folder / f"{_LOCK}-selection"
+    )  # while it is locked somebody chooses; then it holds what was asked for
     with ExitStack() as held:
         try:
             if not _lock(held, path, try_lock):

@@ -40,7 +40,7 @@ _FIRST = {
 _LAST = {ROUNDING: "str", "samples": "Int64", "tokens": "Int64"}
 
 STANDARD = "standard"
-"""The choice, in units of the stage "kl", that keeps nothing: standard 4-bit."""
+"""The candidate, in units of the stage "kl", that keeps nothing: standard 4-bit."""
 
 _PEAK_DTYPES = {
     "layer": "str",
@@ -162,8 +162,8 @@ def attribution_residual(run: RunFolder) -> float | None:
 
     None where either was not measured or the KL is 0.
     """
-    choices = run.units("kl")
-    kl = finite_answers(choices.loc[choices["choice"].to_numpy() == STANDARD])
+    rows = run.units("kl")
+    kl = finite_answers(rows.loc[rows["candidate"].to_numpy() == STANDARD])
     parts = run.units("sensitivity")
     by_sample = {str(name): numbers(rows, "kl_sum") for name, rows in parts.groupby("sample")}
     both = [

@@ -27,8 +27,8 @@ from qprobe.registry import measures
 _KINDS = {"text": pa.string(), "count": pa.int64(), "number": pa.float64()}
 
 # A list of kept layers measured on held-out samples, and a list of layers measured one by one, have stages
-# of their own with the schema of "kl": `choice_stage` and `ablation_stage`.
-_CHOICE, _ABLATION = "heldout", "ablation"
+# of their own with the schema of "kl": `candidate_stage` and `ablation_stage`.
+_CANDIDATE, _ABLATION = "heldout", "ablation"
 
 _UNIT_NAME = re.compile(r"([a-z0-9-]+)-([0-9]{5,})\.parquet")
 
@@ -37,15 +37,15 @@ class DamagedUnitError(RunError):
     """A unit file is not whole."""
 
 
-def choice_stage(kept: frozenset[str]) -> str:
+def candidate_stage(kept: frozenset[str]) -> str:
     """The stage, with the schema of "kl", of the held-out measurements with the layers `kept` in 16-bit.
 
     Equal lists share their units, whatever they are called.
     """
-    return f"{_CHOICE}-{_digest(kept)}"
+    return f"{_CANDIDATE}-{_digest(kept)}"
 
 
-NEAREST_STAGE = f"{_CHOICE}-nearest"
+NEAREST_STAGE = f"{_CANDIDATE}-nearest"
 """The same with nothing kept and every weight rounded to nearest, in a run of calibrated weights."""
 
 
@@ -141,7 +141,7 @@ def unit_columns(stage: str) -> list[str]:
 
 def declared_stage(stage: str) -> measures.Stage | None:
     """The declaration of `stage`; None if there is no such stage."""
-    name = measures.KL.name if stage.startswith((f"{_CHOICE}-", f"{_ABLATION}-")) else stage
+    name = measures.KL.name if stage.startswith((f"{_CANDIDATE}-", f"{_ABLATION}-")) else stage
     return next((x for x in measures.stages() if x.name == name), None)
 
 

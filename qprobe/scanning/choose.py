@@ -1,4 +1,4 @@
-"""The choosing step of a scan: candidates are measured on held-out samples, and the manifest of the best.
+"""The selection of a scan: candidates are measured on held-out samples, and the best gets a manifest.
 
 Where a metric is asked for, the answers of what was chosen are scored on the same samples.
 """
@@ -15,7 +15,7 @@ from qprobe.formats.protocol import format_from
 from qprobe.inputs.metrics import Metric
 from qprobe.manifest.records import NEAREST, NOTHING, Manifest
 from qprobe.manifest.write import write_manifest
-from qprobe.measure.held_out import measure_choices, measure_nearest
+from qprobe.measure.held_out import measure_candidates, measure_nearest
 from qprobe.measure.kl import in_four_bit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
@@ -73,7 +73,7 @@ class HeldOut:
     def measure(self, skiplists: Mapping[str, SkipList]) -> dict[str, Candidate]:
         """Each skip-list as a candidate of the same name; what is known is not run again."""
         kept = {name: frozenset(skiplist.kept) for name, skiplist in skiplists.items()}
-        frames = measure_choices(self.subject, self.run, self.groups, kept, self.progress)
+        frames = measure_candidates(self.subject, self.run, self.groups, kept, self.progress)
         return {n: Candidate(n, kept[n], x.total_bytes, frames[n]) for n, x in skiplists.items()}
 
     def nearest(self, run: ScoredRun) -> list[Candidate]:
@@ -131,7 +131,7 @@ def _left_out(held_out: HeldOut, compared: Sequence[Candidate]) -> tuple[str, ..
     shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
     samples = counted(len(missing) + len(known), "held-out sample")
     return (
-        f"{len(missing)} of {samples} left out of the choice, since "
+        f"{len(missing)} of {samples} left out of the selection, since "
         f"they have no finite KL under every list: {shown}.",
     )
 

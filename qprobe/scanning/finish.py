@@ -1,4 +1,4 @@
-"""The last step of a scan: tables, ablation, choice and report of a run whose units are all there."""
+"""The last step of a scan: tables, ablation, selection and report of a run whose units are all there."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
 
 
 def unfinished(subject: Subject, work: Work, process: Process, verdict: str) -> ScanResult:
-    """The result of a process that leaves the choice to another one."""
+    """The result of a process that leaves the selection to another one."""
     return ScanResult(
         run=process.run.path,
         layers=len(subject.inventory.layers),

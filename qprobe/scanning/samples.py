@@ -25,7 +25,7 @@ class Work:
 
     calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
     `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
-    for the choice alone, maybe none. answered: ids of the samples that brought no answer of their own.
+    for the selection alone, maybe none. answered: ids of the samples that brought no answer of their own.
     """
 
     calibration: Groups

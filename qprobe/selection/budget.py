@@ -129,6 +129,6 @@ def parse_size(text: str) -> int:
 def below_standard(budget: str, standard_4bit_bytes: int) -> str:
     """The sentence for a budget that not even standard 4-bit fits."""
     return (
-        f"Budget {budget} is below standard 4-bit, {standard_4bit_bytes:,} bytes, so no choice fits. "
+        f"Budget {budget} is below standard 4-bit, {standard_4bit_bytes:,} bytes, so no skip-list fits. "
         f"Pass --budget {standard_4bit_bytes} or more, or +10%."
     )

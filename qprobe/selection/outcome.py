@@ -115,7 +115,7 @@ def _no_better(run: ScoredRun, won: Candidate, nearest: Candidate | None) -> tup
         return ()
     stored = run.scan.format.precision.stored.name
     return (
-        f"Calibration does not pay here: on the held-out samples the choice leaves a KL of {won.kl:.3g}, "
+        f"Calibration does not pay here: on the held-out samples the selection leaves a KL of {won.kl:.3g}, "
         f"and rounding to nearest with nothing kept {nearest.kl:.3g}. Scan with --format {stored}, or "
         "calibrate on more samples.",
     )

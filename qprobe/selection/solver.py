@@ -48,8 +48,8 @@ def fewest_bytes(items: Sequence[Item], spared: float) -> tuple[int, ...]:
     """For each item the number of the option it takes, for the fewest bytes that spare the damage `spared`.
 
     spared: of the damage with the first option everywhere; at most what can be spared (`most_spared`). It may
-    be missed by 2**-43 of the largest gain for each item, so that rounding never makes what a choice spares a
-    target which that choice misses. Required: as of `least_damage`.
+    be missed by 2**-43 of the largest gain for each item, so that rounding never makes what a solution spares
+    a target which that solution misses. Required: as of `least_damage`.
     """
     free, paid = _free_and_paid(items)
     better = set(free)

@@ -10,12 +10,12 @@ from math import fsum, isfinite
 import pandas as pd
 
 from qprobe import __version__
-from qprobe.manifest.records import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import Compared, MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
 from qprobe.records import Inventory, Linear, Scan
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.table import finite_answers, measured
-from qprobe.runs.units import NEAREST_STAGE, choice_stage
+from qprobe.runs.units import NEAREST_STAGE, candidate_stage
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
 from qprobe.selection.scores import ISOLATED_KL, ScoredRun, column_of, predicted_kl
@@ -53,7 +53,7 @@ def manifest_of(
     own = column_of(table, ISOLATED_KL) if skiplist.by == SCORE and ISOLATED_KL in measured(table) else {}
     reasons = _reasons(scan, skiplist, column_of(table, skiplist.by), own)
     layers = tuple(
-        LayerChoice(
+        ManifestLayer(
             name=x.name,
             checkpoint_name=x.checkpoint_name,
             shape=x.shape,
@@ -82,9 +82,10 @@ def manifest_of(
 
 def held_out_quality(run: RunFolder, scan: Scan, skiplist: SkipList) -> Quality:
     """What `scan` measured on held-out samples: standard 4-bit and, if it was a candidate, this skip-list."""
-    standard_stage = NEAREST_STAGE if scan.format.is_calibrated else choice_stage(frozenset())
+    standard_stage = NEAREST_STAGE if scan.format.is_calibrated else candidate_stage(frozenset())
     standard, dynamic = (
-        finite_answers(run.units(stage)) for stage in (standard_stage, choice_stage(frozenset(skiplist.kept)))
+        finite_answers(run.units(stage))
+        for stage in (standard_stage, candidate_stage(frozenset(skiplist.kept)))
     )
     return Quality(
         samples=len(standard) or None, kl_standard_4bit=_mean_kl(standard), kl_dynamic=_mean_kl(dynamic)
@@ -114,7 +115,7 @@ def _reasons(
 ) -> dict[str, str]:
     """Why each layer has its precision, in words; ranks are among the layers with a score.
 
-    own: each layer's isolated KL, where it takes part in the choice.
+    own: each layer's isolated KL, where it takes part in the selection.
     """
     kept, never_ran = frozenset(skiplist.kept), frozenset(scan.unmeasured)
     ranks, isolated_ranks = _ranked(scan, values), _ranked(scan, own)

@@ -60,7 +60,7 @@ def card(manifest: Manifest, done: Finetuned) -> str:
         f"---\n{head}---\n\n# Adapter for {manifest.model.id}\n\n"
         f"LoRA of {done.trainable_parameters:,} parameters, trained for {done.steps} steps of "
         f"{done.optimizer} on the {done.base} base by qprobe {__version__}. {losses}\n\n"
-        f"Fingerprint of the model: `{done.fingerprint}`. Every choice is in `{RECORD}`.\n\n"
+        f"Fingerprint of the model: `{done.fingerprint}`. Every option is in `{RECORD}`.\n\n"
         f"```python\nimport qprobe\n\n"
         f'model, processor = qprobe.load_finetuned("path/to/this/folder")\n```\n'
     )

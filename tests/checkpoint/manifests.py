@@ -11,7 +11,7 @@ from qprobe.loading.config import load_config
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.skeleton import meta_model
 from qprobe.loading.source import resolve
-from qprobe.manifest.records import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 
 
@@ -29,7 +29,7 @@ def manifest_for(folder: Path, kept: Iterable[str] = (), spec: FormatSpec | None
     inventory = list_layers(model, spec)
     names = frozenset(kept)
     layers = tuple(
-        LayerChoice(
+        ManifestLayer(
             name=x.name,
             checkpoint_name=x.checkpoint_name,
             shape=x.shape,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from qprobe.manifest.records import LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
 from qprobe.records import FormatSpec, ModelIdentity, Uncovered
 from tests.models import trees
 
@@ -18,7 +18,7 @@ def manifest_of(
 ) -> Manifest:
     """A manifest of 64 x 64 layers: by name, whether it stays in 16-bit (8,192 B) or not (2,116 B)."""
     layers = tuple(
-        LayerChoice(
+        ManifestLayer(
             name=name,
             checkpoint_name=(in_files or {}).get(name, name),
             shape=(64, 64),

@@ -15,7 +15,7 @@ import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qprobe.exports import export_manifest
-from qprobe.manifest.records import LayerChoice
+from qprobe.manifest.records import ManifestLayer
 from tests.exports.test_targets import chosen, entries_in, gguf_options
 from tests.models import trees
 
@@ -49,7 +49,7 @@ def by_transformers_4(entries: list[str], name: str) -> bool:
     return name in entries or name.split(".")[-1] in entries or any(name.find(x + ".") >= 0 for x in entries)
 
 
-def in_transformers_4(layer: LayerChoice) -> str:
+def in_transformers_4(layer: ManifestLayer) -> str:
     """The name in 4.51 and before: that of the files, where CLIP and SigLIP still had a `vision_model`."""
     name = layer.checkpoint_name
     for part in ("encoder.layers.", "head."):

@@ -19,7 +19,7 @@ from qprobe.manifest.read import (
     published_schema,
     read_manifest,
 )
-from qprobe.manifest.records import Compared, LayerChoice, MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import Compared, MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
 from qprobe.manifest.write import manifest_to_json, write_manifest
 from qprobe.records import FormatSpec, ModelIdentity, Uncovered
 from qprobe.registry.precisions import SIXTEEN_BIT, measurable
@@ -35,9 +35,9 @@ EXAMPLE = Manifest(
         Compared("by weight_nmse", 19_500, 0.25, None, True),
     ),
     layers=(
-        LayerChoice("model.a", "a", (64, 64), "nf4", 2116, 0.125, "NF4"),
-        LayerChoice("model.b", "b", (64, 64), "bf16", 8192, 0.5, "kept: sensitivity_kl 0.5, rank 1 of 2"),
-        LayerChoice("lm_head", "lm_head", (64, 64), "bf16", 8192, None, "lm_head stays in 16-bit"),
+        ManifestLayer("model.a", "a", (64, 64), "nf4", 2116, 0.125, "NF4"),
+        ManifestLayer("model.b", "b", (64, 64), "bf16", 8192, 0.5, "kept: sensitivity_kl 0.5, rank 1 of 2"),
+        ManifestLayer("lm_head", "lm_head", (64, 64), "bf16", 8192, None, "lm_head stays in 16-bit"),
     ),
     uncovered=(Uncovered("model.patch.weight", 500, "a convolution"),),
     skip_modules=("model.b", "lm_head"),
@@ -50,7 +50,7 @@ count = st.integers(0, 10**12)
 
 
 @st.composite
-def layer_choices(draw: st.DrawFn, name: str) -> LayerChoice:
+def manifest_layers(draw: st.DrawFn, name: str) -> ManifestLayer:
     shape = draw(st.tuples(st.integers(1, 9000), st.integers(1, 9000)))
     weights = shape[0] * shape[1]
     precision = draw(st.sampled_from(["nf4", "bf16"]))
@@ -58,13 +58,13 @@ def layer_choices(draw: st.DrawFn, name: str) -> LayerChoice:
         draw(st.sampled_from([0, 2 * weights])) if precision == "bf16" else (weights + 1) // 2 + draw(count)
     )
     kl = draw(st.none() | number)
-    return LayerChoice(name, draw(text), shape, precision, size, kl, draw(st.text(max_size=9)))
+    return ManifestLayer(name, draw(text), shape, precision, size, kl, draw(st.text(max_size=9)))
 
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     names = draw(st.lists(text, unique=True, max_size=6))
-    layers = tuple(draw(layer_choices(name)) for name in names)
+    layers = tuple(draw(manifest_layers(name)) for name in names)
     uncovered = tuple(draw(st.lists(st.builds(Uncovered, text, count, st.text(max_size=9)), max_size=3)))
     total = sum(x.bytes for x in (*layers, *uncovered)) + draw(count)
     kept = tuple(x for x in layers if x.precision == "bf16")

@@ -46,12 +46,12 @@ def test_units_equal_a_hand_made_swap_of_weights_exactly(case: CaseOf, run: Path
     found, layers = case(name), some_layers(case(name))
     subject, samples = found.subject, found.samples[:1]
     measure_ablation(subject, RunFolder(run), [samples], layers, no_progress)
-    units = RunFolder(run).units(ablation_stage(frozenset(layers))).set_index("choice")
+    units = RunFolder(run).units(ablation_stage(frozenset(layers))).set_index("candidate")
     batch = subject.encode(samples)
     with torch.inference_mode():
         plain = answer_logits(subject.model, batch)
         for layer in layers:
-            for choice, swapped in (
+            for candidate, swapped in (
                 (f"alone {layer}", {layer}),
                 (f"kept {layer}", subject.quantized - {layer}),
                 ("standard", subject.quantized),
@@ -59,7 +59,7 @@ def test_units_equal_a_hand_made_swap_of_weights_exactly(case: CaseOf, run: Path
                 (sums,) = kl_sums(
                     plain, answer_logits(reference.quantized_copy(subject.model, swapped), batch)
                 )
-                row = units.loc[choice]
+                row = units.loc[candidate]
                 assert (row.kl_sum, row.answer_tokens, row.top1_agree) == (
                     sums.kl,
                     sums.tokens,

@@ -32,7 +32,7 @@ from qprobe.runs.ranks import write_ranks
 from qprobe.runs.scored import scored
 from qprobe.runs.shown import ShownSample, write_shown
 from qprobe.runs.table import write_table
-from qprobe.runs.units import choice_stage
+from qprobe.runs.units import candidate_stage
 from qprobe.selection.select import select
 from tests.report.tables import layer_names
 
@@ -206,9 +206,9 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spik
     _write_kl(folder, "kl", list(total.index), list(total), "standard")
 
 
-def _write_kl(folder: Path, stage: str, ids: list[str], sums: list[float], choice: str) -> None:
-    rows = [(name, choice, 5, value, 4) for name, value in zip(ids, sums, strict=True)]
-    columns = ["sample", "choice", "answer_tokens", "kl_sum", "top1_agree"]
+def _write_kl(folder: Path, stage: str, ids: list[str], sums: list[float], candidate: str) -> None:
+    rows = [(name, candidate, 5, value, 4) for name, value in zip(ids, sums, strict=True)]
+    columns = ["sample", "candidate", "answer_tokens", "kl_sum", "top1_agree"]
     RunFolder(folder).write_unit(stage, 0, pd.DataFrame(rows, columns=columns))
 
 
@@ -228,12 +228,12 @@ def _choose(folder: Path, inventory: Inventory) -> None:
     noise = 1 + 0.1 * np.random.default_rng(1).normal(size=HELD_OUT)
     standard = inventory.standard_4bit_bytes
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - standard
-    _write_kl(folder, choice_stage(frozenset()), held, list(1.0 * noise), "nothing kept")
+    _write_kl(folder, candidate_stage(frozenset()), held, list(1.0 * noise), "nothing kept")
     lines = []
     for share, kl in ((0.05, 0.25), (0.2, 0.1)):
         manifest = select(folder, str(standard + int(share * saved)))
         kept = frozenset(manifest.skip_modules) - {"lm_head"}
-        _write_kl(folder, choice_stage(kept), held, list(kl * noise), share_name(share))
+        _write_kl(folder, candidate_stage(kept), held, list(kl * noise), share_name(share))
         numbers = (manifest.budget.total_bytes, manifest.quality.kl_predicted, kl / 5, kl / 50)
         lines.append(",".join([*map(str, numbers), share_name(share)]))
     header = "budget_bytes,predicted_kl,measured_kl,measured_kl_se,candidate"

@@ -15,7 +15,7 @@ from qprobe.records import FormatSpec
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Measures, SampleKey
 from qprobe.runs.notes import Ended, Ran, Remarks
-from qprobe.runs.units import choice_stage, unit_columns
+from qprobe.runs.units import candidate_stage, unit_columns
 from tests.runs.runs import MODEL, four_layers, key_of, make_run, output, rows, scan_of, spec_of
 
 
@@ -106,7 +106,7 @@ def test_equal_frames_give_equal_bytes(run: Path):
     first, second = (run / "units" / f"kl-0000{i}.parquet" for i in (0, 1))
     RunFolder(run).write_unit("kl", 0, kl_unit("a", "b"))
     RunFolder(run).write_unit(
-        "kl", 1, kl_unit("a", "b")[["kl_sum", "sample", "top1_agree", "choice", "answer_tokens"]]
+        "kl", 1, kl_unit("a", "b")[["kl_sum", "sample", "top1_agree", "candidate", "answer_tokens"]]
     )
     assert first.read_bytes() == second.read_bytes()
 
@@ -117,8 +117,8 @@ def test_wrong_columns_are_a_bug(run: Path):
 
 
 def test_lists_are_kept_apart_by_their_layers_not_their_names(run: Path):
-    assert choice_stage(frozenset({"a", "b"})) == choice_stage(frozenset({"b", "a"}))
-    stage, other = choice_stage(frozenset({"a", "b"})), choice_stage(frozenset({"ab"}))
+    assert candidate_stage(frozenset({"a", "b"})) == candidate_stage(frozenset({"b", "a"}))
+    stage, other = candidate_stage(frozenset({"a", "b"})), candidate_stage(frozenset({"ab"}))
     RunFolder(run).write_unit(stage, 0, kl_unit("a"))
     assert (
         len(RunFolder(run).units(stage)) == 1
@@ -300,5 +300,5 @@ def test_a_unit_of_another_schema_is_refused(run: Path):
 def test_a_row_in_two_units_would_count_twice(run: Path):
     RunFolder(run).write_unit("kl", 0, kl_unit("a", "b"))
     RunFolder(run).write_unit("kl", 1, kl_unit("b"))
-    with pytest.raises(RunError, match=r"kl of sample b, choice standard in two units"):
+    with pytest.raises(RunError, match=r"kl of sample b, candidate standard in two units"):
         RunFolder(run).units("kl")

@@ -1,4 +1,4 @@
-"""What a choice says of itself."""
+"""What a selection says of itself."""
 
 from __future__ import annotations
 

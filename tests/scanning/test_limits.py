@@ -82,6 +82,6 @@ def test_another_request_measures_only_new_lists(
     scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = Path(copytree(scanned("llama").run, tmp_path / "run"))
-    monkeypatch.setattr("qprobe.measure.held_out.choice_kl", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("qprobe.measure.held_out.candidate_kl", lambda *_: pytest.fail("measured again"))
     result = scan(**options(tiny_folder("llama"), run, budget="+10.0%"))
-    assert result.notes == scanned("llama").notes  # those of the first choice do not stay behind
+    assert result.notes == scanned("llama").notes  # those of the first selection do not stay behind

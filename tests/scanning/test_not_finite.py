@@ -123,12 +123,14 @@ def test_a_sample_with_an_inf_activation_is_left_out_of_kl_and_named(tiny_folder
     assert len(rows) == 5 and rows["kl_sum"].isna().sum() == 1
 
 
-def test_a_held_out_sample_that_is_not_finite_does_not_enter_the_choice(
+def test_a_held_out_sample_that_is_not_finite_does_not_enter_the_selection(
     tiny_folder: TinyFolder, tmp_path: Path
 ):
     model, data = with_inf_activation(tiny_folder("llama"), tmp_path, 2, "the right one")
     result = scan(**options(model, tmp_path / "run", data=data, samples=7))
-    assert any("1 of 2 held-out samples left out of the choice" in n and "zebra" in n for n in result.notes)
+    assert any(
+        "1 of 2 held-out samples left out of the selection" in n and "zebra" in n for n in result.notes
+    )
     manifest = read_manifest(result.run / "skiplist.json")
     assert manifest.quality.samples == 1 and np.isfinite(manifest.quality.kl_dynamic or np.nan)
 

@@ -27,7 +27,7 @@ def opened(scanned: Scanned, tmp_path: Path) -> Run:
 def test_an_opened_run_knows_what_its_scan_gave_back(scanned: Scanned):
     found = scanned("llama")
     opened = qprobe.open_run(str(found.run))
-    # Notes on the choice belong to the scan alone; the folder may be asked for another list.
+    # Notes on the selection belong to the scan alone; the folder may be asked for another list.
     assert replace(opened.result, notes=found.notes) == found
     assert set(opened.notes) <= set(found.notes)
     assert opened.to_json().keys() == found.to_json().keys()

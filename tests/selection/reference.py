@@ -19,7 +19,7 @@ def best_value(costs: Sequence[int], values: Sequence[float], limit: int) -> flo
 
 
 def all_skiplists(inventory: Inventory, scores: Mapping[str, float]) -> list[tuple[int, float]]:
-    """(total bytes, score) of every allowed choice: whole groups, every layer scored, of positive sum."""
+    """(total bytes, score) of every allowed list: whole groups, every layer scored, of positive sum."""
     members: dict[str, list[str]] = {}
     for layer in inventory.layers:
         if layer.fixed is None:

@@ -18,7 +18,7 @@ from qprobe.manifest.write import write_manifest
 from qprobe.records import Inventory
 from qprobe.runs.folder import RunFolder, layer_table
 from qprobe.runs.table import write_table
-from qprobe.runs.units import choice_stage
+from qprobe.runs.units import candidate_stage
 from qprobe.selection.budget import Budget
 from qprobe.selection.scores import ScoredRun, damage_of
 from qprobe.selection.select import select
@@ -92,9 +92,9 @@ def test_predicted_kl_is_the_sensitivity_of_what_stays_in_4_bit(run: Path):
 def test_quality_holds_what_was_measured_on_held_out_samples_of_this_very_list(run: Path):
     with_sensitivity(run)
     standard = rows("kl", ("x", "any", 2, 1.0, 1), ("y", "any", 6, 1.0, 1), ("z", "any", 3, nan, 0))
-    RunFolder(run).write_unit(choice_stage(frozenset()), 0, standard)
+    RunFolder(run).write_unit(candidate_stage(frozenset()), 0, standard)
     RunFolder(run).write_unit(
-        choice_stage(frozenset({"model.a"})), 0, standard.assign(kl_sum=[0.2, 0.2, nan])
+        candidate_stage(frozenset({"model.a"})), 0, standard.assign(kl_sum=[0.2, 0.2, nan])
     )
     quality = select(run, "+12200B").quality
     # Tokens, not samples, have equal weight: 2 / 8 and not (1/2 + 1/6) / 2.

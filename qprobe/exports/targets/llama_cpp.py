@@ -10,7 +10,7 @@ from qprobe.errors import ManifestError
 from qprobe.exports.keys import Reader, kept_names
 from qprobe.exports.target import Target, Written
 from qprobe.exports.writing import other_codes
-from qprobe.manifest.records import LayerChoice, Manifest
+from qprobe.manifest.records import Manifest, ManifestLayer
 from qprobe.models.family import OTHER, PROJECTOR, VISION
 from qprobe.models.towers import tower_of
 from qprobe.system.wording import counted
@@ -118,7 +118,7 @@ def _keeps_own_head(manifest: Manifest) -> bool:
     return any(not x.reason.startswith("tied") for x in heads)
 
 
-def _is_output(layer: LayerChoice) -> bool:
+def _is_output(layer: ManifestLayer) -> bool:
     return layer.name.rpartition(".")[2] == "lm_head"
 
 

@@ -96,7 +96,7 @@ function showMethod() {
     ["command", element("code", {}, m.command)],
     ["model", `${DATA.model.id}${DATA.model.revision ? ` at ${DATA.model.revision}` : ""}, ${DATA.model.architecture}`],
     ["format", `${DATA.format.name}, blocks of ${DATA.format.blocksize}${DATA.format.double_quant ? ", double quantization" : ""}, ${DATA.format.compute_dtype} elsewhere`],
-    ["samples", `${m.samples.calibration} for the measures, ${m.samples.held_out} held out for the choice`],
+    ["samples", `${m.samples.calibration} for the measures, ${m.samples.held_out} held out for the selection`],
     m.seed === null || m.seed === undefined ? null : ["seed", m.seed],
     residual === null ? null : ["attribution residual", `${signed(100 * residual, 2)} % of the measured KL (${plural(m.nodes, "node")} to begin with)`],
     m.device ? ["device", m.device] : null,

@@ -60,10 +60,10 @@ def swapped(
     kept = chooser.kept(now, share)
     for names in _edge(chooser, scores, kept, proposals):
         value = 0.0 if kept.issuperset(names) else sum(scores.values())
-        trial = {**now, **dict.fromkeys(names, value)}
-        other = chooser.kept(trial, share)
+        moved = {**now, **dict.fromkeys(names, value)}
+        other = chooser.kept(moved, share)
         if measured.kl(other) < measured.kl(kept):
-            now, kept = trial, other
+            now, kept = moved, other
     return kept
 
 

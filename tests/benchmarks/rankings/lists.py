@@ -28,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Chooser:
-    """The library's exact choice on one inventory."""
+    """The library's exact selection on one inventory."""
 
     inventory: Inventory
 
@@ -51,7 +51,7 @@ class Chooser:
         return lambda share: self.kept(scores, share)
 
     def damage_lists(self, damage: Damage) -> Lists:
-        """The library's choice by isolated KL and path, as a function of the share."""
+        """The library's selection by isolated KL and path, as a function of the share."""
         return lambda share: frozenset(least_damage(self.inventory, damage, self.limit_bytes(share), "").kept)
 
     def groups(self) -> dict[str, tuple[str, ...]]:
