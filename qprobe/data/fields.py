@@ -46,7 +46,7 @@ class Fields:
         self._taken.update(x for x in names if x in self._row)
         there = [x for x in names if x in self]
         if len(there) > 1:
-            raise Refused(f"it has both {there[0]} and {there[1]}; which one is meant?")
+            raise Refused(f"it has both {there[0]} and {there[1]}; leave one of them out")
         return self._row[there[0]] if there else None
 
     def take_images(self) -> list[Any]:
@@ -56,8 +56,8 @@ class Fields:
             self._taken.add(name)
             value = self._row[name]
             if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
-                found += [x for x in value if x is not None]
-            elif value is not None:
+                found += [x for x in value if not _names_nothing(x)]
+            elif not _names_nothing(value):
                 found.append(value)
         return found
 
@@ -80,6 +80,13 @@ class Fields:
                     f"its field {shown(name)} seems to hold an image; call it image or images to have it read"
                 )
         return frozenset(shown(x) for x in left)
+
+
+def _names_nothing(value: Any) -> bool:
+    """Whether `value` stands for no image: null, no text, or a record of nulls, as tables write it."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(x is None for x in value.values())
+    return value is None or (isinstance(value, str) and value == "")
 
 
 def _is_nothing(value: Any) -> bool:

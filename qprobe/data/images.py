@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,18 @@ RULES = {
 }
 """What is done about values that 8 bits of RGB do not hold, by name."""
 _DEPTHS = (8, 10, 12, 16)
+_SIGNED, _SAMPLE_FORMAT = 2, 339  # of the tags of TIFF: what kind of number a value is
+_SAVE = "which is not read; save it as PNG or JPEG"
+_UNREAD = (
+    (rb"version https://git-lfs", "is a pointer of Git LFS in place of the image; git lfs pull fetches it"),
+    (rb"....ftyp(?:hei|hev|mif1|msf1)", f"is a HEIC image, {_SAVE}"),
+    (rb"....ftyp|\x1aE\xdf\xa3", "is a video, which is not read"),
+    (rb"II\*\0|MM\0\*", f"is a TIFF image of a kind {_SAVE}"),
+    (rb"%PDF", f"is a PDF document, {_SAVE}"),
+    (rb"\s*(?:<\?xml[^>]*>\s*)?<svg", f"is an SVG drawing, {_SAVE}"),
+    (rb"(?i)\s*<(?:!doctype )?html", "is a web page, and no image"),
+)
+"""How files begin that take an image's place, and what is said of them."""
 
 
 class Decoded(NamedTuple):
@@ -88,7 +101,8 @@ def decode(data: bytes) -> Decoded:
         except Refused:
             raise
         except UnidentifiedImageError:
-            raise Refused("is no image") from None
+            said = (said for begins, said in _UNREAD if re.match(begins, data, re.DOTALL))
+            raise Refused(next(said, "is no image")) from None
         except Image.DecompressionBombError:
             raise Refused("has more than 179 megapixels, and 100 are safe to decode") from None
         except Exception as error:  # decoders raise what they like at bytes that nobody wrote on purpose
@@ -100,13 +114,25 @@ def in_memory(value: Any) -> Decoded:
     from PIL import Image
 
     try:
-        image = value if isinstance(value, Image.Image) else Image.fromarray(value)
+        image = value if isinstance(value, Image.Image) else _of_array(value)
         _check_size(image.width * image.height)
         return _in_rgb(image)
     except Refused:
         raise
     except Exception as error:  # of arrays of any shape and type
         raise Refused(f"is no image ({shown(str(error)) or type(error).__name__})") from None
+
+
+def _of_array(value: Any) -> Image:
+    import numpy as np
+    from PIL import Image as pillow
+
+    array = np.asarray(value)
+    is_8_bit = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    if not is_8_bit and (array.ndim != 2 or array.dtype.kind not in "uif"):
+        shape = " x ".join(map(str, array.shape)) or "no"
+        raise Refused(f"is an array of {shape} values of {array.dtype}; pass height x width x 3 of uint8")
+    return pillow.fromarray(array)
 
 
 def png(image: Image) -> bytes:
@@ -135,6 +161,8 @@ def _in_rgb(image: Image) -> Decoded:
     from PIL import ImageOps
 
     more = _frames(image)
+    if image.mode == "L" and getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT) == (_SIGNED,):
+        raise Refused("holds signed values of 8 bits, which are not read; save it as PNG")
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "I" or upright.mode.startswith("I;"):

@@ -56,7 +56,7 @@ class Pictures:
                     f"its image is {shown(repr(dict(value)))}, which names no file and holds no bytes"
                 )
             return self.find(given)
-        if hasattr(value, "__array_interface__"):  # Pillow's images and numpy's arrays
+        if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):  # Pillow, numpy, torch
             return self._of_memory(value)
         raise Refused(f"its image is {shown(repr(value))}, which is no path of a file")
 

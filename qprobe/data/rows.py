@@ -12,6 +12,7 @@ from qprobe.data.fields import Fields
 from qprobe.data.pictures import Pictures
 from qprobe.data.reasons import Refused, checked_text, shown
 from qprobe.records import Part, Role, Turn
+from qprobe.system.wording import counted
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -75,7 +76,7 @@ def _said(fields: Fields, pictures: Pictures, prompt: str | None, unread: set[st
     asked = [x for x in (*_QUESTION, *_ANSWER) if x in fields]
     if len(lists) > 1 or (lists and asked):
         one, other = (*lists, *asked)[:2]
-        raise Refused(f"it has both {one} and {other}; which one is meant?")
+        raise Refused(f"it has both {one} and {other}; leave one of them out")
     if lists:
         return _turns_of(fields.take(*_LISTS) or [], lists[0], pictures, unread)
     question, answer = fields.take(*_QUESTION), fields.take(*_ANSWER)
@@ -118,7 +119,7 @@ def _turns_of(listed: Any, name: str, pictures: Pictures, unread: set[str], befo
         raise Refused(f"its {name} are not a list of objects")
     said = []
     for place, turn in enumerate(listed, start=before + 1):
-        role = turn.get("role", turn.get("from"))
+        role = _one_of(turn, ("role", "from"), place)
         if not isinstance(role, str) or role not in ROLES:
             raise Refused(f"turn {place} is from {shown(repr(role))}; known are {', '.join(ROLES)}")
         for key, value in turn.items():
@@ -127,9 +128,17 @@ def _turns_of(listed: Any, name: str, pictures: Pictures, unread: set[str], befo
             if key in ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "image"):
                 raise Refused(f"turn {place} has {key}, which is not read there")
             unread.add(f"{name}[].{shown(str(key))}")
-        pieces = pieces_of(turn.get("content", turn.get("value")), place, pictures)
+        pieces = pieces_of(_one_of(turn, ("content", "value"), place), place, pictures)
         said.append(_checked(Said(ROLES[role], pieces, _is_learned(turn.get("weight"), place)), place))
     return said
+
+
+def _one_of(turn: Mapping[str, Any], keys: tuple[str, str], place: int) -> Any:
+    """What stands under one of two spellings of a key; tables hold both, with null for the one not used."""
+    given = [x for x in keys if turn.get(x) is not None]
+    if len(given) > 1:
+        raise Refused(f"turn {place} has both {keys[0]} and {keys[1]}; leave one of them out")
+    return turn[given[0]] if given else None
 
 
 def _checked(said: Said, place: int) -> Said:
@@ -150,6 +159,8 @@ def _answer_text(answer: Any) -> str:
     """An answer as text; of several the most frequent one, the first of those that are."""
     if isinstance(answer, str):
         return answer
+    if hasattr(answer, "tolist"):  # numpy's numbers and arrays
+        answer = answer.tolist()
     number = number_text(answer)
     if number is not None:
         return number
@@ -175,7 +186,7 @@ def _with_system(said: Sequence[Said], system: Any, pictures: Pictures) -> list[
         return list(said)
     if said and said[0].role == "system":
         if said[0].pieces != turn.pieces:
-            raise Refused("it has a system prompt and a turn of the system; which one is meant?")
+            raise Refused("it has a system prompt and a turn of the system; leave one of them out")
         return list(said)
     return [turn, *said]
 
@@ -196,7 +207,9 @@ def _placed(said: Sequence[Said], images: Sequence[Part]) -> tuple[Turn, ...]:
             raise Refused(f"its parts show the images {order}, and it has {len(distinct)}")
         distinct = [distinct[x] for x in order]
     if places and len(places) != len(distinct):
-        raise Refused(f"it has {len(places)} places for images and {len(distinct)} images")
+        raise Refused(
+            f"it has {counted(len(places), 'place')} for images and {counted(len(distinct), 'image')}"
+        )
     left = iter(distinct)
     if not places and distinct:
         first = next((i for i, x in enumerate(said) if x.role == "user"), None)

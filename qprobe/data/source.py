@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,11 @@ def source_of(data: Any) -> Source:
     for one in sources():
         if one.takes(data):
             return one
-    shown = f"{data}" if isinstance(data, str | Path) else f"data of type {type(data).__name__}"
+    is_file = isinstance(data, str | Path)
+    shown = f"Data file {data}" if is_file else f"Data of type {type(data).__name__}"
     what = ", ".join(x.what for x in sources())
-    state = (
-        "does not exist" if isinstance(data, str | Path) and not Path(data).exists() else "is none of these"
-    )
-    raise SampleError(f"Data file {shown} {state}. --data takes {what}.")
+    state = "does not exist" if is_file and not Path(data).exists() else "is none of these"
+    raise SampleError(f"{shown} {state}. --data takes {what}.")
 
 
 def refuse_split(split: str | None, what: str) -> None:
@@ -66,3 +66,28 @@ def only_split(names: list[str], split: str | None, what: str) -> str:
     if split is None and len(names) != 1:
         raise SampleError(f"{what} has the splits {known}. Pass one of them to --split.")
     return split or names[0]
+
+
+def rows_of_arrow(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table or a batch of Arrow; a column of classes of `datasets` holds their names."""
+    rows = table.to_pylist()
+    for column, names in _classes(table.schema.metadata or {}).items():
+        for row in rows:
+            number = row.get(column)
+            if isinstance(number, int) and 0 <= number < len(names):
+                row[column] = names[number]
+    return rows
+
+
+def _classes(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of the classes of each column that has some, as `datasets` writes them beside a schema."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        found = {name: x["names"] for name, x in features.items() if x.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}  # it was not written by `datasets`
+    return {
+        name: names
+        for name, names in found.items()
+        if isinstance(names, list) and all(isinstance(x, str) for x in names)
+    }

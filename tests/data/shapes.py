@@ -72,6 +72,10 @@ SHAPES = (
     plain("messages with a mark on its own line", messages(f"<image>\n{QUESTION}", images=["a.png"])),
     plain("messages with images of none", messages(QUESTION, images=None), TEXT),
     plain("messages with no images", messages(QUESTION, images=[]), TEXT),
+    plain("messages with an image without a name", messages(QUESTION, image="", images=[""]), TEXT),
+    plain("messages with a record of nulls for an image", messages(
+        QUESTION, image={"bytes": None, "path": None}, images=[{"bytes": None, "path": None}]
+    ), TEXT),
     plain("a part that names its image", messages(part(type="image", image="a.png"))),
     plain("a part with a path", messages(part(type="image", path="a.png"))),
     plain("a part with a url of a file", messages(part(type="image", url="a.png"))),
@@ -118,6 +122,10 @@ SHAPES = (
     plain("conversations of a system", {"conversations": [
         {"from": "system", "value": "Be short."}, *sharegpt(QUESTION)["conversations"]
     ]}, [SYSTEM, *TEXT]),
+    plain("turns in both spellings, one of them null", {"conversations": [
+        {"role": None, "from": "human", "content": None, "value": QUESTION},
+        {"role": "assistant", "from": None, "content": ANSWER, "value": None},
+    ]}, TEXT),
     plain("an img tag", sharegpt(f"Picture 1: <img>a.png</img>\n{QUESTION}"),
           [("user", ["Picture 1: ", A, f"\n{QUESTION}"]), TEXT[1]]),
     # prompt and answer

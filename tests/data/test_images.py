@@ -169,6 +169,13 @@ def test_notes_count_images_and_name_the_function_for_inference():
     [
         (b"", "is no image"),
         (b"no image", "is no image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS in place of the image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC image, which is not read; save it as PNG"),
+        (b"\0\0\0\x20ftypisom\0\0\0\0", "is a video"),
+        (b"<?xml version='1.0'?>\n<svg/>", "is an SVG drawing"),
+        (b"%PDF-1.7", "is a PDF document"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (saved(Image.fromarray(GRAY), "TIFF", tiffinfo={339: 2}), "signed values of 8 bits"),
         (tiny.picture(0)[:500], "cannot be read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),  # would start another program
     ],
@@ -209,5 +216,5 @@ def test_images_in_memory_are_loaded_too():
     image = Image.fromarray(COLOURS)
     assert np.array_equal(np.asarray(load_image(image)), COLOURS)
     assert np.array_equal(np.asarray(load_image(COLOURS)), COLOURS)
-    with pytest.raises(SampleError, match="is no image"):
+    with pytest.raises(SampleError, match=r"2 x 2 x 7 values of float64; pass height x width x 3 of uint8"):
         load_image(np.zeros((2, 2, 7)))

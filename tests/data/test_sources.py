@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -108,6 +110,41 @@ def test_datasets_in_memory_give_the_bytes_of_their_images(tmp_path: Path):
             read_conversations(where, Reading(split="dev"))
 
 
+def test_classes_have_their_names_in_every_source(tmp_path: Path):
+    import datasets
+
+    features = datasets.Features(
+        prompt=datasets.Value("string"), answer=datasets.ClassLabel(names=["a", "b"])
+    )
+    data = datasets.Dataset.from_list([{"prompt": "which?", "answer": x} for x in (1, 0, None)], features)
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "rows.parquet")
+    for where in (data, tmp_path / "saved", tmp_path / "rows.parquet"):
+        assert [[t.text for t in x.turns] for x in read_conversations(where).good] == [
+            ["which?", "b"], ["which?", "a"], ["which?"]
+        ]  # fmt: skip
+
+
+def test_a_dataframe_is_its_rows_and_what_is_missing_is_none():
+    rows = [{"prompt": "How many?", "answer": 7.0}, {"prompt": "And here?"}]
+    found = read_conversations(pandas.DataFrame(rows))
+    assert found.skipped == () and [[t.text for t in x.turns] for x in found.good] == [
+        ["How many?", "7.0"], ["And here?"]
+    ]  # fmt: skip
+
+
+def test_numbers_and_arrays_of_numpy_are_answers():
+    values = (numpy.int64(7), numpy.float32(0.5), numpy.array(["a", "b", "b"]))
+    found = read_conversations([{"prompt": "what?", "answer": x} for x in values])
+    assert [x.turns[-1].text for x in found.good] == ["7", "0.5", "b"]
+
+
+@pytest.mark.parametrize("data", [ROWS[0], {"prompt": ["a"], "answer": ["b"]}])
+def test_a_row_by_itself_is_no_set_of_splits(data: Any):
+    with pytest.raises(SampleError, match=r"one dict, and its .* holds no rows\. Pass a list of rows"):
+        read_conversations(data)
+
+
 def test_pictures_in_memory_keep_their_pixels():
     image = Image.open(io.BytesIO(tiny.picture(3)))
     (found,) = read_conversations(
@@ -147,6 +184,7 @@ def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pyt
         ("x.json", b'[,{"prompt": "a"}]', "not a complete JSON array"),
         ("x.json", b"[" * 50_000, "nested too deeply"),
         ("x.json", b'["\xff"]', "not UTF-8"),
+        ("x.json", b'{\n "data": []\n}', "JSON object over several lines"),
         ("x.parquet", b"PAR1 no", "not a complete Parquet file"),
     ],
 )

@@ -122,7 +122,7 @@ def test_rows_of_both_kinds_are_learned_alike_and_bad_ones_are_named():
     assert 0 < (one["labels"] != -100).sum() < one["labels"].numel() / 2
     with pytest.raises(SampleError, match="no answer to learn"):
         collate([{"messages": [user], "images": row["images"]}])
-    with pytest.raises(SampleError, match="1 places for images and 2 images"):
+    with pytest.raises(SampleError, match="1 place for images and 2 images"):
         collate(
             [
                 {

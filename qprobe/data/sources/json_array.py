@@ -19,12 +19,13 @@ _BETWEEN = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
 
 
 def _takes(data: Any) -> bool:
-    """Whether the first character of a .json file opens an array."""
+    """Whether a .json file is no JSON Lines: its first character opens an array, or its first line no row."""
     if not isinstance(data, str | Path) or Path(data).suffix.lower() != ".json" or not Path(data).is_file():
         return False
     with open_foreign(Path(data), SampleError, _FIX, None) as file:
         head = file.read(4096)
-    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    return text.startswith(b"[") or text.partition(b"\n")[0].strip() == b"{"
 
 
 def _rows(data: Any, split: str | None) -> Rows:
@@ -36,6 +37,11 @@ def _rows(data: Any, split: str | None) -> Rows:
     except UnicodeDecodeError as error:
         where = f"byte {error.start + 1}"
         raise SampleError(f"{path} is not UTF-8 ({where}). Save it as UTF-8.") from None
+    if not text.lstrip().startswith("["):
+        raise SampleError(
+            f"{path} holds a JSON object over several lines. Rows are an array, or one object per line. "
+            f"{_FIX}"
+        )
     yield from _elements(text, path)
 
 

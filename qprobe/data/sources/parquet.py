@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qprobe.data.source import Rows, Source, only_split
+from qprobe.data.source import Rows, Source, only_split, rows_of_arrow
 from qprobe.errors import SampleError
 from qprobe.system.foreign import check_foreign
 
@@ -34,7 +34,7 @@ def _rows(data: Any, split: str | None) -> Rows:
         try:
             with parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                    for row in batch.to_pylist():
+                    for row in rows_of_arrow(batch):
                         number += 1
                         yield number, row
         except (OSError, ValueError, pyarrow.ArrowException) as error:

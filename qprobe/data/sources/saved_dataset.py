@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qprobe.data.source import Rows, Source, only_split, refuse_split
+from qprobe.data.source import Rows, Source, only_split, refuse_split, rows_of_arrow
 from qprobe.errors import SampleError
 from qprobe.system.decoding import strict_json
 from qprobe.system.foreign import check_foreign, read_foreign
@@ -45,7 +45,7 @@ def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
         with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
             for batch in stream:
                 for start in range(0, batch.num_rows, 64):  # with the bytes of their images
-                    yield from batch.slice(start, 64).to_pylist()
+                    yield from rows_of_arrow(batch.slice(start, 64))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise SampleError(f"{path} is not a complete Arrow file ({error}). {_FIX}") from None
 
