@@ -14,6 +14,7 @@ from qprobe.errors import ModelError
 from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dtype
 from qprobe.exports.lists import LIST_KEYS
 from qprobe.exports.matchers import hits, running_rule
+from qprobe.loading.pretrained import incomplete, loading_info
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import resolve
 from qprobe.manifest.read import read_manifest
@@ -79,6 +80,7 @@ def audit_files(where: Path, skeleton: Skeleton, written: Manifest | None, besid
     weights = {x.name: _find(tensors, x, skeleton.architecture) for x in inventory.layers}
     layers = tuple(_audited(x, weights[x.name], x.name in in_16bit) for x in inventory.layers)
     problems = [*_broken(layers, config, read), *_dropped(inventory, in_16bit)]
+    problems += _lacking(skeleton, inventory, weights, tensors)
     unlike = [*_wrong_codes(inventory, weights, spec)]
     packed = [(x, w) for x in inventory.layers if (w := weights[x.name]) is not None and w.four_bit]
     problems += unlike or wrong_states(where, tensors, packed, spec)
@@ -209,6 +211,30 @@ def _broken(
         if state == "packed in a 16-bit class" and greedy:
             hint = f"; the entry {greedy[0].entry!r} matches {counted(len(greedy[0].layers), 'layer')}"
         yield f"{what}: {_some(names)}{hint}."
+
+
+def _lacking(
+    skeleton: Skeleton,
+    inventory: Inventory,
+    weights: Mapping[str, StoredWeight | None],
+    tensors: Mapping[str, StoredTensor],
+) -> Iterator[str]:
+    """Tensors that the files lack or hold in another shape, but for the linears, which others look at.
+
+    transformers is asked about the tensors that packed weights stand for.
+    """
+    plain = {n: x for n, x in tensors.items() if QUANT_STATE not in n and not n.endswith(_PACKED_PARTS)}
+    for layer in inventory.layers:
+        if (weight := weights[layer.name]) is not None:
+            plain[weight.name] = replace(weight.tensor, shape=layer.shape)
+    try:
+        info = loading_info(skeleton, plain)
+    except ModelError as error:
+        yield str(error)
+        return
+    linears = {f"{x.name}.weight" for x in inventory.layers}
+    info["missing_keys"] = set(info["missing_keys"]) - linears
+    yield from incomplete(skeleton.source, skeleton.model, info)
 
 
 def _dropped(inventory: Inventory, in_16bit: frozenset[str]) -> Iterator[str]:

@@ -13,8 +13,10 @@ from qprobe.checkpoint.verify import verify
 from qprobe.errors import VerificationError
 from qprobe.loading.config import model_class
 from qprobe.loading.device import pick_device
+from qprobe.loading.pretrained import REPORT, incomplete
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
+from qprobe.system.log_filters import without_remarks
 from qprobe.system.wording import counted, is_or_are
 
 
@@ -27,15 +29,22 @@ def loaded_problems(
     """
     place = pick_device(device)
     try:
-        model = model_class(skeleton.config).from_pretrained(
-            skeleton.source.location, device_map={"": place}, use_safetensors=True, dtype="auto"
-        )
+        with without_remarks(REPORT):
+            model, info = model_class(skeleton.config).from_pretrained(
+                skeleton.source.location,
+                device_map={"": place},
+                use_safetensors=True,
+                dtype="auto",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise  # says nothing of the checkpoint
     except Exception as error:  # a checkpoint can be wrong in as many ways as there are model classes
         first = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         yield f"transformers cannot load the checkpoint: {first}."
         return
+    yield from incomplete(skeleton.source, model, info)
     modules = dict(model.named_modules())
     wrong = [
         f"{x.name} {problem}"

@@ -17,9 +17,9 @@ from qprobe.checkpoint.verify import ExpectedLayer, expected_layer, expected_lay
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.formats.codes_file import CodesReader, checked, open_codes
 from qprobe.formats.nf4 import StoredNf4
-from qprobe.loading.config import model_class
 from qprobe.loading.device import pick_device
 from qprobe.loading.log_filters import quiet_models
+from qprobe.loading.pretrained import check_files, load_pretrained, refuse_quantized
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import Source, at_revision, resolve
@@ -151,11 +151,13 @@ def check_model(manifest: Manifest, model: str | None) -> Skeleton:
     """The skeleton of the model that `manifest` was written for, in its 16-bit dtype.
 
     model: where its weights are; None for the id that the manifest names. Raises ModelError if it is
-    not found, ManifestError, with both fingerprints, if it is another model.
+    not found or its files are incomplete, ManifestError, with both fingerprints, if it is another model.
     """
     _check_loads(manifest.format)
     skeleton = skeleton_of(source_of(manifest, model), manifest.format.compute_dtype)
+    refuse_quantized(skeleton)
     refuse_another_model(manifest, skeleton)
+    check_files(skeleton)
     return skeleton
 
 
@@ -202,7 +204,6 @@ def _load(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[ExpectedLayer
     """The model with the expected layers in 4-bit, eval mode, frozen; ties are checked, layers not yet."""
     from transformers import BitsAndBytesConfig
 
-    source = skeleton.source
     dtype = getattr(torch, spec.compute_dtype)
     four_bit = [p.name for p in expected if p.is_four_bit]
     quantization = BitsAndBytesConfig(
@@ -213,21 +214,7 @@ def _load(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[ExpectedLayer
         llm_int8_skip_modules=skip_keys(skeleton.model, four_bit),
     )
     place = pick_device(device)
-    try:
-        model = model_class(skeleton.config).from_pretrained(
-            source.location,
-            revision=source.revision or "main",
-            dtype=dtype,
-            device_map={"": place},
-            use_safetensors=True,
-            quantization_config=quantization,
-        )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"Model {source.id!r} cannot be loaded in 4-bit: {first} Check that it is a complete 16-bit "
-            f"checkpoint with safetensors files."
-        ) from error
+    model = load_pretrained(skeleton, dtype=dtype, device_map={"": place}, quantization_config=quantization)
     _keep_codes_as_stored(model)
     model.eval().requires_grad_(False)
     _check_ties(skeleton.model, model)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from qprobe.loading.config import model_class
 from qprobe.loading.device import DTYPES, SPREAD, one_device, pick_device
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.mapped import return_freed_memory
+from qprobe.loading.pretrained import load_pretrained
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import Source, at_revision, explained, resolve
@@ -86,21 +86,16 @@ def reference_of(skeleton: Skeleton, device: str | None = None, on_host: bool = 
     device: "auto" spreads it over all GPUs, as None does where the first one is too small.
     on_host: leave the weights on the CPU, in the files that are mapped there; else they go straight to the
     device. Only safetensors are read, no pickle and no remote code.
-    Raises ModelError if it cannot be had, MachineError for a device that is not here and for too few GPUs.
+    Raises ModelError if it cannot be had or its files lack a tensor, MachineError for a device that is not
+    here and for too few GPUs.
     """
     source = skeleton.source
     place = pick_device(one_device(device))
     if on_host and place.type == "cpu":
         return_freed_memory()
-    cls = model_class(skeleton.config)
+    layout = _layout(skeleton, device, torch.device("cpu") if on_host else place)
+    loaded = load_pretrained(skeleton, dtype=DTYPES[skeleton.dtype], **layout)
     with explained(source):
-        loaded = cls.from_pretrained(
-            source.location,
-            revision=source.revision or "main",
-            dtype=DTYPES[skeleton.dtype],
-            **_layout(skeleton, device, torch.device("cpu") if on_host else place),
-            use_safetensors=True,
-        )
         processor = load_processor(source)
     check_layout(getattr(loaded, "hf_device_map", {}) if place.type == "cuda" and not on_host else {})
     loaded.eval().requires_grad_(False)

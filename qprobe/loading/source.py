@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from qprobe.errors import ModelError
 from qprobe.models.catalogue import entries, find, nearest
 from qprobe.models.entry import Entry
@@ -90,7 +92,7 @@ class explained:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, SafetensorError)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             advice = _advice(self.source)
             raise ModelError(f"Model {self.source.id!r} cannot be loaded: {first} {advice}") from error

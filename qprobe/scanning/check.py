@@ -12,6 +12,7 @@ from qprobe.data.sampling import check_wanted
 from qprobe.errors import ModelError, RunError
 from qprobe.loading.inventory import has_language_head
 from qprobe.loading.loaded import loaded_skeleton
+from qprobe.loading.pretrained import check_files
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.measure.ablation import Ablated, check_ablated
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
@@ -35,6 +36,7 @@ def check_model(asked: ScanRequest, process: Process) -> Skeleton:
     check_wanted(source.id, asked.samples)
     if asked.loaded is None:
         skeleton = skeleton_of(source, fmt.compute_dtype)
+        check_files(skeleton)
     else:
         skeleton = loaded_skeleton(asked.loaded, fmt.compute_dtype)
     if skeleton.is_buildable:  # else loading says better what is wrong, and the same is checked then

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from qprobe.errors import ModelError
 from qprobe.formats.protocol import format_from
 from qprobe.loading.device import DTYPES, pick_device
 from qprobe.loading.mapped import return_freed_memory
+from qprobe.loading.pretrained import check_folder
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import Source
 from qprobe.loading.spread import device_of
@@ -99,17 +99,13 @@ def scan_weights(asked: ScanRequest, process: Process) -> ScanResult:
 def open_checkpoint(skeleton: Skeleton, fmt: FormatSpec) -> Checkpoint:
     """The files behind `skeleton`; no weight is read.
 
-    Raises ModelError if they cannot be had, are in 4-bit already, or hold no linear's weight.
+    Raises ModelError if they cannot be had, are in 4-bit already, or lack a tensor.
     """
     source, model = skeleton.source, skeleton.model
     folder = checkpoint_folder(source)
+    check_folder(skeleton, folder)
     tensors, inventory = read_headers(folder), skeleton.inventory(fmt)
     weights = weight_names(model, inventory, tensors)
-    if not any(weights.values()):
-        raise ModelError(
-            f"{folder} holds none of the {len(weights)} linear layers of {skeleton.architecture} under a "
-            "name that qprobe knows. Check that its config.json belongs to its safetensors files."
-        )
     return Checkpoint(source, folder, skeleton, inventory, fmt, tensors, weights)
 
 

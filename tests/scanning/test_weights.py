@@ -15,6 +15,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.cli import main
@@ -219,15 +221,25 @@ def test_changed_weights_are_another_scan(tiny_folder: TinyFolder, tmp_path: Pat
         scan(**options(folder, run))
 
 
-def test_a_weight_that_is_not_stored_is_named_and_stays_empty(tiny_folder: TinyFolder, tmp_path: Path):
+def test_a_weight_that_is_stored_with_another_is_named_and_stays_empty(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # As transformers has it for architectures whose files fuse what its modules keep apart.
+    halves = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    fused = WeightConverter("mlp.gate_and_up.weight", halves, [Chunk(dim=0)])
+    known = {"LlamaForCausalLM": [fused], "legacy": []}
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known)
     folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
     tensors = load_file(folder / SINGLE)
-    tensors["model.layers.0.mlp.gate_and_up.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    for layer in range(3):
+        parts = [tensors.pop(f"model.layers.{layer}.{half}") for half in halves]
+        tensors[f"model.layers.{layer}.mlp.gate_and_up.weight"] = torch.cat(parts)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     result = scan(**options(folder, tmp_path / "run"))
     table = RunFolder(result.run).table.set_index("layer")["weight_nmse"]
-    assert list(table.index[table.isna()]) == ["model.layers.0.mlp.up_proj"]
-    assert any("1 linear is not stored as one tensor" in n and "up_proj" in n for n in result.notes)
+    assert len(table.index[table.isna()]) == 6
+    assert all(x.endswith(("gate_proj", "up_proj")) for x in table.index[table.isna()])
+    assert any("6 linears are not stored as one tensor" in n and "up_proj" in n for n in result.notes)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +300,7 @@ def test_every_option_that_bears_on_weights_is_taken(tiny_folder: TinyFolder, tm
 def test_files_of_another_model_are_told(tiny_folder: TinyFolder, tmp_path: Path):
     folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
     save_file({"other.weight": torch.zeros(4, 4)}, folder / SINGLE, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="holds none of the 22 linear layers of LlamaForCausalLM"):
+    with pytest.raises(ModelError, match="lack 30 tensors of LlamaForCausalLM"):
         scan(**options(folder, tmp_path / "run"))
 
 
