@@ -224,12 +224,12 @@ def test_changed_weights_are_another_scan(tiny_folder: TinyFolder, tmp_path: Pat
 def test_a_weight_that_is_stored_with_another_is_named_and_stays_empty(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
     # As transformers has it for architectures whose files fuse what its modules keep apart.
     halves = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
     fused = WeightConverter("mlp.gate_and_up.weight", halves, [Chunk(dim=0)])
     known = {"LlamaForCausalLM": [fused], "legacy": []}
     monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known)
-    folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
     tensors = load_file(folder / SINGLE)
     for layer in range(3):
         parts = [tensors.pop(f"model.layers.{layer}.{half}") for half in halves]
