@@ -22,9 +22,10 @@ from qprobe.calibration.gptq import (
     DAMPING,
     WIDTH,
     Metric,
+    Metrics,
     choose_codes,
     fitted_scales,
-    improved_codes,
+    improve_codes,
     is_finite,
     metric_of,
     output_error,
@@ -54,40 +55,79 @@ class Rounded:
     why: str = ""
 
 
-def calibrate(
-    weights: Sequence[Tensor], gram: Tensor, tokens: int, fmt: Nf4, damping: float = DAMPING
-) -> tuple[Rounded, ...]:
-    """The weights of layers that read the same inputs, rounded for their outputs on these inputs.
+@dataclass(frozen=True)
+class Readers:
+    """The weights of layers that read the same inputs, and what those are.
 
     weights: (out_features, in_features) each, in one dtype; gram: (in_features, in_features) X^T X over the
-    tokens X, on the weights' device; tokens: how many those are, by which it is shrunk (see `shrunk`). A
-    weight is left to rounding to nearest where `gram` has no metric (see `metric_of`), where it is not finite
-    itself, or where calibration does not lessen the error under the shrunk matrix.
+    tokens X, on the weights' device; tokens: how many those are, by which it is shrunk (see `shrunk`).
     """
-    metric = metric_of(shrunk(gram, tokens), damping)
-    if metric is None:
-        return tuple(Rounded(None, why=_why_no_metric(gram)) for _ in weights)
-    together = _side_by_side(weights)
-    raw, codes = _first_sweep(together, [w.shape[0] for w in weights], metric, fmt.blocksize)
+
+    weights: Sequence[Tensor]
+    gram: Tensor
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        return sum(len(w) for w in self.weights)
+
+
+def calibrate(readers: Readers, fmt: Nf4, damping: float = DAMPING) -> tuple[Rounded, ...]:
+    """The weights of `readers`, rounded for their outputs on these inputs; see `calibrate_together`."""
+    return calibrate_together([readers], fmt, damping)[0]
+
+
+def calibrate_together(
+    readers: Sequence[Readers], fmt: Nf4, damping: float = DAMPING
+) -> list[tuple[Rounded, ...]]:
+    """The weights of each of `readers`, rounded for their outputs on these inputs.
+
+    All have as many in_features, and lie on one device. Together they fill a GPU; each gets what it would get
+    alone. A weight is left to rounding to nearest where its `gram` has no metric (see `metric_of`), where it
+    is not finite itself, or where calibration does not lessen the error under the shrunk matrix.
+    """
+    metrics = [metric_of(shrunk(one.gram, one.tokens), damping) for one in readers]
+    both = [(one, metric) for one, metric in zip(readers, metrics, strict=True) if metric is not None]
+    found = iter(_together([one for one, _ in both], [metric for _, metric in both], fmt) if both else [])
+    return [
+        tuple(Rounded(None, why=_why_no_metric(one.gram)) for _ in one.weights)
+        if metric is None
+        else tuple(
+            _judged(w, stored, metric, fmt) for w, stored in zip(one.weights, next(found), strict=True)
+        )
+        for one, metric in zip(readers, metrics, strict=True)
+    ]
+
+
+def _together(readers: Sequence[Readers], metrics: Sequence[Metric], fmt: Nf4) -> list[list[StoredNf4]]:
+    """The weights of each of `readers` as they are stored after all sweeps."""
+    weights = [w for one in readers for w in one.weights]
+    heights = [len(w) for w in weights]
+    joined = Metrics(tuple(metrics), tuple(one.rows for one in readers))
+    side_by_side = _side_by_side(weights)
+    raw, codes = _first_sweep(side_by_side, heights, joined, fmt.blocksize)
     states = [quantization_state(s, w.shape, w.dtype, fmt) for s, w in zip(raw, weights, strict=True)]
-    read_back = _spread([_absmax(s) for s in states], together, [w.shape[0] for w in weights], fmt.blocksize)
-    codes = improved_codes(together, read_back, codes, metric)
-    del together, read_back
-    parts = codes.split([w.shape[0] for w in weights], dim=1)
-    found = [StoredNf4(packed_codes(c.T), state) for c, state in zip(parts, states, strict=True)]
-    return tuple(_judged(w, one, metric, fmt) for w, one in zip(weights, found, strict=True))
+    read_back = _standing([_absmax(s) for s in states], weights, fmt.blocksize)
+    improve_codes(side_by_side, read_back, codes, joined)
+    del side_by_side, read_back
+    parts = codes.split(heights, dim=1)
+    stored = iter([StoredNf4(packed_codes(c.T), state) for c, state in zip(parts, states, strict=True)])
+    return [[next(stored) for _ in one.weights] for one in readers]
 
 
-def workspace_bytes(out_features: int, in_features: int) -> int:
-    """The most bytes that `calibrate` holds at once beside its arguments, for `out_features` rows in all.
+def workspace_bytes(out_features: int, in_features: int, matrices: int = 1) -> int:
+    """The most bytes that `calibrate_together` holds at once beside its arguments.
 
-    First the shrunk Gram matrix and, while it is factorized, two more; then it, its factor, and of each
-    weight itself, its scale, its error (float32) and two codes, with what a few columns need on the way.
+    out_features: rows in all; matrices: Gram matrices. First the shrunk Gram matrices and factors and, while
+    the last one is factorized, one matrix more; then these and of each weight itself, its error (float32) and
+    its code, with what a few columns need on the way.
     """
     matrix = 4 * in_features**2
-    weights = (3 * 4 + 2) * out_features * in_features
+    weights = (2 * 4 + 1) * out_features * in_features
+    if in_features % 64:  # each weight has its scale beside it
+        weights += 4 * out_features * in_features
     on_the_way = 8 * 4 * max(WIDTH * out_features, BLOCKS * 64)
-    return max(3 * matrix, 2 * matrix + weights + on_the_way)
+    return max((2 * matrices + 1) * matrix, 2 * matrices * matrix + weights + on_the_way)
 
 
 def _why_no_metric(gram: Tensor) -> str:
@@ -106,23 +146,27 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _first_sweep(
-    together: Tensor, widths: Sequence[int], metric: Metric, blocksize: int
+    weight: Tensor, heights: Sequence[int], metrics: Metrics, blocksize: int
 ) -> tuple[list[Tensor], Tensor]:
     """(scales, codes): the block scales of each weight before double quantization, and codes to start from.
 
-    together: the weights, `widths` rows of each, (in_features, rows). scales: (blocks,) each in the order of
-    the weight.
+    weight: all of them side by side, `heights` rows of each, (in_features, rows). scales: (blocks,) each in
+    the order of the weight.
     """
-    if len(together) % blocksize:
-        raw = [scales_of_blocks(w, metric, blocksize) for w in together.split(list(widths), dim=1)]
-        spread = _spread(raw, together, widths, blocksize)
-        return raw, improved_codes(together, spread, choose_codes(together, spread, metric), metric)
+    if len(weight) % blocksize:
+        owners = [m for m, width in zip(metrics.each, metrics.widths, strict=True) for _ in range(width)]
+        starts = [sum(heights[:i]) for i in range(len(heights))]
+        parts = zip(weight.split(list(heights), dim=1), starts, strict=True)
+        raw = [scales_of_blocks(part, owners[start], blocksize) for part, start in parts]
+        straddling = _standing(raw, [part.T for part in weight.split(list(heights), dim=1)], blocksize)
+        codes = choose_codes(weight, straddling, metrics)
+        improve_codes(weight, straddling, codes, metrics)
+        return raw, codes
     # Blocks keep to their rows: scales can follow the errors so far, and be fitted to the codes at the end.
-    found, codes = scales_at_turn(together, metric, blocksize)
-    spread = found.T.repeat_interleave(blocksize, dim=0)
-    codes = improved_codes(together, spread, codes, metric)
-    found = fitted_scales(together, spread, codes, metric, blocksize)
-    return [part.reshape(-1) for part in found.split(list(widths))], codes
+    found, codes = scales_at_turn(weight, metrics, blocksize)
+    improve_codes(weight, found, codes, metrics)
+    found = fitted_scales(weight, found, codes, metrics, blocksize)
+    return [part.T.reshape(-1) for part in found.split(list(heights), dim=1)], codes
 
 
 def quantization_state(scales: Tensor, shape: torch.Size, dtype: torch.dtype, fmt: Nf4) -> Any:
@@ -148,19 +192,19 @@ def _absmax(state: Any) -> Tensor:
     return StoredNf4(torch.empty(0), state).packed().state.absmax
 
 
-def _spread(scales: Sequence[Tensor], like: Tensor, widths: Sequence[int], blocksize: int) -> Tensor:
-    """The scale of each weight of `like` (in_features, rows), `widths` rows of each layer.
+def _standing(scales: Sequence[Tensor], weights: Sequence[Tensor], blocksize: int) -> Tensor:
+    """The block scales of `weights` side by side, (k, rows), each for in_features / k columns in a row.
 
-    scales: for each layer those of its blocks.
+    scales: (blocks,) of each weight (out_features, in_features), in its order.
     """
-    spread = torch.empty_like(like)
-    for part, absmax in zip(spread.split(list(widths), dim=1), scales, strict=True):
-        n, rows = part.shape
-        if n % blocksize == 0:
-            part.unflatten(0, (-1, blocksize)).copy_(absmax.view(rows, -1).T.unsqueeze(1))
-        else:
-            part.copy_(absmax.repeat_interleave(blocksize)[: rows * n].view(rows, n).T)
-    return spread
+    n, heights = weights[0].shape[1], [len(w) for w in weights]
+    whole = n % blocksize == 0
+    found = scales[0].new_empty(n // blocksize if whole else n, sum(heights))
+    for absmax, rows, part in zip(scales, heights, found.split(heights, dim=1), strict=True):
+        if not whole:  # blocks straddle rows
+            absmax = absmax.repeat_interleave(blocksize)[: rows * n]
+        part.copy_(absmax.view(rows, -1).T)
+    return found
 
 
 def packed_codes(codes: Tensor) -> Tensor:

@@ -12,27 +12,35 @@ inverse.
 What that leaves is lowered by coordinate descent: column j is rounded again where the error is least given
 all other columns, at w-hat_j + (E G)_j / G_jj. GPTQ cannot go back to a column; this can, and never harms.
 
-Matrices lie with the columns of the weight first, (in_features, rows), so that a column is contiguous, and
-layers that read the same inputs stand side by side as more rows.
+Matrices lie with the columns of the weight first, (in_features, rows), so that a column is contiguous. Layers
+with as many inputs stand side by side as more rows, each with the metric of its inputs: small steps are taken
+for all of them at once, and matrix products one metric at a time, so that none changes a number of another.
+Scales are (k, rows), each for in_features / k columns in a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qprobe.calibration.columns import inverse, nf4_grid, round_columns
+from qprobe.calibration.columns import (
+    best_scales,
+    inverse,
+    nf4_grid,
+    round_columns,
+    searched_scales,
+    spread,
+)
 
 DAMPING = 0.01  # of the mean diagonal of G, as Frantar et al. choose
 MOST_DAMPING = 1.0  # beyond it G says nothing any more
 WIDTH = 128  # columns whose errors reach all later columns in one matrix product
 BLOCKS = 2**10  # whose scales are searched at once, where blocks straddle rows: it bounds the memory
-# Shares of a block's largest value that are tried as its scale. Above 1 the grid's own steps are coarser but
-# its outer ones fit better; below 0.6 the largest weights are cut off too much to win (measured on SmolLM2).
-RATIOS = tuple(0.6 + 0.1 * i for i in range(7))
 
 
 @dataclass(frozen=True)
@@ -50,13 +58,71 @@ class Metric:
     damping: float
     ridge: Tensor
 
-    def slopes(self, errors: Tensor, span: slice) -> Tensor:
-        """The columns `span` of E G, damped, for `errors` (n, rows): half the slope of the error."""
-        return (self.gram[span] @ errors).add_(errors[span] * self.ridge)
-
     def within(self, span: slice) -> Tensor:
         """The part of the damped G between the columns `span`."""
         return self.gram[span, span] + self.ridge * torch.eye(span.stop - span.start, device=self.gram.device)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics of layers that stand side by side; `widths` rows belong to each."""
+
+    each: tuple[Metric, ...]
+    widths: tuple[int, ...]
+
+    def slopes(self, errors: Tensor, span: slice) -> Tensor:
+        """The columns `span` of E G, damped, for `errors` (n, rows): half the slope of the error."""
+        found = torch.empty_like(errors[span])
+        for metric, part, out in self._parts(errors, found):
+            torch.mm(metric.gram[span], part, out=out)
+        ridges = self.across(torch.stack([m.ridge for m in self.each])[None])
+        return found.add_(errors[span] * ridges)
+
+    def targets(self, weight: Tensor, errors: Tensor, span: slice) -> Tensor:
+        """The columns `span` of the weight and what the errors of all columns before it add to them."""
+        found = torch.empty_like(weight[span])
+        for metric, own, part, out in self._parts(weight[span], errors[: span.start], found):
+            torch.addmm(own, metric.feedback[: span.start, span].T, part, out=out)
+        return found
+
+    def products(self, matrices: Tensor, right: Tensor) -> Tensor:
+        """(m, rows): `matrices` (layers, m, k), each times its rows of `right` (k, rows)."""
+        found = right.new_empty(matrices.shape[1], right.shape[1])
+        for matrix, part, out in zip(matrices, self.split(right), self.split(found), strict=True):
+            torch.mm(matrix, part, out=out)
+        return found
+
+    def within(self, span: slice) -> Tensor:
+        """(layers, columns, columns): see `Metric.within`."""
+        return self._stacked(lambda metric: metric.within(span))
+
+    def coupling(self, span: slice) -> Tensor:
+        """(layers, columns, columns): what errors of columns add to the targets of later ones, by GPTQ."""
+        return self._stacked(lambda metric: metric.feedback[span, span].T)
+
+    def costs(self, span: slice) -> Tensor:
+        """(layers, columns): the costs of the columns `span`."""
+        return self._stacked(lambda metric: metric.costs[span])
+
+    def across(self, values: Tensor) -> Tensor:
+        """`values` (m, layers) for each row: (m, rows), or (m, 1) where all rows are of one layer."""
+        return values if len(self.each) == 1 else values.index_select(1, self._layers)
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each metric, of `matrix` (m, rows)."""
+        return matrix.split(list(self.widths), dim=1)
+
+    @cached_property
+    def _layers(self) -> Tensor:
+        counts = torch.tensor(self.widths)
+        return torch.arange(len(self.widths)).repeat_interleave(counts).to(self.each[0].gram.device)
+
+    def _stacked(self, part: Callable[[Metric], Tensor]) -> Tensor:
+        found = [part(metric) for metric in self.each]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
+
+    def _parts(self, *matrices: Tensor) -> zip[tuple]:
+        return zip(self.each, *(self.split(x) for x in matrices), strict=True)
 
 
 def metric_of(gram: Tensor, damping: float = DAMPING) -> Metric | None:
@@ -108,31 +174,8 @@ def output_error(errors: Tensor, gram: Tensor) -> Tensor:
     return ((gram @ errors) * errors).sum(dim=0)
 
 
-def best_scales(values: Tensor, costs: Tensor) -> Tensor:
-    """(blocks,) scales under which `values` (blocksize, blocks) round best to NF4.
-
-    costs: (blocksize, blocks) or (blocksize, 1), of a squared error. For each candidate of `RATIOS` the
-    values are rounded to nearest, and the scale is the one that fits these codes best (least squares); of the
-    candidates the one with the least error wins.
-    """
-    grid = nf4_grid(values.device)
-    largest = values.abs().amax(dim=0)
-    weighted = values * costs
-    best, chosen = torch.zeros_like(largest), largest.clone()
-    for ratio in RATIOS:
-        rounded = grid.read(grid.nearest(values * inverse(largest * ratio)))
-        along = (rounded * weighted).sum(dim=0)
-        energy = rounded.mul_(rounded).mul_(costs).sum(dim=0)
-        # The error is sum(costs values^2) - along^2 / energy at the best scale, along / energy.
-        gain = along.square() * inverse(energy)
-        is_better = (gain > best) & (along > 0)
-        best = torch.where(is_better, gain, best)
-        chosen = torch.where(is_better, along * inverse(energy), chosen)
-    return chosen
-
-
-def scales_at_turn(weight: Tensor, metric: Metric, blocksize: int) -> tuple[Tensor, Tensor]:
-    """((rows, n / blocksize) scales, (n, rows) codes) by GPTQ, scales searched at their blocks' turns.
+def scales_at_turn(weight: Tensor, metrics: Metrics, blocksize: int) -> tuple[Tensor, Tensor]:
+    """((n / blocksize, rows) scales, (n, rows) codes) by GPTQ, scales searched at their blocks' turns.
 
     weight: (n, rows); n must be a multiple of `blocksize`, so that blocks keep to their rows. The search sees
     the targets, with the errors so far, and not the weights.
@@ -144,11 +187,10 @@ def scales_at_turn(weight: Tensor, metric: Metric, blocksize: int) -> tuple[Tens
     found = weight.new_empty(n // blocksize, rows)
     for block, start in enumerate(range(0, n, blocksize)):
         span = slice(start, start + blocksize)
-        targets = _targets(weight, errors, metric, span)
-        found[block] = best_scales(targets, metric.costs[span, None])
-        scales = found[block].expand(blocksize, rows)
-        codes[span], errors[span] = _rounded(weight[span], scales, targets, metric, span)
-    return found.T, codes
+        targets = metrics.targets(weight, errors, span)
+        found[block] = best_scales(targets, metrics.costs(span), metrics.widths)
+        codes[span], errors[span] = _rounded(weight[span], found[block, None], targets, metrics, span)
+    return found, codes
 
 
 def scales_of_blocks(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
@@ -167,76 +209,84 @@ def scales_of_blocks(weight: Tensor, metric: Metric, blocksize: int) -> Tensor:
         both = (
             F.pad(x, (0, missing)).view(-1, blocksize).T.contiguous() for x in (part, metric.costs[columns])
         )
-        found.append(best_scales(*both))
+        found.append(searched_scales(*both))
     return torch.cat(found)
 
 
-def choose_codes(weight: Tensor, scales: Tensor, metric: Metric) -> Tensor:
-    """(n, rows) uint8 NF4 codes of `weight` (n, rows) by GPTQ, given the scale of each weight, same shape."""
+def choose_codes(weight: Tensor, scales: Tensor, metrics: Metrics) -> Tensor:
+    """(n, rows) uint8 NF4 codes of `weight` (n, rows) by GPTQ, given `scales` (k, rows)."""
     errors = torch.zeros_like(weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for start in range(0, len(weight), WIDTH):
-        span = slice(start, min(start + WIDTH, len(weight)))
-        targets = _targets(weight, errors, metric, span)
-        codes[span], errors[span] = _rounded(weight[span], scales[span], targets, metric, span)
+    for span in _spans(weight):
+        targets = metrics.targets(weight, errors, span)
+        own = _scales_of(scales, span, len(weight))
+        codes[span], errors[span] = _rounded(weight[span], own, targets, metrics, span)
     return codes
 
 
-def improved_codes(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric) -> Tensor:
-    """`codes` after one sweep of coordinate descent over the columns; shapes as of `choose_codes`."""
+def improve_codes(weight: Tensor, scales: Tensor, codes: Tensor, metrics: Metrics) -> None:
+    """Change `codes` by one sweep of coordinate descent over the columns; shapes as of `choose_codes`."""
     errors = _errors(weight, scales, codes)
-    better = torch.empty_like(codes)
-    for start in range(0, len(weight), WIDTH):
-        span = slice(start, min(start + WIDTH, len(weight)))
-        within = metric.within(span)
-        curvature = within.diagonal()[:, None]
+    for span in _spans(weight):
+        within = metrics.within(span)
+        curvature = within.diagonal(dim1=1, dim2=2)
         read = weight[span] - errors[span]  # the weights as they read now
-        targets = torch.addcdiv(read, metric.slopes(errors, span), curvature)
+        targets = torch.addcdiv(read, metrics.slopes(errors, span), metrics.across(curvature.T))
         # What a column changes adds to the targets of the columns after it, by the slope that it takes off.
-        better[span], changes = round_columns(targets, read, scales[span], within / curvature)
+        codes[span], changes = round_columns(
+            targets,
+            read,
+            _scales_of(scales, span, len(weight)),
+            within / curvature[..., None],
+            metrics.widths,
+        )
         errors[span] += changes
-    return better
 
 
-def fitted_scales(weight: Tensor, scales: Tensor, codes: Tensor, metric: Metric, blocksize: int) -> Tensor:
-    """(rows, n / blocksize) the scale of each block for which `codes` err least, block after block.
+def fitted_scales(weight: Tensor, scales: Tensor, codes: Tensor, metrics: Metrics, blocksize: int) -> Tensor:
+    """(n / blocksize, rows) the scale of each block for which `codes` err least, block after block.
 
-    weight, scales, codes: (n, rows); n must be a multiple of `blocksize`. Least squares, given all other
-    blocks.
+    weight, codes: (n, rows); n must be a multiple of `blocksize`; scales: as what is returned. Least squares,
+    given all other blocks.
     """
     n = len(weight)
     assert n % blocksize == 0
     grid = nf4_grid(weight.device)
     errors = _errors(weight, scales, codes)
-    found = scales[::blocksize].clone()
+    found = scales.clone()
     for block, start in enumerate(range(0, n, blocksize)):
         span = slice(start, start + blocksize)
         values = grid.read(codes[span].int())
-        energy = (values * (metric.within(span) @ values)).sum(dim=0)
-        change = (values * metric.slopes(errors, span)).sum(dim=0) * inverse(energy)
+        energy = (values * metrics.products(metrics.within(span), values)).sum(dim=0)
+        change = (values * metrics.slopes(errors, span)).sum(dim=0) * inverse(energy)
         found[block] += change
         errors[span] -= values * change
-    return found.T
+    return found
+
+
+def _spans(weight: Tensor) -> list[slice]:
+    n = len(weight)
+    return [slice(start, min(start + WIDTH, n)) for start in range(0, n, WIDTH)]
+
+
+def _scales_of(scales: Tensor, span: slice, columns: int) -> Tensor:
+    """Those of `scales`, which serve `columns` columns, that serve the columns `span`."""
+    each = columns // len(scales)
+    return scales[span.start // each : -(-span.stop // each)]
 
 
 def _errors(weight: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
     """`weight` less what `codes` and `scales` read as; a few columns at a time, which saves memory."""
     grid = nf4_grid(weight.device)
     errors = torch.empty_like(weight)
-    for start in range(0, len(weight), WIDTH):
-        span = slice(start, start + WIDTH)
-        torch.addcmul(weight[span], grid.read(codes[span].int()), scales[span], value=-1, out=errors[span])
+    for span in _spans(weight):
+        own = spread(_scales_of(scales, span, len(weight)), span.stop - span.start)
+        torch.addcmul(weight[span], grid.read(codes[span].int()), own, value=-1, out=errors[span])
     return errors
 
 
-def _targets(weight: Tensor, errors: Tensor, metric: Metric, span: slice) -> Tensor:
-    """The columns `span` of the weight and what the errors of all columns before it add to them."""
-    before = metric.feedback[: span.start, span]
-    return torch.addmm(weight[span], before.T, errors[: span.start])
-
-
 def _rounded(
-    own: Tensor, scales: Tensor, targets: Tensor, metric: Metric, span: slice
+    own: Tensor, scales: Tensor, targets: Tensor, metrics: Metrics, span: slice
 ) -> tuple[Tensor, Tensor]:
     """(codes, errors) of the columns `span` of a weight, rounded one by one; `targets` is used up."""
-    return round_columns(targets, own, scales, metric.feedback[span, span].T)
+    return round_columns(targets, own, scales, metrics.coupling(span), metrics.widths)

@@ -10,7 +10,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from qprobe.calibration.columns import LEAF, fused_kernel, nf4_grid, one_by_one, round_columns
+from qprobe.calibration.columns import (
+    LEAF,
+    best_scales,
+    fused_kernels,
+    nf4_grid,
+    one_by_one,
+    round_columns,
+    searched_scales,
+)
 from tests.calibration.reference import rounded_columns
 
 # Widths below, at and above the columns between which errors go one by one, and rows that fill no warp.
@@ -36,27 +44,62 @@ def agree(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> 
 def test_columns_make_up_for_the_errors_of_those_before(shape):
     base, own, scales, coupling = case(*shape)
     assert agree(
-        round_columns(base.clone(), own, scales, coupling), rounded_columns(base, own, scales, coupling)
+        round_columns(base.clone(), own, scales, coupling[None], shape[1:]),
+        rounded_columns(base, own, scales, coupling),
     )
 
 
-def test_scales_may_be_expanded_and_coupling_transposed():
+def test_a_scale_may_serve_several_columns_and_coupling_be_transposed():
     base, own, scales, coupling = case(LEAF + 8, 6)
-    spread = scales[:1].expand_as(own)
-    wanted = rounded_columns(base, own, spread, coupling.T)
-    assert agree(round_columns(base.clone(), own, spread, coupling.T), wanted)
+    for each in (LEAF + 8, 10):
+        few = scales[: (LEAF + 8) // each]
+        wanted = rounded_columns(base, own, few.repeat_interleave(each, dim=0), coupling.T)
+        assert agree(round_columns(base.clone(), own, few, coupling.T[None], (6,)), wanted)
+
+
+def layers() -> list[tuple[torch.Tensor, ...]]:
+    """Cases of three layers that may stand side by side, with rows that fill no warp."""
+    return [case(40, rows, seed) for seed, rows in enumerate((7, 70, 32))]
+
+
+def test_rows_of_each_layer_have_a_coupling_of_their_own():
+    cases = layers()
+    base, own, scales = (torch.cat([c[i] for c in cases], dim=1) for i in range(3))
+    found = round_columns(base.clone(), own, scales, torch.stack([c[3] for c in cases]), (7, 70, 32))
+    for part, given in zip(
+        zip(*(x.split([7, 70, 32], dim=1) for x in found), strict=True), cases, strict=True
+    ):
+        assert agree(part, rounded_columns(*given))
+
+
+def test_scales_are_searched_under_the_costs_of_each_layer():
+    cases = layers()
+    values, costs = torch.cat([c[0] for c in cases], dim=1), torch.stack([c[3][0].square() for c in cases])
+    found = best_scales(values, costs, (7, 70, 32))
+    wanted = [searched_scales(c[0], cost[:, None]) for c, cost in zip(cases, costs, strict=True)]
+    assert torch.equal(found, torch.cat(wanted))
 
 
 KERNEL = """
 import torch
-from qprobe.calibration.columns import nf4_grid
-from qprobe.calibration.columns_cuda import fused
+from qprobe.calibration.columns import best_scales, nf4_grid, round_columns
+from qprobe.calibration.columns_cuda import best_scales as fused_search, round_columns as fused
 from tests.calibration.reference import rounded_columns
-from tests.calibration.test_columns import SHAPES, agree, case
+from tests.calibration.test_columns import SHAPES, agree, case, layers
+grid = nf4_grid(torch.device("cpu"))
 for shape in SHAPES:
     base, own, scales, coupling = case(*shape)
-    found = fused(base, own, scales[:1].expand_as(own), coupling.T, nf4_grid(torch.device("cpu")))
+    found = fused(base, own, scales[:1], coupling.T[None], shape[1:], grid)
     assert agree(found, rounded_columns(base, own, scales[:1].expand_as(own), coupling.T)), shape
+cases = layers()
+base, own, scales = (torch.cat([c[i] for c in cases], dim=1) for i in range(3))
+given = (own, scales[::10], torch.stack([c[3] for c in cases]), (7, 70, 32))
+assert agree(fused(base, *given, grid), round_columns(base.clone(), *given))
+base[:, 3] = 0
+costs = torch.stack([c[3][0].square() for c in cases])
+found, wanted = fused_search(base, costs, (7, 70, 32), grid), best_scales(base, costs, (7, 70, 32))
+assert found[3] == wanted[3] == 0
+assert float((~torch.isclose(found, wanted, rtol=1e-5)).float().mean()) < 0.02
 """
 
 
@@ -70,15 +113,20 @@ def test_the_fused_kernel_rounds_the_same_in_tritons_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_fused_kernel_rounds_as_the_loop_on_a_gpu():
     device = torch.device("cuda", 0)
-    kernel = fused_kernel(device)
-    assert kernel is not None
+    kernels = fused_kernels(device)
+    assert kernels is not None
+    grid = nf4_grid(device)
     for columns, rows in ((64, 4096), (128, 1000)):
         base, own, scales, coupling = (x.to(device) for x in case(columns, rows))
-        given = (own, scales, coupling, nf4_grid(device))
-        assert agree(kernel(base, *given), one_by_one(base.clone(), *given))
+        found = kernels.round_columns(base, own, scales, coupling[None], (rows,), grid)
+        assert agree(found, one_by_one(base.clone(), own, scales, coupling, grid))
+        costs = coupling[:1].square()
+        searched = kernels.best_scales(base, costs, (rows,), grid)
+        same = torch.isclose(searched, searched_scales(base, costs.T), rtol=1e-4)
+        assert float((~same).float().mean()) < 0.01
 
 
 def test_a_device_that_cannot_run_the_kernel_gets_the_loop_and_a_warning():
     # On "meta" nothing can be compared: it stands for any device where the kernel fails.
-    with pytest.warns(UserWarning, match="does not run on meta"):
-        assert fused_kernel(torch.device("meta")) is None
+    with pytest.warns(UserWarning, match="do not run on meta"):
+        assert fused_kernels(torch.device("meta")) is None

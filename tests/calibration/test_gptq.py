@@ -11,9 +11,9 @@ from bitsandbytes.functional import dequantize_blockwise, get_4bit_type, quantiz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qprobe.calibration.codes import calibrate, packed_codes, workspace_bytes
-from qprobe.calibration.columns import nf4_grid
-from qprobe.calibration.gptq import best_scales, choose_codes, metric_of, output_error, shrunk
+from qprobe.calibration.codes import Readers, calibrate, calibrate_together, packed_codes, workspace_bytes
+from qprobe.calibration.columns import nf4_grid, searched_scales
+from qprobe.calibration.gptq import Metrics, choose_codes, metric_of, output_error, shrunk
 from qprobe.formats.nf4 import Nf4
 from tests.calibration.reference import bitsandbytes_thresholds, brute_force, unpacked
 from tests.training.peak import LiveBytes
@@ -67,7 +67,7 @@ def test_without_correlation_and_search_it_is_bitsandbytes_rounding(shape):
     metric = metric_of(torch.eye(shape[1]))
     assert metric is not None
     scales = state.absmax.repeat_interleave(64)[: weight.numel()].view(shape).T.contiguous()
-    chosen = choose_codes(weight.float().T.contiguous(), scales, metric)
+    chosen = choose_codes(weight.float().T.contiguous(), scales, Metrics((metric,), (shape[0],)))
     assert torch.equal(packed_codes(chosen.T), codes)
 
 
@@ -87,7 +87,7 @@ def test_output_error_on_fresh_inputs_is_below_that_of_rounding_to_nearest(shape
         pytest.skip("bitsandbytes on this CPU reads blocks that straddle rows wrong, so nothing is gained")
     every = inputs(4000, shape[1])
     x, fresh = every[:400], every[400:]
-    found, nearest = calibrate([weight], x.T @ x, len(x), fmt)[0], fmt.stored(weight)
+    found, nearest = calibrate(Readers([weight], x.T @ x, len(x)), fmt)[0], fmt.stored(weight)
     assert found.stored is not None, found.why
     assert own_error(weight, found.stored.codes, found.stored.state, fresh) < 0.8 * own_error(
         weight, nearest.codes, nearest.state, fresh
@@ -121,7 +121,7 @@ def test_few_tokens_are_not_overfitted(draw, tokens, most):
     weight, fmt = weight_of((64, 256)), Nf4()
     every = draw(tokens + 3000, 256)
     x, fresh = every[:tokens], every[tokens:]
-    found, nearest = calibrate([weight], x.T @ x, tokens, fmt)[0], fmt.stored(weight)
+    found, nearest = calibrate(Readers([weight], x.T @ x, tokens), fmt)[0], fmt.stored(weight)
     assert found.stored is not None, found.why
     share = own_error(weight, found.stored.codes, found.stored.state, fresh) / own_error(
         weight, nearest.codes, nearest.state, fresh
@@ -144,7 +144,7 @@ def test_within_a_third_of_the_best_of_all_codes():
         weight, mixing = weight_of((16, 4), seed), torch.eye(4) + 0.3 * weight_of((4, 4), seed + 100).float()
         x = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)) @ mixing
         gram = x.T @ x
-        found = calibrate([weight], gram, 10**6, Nf4(double_quant=False))[0]
+        found = calibrate(Readers([weight], gram, 10**6), Nf4(double_quant=False))[0]
         assert found.stored is not None
         scale = float(found.stored.state.absmax[0])
         codes = unpacked(found.stored.codes, 64).view(16, 4)
@@ -165,7 +165,7 @@ def test_a_scale_is_no_worse_than_the_largest_value():
     def error(scales: torch.Tensor) -> torch.Tensor:
         return (((grid.read(grid.nearest(values / scales)) * scales - values) ** 2) * costs).sum(dim=0)
 
-    largest, found = values.abs().amax(dim=0), best_scales(values, costs)
+    largest, found = values.abs().amax(dim=0), searched_scales(values, costs)
     assert bool((error(found) <= error(largest) * (1 + 1e-5)).all())
     assert float(error(found).sum()) < 0.9 * float(error(largest).sum())
 
@@ -173,7 +173,7 @@ def test_a_scale_is_no_worse_than_the_largest_value():
 def test_a_block_of_zeros_stays_zero():
     weight, x = weight_of((4, 64)), inputs(100, 64)
     weight[1] = 0
-    found = calibrate([weight], x.T @ x, len(x), Nf4(double_quant=False))[0]
+    found = calibrate(Readers([weight], x.T @ x, len(x)), Nf4(double_quant=False))[0]
     assert found.stored is not None
     assert found.stored.packed().unpack()[1].abs().max() == 0
 
@@ -181,12 +181,30 @@ def test_a_block_of_zeros_stays_zero():
 def test_layers_that_share_inputs_are_rounded_as_each_alone():
     x = inputs(300, 128)
     weights = [weight_of((n, 128), seed=n) for n in (4, 12, 6)]
-    together = calibrate(weights, x.T @ x, len(x), Nf4())
+    together = calibrate(Readers(weights, x.T @ x, len(x)), Nf4())
     for weight, one in zip(weights, together, strict=True):
-        alone = calibrate([weight], x.T @ x, len(x), Nf4())[0]
+        alone = calibrate(Readers([weight], x.T @ x, len(x)), Nf4())[0]
         assert one.stored is not None and alone.stored is not None
         assert torch.equal(one.stored.codes, alone.stored.codes)
         assert torch.equal(one.stored.state.absmax, alone.stored.state.absmax)
+
+
+@pytest.mark.parametrize("features", [192, 96])  # blocks of 96 features straddle rows
+def test_layers_with_different_inputs_are_rounded_together_as_each_alone(features):
+    # The third has no metric and the fourth a weight that is not finite: both are left to nearest.
+    readers = []
+    for seed, rows in enumerate(((4, 12), (5,), (3,), (40, 6))):
+        x = inputs(300, features, seed)
+        weights = [weight_of((n, features), seed=seed + n) for n in rows]
+        readers.append(Readers(weights, torch.zeros(()) * x.T @ x if seed == 2 else x.T @ x, len(x)))
+    readers[3].weights[1][0, 0] = float("nan")
+    for one, together in zip(readers, calibrate_together(readers, Nf4()), strict=True):
+        for found, alone in zip(together, calibrate(one, Nf4()), strict=True):
+            assert (found.why, found.damping) == (alone.why, alone.damping)
+            assert found.error == alone.error and (found.stored is None) == (alone.stored is None)
+            if found.stored is not None and alone.stored is not None:
+                assert torch.equal(found.stored.codes, alone.stored.codes)
+                assert torch.equal(found.stored.state.absmax, alone.stored.state.absmax)
 
 
 @pytest.mark.parametrize(
@@ -198,21 +216,21 @@ def test_layers_that_share_inputs_are_rounded_as_each_alone():
     ],
 )
 def test_without_a_metric_rounding_to_nearest_remains_and_says_why(gram, why):
-    (found,) = calibrate([weight_of((4, 64))], gram, 10**6, Nf4())
+    (found,) = calibrate(Readers([weight_of((4, 64))], gram, 10**6), Nf4())
     assert found.stored is None and why in found.why
 
 
 def test_a_singular_gram_matrix_is_damped_until_it_serves():
     # Two tokens for 64 inputs: rank 2.
     x = inputs(2, 64)
-    found = calibrate([weight_of((4, 64))], x.T @ x, len(x), Nf4())[0]
+    found = calibrate(Readers([weight_of((4, 64))], x.T @ x, len(x)), Nf4())[0]
     assert found.stored is not None and found.damping == 0.01 and found.error < 0.5
 
 
 def test_weights_that_are_not_finite_are_left_alone():
     weight, x = weight_of((4, 64)), inputs(100, 64)
     weight[2, 3] = float("inf")
-    assert calibrate([weight], x.T @ x, len(x), Nf4())[0].why == "its weights are not finite"
+    assert calibrate(Readers([weight], x.T @ x, len(x)), Nf4())[0].why == "its weights are not finite"
 
 
 @settings(max_examples=20, deadline=None)
@@ -241,10 +259,22 @@ def test_memory_while_rounding_is_what_is_said_of_it(rows, features):
     # Bytes of every tensor alive, counted at each operation. At least 0.85 of it is really needed.
     x = inputs(600, features)
     gram, weights = x.T @ x, [weight_of((n, features), seed=n) for n in rows]
-    calibrate(weights[:1], gram, len(x), Nf4())  # tables that stay
+    calibrate(Readers(weights[:1], gram, len(x)), Nf4())  # tables that stay
     with torch.no_grad(), LiveBytes() as live:
-        calibrate(weights, gram, len(x), Nf4())
+        calibrate(Readers(weights, gram, len(x)), Nf4())
     assert 0.85 < live.peak / workspace_bytes(sum(rows), features) <= 1.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [(64, 64, 64), (2048, 1024)])
+def test_memory_while_layers_with_different_inputs_are_rounded_is_what_is_said_of_it(rows):
+    x, features = inputs(600, 512), 512
+    gram, weights = x.T @ x, [weight_of((n, features), seed=n) for n in rows]
+    readers = [Readers([weight], gram, len(x)) for weight in weights]
+    calibrate(readers[0], Nf4())
+    with torch.no_grad(), LiveBytes() as live:
+        calibrate_together(readers, Nf4())
+    assert 0.85 < live.peak / workspace_bytes(sum(rows), features, len(rows)) <= 1.001
 
 
 def test_codes_follow_the_scales_as_they_are_read_back():
@@ -252,7 +282,7 @@ def test_codes_follow_the_scales_as_they_are_read_back():
     # Codes for the scales before that are worse there than rounding to nearest with the scales as read.
     x, weight = inputs(500, 64), weight_of((64, 64))
     weight[::2] *= 0.05
-    found = calibrate([weight], x.T @ x, len(x), Nf4())[0]
+    found = calibrate(Readers([weight], x.T @ x, len(x)), Nf4())[0]
     assert found.stored is not None
     scales = found.stored.packed().state.absmax[:, None]
     codes = unpacked(found.stored.codes, weight.numel()).view(64, 64)
