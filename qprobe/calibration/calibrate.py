@@ -9,19 +9,19 @@ are large (0.8 GB for a down_proj of an 11B), so the samples run once for as man
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import torch
 
-from qprobe.calibration.codes import Rounded, calibrate, workspace_bytes
+from qprobe.calibration.codes import Readers, Rounded, calibrate_together
 from qprobe.calibration.gptq import DAMPING
-from qprobe.calibration.gram import SharedInput, gathered, gram_bytes, passes, shared_inputs
+from qprobe.calibration.gram import Gram, SharedInput, gathered, passes, shared_inputs
+from qprobe.calibration.room import gram_room, rounded_together
 from qprobe.calibration.token_weights import DRAWS, MIX, token_weights
 from qprobe.calibration.tuning import FEWEST, split_batches, tune
 from qprobe.errors import RunError
@@ -53,8 +53,6 @@ def settings(tune_steps: int = 0) -> Rounding:
     tokens = f"{MIX:g} by squared gradients, {DRAWS} draws"
     return Rounding("gptq", VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps)
 
-
-MOST_MEMORY = 4 * 2**30  # by default: more saves few passes, and rounding needs room beside it
 
 FITTED = (
     "Sensitivities and activation errors are measured on the samples that the codes were fitted to, so they "
@@ -89,47 +87,6 @@ class Work:
     @property
     def format(self) -> Nf4:
         return nf4(self.run.key.format)
-
-
-def check_limit(subject: Subject) -> None:
-    """Raises MachineError if the memory limit has no room for the widest layer's Gram matrix and rounding."""
-    if subject.limit is None:
-        return
-    widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
-    work = gram_bytes(widest.in_features, subject.reference.device) + rounding_bytes(*widest.shape)
-    subject.limit.check(work, f"calibrating {widest.name}")
-
-
-def rounding_bytes(out_features: int, in_features: int) -> int:
-    """What rounding holds at most beside the Gram matrix, with the 16-bit weights, which may be streamed."""
-    return workspace_bytes(out_features, in_features) + 2 * out_features * in_features
-
-
-def gram_room(work: Work, inputs: Sequence[SharedInput]) -> int:
-    """Bytes for Gram matrices: what a memory limit leaves, or a quarter of what is free, beside rounding.
-
-    The quarter is `MOST_MEMORY` at most; of several devices the fullest one counts. inputs: all there are;
-    `shared_inputs` has run. Raises MachineError if the largest matrix does not fit.
-    """
-    subject, device = work.subject, work.subject.reference.device
-    outputs = {one: sum(subject.modules[name].out_features for name in one.names) for one in inputs}
-    rounding = max((rounding_bytes(out, one.in_features) for one, out in outputs.items()), default=0)
-    if subject.limit is None:
-        free = min(free_memory(place) for place in subject.reference.devices)
-        return min(free // 4, MOST_MEMORY, max(0, free - rounding))
-    # Samples run while matrices are summed, weights are rounded afterwards. A quarter more for float32.
-    beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding)
-    largest = max((gram_bytes(one.in_features, device) for one in inputs), default=0)
-    subject.limit.check_room(beside + largest, "calibration")
-    return subject.limit.left_bytes - beside
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give, with those that PyTorch holds on a GPU but does not use."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def calibrate_model(work: Work) -> None:
@@ -183,18 +140,22 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
         return
     with walking(work.subject.path):
         weights = token_weights(work.subject, chosen, work.widened)
-    limit = gram_room(work, inputs) if work.limit_bytes is None else work.limit_bytes
+    limit = work.limit_bytes
+    if limit is None:
+        limit = gram_room(work.subject, inputs)
     parts = passes(chosen, limit, work.subject.reference.device)
     step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
     for part in parts:
         with walking(work.subject.path):
             gathering = gathered(work.subject, part, work.widened, step, weights.of)
-        for one in part:
-            gram = gathering.grams.pop(one.leader)
-            with work.subject.running(f"round {one.leader}"):  # a kind of its own: no weight stays meanwhile
-                _finish(work, one, gram.total, gram.tokens, gathering.apart, numbers[one.leader])
-            del gram
-            step()
+        for group in rounded_together(work.subject, part, limit):
+            grams = [gathering.grams.pop(one.leader) for one in group]
+            with work.subject.running(f"round {group[0].leader}"):  # of its own: no weight stays meanwhile
+                found = _rounded(work, group, grams, gathering.apart)
+            for one, gram, rounded in zip(group, grams, found, strict=True):
+                _finish(work, rounded, gram.tokens, numbers[one.leader])
+                step()
+            del grams
 
 
 def _tuned(work: Work, codes: CodesFile) -> CodesFile:
@@ -237,16 +198,26 @@ def _steps(progress: Progress, total: int) -> Callable[[], None]:
     return lambda: progress("calibrate", next(done), total)
 
 
-def _finish(
-    work: Work, one: SharedInput, total: torch.Tensor, tokens: int, apart: set[str], unit: int
-) -> None:
-    """Round the weights of one shared input and write the unit."""
-    weights = {name: work.subject.dequantized.own(name) for name in one.names if name not in apart}
-    found: dict[str, Rounded] = dict.fromkeys(one.names, Rounded(None, why=APART))
+def _rounded(
+    work: Work, group: Sequence[SharedInput], grams: Sequence[Gram], apart: set[str]
+) -> list[dict[str, Rounded]]:
+    """The weights of each shared input of `group` by layer; those `apart` are left to nearest."""
+    own = work.subject.dequantized.own
+    names = [[name for name in one.names if name not in apart] for one in group]
+    readers = [
+        Readers([own(name) for name in some], gram.total, gram.tokens)
+        for some, gram in zip(names, grams, strict=True)
+    ]
     with torch.no_grad():
-        found |= dict(
-            zip(weights, calibrate(list(weights.values()), total, tokens, work.format), strict=True)
-        )
+        found = calibrate_together(readers, work.format)
+    return [
+        dict.fromkeys(one.names, Rounded(None, why=APART)) | dict(zip(some, rounded, strict=True))
+        for one, some, rounded in zip(group, names, found, strict=True)
+    ]
+
+
+def _finish(work: Work, found: Mapping[str, Rounded], tokens: int, unit: int) -> None:
+    """Write unit number `unit`: the weights of one shared input, by layer."""
     stored = {name: result.stored for name, result in found.items() if result.stored is not None}
     try:
         write_codes(codes_unit(work.run.path, unit), stored)
@@ -255,7 +226,7 @@ def _finish(
     work.run.write_unit(CALIBRATION.name, unit, _rows(found, tokens))
 
 
-def _rows(found: dict[str, Rounded], tokens: int) -> pd.DataFrame:
+def _rows(found: Mapping[str, Rounded], tokens: int) -> pd.DataFrame:
     """Columns of the unit stage "calibration"."""
     rows: list[tuple[Any, ...]] = [
         (name, tokens, _or_nan(one.error), _or_nan(one.damping), one.why) for name, one in found.items()

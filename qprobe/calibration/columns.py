@@ -100,8 +100,9 @@ def round_columns(
     kernels = fused_kernels(base.device) if base.device.type == "cuda" else None
     if kernels is not None:
         return kernels.round_columns(base, own, scales, coupling, tuple(widths), grid)
-    parts = (x.split(list(widths), dim=1) for x in (base, own, spread(scales, len(base))))
-    found = [one_by_one(*part, grid) for part in zip(*parts, coupling, strict=True)]
+    bases, owns, each = (x.split(list(widths), dim=1) for x in (base, own, spread(scales, len(base))))
+    parts = zip(bases, owns, each, coupling, strict=True)
+    found = [one_by_one(b, o, s, c, grid) for b, o, s, c in parts]
     return found[0] if len(found) == 1 else (_joined([c for c, _ in found]), _joined([e for _, e in found]))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qprobe.calibration import calibrate as calibration
+from qprobe.calibration.room import check_limit
 from qprobe.calibration.tuning import tune_steps
 from qprobe.inputs.batch import Batch
 from qprobe.loading.loaded import loaded_reference
@@ -42,7 +43,7 @@ def open_model(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Subj
         subject = _subject(reference, asked.format, asked.max_memory_bytes, asked.folder)
         check_inventory(subject.inventory, subject.model, asked.skiplist, asked.ablate)
         if asked.format.is_calibrated:
-            calibration.check_limit(subject)
+            check_limit(subject)
     return subject
 
 

@@ -36,8 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprobe.calibration.codes import Rounded, calibrate
+from qprobe.calibration.codes import Readers, Rounded, calibrate_together
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, passes, shared_inputs
+from qprobe.calibration.room import rounded_together
 from qprobe.calibration.token_weights import token_weights
 from qprobe.calibration.tuning import split_batches, tune
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
@@ -135,14 +136,16 @@ def _batches(subject: Subject, samples: Iterable[Sample]) -> list[Batch]:
 
 
 def rounded(subject: Subject, gathering: Gathering, inputs: Sequence[SharedInput]) -> dict[str, Rounded]:
-    """Calibrate what reads `inputs`, by layer."""
+    """Calibrate what reads `inputs`, by layer; their Gram matrices are used up."""
     found: dict[str, Rounded] = {}
-    for one in inputs:
-        weights = [subject.modules[name].weight for name in one.names]
+    for group in rounded_together(subject, inputs, FULL_GRAM_BYTES):
+        grams = [gathering.grams.pop(one.leader) for one in group]
+        weights = [[subject.modules[name].weight for name in one.names] for one in group]
+        readers = [Readers(w, g.total, g.tokens) for w, g in zip(weights, grams, strict=True)]
         with torch.no_grad():
-            gram = gathering.grams[one.leader]
-            results = calibrate(weights, gram.total, gram.tokens, Nf4())
-        found |= zip(one.names, results, strict=True)
+            results = calibrate_together(readers, Nf4())
+        for one, of_one in zip(group, results, strict=True):
+            found |= zip(one.names, of_one, strict=True)
     return found
 
 
@@ -235,12 +238,11 @@ def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:
             gathering = gathered(subject, part, batches)
             cost.synchronize(device)
             gathering_s += time.perf_counter() - before
-            for one in part:
-                shares = shares_of(rounded(subject, gathering, [one]))
-                del gathering.grams[one.leader]
-                done += len(one.names)
-                if time.perf_counter() - start > limit_s:
-                    return
+            shares = shares_of(rounded(subject, gathering, part))
+            done += len(shares)
+            cost.synchronize(device)
+            if time.perf_counter() - start > limit_s:
+                return
             _say(start, f"{done} linears, last error {shares[-1]:.3f} of nearest")
     finally:  # also where it is interrupted
         total = time.perf_counter() - start

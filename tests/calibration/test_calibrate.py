@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from qprobe.calibration import calibrate as calibration
-from qprobe.calibration.calibrate import Work, calibrate_model, calibrate_units, codes_unit, gram_room
-from qprobe.calibration.codes import calibrate, workspace_bytes
+from qprobe.calibration.calibrate import Work, calibrate_model, calibrate_units, codes_unit
+from qprobe.calibration.codes import Readers, calibrate, workspace_bytes
 from qprobe.calibration.gptq import shrunk
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
+from qprobe.calibration.room import gram_room, rounded_together
 from qprobe.calibration.token_weights import DRAWS, token_weights
 from qprobe.errors import MachineError, ManifestError
 from qprobe.formats.codes_file import FILE_NAME, join_codes, open_codes, sha256_of
@@ -151,8 +152,9 @@ def test_sums_of_two_halves_of_the_samples_give_the_same_codes_as_one(name, tiny
         layers = [subject.modules[n].weight for n in one.names]
         parts = [half.grams[one.leader] for half in halves]
         assert sum(p.tokens for p in parts) == whole.grams[one.leader].tokens
-        merged = calibrate(layers, parts[0].total + parts[1].total, sum(p.tokens for p in parts), Nf4())
-        alone = calibrate(layers, whole.grams[one.leader].total, whole.grams[one.leader].tokens, Nf4())
+        both = Readers(layers, parts[0].total + parts[1].total, sum(p.tokens for p in parts))
+        gram = whole.grams[one.leader]
+        merged, alone = calibrate(both, Nf4()), calibrate(Readers(layers, gram.total, gram.tokens), Nf4())
         for a, b in zip(merged, alone, strict=True):
             assert (a.stored is None) == (b.stored is None)
             assert a.stored is None or torch.equal(a.stored.codes, b.stored.codes)
@@ -262,7 +264,6 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
     reference = load_reference(str(tiny_folder("llama")), "cpu", on_host=True)
     subject = limited_subject(reference, FormatSpec(NF4_CALIBRATED.name), 2**40, tmp_path)
     assert subject.limit is not None
-    work = Work(subject, RunFolder(tmp_path), [])
     inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs, in 16-bit
     rounding = workspace_bytes(64, 96) + 2 * 64 * 96
     limits = [
@@ -274,14 +275,34 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
         monkeypatch.setattr(subject.limit, "needed_by", lambda kind, took=took: {"survey": took}[kind])
         least = int((2**20 + LIBRARIES_BYTES + beside + 96**2 * 8) / (1 - SPARE)) + 2
         monkeypatch.setattr(subject.limit, "limit_bytes", least)
-        assert 96**2 * 8 <= gram_room(work, inputs) < 96**2 * 8 + 9
+        assert 96**2 * 8 <= gram_room(subject, inputs) < 96**2 * 8 + 9
         monkeypatch.setattr(subject.limit, "limit_bytes", least - 3)
         with pytest.raises(MachineError, match=f"calibration takes {least - 1:,} B"):
-            gram_room(work, inputs)
+            gram_room(subject, inputs)
+
+
+def test_what_is_rounded_at_once_has_one_width_and_fits_beside_the_matrices(tiny_folder):
+    subject = subject_for(tiny_folder("llama"))
+    wide = [nn.Linear(n, out, device="meta") for n, out in ((64, 32), (96, 8), (64, 48), (64, 32), (96, 8))]
+    modules = {str(i): module for i, module in enumerate(wide)}
+    spread = replace(subject, modules=modules)
+    inputs = [SharedInput((name,), module.in_features) for name, module in modules.items()]
+    held = sum(gram_bytes(one.in_features, torch.device("meta")) for one in inputs)
+    widest = max(workspace_bytes(m.out_features, m.in_features) + 2 * m.weight.numel() for m in wide)
+    pair = workspace_bytes(80, 64, 2) + 2 * 80 * 64
+
+    def groups(limit: int) -> list[list[str]]:
+        return [[one.leader for one in group] for group in rounded_together(spread, inputs, limit)]
+
+    assert groups(held + 2**30) == [["0", "2", "3"], ["1", "4"]]
+    assert groups(held + pair - widest) == [["0", "2"], ["1"], ["3"], ["4"]]
+    assert groups(held) == [["0"], ["1"], ["2"], ["3"], ["4"]]
+    on_the_cpu = replace(spread, modules={n: nn.Linear(m.in_features, 8) for n, m in modules.items()})
+    assert len(rounded_together(on_the_cpu, inputs, 2**40)) == 5
 
 
 def test_without_a_memory_limit_matrices_get_a_share_of_what_is_free(tiny_folder, tmp_path):
-    assert gram_room(Work(subject_for(tiny_folder("llama")), RunFolder(tmp_path), []), []) > 2**20
+    assert gram_room(subject_for(tiny_folder("llama")), []) > 2**20
 
 
 def cut(path: Path) -> None:

@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from qprobe.calibration.codes import calibrate
+from qprobe.calibration.codes import Readers, calibrate
 from qprobe.calibration.gram import gathered, shared_inputs
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import Batch
@@ -37,7 +37,7 @@ def put_calibrated(subject: Subject, batches: tuple[Batch, ...]) -> None:
         weights = [subject.modules[name].weight for name in one.names]
         with torch.no_grad():
             gram = gathering.grams.pop(one.leader)
-            found = calibrate(weights, gram.total, gram.tokens, Nf4())
+            found = calibrate(Readers(weights, gram.total, gram.tokens), Nf4())
         for name, rounded in zip(one.names, found, strict=True):
             if rounded.stored is not None:
                 subject.dequantized.put(name, rounded.stored.packed())

@@ -1,0 +1,91 @@
+"""Memory of calibration in bytes: what is set aside for rounding, and how much is rounded at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import psutil
+import torch
+
+from qprobe.calibration.codes import workspace_bytes
+from qprobe.calibration.gram import SharedInput, gram_bytes
+from qprobe.measure.subject import Subject
+
+MOST_MEMORY = 4 * 2**30  # by default: more saves few passes, and rounding needs room beside it
+
+
+def check_limit(subject: Subject) -> None:
+    """Raises MachineError if the memory limit has no room for the widest layer's Gram matrix and rounding."""
+    if subject.limit is None:
+        return
+    widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
+    work = gram_bytes(widest.in_features, subject.reference.device) + rounding_bytes(*widest.shape)
+    subject.limit.check(work, f"calibrating {widest.name}")
+
+
+def rounding_bytes(out_features: int, in_features: int, matrices: int = 1) -> int:
+    """What rounding holds at most beside Gram matrices, with the 16-bit weights, which may be streamed."""
+    return workspace_bytes(out_features, in_features, matrices) + 2 * out_features * in_features
+
+
+def gram_room(subject: Subject, inputs: Sequence[SharedInput]) -> int:
+    """Bytes for Gram matrices: what a memory limit leaves, or a quarter of what is free, beside rounding.
+
+    The quarter is `MOST_MEMORY` at most; of several devices the fullest one counts. inputs: all there are;
+    `shared_inputs` has run. Raises MachineError if the largest matrix does not fit.
+    """
+    device = subject.reference.device
+    rounding = widest_rounding(subject, inputs)
+    if subject.limit is None:
+        free = min(free_memory(place) for place in subject.reference.devices)
+        return min(free // 4, MOST_MEMORY, max(0, free - rounding))
+    # Samples run while matrices are summed, weights are rounded afterwards. A quarter more for float32.
+    beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding)
+    largest = max((gram_bytes(one.in_features, device) for one in inputs), default=0)
+    subject.limit.check_room(beside + largest, "calibration")
+    return subject.limit.left_bytes - beside
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give, with those that PyTorch holds on a GPU but does not use."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def widest_rounding(subject: Subject, inputs: Iterable[SharedInput]) -> int:
+    """What rounding takes for the one of `inputs` that takes most, see `rounding_bytes`."""
+    return max((_rounding(subject, [one]) for one in inputs), default=0)
+
+
+def rounded_together(
+    subject: Subject, inputs: Sequence[SharedInput], limit_bytes: int
+) -> list[list[SharedInput]]:
+    """`inputs` in groups that are rounded at once, as large as fit, in the order of their first members.
+
+    Members have as many in_features and one device. limit_bytes: what a group may take beside their Gram
+    matrices and the widest of `inputs` alone. On a CPU each is alone: nothing waits for small steps there.
+    """
+    most = widest_rounding(subject, inputs) + limit_bytes - _held(subject, inputs)
+    groups: list[list[SharedInput]] = []
+    alike: dict[tuple[int, torch.device], list[SharedInput]] = {}
+    for one in inputs:
+        device = subject.device_of(one.leader)
+        last = alike.get((one.in_features, device), [])
+        if last and device.type != "cpu" and _rounding(subject, [*last, one]) <= most:
+            last.append(one)
+            continue
+        groups.append([one])
+        alike[one.in_features, device] = groups[-1]
+    return groups
+
+
+def _held(subject: Subject, inputs: Iterable[SharedInput]) -> int:
+    return sum(gram_bytes(one.in_features, subject.device_of(one.leader)) for one in inputs)
+
+
+def _rounding(subject: Subject, inputs: Sequence[SharedInput]) -> int:
+    """`rounding_bytes` of `inputs` at once."""
+    rows = sum(subject.modules[name].out_features for one in inputs for name in one.names)
+    return rounding_bytes(rows, inputs[0].in_features, len(inputs))
