@@ -132,9 +132,11 @@ def _open_gates(model: MllamaForConditionalGeneration) -> None:
 class Answers:
     """Token ids of a style's prompts and answers, put together on the device from its choices."""
 
-    def __init__(self, style: SceneStyle, tokenizer: Any, template: Callable[..., str], device: str) -> None:
+    def __init__(
+        self, style: SceneStyle, tokenizer: Any, template: Callable[..., str], device: str, end: str = END
+    ) -> None:
         prompt = template(chat(style.prompt), add_generation_prompt=True)
-        texts = [[prompt], *(part.texts for part in style.parts), [END]]
+        texts = [[prompt], *(part.texts for part in style.parts), [end]]
         self.tables = [_table(tokenizer, list(column), device) for column in texts]
         self.prompt_length = self.tables[0].shape[1]
 
@@ -171,10 +173,11 @@ class Batch:
     sizes: tuple[int, ...]
 
 
-def batches(recipe: Recipe, device: str) -> Iterator[Batch]:
-    """Endless batches, batch n from seed TRAINING_SEED + n."""
-    pro: Any = processor()
-    answers = [Answers(style, pro.tokenizer, pro.apply_chat_template, device) for style in STYLES]
+def batches(recipe: Recipe, device: str, reader: Any = None) -> Iterator[Batch]:
+    """Endless batches, batch n from seed TRAINING_SEED + n. reader: the processor; None for the demo's."""
+    pro: Any = processor() if reader is None else reader
+    end = END if reader is None else pro.tokenizer.eos_token
+    answers = [Answers(style, pro.tokenizer, pro.apply_chat_template, device, end) for style in STYLES]
     length = max(a.longest() for a in answers)
     sizes = tuple(recipe.batch * share // sum(SHARES) for share in SHARES)
     step = 0
@@ -193,7 +196,8 @@ def batches(recipe: Recipe, device: str) -> Iterator[Batch]:
         step += 1
 
 
-def _compile_layers(model: MllamaForConditionalGeneration) -> None:
+def compile_layers(model: MllamaForConditionalGeneration) -> None:
+    """Compile each transformer layer by itself, which takes seconds where the whole model takes minutes."""
     inner = model.model
     for layers in (
         inner.vision_model.transformer.layers,
@@ -261,7 +265,7 @@ def train(recipe: Recipe, device: str) -> tuple[MllamaForConditionalGeneration, 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.shape).to(device).train()  # pyright: ignore[reportArgumentType]
     if device == "cuda":
-        _compile_layers(model)
+        compile_layers(model)
     optimizer = _optimizer(model, recipe, device)
     pace, step, scenes, report = Pace(recipe), 0, 0, {}
     for batch in batches(recipe, device):
