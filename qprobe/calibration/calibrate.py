@@ -20,10 +20,11 @@ import torch
 
 from qprobe.calibration.codes import Readers, Rounded, calibrate_together
 from qprobe.calibration.gptq import DAMPING
-from qprobe.calibration.gram import Gram, SharedInput, gathered, passes, shared_inputs
-from qprobe.calibration.room import gram_room, rounded_together
+from qprobe.calibration.gram import Gram, SharedInput, shared_inputs
+from qprobe.calibration.room import gram_room, record_room, rounded_together
 from qprobe.calibration.token_weights import DRAWS, MIX, token_weights
 from qprobe.calibration.tuning import FEWEST, split_batches, tune
+from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
 from qprobe.errors import RunError
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4, nf4
@@ -143,12 +144,13 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
     limit = work.limit_bytes
     if limit is None:
         limit = gram_room(work.subject, inputs)
-    parts = passes(chosen, limit, work.subject.reference.device)
-    step = _steps(work.progress, len(parts) * len(work.samples) + len(numbers))
-    for part in parts:
-        with walking(work.subject.path):
-            gathering = gathered(work.subject, part, work.widened, step, weights.of)
-        for group in rounded_together(work.subject, part, limit):
+    walk = Walk(work.subject, record_room(work.subject)) if can_walk(work.subject) else None
+    plan = planned(walk, chosen, limit // 2, work.subject.reference.device)  # half is for rounding at once
+    step = _steps(work.progress, plan.runs * len(work.samples) + len(numbers))
+    for gathering in gathered_in_turn(
+        work.subject, walk, plan, lambda: work.widened, len(work.samples), weights.of, step
+    ):
+        for group in rounded_together(work.subject, gathering.inputs, limit):
             grams = [gathering.grams.pop(one.leader) for one in group]
             with work.subject.running(f"round {group[0].leader}"):  # of its own: no weight stays meanwhile
                 found = _rounded(work, group, grams, gathering.apart)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qprobe.inputs.batch import PAD, Batch
 from qprobe.measure.dequantized import DequantizedWeights
-from qprobe.measure.hooks import replaced_forwards
+from qprobe.measure.hooks import LinearForward, replaced_forwards
 from qprobe.measure.outputs import run_model
 from qprobe.measure.subject import Subject
 from qprobe.records import Linear
@@ -136,13 +136,35 @@ class Gathering:
 
     def add(self, batch: Batch) -> None:
         """Run the 16-bit model on `batch` and add what the linears read."""
-        tiles = tiles_that_count(batch)
+        forward = self.forward(batch, self.batches)
+        # Each set of matrices is a kind of work of its own: what it leaves to weights differs.
+        with self.subject.running(self.kind, batch.elements):
+            _run(self.subject, batch, forward)
+        self.batches += 1
+
+    def add_all(self, batches: Iterable[Batch], done: Callable[[], None] = lambda: None) -> None:
+        """Add each of `batches`; `done` is called after each."""
+        for batch in batches:
+            self.add(batch)
+            done()
+
+    @property
+    def kind(self) -> str:
+        """Of the work, see `MemoryLimit.running`."""
+        return f"gram {self.inputs[0].leader if self.inputs else 'of nothing'}"
+
+    def forward(self, batch: Batch, number: int, tiles: Tensor | None = None) -> LinearForward:
+        """What linears compute while they read `batch`, which is batch `number`: it adds what they read.
+
+        tiles: see `tiles_that_count`, where the batch has no inputs any more.
+        """
+        tiles = tiles_that_count(batch) if batch.inputs else tiles
 
         def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
             leader = self._leaders.get(name)
             if leader == name:
                 layer, tokens = self.subject.layers[name], x.numel() // x.shape[-1]
-                weights = None if self.weights is None else self.weights(name, self.batches)
+                weights = None if self.weights is None else self.weights(name, number)
                 fits = weights is not None and len(weights) == tokens
                 mask = counted_tokens(layer, tokens, batch, tiles)
                 self.grams[name].add(x, mask, weights if fits else None)
@@ -153,10 +175,7 @@ class Gathering:
                     self.apart.add(name)
             return F.linear(x, self.subject.dequantized.own(name).to(x.dtype), module.bias)
 
-        # Each set of matrices is a kind of work of its own: what it leaves to weights differs.
-        with self.subject.running(f"gram {self.inputs[0].leader}", batch.elements):
-            _run(self.subject, batch, forward)
-        self.batches += 1
+        return forward
 
 
 def counted_tokens(layer: Linear, tokens: int, batch: Batch, tiles: Tensor | None) -> Tensor | None:
@@ -216,7 +235,5 @@ def gathered(
 ) -> Gathering:
     """The Gram matrices of `inputs` over all `batches`; `done` is called after each. weights: of tokens."""
     gathering = Gathering(subject, inputs, weights)
-    for batch in batches:
-        gathering.add(batch)
-        done()
+    gathering.add_all(batches, done)
     return gathering

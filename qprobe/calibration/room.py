@@ -54,6 +54,13 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
+def record_room(subject: Subject) -> int:
+    """Bytes that what blocks are called with may take on the devices (see `qprobe.calibration.walk`)."""
+    if subject.limit is not None:
+        return 0
+    return min(MOST_MEMORY, min(free_memory(place) for place in subject.reference.devices) // 4)
+
+
 def widest_rounding(subject: Subject, inputs: Iterable[SharedInput]) -> int:
     """What rounding takes for the one of `inputs` that takes most, see `rounding_bytes`."""
     return max((_rounding(subject, [one]) for one in inputs), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,12 +65,23 @@ def checkpointed_blocks(model: nn.Module, room_bytes: int = ROOM_BYTES) -> Itera
     than half of a forward pass. transformers' own gradient checkpointing acts in training mode only, which
     would switch dropout on.
     """
-    blocks = repeated_blocks(model)
-    before = [block.__dict__.get("forward") for block in blocks]
     room = _Room(room_bytes)
+    with wrapped_blocks(repeated_blocks(model), lambda _, block: _checkpointed(block, room)):
+        yield
+
+
+@contextmanager
+def wrapped_blocks(
+    blocks: Sequence[nn.Module], wrapped: Callable[[int, nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """While open, each of `blocks` computes the function that `wrapped` makes of its number and itself.
+
+    The blocks are as before afterwards, also when the body raises.
+    """
+    before = [block.__dict__.get("forward") for block in blocks]
     try:
-        for block in blocks:
-            block.__dict__["forward"] = _checkpointed(block, room)
+        for number, block in enumerate(blocks):
+            block.__dict__["forward"] = wrapped(number, block)
         yield
     finally:
         for block, old in zip(blocks, before, strict=True):

@@ -37,10 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.calibration.codes import Readers, Rounded, calibrate_together
-from qprobe.calibration.gram import Gathering, SharedInput, gathered, passes, shared_inputs
-from qprobe.calibration.room import rounded_together
+from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
+from qprobe.calibration.room import record_room, rounded_together
 from qprobe.calibration.token_weights import token_weights
 from qprobe.calibration.tuning import split_batches, tune
+from qprobe.calibration.walk import Walk, gathered_in_turn, planned
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import PAD, Batch
@@ -227,29 +228,39 @@ def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:
     _say(start, f"built, {len(subject.quantized)} linears to calibrate")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    seconds = {"weights of tokens": 0.0, "gathering": 0.0, "rounding": 0.0}
     start = time.perf_counter()
+
+    def note(what: str) -> None:
+        cost.synchronize(device)
+        seconds[what] += time.perf_counter() - start - sum(seconds.values())
+
     inputs = shared_inputs(subject, batches[:1])
-    parts = passes(inputs, FULL_GRAM_BYTES, device)
-    _say(start, f"{len(inputs)} Gram matrices in {len(parts)} passes")
-    gathering_s, done = 0.0, 0
+    done = 0
     try:
-        for part in parts:
-            before = time.perf_counter()
-            gathering = gathered(subject, part, batches)
-            cost.synchronize(device)
-            gathering_s += time.perf_counter() - before
-            shares = shares_of(rounded(subject, gathering, part))
+        with walking(subject.path):
+            weights = token_weights(subject, inputs, batches)
+        note("weights of tokens")
+        walk = Walk(subject, record_room(subject))
+        plan = planned(walk, inputs, FULL_GRAM_BYTES // 2, device)
+        turns = gathered_in_turn(subject, walk, plan, lambda: batches, len(batches), weights.of)
+        how = f"{len(plan.passes)} passes and {len(plan.blocks)} groups of blocks"
+        _say(start, f"{len(inputs)} Gram matrices in {how}")
+        for gathering in turns:
+            note("gathering")
+            shares = shares_of(rounded(subject, gathering, gathering.inputs))
             done += len(shares)
-            cost.synchronize(device)
+            note("rounding")
             if time.perf_counter() - start > limit_s:
                 return
-            _say(start, f"{done} linears, last error {shares[-1]:.3f} of nearest")
+            if shares:
+                _say(start, f"{done} linears, last error {shares[-1]:.3f} of nearest")
     finally:  # also where it is interrupted
-        total = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
         print(
-            f"calibrated {done} of {len(subject.quantized)} linears in {total:.1f} s: gathering "
-            f"{gathering_s:.1f} s, rounding {total - gathering_s:.1f} s, peak {peak:.1f} GiB",
+            f"calibrated {done} of {len(subject.quantized)} linears in {sum(seconds.values()):.1f} s: "
+            + ", ".join(f"{what} {taken:.1f} s" for what, taken in seconds.items())
+            + f", peak {peak:.1f} GiB",
             flush=True,
         )
 

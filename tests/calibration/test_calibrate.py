@@ -174,20 +174,38 @@ def test_two_shards_of_units_give_the_same_file_as_one(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_less_memory_runs_the_samples_more_often_and_changes_nothing(tiny_folder, tmp_path):
+def test_less_memory_runs_blocks_more_often_and_changes_nothing(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("llama"))
-    calls = []
-    handle = subject.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    files = []
+    whole, blocks, files = [], [], []
+    counted = [(subject.model, whole), *((block, blocks) for block in subject.model.model.layers)]
+    handles = [m.register_forward_pre_hook(lambda *_, to=to: to.append(1)) for m, to in counted]
     for limit in (2**40, gram_bytes(96, torch.device("cpu"))):
         work = work_in(tmp_path / str(limit), subject, "llama", limit)
-        calls.clear()
+        whole.clear()
+        blocks.clear()
         calibrate_model(work)
-        files.append((len(calls), sha256_of(work.run.path / FILE_NAME)))
-    handle.remove()
-    # A survey of one batch, gradients of two batches, and two batches per pass.
-    assert files[0][0] == 1 + 2 * DRAWS + 2 and files[1][0] > 10 + 2 * DRAWS
-    assert files[0][1] == files[1][1]
+        files.append((len(whole), len(blocks), sha256_of(work.run.path / FILE_NAME)))
+    for handle in handles:
+        handle.remove()
+    # The model: a survey of one batch, gradients of two batches, and their record.
+    assert files[0][0] == files[1][0] == 1 + 2 * DRAWS + 2
+    # Each of three blocks: as often, and once more for its matrices or several times.
+    assert files[0][1] == 3 * (files[0][0] + 2) and files[1][1] > files[0][1] + 10
+    assert files[0][2] == files[1][2]
+
+
+@pytest.mark.slow
+def test_a_limit_on_a_cpu_runs_the_whole_model_and_changes_nothing(tiny_folder, tmp_path):
+    subject = subject_for(tiny_folder("llama"))
+    reference = load_reference(str(tiny_folder("llama")), "cpu", on_host=True)
+    limited = limited_subject(reference, FormatSpec(NF4_CALIBRATED.name), 2**40, tmp_path)
+    files = []
+    for name, one in (("walk", subject), ("passes", limited)):
+        work = replace(work_in(tmp_path / name, one, "llama"), limit_bytes=None)
+        with one.streaming():
+            calibrate_model(work)
+        files.append(sha256_of(work.run.path / FILE_NAME))
+    assert files[0] == files[1]
 
 
 def test_passes_keep_order_and_fit_the_limit():
