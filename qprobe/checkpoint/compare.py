@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, standard_4bit, with_dtype
 from qprobe.checkpoint.storage import StoredBytes, stored_bytes
-from qprobe.data.sampling import choose_samples, wanted_by, without
+from qprobe.data.sampling import choose_samples, wanted_by
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import image_token_id, tokenizer_of
@@ -49,6 +49,7 @@ from qprobe.records import Sample, Score
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.scored import Scored, scored
 from qprobe.runs.statistics import ratio
+from qprobe.selection.verdict import fewer_measured
 
 
 @dataclass(frozen=True)
@@ -297,8 +298,7 @@ def _run_reference(
     processed = ProcessedSamples(
         reference.processor, reference.model.dtype, image_token_id(reference.model.config)
     )
-    chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare")
-    chosen = without(chosen, processed.refused(chosen.samples), options.bad_data)
+    chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare", processed.refusal)
     own = _answers(reference.model, processed, chosen.samples, options, report)
     answers = [s.answer or "" for s in own]
     metrics = metrics_for(options.metric, chosen.samples)
@@ -318,7 +318,8 @@ def _run_reference(
     sums = [KlSums(0.0, len(x), len(x)) for x in ordered]
     result = ModelResult(stored_bytes(reference.model), answers, sums, scores)
     left_out = (note for metric in metrics for note in metric.left_out(chosen.samples))
-    return course, result, (*chosen.notes, *left_out)
+    fewer = fewer_measured(len(samples), options.samples)
+    return course, result, (*chosen.notes, *left_out, *fewer)
 
 
 def _run(

@@ -5,8 +5,7 @@ The reference answers them itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from qprobe.data.images import file_bytes
@@ -53,30 +52,15 @@ QUESTIONS = (
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What samples were made of, for sentences about those that are left out.
-
-    row: what one of its rows is called. rows: what a sentence about a conversation begins with, by its name.
-    forms: what can be used, in a sentence.
-    """
-
-    name: str = "the built-in samples"
-    row: str = "sample"
-    rows: Mapping[str, str] = field(default_factory=dict)
-    forms: str = "Pass others with --images or --data."
-
-
-@dataclass(frozen=True)
 class Samples:
     """Usable samples, and sentences that a reader must know.
 
-    left_out: one for each row or file that is no sample. origin: where the samples are from.
+    left_out: one for each row or file that is no sample.
     """
 
     samples: tuple[Sample, ...]
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
-    origin: Origin = Origin()
 
     @property
     def notes(self) -> tuple[str, ...]:

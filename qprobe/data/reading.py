@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,20 @@ class Reading:
     prompt: str | None = None
 
 
+Use = Callable[[Conversation], object]
+"""Takes a conversation; raises Refused, saying why, where it cannot."""
+Enough = Callable[[int], bool]
+"""Whether no further row is to be read, once so many are skipped."""
+
+
 def read_conversations(
-    data: Any, how: Reading = Reading(), limit: int | None = None, progress: Progress = no_progress
+    data: Any,
+    how: Reading = Reading(),
+    use: Use = lambda _: None,
+    enough: Enough = lambda _: False,
+    progress: Progress = no_progress,
 ) -> Conversations:
-    """The conversations of a source, at most `limit`; whatever is no conversation is skipped and named.
+    """The conversations of a source, up to `enough`; what is none, or `use` refuses, is skipped and named.
 
     data: a .jsonl or .json file, a .parquet file or a folder of them, a folder of `datasets.save_to_disk`,
     the id of a data set of the hub, or rows in memory. Paths of images are relative to its folder. Every
@@ -54,26 +64,26 @@ def read_conversations(
     good: list[Conversation] = []
     skipped: list[Skipped] = []
     unused: set[str] = set()
+    names = _Names(source.row)
     name = source.name(data)
     for number, row in source.rows(data, how.split):
-        if isinstance(row, Refused):
-            skipped.append(Skipped(number, str(row)))
-        else:
-            try:
-                parsed = parse_row(row, pictures, how.prompt)
-                found = Conversation(number, parsed.name or f"{Path(name).stem}-{number}", parsed.turns)
-                for image in found.images:
-                    pictures.check(image)
-                good.append(found)
-                unused |= parsed.unused
-            except Refused as problem:
-                skipped.append(Skipped(number, str(problem)))
+        try:
+            parsed = parse_row(row, pictures, how.prompt)
+            given = parsed.name or f"{Path(name).stem}-{number}"
+            found = Conversation(number, names.free(given, number), parsed.turns)
+            for image in found.images:
+                pictures.check(image)
+            use(found)
+            names.take(given, found)
+            good.append(found)
+            unused |= parsed.unused
+        except Refused as problem:
+            skipped.append(Skipped(number, str(problem)))
         progress("read data", number, number)
-        if limit is not None and len(good) >= limit:
+        if enough(len(skipped)):
             break
-    told_apart, repeated = _told_apart(good, source.row)
-    notes = (*repeated, *_unused_note(unused), *pictures.notes())
-    return Conversations(name, source.row, told_apart, tuple(skipped), tuple(f"{name}: {x}" for x in notes))
+    notes = (*names.notes(), *_unused_note(unused), *pictures.notes())
+    return Conversations(name, source.row, tuple(good), tuple(skipped), tuple(f"{name}: {x}" for x in notes))
 
 
 def check_left_out(found: Conversations, bad_data: BadData, doing: str) -> None:
@@ -86,40 +96,56 @@ def check_counts(
 ) -> None:
     """Raises SampleError if none is left, or, where --bad-data refuses it, too many were left out.
 
-    good: how many are left; sentences: one per row that was left out. doing: their purpose ("train on").
-    forms: what can be used, in a sentence.
+    good: how many are left of the rows that were read; sentences: one per row that was left out. doing: their
+    purpose ("train on"). forms: what can be used, in a sentence.
     """
     more = (f"And {len(sentences) - SHOWN} more.",) if len(sentences) > SHOWN else ()
     told = " ".join((*sentences[:SHOWN], *more))
+    too_many = are_too_many(good, len(sentences), bad_data)
     if not good:
-        raise SampleError(f"No {row} of {name} is left to {doing}. {told} {forms}")
-    if (
-        bad_data == "refuse"
-        and len(sentences) >= AT_LEAST
-        and len(sentences) > SHARE * (good + len(sentences))
-    ):
+        none = f"No {row} of {name} is left to {doing}"
+        if too_many:  # so that no further one was read
+            none = f"None of the first {counted(len(sentences), row)} of {name} can be used to {doing}"
+        raise SampleError(f"{none}. {told} {forms}")
+    if too_many:
         raise SampleError(
             f"{len(sentences)} of {counted(good + len(sentences), row)} of {name} cannot be used to {doing}, "
             f"more than {SHARE:.0%}. {told} Fix them, or pass --bad-data skip to go on without them."
         )
 
 
-def _told_apart(good: list[Conversation], row: str) -> tuple[tuple[Conversation, ...], tuple[str, ...]]:
-    """(conversations with a name of their own each, a note on those whose id was taken)."""
-    rows: dict[str, int] = {}  # of each name
-    kept, repeated = [], []
-    for one in good:
-        fresh = one.name
-        while fresh in rows:
-            fresh += f" ({row} {one.row})"
-        if fresh != one.name:
-            before = f"{shown(one.name)!r} of {row} {rows[one.name]}"
-            repeated.append(f"{before} is called {shown(fresh)!r} in {row} {one.row}")
-        rows[fresh] = one.row
-        kept.append(replace(one, name=fresh))
-    if not repeated:
-        return tuple(kept), ()
-    return tuple(kept), (f"{counted(len(repeated), row)} with the id of an earlier one: {named(repeated)}.",)
+def are_too_many(good: int, left_out: int, bad_data: BadData) -> bool:
+    """Whether so many left out beside `good` ones are an error."""
+    return bad_data == "refuse" and left_out >= AT_LEAST and left_out > SHARE * (good + left_out)
+
+
+class _Names:
+    """Names that tell conversations apart. row: what a row is called."""
+
+    def __init__(self, row: str) -> None:
+        self._row = row
+        self._rows: dict[str, int] = {}  # of each name
+        self._repeated: list[str] = []
+
+    def free(self, name: str, number: int) -> str:
+        """`name`, or one that is made of it and the row's number where it is taken."""
+        while name in self._rows:
+            name += f" ({self._row} {number})"
+        return name
+
+    def take(self, given: str, one: Conversation) -> None:
+        """Notes that `one`, whose row gave it the name `given`, has its name."""
+        if one.name != given:
+            before = f"{shown(given)!r} of {self._row} {self._rows[given]}"
+            self._repeated.append(f"{before} is called {shown(one.name)!r} in {self._row} {one.row}")
+        self._rows[one.name] = one.row
+
+    def notes(self) -> tuple[str, ...]:
+        """A sentence on those whose name was taken, if there are any."""
+        if not self._repeated:
+            return ()
+        count = counted(len(self._repeated), self._row)
+        return (f"{count} with the id of an earlier one: {named(self._repeated)}.",)
 
 
 def _unused_note(unused: set[str]) -> tuple[str, ...]:

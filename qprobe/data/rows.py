@@ -48,9 +48,12 @@ class Parsed:
 def parse_row(row: Any, pictures: Pictures, prompt: str | None = None) -> Parsed:
     """The conversation of a row; its images are found and not decoded yet.
 
-    prompt: what is asked where a row has an image and no question. Raises Refused, a clause that says why the
+    row: or a Refused, as of `qprobe.data.source.Rows`, which is raised. prompt: what is asked where a row has
+    an image and no question. Raises Refused, a clause that says why the
     row is left out.
     """
+    if isinstance(row, Refused):
+        raise row
     if not isinstance(row, Mapping):
         raise Refused("it is no JSON object")
     fields = Fields(row)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +13,13 @@ from qprobe.data.builtin import (
     DEFAULT_PROMPT,
     PHOTOGRAPHS,
     QUESTIONS,
-    Origin,
     Samples,
     photographs,
     questions,
 )
-from qprobe.data.conversation import Conversation, Conversations, Skipped
+from qprobe.data.conversation import Conversation
 from qprobe.data.images import decode, file_bytes, rule_notes
-from qprobe.data.reading import FORMS, Reading, check_counts, check_left_out, read_conversations
+from qprobe.data.reading import Reading, are_too_many, check_counts, check_left_out, read_conversations
 from qprobe.data.reasons import Refused, shown
 from qprobe.data.source import source_of
 from qprobe.data.turns import samples_of
@@ -37,6 +36,12 @@ SCAN_SAMPLES = {"demo": 192, "given": 32}
 SEEDS = (
     1000  # of built-in scenes: those of a scan begin at 1000, held-out ones at 2000, so more would overlap
 )
+Refusal = Callable[[Sample], str | None]
+"""Why the model cannot read a sample, a clause without a full stop; None if it can."""
+
+
+def reads_all(_sample: Sample) -> None:
+    """The `Refusal` of a model that reads anything."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +101,29 @@ def choose_samples(
     reads_images: bool,
     wanted: Wanted,
     purpose: Literal["scan", "compare"],
+    refusal: Refusal = reads_all,
     progress: Progress = no_progress,
 ) -> Samples:
     """The samples of a scan, or held-out ones to compare on.
 
-    Built-in samples of the two purposes never overlap; the user's own are used as given.
+    Built-in samples of the two purposes never overlap; the user's own are used as given. One that cannot be
+    used makes way for a later one.
     Raises SampleError if none is usable, or for a seed that built-in scenes do not have.
     """
     check_wanted(model_id, wanted)
     limit = wanted.count or SCAN_SAMPLES["given"]
     if wanted.images is not None:
-        return from_folder(wanted.images, wanted, limit)
+        return from_folder(wanted.images, wanted, limit, refusal)
     if wanted.data is not None:
-        return from_data(wanted, limit, progress)
+        return from_data(wanted, limit, refusal, progress)
     if model_id in DEMO_MODELS:
-        return _scenes(wanted.count or SCAN_SAMPLES["demo"], wanted.seed, purpose)
+        count = wanted.count or SCAN_SAMPLES["demo"]
+        return _readable(_scenes(count, wanted.seed, purpose), count, refusal, wanted.bad_data)
     builtin, total = (photographs, len(PHOTOGRAPHS)) if reads_images else (questions, len(QUESTIONS))
     first_held_out = total * 2 // 3
-    if purpose == "scan":
-        return builtin(wanted.prompt, min(limit, first_held_out))
-    return builtin(wanted.prompt, limit, first_held_out)
+    part = (0, first_held_out) if purpose == "scan" else (first_held_out, total)
+    found = builtin(wanted.prompt, part[1] - part[0], part[0])
+    return _readable(found, limit, refusal, wanted.bad_data)
 
 
 def _scenes(count: int, seed: int, purpose: Literal["scan", "compare"]) -> Samples:
@@ -125,30 +133,51 @@ def _scenes(count: int, seed: int, purpose: Literal["scan", "compare"]) -> Sampl
     return Samples(tuple(drawn.scenes(count, first + seed)))
 
 
-def from_data(wanted: Wanted, limit: int, progress: Progress = no_progress) -> Samples:
-    """At most `limit` samples of the user's data; a note for each row that was left out.
+def _readable(found: Samples, limit: int, refusal: Refusal, bad_data: BadData) -> Samples:
+    """The first `limit` built-in samples that the model can read."""
+    kept: list[Sample] = []
+    told: list[str] = []
+    for sample in found.samples:
+        why = refusal(sample)
+        if why is None:
+            kept.append(sample)
+        else:
+            told.append(f"{shown(sample.id)}: left out, {why}.")
+        if len(kept) >= limit:
+            break
+    advice = "Pass others with --images or --data."
+    check_counts("the built-in samples", "sample", len(kept), told, bad_data, "measure", advice)
+    return Samples(tuple(kept), tuple(told))
+
+
+def from_data(
+    wanted: Wanted, limit: int, refusal: Refusal = reads_all, progress: Progress = no_progress
+) -> Samples:
+    """At most `limit` samples of the user's data; a note for each row that was left out, always as a whole.
 
     Raises SampleError if the data cannot be read, or `check_left_out` does.
     """
-    how = Reading(wanted.split, wanted.allow_downloads, wanted.prompt or DEFAULT_PROMPT)
-    found = read_conversations(wanted.data, how, limit, progress)
     samples: list[Sample] = []
-    kept: list[Conversation] = []
-    skipped = list(found.skipped)
-    for one in found.good:
-        try:
-            samples += samples_of(one, wanted.turns)
-            kept.append(one)
-        except Refused as problem:
-            skipped.append(Skipped(one.row, str(problem)))
-    left = Conversations(found.name, found.row, tuple(kept), tuple(skipped), found.notes)
-    check_left_out(left, wanted.bad_data, "measure")
-    rows = {x.name: f"{left.name} {left.row} {x.row}: " for x in kept}
-    origin = Origin(left.name, left.row, rows, FORMS)
-    return Samples(tuple(samples[:limit]), left.sentences(), left.notes, origin)
+
+    def use(one: Conversation) -> None:
+        made = samples_of(one, wanted.turns)
+        why = next(filter(None, map(refusal, made)), None)
+        if why is not None:
+            raise Refused(why)
+        samples.extend(made)
+
+    def enough(skipped: int) -> bool:
+        return len(samples) >= limit or are_too_many(limit, skipped, wanted.bad_data)
+
+    how = Reading(wanted.split, wanted.allow_downloads, wanted.prompt or DEFAULT_PROMPT)
+    found = read_conversations(wanted.data, how, use, enough, progress)
+    check_left_out(found, wanted.bad_data, "measure")
+    return Samples(tuple(samples[:limit]), found.sentences(), found.notes)
 
 
-def from_folder(folder: Path, wanted: Wanted, limit: int | None = None) -> Samples:
+def from_folder(
+    folder: Path, wanted: Wanted, limit: int | None = None, refusal: Refusal = reads_all
+) -> Samples:
     """One sample for each image file of `folder` (not its subfolders), in name order, at most `limit`.
 
     Raises SampleError if the folder is missing, empty, or `check_counts` does.
@@ -157,41 +186,24 @@ def from_folder(folder: Path, wanted: Wanted, limit: int | None = None) -> Sampl
     skipped: list[str] = []
     rules: Counter[str] = Counter()
     for path in image_files(folder):
-        if limit is not None and len(found) >= limit:
+        full = limit is not None and len(found) >= limit
+        if full or (limit is not None and are_too_many(limit, len(skipped), wanted.bad_data)):
             break
         try:
             data = file_bytes(path)
-            rules.update(decode(data).rules)
-            found.append(Sample(path.name, asked(wanted.prompt or DEFAULT_PROMPT, data)))
+            decoded = decode(data)
         except Refused as problem:
             skipped.append(f"{shown(path.name)}: left out, it {problem}.")
+            continue
+        sample = Sample(path.name, asked(wanted.prompt or DEFAULT_PROMPT, data))
+        why = refusal(sample)
+        if why is None:
+            found.append(sample)
+            rules.update(decoded.rules)
+        else:
+            skipped.append(f"{shown(path.name)}: left out, {why}.")
     check_counts(folder.name, "file", len(found), skipped, wanted.bad_data, "measure", IMAGES)
-    origin = Origin(folder.name, "file", forms=IMAGES)
-    return Samples(tuple(found), tuple(skipped), rule_notes(rules), origin)
-
-
-def without(found: Samples, refused: Sequence[tuple[Sample, str]], bad_data: BadData) -> Samples:
-    """`found` without the rows of the `refused` samples, each of which has the reason why it cannot be read.
-
-    Raises SampleError as `check_counts` does, of these and what was left out before.
-    """
-    reasons: dict[str, str] = {}
-    for sample, why in refused:
-        reasons.setdefault(_row_of(sample), why)
-    rows = found.origin.rows
-    told = [f"{rows.get(name) or f'{shown(name)}: left out, '}{why}." for name, why in reasons.items()]
-    kept = tuple(x for x in found.samples if _row_of(x) not in reasons)
-    left_out = (*found.left_out, *told)
-    if told:
-        good = len({_row_of(x) for x in kept})
-        origin = found.origin
-        check_counts(origin.name, origin.row, good, left_out, bad_data, "measure", origin.forms)
-    return replace(found, samples=kept, left_out=left_out)
-
-
-def _row_of(sample: Sample) -> str:
-    """The name of what the sample was made of."""
-    return sample.conversation or sample.id
+    return Samples(tuple(found), tuple(skipped), rule_notes(rules))
 
 
 def image_files(folder: Path) -> list[Path]:

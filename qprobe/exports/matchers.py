@@ -10,11 +10,14 @@ import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
+import regex
 from packaging.version import InvalidVersion, Version
 
 from qprobe.errors import ManifestError
 
 Rule = Callable[[str, str], bool]
+_SECONDS = 0.5  # for one entry and one name; sensible ones take microseconds
+_SHOWN = 200  # characters of an entry that a sentence repeats
 
 
 def transformers_4(entry: str, name: str) -> bool:
@@ -30,7 +33,7 @@ def transformers_5_0(entry: str, name: str) -> bool:
 
     The entry is a regular expression that may end anywhere in the name, or a bare ending of it.
     """
-    return re.match(entry, name) is not None or name.endswith(entry)
+    return _begins(entry, name) or name.endswith(entry)
 
 
 def transformers_5_21(entry: str, name: str) -> bool:
@@ -38,7 +41,13 @@ def transformers_5_21(entry: str, name: str) -> bool:
 
     The entry is a regular expression that ends at a dot or at the end, or still a bare ending of the name.
     """
-    return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None or name.endswith(entry)
+    return _begins(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(entry)
+
+
+def _begins(pattern: str, name: str) -> bool:
+    """As `re.match`, given up after a while: a few entries would take years. Raises what `hits` explains."""
+    re.compile(pattern)  # transformers reads with this package, which is stricter
+    return regex.match(pattern, name, timeout=_SECONDS) is not None
 
 
 def transformers_rule(release: str | None) -> tuple[str, Rule]:
@@ -58,11 +67,22 @@ def running_rule() -> Rule:
     return transformers_rule(version("transformers"))[1]
 
 
+def shortened(entry: str) -> str:
+    """`entry` as a sentence shows it."""
+    return entry if len(entry) <= _SHOWN else f"{entry[:_SHOWN]}..."
+
+
 def hits(rule: Rule, entry: str, names: Iterable[str]) -> tuple[str, ...]:
     """Those of `names` that `entry` keeps. Raises ManifestError if `entry` must be a pattern and is none."""
     try:
         return tuple(name for name in names if rule(entry, name))
-    except re.error as error:
+    except TimeoutError:
         raise ManifestError(
-            f"The entry {entry!r} is read as a regular expression and is none ({error}); correct it."
+            f"The entry {shortened(entry)!r}, read as a regular expression, takes more than "
+            f"{_SECONDS:g} s for one name; write it without repetitions inside repetitions."
+        ) from None
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise ManifestError(
+            f"The entry {shortened(entry)!r} is read as a regular expression and is none ({error}); correct "
+            "it."
         ) from error

@@ -113,6 +113,25 @@ def full_text(processor: Any, sample: Sample) -> str:
     return f"{prompt}{separator}{sample.answer}{end}"
 
 
+def mark_in(processor: Any, texts: Sequence[str]) -> str | None:
+    """Why `texts` are not read as they are written: one spells out a mark of the model's; None if none does.
+
+    A special token would end an answer or open a turn in its middle. Without a chat template the text is the
+    whole prompt, and only what stands for an image cannot be meant.
+    """
+    token = getattr(processor, "image_token", None)
+    if token and any(token in x for x in texts):
+        return f"its text contains {token}, which stands for an image in this model"
+    if not getattr(processor, "chat_template", None):
+        return None
+    # Of one character are a few models' padding tokens, such as CLIP's "!".
+    specials = [x for x in tokenizer_of(processor).all_special_tokens if len(x) > 1]
+    found = next((x for x in specials if any(x in text for text in texts)), None)
+    if found is None:
+        return None
+    return f"its text contains {found}, which the model reads as a mark of its own, not as text"
+
+
 def process(
     processor: Any, samples: Sequence[Sample], texts: list[str], side: Literal["left", "right"]
 ) -> dict:

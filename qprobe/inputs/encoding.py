@@ -15,7 +15,7 @@ from qprobe.data.reasons import Refused
 from qprobe.data.rendering import Template
 from qprobe.data.turns import held, learning
 from qprobe.errors import ModelError, SampleError
-from qprobe.inputs.batch import UnreadableError, process, tokenizer_of
+from qprobe.inputs.batch import UnreadableError, mark_in, process, tokenizer_of
 from qprobe.records import Sample
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -189,12 +189,9 @@ def encoding_problem(
     """Why the conversation cannot be trained on once it is tokens; None if it can."""
     if conversation.images and tokenizer_of(processor) is processor:
         return "it has an image, but the model reads text only"
-    token = getattr(processor, "image_token", None)
-    if token and any(token in turn.text for turn in conversation.turns):
-        return f"its text contains {token}, which stands for an image in this model"
-    control = _control_token(processor, conversation)
-    if control is not None:
-        return f"its text contains {control}, which the model reads as a mark of its own, not as text"
+    mark = mark_in(processor, [x.text for x in conversation.turns])
+    if mark is not None:
+        return mark
     try:
         inputs = encode_conversations(processor, [conversation], dtype)
     except UnreadableError as error:
@@ -205,12 +202,3 @@ def encoding_problem(
     if length > max_length:
         return f"it has {length:,} tokens, more than --max-length {max_length:,}"
     return None
-
-
-def _control_token(processor: Any, conversation: Conversation) -> str | None:
-    """A special token that a turn's text spells out: it would end an answer or open a turn in its middle."""
-    tokens = tokenizer_of(processor).all_special_tokens
-    # Of one character are a few models' padding tokens, such as CLIP's "!".
-    return next(
-        (x for x in tokens if len(x) > 1 and any(x in turn.text for turn in conversation.turns)), None
-    )

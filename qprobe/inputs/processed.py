@@ -18,6 +18,7 @@ from qprobe.inputs.batch import (
     UnreadableError,
     cut,
     full_text,
+    mark_in,
     marked,
     process,
     prompt_text,
@@ -67,19 +68,23 @@ class ProcessedSamples:
         """Inputs of `samples` without their answers, padded on the left. Errors as of `batch`."""
         return self._joined([self._inputs(s, "prompt") for s in samples], "left")
 
-    def refused(self, samples: Iterable[Sample]) -> list[tuple[Sample, str]]:
-        """Those of `samples` that the template or the processor does not take, and why, in order.
+    def refusal(self, sample: Sample) -> str | None:
+        """Why the template or the processor does not take `sample`; None if they do.
 
-        What it makes of the others is held: prompts of those without an answer in preference.
+        What they make of it is held: prompts of samples without an answer in preference.
         """
-        found: dict[int, str] = {}
-        given = list(samples)
-        for place in sorted(range(len(given)), key=lambda i: given[i].answer is None):
-            try:
-                self._inputs(given[place], "prompt" if given[place].answer is None else "full")
-            except UnreadableError as error:
-                found[place] = error.why
-        return [(given[place], found[place]) for place in sorted(found)]
+        mark = mark_in(self.processor, [*(x.text for x in sample.turns), sample.answer or ""])
+        if mark is not None:
+            return mark
+        kind = "prompt" if sample.answer is None else "full"
+        try:
+            if kind == "full" and self._kind == "prompt":
+                self._made(sample, full_text(self.processor, sample))
+            else:
+                self._inputs(sample, kind)
+        except UnreadableError as error:
+            return error.why
+        return None
 
     def batches(self, samples: Iterable[Sample], size: int) -> list[tuple[Sample, ...]]:
         """`samples` in groups of at most `size` whose images have one processed shape, in stable order."""
@@ -103,8 +108,14 @@ class ProcessedSamples:
     def _inputs(self, sample: Sample, kind: Literal["prompt", "full"]) -> Inputs:
         text = (prompt_text if kind == "prompt" else full_text)(self.processor, sample)
         key = (sample.images, text)
-        if key in self._held:
-            return self._held[key]
+        if key not in self._held:
+            found = self._made(sample, text)
+            self._hold(key, found, kind)
+            return found
+        return self._held[key]
+
+    def _made(self, sample: Sample, text: str) -> Inputs:
+        """The inputs of `sample`, of which the shape of its images is kept."""
         made = process(self.processor, [sample], [text], "right")
         found = {
             k: v.to(self._dtype) if v.is_floating_point() else v
@@ -113,7 +124,6 @@ class ProcessedSamples:
         }
         images = ((k, tuple(v.shape)) for k, v in found.items() if k not in TEXT_KEYS)
         self._shapes[sample.images, prompt_text(self.processor, sample)] = tuple(sorted(images))
-        self._hold(key, found, kind)
         return found
 
     def _hold(self, key: Key, inputs: Inputs, kind: str) -> None:

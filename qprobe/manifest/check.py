@@ -28,6 +28,13 @@ def _check_codes(manifest: Manifest) -> None:
 
 
 def _check_names(manifest: Manifest) -> None:
+    named = (*manifest.layers, *manifest.uncovered)
+    for name in (*(x.name for x in named), *(x.checkpoint_name for x in manifest.layers)):
+        if not name.isprintable():  # it would begin a line of its own in what is exported
+            raise ManifestError(
+                f"layers: the name {name[:80]!r} holds a character that is not printable; the file was "
+                "changed by hand or is damaged."
+            )
     for name, count in Counter(x.name for x in manifest.layers).items():
         if count > 1:
             raise ManifestError(f"layers: {name} is listed {count} times; each linear may stand there once.")

@@ -26,6 +26,8 @@ from qprobe.runs.folder import RunFolder
 from qprobe.runs.shown import ShownSample
 from qprobe.runs.table import attribution_residual
 
+_OF_A_SCAN = ("qprobe scan ", "qprobe.scan(")  # how the record of a list begins that a scan chose
+
 
 def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, Any]:
     """The JSON value that the page is made of; None stands for what was not measured.
@@ -175,7 +177,7 @@ def _method(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest 
         name: sum(map(len, batches))
         for name, batches in (("calibration", spec.calibration), ("held_out", spec.held_out))
     }
-    residual = attribution_residual(run)
+    residual, end = attribution_residual(run), run.notes.get("end")
     return {
         "command": _command(run, scan, manifest),
         "made": None if manifest is None else manifest.made_by.time,
@@ -187,6 +189,7 @@ def _method(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest 
         "attribution_residual": residual,
         "seconds": scan.seconds,
         "peak_bytes": scan.peak_bytes,
+        "metric": None if end is None or end.metric is None else end.metric.to_json(),
         "status": scan.status,
         "notes": list(scan.notes),
         "missing": [x.label for x in panel_columns() if x not in taken([table])],
@@ -197,10 +200,11 @@ def _method(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest 
 def _command(run: RunFolder, scan: Scan, manifest: Manifest | None) -> str:
     """What made the run, and its skip-list if that was chosen again later."""
     made = "" if manifest is None else manifest.made_by.command
-    if made.startswith("qprobe scan "):
+    if made.startswith(_OF_A_SCAN):
         return made
     first = _first_command(run) or f"qprobe scan --model {scan.model.id}"
-    return f"{first} && {made}" if made else first
+    both = ", then " if first.startswith("qprobe.") else " && "
+    return f"{first}{both}{made}" if made else first
 
 
 def _first_command(run: RunFolder) -> str | None:
@@ -210,6 +214,6 @@ def _first_command(run: RunFolder) -> str | None:
             made = read_manifest(run.path / name).made_by.command
         except ManifestError:
             continue
-        if made.startswith("qprobe scan "):
+        if made.startswith(_OF_A_SCAN):
             return made
     return None

@@ -15,6 +15,7 @@ from typing import Any
 from qprobe.errors import RunError
 from qprobe.records import CodesFile
 from qprobe.runs.access import read_file, write_file
+from qprobe.runs.scored import Scored
 from qprobe.system.decoding import decode, strict_json
 
 FOLDER = "notes"
@@ -40,12 +41,14 @@ class Ended:
     """The end of a scan that finished.
 
     seconds: by stage. peak_bytes: of the fullest device. verdict: on the list that it chose, in a sentence.
+    metric: the one that was asked for, of the answers with that list among others.
     """
 
     seconds: dict[str, float]
     peak_bytes: int | None
     notes: tuple[str, ...]
     verdict: str
+    metric: Scored | None = None
 
 
 TOPICS: Mapping[str, type[Any]] = {

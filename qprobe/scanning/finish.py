@@ -10,6 +10,7 @@ from qprobe.measure.subject import Subject
 from qprobe.report.write import write_report
 from qprobe.runs.findings import write_findings
 from qprobe.runs.notes import Ended
+from qprobe.runs.scored import Scored
 from qprobe.runs.shards import SKIPLIST
 from qprobe.runs.table import attribution_residual
 from qprobe.scanning.choose import HeldOut, Scoring, choose
@@ -17,7 +18,7 @@ from qprobe.scanning.process import Clock, Process
 from qprobe.scanning.request import ScanRequest
 from qprobe.scanning.run import ScanResult
 from qprobe.scanning.samples import Work
-from qprobe.selection.verdict import metric_verdict
+from qprobe.selection.verdict import fewer_measured, metric_verdict
 
 
 def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -> ScanResult:
@@ -39,7 +40,8 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
             scored, unscored = scoring.measure(selection.kept)
         if scored is not None:
             verdict = f"{verdict} {metric_verdict(scored)}"
-    report(process, lambda: ended(subject, clock, verdict))
+    verdict = " ".join((verdict, *fewer_measured(work.samples, asked.samples.count)))
+    report(process, lambda: ended(subject, clock, verdict, scored))
     quality = selection.manifest.quality
     return ScanResult(
         run=run.path,
@@ -86,11 +88,11 @@ def report(process: Process, until_now: Callable[[], Ended]) -> None:
     run.notes.put("end", until_now())
 
 
-def ended(subject: Subject, clock: Clock, verdict: str) -> Ended:
-    """What the scan of `subject` took until now."""
+def ended(subject: Subject, clock: Clock, verdict: str, metric: Scored | None) -> Ended:
+    """What the scan of `subject` found, and took until now."""
     peak = most_held(subject)
     notes = () if subject.limit is None else tuple(subject.limit.note(peak))
-    return Ended(dict(clock.seconds), peak, notes, verdict)
+    return Ended(dict(clock.seconds), peak, notes, verdict, metric)
 
 
 def most_held(subject: Subject) -> int:

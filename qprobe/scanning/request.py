@@ -125,7 +125,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         ablate=ablate,
         skiplist=skiplist,
         metric=None if options.metric is None else metric_of(options.metric),
-        command=scan_command(replace(options, dtype=dtype), source.id),
+        command=_command(replace(options, dtype=dtype), source, loaded),
     )
 
 
@@ -192,10 +192,46 @@ def _check_weight_alone(options: ScanOptions) -> None:
         raise QprobeError(f"--by {options.by} is not measured by --measures weight. Leave out one of them.")
 
 
-def _data_name(data: Any) -> str | None:
+def _command(asked: ScanOptions, source: Source, loaded: LoadedModel | None) -> str:
+    """What a reader of the results types: a command, or a line of Python for what lies in memory."""
+    has_name = loaded is None or source.revision is not None
+    if has_name and (asked.data is None or isinstance(asked.data, Path)):
+        return scan_command(asked, source.id)
+    return scan_call(asked, source.id if has_name else None, "" if has_name else source.id)
+
+
+def scan_call(asked: ScanOptions, model_id: str | None, kind: str) -> str:
+    """The line of Python that scans what lies in memory, for people to read: with its options, and no folder.
+
+    model_id: None for a loaded model without one, of the class `kind`.
+    """
+    model = "model, processor=processor" if model_id is None else repr(model_id)
+    budget = (asked.budget or DEFAULT_BUDGET) if asked.max_kl is None else None
+    images = None if asked.images is None else asked.images.resolve().name
+    options = {**vars(asked), "images": images, "budget": budget}
+    if asked.dtype == DEFAULT_DTYPE:
+        del options["dtype"]
+    words = [
+        f"{name}={_in_python(value)}"
+        for name, value in options.items()
+        if value != _DEFAULTS.get(name) and name not in ("model", "out", "device", "max_memory")
+    ]
+    return f"qprobe.scan({', '.join([model, *words])})" + (f"  # model: a loaded {kind}" if kind else "")
+
+
+def _in_python(value: Any) -> str:
+    """A value as Python writes it: a file by its name, a function by its own, rows in memory as `rows`."""
+    if isinstance(value, Path):
+        return repr(_data_name(value))
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__).strip("<>")
+    return repr(value) if isinstance(value, str | int | float | tuple) else "rows"
+
+
+def _data_name(data: Path | None) -> str | None:
     """A file's name, or the id of a data set of the hub."""
-    if not isinstance(data, Path):
-        return None if data is None else "data"
+    if data is None:
+        return None
     return data.name if data.exists() or data.suffix else str(data)
 
 

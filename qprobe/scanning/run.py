@@ -85,6 +85,7 @@ def result_of(run: RunFolder) -> ScanResult:
         skiplist=path if has_list else None,
         verdict=end.verdict if end else "This scan has not finished; the same command goes on with it.",
         notes=run.notes.sentences,
+        metric=end.metric if end else None,
     )
 
 

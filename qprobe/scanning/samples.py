@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qprobe.data.sampling import Wanted, choose_samples, split_held_out, without
+from qprobe.data.sampling import Wanted, choose_samples, split_held_out
 from qprobe.errors import SampleError
 from qprobe.inputs.batch import cut
 from qprobe.measure.nonfinite import first_nonfinite
@@ -68,8 +68,8 @@ def prepare_samples(subject: Subject, wanted: Wanted, batching: Batching, proces
     Raises SampleError if no sample is usable.
     """
     reference = subject.reference
-    found = choose_samples(reference.identity.id, reference.reads_images, wanted, "scan")
-    found = without(found, subject.processed.refused(found.samples), wanted.bad_data)
+    refusal = subject.processed.refusal
+    found = choose_samples(reference.identity.id, reference.reads_images, wanted, "scan", refusal)
     notes = list(found.notes)
     samples = found.samples
     if subject.has_head:

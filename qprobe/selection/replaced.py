@@ -111,9 +111,10 @@ def _manifest(path: Path) -> Manifest | None:
 
 def _again(run: RunFolder, target: Path, manifest: Manifest) -> str | None:
     """The command that makes `manifest` again from `run`; None if there is none, which is tried."""
-    words = shlex.split(manifest.made_by.command)
+    made_by = manifest.made_by.command
+    words = shlex.split(made_by) if made_by.startswith("qprobe select ") else []
     asked = dict(zip(words[3::2], words[4::2], strict=False))
-    if words[:2] != ["qprobe", "select"] or not asked.keys() <= {"--budget", "--max-kl", "--by", "--for"}:
+    if not words or not asked.keys() <= {"--budget", "--max-kl", "--by", "--for"}:
         return None
     try:
         bound = float(asked["--max-kl"]) if "--max-kl" in asked else None

@@ -59,6 +59,16 @@ def metric_verdict(scored: Scored) -> str:
     return f"By {scored.name} on {count}: {', '.join(said)}; {names[models[-1]]} {' and '.join(differences)}."
 
 
+def fewer_measured(measured: int, asked: int | None) -> tuple[str, ...]:
+    """A sentence where fewer samples were measured than asked for; asked: None for as many as there are."""
+    if asked is None or measured >= asked:
+        return ()
+    verb = "was" if measured == 1 else "were"
+    return (
+        f"Of the {counted(asked, 'sample')} asked for, {measured:,} {verb} measured: no other was usable.",
+    )
+
+
 def difference_text(value: float | None, se: float | None, is_share: bool, is_found: bool | None) -> str:
     """The difference of a metric with its error: "+4.2 ± 1.1 points"; said where none was found."""
     if value is None:

@@ -45,6 +45,7 @@ EXAMPLE = Manifest(
 )
 
 text = st.text(min_size=1, max_size=12)
+names_of_layers = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=12)
 number = st.floats(allow_nan=False, allow_infinity=False)
 count = st.integers(0, 10**12)
 
@@ -58,14 +59,16 @@ def manifest_layers(draw: st.DrawFn, name: str) -> ManifestLayer:
         draw(st.sampled_from([0, 2 * weights])) if precision == "bf16" else (weights + 1) // 2 + draw(count)
     )
     kl = draw(st.none() | number)
-    return ManifestLayer(name, draw(text), shape, precision, size, kl, draw(st.text(max_size=9)))
+    return ManifestLayer(name, draw(names_of_layers), shape, precision, size, kl, draw(st.text(max_size=9)))
 
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
-    names = draw(st.lists(text, unique=True, max_size=6))
+    names = draw(st.lists(names_of_layers, unique=True, max_size=6))
     layers = tuple(draw(manifest_layers(name)) for name in names)
-    uncovered = tuple(draw(st.lists(st.builds(Uncovered, text, count, st.text(max_size=9)), max_size=3)))
+    uncovered = tuple(
+        draw(st.lists(st.builds(Uncovered, names_of_layers, count, st.text(max_size=9)), max_size=3))
+    )
     total = sum(x.bytes for x in (*layers, *uncovered)) + draw(count)
     kept = tuple(x for x in layers if x.precision == "bf16")
     standard = total - draw(st.integers(0, sum(x.bytes for x in kept)))
@@ -183,6 +186,9 @@ def remove(*path: str) -> Callable[[dict], None]:
         # What a schema cannot say
         (put("schema_version", value=2), r"newer qprobe \(schema_version 2, this one reads 1\); update"),
         (put("layers", 1, "name", value="model.a"), r"model\.a is listed 2 times"),
+        (put("layers", 1, "name", value="x\ntrust: true"), r"name 'x\\ntrust: true' holds a character"),
+        (put("layers", 0, "checkpoint_name", value="x\x1b[2J"), r"holds a character that is not printable"),
+        (put("uncovered", 0, "name", value="x\u2028y"), r"holds a character that is not printable"),
         (put("skip_modules", value=["lm_head"]), r"skip_modules lacks model\.b, which is bf16"),
         (put("skip_modules", value=["model.b", "lm_head", "model.a"]), r"names model\.a, which is not bf16"),
         (put("skip_modules", value=["lm_head", "model.b"]), r"in another order or more than once"),

@@ -11,10 +11,12 @@ from playwright.sync_api import Page
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import NEAREST
 from qprobe.manifest.write import manifest_to_json, write_manifest
-from qprobe.records import CodesFile
+from qprobe.records import CodesFile, Score
 from qprobe.report.figures import spike_plot
 from qprobe.report.write import kept_layers
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.notes import Ended
+from qprobe.runs.scored import scored
 from qprobe.runs.table import write_table
 from qprobe.selection.select import select
 from tests.report.full_run import write_comparison, write_full_run
@@ -137,6 +139,24 @@ def test_markup_in_names_is_text_everywhere(opened: Open, tmp_path: Path, name: 
     assert name in page.locator("h1").inner_text() and page.title().startswith(name)
     assert name in page.locator("#answers").inner_text() and name in page.locator("#method").inner_text()
     assert page.locator("script").count() == 2 and page.locator("img[src=x]").count() == 0
+
+
+@pytest.mark.slow
+def test_the_metric_of_a_scan_is_shown_and_the_line_of_python_that_made_it(opened: Open, tmp_path: Path):
+    folder = write_full_run(tmp_path / "run")
+    right, wrong = Score(1.0, 1), Score(0.0, 1)
+    found = scored(
+        "exact", True, {"16-bit": [right, right], "nf4": [wrong, right], "dynamic": [right, right]}
+    )
+    RunFolder(folder).notes.put("end", Ended({}, None, (), "", found))
+    manifest = json.loads((folder / "skiplist.json").read_text())
+    manifest["made_by"]["command"] = "qprobe.scan(model, processor=processor)  # model: a loaded Llama"
+    (folder / "skiplist.json").write_text(json.dumps(manifest))
+    page = opened(page_file(folder))
+    said = page.locator("#answers").inner_text()
+    assert "with the list that it chose: 16-bit 100 ± 0 %, nf4 50 ± 50 %, dynamic 100 ± 0 %." in said
+    assert "dynamic against nf4: +50 ± 50 points (no difference found)" in said and "Not compared yet" in said
+    assert page.locator("#command").text_content() == manifest["made_by"]["command"]
 
 
 def only(folder: Path, *stages: str) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qprobe.cli.scan import scan as scan_cli
 from qprobe.options import DEFAULT_BUDGET, ScanOptions
-from qprobe.scanning.request import scan_command
+from qprobe.scanning.request import scan_call, scan_command
 
 EVERY_OPTION: dict[str, Any] = {
     "images": Path("/home/me/my photos"),
@@ -42,6 +43,31 @@ NO_RESULT = {"model", "out", "device", "max_memory"}  # where it runs and is wri
 
 def test_every_option_that_can_change_a_result_is_tried_here():
     assert {x.name for x in fields(ScanOptions)} - NO_RESULT == EVERY_OPTION.keys()
+
+
+def is_short(sample: Any, answer: str) -> bool:
+    return len(answer) < 9
+
+
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_the_recorded_line_of_python_asks_for_the_same_scan(name: str, tmp_path: Path):
+    asked = ScanOptions(str(tmp_path / "my model"), **{"budget": "+5%", name: EVERY_OPTION[name]})
+    line = scan_call(asked, "my model", "")
+    assert "/" not in line
+    given: dict[str, Any] = {}
+    scans = SimpleNamespace(scan=lambda model, **more: given.update(model=model, **more))
+    exec(line, {"qprobe": scans})
+    bare = {k: v.name if isinstance(v, Path) else v for k, v in vars(asked).items()}
+    budget = None if asked.max_kl is not None else asked.budget
+    assert ScanOptions(**given) == ScanOptions(**{**bare, "model": "my model", "budget": budget})
+
+
+def test_what_lies_in_memory_has_a_name_in_the_recorded_line():
+    asked = ScanOptions("x", data=[{"prompt": "a"}], metric=is_short, device="cpu", out=Path("/home/me"))
+    assert scan_call(asked, None, "LlamaForCausalLM") == (
+        "qprobe.scan(model, processor=processor, data=rows, budget='+10%', metric=is_short)"
+        "  # model: a loaded LlamaForCausalLM"
+    )
 
 
 @pytest.mark.parametrize("name", EVERY_OPTION)

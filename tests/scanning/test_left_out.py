@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from qprobe.checkpoint.compare import compare
-from qprobe.data.builtin import Origin, Samples
-from qprobe.data.sampling import without
+from qprobe.data.sampling import Wanted, from_data
 from qprobe.errors import SampleError
 from qprobe.manifest.write import write_manifest
-from qprobe.records import Sample, asked
+from qprobe.records import Sample
+from qprobe.selection.verdict import fewer_measured
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
 from tests.scanning.asked import TinyFolder, options, scan, write_lines
@@ -84,30 +84,69 @@ def test_a_row_that_the_template_refuses_is_named(
     assert told.startswith("rows.jsonl line 2: the model's chat template does not take it: given strings it")
 
 
-def _found(good: int, before: int) -> Samples:
-    samples = tuple(Sample(f"x-{i}", asked(f"what is {i}?")) for i in range(good))
-    return Samples(samples, tuple(f"x line {i}: bad." for i in range(before)), origin=Origin("x", "line"))
+@COMMANDS
+def test_a_row_that_spells_out_a_mark_of_the_model_is_named(
+    command: Command, tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"what is {number}?", "answer": "a cup"} for number in range(3)]
+    bad = [{**rows[0], "prompt": "a <|image_pad|> b"}, {**rows[0], "answer": "a cup<|end|>"}]
+    data = write_lines(tmp_path / "rows.jsonl", *bad, *rows)
+    measured, notes = command(tiny_folder("qwen2_vl"), tmp_path, data=data)
+    assert measured == 3
+    told = [x for x in notes if x.startswith("rows.jsonl line")]
+    assert told == [
+        "rows.jsonl line 1: its text contains <|image_pad|>, which stands for an image in this model.",
+        "rows.jsonl line 2: its text contains <|end|>, which the model reads as a mark of its own, "
+        "not as text.",
+    ]
+
+
+@COMMANDS
+def test_what_is_refused_makes_way_for_what_follows(
+    command: Command, images: Path, tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "what?", "image": f"photos/{x}.png", "answer": "x"} for x in ("long", 0, 1, 2)]
+    data = write_lines(tmp_path / "rows.jsonl", *rows)
+    measured, notes = command(tiny_folder("qwen2_vl"), tmp_path, data=data, samples=3)
+    assert measured == 3 and [x for x in notes if "rows.jsonl line 1" in x]
+
+
+def refuses(*ids: str) -> Callable[[Sample], str | None]:
+    """What a model says that cannot read the samples with these ids."""
+    return lambda sample: "no" if sample.id in ids else None
+
+
+def _rows(good: int, bad: int) -> list[dict[str, Any]]:
+    return [*[{"prompt": 5}] * bad, *[{"prompt": f"what is {i}?", "id": f"x-{i}"} for i in range(good)]]
 
 
 def test_what_the_processor_refuses_counts_with_what_could_not_be_read() -> None:
-    found = _found(80, before=8)
-    refused = [(x, "no") for x in found.samples[:2]]
-    with pytest.raises(SampleError, match=r"10 of 88 lines of x cannot be used to measure, more than 10%"):
-        without(found, refused, "refuse")
-    assert len(without(found, refused, "skip").samples) == 78
-    assert len(without(found, refused[:1], "refuse").samples) == 79  # 9 are fewer than 10
+    data, two = _rows(80, bad=8), refuses("x-0", "x-1")
+    with pytest.raises(SampleError, match=r"10 of 88 rows of data cannot be used to measure, more than 10%"):
+        from_data(Wanted(data=data), 99, two)
+    assert len(from_data(Wanted(data=data, bad_data="skip"), 99, two).samples) == 78
+    assert len(from_data(Wanted(data=data), 99, refuses("x-0")).samples) == 79  # 9 are fewer than 10
+
+
+def test_rows_are_read_no_further_once_too_many_are_left_out() -> None:
+    rows = iter(_rows(1000, bad=20))
+    with pytest.raises(SampleError, match=r"None of the first 10 rows of data can be used to measure"):
+        from_data(Wanted(data=rows), 32)
+    assert next(rows) == {"prompt": 5}
 
 
 def test_none_left_is_an_error_whatever_was_asked() -> None:
-    found = _found(1, before=0)
-    with pytest.raises(SampleError, match=r"No line of x is left to measure\. x-0: left out, no\."):
-        without(found, [(found.samples[0], "no")], "skip")
+    wanted = Wanted(data=_rows(1, bad=0), bad_data="skip")
+    with pytest.raises(SampleError, match=r"No row of data is left to measure\. data row 1: no\."):
+        from_data(wanted, 9, refuses("x-0"))
 
 
 def test_a_conversation_is_left_out_whole() -> None:
-    turns = (asked("one"), asked("two"))
-    samples = tuple(Sample(f"t turn {i}", x, conversation="t") for i, x in enumerate(turns))
-    other = Sample("u", asked("three"))
-    found = Samples((*samples, other), origin=Origin("x", "line", {"t": "x line 1: ", "u": "x line 2: "}))
-    left = without(found, [(samples[1], "no")], "refuse")
-    assert (left.samples, left.left_out) == ((other,), ("x line 1: no.",))
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"{i}"} for i in range(4)]
+    found = from_data(Wanted(data=[{"messages": turns, "id": "t"}, *_rows(1, 0)]), 9, refuses("t turn 4"))
+    assert [x.id for x in found.samples] == ["x-0"] and found.left_out == ("data row 1: no.",)
+
+
+def test_fewer_than_were_asked_for_is_said() -> None:
+    assert fewer_measured(3, 3) == fewer_measured(3, None) == ()
+    assert fewer_measured(1, 8) == ("Of the 8 samples asked for, 1 was measured: no other was usable.",)

@@ -146,7 +146,10 @@ def test_its_manifest_names_no_folder_and_loading_it_asks_for_the_model(
     found = qprobe.scan(model, processor=processor, out=tmp_path / "run", **FEW)
     files = [found.path / "scan.json", found.path / "skiplist.json"]
     assert all(str(folder.parent) not in x.read_text() for x in files)
-    assert json.loads(files[1].read_text())["model"]["id"] == "LlamaForCausalLM"
+    manifest = json.loads(files[1].read_text())
+    assert manifest["model"]["id"] == "LlamaForCausalLM"
+    made = "qprobe.scan(model, processor=processor, samples=6, budget='+10%', max_new_tokens=5)"
+    assert manifest["made_by"]["command"] == f"{made}  # model: a loaded LlamaForCausalLM"
 
     with pytest.raises(ModelError, match="Pass model="):
         qprobe.load_dynamic_4bit(files[1], device="cpu")

@@ -28,12 +28,14 @@ function costOfNothing(manifest) {
 function showAnswers() {
   const body = byId("answers-body");
   const found = DATA.comparison;
+  const scored = DATA.method.metric;
+  const own = scored ? [element("p", {}, scoredIn(scored))] : [];
   if (!found) {
-    body.replaceChildren(element("p", { class: "hint" }, "Not compared yet: ", element("code", {}, "qprobe compare --manifest RUN/skiplist.json"),
+    body.replaceChildren(...own, element("p", { class: "hint" }, "Not compared yet: ", element("code", {}, "qprobe compare --manifest RUN/skiplist.json"),
       " leaves its result in the run folder, and the next report shows it here."));
     return;
   }
-  body.replaceChildren();
+  body.replaceChildren(...own);
   if (!DATA.comparison_is_current) body.append(element("p", { class: "chip" }, "This comparison is of another skip-list than the run's present one."));
   const headings = ["model", "parameters", "with 4-bit state", "KL, nats / answer token", "same top token", "same answer",
     ...found.metrics.map((metric) => metric.name)];
@@ -78,6 +80,12 @@ function differencesOf(metric) {
   });
   const of = metric.left_out ? ` of ${metric.samples + metric.left_out}` : "";
   return `${metric.name}, ${metric.samples}${of} samples, paired by sample: ${told.join("; ")}.`;
+}
+
+// The metric that a scan was asked for, of its held-out samples and the list that it chose.
+function scoredIn(metric) {
+  const means = Object.entries(metric.means).map(([model, mean]) => `${model} ${meanOf(metric, mean)}`);
+  return `In the scan, held out, with the list that it chose: ${means.join(", ")}. ${differencesOf(metric)}`;
 }
 
 function answersOf(sample) {
