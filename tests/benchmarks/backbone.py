@@ -119,7 +119,7 @@ def _copy_text(source: Any, model: Any, cross: Iterable[int]) -> None:
 def processor(folder: Path) -> Any:
     """SmolLM2's tokenizer with an image token, and the demo's image processor."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE], "pad_token": tokenizer.eos_token})
     return MllamaProcessor(demo_processor().image_processor, tokenizer, chat_template=TEMPLATE)
 
 
@@ -175,7 +175,7 @@ def train(model: Any, reader: Any, recipe: Recipe, device: str) -> dict[str, Any
         loss.backward()
         nn.utils.clip_grad_norm_(groups.new + groups.text * learning, 1.0)
         optimizer.step()
-        if step % 100 == 0:
+        if step % 50 == 0:
             report.append((step, round(float(loss.detach()), 4)))
             print(f"step {step} {pace.seconds():.0f} s {report[-1][1]} nats per answer token", flush=True)
         step += 1

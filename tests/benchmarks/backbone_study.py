@@ -1,7 +1,7 @@
 """What 4-bit breaks in the model of `tests.benchmarks.backbone`, and what a skip-list and calibration mend.
 
     python -m tests.benchmarks.backbone_study --model FOLDER --out reports/backbone [--device cuda]
-        [--samples 128] [--held-out 384] [--work runs/backbone]
+        [--samples 64] [--calibration 256] [--held-out 384] [--work runs/backbone]
 
 Scans the model twice (plain and calibrated NF4), the plain one with the KL of every layer alone (ablation),
 compares every model on other scenes with their facts, sets the published rule of thumb (all of the vision
@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from tests.benchmarks.hardware import made_with
 from tests.benchmarks.rankings.measured import NOTHING, Measured
 
 SCORES = ("weight_nmse", "activation_nmse", "propagated_nmse", "sensitivity_kl", "isolated_kl")
-BATCH = 16
+BATCH, ANSWER_BATCH = 16, 64
 
 
 def rows_of(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -62,15 +62,19 @@ def facts_metric(samples: Sequence[Sample]) -> Any:
     return facts
 
 
-def scans(model: str, work: Path, samples: int, device: str) -> dict[str, qprobe.Run]:
-    """A scan of each format on the same scenes."""
-    rows = rows_of(scenes(samples, CALIBRATION_SEED))
-    common: dict[str, Any] = {
-        "data": rows, "samples": samples, "device": device, "batch_size": BATCH, "progress": no_progress,
-    }  # fmt: skip
+def scans(model: str, work: Path, samples: int, calibration: int, device: str) -> dict[str, qprobe.Run]:
+    """A scan of each format: of plain NF4 on `samples` scenes with ablation, calibrated on `calibration`."""
+
+    def scan(name: str, count: int, **asked: Any) -> qprobe.Run:
+        rows = rows_of(scenes(count, CALIBRATION_SEED))
+        return qprobe.scan(
+            model, data=rows, samples=count, device=device, batch_size=BATCH, format=name, out=work / name,
+            progress=no_progress, **asked,
+        )  # fmt: skip
+
     return {
-        "nf4": qprobe.scan(model, out=work / "nf4", ablate="all", **common),
-        "nf4-calibrated": qprobe.scan(model, out=work / "calibrated", format="nf4-calibrated", **common),
+        "nf4": scan("nf4", samples, ablate="all"),
+        "nf4-calibrated": scan("nf4-calibrated", calibration),
     }
 
 
@@ -79,7 +83,7 @@ def compared(run: qprobe.Run, model: str, samples: Sequence[Sample], device: str
     assert run.skiplist is not None
     return qprobe.compare(
         run.skiplist, model=model, data=rows_of(samples), samples=len(samples), device=device,
-        batch_size=BATCH, metric=facts_metric(samples),
+        batch_size=ANSWER_BATCH, metric=facts_metric(samples),
     )  # fmt: skip
 
 
@@ -137,11 +141,16 @@ def _list_row(name: str, kept: frozenset[str], frame: pd.DataFrame, subject: Sub
     }
 
 
-def correlations(table: pd.DataFrame) -> dict[str, float]:
-    """Spearman of each score with the KL of the layer alone in 4-bit, as ablation measured it."""
-    alone = next(c for c in table.columns if c.startswith("ablation") and not c.endswith("_se"))
-    whole = table.dropna(subset=[alone])
-    return {c: float(spearmanr(whole[c], whole[alone], nan_policy="omit").statistic) for c in SCORES}
+def correlations(run: qprobe.Run) -> dict[str, dict[str, float]]:
+    """Spearman of each score with what ablation measured of each layer: alone in 4-bit, alone in 16-bit."""
+    table = run.layers.merge(pd.read_csv(run.path / "ablation.csv"), on="layer")
+    return {
+        score: {
+            measured: float(spearmanr(table[score], table[measured], nan_policy="omit").statistic)
+            for measured in ("kl_isolated", "kl_saved")
+        }
+        for score in SCORES
+    }
 
 
 def leaders(table: pd.DataFrame, count: int = 10) -> list[dict[str, Any]]:
@@ -162,15 +171,24 @@ def towers(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     }
 
 
-def study(model: str, work: Path, samples: int, held_out: int, device: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Counts:
+    """Scenes of the scan of plain NF4, of the calibrated one, and of the comparisons."""
+
+    samples: int
+    calibration: int
+    held_out: int
+
+
+def study(model: str, work: Path, counts: Counts, device: str) -> dict[str, Any]:
     """All results as JSON values."""
-    runs = scans(model, work, samples, device)
+    runs = scans(model, work, counts.samples, counts.calibration, device)
+    held_out = counts.held_out
     judged = scenes(held_out, HELD_OUT_SEED)
     found: dict[str, Any] = {
         "made_with": made_with(device),
         "training": json.loads((Path(model) / RECORD).read_text()),
-        "samples": samples,
-        "held_out": held_out,
+        **asdict(counts),
     }
     for name, run in runs.items():
         start = time.monotonic()
@@ -184,7 +202,7 @@ def study(model: str, work: Path, samples: int, held_out: int, device: str) -> d
             "compare_seconds": time.monotonic() - start,
         }
     table = runs["nf4"].layers
-    found["correlations"] = correlations(table)
+    found["correlations"] = correlations(runs["nf4"])
     found["leaders"] = leaders(table)
     found["towers"] = towers(table)
     with torch.no_grad() if device == "cpu" else nullcontext():
@@ -206,7 +224,8 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
         f"ordinary text its KL to SmolLM2 is {text['kl']:.4f} nats per token (whose own loss there is "
         f"{text['loss_of_smollm2']:.2f}). {found['made_with']}.\n",
         f"    {command}\n",
-        f"{found['samples']} scenes for each scan, {found['held_out']} others below. The training is "
+        f"{found['samples']} scenes for the scan of plain NF4, {found['calibration']} for the calibrated one, "
+        f"{found['held_out']} others for the comparisons. The training is "
         f"repeated by `--steps {took['steps']}`; its weights are not kept.\n",
     ]
     for name in ("nf4", "nf4-calibrated"):
@@ -263,8 +282,17 @@ def _layers(found: Mapping[str, Any]) -> str:
         f"| {name} | {100 * x['sensitivity']:.1f} % | {100 * x['bytes']:.1f} % |"
         for name, x in found["towers"].items()
     ]
-    rows += ["", "Spearman correlation with the measured KL of each layer alone (ablation):\n"]
-    rows += [f"- {name}: {value:.2f}" for name, value in found["correlations"].items()]
+    rows += [
+        "",
+        "Spearman correlation of each score with measured KL: of the layer alone in 4-bit, and what "
+        "the layer alone in 16-bit saves.\n",
+        "| score | alone in 4-bit | alone in 16-bit |",
+        "|---|---|---|",
+    ]
+    rows += [
+        f"| {name} | {x['kl_isolated']:.2f} | {x['kl_saved']:.2f} |"
+        for name, x in found["correlations"].items()
+    ]
     rows += ["", "| layer | weight nmse | activation nmse | sensitivity |", "|---|---|---|---|"]
     rows += [
         f"| {x['layer']} | {x['weight_nmse']:.4g} | {x['activation_nmse']:.4g} | {x['sensitivity_kl']:.3g} |"
@@ -279,11 +307,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the folder that tests.benchmarks.backbone wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/backbone"), help="the run folders")
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64, help="scenes of the scan of plain NF4")
+    parser.add_argument("--calibration", type=int, default=256, help="scenes of the calibrated scan")
     parser.add_argument("--held-out", type=int, default=384)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    found = study(options.model, options.work, options.samples, options.held_out, options.device)
+    counts = Counts(options.samples, options.calibration, options.held_out)
+    found = study(options.model, options.work, counts, options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
     command = (
