@@ -224,7 +224,7 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
         f"ordinary text its KL to SmolLM2 is {text['kl']:.4f} nats per token (whose own loss there is "
         f"{text['loss_of_smollm2']:.2f}). {found['made_with']}.\n",
         f"    {command}\n",
-        f"{found['samples']} scenes for the scan of plain NF4, {found['calibration']} for the calibrated one, "
+        f"{found['samples']} scenes for the plain scan, {found['calibration']} for the calibrated one, "
         f"{found['held_out']} others for the comparisons. The training is "
         f"repeated by `--steps {took['steps']}`; its weights are not kept.\n",
     ]
