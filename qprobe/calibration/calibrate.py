@@ -22,7 +22,7 @@ from qprobe.calibration.codes import Readers, Rounded, calibrate_together
 from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import Gram, SharedInput, shared_inputs
 from qprobe.calibration.room import gram_room, record_room, rounded_together
-from qprobe.calibration.token_weights import DRAWS, MIX, token_weights
+from qprobe.calibration.token_weights import MIX, draws, token_weights
 from qprobe.calibration.tuning import FEWEST, split_batches, tune
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
 from qprobe.errors import RunError
@@ -38,6 +38,7 @@ from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Rounding
 from qprobe.runs.notes import Remarks
+from qprobe.system.wording import counted
 
 APART = "it does not read the same tensor as its neighbours on every batch"
 VERSION = 4
@@ -49,9 +50,9 @@ shrinks the Gram matrices by how few tokens they saw; version 1 did not.
 """
 
 
-def settings(tune_steps: int = 0) -> Rounding:
+def settings(subject: Subject, tune_steps: int = 0) -> Rounding:
     """What decides the codes; part of a run's key."""
-    tokens = f"{MIX:g} by squared gradients, {DRAWS} draws"
+    tokens = f"{MIX:g} by squared gradients, {counted(draws(subject), 'draw')}"
     return Rounding("gptq", VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps)
 
 

@@ -61,16 +61,32 @@ class Gram:
 
         mask: (tokens,) on the CPU, True for those that count. weights: (tokens,) what each counts; None: 1.
         """
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = x.detach().reshape(-1, x.shape[-1])
         if mask is not None:
             rows = torch.where(mask.to(rows.device)[:, None], rows, 0.0)
+        self.tokens += len(rows) if mask is None else int(mask.sum())
+        if rows.dtype == torch.bfloat16 and rows.is_cuda:
+            parts = [rows] if weights is None else weighted_parts(rows, weights.to(rows.device))
+            for part in parts:
+                self.total += torch.mm(rows.T, part, out_dtype=torch.float32)
+            return
+        rows = rows.float()
         if weights is not None:
             rows = rows * weights.to(rows.device).sqrt()[:, None]
-        self.tokens += len(rows) if mask is None else int(mask.sum())
         if self.total.dtype == rows.dtype:
             self.total.addmm_(rows.T, rows)
         else:
             self.total += rows.T @ rows
+
+
+def weighted_parts(rows: Tensor, weights: Tensor) -> list[Tensor]:
+    """Two tensors of the 16-bit dtype of `rows` (tokens, n) whose sum is weights x rows within 2^-16 of it.
+
+    Products of 16-bit numbers are exact in float32, and ten times as fast as of float32 ones on a GPU.
+    """
+    whole = rows.float() * weights[:, None]
+    first = whole.to(rows.dtype)
+    return [first, (whole - first.float()).to(rows.dtype)]
 
 
 def shared_inputs(subject: Subject, batches: Iterable[Batch]) -> list[SharedInput]:

@@ -29,7 +29,13 @@ from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
 
 DRAWS = 2  # random directions a sample; four left as much damage on SmolLM2, one 1 % of it more
+DRAWS_LARGE = 1  # above `FLOAT32_UP_TO` parameters, where each takes as long as four passes
 MIX = 0.5  # share of the weighted matrix; 0.25 to 1 left the same damage on SmolLM2 within the error
+
+
+def draws(subject: Subject) -> int:
+    """How many random directions a sample of this model gets."""
+    return DRAWS if subject.path.dtype == torch.float32 else DRAWS_LARGE
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def token_weights(
     """The weights of all tokens of `batches` in each of `inputs`; `done` is called after each batch.
 
     batches: in the dtype of the subject's path, which is open (`qprobe.measure.attribution.walking`).
-    Costs `DRAWS` forward and backward passes per batch. Tokens that reach no answer (padding, tiles that
+    Costs `draws` forward and backward passes per batch. Tokens that reach no answer (padding, tiles that
     nothing attends to) weigh 0. In a model without a language head the gradient is that of a random
     direction of its output.
     """
@@ -132,7 +138,7 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
 
     scale = FLOAT16_SCALE if path.dtype == torch.float16 else 1.0
     with torch.enable_grad(), replaced_forwards(subject.modules, forward):
-        for draw in range(DRAWS):  # each with a forward of its own: blocks that run again do so once
+        for draw in range(draws(subject)):  # each with a forward of its own: blocks that run again do so once
             notes.begin()
             with checkpointed_blocks(subject.model, path.room_bytes):
                 loss = _loss(subject, batch, draw)

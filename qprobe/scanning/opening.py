@@ -93,7 +93,7 @@ def run_key(
         isolated=_named(batches["isolated"]),
         held_out=_named(batches["held_out"]),
         seed=seed,
-        rounding=calibration.settings(tune) if fmt.is_calibrated else None,
+        rounding=calibration.settings(subject, tune) if fmt.is_calibrated else None,
         versions=library_versions(),
     )
     return Key(VERSION, reference.identity, fmt, subject.inventory, spec)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qprobe.calibration.gram import gathered, shared_inputs
-from qprobe.calibration.token_weights import DRAWS, MIX, TokenWeights, token_weights
+from qprobe.calibration.gram import Gram, gathered, shared_inputs, weighted_parts
+from qprobe.calibration.token_weights import DRAWS, MIX, TokenWeights, draws, token_weights
 from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import fisher_direction, random_signs
@@ -132,6 +132,37 @@ def test_the_matrix_is_a_sum_over_tokens_of_outer_products_times_their_weights(t
                 total += ((1 - MIX) + MIX * float(w) / mean) * torch.outer(x, x)
         gap = (found.grams[one.leader].total - total).abs().max()
         assert float(gap) < 1e-5 * float(total.abs().max())
+
+
+def test_two_16_bit_parts_hold_weighted_inputs_within_16_bits():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 40, generator=generator).bfloat16()
+    weights = torch.rand(50, generator=generator) * 30
+    parts = weighted_parts(rows, weights)
+    assert all(part.dtype == torch.bfloat16 for part in parts)
+    found = sum(part.double() for part in parts)
+    torch.testing.assert_close(found, rows.double() * weights.double()[:, None], rtol=2**-16, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_matrices_of_16_bit_inputs_on_a_gpu_are_those_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3000, 96, generator=generator).bfloat16()
+    weights, mask = torch.rand(3000, generator=generator) * 9, torch.arange(3000) % 3 > 0
+    for given in (None, weights):
+        gram = Gram(torch.zeros(96, 96, device="cuda"))
+        gram.add(rows.cuda(), mask, given)
+        used = rows.double() * mask[:, None]
+        wanted = used.T @ (used * (1 if given is None else weights.double()[:, None]))
+        assert gram.tokens == 2000
+        torch.testing.assert_close(gram.total.double().cpu(), wanted, rtol=1e-3, atol=0.05)
+
+
+def test_a_large_model_gets_one_draw_and_a_small_one_two(tiny_folder: TinyFolder):
+    subject = subject_for(tiny_folder("llama"))
+    large = replace(subject)
+    vars(large)["path"] = replace(subject.path, dtype=torch.bfloat16)
+    assert (draws(subject), draws(large)) == (2, 1)
 
 
 def test_equal_weights_give_the_plain_matrix(tiny_folder: TinyFolder):
