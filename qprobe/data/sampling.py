@@ -215,9 +215,11 @@ def image_files(folder: Path) -> list[Path]:
         )
     if not folder.is_dir():
         raise SampleError(f"Image folder {folder} does not exist. Pass a folder of image files to --images.")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    found = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    files = sorted(p for p in found if not p.is_dir())  # a pipe too, so that it is named
     if not files:
-        raise SampleError(f"Image folder {folder} is empty. {IMAGES}")
+        state = "holds folders, and no image beside them" if found else "is empty"
+        raise SampleError(f"Image folder {folder} {state}. {IMAGES}")
     return files
 
 

@@ -49,7 +49,8 @@ def source_of(data: Any) -> Source:
     shown = f"Data file {data}" if is_file else f"Data of type {type(data).__name__}"
     what = ", ".join(x.what for x in sources())
     state = "does not exist" if is_file and not Path(data).exists() else "is none of these"
-    raise SampleError(f"{shown} {state}. --data takes {what}.")
+    folder = " A folder of images goes to --images." if is_file and Path(data).is_dir() else ""
+    raise SampleError(f"{shown} {state}. --data takes {what}.{folder}")
 
 
 def refuse_split(split: str | None, what: str) -> None:

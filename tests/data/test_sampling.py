@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from qprobe.data.sampling import (
 )
 from qprobe.errors import SampleError
 from qprobe.records import Sample, asked
+from tests import tiny
 
 
 @pytest.mark.parametrize("seed", [-1, 1000, 2000])
@@ -113,6 +115,22 @@ def test_only_unreadable_files_are_an_error_that_names_one(tmp_path: Path) -> No
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(SampleError, match=r"No file of .* is left to measure.*notes\.txt"):
         from_folder(tmp_path, Wanted())
+
+
+def test_what_only_looks_like_an_image_is_named_and_a_folder_is_not_entered(tmp_path: Path) -> None:
+    pictures = tmp_path / "photos"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(tiny.picture(0))
+    os.mkfifo(pictures / "pipe.png")
+    (pictures / "gone.png").symlink_to(pictures / "nowhere.png")
+    (pictures / "more.png").mkdir()
+    found = from_folder(pictures, Wanted())
+    assert found.left_out == (
+        "gone.png: left out, it does not exist.",
+        "pipe.png: left out, it cannot be read (it is a pipe).",
+    )
+    with pytest.raises(SampleError, match="holds folders, and no image beside them"):
+        from_folder(pictures.parent, Wanted())
 
 
 @pytest.mark.parametrize(("make", "words"), [(False, "does not exist"), (True, "is empty")])

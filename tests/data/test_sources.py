@@ -221,7 +221,8 @@ def test_a_damaged_saved_dataset_is_one_sentence(damage: str, tmp_path: Path):
 
 def test_what_is_no_source_names_those_that_are(tmp_path: Path):
     with pytest.raises(
-        SampleError, match=r"is none of these\. --data takes a folder of datasets.* a \.jsonl"
+        SampleError,
+        match=r"is none of these\. --data takes a folder of datasets.* a \.jsonl.* images goes to --images\.",
     ):
         read_conversations(tmp_path)
     for strange in (7, None, b"x"):
