@@ -68,6 +68,7 @@ class ScanOptions:
     bad_data: BadData = "refuse"
     allow_downloads: bool = False
     metric: AskedMetric | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class CompareOptions:
     bad_data: BadData = "refuse"
     allow_downloads: bool = False
     metric: AskedMetric | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,4 @@ class FinetuneOptions:
     vision: bool = False
     save_every: int = 50
     seed: int = 0
+    trust_remote_code: bool = False

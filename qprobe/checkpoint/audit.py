@@ -47,18 +47,20 @@ def audit(
     load: bool = False,
     device: str | None = None,
     manifest_folder: Path | str | None = None,
+    trust_remote_code: bool = False,
 ) -> Audit:
     """What the checkpoint in `folder` holds, and whether its config, its files and `manifest` agree.
 
     load: load it too, plainly, as a user would, and look at every layer; device: where to.
     manifest_folder: where the manifest lies, from which it names its calibrated weights; None for that of
-    the file `manifest`, or the working directory.
+    the file `manifest`, or the working directory. trust_remote_code: as of `load_dynamic_4bit`.
     Raises ModelError for a folder that is not a complete checkpoint, ManifestError for a broken manifest.
     """
     where = Path(folder)
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
     beside = Path(".") if isinstance(manifest, Manifest) or manifest is None else Path(manifest).parent
-    skeleton = skeleton_of(resolve(str(where)), _format(read_config(where), written).compute_dtype)
+    spec = _format(read_config(where), written)
+    skeleton = skeleton_of(resolve(str(where), trust_remote_code), spec.compute_dtype)
     found = audit_files(where, skeleton, written, Path(manifest_folder or beside))
     if not load:
         return found

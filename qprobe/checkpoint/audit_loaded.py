@@ -37,6 +37,7 @@ def loaded_problems(
                 dtype="auto",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                trust_remote_code=skeleton.source.trusts_code,
             )
     except (torch.OutOfMemoryError, MemoryError):
         raise  # says nothing of the checkpoint

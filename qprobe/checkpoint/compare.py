@@ -153,6 +153,7 @@ def compare(
     bad_data: BadData = "refuse",
     allow_downloads: bool = False,
     metric: AskedMetric | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Comparison:
     """The models on held-out samples, see `Row`: three, or five where the manifest has calibrated weights.
@@ -167,6 +168,7 @@ def compare(
     turns, split, bad_data, allow_downloads: as in `qprobe.scan`.
     metric: of the greedy answers, beside KL: one of `qprobe.registry.metrics.names()`, or any function of
         (sample, answer) to a number; the sample's answer is None where none was given.
+    trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     progress: called as work moves on, see `qprobe.options.Progress`.
     Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
     usable, QprobeError for a model without a language head, or for a sample that `metric` fails on.
@@ -188,6 +190,7 @@ def compare(
         bad_data=bad_data,
         allow_downloads=allow_downloads,
         metric=metric,
+        trust_remote_code=trust_remote_code,
     )
     return run_comparison(options, progress)
 
@@ -197,7 +200,7 @@ def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
     if options.metric is not None:
         metric_of(options.metric)
     manifest = read_manifest(options.manifest)
-    skeleton = check_model(manifest, options.model)
+    skeleton = check_model(manifest, options.model, options.trust_remote_code)
     if not has_language_head(skeleton.model):
         raise QprobeError(
             f"{manifest.model.id} ({manifest.model.architecture}) has no language head, so there are no "

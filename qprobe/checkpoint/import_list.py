@@ -45,21 +45,23 @@ class Imported:
         }
 
 
-def import_list(path: Path | str, model: str, out: Path | str | None = None) -> Imported:
+def import_list(
+    path: Path | str, model: str, out: Path | str | None = None, trust_remote_code: bool = False
+) -> Imported:
     """The list in the file `path` as a manifest for `model` (alias, hub id or folder).
 
     path: a config.json with a quantization_config, or a plain JSON list of names. An entry may use today's
     names or those of the files on the hub, and is read by the rule of the transformers that the config names,
     today's for a plain list, which is taken to be for NF4 with double quantization. The output head and tied
     weights stay in 16-bit, as they always do here. out: where the manifest goes, for its record of the
-    command.
+    command. trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     Raises ManifestError for a file without a list, one for FP4, or a list of which no entry matches the
     model.
     """
     file = Path(path)
     published = read_list(file)
     spec = published.format
-    skeleton = skeleton_of(resolve(model), spec.compute_dtype, known(model))
+    skeleton = skeleton_of(resolve(model, trust_remote_code), spec.compute_dtype, known(model))
     inventory = skeleton.inventory(spec)
     label, rule = transformers_rule(published.transformers)
     matched = match_list(published.entries or (), inventory, rule, skeleton.architecture)

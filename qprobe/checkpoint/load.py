@@ -43,6 +43,7 @@ def load_dynamic_4bit(
     dtype: str | None = None,
     folder: str | Path | None = None,
     for_training: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(model, processor) as `manifest` describes them, verified, in eval mode and frozen.
 
@@ -52,11 +53,13 @@ def load_dynamic_4bit(
     folder: where the manifest lies, from which it names its calibrated weights; None for that of the file
     `manifest`, or the working directory.
     for_training: recompute blocks and ask for gradients where adapters need them, see `ready_for_training`.
+    trust_remote_code: run Python code that the checkpoint brings, for models that exist only as such code; it
+    can do on this machine whatever you can.
     Raises ManifestError if the manifest was written for another model, or its calibrated weights are missing,
     changed, or of other weights; VerificationError if what was loaded is not what the manifest lists.
     """
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    skeleton = check_model(written, model)
+    skeleton = check_model(written, model, trust_remote_code)
     wanted = replace(written, format=with_dtype(written.format, dtype))
     codes = codes_of(written, folder if isinstance(manifest, Manifest) else Path(manifest).parent)
     loaded = dynamic_4bit(wanted, skeleton, device, codes)
@@ -85,15 +88,18 @@ def load_standard_4bit(
     device: str | None = None,
     revision: str | None = None,
     codes: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(model, processor) in standard 4-bit: only the layers that can never be quantized stay in 16-bit.
 
     model: alias, hub id or folder; format: None for NF4 with double quantization in bf16.
     revision: on the hub; None for the newest. codes: a file of calibrated weights to put in place.
+    trust_remote_code: as of `load_dynamic_4bit`.
     Raises VerificationError if what was loaded is something else.
     """
     spec = format or FormatSpec()
-    skeleton = skeleton_of(at_revision(resolve(model), revision), spec.compute_dtype)
+    source = at_revision(resolve(model, trust_remote_code), revision)
+    skeleton = skeleton_of(source, spec.compute_dtype)
     return standard_4bit(skeleton, spec, device, codes), load_processor(skeleton.source)
 
 
@@ -147,14 +153,15 @@ def _check_loads(spec: FormatSpec) -> None:
         )
 
 
-def check_model(manifest: Manifest, model: str | None) -> Skeleton:
+def check_model(manifest: Manifest, model: str | None, trusts_code: bool = False) -> Skeleton:
     """The skeleton of the model that `manifest` was written for, in its 16-bit dtype.
 
-    model: where its weights are; None for the id that the manifest names. Raises ModelError if it is
+    model: where its weights are; None for the id that the manifest names. trusts_code: see `Source`. Raises
+    ModelError if it is
     not found or its files are incomplete, ManifestError, with both fingerprints, if it is another model.
     """
     _check_loads(manifest.format)
-    skeleton = skeleton_of(source_of(manifest, model), manifest.format.compute_dtype)
+    skeleton = skeleton_of(source_of(manifest, model, trusts_code), manifest.format.compute_dtype)
     refuse_quantized(skeleton)
     refuse_another_model(manifest, skeleton)
     check_files(skeleton)
@@ -172,13 +179,13 @@ def refuse_another_model(manifest: Manifest, skeleton: Skeleton) -> None:
         )
 
 
-def source_of(manifest: Manifest, model: str | None) -> Source:
+def source_of(manifest: Manifest, model: str | None, trusts_code: bool = False) -> Source:
     """Where the weights are: `model`, else the id and revision that the manifest names."""
     if model is not None:
-        source = resolve(model)
+        source = resolve(model, trusts_code)
     else:
         try:
-            source = resolve(manifest.model.id)
+            source = resolve(manifest.model.id, trusts_code)
         except ModelError as error:
             raise ModelError(
                 f"The manifest names the model {manifest.model.id!r}, which is no known name and no hub id. "

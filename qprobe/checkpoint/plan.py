@@ -89,21 +89,26 @@ class SizePlan:
         }
 
 
-def plan(model: str, manifest: Manifest | str | Path | None = None) -> SizePlan:
+def plan(
+    model: str, manifest: Manifest | str | Path | None = None, trust_remote_code: bool = False
+) -> SizePlan:
     """Exact bytes of `model` (alias, hub id, folder) in 16-bit, NF4, FP4, by published lists and `manifest`.
 
     Reads a config only: the catalogue's for a known name, else that of the folder or of the hub.
+    trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     Raises ModelError if the model cannot be had or built, ManifestError, with both fingerprints, if the
     manifest was written for another model.
     """
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
-    return sizes_of(planned_skeleton(model, written), written)
+    return sizes_of(planned_skeleton(model, written, trust_remote_code), written)
 
 
-def planned_skeleton(model: str, manifest: Manifest | None) -> Skeleton:
+def planned_skeleton(model: str, manifest: Manifest | None, trusts_code: bool = False) -> Skeleton:
     """The skeleton of `model`, of a known one from the catalogue's geometry. Errors as of `plan`."""
     entry = known(model)
-    source = resolve(model) if entry is None else Source(entry.alias, entry.hub_id or entry.alias)
+    source = (
+        resolve(model, trusts_code) if entry is None else Source(entry.alias, entry.hub_id or entry.alias)
+    )
     skeleton = skeleton_of(source, (manifest.format if manifest else FormatSpec()).compute_dtype, entry)
     if manifest is not None:
         refuse_another_model(manifest, skeleton)

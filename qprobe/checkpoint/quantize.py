@@ -59,6 +59,7 @@ def quantize(
     device: str | None = None,
     dtype: str | None = None,
     folder: Path | str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Quantized:
     """Writes the model that `manifest` describes into the new folder `out`; `from_pretrained` loads it alone.
@@ -72,7 +73,7 @@ def quantize(
     target = Path(out)
     refuse_to_overwrite(target)
     given = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    skeleton = check_model(given, model)
+    skeleton = check_model(given, model, trust_remote_code)
     written = _computing_in(given, dtype)
     origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
     entries = exact_entries(transformers_readers(written), str, exact)
@@ -90,7 +91,7 @@ def quantize(
         made_from = _made_from(written, model, skeleton.source)
         (place / "README.md").write_text(model_card(written, skeleton.architecture, made_from), "utf-8")
         progress("audit", 2, 3)
-        found = audit_files(place, skeleton.of_copy(resolve(str(place))), written, origin)
+        found = audit_files(place, skeleton.of_copy(resolve(str(place), trust_remote_code)), written, origin)
         if not found.ok:
             raise VerificationError(
                 f"The checkpoint that was written is not what its manifest lists: {found.problems[0]} "

@@ -17,7 +17,15 @@ from qprobe.system.wording import counted
 )
 @click.option("--load", is_flag=True, help="Load the model as well, plainly, and look at every layer of it.")
 @shared.device_option
-def audit(folder: Path, manifest: Path | None, load: bool, device: str | None, as_json: bool) -> None:
+@shared.trust_option
+def audit(
+    folder: Path,
+    manifest: Path | None,
+    load: bool,
+    device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
     """Say which linear layers of the checkpoint in DIR are really 4-bit, and whether all parts of it agree.
 
     Reads config.json, the headers of the safetensors files, and of each 4-bit layer the tables and scales
@@ -40,7 +48,7 @@ def audit(folder: Path, manifest: Path | None, load: bool, device: str | None, a
         raise click.UsageError("--device says where to load the model; pass --load with it.")
     from qprobe.checkpoint.audit import audit as run_audit
 
-    found = run_audit(folder, manifest, load, device)
+    found = run_audit(folder, manifest, load, device, trust_remote_code=trust_remote_code)
     if as_json:
         shared.print_json(found.to_json())
     else:

@@ -27,6 +27,7 @@ from qprobe.cli import shared
 @shared.metric_option("the three models")
 @shared.devices_option
 @shared.dtype_option(None, "that of the manifest")
+@shared.trust_option
 def compare(as_json: bool, **asked: Any) -> None:
     """Run the 16-bit model, standard 4-bit and the dynamic 4-bit model on the same samples, side by side.
 

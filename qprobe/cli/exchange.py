@@ -80,7 +80,8 @@ def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
     metavar="FILE",
     help="Where to write the manifest.",
 )
-def import_(config: Path, model: str, out: Path, as_json: bool) -> None:
+@shared.trust_option
+def import_(config: Path, model: str, out: Path, trust_remote_code: bool, as_json: bool) -> None:
     """Turn the skip-list in CONFIG into a manifest for a model, so that `qprobe compare` can measure it.
 
     CONFIG is the config.json of a quantized checkpoint, or a JSON list of module names. Names may be those of
@@ -94,7 +95,7 @@ def import_(config: Path, model: str, out: Path, as_json: bool) -> None:
     from qprobe.checkpoint.import_list import import_list
     from qprobe.manifest.write import write_manifest
 
-    imported = import_list(config, model, out)
+    imported = import_list(config, model, out, trust_remote_code)
     write_manifest(out, imported.manifest)
     if as_json:
         shared.print_json({"out": out, **imported.to_json()})

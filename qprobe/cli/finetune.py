@@ -126,6 +126,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 @_options
 @shared.device_option
 @shared.dtype_option(None, "the manifest's")
+@shared.trust_option
 def finetune(as_json: bool, **asked: Any) -> None:
     """Fine-tune adapters (QLoRA) on the model that the skiplist.json F describes, with the Trainer of
     transformers.

@@ -75,7 +75,15 @@ def refuse_step_without_training(training: bool) -> None:
 )
 @click.option("--training", is_flag=True, help="Also say what a QLoRA step occupies and which cards it fits.")
 @training_options
-def plan(as_json: bool, model: str, manifest: Path | None, training: bool, **step: Any) -> None:
+@shared.trust_option
+def plan(
+    as_json: bool,
+    model: str,
+    manifest: Path | None,
+    training: bool,
+    trust_remote_code: bool,
+    **step: Any,
+) -> None:
     """Say what a model occupies in 16-bit, in standard 4-bit, and with the lists others published for it.
 
     Exact, and from the config alone: no weights are read, and a model known by name needs no network.
@@ -100,12 +108,12 @@ def plan(as_json: bool, model: str, manifest: Path | None, training: bool, **ste
     if training:
         from qprobe.training.memory import Step, training_plan
 
-        of_step = training_plan(model, Step(**step), manifest)
+        of_step = training_plan(model, Step(**step), manifest, trust_remote_code)
         found = {**of_step.sizes.to_json(), "training": of_step.to_json()}
     else:
         from qprobe.checkpoint.plan import plan as size_plan
 
-        found = size_plan(model, manifest).to_json()
+        found = size_plan(model, manifest, trust_remote_code).to_json()
     if as_json:
         shared.print_json(found)
         return

@@ -26,8 +26,15 @@ from qprobe.system.wording import counted
 )
 @shared.device_option
 @shared.dtype_option(None, "the manifest's")
+@shared.trust_option
 def quantize(
-    manifest: Path, out: Path, model: str | None, device: str | None, dtype: str | None, as_json: bool
+    manifest: Path,
+    out: Path,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Write the model that the skiplist.json F describes into the new folder DIR.
 
@@ -42,7 +49,9 @@ def quantize(
     from qprobe.checkpoint.quantize import quantize as write
 
     with shared.progress_bars() as progress:
-        done = write(manifest, out, model, device, dtype, progress=progress)
+        done = write(
+            manifest, out, model, device, dtype, trust_remote_code=trust_remote_code, progress=progress
+        )
     if as_json:
         shared.print_json(done.to_json())
         return

@@ -92,6 +92,7 @@ TOP = 10  # layers of the ranking that are shown
 )
 @shared.devices_option
 @shared.dtype_option(None, "bf16")
+@shared.trust_option
 def scan(as_json: bool, **asked: Any) -> None:
     """Measure what 4-bit costs every linear layer of a model, and choose which layers stay in 16-bit.
 

@@ -184,6 +184,16 @@ def dtype_option(default: str | None, shown: str) -> Callable[[Command], Command
     )
 
 
+def trust_option(function: Command) -> Command:
+    """--trust-remote-code, of every command that loads a model or its config."""
+    return click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run Python code that the checkpoint brings, for models that exist only as such code. It can do "
+        "on this machine whatever you can: read it first.",
+    )(function)
+
+
 def refuse_two_sources(asked: Mapping[str, Any]) -> None:
     """Raises UsageError where both --images and --data were passed."""
     if asked["images"] is not None and asked["data"] is not None:

@@ -3,34 +3,111 @@
 from __future__ import annotations
 
 import json
+import logging
+from functools import cache
 from typing import Any
 
+from qprobe.errors import ModelError
 from qprobe.loading.source import Source, explained
 from qprobe.models.entry import Entry
 from qprobe.models.geometry import read_geometry
 
 
 def load_config(source: Source) -> Any:
-    """The transformers config of `source`. Raises ModelError if it cannot be had."""
+    """The transformers config of `source`.
+
+    Raises ModelError if it cannot be had, and if it takes code that comes with the checkpoint and `source` is
+    not trusted to run it.
+    """
     from transformers import AutoConfig
 
+    revision = source.revision or "main"
     with explained(source):
+        given = _given_config(source, revision)
+        _check_code(source, given)
         # Said in full: left out, transformers would ask on the terminal whether to run the code.
         return AutoConfig.from_pretrained(
-            source.location, revision=source.revision or "main", trust_remote_code=False
+            source.location, revision=revision, trust_remote_code=source.trusts_code
         )
 
 
+def _given_config(source: Source, revision: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(source.location, revision=revision)[0]
+
+
+def _check_code(source: Source, given: dict[str, Any]) -> None:
+    """Raises ModelError if the config is known to code of the checkpoint alone; says once what is ignored."""
+    from transformers import CONFIG_MAPPING
+
+    code = given.get("auto_map")
+    if not code or source.trusts_code:
+        return
+    if given.get("model_type") in CONFIG_MAPPING:
+        _say(
+            f"{source.id} brings code of its own (auto_map in config.json), which is not run: transformers "
+            f"has the model type {given['model_type']!r} itself."
+        )
+        return
+    raise ModelError(
+        f"Model {source.id!r} exists only as code that its checkpoint brings (model type "
+        f"{given.get('model_type')!r}), and qprobe runs no such code unasked. Read it, and pass "
+        "--trust-remote-code if you trust it: it can do on this machine whatever you can."
+    )
+
+
+@cache
+def _say(sentence: str) -> None:
+    """Logs `sentence` once for each process."""
+    logging.getLogger("qprobe").warning(sentence)
+
+
 def model_class(config: Any) -> Any:
-    """The auto class that builds `config`: image + text to text, causal text, or a bare encoder."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    """The class that loads and builds `config`: what its `architectures` names, with its head.
+
+    One of transformers' auto classes where one of them leads to it, else the class itself; of a config that
+    names none the auto class for image + text to text, for causal text, or for the bare model.
+    Raises ModelError if this transformers has no such class for it.
+    """
+    import transformers
 
     wanted = (getattr(config, "architectures", None) or [""])[0]
-    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        mapped: Any = auto._model_mapping.get(type(config), None)  # the public API has no lookup by config
-        if mapped is not None and wanted in ("", mapped.__name__):
+    for auto in _auto_classes():
+        mapped: Any = auto._model_mapping.get(type(config), ())  # the public API has no lookup by config
+        names = [x.__name__ for x in (mapped if isinstance(mapped, tuple | list) else (mapped,))]
+        if names and wanted in ("", *names):
             return auto
-    return AutoModel
+        if wanted and (getattr(config, "auto_map", None) or {}).get(auto.__name__, "").endswith(f".{wanted}"):
+            return auto
+    named = getattr(transformers, wanted, None)
+    if named is not None and getattr(named, "config_class", None) is type(config):
+        return named
+    raise ModelError(
+        f"Its config.json names the class {wanted or '(none)'}, which transformers "
+        f"{transformers.__version__} does not have for the model type {config.model_type!r}. Name one that "
+        "it has in architectures, or use another transformers."
+    )
+
+
+@cache
+def _auto_classes() -> tuple[Any, ...]:
+    """The auto classes of transformers' models: those whose choice counts first, then all others by name."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    first = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel)
+    autos = [x for _, x in sorted(vars(modeling_auto).items()) if isinstance(x, type)]
+    others = [x for x in autos if getattr(x, "_model_mapping", None) is not None and x not in first]
+    return (*first, *others)
+
+
+def build(config: Any, dtype: Any, trusts_code: bool = False) -> Any:
+    """The model of `config`, with random weights on the device that is torch's default. Errors as above."""
+    cls = model_class(config)
+    if hasattr(cls, "_model_mapping"):
+        return cls.from_config(config, dtype=dtype, trust_remote_code=trusts_code)
+    return cls._from_config(config, dtype=dtype)
 
 
 def catalogue_config(entry: Entry) -> Any:
@@ -41,6 +118,6 @@ def catalogue_config(entry: Entry) -> Any:
     if config is None:
         from qprobe.demo import demo_folder
 
-        return AutoConfig.from_pretrained(demo_folder())
+        return AutoConfig.from_pretrained(demo_folder(), trust_remote_code=False)
     # transformers fills the dictionaries that it is given, and these are cached.
     return AutoConfig.for_model(**json.loads(json.dumps(config)))

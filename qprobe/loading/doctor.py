@@ -40,6 +40,7 @@ OPTIONAL_PACKAGES = {
     "peft": "adapters for fine-tuning",
     "trl": "the fine-tuning loop",
     "torchvision": "image processors; some models' processors need it",
+    "num2words": "numbers as words; the processor of SmolVLM needs it",
 }
 
 

@@ -45,6 +45,7 @@ def load_pretrained(skeleton: Skeleton, **options: Any) -> Any:
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # else an error without a name
             output_loading_info=True,
+            trust_remote_code=source.trusts_code,
             **options,
         )
     refuse_incomplete(source, model, found)

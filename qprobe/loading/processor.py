@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import __version__ as transformers_version
@@ -10,58 +13,139 @@ from qprobe.errors import ModelError
 from qprobe.loading.config import load_config
 from qprobe.loading.source import Source
 
+# How transformers names what is missing: "`num2words` is required", "requires the torchvision library".
+_MISSING = re.compile(r"[Pp]ackage `([\w-]+)`|requires the (\S+) library|No module named '([\w-]+)'")
+_ABSENT = (OSError, ValueError, KeyError)  # what transformers raises where files are missing or broken
+
 
 def load_processor(source: Source) -> Any:
     """The processor of `source`, its tokenizer if it has no processor, None if it has neither.
 
-    Raises ModelError where the running transformers has it with torchvision only.
+    Raises ModelError, with what to install, where it needs a package that is not here; where it exists only
+    as code that may not run; and for a model that sees whose processor cannot be loaded.
     """
     try:
-        return _processor(source)
+        with _never_asking():
+            found = _processor(source)
+            return None if _is_empty(found) else found
     except ImportError as error:
-        if "torchvision" not in str(error).lower():
-            raise
+        found = _MISSING.search(str(error))
+        name = next(filter(None, found.groups()), "").lower() if found else None
+        name = "torchvision" if name is None and "torchvision" in str(error).lower() else name
+        needs = name or "a package that is not installed"
+        advice = f"`pip install {name}`" if name else f"({_first(error)})"
         raise ModelError(
-            f"The processor of {source.id!r} needs torchvision with transformers {transformers_version}. "
-            "Install it with `pip install torchvision`, or a newer transformers."
+            f"The processor of {source.id!r} needs {needs} with transformers {transformers_version}. "
+            f"Install it with {advice}, or a newer transformers."
         ) from error
 
 
 def _processor(source: Source) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
-    revision = source.revision or "main"
+    options: dict[str, Any] = {
+        "revision": source.revision or "main",
+        "trust_remote_code": source.trusts_code,
+    }
     try:
-        return AutoProcessor.from_pretrained(source.location, revision=revision)
+        return AutoProcessor.from_pretrained(source.location, **options)
     except ImportError as error:
         if "VideoProcessor" not in str(error):
             raise
-        return _without_video(source)
-    except (OSError, ValueError, KeyError):
-        pass
+        return _without_video(source, options)
+    except _ABSENT as error:
+        full = _processor_class(source)
+        if full is not None and _asks_for_code(error):
+            return full.from_pretrained(source.location, **options)  # transformers has a class of its own
+        why = error
     try:
-        return AutoTokenizer.from_pretrained(source.location, revision=revision)
-    except (OSError, ValueError, KeyError):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+    except _ABSENT as error:
+        if not _asks_for_code(error):
+            return None
+        raise ModelError(
+            f"The tokenizer of {source.id!r} exists only as code that its checkpoint brings, and qprobe runs "
+            "no such code unasked. Read it, and pass --trust-remote-code if you trust it: it can do on this "
+            "machine whatever you can."
+        ) from error
+    if not _is_empty(tokenizer):
+        _refuse_blind(source, full, why)
+    return tokenizer
+
+
+def _is_empty(processor: Any) -> bool:
+    """True for a tokenizer of special tokens alone, as transformers makes one where there are no files."""
+    special = getattr(processor, "all_special_ids", None)
+    return special is not None and len(processor) <= len(special)
+
+
+def _asks_for_code(error: Exception) -> bool:
+    """True if `error` says that code of the checkpoint would have to run."""
+    return "trust_remote_code" in str(error) or "execute custom code" in str(error)
+
+
+def _refuse_blind(source: Source, full: Any, error: Exception) -> None:
+    """Raises ModelError for a model that sees: with its tokenizer alone it would pass for a text model.
+
+    full: its class of processors, if there is one. error: why that cannot be loaded.
+    """
+    if full is not None and "image_processor" in full.get_attributes():
+        raise ModelError(
+            f"The processor of {source.id!r}, a {full.__name__}, cannot be loaded ({_first(error)}), and "
+            "without it the model reads no images. Put preprocessor_config.json and the files of its "
+            "tokenizer into the folder."
+        ) from error
+
+
+def _processor_class(source: Source) -> Any:
+    """transformers' processor class for the config of `source`; None if it has none."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    try:
+        return PROCESSOR_MAPPING.get(type(load_config(source)), None)
+    except ModelError:
         return None
 
 
-def _without_video(source: Source) -> Any:
+def _first(error: Exception) -> str:
+    return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def _without_video(source: Source, options: dict[str, Any]) -> Any:
     """The processor of `source` without its video half, for machines without torchvision.
 
-    Qwen2-VL's processor insists on a video processor, which needs torchvision; images alone do not.
+    Qwen2-VL's processor insists on a video processor, which needs torchvision; images alone do not. Its other
+    arguments are those of processor_config.json.
     Can go when transformers ships a video processor on Pillow, as it does for images.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    full: Any = PROCESSOR_MAPPING[type(load_config(source))]
+    full = _processor_class(source)
 
     def check(self: Any, name: str, argument: Any) -> Any:
         is_missing_video = argument is None and "video" in name
         return None if is_missing_video else full.check_argument_for_proper_class(self, name, argument)
 
-    images_only = type(full.__name__, (full,), {"check_argument_for_proper_class": check})
-    revision = source.revision or "main"
-    tokenizer = AutoTokenizer.from_pretrained(source.location, revision=revision)
-    images = AutoImageProcessor.from_pretrained(source.location, revision=revision)
-    return images_only(images, tokenizer, None, chat_template=tokenizer.chat_template)
+    images_only: Any = type(full.__name__, (full,), {"check_argument_for_proper_class": check})
+    tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
+    images = AutoImageProcessor.from_pretrained(source.location, **options)
+    parts = {"tokenizer": tokenizer, "image_processor": images}
+    given, _ = full.get_processor_dict(source.location, revision=options["revision"])
+    given.setdefault("chat_template", tokenizer.chat_template)
+    return images_only.from_args_and_dict([parts.get(x) for x in full.get_attributes()], given)
+
+
+@contextmanager
+def _never_asking() -> Iterator[None]:
+    """While open, transformers refuses code of a checkpoint where it would ask on the terminal.
+
+    Some of its processors load their parts without handing on `trust_remote_code`.
+    """
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qprobe.errors import ModelError
-from qprobe.loading.config import catalogue_config, load_config, model_class
+from qprobe.loading.config import build, catalogue_config, load_config
 from qprobe.loading.device import DTYPES
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.source import Source
@@ -46,7 +46,7 @@ class Skeleton:
         if self.twin is not None:
             return self.twin.model
         try:
-            return meta_model(self.config, self.dtype)
+            return meta_model(self.config, self.dtype, self.source.trusts_code)
         except ModelError:
             raise
         except Exception as error:  # a config can be wrong in as many ways as there are model classes
@@ -119,10 +119,10 @@ def _unbuildable(source: Source, error: Exception) -> ModelError:
     )
 
 
-def meta_model(config: Any, dtype: str) -> nn.Module:
+def meta_model(config: Any, dtype: str, trusts_code: bool = False) -> nn.Module:
     """The model of `config` without weights, on the meta device; dtypes as loading would give them."""
     with torch.device("meta"):
-        built = model_class(config).from_config(config, dtype=DTYPES[dtype])
+        built = build(config, DTYPES[dtype], trusts_code)
     # Loading keeps what a class names in float32; building from a config does not.
     for pattern, kept in built._get_dtype_plan(DTYPES[dtype]).items():
         for name, parameter in built.named_parameters():

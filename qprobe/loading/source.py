@@ -18,17 +18,22 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `location` is a folder or a hub id, `id` what we call it."""
+    """Where a model comes from: `location` is a folder or a hub id, `id` what we call it.
+
+    trusts_code: whether Python code that the checkpoint brings may run.
+    """
 
     id: str
     location: str
     revision: str | None = None
+    trusts_code: bool = False
 
 
-def resolve(model: str) -> Source:
+def resolve(model: str, trusts_code: bool = False) -> Source:
     """The source behind a catalogue alias, a local folder or a hub id.
 
-    Raises ModelError if it is none of them, or an alias and the name of a checkpoint's folder here.
+    trusts_code: see `Source`. Raises ModelError if it is none of them, or an alias and the name of a
+    checkpoint's folder here.
     """
     if not model.strip():
         raise ModelError("The model is an empty name. Pass a folder, a hub id (owner/name) or a known name.")
@@ -45,16 +50,16 @@ def resolve(model: str) -> Source:
             raise ModelError(
                 f"Folder {model} holds no config.json, so it is no model. Pass the checkpoint's folder."
             )
-        return Source(folder.resolve().name, str(folder))
+        return Source(folder.resolve().name, str(folder), trusts_code=trusts_code)
     if entry is not None and entry.hub_id is None:
         from qprobe.demo import demo_folder, outliers_folder
 
         embedded = {"demo": demo_folder, "demo-outliers": outliers_folder}
         return Source(entry.alias, str(embedded[entry.alias]()))
     if entry is not None and entry.hub_id is not None:
-        return Source(entry.hub_id, entry.hub_id)
+        return Source(entry.hub_id, entry.hub_id, trusts_code=trusts_code)
     if is_hub_id(model):
-        return Source(model, model)
+        return Source(model, model, trusts_code=trusts_code)
     near = nearest(model)
     meant = f"Did you mean {', '.join(near)}?" if near else f"Some of them: {', '.join(_FOR_EXAMPLE)}."
     raise ModelError(

@@ -22,7 +22,9 @@ from qprobe.selection.budget import parse_size
 from qprobe.selection.request import ListRequest, parse_request
 
 DEFAULT_DTYPE: Dtype = "bfloat16"
-APPLIES_TO_WEIGHTS = frozenset(("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures"))
+APPLIES_TO_WEIGHTS = frozenset(
+    ("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures", "trust_remote_code")
+)
 """The fields of `ScanOptions` that bear on weights alone; any other is refused, new ones as well."""
 _DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}
 
@@ -109,7 +111,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
     if measures.is_weight_alone:
         _check_weight_alone(options)
         skiplist = ListRequest(skiplist.limit, options.by or declared.WEIGHT.score, options.for_tool)
-    source = resolve(options.model) if loaded is None else loaded.source
+    source = resolve(options.model, options.trust_remote_code) if loaded is None else loaded.source
     dtype = options.dtype or (DEFAULT_DTYPE if loaded is None else loaded.dtype)
     return ScanRequest(
         source=source,
@@ -280,4 +282,5 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
     ]
     words = [word for name, value, default in given if value != default for word in (name, str(value))]
     words += ["--allow-downloads"] if asked.allow_downloads else []
+    words += ["--trust-remote-code"] if asked.trust_remote_code else []
     return shlex.join(["qprobe", "scan", "--model", model_id, *words])

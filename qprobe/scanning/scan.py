@@ -60,6 +60,7 @@ def scan(
     bad_data: BadData = "refuse",
     allow_downloads: bool = False,
     metric: AskedMetric | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """The run of a scan, which measures every linear, chooses a skip-list, and leaves a run folder.
@@ -97,6 +98,8 @@ def scan(
     metric: of greedy answers to the held-out samples, beside KL, for the verdict: one of
         `qprobe.registry.metrics.names()`, or any function of (sample, answer) to a number; the answer of the
         sample is None where none was given. Costs the answers of 16-bit, standard 4-bit and the chosen list.
+    trust_remote_code: run Python code that the checkpoint brings, for models that exist only as such code; it
+        can do on this machine whatever you can.
     progress: called as work moves on, see `qprobe.options.Progress`; None for bars, see `qprobe.system.bars`.
     Raises TypeError for an option that it does not have, QprobeError for anything a user can fix (see
     `qprobe.errors`).
@@ -131,6 +134,7 @@ def scan(
             bad_data=bad_data,
             allow_downloads=allow_downloads,
             metric=metric,
+            trust_remote_code=trust_remote_code,
         ),
         loaded,
     )

@@ -31,16 +31,19 @@ def load_base(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(model, processor): the manifest's model in 16-bit, in standard 4-bit or dynamic, ready for adapters.
 
     Errors as of `load_dynamic_4bit`; a model other than the manifest's is refused for each base.
     """
     if base == "dynamic":
-        return load_dynamic_4bit(manifest, model, device, dtype, for_training=True)
+        return load_dynamic_4bit(
+            manifest, model, device, dtype, for_training=True, trust_remote_code=trust_remote_code
+        )
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     spec = with_dtype(written.format, dtype)
-    skeleton = check_model(written, model).in_dtype(spec.compute_dtype)
+    skeleton = check_model(written, model, trust_remote_code).in_dtype(spec.compute_dtype)
     if base == "nf4":
         loaded = standard_4bit(skeleton, replace(spec, name=spec.four_bit_name), device, None)
         return ready_for_training(loaded), load_processor(skeleton.source)
@@ -73,12 +76,16 @@ def peft_library() -> Any:
 
 @quiet_models()
 def load_finetuned(
-    folder: Path | str, model: str | None = None, device: str | None = None
+    folder: Path | str,
+    model: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(peft model, processor): the adapter that `finetune` wrote to `folder`, on the base it was trained on.
 
-    model, device: as of `load_dynamic_4bit`. Raises RunError if the folder holds no finished adapter,
-    ManifestError if adapter, manifest and the weights behind `model` do not belong together.
+    model, device, trust_remote_code: as of `load_dynamic_4bit`.
+    Raises RunError if the folder holds no finished adapter, ManifestError if adapter, manifest and the
+    weights behind `model` do not belong together.
     """
     where = Path(folder)
     record = read_record(where)
@@ -97,5 +104,7 @@ def load_finetuned(
             f"The adapter in {where} was trained on other weights of {manifest.model.id} than "
             f"{model or manifest.model.id} holds, of the same shapes. Pass the model that it was trained on."
         )
-    base, processor = load_base(where / MANIFEST_FILE, spec["base"], model, device, spec["dtype"])
+    base, processor = load_base(
+        where / MANIFEST_FILE, spec["base"], model, device, spec["dtype"], trust_remote_code
+    )
     return peft_library().PeftModel.from_pretrained(base, str(where)).eval(), processor

@@ -93,6 +93,7 @@ def finetune(
     vision: bool = False,
     save_every: int = 50,
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Finetuned:
     """The run that trained an adapter; `out` has the adapter with manifest, processor and record.
@@ -110,6 +111,7 @@ def finetune(
     step. max_length: tokens of a line. optimizer: None for adamw_8bit on CUDA, and adamw_torch on a CPU, for
     which there is no 8-bit one. vision: adapters in the vision tower as well. save_every: steps between
     checkpoints and evaluations. seed: of the adapters, the order of the lines and the held-out ones.
+    trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     progress: called as work moves on, see `qprobe.options.Progress`.
     Raises QprobeError for options that make no run and for a loss that is no number, SampleError for data
     that cannot be trained on, RunError if `out` holds something else or a finished adapter or another process
@@ -140,6 +142,7 @@ def finetune(
         vision=vision,
         save_every=save_every,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     return run_finetuning(options, progress)
 
@@ -170,7 +173,14 @@ def _finetune(
 ) -> Finetuned:
     """The run, in a folder that no other process trains into."""
     _check_out(options.out, spec)
-    model, processor = load_base(options.manifest, options.base, options.model, options.device, options.dtype)
+    model, processor = load_base(
+        options.manifest,
+        options.base,
+        options.model,
+        options.device,
+        options.dtype,
+        options.trust_remote_code,
+    )
     checked = [encodable(x, processor, model.dtype, options.max_length, progress) for x in found]
     for one in checked:
         check_left_out(one, options.bad_data, "train on")

@@ -114,13 +114,18 @@ class TrainingPlan:
         }
 
 
-def training_plan(model: str, step: Step, manifest: Manifest | str | Path | None = None) -> TrainingPlan:
+def training_plan(
+    model: str,
+    step: Step,
+    manifest: Manifest | str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> TrainingPlan:
     """Memory of a step on `model` in 16-bit, standard 4-bit, by published lists and `manifest`.
 
-    Errors as of `plan`.
+    trust_remote_code: as of `plan`, and its errors.
     """
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
-    skeleton = planned_skeleton(model, written)
+    skeleton = planned_skeleton(model, written, trust_remote_code)
     sizes = sizes_of(skeleton, written)
     layers = skeleton.inventory(written.format if written else FormatSpec()).layers
     adapted = adapted_layers(layers, step.vision)

@@ -19,6 +19,7 @@ from qprobe.options import FinetuneOptions, Optimizer
 
 _NOT_ASKED = (  # what decides nothing, or is told by digests of what was read
     "manifest", "data", "eval_data", "out", "model", "device", "save_every", "optimizer", "allow_downloads",
+    "trust_remote_code",
 )  # fmt: skip
 
 

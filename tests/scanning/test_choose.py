@@ -37,6 +37,7 @@ EVERY_OPTION: dict[str, Any] = {
     "split": "test",
     "bad_data": "skip",
     "allow_downloads": True,
+    "trust_remote_code": True,
 }
 NO_RESULT = {"model", "out", "device", "max_memory"}  # where it runs and is written, and a model's name
 
