@@ -63,6 +63,7 @@ class ScanOptions:
     ablate: str | None = None
     max_memory: str | None = None
     tune: int | None = None
+    calibration_samples: int | None = None
     turns: Turns = "each"
     split: str | None = None
     bad_data: BadData = "refuse"

@@ -111,14 +111,13 @@ def choose_samples(
     Raises SampleError if none is usable, or for a seed that built-in scenes do not have.
     """
     check_wanted(model_id, wanted)
-    limit = wanted.count or SCAN_SAMPLES["given"]
+    limit = scan_count(model_id, wanted)
     if wanted.images is not None:
         return from_folder(wanted.images, wanted, limit, refusal)
     if wanted.data is not None:
         return from_data(wanted, limit, refusal, progress)
     if model_id in DEMO_MODELS:
-        count = wanted.count or SCAN_SAMPLES["demo"]
-        return _readable(_scenes(count, wanted.seed, purpose), count, refusal, wanted.bad_data)
+        return _readable(_scenes(limit, wanted.seed, purpose), limit, refusal, wanted.bad_data)
     builtin, total = (photographs, len(PHOTOGRAPHS)) if reads_images else (questions, len(QUESTIONS))
     first_held_out = total * 2 // 3
     part = (0, first_held_out) if purpose == "scan" else (first_held_out, total)
@@ -223,16 +222,34 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
+def scan_count(model_id: str, wanted: Wanted) -> int:
+    """How many samples a scan measures or holds out."""
+    is_builtin = wanted.images is None and wanted.data is None
+    default = SCAN_SAMPLES["demo" if is_builtin and model_id in DEMO_MODELS else "given"]
+    return wanted.count or default
+
+
+def independent_of(samples: tuple[Sample, ...], held_out: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    """Those of `samples` that are of no conversation of `held_out`, nor have the turns and answer of one."""
+    held = {_own(sample) for sample in held_out}
+    return tuple(sample for sample in samples if _own(sample) not in held)
+
+
 def split_held_out(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """(calibration, held out): every third sample is held out for the selection of the skip-list.
 
     Samples of one conversation, or of the same turns and answer, are on one side together. With
     fewer than three different ones there is nothing to hold out, and the second part is empty.
     """
-    own = [sample.conversation or sample.digest for sample in samples]
+    own = [_own(sample) for sample in samples]
     order = {x: i for i, x in enumerate(dict.fromkeys(own))}
     is_held_out = [order[x] % 3 == 2 for x in own]
     return (
         tuple(s for s, held in zip(samples, is_held_out, strict=True) if not held),
         tuple(s for s, held in zip(samples, is_held_out, strict=True) if held),
     )
+
+
+def _own(sample: Sample) -> str:
+    """What samples on one side of a split share."""
+    return sample.conversation or sample.digest

@@ -26,7 +26,7 @@ VERSION = 1
 RESIDUAL = 0.02  # of the KL: what the sum of all attributions may miss
 
 # What differs wherever the model, the processor or the seed does: told where none of them is.
-_FOLLOWS = ("spec.calibration", "spec.isolated", "spec.held_out", "spec.reading")
+_FOLLOWS = ("spec.calibration", "spec.codes", "spec.isolated", "spec.held_out", "spec.reading")
 _INPUTS = "spec.processor"  # differs with the processor or with the samples
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -106,7 +106,8 @@ class Spec:
     """What decides the numbers, beside the model and the format.
 
     measures: None for a scan of the weights alone, whose units are the `files` of the checkpoint.
-    calibration, isolated, held_out: the samples in batches, by what is measured on them.
+    calibration, isolated, held_out: the samples in batches, by what is measured on them. codes: to which
+    calibrated codes are fitted beside `calibration`.
     weights, processor, reading: digests of the weights, of one batch of inputs, and of how the processor
     reads every sample. rounding: of calibrated weights only.
     """
@@ -118,6 +119,7 @@ class Spec:
     processor: str | None = None
     reading: str | None = None
     calibration: Batches = ()
+    codes: Batches = ()
     isolated: Batches = ()
     held_out: Batches = ()
     seed: int | None = None

@@ -111,7 +111,8 @@ def calibrate(subject: Subject, work: Work, tune: int, process: Process) -> None
             f"{run.path} is not calibrated yet, and one process calibrates all weights: run the command "
             f"without RANK and WORLD_SIZE, or share a scan of plain {plain}."
         )
-    given = calibration.Work(subject, run, work.calibration, tune_steps=tune, progress=process.progress)
+    samples = [*work.calibration, *work.codes]
+    given = calibration.Work(subject, run, samples, tune_steps=tune, progress=process.progress)
     calibration.calibrate_model(given)
-    told = (calibration.FITTED, *calibration.calibration_notes(run))
+    told = (calibration.fitted(work.calibration, work.codes), *calibration.calibration_notes(run))
     run.notes.put("calibration", Remarks(told))

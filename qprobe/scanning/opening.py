@@ -90,6 +90,7 @@ def run_key(
         processor=inputs_digest(first),
         reading=reading_digest(reference.processor, samples),
         calibration=_named(batches["calibration"]),
+        codes=_named(batches["codes"]),
         isolated=_named(batches["isolated"]),
         held_out=_named(batches["held_out"]),
         seed=seed,

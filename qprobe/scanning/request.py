@@ -56,7 +56,8 @@ class ScanRequest:
 
     source: of the model. loaded: the model itself, where its user has loaded it. folder: of the run.
     format: its compute_dtype is the reference's dtype. device: as `pick_device` and `device_of` take it.
-    max_memory_bytes: None for no limit. tune: steps, None for the default of the device. ablate: None for no
+    max_memory_bytes: None for no limit. tune: steps, None for the default of the device;
+    calibration_samples: for the codes, None likewise. ablate: None for no
     ablation. metric: of answers, beside KL. command: what a reader of the results types.
     """
 
@@ -67,6 +68,7 @@ class ScanRequest:
     device: str | None
     max_memory_bytes: int | None
     tune: int | None
+    calibration_samples: int | None
     samples: Wanted
     batching: Batching
     measures: AskedMeasures
@@ -105,6 +107,11 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
             f"--tune moves the scales that nf4-calibrated chose, and --format is {options.format}. Leave out "
             "--tune, or pass --format nf4-calibrated."
         )
+    if options.calibration_samples is not None and not FormatSpec(options.format).is_calibrated:
+        raise QprobeError(
+            f"--calibration-samples says what nf4-calibrated fits codes to, and --format is "
+            f"{options.format}. Leave it out, or pass --format nf4-calibrated."
+        )
     ablate = None if options.ablate is None else parse_ablated(options.ablate)
     _check_ablate(ablate, measures)
     pick_device(one_device(options.device))
@@ -121,6 +128,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         device=options.device,
         max_memory_bytes=limit,
         tune=options.tune,
+        calibration_samples=options.calibration_samples,
         samples=wanted_by(options),
         batching=Batching(options.batch_size, options.max_new_tokens),
         measures=measures,
@@ -277,6 +285,7 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
         ("--measures", ",".join(asked.measures) if asked.measures else None, None),
         ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
         ("--tune", asked.tune, None),
+        ("--calibration-samples", asked.calibration_samples, None),
         ("--ablate", asked.ablate, None),
         ("--metric", asked.metric if isinstance(asked.metric, str) else None, None),
     ]

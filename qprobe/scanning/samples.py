@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from qprobe.data.sampling import Wanted, choose_samples, split_held_out
+from qprobe.calibration.calibrate import samples_wanted
+from qprobe.data.sampling import choose_samples, independent_of, scan_count, split_held_out
 from qprobe.errors import SampleError
 from qprobe.inputs.batch import cut
 from qprobe.measure.nonfinite import first_nonfinite
@@ -13,7 +14,7 @@ from qprobe.measure.subject import Subject
 from qprobe.records import Sample
 from qprobe.scanning.answers import with_answers
 from qprobe.scanning.process import Process
-from qprobe.scanning.request import Batching
+from qprobe.scanning.request import ScanRequest
 from qprobe.system.wording import counted
 
 Groups = list[tuple[Sample, ...]]
@@ -25,7 +26,8 @@ class Work:
 
     calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
     `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
-    for the selection alone, maybe none. answered: ids of the samples that brought no answer of their own.
+    for the selection alone, maybe none. codes: more samples, to which calibrated
+    codes are fitted. answered: ids of the samples that brought no answer of their own.
     """
 
     calibration: Groups
@@ -33,6 +35,7 @@ class Work:
     held_out: Groups
     notes: tuple[str, ...]
     answered: frozenset[str] = frozenset()
+    codes: Groups = field(default_factory=list)
 
     def as_given(self, sample: Sample) -> Sample:
         """`sample` without the answer that the reference gave it."""
@@ -41,7 +44,12 @@ class Work:
     @property
     def batches(self) -> dict[str, Groups]:
         """By what is measured on them, as the specification of a run names it."""
-        return {"calibration": self.calibration, "isolated": self.isolated, "held_out": self.held_out}
+        return {
+            "calibration": self.calibration,
+            "codes": self.codes,
+            "isolated": self.isolated,
+            "held_out": self.held_out,
+        }
 
     @property
     def samples(self) -> int:
@@ -62,20 +70,25 @@ def cut_samples(
     return Work(cut(groups, size), cut(isolated, size), subject.groups(held_out, size), notes)
 
 
-def prepare_samples(subject: Subject, wanted: Wanted, batching: Batching, process: Process) -> Work:
+def prepare_samples(subject: Subject, asked: ScanRequest, process: Process) -> Work:
     """The scan's samples with answers, split and cut into batches.
 
     Raises SampleError if no sample is usable.
     """
-    reference = subject.reference
+    reference, batching = subject.reference, asked.batching
+    count = scan_count(reference.identity.id, asked.samples)
+    fit_to = samples_wanted(subject, asked.calibration_samples) if asked.format.is_calibrated else 0
+    wanted = replace(asked.samples, count=count + max(0, fit_to - (count - count // 3)))
     refusal = subject.processed.refusal
     found = choose_samples(reference.identity.id, reference.reads_images, wanted, "scan", refusal)
     notes = list(found.notes)
-    samples = found.samples
+    samples, more = found.samples[:count], found.samples[count:]
+    if asked.calibration_samples is None:  # generating answers would take longer than all of calibration
+        more = tuple(s for s in more if s.answer is not None)
     if subject.has_head:
-        samples = with_answers(subject, samples, batching, process)
-        notes += why_silent(subject, tuple(s for s in samples if not s.answer))
-        samples = tuple(s for s in samples if s.answer)
+        samples, more = (with_answers(subject, some, batching, process) for some in (samples, more))
+        notes += why_silent(subject, tuple(s for s in (*samples, *more) if not s.answer))
+        samples, more = (tuple(s for s in some if s.answer) for some in (samples, more))
     if not samples:
         raise SampleError(
             f"None of the {counted(len(found.samples), 'sample')} has an answer to measure ({notes[-1]}). "
@@ -86,7 +99,8 @@ def prepare_samples(subject: Subject, wanted: Wanted, batching: Batching, proces
         few = "1 sample is" if len(samples) == 1 else f"{len(samples)} samples are"
         notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
     work = cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
-    return replace(work, answered=frozenset(s.id for s in found.samples if s.answer is None))
+    codes = subject.groups(independent_of(more, held_out), batching.size)
+    return replace(work, codes=codes, answered=frozenset(s.id for s in found.samples if s.answer is None))
 
 
 def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:

@@ -55,6 +55,7 @@ def scan(
     ablate: str | int | None = None,
     max_memory: str | int | None = None,
     tune: int | None = None,
+    calibration_samples: int | None = None,
     turns: Turns = "each",
     split: str | None = None,
     bad_data: BadData = "refuse",
@@ -95,6 +96,8 @@ def scan(
         "skip" them. allow_downloads: fetch images that rows name by an address.
     tune: steps in which "nf4-calibrated" tunes block scales on the answers, 0 for none; None for what suits
         the device and the model.
+    calibration_samples: how many "nf4-calibrated" fits codes to: the measured ones, and more of the same
+        source up to so many; None for what suits the device and the model.
     metric: of greedy answers to the held-out samples, beside KL, for the verdict: one of
         `qprobe.registry.metrics.names()`, or any function of (sample, answer) to a number; the answer of the
         sample is None where none was given. Costs the answers of 16-bit, standard 4-bit and the chosen list.
@@ -129,6 +132,7 @@ def scan(
             ablate=None if ablate is None else str(ablate),
             max_memory=None if max_memory is None else str(max_memory),
             tune=tune,
+            calibration_samples=calibration_samples,
             turns=turns,
             split=split,
             bad_data=bad_data,
@@ -152,7 +156,7 @@ def scan_model(asked: ScanRequest, process: Process) -> ScanResult:
     subject = open_model(skeleton, asked, process)
     with subject.streaming(), entered(run.path, shard):
         with clock.stage("answers"):
-            work = prepare_samples(subject, asked.samples, asked.batching, process)
+            work = prepare_samples(subject, asked, process)
         with clock.stage("prepare"):
             with subject.running("start"):
                 measures = open_units(subject, work, asked, run)

@@ -49,6 +49,29 @@ def test_scales_are_tuned_and_the_run_says_so(tiny_folder: TinyFolder, tmp_path:
         scan(**{**asked, "tune": 0})
 
 
+def test_codes_are_fitted_to_more_samples_than_are_measured(tiny_folder: TinyFolder, tmp_path: Path):
+    # 6 samples are measured or held out; the answer of the 9th row is that of the 3rd, which is held out.
+    rows = [{"prompt": f"What comes after {i}?", "answer": f"the number {i + 1}"} for i in range(12)]
+    rows[8] = rows[2]
+    data = write_lines(tmp_path / "rows.jsonl", *rows)
+    folder, calibrated = tiny_folder("llama"), "nf4-calibrated"
+    few = scan(**options(folder, tmp_path / "few", format=calibrated, data=data))
+    more = options(folder, tmp_path / "more", format=calibrated, data=data, calibration_samples=9)
+    found = scan(**more)
+    own, other = (RunFolder(tmp_path / name).key.spec for name in ("few", "more"))
+    assert (own.calibration, own.held_out, own.codes) == (other.calibration, other.held_out, ())
+    assert [s.id for group in other.codes for s in group] == [f"rows-{i}" for i in (7, 8, 10, 11)]
+    assert found.samples == few.samples == 6 and found.kl_standard_4bit == few.kl_standard_4bit
+    assert RunFolder(found.run).scan.codes != RunFolder(few.run).scan.codes
+    assert any("which are 4 of the 8 samples that the codes were fitted to" in n for n in found.notes)
+    assert "--calibration-samples 9" in read_manifest(found.run / "skiplist.json").made_by.command
+
+
+def test_samples_for_the_codes_of_plain_nf4_are_refused(tiny_folder: TinyFolder, tmp_path: Path):
+    with pytest.raises(QprobeError, match="--calibration-samples says what nf4-calibrated fits codes to"):
+        scan(**options(tiny_folder("llama"), tmp_path / "run"), calibration_samples=6)
+
+
 def test_too_few_samples_to_keep_any_back_leave_the_scales(tiny_folder: TinyFolder, tmp_path: Path):
     asked = {**options(tiny_folder("llama"), tmp_path / "run"), "format": "nf4-calibrated", "tune": 6}
     found = scan(**asked)

@@ -33,6 +33,7 @@ EVERY_OPTION: dict[str, Any] = {
     "ablate": "5",
     "metric": "contains",
     "tune": 20,
+    "calibration_samples": 40,
     "turns": "last",
     "split": "test",
     "bad_data": "skip",
