@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from qprobe import __version__
@@ -15,9 +17,22 @@ from qprobe.cli.machine import doctor, models
 from qprobe.cli.plan import plan
 from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
+from qprobe.cli.shared import interruptible
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """The group of all commands. Ctrl-C outside of them, too, ends with `INTERRUPTED` and one line."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> click.Context:
+        with interruptible():
+            return super().make_context(*arguments, **named)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with interruptible():
+            return super().invoke(ctx)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="qprobe")
 def main() -> None:
     """Find the linear layers of a vision-language model that must stay in 16-bit when the rest goes to

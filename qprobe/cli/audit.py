@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.speaking import say
 from qprobe.system.wording import counted
 
 
@@ -61,13 +62,13 @@ def _show(found: dict, has_manifest: bool) -> None:
     from qprobe.report.terminal import readable_bytes
 
     for problem in found["problems"]:
-        click.echo(f"Wrong: {problem}")
+        say(f"Wrong: {problem}")
     for remark in found["remarks"]:
-        click.echo(f"Note: {remark}")
-    click.echo(
+        say(f"Note: {remark}")
+    say(
         f"{counted(found['layers_4bit'], 'linear')} in 4-bit, {found['layers_16bit']} in 16-bit; "
         f"{readable_bytes(found['total_bytes'])} ({found['total_bytes']:,} bytes)."
     )
     if found["ok"]:
         parts = ["config", "files", *["manifest"] * has_manifest, *["loaded model"] * found["loaded"]]
-        click.echo(f"All clear: {', '.join(parts[:-1])} and {parts[-1]} agree.")
+        say(f"All clear: {', '.join(parts[:-1])} and {parts[-1]} agree.")

@@ -9,6 +9,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.limits import for_option, limit_options, require_a_limit
+from qprobe.cli.speaking import say
 from qprobe.system.wording import counted, named
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **a
     else:
         _show(opened, manifest, target, is_bound=max_kl is not None)
     if replaced is not None:
-        click.echo(replaced.sentence, err=as_json)
+        say(replaced.sentence, err=as_json)
 
 
 def _show(run: RunFolder, manifest: Manifest, target: Path, is_bound: bool) -> None:
@@ -101,8 +102,8 @@ def _show(run: RunFolder, manifest: Manifest, target: Path, is_bound: bool) -> N
     inventory = run.inventory
     kept, fixed = kept_and_fixed(manifest, inventory)
     if kept:
-        click.echo(kept_text(manifest, {x.name: x.bytes_4bit for x in inventory.layers}, kept, table_width()))
-        click.echo()
+        say(kept_text(manifest, {x.name: x.bytes_4bit for x in inventory.layers}, kept, table_width()))
+        say()
     budget = manifest.budget
     total, limit, standard = map(
         readable_bytes, (budget.total_bytes, budget.limit_bytes, budget.standard_4bit_bytes)
@@ -119,8 +120,8 @@ def _show(run: RunFolder, manifest: Manifest, target: Path, is_bound: bool) -> N
         *([roomy] if roomy else []),
         _how_sure(manifest),
     ]
-    click.echo(paragraphs(sentences, terminal_width(), mark=""))
-    click.echo(f"Skip-list  {target}")
+    say(paragraphs(sentences, terminal_width(), mark=""))
+    say(f"Skip-list  {target}")
 
 
 def _how_many(kept: int, choosable: int, fixed: tuple[str, ...]) -> str:
@@ -167,6 +168,6 @@ def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> 
         shared.print_json({"files": files, "missing": missing})
         return
     for path in files:
-        click.echo(f"{'Page' if path.suffix == '.html' else 'Picture':8} {path}")
+        say(f"{'Page' if path.suffix == '.html' else 'Picture':8} {path}")
     if missing:
-        click.echo(f"Not measured in this run, so left out: {', '.join(missing)}.")
+        say(f"Not measured in this run, so left out: {', '.join(missing)}.")

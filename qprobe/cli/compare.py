@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.speaking import say
 
 
 @shared.command(
@@ -57,7 +58,7 @@ def compare(as_json: bool, **asked: Any) -> None:
 
     bars = kl_bars(comparison.to_json())
     if bars and is_terminal():
-        click.echo(f"KL to the 16-bit model:\n{bars}\n")
-    click.echo(compare_text(comparison.to_json(), terminal_width()))
+        say(f"KL to the 16-bit model:\n{bars}\n")
+    say(compare_text(comparison.to_json(), terminal_width()))
     if comparison.notes:
-        click.echo("\n" + paragraphs(comparison.notes, terminal_width()))
+        say("\n" + paragraphs(comparison.notes, terminal_width()))

@@ -10,6 +10,7 @@ from time import perf_counter
 
 import click
 
+from qprobe.cli.speaking import say
 from qprobe.options import Progress
 
 VARIABLE = "QPROBE_DEBUG"
@@ -30,7 +31,7 @@ def debugged() -> Iterator[None]:
         raise
     except Exception:
         if is_on():
-            click.echo(traceback.format_exc(), err=True)
+            say(traceback.format_exc(), err=True)
         raise
     finally:
         if is_on():
@@ -75,4 +76,4 @@ class _StageClock:
 
 
 def _say(what: str, seconds: float) -> None:
-    click.echo(f"{VARIABLE}: {seconds:10.3f} s  {what}", err=True)
+    say(f"{VARIABLE}: {seconds:10.3f} s  {what}", err=True)

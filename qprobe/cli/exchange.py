@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.speaking import say
 from qprobe.system.wording import counted, named
 
 
@@ -65,8 +66,8 @@ def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
         shared.print_json(made.to_json())
         return
     for note in made.notes:
-        click.echo(f"Note: {note}", err=True)
-    click.echo(made.text if out is None else f"Written  {out}", nl=out is not None)
+        say(f"Note: {note}", err=True)
+    say(made.text if out is None else f"Written  {out}", nl=out is not None)
 
 
 @shared.command("import", short_help="Turn a published skip-list into a manifest.")
@@ -104,16 +105,16 @@ def import_(config: Path, model: str, out: Path, trust_remote_code: bool, as_jso
 
     for one in imported.matched:
         count = counted(len(one.layers), "layer") if one.layers else "nothing"
-        click.echo(f"{one.entry}  {count}")
+        say(f"{one.entry}  {count}")
     for note in imported.notes:
-        click.echo(f"Note: {note}", err=True)
+        say(f"Note: {note}", err=True)
     budget = imported.manifest.budget
     fixed = named(imported.fixed)
     besides = f", besides {fixed}, which standard 4-bit keeps too" if fixed else ""
-    click.echo(
+    say(
         f"{len(imported.manifest.skip_modules) - len(imported.fixed)} of "
         f"{counted(len(imported.manifest.layers) - len(imported.fixed), 'layer')} kept in 16-bit{besides}, "
         f"read as {imported.rule} does: {readable_bytes(budget.total_bytes)}; standard 4-bit takes "
         f"{readable_bytes(budget.standard_4bit_bytes)}."
     )
-    click.echo(f"Skip-list  {out}")
+    say(f"Skip-list  {out}")

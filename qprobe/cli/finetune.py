@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.speaking import say
 from qprobe.system.wording import counted
 
 _POSITIVE = click.IntRange(min=1)
@@ -158,8 +159,8 @@ def finetune(as_json: bool, **asked: Any) -> None:
         shared.print_json(done)
         return
     for sentence in done["skipped"]:
-        click.echo(f"Skipped: {sentence}", err=True)
-    click.echo(_verdict(done))
+        say(f"Skipped: {sentence}", err=True)
+    say(_verdict(done))
 
 
 def refuse_two_splits(asked: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.speaking import say
 from qprobe.system.wording import counted
 
 if TYPE_CHECKING:
@@ -45,12 +46,10 @@ def _show(joined: Joined) -> None:
     from qprobe.report.terminal import paragraphs, terminal_width
 
     if joined.notes:
-        click.echo(paragraphs(joined.notes, terminal_width()))
-    click.echo(f"{counted(joined.units, 'unit')} joined")
+        say(paragraphs(joined.notes, terminal_width()))
+    say(f"{counted(joined.units, 'unit')} joined")
     if joined.missing:
-        click.echo(
-            f"{counted(joined.missing, 'unit')} missing: join their folders too, or run the scan again."
-        )
+        say(f"{counted(joined.missing, 'unit')} missing: join their folders too, or run the scan again.")
     else:
-        click.echo(f"Layer table  {joined.run / 'layers.csv'}")
-    click.echo(f"Run folder   {joined.run}")
+        say(f"Layer table  {joined.run / 'layers.csv'}")
+    say(f"Run folder   {joined.run}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.speaking import say
 
 if TYPE_CHECKING:
     from qprobe.models.entry import Entry
@@ -31,7 +32,7 @@ def doctor(as_json: bool) -> None:
     else:
         from qprobe.report.terminal import doctor_text, terminal_width
 
-        click.echo(doctor_text(diagnosis.to_json(), terminal_width()))
+        say(doctor_text(diagnosis.to_json(), terminal_width()))
     if not diagnosis.ok:
         raise click.exceptions.Exit(1)
 
@@ -58,8 +59,8 @@ def models(as_json: bool) -> None:
     from qprobe.report.sizes import models_text
     from qprobe.report.terminal import terminal_width
 
-    click.echo(models_text(known, terminal_width()))
-    click.echo("\n--model also takes any hub id (owner/name) and any folder with a 16-bit checkpoint.")
+    say(models_text(known, terminal_width()))
+    say("\n--model also takes any hub id (owner/name) and any folder with a 16-bit checkpoint.")
 
 
 def _entry(entry: Entry) -> dict[str, object]:

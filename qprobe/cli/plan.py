@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.speaking import say
 
 _POSITIVE = click.IntRange(min=1)
 _STEP = (
@@ -120,8 +121,8 @@ def plan(
     from qprobe.report.sizes import plan_text
     from qprobe.report.terminal import terminal_width
 
-    click.echo(plan_text(found, terminal_width()))
+    say(plan_text(found, terminal_width()))
     if training:
         from qprobe.report.training import training_text
 
-        click.echo("\n" + training_text(found["training"], terminal_width()))
+        say("\n" + training_text(found["training"], terminal_width()))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.speaking import say
 from qprobe.system.wording import counted
 
 
@@ -57,7 +58,7 @@ def quantize(
         return
     from qprobe.report.terminal import readable_bytes
 
-    click.echo(
+    say(
         f"{done.out}: {counted(done.layers_4bit, 'linear layer')} in 4-bit, {done.layers_16bit} in 16-bit "
         f"(those that standard 4-bit keeps among them), "
         f"{readable_bytes(done.total_bytes)} with quantization state, {counted(len(done.files), 'file')}."

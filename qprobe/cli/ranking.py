@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
+from qprobe.cli.speaking import say
 from qprobe.registry import measures
 from qprobe.system.wording import counted, named
 
@@ -45,15 +44,15 @@ def show_ranking(run: RunFolder, by: str | None, top: int) -> None:
     ranked = ranking(run, score, top)
     kept, fixed = _in_16bit(run)
     if is_terminal():
-        click.echo(f"{score} of {len(table)} layers in execution order:")
-        click.echo(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
-    click.echo(rank_text(ranked, score, frozenset((*kept, *fixed)), width))
-    click.echo("16-bit costs: what keeping a layer adds to its bytes in 4-bit")
+        say(f"{score} of {len(table)} layers in execution order:")
+        say(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
+    say(rank_text(ranked, score, frozenset((*kept, *fixed)), width))
+    say("16-bit costs: what keeping a layer adds to its bytes in 4-bit")
     if "rank_low" in ranked:
-        click.echo("ranks: 90 % interval over other samples of the same kind (bootstrap)")
+        say("ranks: 90 % interval over other samples of the same kind (bootstrap)")
     if any(name in (*kept, *fixed) for name in ranked["layer"]):
         besides = f", besides {named(fixed)}" if fixed else ""
-        click.echo(f"* stays in 16-bit in skiplist.json ({counted(len(kept), 'layer')}{besides})")
+        say(f"* stays in 16-bit in skiplist.json ({counted(len(kept), 'layer')}{besides})")
 
 
 def _in_16bit(run: RunFolder) -> tuple[tuple[str, ...], tuple[str, ...]]:

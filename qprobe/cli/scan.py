@@ -9,6 +9,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.limits import for_option, limit_options, refuse_two_limits
+from qprobe.cli.speaking import say
 from qprobe.options import DEFAULT_BUDGET
 from qprobe.registry import measures, precisions
 from qprobe.system.wording import counted
@@ -124,7 +125,7 @@ def scan(as_json: bool, **asked: Any) -> None:
     with shared.progress_bars() as progress:
         run = run_scan(**asked, progress=progress)
     if run.skiplist is None:  # stdout belongs to the process that chooses
-        click.echo(run.verdict, err=True)
+        say(run.verdict, err=True)
     elif as_json:
         shared.print_json(run.to_json())
     else:
@@ -149,14 +150,14 @@ def _show(run: Run, asked: Mapping[str, Any]) -> None:
     result, width = run.result, terminal_width()
     stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
-    click.echo(f"{counted(result.layers, 'linear layer')}, {counted(result.samples, 'sample')}")
-    click.echo(f"{stages}{peak}\n")
+    say(f"{counted(result.layers, 'linear layer')}, {counted(result.samples, 'sample')}")
+    say(f"{stages}{peak}\n")
     show_ranking(run.folder, asked["by"], TOP)
     if run.notes:
-        click.echo("\n" + paragraphs(run.notes, width))
-    click.echo(f"\nRun folder  {run.path}")
+        say("\n" + paragraphs(run.notes, width))
+    say(f"\nRun folder  {run.path}")
     if asked["ablate"] is not None:
-        click.echo(f"Ablation    {run.path / 'ablation.csv'}")
-    click.echo(f"Skip-list   {run.skiplist}")
-    click.echo()
+        say(f"Ablation    {run.path / 'ablation.csv'}")
+    say(f"Skip-list   {run.skiplist}")
+    say()
     click.secho(paragraphs([run.verdict], width, mark=""), bold=True)

@@ -13,11 +13,13 @@ from typing import Any
 import click
 
 from qprobe.cli.debug import debugged, stage_times
+from qprobe.cli.speaking import one_line, say, visible_json
 from qprobe.errors import QprobeError
 from qprobe.options import Progress
 from qprobe.registry import metrics
 from qprobe.system.bars import progress_bars as bars
 from qprobe.system.log_filters import quiet
+from qprobe.system.wording import shortened
 
 Command = Callable[..., Any]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -51,21 +53,28 @@ def _explained(function: Command, interrupted: str, out_of_memory: str) -> Comma
     def run(*args: Any, **kwargs: Any) -> Any:
         """`function`, whose errors that a user can fix become one sentence and an exit code."""
         try:
-            with quiet(), debugged():
+            left = interrupted.format(**{name: str(value) for name, value in kwargs.items()})
+            with interruptible(left), quiet(), debugged():
                 return function(*args, **kwargs)
-        except KeyboardInterrupt:
-            said = interrupted.format(**{name: str(value) for name, value in kwargs.items()})
-            click.echo(f"\nInterrupted. {said}".rstrip(), err=True)
-            raise click.exceptions.Exit(INTERRUPTED) from None
         except QprobeError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(one_line(error)) from error
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            first = str(error).strip().splitlines()[0]
+            first = shortened(str(error).strip().splitlines()[0], 200)
             raise click.ClickException(f"The device ran out of memory: {first} {out_of_memory}") from error
 
     return run
+
+
+@contextmanager
+def interruptible(said: str = "") -> Iterator[None]:
+    """Ends the command with one line and `INTERRUPTED` when Ctrl-C is pressed; `said` goes behind it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"\nInterrupted. {said}".rstrip(), err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 DATA_OPTIONS = (
@@ -209,7 +218,7 @@ def progress_bars() -> Iterator[Progress]:
 
 def print_json(value: Any) -> None:
     """`value` as JSON on stdout; what does not apply (NaN, infinity) is null."""
-    click.echo(json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False))
+    say(visible_json(json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False)))
 
 
 def plain(value: Any) -> Any:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qprobe.report.terminal import paragraphs, shortened, text_table
+from qprobe.report.terminal import paragraphs, text_table
+from qprobe.system.wording import shortened
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _SHOWN_OUTSIDE = 12  # lines; what is left is summed up in one more

@@ -15,7 +15,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.registry.measures import by_tellingness, column
 from qprobe.report.names import short_names
 from qprobe.selection.verdict import difference_text, mean_text
-from qprobe.system.wording import counted
+from qprobe.system.wording import counted, shortened
 
 PIPED_WIDTH = 120  # columns of prose where no terminal says how many it has
 UNLIMITED = 10_000  # columns of a piped table
@@ -98,14 +98,6 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: fro
         return "  ".join(c.ljust(size) if i in left else c.rjust(size) for i, (c, size) in sized).rstrip()
 
     return "\n".join([line(headings), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
-
-
-def shortened(text: str, width: int) -> str:
-    """`text`, with its middle left out where it is longer than `width`."""
-    if len(text) <= width:
-        return text
-    head = (width - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
 
 
 def rank_text(ranked: pd.DataFrame, by: str, kept: frozenset[str], width: int) -> str:

@@ -1,7 +1,8 @@
-"""Counts and names as sentences say them."""
+"""Counts and names as sentences say them, and foreign text as a terminal may be shown it."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 _SHOWN = 3  # names that a sentence spells out
@@ -20,3 +21,31 @@ def is_or_are(count: int) -> str:
 def named(names: Sequence[str]) -> str:
     """The first few of `names`, and dots for the others."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def shortened(text: str, width: int) -> str:
+    """`text`, with its middle left out where it is longer than `width`."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+def visible(text: str, kept: str = "") -> str:
+    """`text` with an escape in the place of every character that is not seen, but for those in `kept`.
+
+    Those are control characters, which move the cursor or colour what follows, marks that turn the direction
+    of writing, line ends, and halves of characters. Spaces of every width stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escaped(x) if x not in kept and is_hidden(x) else x for x in text)
+
+
+def is_hidden(character: str) -> bool:
+    """Whether `character` is not seen, and no space either."""
+    return not character.isprintable() and unicodedata.category(character) != "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
