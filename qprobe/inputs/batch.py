@@ -25,8 +25,9 @@ KIND_NAMES = {VISION: "vision", TEXT: "text", ANSWER: "answer"}
 # What processors raise at images and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError)
 
-# Tensors with a token axis; all others belong to images and decide which samples fit one batch.
-TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"}
+# Processors that write bos and a line break around the text themselves, and take the answer apart from it:
+# the answer follows that line break, and the model reads it causally by its token types.
+SUFFIXED = ("PaliGemmaProcessor",)
 
 
 class UnreadableError(SampleError):
@@ -88,19 +89,31 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def prompt_text(processor: Any, sample: Sample) -> str:
-    """The text a model reads before its answer: the chat template's, or image tokens and texts.
+def has_template(processor: Any) -> bool:
+    """True if a chat template writes the text; else it is the plain one of `prompt_text`."""
+    return bool(getattr(processor, "chat_template", None)) and not _takes_suffix(processor)
 
+
+def _takes_suffix(processor: Any) -> bool:
+    return any(x.__name__ in SUFFIXED for x in type(processor).__mro__)
+
+
+def prompt_text(processor: Any, sample: Sample) -> str:
+    """The text a model reads before its answer: the chat template's, or else plain image tokens and texts.
+
+    Plain, each turn stands on a line of its own; the answer follows behind a space, or white space that is
+    there.
     Raises UnreadableError where the template does not keep the texts of the sample.
     """
-    if getattr(processor, "chat_template", None):
+    if has_template(processor):
         try:
             return Template(processor).prompt(sample.turns)
         except Refused as reason:
             said = f"Sample {sample.id!r} cannot be read: {reason}. Leave it out."
             raise UnreadableError(said, str(reason)) from None
     token = getattr(processor, "image_token", "")
-    return "\n".join("".join(x if isinstance(x, str) else token for x in turn.parts) for turn in sample.turns)
+    lines = ["".join(x if isinstance(x, str) else token for x in turn.parts) for turn in sample.turns]
+    return "\n".join([*lines, ""] if _takes_suffix(processor) else lines)
 
 
 def full_text(processor: Any, sample: Sample) -> str:
@@ -108,7 +121,7 @@ def full_text(processor: Any, sample: Sample) -> str:
     prompt = prompt_text(processor, sample)
     if sample.answer is None:
         return prompt
-    separator = "" if getattr(processor, "chat_template", None) or prompt[-1:].isspace() else " "
+    separator = "" if has_template(processor) or prompt[-1:].isspace() else " "
     end = (tokenizer_of(processor).eos_token or "") if sample.ends else ""
     return f"{prompt}{separator}{sample.answer}{end}"
 
@@ -122,7 +135,7 @@ def mark_in(processor: Any, texts: Sequence[str]) -> str | None:
     token = getattr(processor, "image_token", None)
     if token and any(token in x for x in texts):
         return f"its text contains {token}, which stands for an image in this model"
-    if not getattr(processor, "chat_template", None):
+    if not has_template(processor):
         return None
     # Of one character are a few models' padding tokens, such as CLIP's "!".
     specials = [x for x in tokenizer_of(processor).all_special_tokens if len(x) > 1]
@@ -161,6 +174,8 @@ def _processed(
     options = dict(return_tensors="pt", padding=True, padding_side=side)
     options["add_special_tokens"] = not (bos and all(t.startswith(bos) for t in texts))
     with_image = [s for s in samples if s.images]
+    if _takes_suffix(processor):
+        return _suffixed(processor, samples, texts, options)
     if tokenizer is processor:
         if with_image:
             said = f"Sample {with_image[0].id!r} has an image, but the model reads text only."
@@ -171,6 +186,19 @@ def _processed(
     return dict(
         processor(images=[[decode(x).image for x in s.images] for s in with_image], text=texts, **options)
     )
+
+
+def _suffixed(processor: Any, samples: Sequence[Sample], texts: list[str], options: dict) -> dict:
+    """The inputs where the processor writes what stands around a prompt and takes the answer behind it."""
+    prompts = [prompt_text(processor, s) for s in samples]
+    answers = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    images = [[decode(x).image for x in s.images] for s in samples if s.images]
+    given = [x.removesuffix("\n") for x in prompts]
+    if any(answers):  # the processor would add an end to each, also to one that was cut
+        options = {**options, "text_pair": answers}
+    made = dict(processor(images=images or None, text=given, **options))
+    made.pop("labels", None)
+    return made
 
 
 def marked(

@@ -14,8 +14,17 @@ from qprobe.data.reading import read_conversations
 from qprobe.data.reasons import Refused
 from qprobe.data.rendering import Template
 from qprobe.data.turns import held, learning
-from qprobe.errors import ModelError, SampleError
-from qprobe.inputs.batch import UnreadableError, mark_in, process, tokenizer_of
+from qprobe.errors import SampleError
+from qprobe.inputs.batch import (
+    UnreadableError,
+    full_text,
+    has_template,
+    mark_in,
+    process,
+    prompt_text,
+    tokenizer_of,
+)
+from qprobe.inputs.joining import Inputs, joined
 from qprobe.records import Sample
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -32,14 +41,12 @@ class Rendered:
 def render(processor: Any, conversation: Conversation) -> Rendered:
     """The conversation in the words of the processor's chat template; answers: those that are learned.
 
-    Raises ModelError if there is no template, Refused if the template does not keep texts, or rewrites a turn
-    that is learned once others follow it.
+    Without a template the text is the plain one that a scan reads. Raises Refused if the template does not
+    keep texts, or rewrites a turn that is learned once others follow it, and for more than the last answer of
+    plain text.
     """
-    if not getattr(processor, "chat_template", None):
-        raise ModelError(
-            "The model's processor has no chat template, so conversations cannot be written as it reads them."
-            " Take the instruction-tuned model, or put a chat_template.jinja into its folder."
-        )
+    if not has_template(processor):
+        return _plain(processor, conversation)
     template, turns = Template(processor), conversation.turns
     way, full = template.fitting(turns, False)
     answers = []
@@ -65,10 +72,21 @@ def render(processor: Any, conversation: Conversation) -> Rendered:
     return Rendered(full, tuple(answers))
 
 
-def rows_to_learn(processor: Any, conversation: Conversation) -> tuple[Conversation, ...]:
-    """The conversation, or one up to each answer that is learned, where the template rewrites earlier turns.
+def _plain(processor: Any, conversation: Conversation) -> Rendered:
+    """`render` without a template: an answer ends where its row does, as in a scan."""
+    *before, last = conversation.turns
+    if last.role != "assistant" or any(x.role == "assistant" and x.learned for x in before):
+        raise Refused("without a chat template only the last answer of a line can be learned")
+    sample = Sample(conversation.name, tuple(before), last.text)
+    text = full_text(processor, sample)
+    return Rendered(text, ((len(prompt_text(processor, sample)), len(text)),))
 
-    Raises Refused and ModelError as `render` does.
+
+def rows_to_learn(processor: Any, conversation: Conversation) -> tuple[Conversation, ...]:
+    """The conversation, or one up to each answer that is learned, where the template rewrites earlier turns
+    or there is none.
+
+    Raises Refused as `render` does.
     """
     places = [i for i, x in enumerate(conversation.turns) if x.role == "assistant" and x.learned]
     try:
@@ -102,21 +120,8 @@ def encode_conversations(
     Floating tensors are in `dtype`. Raises SampleError for what the processor cannot read or tell apart.
     """
     rendered = [render(processor, x) for x in conversations]
-    samples = [Sample(x.name, held(x.turns)) for x in conversations]
-    try:
-        processed = process(processor, samples, [x.text for x in rendered], "right")
-    except UnreadableError as error:
-        if len({bool(x.images) for x in conversations}) == 1:
-            raise
-        raise SampleError(
-            "a batch mixes lines with and without an image, which the model's processor does not take; pass "
-            "--batch-size 1"
-        ) from error
-    inputs = {
-        key: value.to(dtype) if value.is_floating_point() else value
-        for key, value in processed.items()
-        if isinstance(value, Tensor)
-    }
+    rows = [_encoded(processor, x, one.text, dtype) for x, one in zip(conversations, rendered, strict=True)]
+    inputs = joined(rows, "right", tokenizer_of(processor).pad_token_id)
     ids = inputs["input_ids"]
     labels = torch.full_like(ids, IGNORED)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
@@ -127,10 +132,21 @@ def encode_conversations(
     return {**inputs, "labels": labels}
 
 
+def _encoded(processor: Any, conversation: Conversation, text: str, dtype: torch.dtype) -> Inputs:
+    """The inputs of one conversation by itself."""
+    *before, last = held(conversation.turns)
+    made = process(processor, [Sample(conversation.name, tuple(before), last.text)], [text], "right")
+    return {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in made.items()
+        if isinstance(value, Tensor)
+    }
+
+
 def answer_collator(
     processor: Any, dtype: torch.dtype = torch.bfloat16
 ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """A `data_collator` for TRL's SFTTrainer that learns the answers only; for any processor with a template.
+    """A `data_collator` for TRL's SFTTrainer that learns the answers only; for any processor.
 
     TRL's own puts labels on image tokens too, which Llama 3.2 Vision has no logits for. Rows as of
     `read_conversations`; dtype: of the pixels. Raises SampleError for a row that cannot be trained on.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from qprobe.inputs.batch import (
-    TEXT_KEYS,
     Batch,
     UnreadableError,
     cut,
@@ -24,11 +23,11 @@ from qprobe.inputs.batch import (
     prompt_text,
     tokenizer_of,
 )
+from qprobe.inputs.joining import TEXT_KEYS, Inputs, Side, joined
 from qprobe.records import Sample
 
 ROOM_BYTES = 2**29  # of inputs that are held: those of 35 images of four tiles of 560 pixels, in 16-bit
 
-Inputs = dict[str, Tensor]
 Key = tuple[tuple[bytes, ...], str]  # images and text
 
 
@@ -61,12 +60,12 @@ class ProcessedSamples:
 
         Raises SampleError if the processor cannot read them.
         """
-        inputs = self._joined([self._inputs(s, "full") for s in samples], "right")
+        inputs = self._joined(samples, "full", "right")
         return marked(self.processor, samples, inputs, self._image_token_id)
 
     def prompts(self, samples: Sequence[Sample]) -> Inputs:
         """Inputs of `samples` without their answers, padded on the left. Errors as of `batch`."""
-        return self._joined([self._inputs(s, "prompt") for s in samples], "left")
+        return self._joined(samples, "prompt", "left")
 
     def refusal(self, sample: Sample) -> str | None:
         """Why the template or the processor does not take `sample`; None if they do.
@@ -134,26 +133,6 @@ class ProcessedSamples:
         if held <= self._room_bytes:
             self._held[key] = inputs
 
-    def _joined(self, found: Sequence[Inputs], side: Literal["left", "right"]) -> Inputs:
-        """The inputs of single samples as those of a batch, as the processor itself would pad them."""
-        length = max(x["input_ids"].shape[1] for x in found)
-        fill = tokenizer_of(self.processor).pad_token_id
-        return {
-            key: torch.cat(
-                [_padded(x[key], key, length, side, fill) if key in TEXT_KEYS else x[key] for x in found]
-            )
-            for key in found[0]
-        }
-
-
-def _padded(value: Tensor, key: str, length: int, side: Literal["left", "right"], fill: int) -> Tensor:
-    """`value`, (1, tokens, ...), with pads up to `length` tokens."""
-    missing = length - value.shape[1]
-    if not missing:
-        return value
-    if key == "cross_attention_mask" and side == "right":
-        pads = value[:, -1:].expand(-1, missing, *value.shape[2:])  # pads see what the last token sees
-    else:
-        shape = (1, missing, *value.shape[2:])
-        pads = torch.full(shape, fill if key == "input_ids" else 0, dtype=value.dtype)
-    return torch.cat([pads, value] if side == "left" else [value, pads], dim=1)
+    def _joined(self, samples: Sequence[Sample], kind: Literal["prompt", "full"], side: Side) -> Inputs:
+        found = [self._inputs(s, kind) for s in samples]
+        return joined(found, side, tokenizer_of(self.processor).pad_token_id)

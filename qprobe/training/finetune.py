@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from qprobe.checkpoint.load import source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import lora_targets
 from qprobe.data.conversation import Conversation, Conversations
 from qprobe.data.reading import check_left_out
-from qprobe.errors import RunError, SampleError
+from qprobe.errors import ModelError, RunError, SampleError
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.loading.log_filters import quiet_models
+from qprobe.loading.processor import load_processor
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, moved
 from qprobe.manifest.write import write_manifest
@@ -51,7 +53,7 @@ from qprobe.training.bases import (
 from qprobe.training.record import Record, read_record, write_record
 from qprobe.training.refused import check_options, refuse_several_processes
 from qprobe.training.result import Finetuned, card
-from qprobe.training.rows import encodable, learnable
+from qprobe.training.rows import check_batches, encodable, learnable
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
 from qprobe.training.trainer import LossError, Watch, check_adapter, make_trainer
 
@@ -171,8 +173,17 @@ def _finetune(
     peft: Any,
     progress: Progress,
 ) -> Finetuned:
-    """The run, in a folder that no other process trains into."""
+    """The run, in a folder that no other process trains into; its data is checked before weights are read."""
     _check_out(options.out, spec)
+    processor = load_processor(source_of(manifest, options.model, options.trust_remote_code))
+    if processor is None:
+        raise ModelError(f"{manifest.model.id} has no tokenizer, so no text can be learned. Add its files.")
+    dtype = getattr(torch, with_dtype(manifest.format, options.dtype).compute_dtype)
+    checked = [encodable(x, processor, dtype, options.max_length, progress) for x in found]
+    for one in checked:
+        check_left_out(one, options.bad_data, "train on")
+    train, held_out = _split([x.good for x in checked], options)
+    check_batches(train, options.batch_size, processor, dtype)
     model, processor = load_base(
         options.manifest,
         options.base,
@@ -181,11 +192,6 @@ def _finetune(
         options.dtype,
         options.trust_remote_code,
     )
-    checked = [encodable(x, processor, model.dtype, options.max_length, progress) for x in found]
-    for one in checked:
-        check_left_out(one, options.bad_data, "train on")
-    train, held_out = _split([x.good for x in checked], options)
-    _check_batches(train, options.batch_size, processor, model.dtype)
     # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
     spec = {**spec, BASE_WEIGHTS: base_digest(manifest, options.model)}
     _check_out(options.out, spec)
@@ -207,24 +213,6 @@ def _finetune(
     with _disk_explained(options.out):
         _finish(options, tuned, processor, manifest, spec, done)
     return done
-
-
-def _check_batches(
-    lines: Sequence[Conversation], batch_size: int, processor: Any, dtype: torch.dtype
-) -> None:
-    """Raises SampleError if a batch could mix lines with and without an image and the processor refuses."""
-    with_image = [x for x in lines if x.images]
-    if batch_size == 1 or len(with_image) in (0, len(lines)):
-        return
-    without = next(x for x in lines if not x.images)
-    try:
-        encode_conversations(processor, [with_image[0], without], dtype)
-    except SampleError:
-        raise SampleError(
-            f"{len(with_image)} of {len(lines)} lines have an image, and a batch cannot mix both kinds: this "
-            "model's processor takes none. "
-            f"Pass --batch-size 1 with --accumulation {batch_size} times as large."
-        ) from None
 
 
 @contextmanager

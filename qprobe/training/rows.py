@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ from qprobe.data.conversation import Conversation, Conversations, Skipped
 from qprobe.data.reading import Reading, check_left_out, read_conversations
 from qprobe.data.reasons import Refused
 from qprobe.data.turns import learning
-from qprobe.inputs.encoding import encoding_problem, rows_to_learn
+from qprobe.errors import SampleError
+from qprobe.inputs.encoding import encode_conversations, encoding_problem, rows_to_learn
 from qprobe.options import FinetuneOptions, Progress
 
 
@@ -54,6 +56,22 @@ def encodable(
             skipped.append(Skipped(one.row, problem))
         progress("check data", done, len(found.good))
     return replace(found, good=tuple(good), skipped=_in_order(skipped))
+
+
+def check_batches(lines: Sequence[Conversation], batch_size: int, processor: Any, dtype: torch.dtype) -> None:
+    """Raises SampleError if a batch could mix lines with and without an image and the model takes none."""
+    with_image = [x for x in lines if x.images]
+    if batch_size == 1 or len(with_image) in (0, len(lines)):
+        return
+    without = next(x for x in lines if not x.images)
+    try:
+        encode_conversations(processor, [with_image[0], without], dtype)
+    except SampleError:
+        raise SampleError(
+            f"{len(with_image)} of {len(lines)} lines have an image, and a batch cannot mix both kinds: this "
+            "model takes none. "
+            f"Pass --batch-size 1 with --accumulation {batch_size} times as large."
+        ) from None
 
 
 def _in_order(skipped: list[Skipped]) -> tuple[Skipped, ...]:

@@ -13,7 +13,7 @@ from qprobe.data.conversation import Conversation
 from qprobe.data.reasons import Refused
 from qprobe.data.turns import samples_of
 from qprobe.demo import demo_folder
-from qprobe.errors import ModelError, SampleError
+from qprobe.errors import SampleError
 from qprobe.inputs.batch import prompt_text, tokenizer_of
 from qprobe.inputs.encoding import (
     IGNORED,
@@ -121,13 +121,6 @@ def test_a_template_that_loses_turns_is_bad_data(template, said, tiny_folder):
     tokenizer = load_processor(resolve(str(tiny_folder("llama"))))
     tokenizer.chat_template = template
     assert said in str(encoding_problem(tokenizer, two_turns(None), torch.bfloat16, 512))
-
-
-def test_no_template_at_all_is_the_models_fault(tiny_folder):
-    tokenizer = load_processor(resolve(str(tiny_folder("llama"))))
-    tokenizer.chat_template = None
-    with pytest.raises(ModelError, match="no chat template"):
-        render(tokenizer, two_turns(None))
 
 
 def test_what_does_not_fit_is_named_and_never_cut(tiny_folder, tmp_path):

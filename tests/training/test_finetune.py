@@ -131,12 +131,13 @@ def test_lines_with_and_without_an_image_train_in_batches_of_three(name, asked, 
     assert done.history[-1][1] < done.history[0][1]
 
 
-def test_lines_with_and_without_an_image_cannot_share_a_batch(asked):
+def test_lines_with_and_without_an_image_cannot_share_a_batch(asked, monkeypatch):
     plain = json.dumps(
         {"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]}
     )
     write_data(asked.data, 5, plain, plain)
-    with pytest.raises(SampleError, match="cannot mix both kinds"):
+    with monkeypatch.context() as patch, pytest.raises(SampleError, match="cannot mix both kinds"):
+        patch.setattr("qprobe.training.finetune.load_base", None)  # no weight is read for it
         finetune(replace(asked, batch_size=2))
     assert not asked.out.exists()
     assert finetune(replace(asked, steps=1)).steps == 1  # one at a time they can
