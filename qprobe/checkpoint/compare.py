@@ -292,16 +292,15 @@ def _run_reference(
     manifest: Manifest, skeleton: Skeleton, options: CompareOptions, progress: Progress
 ) -> tuple[Course, ModelResult, tuple[str, ...]]:
     """The course that the 16-bit model sets, its own result, and notes on the samples."""
-    reference = reference_of(skeleton, options.device)
-    if reference.processor is None:
+    processor = load_processor(skeleton.source)
+    if processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
-    reads_images = tokenizer_of(reference.processor) is not reference.processor
+    reads_images = tokenizer_of(processor) is not processor
     wanted = wanted_by(options)
     report = partial(_staged, progress, "16-bit")
-    processed = ProcessedSamples(
-        reference.processor, reference.model.dtype, image_token_id(reference.model.config)
-    )
+    processed = ProcessedSamples(processor, getattr(torch, skeleton.dtype), image_token_id(skeleton.config))
     chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare", processed.refusal)
+    reference = reference_of(skeleton, options.device)  # samples that cannot be read show before it is loaded
     own = _answers(reference.model, processed, chosen.samples, options, report)
     answers = [s.answer or "" for s in own]
     metrics = metrics_for(options.metric, chosen.samples)

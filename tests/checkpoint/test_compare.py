@@ -15,7 +15,7 @@ from qprobe.checkpoint.compare import Comparison
 from qprobe.checkpoint.load import dynamic_4bit, load_dynamic_4bit, load_standard_4bit, standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.data.builtin import Samples
-from qprobe.errors import ManifestError, QprobeError
+from qprobe.errors import ManifestError, QprobeError, SampleError
 from qprobe.loading.reference import load_reference, reference_of
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
@@ -257,6 +257,15 @@ def test_another_model_is_refused(written, tiny_folder):
     options = replace(written("llama"), model=str(tiny_folder("llama_tied")))
     with pytest.raises(ManifestError, match="was written for llama"):
         compare(options)
+
+
+def test_samples_that_the_processor_refuses_are_named_before_a_model_is_loaded(written, monkeypatch):
+    monkeypatch.setattr(
+        "qprobe.checkpoint.compare.reference_of", lambda *_: pytest.fail("a model was loaded")
+    )
+    rows = [{"prompt": "<|image_pad|> what is it?", "answer": "a cat"}]
+    with pytest.raises(SampleError, match="stands for an image in this model"):
+        compare(written("qwen2_vl", data=rows))
 
 
 def test_images_of_the_user_are_compared_on(written, tmp_path):
