@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := runs/demo-outliers
 
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test versions lint browser figures notebooks clean
@@ -41,7 +41,7 @@ test: lint browser  ## lint and all tests
 	$(PYTEST)
 
 versions: $(STAMP)  ## all tests on the lowest and the newest transformers, peft and bitsandbytes that are allowed
-	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m tests.versions -n 2 --dist loadfile
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m tests.versions -n 2 --dist loadfile --no-loadscope-reorder --no-loadscope-reorder
 
 lint: $(STAMP)  ## format, lint, types, and who imports whom
 	$(BIN)/ruff format --check .

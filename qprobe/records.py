@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import log10, nan
 from pathlib import Path
 from typing import Literal
@@ -82,7 +83,7 @@ class Sample:
         """The images of all turns, in their order."""
         return tuple(x for turn in self.turns for x in turn.parts if isinstance(x, bytes))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all that is read and the answer; names and facts do not enter it."""
         sha = hashlib.sha256()

@@ -15,6 +15,32 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
+LONGEST = (
+    "tests/scanning/resume/test_kills.py",
+    "tests/test_notebooks.py",
+    "tests/measure/test_memory_limit.py",
+    "tests/scanning/resume/test_interrupted.py",
+    "tests/scanning/resume/test_shards.py",
+    "tests/checkpoint/test_quantize.py",
+    "tests/training/test_finetune.py",
+    "tests/test_wheel.py",
+)
+"""Files that take half a minute and more; they are begun first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first and quick ones last, so that no process waits for another one's file at the end."""
+    files = [item.nodeid.partition("::")[0] for item in items]
+    slow = {file for item, file in zip(items, files, strict=True) if item.get_closest_marker("slow")}
+
+    def rank(file: str) -> int:
+        if file in LONGEST:
+            return LONGEST.index(file)
+        return len(LONGEST) + (file not in slow)
+
+    ranks = {id(item): rank(file) for item, file in zip(items, files, strict=True)}
+    items.sort(key=lambda item: ranks[id(item)])
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:

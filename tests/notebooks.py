@@ -13,8 +13,10 @@ FOLDER = ROOT / "notebooks"
 SECONDS = 300  # of one cell, on a busy machine
 
 
-def executed(path: Path) -> nbformat.NotebookNode:
+def executed(path: Path, first: str = "") -> nbformat.NotebookNode:
     """The notebook with the outputs of a fresh kernel that imports this checkout.
+
+    first: code that the kernel runs before it.
 
     What goes to stderr (progress, remarks of other packages) is left out: it names folders of the machine.
     Raises nbclient's CellExecutionError if a cell fails.
@@ -26,10 +28,13 @@ def executed(path: Path) -> nbformat.NotebookNode:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if first:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     client = NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
     )
     client.execute(env=environment)
+    del notebook.cells[: bool(first)]
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times, which differ each time
         if cell.cell_type == "code":

@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from tests import versions
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).parents[1]
 # The files that pytest turns into test modules, found without importing one of them.
@@ -54,6 +55,10 @@ def written() -> set[Path]:
 def test_pytest_collects_every_file_of_tests_in_git_and_no_other():
     found = collected()
     assert len(found) > 90 and found == written()
+
+
+def test_files_that_are_begun_first_are_there():
+    assert {ROOT / file for file in LONGEST} <= written()
 
 
 def test_pre_commit_runs_what_make_lint_runs():

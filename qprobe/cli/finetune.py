@@ -18,7 +18,7 @@ _OPTIONS = (
         type=shared.PATH,
         required=True,
         metavar="FILE",
-        help="Conversations: .jsonl, .json, .parquet, a saved data set or its id on the hub.",
+        help=shared.data_help("Conversations"),
     ),
     click.option("--out", type=shared.PATH, required=True, metavar="DIR", help="Folder for the adapter."),
     click.option(

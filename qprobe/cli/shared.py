@@ -14,6 +14,7 @@ import click
 
 from qprobe.cli.debug import debugged, stage_times
 from qprobe.cli.speaking import one_line, say, visible_json
+from qprobe.data.source import names_of_files
 from qprobe.errors import QprobeError
 from qprobe.options import Progress
 from qprobe.registry import metrics
@@ -77,6 +78,11 @@ def interruptible(said: str = "") -> Iterator[None]:
         raise click.exceptions.Exit(INTERRUPTED) from None
 
 
+def data_help(of: str) -> str:
+    """The help of an option that takes data: what the rows are, and all files that can be read."""
+    return f"{of}: {names_of_files()}."
+
+
 DATA_OPTIONS = (
     click.option(
         "--turns",
@@ -105,7 +111,7 @@ _SAMPLE_OPTIONS = (
         "--data",
         type=PATH,
         metavar="FILE",
-        help="Samples: .jsonl, .json, .parquet, a saved data set or its id on the hub.",
+        help=data_help("Samples"),
     ),
     click.option(
         "--prompt", metavar="TEXT", help="What to ask where the sample brings no prompt of its own."

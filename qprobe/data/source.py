@@ -23,6 +23,7 @@ class Source:
     takes: whether a value of --data, or of `data=`, is one; the first in `order` that does reads it.
     name: of a value, for messages. folder: that its image paths are relative to.
     rows: (value, split) -> its rows, read as they are asked for; raises SampleError if it cannot be read.
+    in_memory: whether only Python can name one.
     """
 
     what: str
@@ -32,12 +33,18 @@ class Source:
     name: Callable[[Any], str]
     folder: Callable[[Any], Path]
     rows: Callable[[Any, str | None], Rows]
+    in_memory: bool = False
 
 
 def sources() -> tuple[Source, ...]:
     """All of them, in the order in which they are asked."""
     found = declared("qprobe.data.sources", "SOURCE", Source)
     return tuple(sorted(found.values(), key=lambda x: x.order))
+
+
+def names_of_files() -> str:
+    """What can be named to --data, in words: all sources but those in memory."""
+    return ", ".join(x.what for x in sources() if not x.in_memory)
 
 
 def source_of(data: Any) -> Source:
@@ -47,10 +54,10 @@ def source_of(data: Any) -> Source:
             return one
     is_file = isinstance(data, str | Path)
     shown = f"Data file {data}" if is_file else f"Data of type {type(data).__name__}"
-    what = ", ".join(x.what for x in sources())
+    kinds = [names_of_files(), *(f"or, from Python, {x.what}" for x in sources() if x.in_memory)]
     state = "does not exist" if is_file and not Path(data).exists() else "is none of these"
     folder = " A folder of images goes to --images." if is_file and Path(data).is_dir() else ""
-    raise SampleError(f"{shown} {state}. --data takes {what}.{folder}")
+    raise SampleError(f"{shown} {state}. --data takes {', '.join(kinds)}.{folder}")
 
 
 def refuse_split(split: str | None, what: str) -> None:

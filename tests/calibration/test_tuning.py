@@ -55,6 +55,7 @@ def test_gradients_of_scales_and_inputs_equal_autograds(shape: tuple[int, int]):
     torch.testing.assert_close(found_x, x.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mllama", "bert"])
 def test_tuned_scales_do_less_damage_on_samples_kept_back_and_codes_stay(name: str, tiny_folder: TinyFolder):
     subject = subject_for(tiny_folder(name))

@@ -246,18 +246,19 @@ def test_memory_holds_the_4bit_model_and_never_the_16bit_one(tiny_folder, tmp_pa
         place = big if folder is big else tmp_path
         write_manifest(place / "skiplist.json", manifest_for(folder))
     code = PEAK.replace('small / "skiplist.json"', f'Path({str(tmp_path)!r}) / "skiplist.json"')
-    # What is freed goes back to the system late in one run of six or so: the least of three peaks counts.
+    in_16bit = sum(p.numel() * 2 for p in model.parameters())
+    in_4bit = manifest_for(big).budget.total_bytes
+    # What is freed goes back to the system late in one run of six or so: one of three peaks must do.
     peaks = []
     for run in ("first", "second", "third"):
         (tmp_path / run).mkdir()
         command = [sys.executable, "-c", code, small, big, tmp_path / run]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(ran.stdout))
-    peak = min(peaks)
-    in_16bit = sum(p.numel() * 2 for p in model.parameters())
-    in_4bit = manifest_for(big).budget.total_bytes
+        if peaks[-1] < in_16bit:
+            break
     # 95 MB in 16-bit, 25 MB in 4-bit; rounding one weight takes some 20 MB more. Both models: 120 MB.
-    assert 0.8 * in_4bit < peak < in_16bit, (peaks, in_4bit, in_16bit)
+    assert 0.8 * in_4bit < peaks[-1] < in_16bit, (peaks, in_4bit, in_16bit)
 
 
 def test_a_manifest_whose_names_no_list_can_tell_apart_is_refused_before_writing(

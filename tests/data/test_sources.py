@@ -18,10 +18,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-import qprobe.data.sources
 from qprobe.data.images import decode, file_bytes
 from qprobe.data.reading import Reading, check_left_out, read_conversations
-from qprobe.data.source import sources
 from qprobe.errors import MachineError, QprobeError, SampleError
 from tests import tiny
 
@@ -230,23 +228,6 @@ def test_what_is_no_source_names_those_that_are(tmp_path: Path):
             read_conversations(strange)
     with pytest.raises(SampleError, match="--split train does not apply"):
         read_conversations(lines(tmp_path / "x.jsonl"), Reading(split="train"))
-
-
-def test_a_file_in_the_folder_is_a_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    (tmp_path / "colon_lines.py").write_text(
-        "from pathlib import Path\n"
-        "from qprobe.data.source import Source\n"
-        "def rows(data, split):\n"
-        "    for n, line in enumerate(Path(data).read_text().splitlines(), start=1):\n"
-        "        yield n, dict(zip(('prompt', 'answer'), line.split(':'), strict=True))\n"
-        "SOURCE = Source('a .colon file', 'line', 1, lambda x: str(x).endswith('.colon'), str,\n"
-        "                lambda x: Path(x).parent, rows)\n"
-    )
-    monkeypatch.setattr(qprobe.data.sources, "__path__", [*qprobe.data.sources.__path__, str(tmp_path)])
-    (tmp_path / "x.colon").write_text("one?:yes\ntwo?:no\n")
-    assert [x.turns[-1].text for x in read_conversations(tmp_path / "x.colon").good] == ["yes", "no"]
-    assert "a .colon file" in [x.what for x in sources()]
-    sys.modules.pop("qprobe.data.sources.colon_lines")
 
 
 @pytest.mark.parametrize(

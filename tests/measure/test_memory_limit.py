@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qprobe.cli import main
 from qprobe.runs.folder import RunFolder
 from tests import tiny
 from tests.alone import run_alone
@@ -21,16 +23,16 @@ from tests.alone import run_alone
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
-WEIGHTS_MIB = 180  # of the blocks, in 16-bit
+WEIGHTS_MIB = 101  # of the blocks, in 16-bit
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 95 M parameters, nearly all of them in its 6 blocks, and two samples beside it."""
+    """A checkpoint of 53 M parameters, nearly all of them in its 6 blocks, and two samples beside it."""
     folder = tmp_path_factory.mktemp("wide")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**tiny.decoder(1024, 4096, 6)))
+        model = LlamaForCausalLM(LlamaConfig(**tiny.decoder(768, 3072, 6)))
     model.to(torch.bfloat16).save_pretrained(folder)
     for part in tiny.text_tokenizer():
         part.save_pretrained(folder)
@@ -49,10 +51,15 @@ class Done:
     peak_bytes: int
 
 
+def command(wide: Path, device: str, *more: str) -> list[str]:
+    asked = ["--data", str(wide / "samples.jsonl"), "--samples", "2", "--device", device]
+    return ["scan", "--json", "--model", str(wide), *asked, *more]
+
+
 def scan_alone(wide: Path, run: Path, device: str, *more: str) -> Done:
-    command = [sys.executable, "-m", "qprobe", "scan", "--json", "--model", str(wide), "--out", str(run)]
-    command += ["--data", str(wide / "samples.jsonl"), "--samples", "2", "--device", device, *more]
-    done = run_alone(command, environment={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [*command(wide, device, *more), "--out", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_alone([sys.executable, "-m", "qprobe", *words], environment=environment)
     return Done(done.status, json.loads(done.out) if done.out else {}, done.err, done.peak_bytes)
 
 
@@ -72,10 +79,9 @@ def test_a_process_stays_below_its_limit_where_it_would_not_without(wide: Path, 
         tmp_path / "plain" / "layers.csv"
     ).read_text()
     # What is refused names a limit that would do: above what was taken, and not far above.
-    refused = scan_alone(
-        wide, tmp_path / "refused", "cpu", *asked, "--max-memory", str(limited.peak_bytes // 2)
-    )
-    assert refused.status == 1 and "Pass --max-memory" in refused.said
+    too_small = ("--max-memory", str(limited.peak_bytes // 2), "--out", str(tmp_path / "refused"))
+    refused = CliRunner().invoke(main, [*command(wide, "cpu", *asked), *too_small])
+    assert refused.exit_code == 1 and "Pass --max-memory" in refused.stderr
     assert not (tmp_path / "refused" / "units").exists()
 
 

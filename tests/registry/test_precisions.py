@@ -63,6 +63,7 @@ def test_help_offers_a_declared_precision():
     assert "[nf4|nf4-calibrated|int4-rows]" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("declared")
 def test_a_declared_precision_takes_the_place_of_nf4_for_a_whole_scan(tiny_folder: TinyFolder, tmp_path):
     folder = tiny_folder("llama")

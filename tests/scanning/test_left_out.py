@@ -57,6 +57,7 @@ COMMANDS = pytest.mark.parametrize("command", [_scan, _compare])
 Command = Callable[..., tuple[int, tuple[str, ...]]]
 
 
+@pytest.mark.slow
 @COMMANDS
 def test_an_image_that_the_processor_refuses_is_named_and_the_others_are_measured(
     command: Command, images: Path, tiny_folder: TinyFolder, tmp_path: Path

@@ -78,6 +78,7 @@ def written(model: Any, processor: Any) -> str:
     return tokenizer.decode(output[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_vl"])
 def test_a_loaded_model_gives_the_table_of_its_folder_and_stays_as_it_was(
     name: str, scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path
@@ -96,6 +97,7 @@ def test_a_loaded_model_gives_the_table_of_its_folder_and_stays_as_it_was(
     assert written(model, processor) == said
 
 
+@pytest.mark.slow
 def test_a_model_in_32_bit_is_measured_in_16_bit_and_stays_in_32(
     scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path
 ):
@@ -138,6 +140,7 @@ def test_breaking_off_inside_a_forward_pass_leaves_the_model_as_it_was(
     assert_same(state(model), before)
 
 
+@pytest.mark.slow
 def test_its_manifest_names_no_folder_and_loading_it_asks_for_the_model(
     tiny_folder: TinyFolder, tmp_path: Path
 ):
@@ -222,6 +225,7 @@ def pictures(count: int) -> list[bytes]:
     return [tiny.picture(seed) for seed in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Pillow", "arrays", "paths", "rows", "iterator", "Dataset"])
 def test_images_in_memory_give_the_table_of_their_folder(
     kind: str, tiny_folder: TinyFolder, tmp_path: Path, scanned_images: Path

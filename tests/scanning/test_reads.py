@@ -91,6 +91,7 @@ def test_what_follows_a_scan_reads_each_file_once(
     assert often(found) == {} and found["scan.json"] == 1 and found[reads] == 1
 
 
+@pytest.mark.slow
 def test_a_report_against_another_run_reads_each_file_of_both_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

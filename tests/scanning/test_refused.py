@@ -91,6 +91,7 @@ def llama_run(scanned: Scanned, tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_the_folder_of_another_model_or_format(llama_run: Path, no_weights: None, tiny_folder: TinyFolder):
     for model, changes, said in (
         ("bert", {}, r"model\.architecture: LlamaForCausalLM -> BertModel"),

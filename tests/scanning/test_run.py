@@ -70,6 +70,7 @@ def test_select_into_the_skiplist_sets_the_measured_one_aside(opened: Run):
     assert qprobe.open_run(opened.path).folder.files.is_whole("skiplist.json")
 
 
+@pytest.mark.slow
 def test_report_gives_the_page(opened: Run, tmp_path: Path):
     assert opened.report(tmp_path / "page") == tmp_path / "page" / "index.html"
     assert (tmp_path / "page" / "index.html").is_file()

@@ -91,6 +91,7 @@ def test_the_package_is_imported_without_fcntl():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_every_room_without_torch_is_imported_where_there_is_no_fcntl():
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     rooms = next(x["source_modules"] for x in contracts if x["name"] == "Rooms without torch")

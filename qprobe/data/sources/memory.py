@@ -65,11 +65,12 @@ def _takes(data: Any) -> bool:
 
 
 SOURCE = Source(
-    what="or, from Python, rows in memory",
+    what="rows in memory",
     row="row",
     order=95,
     takes=_takes,
     name=lambda _: "data",
     folder=lambda _: Path(),
     rows=_rows,
+    in_memory=True,
 )

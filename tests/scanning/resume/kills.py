@@ -25,8 +25,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
 
 import qprobe.scanning.scan as road
 from qprobe.checkpoint.quantize import quantize
@@ -35,6 +33,7 @@ from qprobe.data.sampling import choose_samples
 from qprobe.scanning import finish, samples
 from qprobe.scanning.join import join
 from tests import tiny
+from tests.emulation import compute_bf16_by_float32
 
 SEED = 0
 MODEL = "llama"
@@ -195,15 +194,9 @@ def without_answers(*asked: Any) -> Samples:
     return Samples(tuple(replace(s, answer=None) for s in choose_samples(*asked).samples))
 
 
-def linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What `linear` gives, nine times faster for bf16 on processors that have no bf16 arithmetic."""
-    y = linear(x.float(), weight.float(), None if bias is None else bias.float())
-    return y.to(x.dtype)
-
-
 def main(folder: Path, *asked: str) -> None:
     torch.set_num_threads(1)
-    torch.nn.functional.linear = linear_in_float32
+    compute_bf16_by_float32()
     samples.choose_samples = without_answers
     finish.write_report = lambda *_: []
     tiny.write(MODEL, folder / MODEL)

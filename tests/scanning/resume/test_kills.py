@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-JOBS = {"demo": 20, "scan": 4, "calibrated": 4, "limited": 4, "weights": 5, "join": 5, "quantize": 6}
+JOBS = {"demo": 10, "scan": 4, "calibrated": 4, "limited": 4, "weights": 5, "join": 5, "quantize": 6}
 
 
 @pytest.fixture(scope="module")
