@@ -13,6 +13,7 @@ import pytest
 import qprobe.scanning.finish
 import qprobe.scanning.samples
 import qprobe.scanning.scan as road
+from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
 from qprobe.records import Sample
@@ -64,6 +65,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (road, qprobe.scanning.samples, qprobe.scanning.finish):
         for name in STAGES.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, within(STAGES[name], getattr(module, name)))
+    # Run for its answer as soon as a sample is read.
+    monkeypatch.setattr(ProcessedSamples, "refusal", within("answers", ProcessedSamples.refusal))
     return entered
 
 
