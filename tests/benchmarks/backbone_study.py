@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -194,7 +195,7 @@ def study(model: str, work: Path, counts: Counts, device: str) -> dict[str, Any]
         start = time.monotonic()
         comparison = compared(run, model, judged, device)
         found[name] = {
-            "scan": run.to_json(),
+            "scan": {key: value for key, value in run.to_json().items() if key not in ("run", "skiplist")},
             "kept": len(run.select().skip_modules),
             "rows": [asdict(row) for row in comparison.rows],
             "facts": facts_by_kind(comparison, judged),
@@ -298,7 +299,7 @@ def _layers(found: Mapping[str, Any]) -> str:
         f"| {x['layer']} | {x['weight_nmse']:.4g} | {x['activation_nmse']:.4g} | {x['sensitivity_kl']:.3g} |"
         for x in found["leaders"]
     ]
-    return "\n".join([*rows, ""])
+    return "\n".join([*rows, "", "![What 4-bit costs each layer](spikes.png)"])
 
 
 def main() -> None:
@@ -316,9 +317,9 @@ def main() -> None:
     found = study(options.model, options.work, counts, options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
-    command = (
-        f"python -m tests.benchmarks.backbone_study --samples {options.samples} --held-out {options.held_out}"
-    )
+    asked = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(counts).items())
+    command = f"python -m tests.benchmarks.backbone_study --model FOLDER {asked}"
+    shutil.copy(options.work / "nf4" / "report" / "spikes.png", options.out)
     (options.out / "README.md").write_text(markdown(found, command) + "\n")
     print(markdown(found, command))
 
