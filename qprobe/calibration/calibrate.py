@@ -18,12 +18,15 @@ from typing import Any
 import pandas as pd
 import torch
 
-from qprobe.calibration.codes import Readers, Rounded, calibrate_together
+from qprobe.calibration.codes import Rounded
+from qprobe.calibration.damage import FEWEST, split_batches
+from qprobe.calibration.decide import decided
 from qprobe.calibration.gptq import DAMPING
-from qprobe.calibration.gram import Gram, SharedInput, shared_inputs
+from qprobe.calibration.gram import SharedInput, Weights, shared_inputs
+from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.room import gram_room, record_room, rounded_together
 from qprobe.calibration.token_weights import MIX, draws, token_weights
-from qprobe.calibration.tuning import FEWEST, split_batches, tune
+from qprobe.calibration.tuning import tune
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
 from qprobe.errors import RunError
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
@@ -37,16 +40,16 @@ from qprobe.registry.measures import CALIBRATION
 from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Rounding
-from qprobe.runs.notes import Remarks
+from qprobe.runs.notes import Remarks, TokensCount
 from qprobe.system.wording import counted
 
-APART = "it does not read the same tensor as its neighbours on every batch"
-VERSION = 4
+VERSION = 5
 """Of what decides the codes, beside weights and samples.
 
-Version 4 counts tokens half by how much the answers depend on them, gathers in the dtype of the path, and
-tunes scales where that is asked for. Version 3 leaves out image tiles that no text attends to. Version 2
-shrinks the Gram matrices by how few tokens they saw; version 1 did not.
+Version 5 decides on samples kept back whether tokens are weighed. Version 4 counts tokens half by how much
+the answers depend on them, gathers in the dtype of the path, and tunes scales where that is asked for.
+Version 3 leaves out image tiles that no text attends to. Version 2 shrinks the Gram matrices by how few
+tokens they saw; version 1 did not.
 """
 
 
@@ -157,25 +160,45 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
     chosen = [inputs[unit] for unit in numbers.values()]
     if not chosen:
         return
-    with walking(work.subject.path):
-        weights = token_weights(work.subject, chosen, work.widened)
     limit = work.limit_bytes
     if limit is None:
         limit = gram_room(work.subject, inputs)
+    weights = _weights(work, chosen, inputs, limit)
     walk = Walk(work.subject, record_room(work.subject)) if can_walk(work.subject) else None
     plan = planned(walk, chosen, limit // 2, work.subject.reference.device)  # half is for rounding at once
     step = _steps(work.progress, plan.runs * len(work.samples) + len(numbers))
     for gathering in gathered_in_turn(
-        work.subject, walk, plan, lambda: work.widened, len(work.samples), weights.of, step
+        work.subject, walk, plan, lambda: work.widened, len(work.samples), weights, step
     ):
         for group in rounded_together(work.subject, gathering.inputs, limit):
             grams = [gathering.grams.pop(one.leader) for one in group]
             with work.subject.running(f"round {group[0].leader}"):  # of its own: no weight stays meanwhile
-                found = _rounded(work, group, grams, gathering.apart)
+                found = rounded_layers(work.subject, group, grams, gathering.apart, work.format)
             for one, gram, rounded in zip(group, grams, found, strict=True):
                 _finish(work, rounded, gram.tokens, numbers[one.leader])
                 step()
             del grams
+
+
+def _weights(
+    work: Work, chosen: Sequence[SharedInput], inputs: Sequence[SharedInput], limit_bytes: int
+) -> Weights | None:
+    """What tokens count in the matrices of `chosen`; None for once each, if that was decided.
+
+    It is decided once, on `inputs`, which are all there are, and noted in the run.
+    """
+    subject, notes = work.subject, work.run.notes
+    noted: TokensCount | None = notes.get("tokens")
+    if noted is not None and not noted.is_weighted:
+        return None
+    is_open = noted is None and sum(map(len, work.samples)) >= FEWEST
+    with walking(subject.path):
+        found = token_weights(subject, inputs if is_open else chosen, work.widened)
+    if is_open:
+        count = len(work.samples)
+        noted = decided(subject, inputs, lambda: work.widened, count, found.of, work.format, limit_bytes)
+        notes.put("tokens", noted)
+    return found.of if noted is None or noted.is_weighted else None
 
 
 def _tuned(work: Work, codes: CodesFile) -> CodesFile:
@@ -192,7 +215,8 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     path = work.run.path / codes.file
     with open_codes(path) as file:
         stored = {name: file.stored(name, subject.device_of(name)) for name in sorted(file.layers)}
-    training, kept_back = split_batches([subject.encode(group) for group in work.samples])
+    batches = [subject.encode(group) for group in work.samples]
+    training, kept_back = ([batches[i] for i in part] for part in split_batches(batches))
     step = iter(range(1, work.tune_steps + 1))
     found = tune(
         subject, stored, training, kept_back, work.tune_steps, work.format,
@@ -216,24 +240,6 @@ def _steps(progress: Progress, total: int) -> Callable[[], None]:
     """A function that reports one more step of `total` whenever it is called."""
     done = iter(range(1, total + 1))
     return lambda: progress("calibrate", next(done), total)
-
-
-def _rounded(
-    work: Work, group: Sequence[SharedInput], grams: Sequence[Gram], apart: set[str]
-) -> list[dict[str, Rounded]]:
-    """The weights of each shared input of `group` by layer; those `apart` are left to nearest."""
-    own = work.subject.dequantized.own
-    names = [[name for name in one.names if name not in apart] for one in group]
-    readers = [
-        Readers([own(name) for name in some], gram.total, gram.tokens)
-        for some, gram in zip(names, grams, strict=True)
-    ]
-    with torch.no_grad():
-        found = calibrate_together(readers, work.format)
-    return [
-        dict.fromkeys(one.names, Rounded(None, why=APART)) | dict(zip(some, rounded, strict=True))
-        for one, some, rounded in zip(group, names, found, strict=True)
-    ]
 
 
 def _finish(work: Work, found: Mapping[str, Rounded], tokens: int, unit: int) -> None:

@@ -214,6 +214,12 @@ def packed_codes(codes: Tensor) -> Tensor:
     return (even[0::2] << 4 | even[1::2]).unsqueeze(1)
 
 
+def unpacked_codes(packed: Tensor, count: int) -> Tensor:
+    """(count,) uint8 codes of `packed_codes`, in the order of the weight."""
+    flat = packed.reshape(-1)
+    return torch.stack([flat >> 4, flat & 15], dim=1).reshape(-1)[:count]
+
+
 def _judged(weight: Tensor, stored: StoredNf4, metric: Metric, fmt: Nf4) -> Rounded:
     """`stored`, unless rounding to nearest gives outputs as good."""
     if not bool(torch.isfinite(weight).all()):

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import fsum, isfinite
-from typing import Any
+from math import isfinite
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qprobe.calibration.codes import quantization_state
-from qprobe.formats.nf4 import Nf4, PackedNf4, StoredNf4
+from qprobe.calibration.codes import packed_codes, quantization_state, unpacked_codes
+from qprobe.calibration.damage import damage_of, mean_damage, reference_outputs
+from qprobe.calibration.tuned_linear import Tunable, TunedLinear, nearest_codes, units_of
+from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
-from qprobe.measure.kl import answer_logits, kl_per_sample
-from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
 from qprobe.system.wording import counted
 
 RATE = 1e-3  # of the logarithms of the scales; 2e-3 ends alike on SmolLM2, 4e-3 worse
+EPSILON = 1e-12  # of Adam: gradients of a small KL are themselves below its usual 1e-8
+CODES_FROM = 1.0  # share of the steps after which codes move as well; 1 leaves them
+UNIT_RATE = 2e-3  # of the units of codes
+SLACK = 0.4  # of a unit: how near a boundary a code begins that is not the nearest one to its weight
 CHECKS = 8  # looks at the samples kept back
-KEPT_BACK = 8  # one sample of so many is kept back
-FEWEST = 16  # samples; of fewer, those kept back would decide nothing
 
 
 STEPS = {"small": 200, "large": 32}  # on CUDA; large: above `FLOAT32_UP_TO` parameters
@@ -71,12 +72,6 @@ class Tuned:
         )
 
 
-def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """(for tuning, kept back): every `KEPT_BACK`-th batch is kept back, one at least."""
-    kept = list(batches[KEPT_BACK - 1 :: KEPT_BACK]) or list(batches[-1:])
-    return [b for b in batches if not any(b is k for k in kept)], kept
-
-
 def tune(
     subject: Subject,
     stored: Mapping[str, StoredNf4],
@@ -114,15 +109,18 @@ def _descend(
     done: Callable[[], None],
 ) -> int:
     """Run the steps and leave the scales of the best look at `kept_back` in place; that step's number."""
-    optimizer = torch.optim.Adam(tuning.logarithms.values(), lr=RATE)
+    optimizer = torch.optim.Adam(tuning.logarithms.values(), lr=RATE, eps=EPSILON)
     best, best_step, kept = before, 0, tuning.snapshot()
     order: list[int] = []
     generator = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
         if not order:
             order = torch.randperm(len(training), generator=generator).tolist()
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * (1 - (step - 1) / steps)
+        if step == 1 + round(CODES_FROM * steps):
+            tuning.free_codes()
+            optimizer.add_param_group({"params": tuning.units.values(), "lr": UNIT_RATE})
+        for group, rate in zip(optimizer.param_groups, (RATE, UNIT_RATE), strict=False):
+            group["lr"] = rate * (1 - (step - 1) / steps)
         optimizer.zero_grad(set_to_none=True)
         if not isfinite(tuning.descend(training[order.pop()])):
             break
@@ -138,41 +136,68 @@ def _descend(
 
 @dataclass
 class _Tuning:
-    """Scales under way: logarithms by layer of what the scales at the start are multiplied by, (blocks,)."""
+    """Scales and codes under way.
+
+    logarithms: by layer, of what the scales at the start are multiplied by, (blocks,). units: of the codes,
+    (n,), see `qprobe.calibration.tuned_linear`; none where they stay.
+    """
 
     subject: Subject
     stored: Mapping[str, StoredNf4]
     fmt: Nf4
     logarithms: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.replace(self.stored)
 
     def replace(self, stored: Mapping[str, StoredNf4]) -> None:
-        """Go on from the scales of `stored`."""
+        """Go on from `stored`; codes stay until `free_codes`."""
         self.packed = {name: one.packed() for name, one in stored.items()}
         self.logarithms.clear()
+        self.units.clear()
         for name, packed in self.packed.items():
             self.logarithms[name] = torch.zeros_like(packed.state.absmax, requires_grad=True)
 
-    def snapshot(self) -> dict[str, Tensor]:
-        return {name: one.detach().clone() for name, one in self.logarithms.items()}
+    def free_codes(self) -> None:
+        """Let codes move from here on."""
+        for name, packed in self.packed.items():
+            one = Tunable(packed)
+            weight = self.subject.dequantized.own(name).reshape(-1)
+            codes = unpacked_codes(packed.codes, one.count)
+            self.units[name] = units_of(weight, codes, one.spread(self.scales(name).detach()), SLACK)
+            self.units[name].requires_grad_()
 
-    def restore(self, kept: Mapping[str, Tensor]) -> None:
+    def snapshot(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What `restore` takes: of each layer the logarithms, and the codes where they move."""
+        return {
+            name: (one.detach().clone(), _codes(self.units.get(name)))
+            for name, one in self.logarithms.items()
+        }
+
+    def restore(self, kept: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+        """Go back to a snapshot; codes that moved are at the middle of their units then."""
         with torch.no_grad():
-            for name, one in kept.items():
-                self.logarithms[name].copy_(one)
+            for name, (logarithms, codes) in kept.items():
+                self.logarithms[name].copy_(logarithms)
+                if codes is not None:
+                    self.units[name].copy_(codes)
+                elif name in self.units:  # of before they moved
+                    own = self.packed[name]
+                    self.units[name].copy_(unpacked_codes(own.codes, Tunable(own).count))
 
     def scales(self, name: str) -> Tensor:
         """(blocks,) the scales of the layer `name` now."""
         return self.packed[name].state.absmax * self.logarithms[name].exp()
 
     def finished(self) -> dict[str, StoredNf4]:
-        """The weights with these scales as bitsandbytes stores them."""
+        """The weights with these scales and codes as bitsandbytes stores them."""
         found = {}
         for name, one in self.stored.items():
             scales, state = self.scales(name).detach(), one.state
-            found[name] = StoredNf4(one.codes, quantization_state(scales, state.shape, state.dtype, self.fmt))
+            codes = _codes(self.units.get(name))
+            packed = one.codes if codes is None else packed_codes(codes.view(state.shape))
+            found[name] = StoredNf4(packed, quantization_state(scales, state.shape, state.dtype, self.fmt))
         return found
 
     def forward(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
@@ -180,69 +205,25 @@ class _Tuning:
         x = x.to(dtype)
         if name not in self.packed:
             return F.linear(x, self.subject.dequantized.own(name).to(dtype), module.bias)
-        return _ScaledLinear.apply(x, self.scales(name), self.packed[name], module.bias)
+        units = self.units.get(name)
+        return TunedLinear.apply(x, self.scales(name), units, self.packed[name], module.bias)
 
     def descend(self, batch: Batch) -> float:
         """Damage of one batch per answer token; adds to the gradients of the scales unless non-finite."""
-        with torch.no_grad(), replaced_forwards(self.subject.quantized_modules, self._reference):
-            wanted = _outputs(self.subject, batch)
+        wanted = reference_outputs(self.subject, batch)
         # Blocks run again in the backward pass, so that it belongs inside as well.
         keeping = checkpointed_blocks(self.subject.model, self.subject.path.room_bytes)
         with torch.enable_grad(), keeping, replaced_forwards(self.subject.modules, self.forward):
-            damage, weight = _damage(self.subject, batch, wanted)
+            damage, weight = damage_of(self.subject, batch, wanted)
             found = float(damage.detach()) / weight
             if isfinite(found):
                 (damage / weight).backward()
         return found
 
     def damage(self, batches: Sequence[Batch]) -> float:
-        """Damage of `batches` together, per answer token."""
-        sums = []
-        for batch in batches:
-            with torch.no_grad(), replaced_forwards(self.subject.quantized_modules, self._reference):
-                wanted = _outputs(self.subject, batch)
-            with torch.no_grad(), replaced_forwards(self.subject.modules, self.forward):
-                damage, weight = _damage(self.subject, batch, wanted)
-            sums.append((float(damage), float(weight)))
-        return fsum(d for d, _ in sums) / fsum(w for _, w in sums)
-
-    def _reference(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, self.subject.dequantized.own(name).to(x.dtype), module.bias)
+        """Damage of `batches` together, see `mean_damage`."""
+        return mean_damage(self.subject, batches, self.forward)
 
 
-def _outputs(subject: Subject, batch: Batch) -> list[Tensor]:
-    """Answer logits of each sample; without a language head the rows of its output that are no padding."""
-    if subject.has_head:
-        return answer_logits(subject.model, batch)
-    return [rows.float() for rows in output_rows(subject.model, batch)]
-
-
-def _damage(subject: Subject, batch: Batch, wanted: list[Tensor]) -> tuple[Tensor, float]:
-    """(sum, what it is a sum over): nats and answer tokens, or squared error and energy of the output."""
-    got = _outputs(subject, batch)
-    if subject.has_head:
-        return kl_per_sample(wanted, got).sum(), max(1, batch.answer_tokens)
-    errors = [(y - y_hat).square().double().sum() for y, y_hat in zip(wanted, got, strict=True)]
-    return torch.stack(errors).sum(), float(sum(y.square().double().sum() for y in wanted))
-
-
-class _ScaledLinear(torch.autograd.Function):
-    """x W-hat^T + b with W-hat = codes x scales, differentiable in x and the scales; keeps no weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, packed: PackedNf4, bias: Tensor | None) -> Tensor:
-        """x (..., in_features); scales (blocks,) float32; packed: codes of (out_features, in_features)."""
-        ctx.save_for_backward(x, scales)
-        ctx.packed = packed
-        return F.linear(x, packed.scaled(scales, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scales = ctx.saved_tensors
-        towards_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-        codes = ctx.packed.scaled(torch.ones_like(scales), x.dtype)
-        flat = (towards_weight * codes).float().reshape(-1)
-        size = ctx.packed.state.blocksize
-        by_block = F.pad(flat, (0, -len(flat) % size)).view(-1, size).sum(dim=1)
-        towards_x = grad @ ctx.packed.scaled(scales, x.dtype) if ctx.needs_input_grad[0] else None
-        return towards_x, by_block, None, None
+def _codes(units: Tensor | None) -> Tensor | None:
+    return None if units is None else nearest_codes(units.detach()).to(torch.uint8)

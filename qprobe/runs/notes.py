@@ -29,6 +29,31 @@ class Remarks:
 
 
 @dataclass(frozen=True)
+class TokensCount:
+    """Whether tokens are weighed while codes are chosen.
+
+    plain, weighted: the damage on samples kept back with a few layers rounded without and with weights, nats
+    per answer token; None where there were too few samples to decide.
+    """
+
+    is_weighted: bool
+    plain: float | None
+    weighted: float | None
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, plain: float, weighted: float) -> TokensCount:
+        """Weighted unless that costs more."""
+        is_weighted = not plain < weighted
+        how = "half by how much the answers depend on them" if is_weighted else "once each"
+        told = (
+            f"Tokens count {how} when codes are chosen: on calibration samples kept back, a few layers in "
+            f"4-bit cost {weighted:.4g} so weighed and {plain:.4g} where each token counts once."
+        )
+        return cls(is_weighted, plain, weighted, (told,))
+
+
+@dataclass(frozen=True)
 class Ran:
     """unmeasured: names of linears that never ran on the samples, or are not stored as one tensor."""
 
@@ -54,6 +79,7 @@ class Ended:
 TOPICS: Mapping[str, type[Any]] = {
     "start": Remarks,  # on samples and measures, when a scan begins
     "codes": CodesFile,  # which calibrated weights were measured
+    "tokens": TokensCount,  # when codes are chosen
     "calibration": Remarks,  # on how they were chosen
     "tuning": Remarks,  # on whether their scales were tuned
     "layers": Ran,

@@ -37,10 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.calibration.codes import Readers, Rounded, calibrate_together
+from qprobe.calibration.damage import split_batches
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
 from qprobe.calibration.room import record_room, rounded_together
 from qprobe.calibration.token_weights import token_weights
-from qprobe.calibration.tuning import split_batches, tune
+from qprobe.calibration.tuning import tune
 from qprobe.calibration.walk import Walk, gathered_in_turn, planned
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
 from qprobe.formats.nf4 import Nf4, StoredNf4
@@ -204,7 +205,8 @@ def table(name: str, counts: Sequence[int], device: str, steps: int) -> str:
         measured.add("weighted", count, weighted, f"{time.perf_counter() - start:.0f}")
         if steps and count == max(counts):
             start = time.perf_counter()
-            tuned = tune(subject, weighted, *split_batches(part), steps, Nf4())
+            training, kept_back = ([part[i] for i in numbers] for numbers in split_batches(part))
+            tuned = tune(subject, weighted, training, kept_back, steps, Nf4())
             what = f"weighted, {steps} steps of tuning (kept back: {tuned.before:.4g} to {tuned.after:.4g})"
             measured.add(what, count, tuned.stored, f"{time.perf_counter() - start:.0f}")
     what = "KL, nats per answer token" if subject.has_head else "1 - cosine of embeddings"

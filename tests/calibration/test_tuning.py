@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from qprobe.calibration import tuning
-from qprobe.calibration.tuning import _ScaledLinear, split_batches, tune
-from qprobe.formats.nf4 import Nf4
+from qprobe.calibration.codes import unpacked_codes
+from qprobe.calibration.columns import nf4_grid
+from qprobe.calibration.damage import split_batches
+from qprobe.calibration.tuned_linear import TunedLinear, nearest_codes, units_of
+from qprobe.calibration.tuning import tune
+from qprobe.formats.nf4 import Nf4, PackedNf4
 from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec
@@ -36,23 +40,53 @@ def nearest(subject: Subject) -> dict:
     return {name: Nf4().stored(module.weight) for name, module in subject.quantized_modules.items()}
 
 
+def by_hand(packed: PackedNf4, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What `codes` (n,) read as under the block scales `scales`, of autograd's own operations."""
+    values = packed.state.code.double()[codes.long()]
+    return (values * scales.repeat_interleave(64)[: len(codes)]).view(packed.state.shape)
+
+
 @pytest.mark.parametrize("shape", [(6, 128), (5, 96), (3, 70)])  # the last two have blocks that straddle rows
-def test_gradients_of_scales_and_inputs_equal_autograds(shape: tuple[int, int]):
+@pytest.mark.parametrize("with_codes", [False, True])
+def test_gradients_of_scales_codes_and_inputs_equal_autograds(shape: tuple[int, int], with_codes: bool):
     torch.manual_seed(0)
     weight, x = torch.randn(shape), torch.randn(4, 7, shape[1], requires_grad=True)
     bias, towards = torch.randn(shape[0]), torch.randn(4, 7, shape[0])
     packed = Nf4(double_quant=False).stored(weight).packed()
+    codes = unpacked_codes(packed.codes, weight.numel())
     scales = packed.state.absmax.clone().requires_grad_()
-    _ScaledLinear.apply(x, scales, packed, bias).backward(towards)
-    found, found_x, x.grad = scales.grad, x.grad.clone(), None
-    # The oracle reads codes by hand and lets autograd do the rest.
-    codes = torch.stack([packed.codes.reshape(-1) >> 4, packed.codes.reshape(-1) & 15], dim=1).reshape(-1)
-    values = packed.state.code[codes[: weight.numel()].long()]
-    own = packed.state.absmax.clone().requires_grad_()
-    w_hat = (values * own.repeat_interleave(64)[: weight.numel()]).view(shape)
-    F.linear(x, w_hat, bias).backward(towards)
-    torch.testing.assert_close(found, own.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found_x, x.grad, rtol=1e-4, atol=1e-5)
+    units: torch.Tensor | None = None
+    if with_codes:
+        units = (codes + torch.rand(len(codes)) * 0.9 - 0.45).requires_grad_()
+    TunedLinear.apply(x, scales, units, packed, bias).backward(towards)
+    assert scales.grad is not None and x.grad is not None
+    found, found_x = scales.grad, x.grad
+    own, own_x = packed.state.absmax.double().requires_grad_(), x.detach().double().requires_grad_()
+    F.linear(own_x, by_hand(packed, codes, own), bias.double()).backward(towards.double())
+    torch.testing.assert_close(found.double(), own.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_x.double(), own_x.grad, rtol=1e-4, atol=1e-4)
+    if units is not None:
+        assert units.grad is not None
+        # Straight through: the slope of the line between the two values around a unit, at what is read.
+        values, slope = packed.state.code.double(), units.detach().double().requires_grad_()
+        below = slope.detach().floor().clamp(0, 14).long()
+        line = values[below] + (slope - below) * (values[below + 1] - values[below])
+        line = line + (values[codes.long()] - line).detach()
+        w_hat = (line * own.detach().repeat_interleave(64)[: len(codes)]).view(shape)
+        F.linear(own_x.detach(), w_hat, bias.double()).backward(towards.double())
+        torch.testing.assert_close(units.grad.double(), slope.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_units_lie_where_the_weights_lie_but_near_the_codes_they_have():
+    # Values of NF4 around 0: code 7 is 0, code 8 is 0.0796. A weight of 0.5 x 0.0796 is half way.
+    value = float(nf4_grid(torch.device("cpu")).values[8])
+    weight = 2 * torch.tensor([0.0, 0.25 * value, 0.75 * value, 1.0, -1.0, 1.5])
+    codes = torch.tensor([7, 7, 7, 15, 0, 15], dtype=torch.uint8)
+    found = units_of(weight, codes, torch.full((6,), 2.0), 0.4)
+    torch.testing.assert_close(found, torch.tensor([7.0, 7.25, 7.4, 15.0, 0.0, 15.4]))
+    assert nearest_codes(found).tolist() == codes.tolist()
+    # A scale of 0 reads as zeros whatever the codes.
+    assert nearest_codes(units_of(weight, codes, torch.zeros(6), 0.4)).tolist() == codes.tolist()
 
 
 @pytest.mark.slow
@@ -104,7 +138,5 @@ def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
 
 @pytest.mark.parametrize(("count", "kept"), [(1, [0]), (7, [6]), (8, [7]), (20, [7, 15])])
 def test_one_batch_of_eight_is_kept_back_and_one_at_least(count: int, kept: list[int]):
-    batches = [object() for _ in range(count)]
-    training, held = split_batches(batches)
-    assert held == [batches[i] for i in kept]
-    assert training == [b for i, b in enumerate(batches) if i not in kept]
+    training, held = split_batches(["a batch"] * count)
+    assert held == kept and training == [i for i in range(count) if i not in kept]

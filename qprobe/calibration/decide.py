@@ -1,0 +1,91 @@
+"""Whether tokens are weighed: decided for each model by what it costs on samples that were kept back.
+
+Weights of tokens (`qprobe.calibration.token_weights`) leave less damage on most models, and no less on some.
+A few layers are rounded both ways for most of the samples, and the damage of both is measured on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qprobe.calibration.damage import mean_damage, split_batches
+from qprobe.calibration.gram import Gathering, SharedInput, Weights, passes
+from qprobe.calibration.layers import rounded_layers
+from qprobe.calibration.room import rounded_together
+from qprobe.formats.nf4 import Nf4, PackedNf4
+from qprobe.inputs.batch import Batch
+from qprobe.measure.attribution import walking
+from qprobe.measure.subject import Subject
+from qprobe.runs.notes import TokensCount
+
+TRIAL = 4  # one shared input of so many is rounded for the decision
+TRIAL_LARGE = 16  # above `FLOAT32_UP_TO` parameters, where rounding takes longest
+
+
+def decided(
+    subject: Subject,
+    inputs: Sequence[SharedInput],
+    batches: Callable[[], Iterable[Batch]],
+    count: int,
+    weights: Weights,
+    fmt: Nf4,
+    limit_bytes: int,
+) -> TokensCount:
+    """The decision, on every `TRIAL`-th of `inputs`.
+
+    batches: gives the samples in `count` batches, each time from the first; weights: of their tokens.
+    limit_bytes: for Gram matrices at once.
+    """
+    training, kept_back = split_batches(range(count))
+    trial = trial_inputs(subject, inputs)
+
+    def own_weights(leader: str, batch: int) -> Tensor | None:
+        return weights(leader, training[batch])
+
+    def damage(counts: Weights | None) -> float:
+        packed: dict[str, PackedNf4] = {}
+        for part in passes(trial, limit_bytes // 2, subject.reference.device):
+            gathering = Gathering(subject, part, counts)
+            with walking(subject.path):
+                gathering.add_all(_of(batches(), training))
+            packed |= _rounded(subject, gathering, fmt, limit_bytes)
+        with walking(subject.path):
+            return mean_damage(subject, _of(batches(), kept_back), _reading(subject, packed))
+
+    return TokensCount.of(plain=damage(None), weighted=damage(own_weights))
+
+
+def trial_inputs(subject: Subject, inputs: Sequence[SharedInput]) -> list[SharedInput]:
+    """Those of `inputs` that are rounded for the decision, from all over the model."""
+    every = TRIAL if subject.path.dtype == torch.float32 else TRIAL_LARGE
+    return list(inputs[every // 2 :: every]) or list(inputs)
+
+
+def _rounded(subject: Subject, gathering: Gathering, fmt: Nf4, limit_bytes: int) -> dict[str, PackedNf4]:
+    found: dict[str, PackedNf4] = {}
+    for group in rounded_together(subject, gathering.inputs, limit_bytes):
+        grams = [gathering.grams.pop(one.leader) for one in group]
+        with subject.running(f"round {group[0].leader}"):
+            rounded = rounded_layers(subject, group, grams, gathering.apart, fmt)
+        stored = {name: x.stored for of_one in rounded for name, x in of_one.items()}
+        found |= {name: x.packed() for name, x in stored.items() if x is not None}
+    return found
+
+
+def _reading(subject: Subject, packed: Mapping[str, PackedNf4]) -> Callable[[str, nn.Linear, Tensor], Tensor]:
+    """What linears compute with the `packed` weights, and all others in 16-bit."""
+
+    def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+        one = packed.get(name)
+        weight = subject.dequantized.own(name) if one is None else one.unpack()
+        return F.linear(x, weight.to(x.dtype), module.bias)
+
+    return forward
+
+
+def _of(batches: Iterable[Batch], numbers: Sequence[int]) -> Iterable[Batch]:
+    return (batch for number, batch in enumerate(batches) if number in numbers)

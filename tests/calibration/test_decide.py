@@ -1,0 +1,91 @@
+"""Whether tokens are weighed is decided on samples kept back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qprobe.calibration import calibrate as calibration
+from qprobe.calibration import decide
+from qprobe.calibration.calibrate import calibrate_model, calibrate_units
+from qprobe.calibration.gram import shared_inputs
+from qprobe.formats.codes_file import FILE_NAME, sha256_of
+from qprobe.measure.subject import Subject
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.notes import TokensCount
+from tests import tiny
+from tests.calibration.test_calibrate import subject_for, work_in
+
+TinyFolder = Callable[[str], Path]
+
+
+def work_of(folder: Path, subject: Subject, count: int) -> calibration.Work:
+    work = work_in(folder, subject, "llama")
+    given = tiny.questions("llama", count)
+    samples = tuple(replace(s, answer="the red bar" if i % 2 else "no") for i, s in enumerate(given))
+    return replace(work, samples=work.subject.groups(samples, 2))
+
+
+def test_weights_stay_unless_they_cost_more():
+    worse, same, better = (TokensCount.of(plain=0.2, weighted=w) for w in (0.3, 0.2, 0.1))
+    assert (worse.is_weighted, same.is_weighted, better.is_weighted) == (False, True, True)
+    assert "cost 0.3 so weighed and 0.2 where each token counts once" in worse.notes[0]
+    assert not TokensCount.of(plain=0.2, weighted=float("inf")).is_weighted
+
+
+def test_layers_are_fitted_to_most_samples_and_compared_on_the_others(
+    tiny_folder: TinyFolder, tmp_path: Path
+):
+    # Batches 7 and 15 of 16 are kept back: no matrix may hold them, and only they are compared.
+    subject = subject_for(tiny_folder("llama"))
+    work = work_of(tmp_path, subject, 32)
+    assert len(work.samples) == 16
+    inputs = shared_inputs(subject, work.batches)
+    asked: set[int] = set()
+
+    def weights(leader: str, batch: int) -> torch.Tensor | None:
+        asked.add(batch)
+        return None
+
+    found = decide.decided(subject, inputs, lambda: work.widened, 16, weights, work.format, 2**30)
+    assert asked == set(range(16)) - {7, 15}
+    # Without weights both ways are the same.
+    assert found.plain == found.weighted and found.plain is not None and found.plain > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_weighted", [True, False])
+def test_the_decision_is_noted_once_and_decides_the_codes(
+    is_weighted: bool, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    subject = subject_for(tiny_folder("llama"))
+    work = work_of(tmp_path / "decided", subject, 16)
+    decisions = []
+
+    def decided(*_: object) -> TokensCount:
+        decisions.append(1)
+        return TokensCount(is_weighted, 0.1, 0.2, ("told",))
+
+    monkeypatch.setattr(calibration, "decided", decided)
+    inputs = shared_inputs(subject, work.batches)
+    calibrate_units(work, inputs, range(2))
+    calibrate_model(work)
+    assert len(decisions) == 1
+    noted = RunFolder(work.run.path).notes.get("tokens")
+    assert noted == TokensCount(is_weighted, 0.1, 0.2, ("told",)) and "told" in work.run.notes.sentences
+    if not is_weighted:
+        monkeypatch.setattr(calibration, "token_weights", lambda *_: pytest.fail("weights without use"))
+    again = work_of(tmp_path / "again", subject, 16)
+    again.run.notes.put("tokens", noted)
+    calibrate_model(again)
+    hashes = [sha256_of(one.run.path / FILE_NAME) for one in (work, again)]
+    assert hashes[0] == hashes[1]
+    other = work_of(tmp_path / "other", subject, 16)
+    monkeypatch.undo()
+    other.run.notes.put("tokens", replace(noted, is_weighted=not is_weighted))
+    calibrate_model(other)
+    assert sha256_of(other.run.path / FILE_NAME) != hashes[0]
