@@ -56,6 +56,7 @@ def loaded_by(code: str) -> set[str]:
     return set(said.splitlines())
 
 
+@pytest.mark.slow
 def test_the_rooms_without_torch_import_no_torch():
     # One interpreter for all: if none of them draws torch in, none does so alone.
     rooms = WITHOUT_TORCH["source_modules"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from qprobe.data.sampling import Wanted, from_data
@@ -28,6 +29,7 @@ def test_the_geometry_is_that_of_the_published_model():
     assert 0.5 < stored_bytes(half) / stored_bytes(model) < 0.56  # embeddings and head are not halved
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_whole_and_its_samples_have_the_promised_tokens(tmp_path: Path):
     config = geometry(1.0, True)
     total = write_checkpoint(tmp_path / "model", config, "cpu", shard_bytes=10**6)

@@ -55,6 +55,7 @@ def weights(subject: Subject) -> dict[str, torch.Tensor]:
     return {name: subject.dequantized.weight(name) for name in subject.modules}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "llama", "bert"])
 def test_gram_matrices_are_sums_of_outer_products_over_tokens_that_are_no_padding(name, tiny_folder):
     # The oracle hooks every linear, runs one sample at a time (so without padding), and loops over tokens.

@@ -107,6 +107,7 @@ def decaying(tokens: int, features: int) -> torch.Tensor:
 
 # The most that calibration may leave on fresh inputs. Without correlation there is little to gain (better
 # scales), with it more tokens must bring more.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "tokens", "most"),
     [

@@ -105,6 +105,7 @@ def test_tuned_scales_do_less_damage_on_samples_kept_back_and_codes_stay(name: s
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
+@pytest.mark.slow
 def test_tuning_that_does_not_help_the_samples_kept_back_gives_back_what_it_was_given(
     tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ):
@@ -125,6 +126,7 @@ def test_a_loss_that_is_not_finite_ends_tuning(tiny_folder: TinyFolder, monkeypa
     assert found.after <= found.before
 
 
+@pytest.mark.slow
 def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
     subject = subject_for(tiny_folder("llama"))
     tight = replace(subject)

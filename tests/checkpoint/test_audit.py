@@ -86,6 +86,7 @@ def test_parameter_bytes_are_those_of_the_loaded_model(saved: Any, tiny_folder: 
     assert (found.parameter_bytes, found.total_bytes) == (stored.parameter_bytes, stored.total_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama"])
 def test_a_list_that_was_removed_is_caught(name: str, stale: Any):
     folder, manifest = stale(name, lambda c: c["quantization_config"].pop(KEY))

@@ -163,6 +163,7 @@ def test_lora_trains_on_a_saved_checkpoint(name, run, tmp_path):
     assert all(torch.equal(now[n], p) for n, p in frozen.items())
 
 
+@pytest.mark.slow
 def test_selecting_again_elsewhere_still_finds_the_weights(run, tmp_path):
     one = run("llama")
     manifest = select(one.folder, "+20%")

@@ -79,6 +79,7 @@ def test_the_manifests_revision_is_loaded_unless_the_user_names_a_place(tiny_fol
     assert source_of(pinned, str(tiny_folder("llama"))).revision is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.GENERATING_NAMES)
 def test_a_loaded_model_answers_and_is_unchanged_by_it(name, tiny_folder):
     # On a CPU with AVX512-BF16, bitsandbytes would repack every layer on its first forward.

@@ -88,6 +88,7 @@ def test_an_adapter_goes_from_a_checkpoint_to_a_merged_model(name, tiny_folder, 
     assert still == set(before) - {f"{layer}.weight" for layer in added}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
 def test_unmerging_rounds_once_more_so_only_16bit_layers_come_back(name, tiny_folder):
     folder = tiny_folder(name)
@@ -120,6 +121,7 @@ def trained_step(model: Any, processor: Any, name: str) -> dict[str, torch.Tenso
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
 def test_nothing_becomes_float32_and_every_adapter_learns(name, tiny_folder):
     folder = tiny_folder(name)
@@ -133,6 +135,7 @@ def test_nothing_becomes_float32_and_every_adapter_learns(name, tiny_folder):
     assert still == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [x for x in FIVE if x != "llama"])
 def test_the_vision_tower_keeps_no_activations_where_nothing_trains_in_it(name, tiny_folder):
     folder = tiny_folder(name)

@@ -28,6 +28,7 @@ def load(folder: Path, **options: Any) -> Any:
 def any_processor(*_: Any) -> None: ...
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_reference_of_a_loaded_model_is_that_of_its_folder(

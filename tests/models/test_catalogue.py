@@ -23,7 +23,14 @@ from qprobe.records import FormatSpec, Inventory
 from tests.loading import by_hand
 
 ALIASES = [entry.alias for entry in entries()]
+QUICK = {"llama-3.2-11b-vision", "qwen2-vl-2b", "llava-1.5-7b", "smolvlm2"}
+"""Those whose skeleton is built by `make quick`, too."""
+EACH = [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in ALIASES]
 GEOMETRIES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def test_the_quick_ones_are_in_the_catalogue():
+    assert set(ALIASES) > QUICK
 
 
 @cache
@@ -79,7 +86,7 @@ def test_every_geometry_is_used() -> None:
     assert set(GEOMETRIES) == {entry.geometry for entry in entries()}
 
 
-@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("alias", EACH)
 def test_every_linear_of_an_entry_is_in_exactly_one_tower(alias: str) -> None:
     entry = entry_of(alias)
     architecture, _, inventory = built(entry.geometry)
@@ -90,7 +97,7 @@ def test_every_linear_of_an_entry_is_in_exactly_one_tower(alias: str) -> None:
         assert met == [layer.tower] and layer.tower != OTHER, layer.name
 
 
-@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("alias", EACH)
 def test_every_fused_group_of_an_entry_is_whole(alias: str) -> None:
     _, _, inventory = built(entry_of(alias).geometry)
     groups: dict[str, list[str]] = defaultdict(list)

@@ -53,6 +53,7 @@ def test_the_table_has_a_row_a_linear_in_execution_order(
     assert layers[: len(order)] == order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.GENERATING_NAMES)
 def test_everything_is_measured_where_there_is_a_language_head(name: str, scanned: Scanned):
     result, table = scanned(name), RunFolder(scanned(name).run).table

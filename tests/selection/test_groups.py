@@ -33,6 +33,7 @@ def lists(inventory: Inventory, seed: int) -> list[tuple[str, ...]]:
     return [skiplist.kept for skiplist in best_skiplists(inventory, scores, limits, "m")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
 def test_every_list_for_vllm_can_be_written_for_it(architecture: str):
     inventory = grouped_for(trees.inventory(architecture), "vllm")

@@ -181,6 +181,7 @@ def large_run(folder: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_600_layers_are_chosen_in_two_seconds_without_torch(tmp_path: Path):
     run = large_run(tmp_path / "run")
     start = time.process_time()

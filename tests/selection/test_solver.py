@@ -51,6 +51,7 @@ def test_plan_is_within_budget_and_as_good_as_any(case: Case, share: float):
     assert skiplist.score == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.floats(0, 1.2))
 def test_groups_move_whole_and_only_layers_with_a_score_move(case: Case, share: float):
@@ -75,6 +76,7 @@ def test_the_frontier_rises_with_the_budget(case: Case, shares: list[float]):
         assert larger.score >= smaller.score * (1 - 1e-11)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(cases(), st.floats(0, 1))
 def test_cheapest_reaches_its_target_with_the_fewest_bytes(case: Case, share: float):
