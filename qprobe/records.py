@@ -292,6 +292,7 @@ class Scan:
     unmeasured: names of linears that never ran on the samples.
     notes: sentences a reader must see (skipped files, measures that do not apply, warnings).
     codes: the calibrated weights, beside scan.json; None before they are there, and for formats without.
+    readout: what damage is measured on, see `qprobe.runs.key.DAMAGE`.
     """
 
     model: ModelIdentity
@@ -303,3 +304,4 @@ class Scan:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     codes: CodesFile | None = None
+    readout: str = "answers"

@@ -72,7 +72,11 @@ def write(name: str, folder: Path) -> Path:
 
     Same name, same bytes. Raises KeyError for a name that is not in NAMES.
     """
-    recipe = RECIPES[name]
+    return write_recipe(RECIPES[name], name, folder)
+
+
+def write_recipe(recipe: Recipe, name: str, folder: Path) -> Path:
+    """`write` of a model that NAMES does not have; `name` seeds its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     config = recipe.config()
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qprobe.inputs.batch import Batch
 from qprobe.measure.hooks import LinearForward, replaced_forwards
-from qprobe.measure.kl import answer_logits, kl_per_sample
+from qprobe.measure.kl import read_out
 from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
 
@@ -32,8 +32,8 @@ def split_batches(batches: Sequence[Any]) -> tuple[list[int], list[int]]:
 
 def outputs(subject: Subject, batch: Batch) -> list[Tensor]:
     """Answer logits of each sample; without a language head the rows of its output that are no padding."""
-    if subject.has_head:
-        return answer_logits(subject.model, batch)
+    if subject.readout is not None and not subject.readout.by_distance:
+        return read_out(subject.model, batch)
     return [rows.float() for rows in output_rows(subject.model, batch)]
 
 
@@ -50,8 +50,9 @@ def reference_outputs(subject: Subject, batch: Batch) -> list[Tensor]:
 def damage_of(subject: Subject, batch: Batch, wanted: list[Tensor]) -> tuple[Tensor, float]:
     """(sum, what it is a sum over) of the damage of the model as it is; differentiable."""
     got = outputs(subject, batch)
-    if subject.has_head:
-        return kl_per_sample(wanted, got).sum(), max(1, batch.answer_tokens)
+    readout = subject.readout
+    if readout is not None and not readout.by_distance:
+        return readout.damage(wanted, got).sum(), max(1, sum(readout.counts(batch)))
     errors = [(y - y_hat).square().double().sum() for y, y_hat in zip(wanted, got, strict=True)]
     return torch.stack(errors).sum(), float(sum(y.square().double().sum() for y in wanted))
 

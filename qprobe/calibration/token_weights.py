@@ -24,7 +24,7 @@ from qprobe.calibration.gram import SharedInput, counted_tokens, tiles_that_coun
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import FLOAT16_SCALE, fisher_direction, random_signs
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
-from qprobe.measure.kl import answer_logits
+from qprobe.measure.kl import read_out
 from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
 
@@ -147,8 +147,8 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
 
 def _loss(subject: Subject, batch: Batch, draw: int) -> Tensor:
     """A scalar whose gradient at the model's output is random direction number `draw` of each sample."""
-    if subject.has_head:
-        rows = answer_logits(subject.model, batch)
+    if subject.readout is not None and not subject.readout.by_distance:
+        rows = read_out(subject.model, batch)
         directions = [
             fisher_direction(z.detach(), f"{draw}{s.digest}")
             for z, s in zip(rows, batch.samples, strict=True)

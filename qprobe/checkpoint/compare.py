@@ -26,14 +26,13 @@ from qprobe.inputs.batch import image_token_id, tokenizer_of
 from qprobe.inputs.metrics import Metric, metric_of, metrics_for
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.device import one_device
-from qprobe.loading.inventory import has_language_head
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
 from qprobe.loading.reference import reference_of
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
-from qprobe.measure.kl import KlSums, answer_logits, kl_sums
+from qprobe.measure.kl import ANSWERS, KlSums, read_out, readout_of
 from qprobe.options import (
     AskedMetric,
     BadData,
@@ -201,7 +200,7 @@ def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
         metric_of(options.metric)
     manifest = read_manifest(options.manifest)
     skeleton = check_model(manifest, options.model, options.trust_remote_code)
-    if not has_language_head(skeleton.model):
+    if readout_of(skeleton.model) != ANSWERS:
         raise QprobeError(
             f"{manifest.model.id} ({manifest.model.architecture}) has no language head, so there are no "
             f"answers to compare. The layer table of its scan shows weight and activation error."
@@ -337,7 +336,7 @@ def _run(
     sums: dict[int, KlSums] = {}
     for group, rows in _logits(model, processed, course.samples, course.groups):
         reference = [course.logits[i].float() for i in group]
-        sums.update(zip(group, kl_sums(reference, rows), strict=True))
+        sums.update(zip(group, ANSWERS.sums(reference, rows), strict=True))
         report("kl", len(sums), len(course.samples))
     ordered = [sums[i] for i in range(len(course.samples))]
     return ModelResult(stored, answers, ordered, scores)
@@ -361,7 +360,7 @@ def _logits(
     """Each batch with the logits of its samples' answer tokens, (answer tokens, vocabulary) on the CPU."""
     for group in groups:
         batch = processed.batch([samples[i] for i in group])
-        yield group, [x.cpu() for x in answer_logits(model, batch.to(model.device))]
+        yield group, [x.cpu() for x in read_out(model, batch.to(model.device))]
 
 
 def _compact(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from qprobe.errors import QprobeError
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.measure.kl import answer_logits, kl_sums
+from qprobe.measure.kl import read_out
 from qprobe.measure.runner import STANDARD, kl_rows
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
@@ -119,10 +119,12 @@ def _unit(
     path = subject.path
     batch = batch.in_dtype(path.dtype)
     with walking(path), torch.inference_mode():
-        reference = answer_logits(subject.model, batch)
+        reference = read_out(subject.model, batch)
 
         def rows(candidate: str, four_bit: frozenset[str]) -> pd.DataFrame:
-            return kl_rows(batch, candidate, kl_sums(reference, _logits_with(subject, batch, four_bit)))
+            return kl_rows(
+                batch, candidate, path.readout.sums(reference, _logits_with(subject, batch, four_bit))
+            )
 
         frames = [rows(STANDARD, subject.quantized)]
         for count, name in enumerate(layers, start=1):
@@ -140,7 +142,7 @@ def _logits_with(subject: Subject, batch: Batch, four_bit: frozenset[str]) -> li
 
     chosen = {name: module for name, module in subject.modules.items() if name in four_bit}
     with replaced_forwards(chosen, forward):
-        return answer_logits(subject.model, batch)
+        return read_out(subject.model, batch)
 
 
 def ablation_rows(units: pd.DataFrame, layers: tuple[str, ...]) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import fsum
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from qprobe.inputs.batch import Batch
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.hooks import ROOM_BYTES, checkpointed_blocks, replaced_forwards
-from qprobe.measure.kl import KlSums, answer_logits, kl_per_sample, kl_sums
+from qprobe.measure.kl import KlSums, Readout, read_out, readout_of
 from qprobe.measure.outputs import split_by_sample
 from qprobe.runs.key import RESIDUAL
 
@@ -71,14 +71,21 @@ class Path:
     dtype: torch.dtype
     room_bytes: int = ROOM_BYTES
 
+    @cached_property
+    def readout(self) -> Readout:
+        """What damage is measured on."""
+        found = readout_of(self.model)
+        assert found is not None, type(self.model).__name__
+        return found
+
     def logits(self, batch: Batch, alpha: float) -> list[Tensor]:
-        """`answer_logits` at W + alpha D, without gradients."""
+        """`read_out` at W + alpha D, without gradients."""
 
         def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
             return F.linear(x.to(self.dtype), self.dequantized.between(name, alpha, self.dtype), module.bias)
 
         with torch.no_grad(), replaced_forwards(self.modules, forward):
-            return answer_logits(self.model, batch)
+            return read_out(self.model, batch)
 
     def slopes(self, batch: Batch, reference: list[Tensor], alpha: float) -> dict[str, Tensor]:
         """For each linear the slope <dKL/dW, D> at W + alpha D: (samples,) float64 on the CPU, in nats.
@@ -86,7 +93,7 @@ class Path:
         Summed over answer tokens. reference: the answer logits at alpha = 0. A linear that did not run,
         or whose rows cannot be told apart by sample, is missing.
         """
-        return self._gradients(batch, alpha, lambda logits: kl_per_sample(reference, logits))
+        return self._gradients(batch, alpha, lambda rows: self.readout.damage(reference, rows))
 
     def isolated_kl(self, batch: Batch) -> dict[str, Tensor]:
         """For each linear an unbiased estimate of 1/2 d2KL/ds2 at alpha = 0: (samples,) float64, in nats.
@@ -100,7 +107,7 @@ class Path:
 
         def projected(logits: list[Tensor]) -> Tensor:
             weights = [
-                fisher_direction(z.detach(), sample.digest)
+                direction(self.readout, z.detach(), sample.digest)
                 for z, sample in zip(logits, batch.samples, strict=True)
             ]
             return torch.stack([(c * z).double().sum() for c, z in zip(weights, logits, strict=True)])
@@ -124,7 +131,7 @@ class Path:
         keeping = checkpointed_blocks(self.model, self.room_bytes)
         with torch.enable_grad(), keeping, replaced_forwards(self.modules, forward):
             scale = FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
-            total = scale * loss(answer_logits(self.model, batch)).sum()
+            total = scale * loss(read_out(self.model, batch)).sum()
             names = list(steps)
             gradients = torch.autograd.grad(total, [steps[n] for n in names], allow_unused=True)
         found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
@@ -156,6 +163,18 @@ def fisher_direction(reference: Tensor, seed: str) -> Tensor:
     That is the Fisher information of the logits. seed: hexadecimal digits, of which the first 15 count.
     """
     return _fisher_root(reference, random_signs(reference, seed))
+
+
+def direction(readout: Readout, reference: Tensor, seed: str) -> Tensor:
+    """Random weights of the rows `reference` whose covariance is the Hessian of the readout's damage there.
+
+    Of KL that is the Fisher information of the logits, of a squared error the identity times 2 over the
+    square of the row.
+    """
+    if not readout.by_distance:
+        return fisher_direction(reference, seed)
+    signs = random_signs(reference, seed)
+    return signs * (2 / reference.square().sum(dim=-1, keepdim=True)).sqrt()
 
 
 def random_signs(reference: Tensor, seed: str) -> Tensor:
@@ -265,8 +284,8 @@ def attribute(
     batch = batch.in_dtype(path.dtype)
     with walking(path):
         reference, four_bit = ends or (path.logits(batch, 0.0), path.logits(batch, 1.0))
-        kl = kl_sums(reference, four_bit)
-        allowed = tolerance * max(fsum(k.kl for k in kl), SMALLEST_KL * batch.answer_tokens)
+        kl = path.readout.sums(reference, four_bit)
+        allowed = tolerance * max(fsum(k.kl for k in kl), SMALLEST_KL * sum(k.tokens for k in kl))
         best = last = _walk(path, batch, reference, nodes, kl)
         while not last.is_within(allowed) and last.nodes < MOST_NODES:
             last = _walk(path, batch, reference, min(4 * last.nodes, MOST_NODES), kl)
@@ -274,19 +293,20 @@ def attribute(
             best = min(best, last, key=lambda walk: walk.missed)
             if is_rounding:
                 break
-    return Attribution(rows_by_sample(batch, best.integrals), kl, best.nodes)
+    return Attribution(rows_by_sample(path.readout, batch, best.integrals), kl, best.nodes)
 
 
-def rows_by_sample(batch: Batch, values: Mapping[str, Tensor]) -> pd.DataFrame:
-    """Columns sample, layer, answer_tokens, kl_sum of `values`: (samples,) nats for each layer.
+def rows_by_sample(readout: Readout, batch: Batch, values: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Columns sample, layer, answer_tokens, kl_sum of `values`: (samples,) damage for each layer.
 
-    Samples without an answer have no row.
+    Samples without a row of the readout, such as an answer token, have none here.
     """
+    counts = readout.counts(batch)
     rows = [
-        (sample.id, name, end - start, value)
+        (sample.id, name, count, value)
         for name, one in values.items()
-        for sample, (start, end), value in zip(batch.samples, batch.answers, one.tolist(), strict=True)
-        if end > start
+        for sample, count, value in zip(batch.samples, counts, one.tolist(), strict=True)
+        if count
     ]
     return pd.DataFrame(rows, columns=["sample", "layer", "answer_tokens", "kl_sum"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -13,14 +14,14 @@ from qprobe.formats.protocol import Format
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Ends, Path, attribute, rows_by_sample, walking
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.measure.kl import KlSums, answer_logits, at_answers, in_four_bit, kl_sums
+from qprobe.measure.kl import KlSums, in_four_bit, read_out, rows_of
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import Sample
 from qprobe.registry import measures as declared
 from qprobe.registry.measures import ISOLATED, WEIGHTS, Need
-from qprobe.runs.key import Measures
+from qprobe.runs.key import DAMAGE, Measures
 
 STANDARD = "standard"  # the candidate that keeps nothing: every linear but the fixed ones in 4-bit
 
@@ -39,13 +40,18 @@ def applicable_measures(
     unmet = [(x, lacking[need]) for x in asked for need in sorted(x.needs) if need in lacking]
     left_out = {x.name for x, _ in unmet}
     notes = dict.fromkeys(f"{x.label[0].upper()}{x.label[1:]} {why}" for x, why in unmet if x.follows is None)
-    return Measures.of([x for x in asked if x.name not in left_out], nodes), tuple(notes)
+    measures = Measures.of([x for x in asked if x.name not in left_out], nodes)
+    if subject.readout is None or subject.answers:
+        return measures, tuple(notes)
+    what, unit = DAMAGE[subject.readout.name]
+    said = f"This model gives no answers: its damage is {what}, {unit}, also where a column is called a KL."
+    return replace(measures, readout=subject.readout.name), (*notes, said)
 
 
 def _lacking(need: Need, subject: Subject, batch: Batch | None, nodes: int) -> str | None:
     """What to say after its name of a measure with this need; None where the need is met."""
-    if need == "head" and not subject.has_head:
-        return "and KL do not apply: the model has no language head, so there are no answer tokens."
+    if need == "head" and subject.readout is None:
+        return "and KL do not apply: the model has no language head, and its output is of no kind known here."
     if need == "independent samples":
         if batch is None:
             return "is not measured: on no sample is the 16-bit model finite."
@@ -83,8 +89,8 @@ def _observe_damage(
     path: Path, batch: Batch, measures: Measures, ends: Ends | None
 ) -> dict[str, pd.DataFrame]:
     """The frames "kl" and "sensitivity"; without rows if there is no answer."""
-    if not batch.answer_tokens:
-        return {"kl": kl_rows(batch, STANDARD, []), "sensitivity": rows_by_sample(batch, {})}
+    if not any(path.readout.counts(batch)):
+        return {"kl": kl_rows(batch, STANDARD, []), "sensitivity": rows_by_sample(path.readout, batch, {})}
     ends = ends or (path.logits(batch, 0.0), path.logits(batch, 1.0))
     found = attribute(path, batch, max(1, measures.nodes - 1), measures.tolerance, ends)
     return {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
@@ -95,7 +101,7 @@ def observe_isolated(subject: Subject, _measures: Measures, batch: Batch) -> dic
     path = subject.path
     batch = batch.in_dtype(path.dtype)
     with walking(path):
-        return {ISOLATED.name: rows_by_sample(batch, path.isolated_kl(batch))}
+        return {ISOLATED.name: rows_by_sample(path.readout, batch, path.isolated_kl(batch))}
 
 
 def isolated_half(samples: Iterable[Sample]) -> frozenset[str]:
@@ -104,17 +110,19 @@ def isolated_half(samples: Iterable[Sample]) -> frozenset[str]:
     They are picked by digest, so neither order nor kind of the samples enter it. Half as many samples make
     the estimate 1.4 times as uncertain and halve its cost; lists hardly change (reports/sensitivity).
     """
-    answered = sorted((x for x in samples if x.answer), key=lambda x: (x.digest, x.id))
+    given = list(samples)
+    answered = [x for x in given if x.answer] or given  # a model that answers nothing is measured on all
+    answered.sort(key=lambda x: (x.digest, x.id))
     return frozenset(x.id for x in answered[: (len(answered) + 1) // 2])
 
 
 def observe_outputs(
     subject: Subject, batch: Batch, measures: Measures
 ) -> tuple[pd.DataFrame, list[torch.Tensor]]:
-    """(rows, answer logits): activation and propagated error of every linear, columns of the stage "outputs".
+    """(rows, rows of the readout): errors of every linear, columns of the stage "outputs".
 
-    The answer logits are those of the 16-bit model and then, where the propagated error is measured,
-    of the all-4-bit model, one tensor per sample; none for a model without a language head.
+    Those of the readout (answer logits) are of the 16-bit model and then, where the propagated error is
+    measured, of the all-4-bit model, one tensor per sample; none for a model without a readout.
     """
     errors = OutputErrors(
         batch, subject.layers, subject.dequantized, subject.quantized, doubled=measures.propagated
@@ -122,7 +130,7 @@ def observe_outputs(
     given = batch.repeated(2) if measures.propagated else batch
     with torch.no_grad(), replaced_forwards(subject.modules, errors.forward):
         output = run_model(subject.model, given)
-    return errors.rows(), at_answers(output.logits, given) if subject.has_head else []
+    return errors.rows(), [] if subject.readout is None else rows_of(subject.model, output, given)
 
 
 def kl_rows(batch: Batch, candidate: str, sums: list[KlSums]) -> pd.DataFrame:
@@ -142,9 +150,9 @@ def nearest_kl(subject: Subject, batch: Batch, fmt: Format, candidate: str) -> p
         return F.linear(x, fmt.pack(subject.dequantized.own(name)).unpack(), module.bias)
 
     with torch.inference_mode():
-        reference = answer_logits(subject.model, batch)
+        reference = read_out(subject.model, batch)
         with replaced_forwards(subject.quantized_modules, forward):
-            return kl_rows(batch, candidate, kl_sums(reference, answer_logits(subject.model, batch)))
+            return kl_rows(batch, candidate, _sums(subject, batch, reference))
 
 
 def candidate_kl(
@@ -153,9 +161,13 @@ def candidate_kl(
     """For each candidate (name -> linears kept in 16-bit) the KL rows of the batch; costs a forward each."""
     frames = {}
     with torch.inference_mode():
-        reference = answer_logits(subject.model, batch)
+        reference = read_out(subject.model, batch)
         for name, kept in candidates.items():
             with in_four_bit(subject.modules, subject.dequantized, subject.quantized - kept):
-                sums = kl_sums(reference, answer_logits(subject.model, batch))
+                sums = _sums(subject, batch, reference)
             frames[name] = kl_rows(batch, name, sums)
     return frames
+
+
+def _sums(subject: Subject, batch: Batch, reference: list[torch.Tensor]) -> list[KlSums]:
+    return subject.path.readout.sums(reference, read_out(subject.model, batch))

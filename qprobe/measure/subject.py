@@ -17,13 +17,14 @@ from qprobe.formats.protocol import Format, format_from
 from qprobe.inputs.batch import Batch, image_token_id
 from qprobe.inputs.processed import ROOM_BYTES as INPUTS_BYTES
 from qprobe.inputs.processed import ProcessedSamples
-from qprobe.loading.inventory import has_language_head, linear_modules
+from qprobe.loading.inventory import linear_modules
 from qprobe.loading.mapped import Mapped
 from qprobe.loading.reference import Reference
 from qprobe.measure.attribution import Path, path_dtype
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.digests import weights_digest
 from qprobe.measure.hooks import ROOM_BYTES, repeated_blocks, replaced_forwards
+from qprobe.measure.kl import Readout, readout_of
 from qprobe.measure.memory import MemoryLimit, held_bytes
 from qprobe.measure.weight_store import Files, PinnedMemory, WeightStore
 from qprobe.records import FormatSpec, Inventory, Linear, Sample
@@ -97,9 +98,14 @@ class Subject:
         return None if self.dequantized.store is None else self.dequantized.store.fetched_bytes
 
     @cached_property
-    def has_head(self) -> bool:
-        """True if the model gives token logits, so that KL and sensitivity apply."""
-        return has_language_head(self.model)
+    def readout(self) -> Readout | None:
+        """What damage is measured on, see `readout_of`."""
+        return readout_of(self.model)
+
+    @property
+    def answers(self) -> bool:
+        """True if the model answers in tokens, so that samples need an answer."""
+        return self.readout is not None and self.readout.is_answer
 
     @contextmanager
     def streaming(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from qprobe.records import CodesFile, Inventory, Scan
 from qprobe.registry.measures import CALIBRATION
 from qprobe.runs.access import cannot_write, read_file, write_file
 from qprobe.runs.derived import DerivedFiles
+from qprobe.runs.key import ANSWERS as OF_ANSWERS
 from qprobe.runs.key import FILE as KEY_FILE
 from qprobe.runs.key import Key, differences, key_bytes, parse_key
 from qprobe.runs.notes import FOLDER as NOTES
@@ -155,6 +156,7 @@ class RunFolder:
             seconds=end.seconds if end else {},
             peak_bytes=end.peak_bytes if end else None,
             codes=self.codes,
+            readout=self.key.spec.measures.readout if self.key.spec.measures else OF_ANSWERS,
         )
 
     # Units --------------------------------------------------------------------------------------------------

@@ -31,6 +31,18 @@ _INPUTS = "spec.processor"  # differs with the processor or with the samples
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
+ANSWERS = "answers"
+DAMAGE = {
+    ANSWERS: ("a KL", "nats per answer token"),
+    "tokens": ("a KL", "nats per token"),
+    "classes": ("a KL", "nats per class distribution"),
+    "scores": ("a normalized error", "per score"),
+    "outputs": ("a normalized error", "per token of its output"),
+    "embeddings": ("a normalized error", "per embedding"),
+}
+"""What damage is measured on (`qprobe.measure.kl.Readout`), and in words: what it is, and its unit."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """What is measured on every batch. propagated needs independent samples, sensitivity a language head.
@@ -38,8 +50,8 @@ class Measures:
     nodes: of the sensitivity's quadrature to begin with, a forward and a backward pass each. With two or more
     the first is the 16-bit end of the path, where the slope is 0 and the pass measures each layer's isolated
     KL, on half of the samples (see `isolated_half`), in batches of their own; the others are on the path.
-    tolerance: see `attribute`. others: names of further declared measures, each with an implementation of its
-    own.
+    tolerance: see `attribute`. readout: what damage is measured on, see `DAMAGE`. others: names of further
+    declared measures, each with an implementation of its own.
     """
 
     propagated: bool
@@ -47,6 +59,7 @@ class Measures:
     nodes: int = 2
     tolerance: float = RESIDUAL
     others: tuple[str, ...] = ()
+    readout: str = ANSWERS
 
     @classmethod
     def of(cls, taken: Iterable[declared.Measure], nodes: int) -> Measures:

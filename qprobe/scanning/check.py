@@ -10,11 +10,11 @@ from torch import nn
 
 from qprobe.data.sampling import check_wanted
 from qprobe.errors import ModelError, RunError
-from qprobe.loading.inventory import has_language_head
 from qprobe.loading.loaded import loaded_skeleton
 from qprobe.loading.pretrained import check_files
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.measure.ablation import Ablated, check_ablated
+from qprobe.measure.kl import readout_of
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered
@@ -29,14 +29,13 @@ from qprobe.system.processes import Shard
 def check_model(asked: ScanRequest, process: Process) -> Skeleton:
     """The skeleton of the model, after what depends on it was checked.
 
-    Raises QprobeError for a model that cannot be had, for samples, limits or layers that it does not have,
-    and for a folder that cannot be its run folder.
+    Raises QprobeError for a model that cannot be had or lacks a tensor, for samples, limits or layers that it
+    does not have, and for a folder that cannot be its run folder.
     """
     source, run, fmt = asked.source, process.run, asked.format
     check_wanted(source.id, asked.samples)
     if asked.loaded is None:
         skeleton = skeleton_of(source, fmt.compute_dtype)
-        check_files(skeleton)
     else:
         skeleton = loaded_skeleton(asked.loaded, fmt.compute_dtype)
     if skeleton.is_buildable:  # else loading says better what is wrong, and the same is checked then
@@ -45,6 +44,8 @@ def check_model(asked: ScanRequest, process: Process) -> Skeleton:
     if skeleton.is_buildable and run.is_there:
         identity = ModelIdentity(source.id, None, skeleton.architecture, skeleton.fingerprint)
         _check_same(run, identity, fmt)
+    if asked.loaded is None:
+        check_files(skeleton)
     return skeleton
 
 
@@ -63,10 +64,10 @@ def check_inventory(
         f"--by {skiplist.by}": skiplist.by in (SCORE, ISOLATED_KL),
     }
     asked = next((name for name, is_asked in kl.items() if is_asked), None)
-    if asked is not None and not has_language_head(model):
+    if asked is not None and readout_of(model) is None:
         raise ModelError(
-            f"{type(model).__name__} has no language head, so there is no KL for {asked} "
-            f"to measure. Scan without {asked}."
+            f"{type(model).__name__} has no language head, and its output is of no kind known here, so "
+            f"there is no KL for {asked} to measure. Scan without {asked}."
         )
 
 

@@ -24,6 +24,7 @@ from qprobe.runs.derived import csv_bytes
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.scored import Scored, scored
 from qprobe.runs.shards import SKIPLIST
+from qprobe.runs.table import attribution_residual, measured
 from qprobe.scanning.answers import AnsweredBy, own_answers
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import Batching
@@ -33,11 +34,11 @@ from qprobe.selection.candidates import candidates, frontier, nothing_kept
 from qprobe.selection.decide import Candidate, on_common_samples
 from qprobe.selection.outcome import Outcome, by_score, within_bound, within_budget
 from qprobe.selection.request import ListRequest
-from qprobe.selection.scores import ScoredRun, predicted_kl
+from qprobe.selection.scores import ISOLATED_KL, ScoredRun, predicted_kl
 from qprobe.selection.select import scored_run
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import manifest_of
-from qprobe.selection.verdict import DYNAMIC, SIXTEEN_BIT
+from qprobe.selection.verdict import DYNAMIC, SIXTEEN_BIT, is_bent, residual_verdict
 from qprobe.system.wording import counted
 
 METRIC_STAGE = "metric"  # of progress, and a kind of work
@@ -68,7 +69,7 @@ class HeldOut:
     @property
     def has_kl(self) -> bool:
         """True if a KL can be measured on them."""
-        return self.subject.has_head and bool(self.groups)
+        return self.subject.readout is not None and bool(self.groups)
 
     def measure(self, skiplists: Mapping[str, SkipList]) -> dict[str, Candidate]:
         """Each skip-list as a candidate of the same name; what is known is not run again."""
@@ -92,21 +93,33 @@ def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
     Also writes RUN/frontier.csv where KL was measured. command: what made it, for the manifest.
     Raises BudgetError for what no list fits.
     """
-    run = scored_run(held_out.run, request)
-    outcome = _measured(run, held_out, request) if held_out.has_kl else by_score(run, request)
+    run, residual = scored_run(held_out.run, request), _residual(held_out.run)
+    outcome = _measured(run, held_out, request, residual) if held_out.has_kl else by_score(run, request)
+    if residual is not None:
+        outcome = replace(outcome, verdict=f"{outcome.verdict} {residual_verdict(residual)}")
     manifest = manifest_of(run, outcome.skiplist, outcome.budget, command, outcome.proof)
     write_manifest(held_out.run.path / SKIPLIST, manifest)
     held_out.run.files.record(SKIPLIST, len(manifest.layers))
     return Selection(manifest, frozenset(outcome.skiplist.kept), outcome.verdict, outcome.notes)
 
 
-def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest) -> Outcome:
-    """The outcome of measuring; of the first score alone where no sample has a finite KL under every list."""
+def _residual(run: RunFolder) -> float | None:
+    """By how much the sensitivities miss the KL, as a share; None where they were not measured."""
+    measures = run.key.spec.measures
+    return attribution_residual(run) if measures and measures.sensitivity else None
+
+
+def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest, residual: float | None) -> Outcome:
+    """The outcome of measuring; of the first score alone where no sample has a finite KL under every list.
+
+    Where sensitivities do not add up, the lists of the frontier are by isolated KL, and one more candidate.
+    """
     limit = request.limit
     budget = None if isinstance(limit, Bound) else limit.within(run.standard_bytes)
-    proposed = {} if budget is None else candidates(run, request, budget)
+    own = ISOLATED_KL if is_bent(residual) and ISOLATED_KL in measured(run.table) else None
+    proposed = {} if budget is None else candidates(run, request, budget, own)
     skiplists = {NOTHING: nothing_kept(run, request.by), **proposed}
-    lines = frontier(run, request.by)
+    lines = frontier(run, request.by or own)
     found = held_out.measure(
         {**skiplists, **lines}
     )  # in one go, so that the 16-bit model runs once per batch
@@ -168,7 +181,7 @@ class Scoring:
         costs a generation of answers, of which those that are known are not repeated.
         Raises QprobeError for a sample that a user's function fails on, RunError if the disk refuses.
         """
-        samples = [s for group in self.work.held_out for s in group] if self.subject.has_head else []
+        samples = [s for group in self.work.held_out for s in group] if self.subject.answers else []
         counting = [s for s in samples if self.metric.counts(self.work.as_given(s))]
         if not counting:
             why = f"none of them brings {self.metric.needs}" if samples else "there are none"

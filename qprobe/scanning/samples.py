@@ -85,7 +85,7 @@ def prepare_samples(subject: Subject, asked: ScanRequest, process: Process) -> W
     samples, more = found.samples[:count], found.samples[count:]
     if asked.calibration_samples is None:  # generating answers would take longer than all of calibration
         more = tuple(s for s in more if s.answer is not None)
-    if subject.has_head:
+    if subject.answers:
         samples, more = (with_answers(subject, some, batching, process) for some in (samples, more))
         notes += why_silent(subject, tuple(s for s in (*samples, *more) if not s.answer))
         samples, more = (tuple(s for s in some if s.answer) for some in (samples, more))
@@ -95,7 +95,7 @@ def prepare_samples(subject: Subject, asked: ScanRequest, process: Process) -> W
             "Pass other prompts, or another --dtype where values are not finite."
         )
     calibration, held_out = split_held_out(samples)
-    if subject.has_head and not held_out:
+    if subject.readout is not None and not held_out:
         few = "1 sample is" if len(samples) == 1 else f"{len(samples)} samples are"
         notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
     work = cut_samples(subject, calibration, held_out, batching.size, tuple(notes))

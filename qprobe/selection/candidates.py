@@ -22,15 +22,18 @@ def nothing_kept(run: ScoredRun, by: str | None) -> SkipList:
     return SkipList((), run.standard_bytes, 0.0, by or default_measure(run.table))
 
 
-def candidates(run: ScoredRun, request: ListRequest, budget: Budget) -> dict[str, SkipList]:
+def candidates(
+    run: ScoredRun, request: ListRequest, budget: Budget, also: str | None = None
+) -> dict[str, SkipList]:
     """The lists to compare by name: one for each measured score, and a published one that fits the budget.
 
-    With `request.by`, that score alone. Where isolated KL was measured, the list by sensitivities that
-    simply add up is compared as well: small budgets of a small model may favour either. With
-    `request.for_tool` a published list that splits a group is no candidate.
+    With `request.by`, that score alone; also: one more score, where none was asked for. Where isolated KL was
+    measured, the list by sensitivities that simply add up is compared as well: small budgets of a small model
+    may favour either. With `request.for_tool` a published list that splits a group is no candidate.
     """
     by, inventory, limit = request.by, run.inventory, budget.limit_bytes
     columns = [by] if by else [c for c in proposing() if c in measured(run.table)]
+    columns += [also] if also and not by else []
     found = {f"by {c}": skiplist_by(inventory, run.table, c, limit) for c in columns}
     if SCORE in columns and damage_of(run.table) is not None:
         scores = layer_scores(run.table, SCORE)

@@ -62,7 +62,7 @@ def within_budget(
     lists, nearest = _apart(candidates)
     decision = decide(lists[1:], lists[0])
     won = decision.chosen
-    said = verdict(lists[0], won, run.standard_bytes, nearest=nearest)
+    said = verdict(lists[0], won, run.standard_bytes, nearest=nearest, readout=run.scan.readout)
     is_tied = any(c.kept != won.kept for c in (decision.best, *decision.tied))
     roomy = all_fit(budget, run.inventory)
     notes = (
@@ -98,7 +98,7 @@ def within_bound(run: ScoredRun, bound: Bound, standard: Candidate, held_out: Me
             f"Pass --max-kl {rounded_up(least.kl)} or more, or use the 16-bit model."
         )
     won = next(c for c in lists if skiplists[c.name] == best)
-    said = verdict(lists[0], won, run.standard_bytes, bound.max_kl, nearest)
+    said = verdict(lists[0], won, run.standard_bytes, bound.max_kl, nearest, run.scan.readout)
     notes, proof = _no_better(run, won, nearest), _proof(candidates, won)
     return Outcome(best, bound.budget_of(best), proof, said, notes, tuple(candidates))
 

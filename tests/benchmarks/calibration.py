@@ -49,7 +49,7 @@ from qprobe.inputs.batch import PAD, Batch
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.measure.kl import kl_per_sample
+from qprobe.measure.kl import ANSWERS
 from qprobe.measure.outputs import run_model
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample
@@ -87,7 +87,7 @@ class Case:
     def of(self, batch: Batch) -> list[Tensor]:
         """One sample each: answer logits, or the mean-pooled embedding of an encoder."""
         output = run_model(self.subject.model, batch)
-        if self.subject.has_head:
+        if self.subject.answers:
             spans = [(start - 1, end - 1) for start, end in batch.answers]
             return [output.logits[i, start:end] for i, (start, end) in enumerate(spans)]
         mask = (batch.kinds != PAD).float()[..., None]
@@ -96,8 +96,8 @@ class Case:
     def damage(self, wanted: list[list[Tensor]], got: list[list[Tensor]]) -> tuple[list[float], list[int]]:
         """(damage, answer tokens) of each sample."""
         pairs = [(p, q) for ps, qs in zip(wanted, got, strict=True) for p, q in zip(ps, qs, strict=True)]
-        if self.subject.has_head:
-            sums = kl_per_sample([p for p, _ in pairs], [q for _, q in pairs]).tolist()
+        if self.subject.answers:
+            sums = ANSWERS.damage([p for p, _ in pairs], [q for _, q in pairs]).tolist()
             return sums, [len(p) for p, _ in pairs]
         return [1 - float(F.cosine_similarity(p, q, dim=0)) for p, q in pairs], [1] * len(pairs)
 
@@ -209,7 +209,7 @@ def table(name: str, counts: Sequence[int], device: str, steps: int) -> str:
             tuned = tune(subject, weighted, training, kept_back, steps, Nf4())
             what = f"weighted, {steps} steps of tuning (kept back: {tuned.before:.4g} to {tuned.after:.4g})"
             measured.add(what, count, tuned.stored, f"{time.perf_counter() - start:.0f}")
-    what = "KL, nats per answer token" if subject.has_head else "1 - cosine of embeddings"
+    what = "KL, nats per answer token" if subject.answers else "1 - cosine of embeddings"
     held_out = sum(batch.size for batch in case.held_out)
     head = (
         f"## {name}\n\n{len(subject.quantized)} layers; {held_out} samples held out. "

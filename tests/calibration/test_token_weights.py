@@ -59,7 +59,7 @@ def slow_gradients(subject: Subject, samples: tuple) -> dict[str, list[torch.Ten
                 for name, module in subject.quantized_modules.items()
             ]
             output = subject.model(**batch.inputs)
-            if subject.has_head:
+            if subject.answers:
                 start, end = batch.answers[0]
                 logits = output.logits[0, start - 1 : end - 1].float()
                 direction = fisher_direction(logits.detach(), f"{draw}{sample.digest}")

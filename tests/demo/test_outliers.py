@@ -18,7 +18,7 @@ from qprobe.errors import MachineError
 from qprobe.inputs.batch import Batch
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import attribute
-from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
+from qprobe.measure.kl import ANSWERS, in_four_bit, read_out
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec
 from tests.demo.conftest import answers_of, load
@@ -65,9 +65,9 @@ def calibration(subject: Subject) -> list[Batch]:
 def ends(subject: Subject, batch: Batch, names: frozenset[str]) -> tuple[list[Tensor], list[Tensor]]:
     """Answer logits of the 16-bit model, and with the linears `names` in 4-bit."""
     with torch.inference_mode():
-        plain = answer_logits(subject.model, batch)
+        plain = read_out(subject.model, batch)
         with in_four_bit(subject.modules, subject.dequantized, names):
-            return plain, answer_logits(subject.model, batch)
+            return plain, read_out(subject.model, batch)
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_each_planted_layer_hurts_alone_and_more_than_all_others_together(
     subject: Subject, calibration: list[Batch]
 ):
     def kl(names: frozenset[str]) -> float:
-        frames = [kl_sums(*ends(subject, batch, names)) for batch in calibration]
+        frames = [ANSWERS.sums(*ends(subject, batch, names)) for batch in calibration]
         sums = [s for frame in frames for s in frame]
         return sum(s.kl for s in sums) / sum(s.tokens for s in sums)
 

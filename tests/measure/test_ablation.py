@@ -12,7 +12,7 @@ import torch
 
 from qprobe.errors import QprobeError
 from qprobe.measure.ablation import COLUMNS, ablation_rows, check_ablated, measure_ablation, parse_ablated
-from qprobe.measure.kl import answer_logits, kl_sums
+from qprobe.measure.kl import ANSWERS, read_out
 from qprobe.options import no_progress
 from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
@@ -49,15 +49,15 @@ def test_units_equal_a_hand_made_swap_of_weights_exactly(case: CaseOf, run: Path
     units = RunFolder(run).units(ablation_stage(frozenset(layers))).set_index("candidate")
     batch = subject.encode(samples)
     with torch.inference_mode():
-        plain = answer_logits(subject.model, batch)
+        plain = read_out(subject.model, batch)
         for layer in layers:
             for candidate, swapped in (
                 (f"alone {layer}", {layer}),
                 (f"kept {layer}", subject.quantized - {layer}),
                 ("standard", subject.quantized),
             ):
-                (sums,) = kl_sums(
-                    plain, answer_logits(reference.quantized_copy(subject.model, swapped), batch)
+                (sums,) = ANSWERS.sums(
+                    plain, read_out(reference.quantized_copy(subject.model, swapped), batch)
                 )
                 row = units.loc[candidate]
                 assert (row.kl_sum, row.answer_tokens, row.top1_agree) == (

@@ -17,7 +17,7 @@ from qprobe.measure.attribution import (
     random_signs,
     walking,
 )
-from qprobe.measure.kl import answer_logits, in_four_bit, kl_sums
+from qprobe.measure.kl import ANSWERS, in_four_bit, read_out
 from qprobe.measure.subject import subject_of
 from qprobe.records import FormatSpec
 from tests import reference
@@ -30,9 +30,9 @@ def logits_of(case: Case, names: frozenset[str], count: int = 1) -> tuple[list, 
     subject = case.subject
     batch = subject.encode(case.samples[:count])
     with torch.no_grad():
-        plain = answer_logits(subject.model, batch)
+        plain = read_out(subject.model, batch)
         with in_four_bit(subject.modules, subject.dequantized, names):
-            return plain, answer_logits(subject.model, batch)
+            return plain, read_out(subject.model, batch)
 
 
 @pytest.mark.parametrize("name", WITH_HEAD)
@@ -46,7 +46,7 @@ def test_kl_equals_a_plain_loop_over_a_hand_swapped_model(case: CaseOf, name: st
     with torch.no_grad():
         wanted = subject.model(**batch.inputs).logits[0, start - 1 : end - 1]
         got = twin(**batch.inputs).logits[0, start - 1 : end - 1]
-    (sums,) = kl_sums(*logits_of(found, subject.quantized))
+    (sums,) = ANSWERS.sums(*logits_of(found, subject.quantized))
     assert sums.tokens == end - start
     assert sums.kl == pytest.approx(reference.kl_nats(wanted, got), rel=1e-3)
     assert sums.top1_agree == int((wanted.argmax(-1) == got.argmax(-1)).sum())
@@ -60,7 +60,7 @@ def test_one_layer_in_four_bit_equals_a_hand_made_swap_exactly(case: CaseOf, nam
     batch = subject.encode(found.samples[:1])
     twin = reference.quantized_copy(subject.model, [layer])
     with torch.no_grad():
-        expected = answer_logits(twin, batch)
+        expected = read_out(twin, batch)
     _, got = logits_of(found, frozenset([layer]))
     assert torch.equal(got[0], expected[0])
 
@@ -90,7 +90,7 @@ def test_isolated_kl_is_half_the_squared_slope_along_its_random_direction(case: 
     group = max(subject.groups(found.samples, 4), key=len)
     batch, larger = subject.encode(group[:1]), subject.encode(group)
     with torch.no_grad(), walking(subject.path):
-        plain = answer_logits(subject.model, batch)
+        plain = read_out(subject.model, batch)
         got = subject.path.isolated_kl(batch)
         among_others = subject.path.isolated_kl(larger)
     signs = random_signs(plain[0], group[0].digest)
@@ -120,7 +120,7 @@ def test_attributions_sum_to_the_measured_kl(case: CaseOf, name: str) -> None:
     batch = found.subject.encode(found.samples[:3])
     result = attribute(found.subject.path, batch, nodes=16)
     plain, four_bit = logits_of(found, found.subject.quantized, 3)
-    measured = dict(zip((s.id for s in batch.samples), kl_sums(plain, four_bit), strict=True))
+    measured = dict(zip((s.id for s in batch.samples), ANSWERS.sums(plain, four_bit), strict=True))
     for sample, value in result.rows.groupby("sample").kl_sum.sum().items():
         assert value == pytest.approx(measured[str(sample)].kl, rel=0.03)
     assert [k.kl for k in result.kl] == pytest.approx([k.kl for k in measured.values()], rel=1e-4)

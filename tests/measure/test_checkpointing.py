@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import _ATTENTION, checkpointed_blocks, repeated_blocks
-from qprobe.measure.kl import answer_logits
+from qprobe.measure.kl import read_out
 from tests.measure.conftest import WITH_HEAD, Case
 
 CaseOf = Callable[[str], Case]
@@ -48,7 +48,7 @@ def slopes_with_room(case: Case, room: int) -> tuple[dict[str, torch.Tensor], Ke
     batch = subject.encode(case.samples[:1])
     with walking(path), Kernels() as kernels:
         with torch.no_grad():
-            plain = answer_logits(subject.model, batch)
+            plain = read_out(subject.model, batch)
         kernels.runs.clear()
         return path.slopes(batch, plain, 0.4), kernels
 

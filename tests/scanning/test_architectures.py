@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -142,16 +143,19 @@ def test_ranks_come_with_their_intervals(scanned: Scanned):
     assert (quantized["rank_low"] <= quantized["rank_high"]).all()
 
 
-def test_a_model_without_a_language_head_is_told_what_does_not_apply(scanned: Scanned):
+def test_a_model_without_a_language_head_is_measured_on_its_own_output(scanned: Scanned):
     result, table = scanned("bert"), RunFolder(scanned("bert").run).table
-    assert any(
-        "Sensitivity and KL do not apply" in note and "no language head" in note for note in result.notes
-    )
-    assert table[["sensitivity_kl", "sensitivity_kl_se"]].isna().all(axis=None)
+    assert any("gives no answers: its damage is a normalized error" in note for note in result.notes)
+    layers = table[~table["layer"].str.contains("pooler")]  # which the hidden states do not pass through
+    assert layers[["sensitivity_kl", "isolated_kl"]].notna().all(axis=None)
     assert table[["weight_nmse", "activation_nmse", "propagated_nmse"]].notna().all(axis=None)
-    assert result.kl_standard_4bit is None and "chosen by activation_nmse alone" in result.verdict
-    assert read_manifest(result.run / "skiplist.json").compared == ()
-    assert not (result.run / "ranks.csv").exists()
+    assert "costs a normalized error of" in result.verdict and "per token of its output" in result.verdict
+    assert result.kl_standard_4bit == pytest.approx(layers["sensitivity_kl"].sum(), rel=0.5)
+    assert RunFolder(result.run).scan.readout == "outputs"
+
+
+def test_the_verdict_says_how_well_the_sensitivities_add_up(scanned: Scanned):
+    assert re.search(r"The sensitivities add up to it within [+-]\d+\.\d%\.$", scanned("llama").verdict)
 
 
 def test_the_result_is_the_documented_object(scanned: Scanned):

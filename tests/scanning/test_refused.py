@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -54,9 +56,6 @@ WEIGHTS_ALONE: dict[str, Any] = {"measures": ("weight",), "samples": None, "max_
         ("llama", {"samples": 0}, "asks for no sample"),
         ("llama", {"images": Path("nowhere")}, "nowhere does not exist"),
         ("llama", {"data": Path("nowhere.jsonl")}, "nowhere.jsonl does not exist"),
-        ("bert", {"ablate": "all"}, "no language head, so there is no KL for --ablate"),
-        ("bert", {"max_kl": 0.1}, "no language head, so there is no KL for --max-kl"),
-        ("bert", {"by": "sensitivity_kl"}, "no language head, so there is no KL for --by"),
     ],
 )
 def test_what_can_never_be_asked(
@@ -64,6 +63,21 @@ def test_what_can_never_be_asked(
 ):
     with pytest.raises(QprobeError, match=said):
         scan(**options(tiny_folder(model), tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"ablate": "all"}, "--ablate"), ({"max_kl": 0.1}, "--max-kl"), ({"by": "sensitivity_kl"}, "--by")],
+)
+def test_a_kl_of_a_model_whose_output_is_of_no_known_kind(
+    no_weights: None, tiny_folder: TinyFolder, tmp_path: Path, changes: dict[str, Any], said: str
+):
+    folder = Path(copytree(tiny_folder("bert"), tmp_path / "choice"))
+    given = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**given, "architectures": ["BertForMultipleChoice"]}))
+    with pytest.raises(QprobeError, match=f"no language head, and its output .* no KL for {said}"):
+        scan(**options(folder, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qprobe.runs.statistics import ratio_se
 from qprobe.selection.decide import Candidate, decide, difference, on_common_samples
-from qprobe.selection.verdict import verdict, with_error
+from qprobe.selection.verdict import is_bent, residual_verdict, verdict, with_error
 
 
 def candidate(name: str, total_bytes: int, *kl: float, kept: tuple[str, ...] | None = None) -> Candidate:
@@ -116,3 +116,10 @@ def test_candidates_are_compared_where_the_kl_of_all_is_finite():
 )
 def test_values_have_the_digits_that_their_errors_leave(value: float, error: float, shown: str):
     assert with_error(value, error) == shown
+
+
+def test_sums_that_miss_the_damage_are_said_with_the_reason():
+    assert residual_verdict(-0.004) == "The sensitivities add up to it within -0.4%."
+    assert not is_bent(None) and not is_bent(0.05) and is_bent(-0.051)
+    said = residual_verdict(1.13)
+    assert "miss it by +113.0%" in said and "share their weights" in said and "Isolated KL" in said

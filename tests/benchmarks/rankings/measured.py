@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Path
-from qprobe.measure.kl import kl_sums
+from qprobe.measure.kl import ANSWERS
 from qprobe.measure.runner import kl_rows
 from qprobe.measure.subject import Subject
 from qprobe.selection.decide import Candidate
@@ -61,4 +61,4 @@ class Measured:
 
     @staticmethod
     def _rows(path: Path, batch: Batch, reference: list[Tensor]) -> pd.DataFrame:
-        return kl_rows(batch, "", kl_sums(reference, path.logits(batch, 1.0)))
+        return kl_rows(batch, "", ANSWERS.sums(reference, path.logits(batch, 1.0)))
