@@ -1,4 +1,5 @@
 # `make help` lists the targets; each sets up .venv first if it must.
+# QUICK=tests/selection names what `make quick` tests; all by default.
 # PYTHON=python3.12 picks another interpreter; PIP_FLAGS is handed to pip, for instance to name
 # the package index of a CPU-only or another CUDA build of torch.
 
@@ -9,6 +10,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := runs/demo-outliers
+QUICK ?=
 
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -34,7 +36,7 @@ quick: $(STAMP)  ## after each edit, within a minute: lint, types of changed fil
 	@changed=$$(git diff --name-only --diff-filter=d HEAD -- 'qprobe/*.py'; \
 		git ls-files --others --exclude-standard -- 'qprobe/*.py'); \
 		test -z "$$changed" || $(BIN)/pyright $$changed
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(QUICK)
 
 # Two workers of one thread each: the models are tiny, and threads would only get in each other's way.
 test: lint browser  ## lint and all tests

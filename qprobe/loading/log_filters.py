@@ -14,8 +14,8 @@ from qprobe.system.log_filters import NO_BARS, Remark, without_remarks
 def quiet_models(*more: Remark) -> Iterator[None]:
     """The same for a function that loads models in a process that is not ours: afterwards all is as before.
 
-    more: remarks to leave out as well. Serves as a decorator. Who sets HF_HUB_DISABLE_PROGRESS_BARS has
-    decided already.
+    more: remarks to leave out as well. Serves as a decorator. Where HF_HUB_DISABLE_PROGRESS_BARS is set,
+    bars stay as it says.
     """
     from transformers.utils import logging as transformers_logging
 
