@@ -156,7 +156,7 @@ def _remove_stale(target: Path) -> None:
     """Removes temporary folders of `target` that no living process holds; where locks are unknown, none."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
     there = target.parent.iterdir() if target.parent.is_dir() else ()
-    for folder in [x for x in there if pattern.fullmatch(x.name) and x.is_dir()]:
+    for folder in [x for x in there if pattern.fullmatch(x.name) and x.is_dir() and not x.is_symlink()]:
         with _locked(folder) as is_free:
             if is_free:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -165,7 +165,7 @@ def _remove_stale(target: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Holds the lock of `folder`, which the system lets go of when a process ends; False if it cannot."""
-    place = os.open(folder, os.O_RDONLY)
+    place = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     is_held = None
     with suppress(OSError):  # a folder cannot be opened for writing, which some file systems ask for
         is_held = try_lock(place)

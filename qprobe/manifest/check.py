@@ -8,11 +8,14 @@ from math import prod
 from qprobe.errors import ManifestError
 from qprobe.manifest.records import Manifest
 from qprobe.registry.precisions import SIXTEEN_BIT, packed_bytes
+from qprobe.system.decoding import FORMULAS
+from qprobe.system.wording import shortened
 
 
 def check_manifest(manifest: Manifest) -> None:
     """Raises ManifestError, naming the key, if `manifest` contradicts itself."""
     _check_codes(manifest)
+    _check_place(manifest)
     _check_names(manifest)
     _check_precisions(manifest)
     _check_bytes(manifest)
@@ -27,13 +30,26 @@ def _check_codes(manifest: Manifest) -> None:
         )
 
 
+def _check_place(manifest: Manifest) -> None:
+    """The file of codes may lie in another folder than the manifest, but is named from it."""
+    file = "" if manifest.codes is None else manifest.codes.file
+    is_absolute = file.startswith(("/", "\\")) or ":" in file
+    if manifest.codes is not None and (is_absolute or not file.endswith(".safetensors")):
+        raise ManifestError(
+            f"codes: {shortened(repr(file), 80)} is no path of a .safetensors file from the manifest's "
+            "folder; the file was changed by hand or is damaged."
+        )
+
+
 def _check_names(manifest: Manifest) -> None:
     named = (*manifest.layers, *manifest.uncovered)
     for name in (*(x.name for x in named), *(x.checkpoint_name for x in manifest.layers)):
-        if not name.isprintable():  # it would begin a line of its own in what is exported
+        # It would begin a line of its own in what is exported, or be computed by a spreadsheet.
+        if not name.isprintable() or name.startswith(FORMULAS):
+            what = "holds a character that is not printable" if not name.isprintable() else "is no layer's"
             raise ManifestError(
-                f"layers: the name {name[:80]!r} holds a character that is not printable; the file was "
-                "changed by hand or is damaged."
+                f"layers: the name {shortened(ascii(name), 80)} {what}; the file was changed by hand or is "
+                "damaged."
             )
     for name, count in Counter(x.name for x in manifest.layers).items():
         if count > 1:

@@ -13,7 +13,7 @@ from qprobe.errors import ManifestError
 from qprobe.manifest.check import check_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.registry.precisions import SIXTEEN_BIT, measurable
-from qprobe.system.decoding import decode, strict_json
+from qprobe.system.decoding import check_visible, decode, strict_json
 from qprobe.system.foreign import read_foreign_if_there
 
 SCHEMA_VERSION = 1
@@ -53,6 +53,7 @@ def manifest_from_json(data: Any) -> Manifest:
     _check_schema(data)
     said = {key: value for key, value in data.items() if key != "schema_version"}
     try:
+        check_visible(said["model"], "model")
         manifest = decode(Manifest, {"compared": [], **said}, "the manifest")
     except ValueError as error:
         raise ManifestError(f"{error}. {_AGAIN}") from None

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from qprobe.errors import RunError
 from qprobe.runs.access import cannot_write, one_at_a_time, read_file, write_file
-from qprobe.system.decoding import decode, strict_json
+from qprobe.system.decoding import FORMULAS, decode, strict_json
 
 FILE = "files.json"
 _LOCK = ".lock-files"
@@ -32,8 +33,16 @@ class Derived:
 
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
-    """`frame` as a CSV file, numbers with the fewest digits that read back as the same number."""
-    return frame.to_csv(index=False, lineterminator="\n").encode()
+    """`frame` as a CSV file, numbers with the fewest digits that read back as the same number.
+
+    A text that a spreadsheet would compute, as a sample's id may be, gets an apostrophe in front.
+    """
+    texts = {name: column.map(_inert) for name, column in frame.items() if column.dtype.kind not in "iufb"}
+    return frame.assign(**texts).to_csv(index=False, lineterminator="\n").encode()
+
+
+def _inert(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULAS) else cell
 
 
 class DerivedFiles:

@@ -36,8 +36,11 @@ from qprobe.runs.shown import ShownSample, parse_shown
 from qprobe.runs.table import FILE as TABLE
 from qprobe.runs.table import derived_table, parse_table
 from qprobe.runs.units import decode_unit, encode_unit, number_of, rows_of, stage_of, unit_name
-from qprobe.system.files import remove_left_behind, write_first
+from qprobe.system.files import make_folder, remove_left_behind, write_first
+from qprobe.system.foreign import is_plain_name
+from qprobe.system.wording import shortened
 
+_CODES = ".safetensors"
 ANSWERS = "answers"
 """The folder of generated answers in a run folder, one file for each batch."""
 
@@ -90,8 +93,8 @@ class RunFolder:
         """
         path, units = self.path / KEY_FILE, self.path / "units"
         try:
-            units.mkdir(parents=True, exist_ok=True)
-            (self.path / NOTES).mkdir(exist_ok=True)
+            make_folder(units)
+            make_folder(self.path / NOTES)
             remove_left_behind(self.path)
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -116,8 +119,17 @@ class RunFolder:
 
     @property
     def codes(self) -> CodesFile | None:
-        """The calibrated weights, beside scan.json; None before they are there, and for formats without."""
-        return self.notes.get("codes")
+        """The calibrated weights, beside scan.json; None before they are there, and for formats without.
+
+        Raises RunError if the notes name a file that lies elsewhere, or can be none of weights.
+        """
+        codes: CodesFile | None = self.notes.get("codes")
+        if codes is not None and not (is_plain_name(codes.file) and codes.file.endswith(_CODES)):
+            raise RunError(
+                f"The notes of {self.path} name {shortened(repr(codes.file), 80)} as the file of calibrated "
+                f"weights, which is no {_CODES} file of that folder. Put its notes/codes.json back."
+            )
+        return codes
 
     @property
     def has_unknown_codes(self) -> bool:

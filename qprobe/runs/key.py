@@ -16,7 +16,7 @@ from typing import Any
 from qprobe.errors import RunError
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.registry import measures as declared
-from qprobe.system.decoding import decode, strict_json
+from qprobe.system.decoding import check_names, check_visible, decode, strict_json
 from qprobe.system.versions import library_versions
 
 FILE = "scan.json"
@@ -174,6 +174,9 @@ def parse_key(path: Path, data: bytes) -> Key:
     try:
         raw = strict_json(data)
         key = decode(Key, raw, "scan")
+        for name in ("model", "format", "inventory"):
+            check_visible(raw[name], f"scan.{name}")
+        check_names((x for one in key.inventory.layers for x in (one.name, one.tower, one.group)), "scan")
         if key.version != VERSION:
             raise ValueError(f"its format is version {key.version}, not {VERSION}")
     except ValueError as error:

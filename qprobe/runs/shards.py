@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from qprobe.errors import RunError
+from qprobe.runs.access import read_file
 from qprobe.runs.folder import RunFolder
 from qprobe.system.locks import open_lock, try_lock, try_share
 from qprobe.system.processes import Shard
@@ -21,6 +22,7 @@ from qprobe.system.wording import counted
 
 SKIPLIST = "skiplist.json"
 _LOCK = ".lock"
+_LONGEST = 2**20  # bytes of what a lock file says
 
 Turn = Literal["ours", "units left", "another's", "chosen"]
 """Who chooses: this process; whoever finishes the units that are left; another one right now; nobody more."""
@@ -64,18 +66,17 @@ def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[T
     if left:
         yield "units left"
         return
-    path = (
-        folder / f"{_LOCK}-selection"
-    )  # while it is locked somebody chooses; then it holds what was asked for
+    path = folder / f"{_LOCK}-selection"  # locked while somebody chooses; then it holds what was asked for
     with ExitStack() as held:
         try:
-            if not _lock(held, path, try_lock):
+            file = held.enter_context(open_lock(path))
+            if try_lock(file) is False:
                 turn: Turn = "another's"
-            elif not shard.is_alone and path.read_bytes() == _met(folder, request):
+            elif not shard.is_alone and file.read(_LONGEST) == _met(folder, request):
                 turn = "chosen"
             else:
                 turn = "ours"
-                path.write_bytes(b"")
+                _rewrite(file, b"")
         except OSError as error:
             raise RunError(
                 f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
@@ -83,15 +84,21 @@ def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[T
         yield turn
         if turn == "ours":
             with suppress(OSError):  # a full disk: a late process then chooses the same again
-                path.write_bytes(_met(folder, request) or b"")
+                _rewrite(file, _met(folder, request) or b"")
 
 
 def _met(folder: Path, request: str) -> bytes | None:
     """That the skip-list which lies in `folder` is the one chosen for `request`; None if there is none."""
-    path = folder / SKIPLIST
-    if not path.exists():
-        return None
-    return f"{request}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+    data = read_file(folder / SKIPLIST)
+    return None if data is None else f"{request}\n{hashlib.sha256(data).hexdigest()}\n".encode()
+
+
+def _rewrite(file: BinaryIO, data: bytes) -> None:
+    """Puts `data` into an open file, in the place of what it held; through its name it could be another."""
+    file.seek(0)
+    file.truncate()
+    file.write(data)
+    file.flush()
 
 
 def _lock(held: ExitStack, path: Path, how: Callable[[BinaryIO], bool | None]) -> bool:

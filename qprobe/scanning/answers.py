@@ -24,7 +24,7 @@ from qprobe.runs.folder import ANSWERS
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import Batching
 from qprobe.system.decoding import decode, strict_json
-from qprobe.system.files import write_atomic, write_first
+from qprobe.system.files import make_folder, write_atomic, write_first
 from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.versions import library_versions
 
@@ -119,7 +119,7 @@ def _write(path: Path, answered: Sequence[Sample], group: Sequence[Sample]) -> N
     lines = [asdict(_Answer(s.id, s.answer or "", s.ends)) for s in answered]
     data = (json.dumps(lines, indent=1, ensure_ascii=False) + "\n").encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if not write_first(path, data) and _read(path, group) is None:
             write_atomic(path, data)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from qprobe.runs.folder import ANSWERS, RunFolder
 from qprobe.runs.key import differences
 from qprobe.runs.shards import entered
 from qprobe.runs.shown import FILE as SHOWN
-from qprobe.system.files import write_atomic
+from qprobe.system.files import atomic_file, make_folder
+from qprobe.system.foreign import open_foreign
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
@@ -147,8 +149,9 @@ def _join_codes(runs: Sequence[RunFolder], target: RunFolder) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, source.read_bytes())
+        make_folder(target.parent)
+        with open_foreign(source, RunError, "Put the file back.", None) as read, atomic_file(target) as file:
+            shutil.copyfileobj(read, file, 2**24)
     except OSError as error:
         raise RunError(
             f"{source} cannot be copied to {target} ({error.strerror or error}). Make room and join again; "

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import ManifestError, QprobeError, RunError
-from qprobe.manifest.read import read_manifest
+from qprobe.manifest.read import MAX_FILE_BYTES, read_manifest
 from qprobe.manifest.records import Manifest, moved
 from qprobe.manifest.write import write_manifest
 from qprobe.runs.folder import RunFolder
 from qprobe.selection.select import select
 from qprobe.system.files import write_atomic
+from qprobe.system.foreign import read_foreign
 
 FILE = "skiplist.json"
 _MEASURED, _OTHER = "measured", "before"  # how the copy of a list is called
@@ -89,7 +90,7 @@ def set_aside(run: RunFolder, target: Path) -> Replaced | None:
         return Replaced(manifest, None, again)
     copy = _copy(target, _MEASURED if manifest.compared else _OTHER)
     try:
-        write_atomic(copy, target.read_bytes())
+        write_atomic(copy, read_foreign(target, ManifestError, "Pass another --out.", MAX_FILE_BYTES))
     except OSError as error:
         raise ManifestError(
             f"{target} would be replaced, but its copy {copy} cannot be written ({error.strerror}). Pass "

@@ -6,10 +6,16 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
+
+from qprobe.system.wording import is_hidden, shortened
+
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+"""How a cell begins that spreadsheets compute (OWASP, CSV injection)."""
 
 T = TypeVar("T")
 
@@ -49,6 +55,30 @@ def decode(kind: type[T], value: Any, where: str) -> T:
         raise ValueError(_explained(str(error), value, where)) from None
     _check_keys(found, value, where)
     return found
+
+
+def check_visible(value: Any, where: str) -> None:
+    """Raises ValueError, naming the place, if a text in the JSON `value` holds a character that is not seen.
+
+    It would begin a line of its own, or worse, wherever the text is shown or written.
+    """
+    if isinstance(value, str) and not value.isprintable() and any(map(is_hidden, value)):
+        shown = shortened(ascii(value), _SHOWN)
+        raise ValueError(f"{where} holds a character that is not printable ({shown})")
+    if isinstance(value, dict):
+        for name, one in value.items():
+            check_visible(name, f"a name in {where}")
+            check_visible(one, f"{where}.{name}")
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            check_visible(one, f"{where}[{index}]")
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raises ValueError if one of `names` can be no module's: a table would compute what begins so."""
+    for name in names:
+        if name.startswith(FORMULAS):
+            raise ValueError(f"{where}: {shortened(ascii(name), _SHOWN)} is the name of no layer")
 
 
 def _explained(said: str, value: Any, where: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -55,13 +56,24 @@ def write_first(path: Path, data: bytes) -> bool:
         return True
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder `path`, and those above it, if it is not there. Raises OSError.
+
+    Also where a symbolic link stands in its place: in a run folder from elsewhere it could lead anywhere.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a symbolic link to another folder", str(path))
+
+
 def remove_left_behind(folder: Path) -> None:
     """Remove temporary files in `folder` and its folders whose writers were killed; of living ones they stay.
 
     The system lets go of a writer's lock when its process ends, however it ends. Raises OSError.
     """
-    found = (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"))
-    for path in [x for x in found if _TEMPORARY.fullmatch(x.name) and x.is_file()]:
+    inner = [x for x in folder.iterdir() if x.is_dir() and not x.is_symlink()] if folder.is_dir() else []
+    found = [path for place in (folder, *inner) for path in place.glob(".*.tmp")]
+    for path in [x for x in found if _TEMPORARY.fullmatch(x.name) and x.is_file() and not x.is_symlink()]:
         # Another process may give it its own name meanwhile.
         with suppress(FileNotFoundError), open(path, "r+b") as file:
             is_free = try_lock(file)

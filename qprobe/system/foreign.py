@@ -62,6 +62,12 @@ def check_foreign(path: Path, error: type[QprobeError], fix: str, limit: int | N
     open_foreign(path, error, fix, limit).close()
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is that of a file in a folder, and of nothing else, on every system."""
+    is_one = name not in ("", ".", "..") and not any(x in name for x in "/\\:")
+    return is_one and name.isprintable() and len(name) <= 255
+
+
 class _RefusedError(Exception):
     """Why a file is not read."""
 

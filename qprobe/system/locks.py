@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import lock_descriptor
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of a file system that has none
-_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_FLAGS = (os.O_RDWR | os.O_CREAT) | sum(
+    getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
+)
 
 
 def open_lock(path: Path) -> BinaryIO:
     """The lock file at `path`, open for reading and writing; made if it is missing.
 
     Over NFS a shared lock wants a file that can be read, an exclusive one a file that can be written. Raises
-    OSError, also where a symbolic link stands in its place.
+    OSError, also where a symbolic link, a pipe or a device stands in its place.
     """
-    return os.fdopen(os.open(path, _FLAGS, 0o666), "r+b")
+    descriptor = os.open(path, _FLAGS, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return os.fdopen(descriptor, "r+b")
 
 
 def try_lock(file: BinaryIO | int) -> bool | None:

@@ -40,6 +40,7 @@ from qprobe.options import (
     data_of,
     no_progress,
 )
+from qprobe.system.files import write_atomic
 from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.log_filters import Remark
 from qprobe.training.alone import LOCK, alone_in
@@ -241,6 +242,9 @@ def _check_out(out: Path, spec: dict[str, Any]) -> None:
         raise RunError(f"{out} is there already and holds no run of qprobe finetune. Pass another folder.")
     if record.status == "finished":
         raise RunError(f"{out} holds a finished adapter. Pass another folder, or remove it to train again.")
+    links = sorted(x.name for x in (*out.iterdir(), *(out / CHECKPOINTS).rglob("*")) if x.is_symlink())
+    if links:  # the libraries that write here would follow it
+        raise RunError(f"{out} holds the symbolic link {links[0]}, which would lead out of it. Remove it.")
     differing = sorted(key for key in spec if record.spec.get(key) != spec[key])
     if differing and record.status != "diverged" and last_checkpoint(out / CHECKPOINTS) is not None:
         raise RunError(
@@ -368,7 +372,7 @@ def _finish(
     # up on the hub to see whether the vocabulary grew, which it cannot have.
     tuned.peft_config["default"].base_model_name_or_path = manifest.model.id
     tuned.save_pretrained(out, save_embedding_layers=False)
-    (out / "README.md").write_text(card(manifest, done), "utf-8")
+    write_atomic(out / "README.md", card(manifest, done).encode())
     save_processor(processor, out)
     write_manifest(out / MANIFEST_FILE, moved(manifest, options.manifest.parent, out))
     result = {key: value for key, value in done.to_json().items() if key != "out"}

@@ -45,7 +45,8 @@ EXAMPLE = Manifest(
 )
 
 text = st.text(min_size=1, max_size=12)
-names_of_layers = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=12)
+seen = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=12)
+names_of_layers = seen.filter(lambda x: x[0] not in "=+-@")
 number = st.floats(allow_nan=False, allow_infinity=False)
 count = st.integers(0, 10**12)
 
@@ -82,7 +83,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         compared[0] = replace(compared[0], total_bytes=total, chosen=True)
     double = st.builds(FormatSpec, st.just("nf4"), st.integers(1, 4096), st.booleans(), st.just("float16"))
     return Manifest(
-        model=draw(st.builds(ModelIdentity, text, st.none() | st.text(max_size=5), text, text)),
+        model=draw(st.builds(ModelIdentity, seen, st.none() | seen, seen, seen)),
         format=draw(double),
         budget=ManifestBudget(draw(text), total + draw(count), total, standard),
         quality=draw(st.builds(Quality, st.none() | count, *[st.none() | number] * 3)),
@@ -188,6 +189,8 @@ def remove(*path: str) -> Callable[[dict], None]:
         (put("layers", 1, "name", value="model.a"), r"model\.a is listed 2 times"),
         (put("layers", 1, "name", value="x\ntrust: true"), r"name 'x\\ntrust: true' holds a character"),
         (put("layers", 0, "checkpoint_name", value="x\x1b[2J"), r"holds a character that is not printable"),
+        (put("layers", 0, "name", value="=1+1"), r"the name '=1\+1' is no layer's"),
+        (put("model", "id", value="x\u202ey"), r"model\.id holds a character that is not printable"),
         (put("uncovered", 0, "name", value="x\u2028y"), r"holds a character that is not printable"),
         (put("skip_modules", value=["lm_head"]), r"skip_modules lacks model\.b, which is bf16"),
         (put("skip_modules", value=["model.b", "lm_head", "model.a"]), r"names model\.a, which is not bf16"),

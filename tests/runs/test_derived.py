@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from qprobe.errors import RunError
-from qprobe.runs.derived import Derived, DerivedFiles
+from qprobe.runs.derived import Derived, DerivedFiles, csv_bytes
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.table import write_table
 from tests.runs.runs import make_run
@@ -113,3 +114,26 @@ def test_many_writers_at_once_lose_no_entry(run: Path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(24)))
     assert {f"{n}.csv" for n in range(24)} <= json.loads((run / "files.json").read_text()).keys()
+
+
+def test_no_cell_is_a_formula_and_numbers_stay_numbers():
+    frame = pd.DataFrame(
+        {"sample": ["=HYPERLINK(1)", "+1", "-1", "@a", "\ta", "a=1"], "kl": [-1.5, 0, 1, 2, 3, 4]}
+    )
+    lines = csv_bytes(frame).decode().split("\n")
+    assert lines[1:-1] == [
+        "'=HYPERLINK(1),-1.5",
+        "'+1,0.0",
+        "'-1,1.0",
+        "'@a,2.0",
+        "'\ta,3.0",
+        "a=1,4.0",
+    ]
+
+
+@pytest.mark.parametrize("name", ["=a", "a\x1b[2J", "a\nb", "a\u202eb"])
+def test_a_scan_whose_layers_have_such_names_is_refused(run: Path, name: str):
+    text = (run / "scan.json").read_text()
+    (run / "scan.json").write_text(text.replace('"model.a"', json.dumps(name)))
+    with pytest.raises(RunError, match=r"is damaged|cannot tell"):
+        _ = RunFolder(run).key
