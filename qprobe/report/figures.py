@@ -207,9 +207,8 @@ def set_scale(ax: Axes, values: np.ndarray, panel: Column, layout: Layout) -> No
         low, high = log_limits(float(values.min()), float(values.max()))
         ax.set_yscale("log")
         ax.set_ylim(low, high)
-        # Between decades, labels only where there are few of them: all at once cannot be read.
-        decades = 2 if layout.beside else 1.2
-        ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(decades, 0.4)))
+        # Between powers of ten, labels only where a single one is in view: all at once cannot be read.
+        ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1, 0.4)))
         ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high / low < 250 else "auto"))
     if not panel.is_log:
         ax.axhline(0, color="black", lw=0.6, zorder=1)

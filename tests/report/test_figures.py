@@ -187,9 +187,12 @@ def test_a_large_model_counts_its_layers_from_one_in_round_steps():
     assert list(last.get_xticks()) == [0, 99, 199, 299, 399, 499]
 
 
+@pytest.mark.parametrize("lowest", [1.8e-4, 2e-3])
 @pytest.mark.parametrize("layout", [PAGE, COLUMN])
-def test_the_labels_of_every_axis_are_legible(layout: Layout):
-    figure = spike_plot(layer_table(522, {40: 9.0, 300: 30.0}), Kept(), "a model", layout)
+def test_the_labels_of_every_axis_are_legible(layout: Layout, lowest: float):
+    table = layer_table(120, {40: 9.0, 100: 30.0})
+    table["activation_nmse"] = np.geomspace(lowest, 3.2e-2, len(table))
+    figure = spike_plot(table, Kept(), "a model", layout)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
