@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qprobe.calibration.codes import packed_codes, quantization_state, unpacked_codes
 from qprobe.calibration.damage import damage_of, mean_damage, reference_outputs
+from qprobe.calibration.room import free_memory
 from qprobe.calibration.tuned_linear import Tunable, TunedLinear, nearest_codes, units_of
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import Batch
@@ -28,8 +29,9 @@ from qprobe.system.wording import counted
 
 RATE = 1e-3  # of the logarithms of the scales; 2e-3 ends alike on SmolLM2, 4e-3 worse
 EPSILON = 1e-12  # of Adam: gradients of a small KL are themselves below its usual 1e-8
-CODES_FROM = 1.0  # share of the steps after which codes move as well; 1 leaves them
+CODES_FROM = 1.0  # share of the steps after which codes move as well; 1 leaves them, until it is known to pay
 UNIT_RATE = 2e-3  # of the units of codes
+CODE_BYTES = 26  # its unit, gradient and two averages in float32, and what a step takes of them on the way
 SLACK = 0.4  # of a unit: how near a boundary a code begins that is not the nearest one to its weight
 CHECKS = 8  # looks at the samples kept back
 
@@ -42,6 +44,22 @@ def tune_steps(subject: Subject, asked: int | None) -> int:
     if asked is not None or subject.reference.device.type != "cuda":
         return asked or 0
     return STEPS["small" if subject.path.dtype == torch.float32 else "large"]
+
+
+def can_move_codes(subject: Subject) -> bool:
+    """True if the model is small, and there is room for gradients of all codes, `CODE_BYTES` for each."""
+    if subject.limit is not None or subject.path.dtype != torch.float32:
+        return False
+    codes = sum(module.weight.numel() for module in subject.quantized_modules.values())
+    return CODE_BYTES * codes < min(free_memory(device) for device in subject.reference.devices)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps, and the first in which codes move as well."""
+
+    steps: int
+    codes_from: int
 
 
 @dataclass(frozen=True)
@@ -80,8 +98,12 @@ def tune(
     steps: int,
     fmt: Nf4,
     done: Callable[[], None] = lambda: None,
+    codes_from: float = CODES_FROM,
 ) -> Tuned:
     """`stored`, the 4-bit weights of all quantized linears of `subject`, with tuned block scales.
+
+    codes_from: the share of the steps after which codes are moved as well, from where the weights lie between
+    them, where there is room for that (see `can_move_codes`).
 
     A step runs one batch of `training`: the 16-bit model, and the 4-bit one forward and backward. `done` is
     called after each. The result is never worse on `kept_back` than `stored` is.
@@ -91,7 +113,8 @@ def tune(
         training = [b.in_dtype(subject.path.dtype) for b in training]
         kept_back = [b.in_dtype(subject.path.dtype) for b in kept_back]
         before = tuning.damage(kept_back)
-        step = _descend(tuning, training, kept_back, steps, before, done)
+        first = 1 + round((codes_from if can_move_codes(subject) else 1.0) * steps)
+        step = _descend(tuning, training, kept_back, Schedule(steps, first), before, done)
         found = tuning.finished()
         tuning.replace(found)
         after = tuning.damage(kept_back)
@@ -104,19 +127,20 @@ def _descend(
     tuning: _Tuning,
     training: Sequence[Batch],
     kept_back: Sequence[Batch],
-    steps: int,
+    schedule: Schedule,
     before: float,
     done: Callable[[], None],
 ) -> int:
     """Run the steps and leave the scales of the best look at `kept_back` in place; that step's number."""
     optimizer = torch.optim.Adam(tuning.logarithms.values(), lr=RATE, eps=EPSILON)
+    steps = schedule.steps
     best, best_step, kept = before, 0, tuning.snapshot()
     order: list[int] = []
     generator = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
         if not order:
             order = torch.randperm(len(training), generator=generator).tolist()
-        if step == 1 + round(CODES_FROM * steps):
+        if step == schedule.codes_from:
             tuning.free_codes()
             optimizer.add_param_group({"params": tuning.units.values(), "lr": UNIT_RATE})
         for group, rate in zip(optimizer.param_groups, (RATE, UNIT_RATE), strict=False):

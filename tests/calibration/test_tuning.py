@@ -105,6 +105,52 @@ def test_tuned_scales_do_less_damage_on_samples_kept_back_and_codes_stay(name: s
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
+def test_codes_move_with_the_scales_where_that_is_asked_for(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tuning, "UNIT_RATE", 0.05)  # so that few steps reach a boundary
+    subject = subject_for(tiny_folder("llama"))
+    batches, given = batches_of(subject, "llama", 8), nearest(subject)
+    found = tune(subject, given, batches, batches[-2:], 24, Nf4(), codes_from=0.25)
+    assert found.is_better and found.after < 0.9 * found.before
+    counts = [module.weight.numel() for module in subject.quantized_modules.values()]
+    moved = [
+        unpacked_codes(found.stored[layer].codes, n).int() - unpacked_codes(one.codes, n).int()
+        for (layer, one), n in zip(given.items(), counts, strict=True)
+    ]
+    assert 0 < sum(int((m != 0).sum()) for m in moved) < 0.2 * sum(counts)
+    assert max(int(m.abs().max()) for m in moved) <= 2
+
+
+def test_codes_go_back_with_a_snapshot_also_to_before_they_moved(tiny_folder: TinyFolder):
+    subject = subject_for(tiny_folder("llama"))
+    under_way = tuning._Tuning(subject, nearest(subject), Nf4())
+    before = under_way.snapshot()
+    under_way.free_codes()
+    at_first = under_way.snapshot()
+    name = next(iter(under_way.units))
+    for kept in (before, at_first):
+        with torch.no_grad():
+            under_way.units[name] += 3
+            under_way.logarithms[name] += 1
+        under_way.restore(kept)
+        found = under_way.finished()[name]
+        assert torch.equal(found.codes, under_way.stored[name].codes)
+        assert not under_way.logarithms[name].any()
+
+
+def test_codes_of_large_or_streamed_models_stay(tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch):
+    subject = subject_for(tiny_folder("llama"))
+    codes = sum(module.weight.numel() for module in subject.quantized_modules.values())
+    assert tuning.can_move_codes(subject)
+    monkeypatch.setattr(tuning, "free_memory", lambda _: tuning.CODE_BYTES * codes)
+    assert not tuning.can_move_codes(subject)
+    monkeypatch.undo()
+    large = replace(subject)
+    vars(large)["path"] = replace(subject.path, dtype=torch.bfloat16)
+    assert not tuning.can_move_codes(large)
+
+
 @pytest.mark.slow
 def test_tuning_that_does_not_help_the_samples_kept_back_gives_back_what_it_was_given(
     tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
