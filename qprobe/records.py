@@ -160,8 +160,8 @@ class Linear:
     shape: (out_features, in_features), with the number of experts before them where they share one weight.
     bytes_4bit, bytes_16bit: of the weight alone; a weight tied to an embedding is counted here and not in the
         inventory's other_bytes.
-    fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied", "kept in float32 by transformers"),
-        or None.
+    fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied", "kept in float32 by transformers",
+        "its module reads the weight itself"), or None.
     reads: the kind of tokens it reads.
     """
 

@@ -32,7 +32,7 @@ from qprobe.loading.reference import reference_of
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
-from qprobe.measure.kl import ANSWERS, KlSums, read_out, readout_of
+from qprobe.measure.kl import ANSWERS, KlSums, read_out, readout_of, refuse_unread
 from qprobe.options import (
     AskedMetric,
     BadData,
@@ -200,6 +200,7 @@ def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
         metric_of(options.metric)
     manifest = read_manifest(options.manifest)
     skeleton = check_model(manifest, options.model, options.trust_remote_code)
+    refuse_unread(skeleton.model)
     if readout_of(skeleton.model) != ANSWERS:
         raise QprobeError(
             f"{manifest.model.id} ({manifest.model.architecture}) has no language head, so there are no "

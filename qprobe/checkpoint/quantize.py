@@ -6,13 +6,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 
 from qprobe.checkpoint.audit import audit_files
 from qprobe.checkpoint.card import model_card
@@ -23,11 +24,15 @@ from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
+from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import Source, known, resolve
+from qprobe.loading.stored import checkpoint_folder, weight_names
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, Quality, moved
 from qprobe.manifest.write import write_manifest
+from qprobe.models.headers import read_headers
 from qprobe.options import Progress, no_progress
+from qprobe.records import FormatSpec
 from qprobe.system.locks import try_lock
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
@@ -78,6 +83,7 @@ def quantize(
     origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
     entries = exact_entries(transformers_readers(written), str, exact)
     progress("load in 4-bit", 0, 3)
+    refuse_nonfinite(skeleton, [x.name for x in written.layers if x.is_four_bit])
     loaded = dynamic_4bit(written, skeleton, device, codes_of(written, origin))
     processor = load_processor(skeleton.source)
     four_bit = [x.name for x in written.layers if x.is_four_bit]
@@ -101,6 +107,26 @@ def quantize(
     progress("done", 3, 3)
     kept, stored = len(written.skip_modules), stored_bytes(loaded)
     return Quantized(target, len(four_bit), kept, stored.parameter_bytes, stored.total_bytes, files)
+
+
+def refuse_nonfinite(skeleton: Skeleton, names: Iterable[str]) -> None:
+    """Raises ModelError, naming it, for one of the linears `names` whose 16-bit weight has NaN or infinity.
+
+    In 4-bit it would spoil its whole block, in silence.
+    """
+    folder = checkpoint_folder(skeleton.source)
+    tensors = read_headers(folder)
+    stored = weight_names(skeleton.model, skeleton.inventory(FormatSpec()), tensors)
+    for name in names:
+        tensor = stored.get(name)
+        if tensor is None:  # stored with others, under another name
+            continue
+        with safe_open(folder / tensors[tensor].file, framework="pt") as file:
+            if not bool(torch.isfinite(file.get_tensor(tensor)).all()):
+                raise ModelError(
+                    f"{tensor} in {skeleton.source.id!r} has NaN or infinity, which 4-bit cannot hold. "
+                    "Repair the checkpoint, or keep this layer in 16-bit."
+                )
 
 
 def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:

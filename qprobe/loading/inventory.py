@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
+import inspect
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -16,7 +20,9 @@ from qprobe.registry.precisions import sixteen_bit_bytes
 WHY_SUBCLASS = "a subclass of nn.Linear; transformers converts exact nn.Linear modules only"
 WHY_ATTENTION = "inside nn.MultiheadAttention, which reads its weights directly"
 WHY_CONV = "a convolution; bitsandbytes converts nn.Linear only"
+WHY_CONV1D = "a Conv1D of transformers, whose weight lies transposed; it is kept as it is"
 FLOAT32 = "kept in float32 by transformers"
+READ_DIRECTLY = "its module reads the weight itself"
 WHY_FUSED = "a fused weight outside any nn.Linear (for example stacked experts)"
 
 
@@ -47,12 +53,13 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
     """The inventory of `model` under `spec`, in module order.
 
     The output embedding ("lm_head"), weights that share storage with another parameter ("tied") and what
-    transformers never converts (`never_converted`, FLOAT32) are fixed. Every parameter is assumed to be
+    transformers never converts (`never_converted`, FLOAT32) are fixed, and so are those whose weight is used
+    without them (`read_directly`). Every parameter is assumed to be
     stored in its own dtype; weights of linears in 16-bit, but for the last of these.
     """
     modules = linear_modules(model)
     names = frozenset(modules)
-    unconverted = never_converted(model, names)
+    unconverted, read = never_converted(model, names), read_directly(model, names)
     in_files = checkpoint_names(model, tuple(modules))
     architecture = type(model).__name__
     has_vision = any(tower_of(n, architecture, True) == VISION for n in names)
@@ -63,6 +70,8 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
         shape = (module.out_features, module.in_features)
         tower = tower_of(name, architecture, has_vision)
         fixed = FLOAT32 if name in unconverted else None
+        if name in read:
+            fixed = READ_DIRECTLY
         if module is head or id(module.weight) in shared:
             fixed = "tied" if id(module.weight) in shared else "lm_head"
         layers.append(
@@ -94,6 +103,38 @@ def never_converted(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     return frozenset(name for name in names if not should_convert_module(name, patterns))
+
+
+def read_directly(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
+    """Those of the linears `names` whose weight their parent uses without them, as Mamba's `dt_proj`.
+
+    Packed codes in its place would be taken for numbers, or fail in the first forward.
+    """
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return frozenset(
+        n for n, parent in parents.items() if n.rpartition(".")[2] in _weights_read(type(parent))
+    )
+
+
+@cache
+def _weights_read(cls: type) -> frozenset[str]:
+    """Names x with whose `self.x.weight` a method of `cls` computes; asking for its dtype does not count."""
+    found = set()
+    methods = [x for base in cls.__mro__ for x in vars(base).values() if isinstance(x, FunctionType)]
+    for method in map(inspect.unwrap, methods):
+        if "weight" not in method.__code__.co_names:
+            continue
+        steps = [x for x in dis.get_instructions(method) if x.opname not in ("CACHE", "EXTENDED_ARG")]
+        for before, at, after in zip(steps, steps[1:], steps[2:], strict=False):
+            is_weight = before.opname == at.opname == "LOAD_ATTR" and at.argval == "weight"
+            # `.weight.dtype`, and `isinstance(self.x.weight, torch.Tensor)` where T5 looks for its dtype
+            is_asked = (after.opname == "LOAD_ATTR" and after.argval in _ASKED) or after.argval == "torch"
+            if is_weight and not is_asked and isinstance(before.argval, str):
+                found.add(before.argval)
+    return frozenset(found)
+
+
+_ASKED = ("dtype", "device", "shape", "size", "numel", "ndim", "requires_grad", "data_ptr")
 
 
 def _shared_storage(model: nn.Module) -> set[int]:
@@ -135,6 +176,8 @@ def why_uncovered(model: nn.Module, parent_name: str) -> str | None:
         return WHY_SUBCLASS
     if isinstance(parent, nn.modules.conv._ConvNd):
         return WHY_CONV
+    if type(parent).__name__ == "Conv1D":
+        return WHY_CONV1D
     is_table = isinstance(parent, nn.Embedding) or "embed" in type(parent).__name__.lower()
     return None if is_table or "norm" in type(parent).__name__.lower() else WHY_FUSED
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qprobe.errors import ModelError
 from qprobe.inputs.batch import PAD, Batch
 from qprobe.loading.inventory import has_language_head
 from qprobe.measure.dequantized import DequantizedWeights
@@ -95,10 +96,27 @@ def readout_of(model: Any) -> Readout | None:
         return Readout("classes", model.config.num_labels if kind == _MULTI_LABEL else 1)
     if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
         return EMBEDDINGS
-    return None if "For" in name or model.config.is_encoder_decoder else OUTPUTS
+    has_decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return None if "For" in name or has_decoder else OUTPUTS
 
 
 _MULTI_LABEL = "multi_label_classification"
+
+
+def refuse_unread(model: Any) -> None:
+    """Raises ModelError for a model whose inputs samples do not make: speech, images alone, two sequences."""
+    takes = inspect.signature(model.forward).parameters
+    name = type(model).__name__
+    if "input_ids" not in takes:
+        raise ModelError(
+            f"{name} reads {model.main_input_name}, and samples here are texts, with or without images. Pass "
+            "--measures weight, which runs no sample."
+        )
+    if "decoder_input_ids" in takes:
+        raise ModelError(
+            f"{name} is an encoder-decoder, which qprobe does not run. Pass --measures weight, which runs no "
+            "sample."
+        )
 
 
 def read_out(model: Any, batch: Batch) -> list[Tensor]:

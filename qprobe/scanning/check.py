@@ -14,7 +14,7 @@ from qprobe.loading.loaded import loaded_skeleton
 from qprobe.loading.pretrained import check_files
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.measure.ablation import Ablated, check_ablated
-from qprobe.measure.kl import readout_of
+from qprobe.measure.kl import readout_of, refuse_unread
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered
@@ -40,6 +40,8 @@ def check_model(asked: ScanRequest, process: Process) -> Skeleton:
         skeleton = loaded_skeleton(asked.loaded, fmt.compute_dtype)
     if skeleton.is_buildable:  # else loading says better what is wrong, and the same is checked then
         check_inventory(skeleton.inventory(fmt), skeleton.model, asked.skiplist, asked.ablate)
+        if not asked.measures.is_weight_alone:
+            refuse_unread(skeleton.model)
     _check_folder(run.path, process.shard)
     if skeleton.is_buildable and run.is_there:
         identity = ModelIdentity(source.id, None, skeleton.architecture, skeleton.fingerprint)
@@ -53,6 +55,12 @@ def check_inventory(
     inventory: Inventory, model: nn.Module, skiplist: ListRequest, ablate: Ablated | None
 ) -> None:
     """Raises QprobeError for what this model can never be asked. model: with or without its weights."""
+    if all(x.fixed for x in inventory.layers):
+        why = f" ({inventory.uncovered[0].name}: {inventory.uncovered[0].why})" if inventory.uncovered else ""
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer that transformers turns into 4-bit{why}, so there "
+            "is nothing to choose. It stays in 16-bit as it is."
+        )
     is_bound = isinstance(skiplist.limit, Bound)
     if not isinstance(skiplist.limit, Bound):
         skiplist.limit.within(inventory.standard_4bit_bytes)

@@ -24,6 +24,7 @@ from qprobe.selection.skiplist import SkipList, is_scored
 _FIXED_REASONS = {
     "lm_head": "lm_head stays in 16-bit",
     "tied": "tied to the embedding",
+    "its module reads the weight itself": "its module reads the weight itself, where packed codes would fail",
     "kept in float32 by transformers": "never converted by transformers (float32 beside fp16)",
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from qprobe.checkpoint.load import source_of, with_dtype
+from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import lora_targets
 from qprobe.data.conversation import Conversation, Conversations
@@ -52,7 +52,7 @@ from qprobe.training.bases import (
     peft_library,
 )
 from qprobe.training.record import Record, read_record, write_record
-from qprobe.training.refused import check_options, refuse_several_processes
+from qprobe.training.refused import check_options, refuse_several_processes, refuse_without_answers
 from qprobe.training.result import Finetuned, card
 from qprobe.training.rows import check_batches, encodable, learnable
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
@@ -155,6 +155,7 @@ def run_finetuning(options: FinetuneOptions, progress: Progress) -> Finetuned:
     manifest = read_manifest(options.manifest)
     refuse_several_processes(os.environ)
     check_options(options, manifest)
+    refuse_without_answers(check_model(manifest, options.model, options.trust_remote_code).model)
     peft = peft_library()
     spec = asked_spec(options, manifest)
     _check_out(options.out, spec)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from typing import Any
 
-from qprobe.errors import MachineError, QprobeError
+from qprobe.errors import MachineError, ModelError, QprobeError
 from qprobe.manifest.records import Manifest
+from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread
 from qprobe.models.family import VISION
 from qprobe.models.towers import tower_of
 from qprobe.options import FinetuneOptions
@@ -58,4 +60,14 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
             f"qprobe finetune trains in one process on one GPU, and {', '.join(found)} asks for a share of "
             "several. Start it without torchrun, or unset these variables; CUDA_VISIBLE_DEVICES chooses the "
             "GPU."
+        )
+
+
+def refuse_without_answers(model: Any) -> None:
+    """Raises ModelError for a model without a loss on the tokens of answers."""
+    refuse_unread(model)
+    if readout_of(model) != ANSWERS:
+        raise ModelError(
+            f"{type(model).__name__} gives no answers in tokens, so there is no loss that finetune could "
+            "lower. Train it with transformers' own classes; load_dynamic_4bit gives the model."
         )

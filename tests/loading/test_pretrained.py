@@ -190,3 +190,35 @@ def test_a_head_that_is_missing_though_the_config_ties_nothing_gets_a_hint(
     broken = changed(tiny_folder("llama"), tmp_path / "llama", partial(removed, name="lm_head.weight"))
     with pytest.raises(ModelError, match="If its head is tied"):
         check_files(skeleton_of(resolve(str(broken)), "bfloat16"))
+
+
+def test_quantize_refuses_a_weight_that_is_not_finite_by_name(tiny_folder: TinyFolder, tmp_path: Path):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def spoilt(tensors: Tensors) -> None:
+        tensors[name][3, 5] = float("nan")
+
+    folder = changed(tiny_folder("llama"), tmp_path / "llama", spoilt)
+    with pytest.raises(ModelError, match=f"{name} in 'llama' has NaN or infinity"):
+        quantize(manifest_for(folder), tmp_path / "out", model=str(folder), device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_checkpoint_is_refused_wherever_16bit_weights_are_needed(
+    tiny_folder: TinyFolder, tmp_path: Path
+):
+    quantize(
+        manifest_for(tiny_folder("llama")), tmp_path / "4bit", model=str(tiny_folder("llama")), device="cpu"
+    )
+    for run in (qprobe.load_standard_4bit, lambda x: qprobe.scan(x, out=tmp_path / "run")):
+        with pytest.raises(ModelError, match="'4bit' is quantized already, by 'bitsandbytes'"):
+            run(str(tmp_path / "4bit"))
+
+
+def test_finetune_refuses_a_model_without_a_loss(tiny_folder: TinyFolder, tmp_path: Path):
+    folder = tiny_folder("bert")
+    write_manifest(tmp_path / "skiplist.json", manifest_for(folder))
+    with pytest.raises(ModelError, match="BertModel gives no answers in tokens, so there is no loss"):
+        qprobe.finetune(
+            tmp_path / "skiplist.json", data=tmp_path / "none.jsonl", out=tmp_path / "out", model=str(folder)
+        )

@@ -1,0 +1,74 @@
+"""What 4-bit loading never converts, or must not: listed with its reason, never promised in 4-bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from qprobe.errors import ModelError
+from qprobe.loading.inventory import READ_DIRECTLY, WHY_CONV1D, list_layers, read_directly
+from qprobe.loading.skeleton import meta_model
+from qprobe.measure.kl import refuse_unread
+from qprobe.records import FormatSpec
+from qprobe.scanning.check import check_inventory
+from qprobe.selection.request import parse_request
+
+
+def skeleton(architecture: str, config: transformers.PreTrainedConfig) -> nn.Module:
+    config.architectures = [architecture]
+    return meta_model(config, "bfloat16")
+
+
+def test_a_conv1d_is_listed_with_its_reason_and_a_model_of_nothing_else_is_refused():
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    model = skeleton("GPT2LMHeadModel", config)
+    inventory = list_layers(model, FormatSpec())
+    assert [x.name for x in inventory.uncovered if x.why == WHY_CONV1D] == [
+        f"transformer.h.0.{x}.weight" for x in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel has no linear layer .*c_attn\.weight: a Conv1D"):
+        check_inventory(inventory, model, parse_request(None, None), None)
+
+
+def test_a_linear_whose_weight_is_read_directly_is_fixed_and_named():
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+    layers = list_layers(skeleton("MambaForCausalLM", config), FormatSpec()).layers
+    fixed = {x.name.rpartition(".")[2]: x.fixed for x in layers}
+    assert fixed["dt_proj"] == READ_DIRECTLY and fixed["in_proj"] is None
+
+
+def test_only_computing_with_a_weight_counts():
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.to(self.a.weight.dtype)
+            if isinstance(self.b.weight, torch.Tensor):
+                x = self.b(self.a(x))
+            return x @ self.c.weight
+
+    model = nn.ModuleDict({"asks": Asks()})
+    assert read_directly(model, frozenset({"asks.a", "asks.b", "asks.c"})) == {"asks.c"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "said"),
+    [
+        ("T5ForConditionalGeneration", transformers.T5Config(d_model=32, num_layers=1), "an encoder-decoder"),
+        ("ViTForImageClassification", transformers.ViTConfig(num_hidden_layers=1), "reads pixel_values"),
+        (
+            "WhisperForConditionalGeneration",
+            transformers.WhisperConfig(encoder_layers=1),
+            "reads input_features",
+        ),
+    ],
+)
+def test_a_model_whose_inputs_samples_do_not_make_is_refused(
+    architecture: str, config: transformers.PreTrainedConfig, said: str
+):
+    with pytest.raises(ModelError, match=said):
+        refuse_unread(skeleton(architecture, config))
