@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from qprobe.checkpoint.audit import audit_files
 from qprobe.checkpoint.card import model_card
@@ -79,6 +80,7 @@ def quantize(
     refuse_to_overwrite(target)
     given = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     skeleton = check_model(given, model, trust_remote_code)
+    refuse_rewritten(skeleton.model)
     written = _computing_in(given, dtype)
     origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
     entries = exact_entries(transformers_readers(written), str, exact)
@@ -107,6 +109,24 @@ def quantize(
     progress("done", 3, 3)
     kept, stored = len(written.skip_modules), stored_bytes(loaded)
     return Quantized(target, len(four_bit), kept, stored.parameter_bytes, stored.total_bytes, files)
+
+
+def refuse_rewritten(model: nn.Module) -> None:
+    """Raises ModelError if transformers puts other modules in place of some when it reads a 4-bit checkpoint.
+
+    What was measured and saved is then not what is loaded, as of Llama 4, whose experts it takes apart.
+    """
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as REWRITTEN
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    for name, module in model.named_modules():
+        entry = REWRITTEN.get(type(module).__name__)
+        if entry is not None and QuantizationMethod.BITS_AND_BYTES in entry["quantization_methods"]:
+            raise ModelError(
+                f"transformers puts a {entry['module_name'].__name__} in place of {name}, a "
+                f"{type(module).__name__}, when it reads a 4-bit checkpoint, so it would not load what was "
+                "measured. Load the model with load_dynamic_4bit instead."
+            )
 
 
 def refuse_nonfinite(skeleton: Skeleton, names: Iterable[str]) -> None:

@@ -30,6 +30,8 @@ ROOM_BYTES = 2**29  # of inputs that are held: those of 35 images of four tiles 
 
 Key = tuple[tuple[bytes, ...], str]  # images and text
 
+_NOT_INPUTS = ("labels",)  # what PaliGemma's processor adds for training: the model would compute a loss
+
 
 class ProcessedSamples:
     """The inputs of samples on the CPU, floating ones in `dtype`.
@@ -119,8 +121,11 @@ class ProcessedSamples:
         found = {
             k: v.to(self._dtype) if v.is_floating_point() else v
             for k, v in made.items()
-            if isinstance(v, Tensor)
+            if isinstance(v, Tensor) and k not in _NOT_INPUTS
         }
+        found.setdefault(
+            "attention_mask", torch.ones_like(found["input_ids"])
+        )  # SigLIP's tokenizer gives none
         images = ((k, tuple(v.shape)) for k, v in found.items() if k not in TEXT_KEYS)
         self._shapes[sample.images, prompt_text(self.processor, sample)] = tuple(sorted(images))
         return found

@@ -33,7 +33,9 @@ def run_model(model: Any, batch: Batch, **options: Any) -> Any:
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if "use_cache" in parameters or (takes_any and model.can_generate()):
         options.setdefault("use_cache", False)
-    return model(**batch.inputs, **options)
+    # A processor may give more than the model takes, such as a text tower's inputs to a tower that is alone.
+    inputs = {k: v for k, v in batch.inputs.items() if takes_any or k in parameters}
+    return model(**inputs, **options)
 
 
 def output_rows(model: Any, batch: Batch) -> list[Tensor]:

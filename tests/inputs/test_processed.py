@@ -11,13 +11,14 @@ import PIL.Image
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from qprobe.data.builtin import photographs
 from qprobe.inputs.batch import full_text, process, prompt_text
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
-from qprobe.records import Sample
+from qprobe.records import Sample, asked
 from tests import tiny
 
 
@@ -97,3 +98,26 @@ def test_what_has_no_room_is_made_again_and_is_the_same(tiny_folder: Any) -> Non
     assert processor.runs == before + 1
     ample.batch(samples[:1])
     assert processor.runs == before + 1
+
+
+def test_labels_are_no_input_and_every_token_of_a_text_counts_where_no_mask_is_given(
+    tiny_folder: Callable[[str], Path],
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder("llama"))
+
+    class Labelling:
+        """As PaliGemma's processor adds labels, and SigLIP's tokenizer gives no mask."""
+
+        def __init__(self) -> None:
+            self.tokenizer = tokenizer
+
+        def __call__(self, text: list[str], **options: Any) -> dict[str, Any]:
+            made = dict(tokenizer(text, **options))
+            return {"input_ids": made["input_ids"], "labels": made["input_ids"]}
+
+    processed = ProcessedSamples(Labelling(), torch.float32)
+    batch = processed.batch([Sample("one", asked("a cat")), Sample("two", asked("a cat and the moon"))])
+    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+    assert batch.inputs["attention_mask"].sum(dim=1).tolist() == [
+        len(tokenizer(x)["input_ids"]) for x in ("a cat", "a cat and the moon")
+    ]

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+from qprobe.checkpoint.quantize import refuse_rewritten
 from qprobe.errors import ModelError
 from qprobe.loading.inventory import READ_DIRECTLY, WHY_CONV1D, list_layers, read_directly
 from qprobe.loading.skeleton import meta_model
@@ -72,3 +73,21 @@ def test_a_model_whose_inputs_samples_do_not_make_is_refused(
 ):
     with pytest.raises(ModelError, match=said):
         refuse_unread(skeleton(architecture, config))
+
+
+def test_quantize_refuses_a_model_that_transformers_rewrites_when_it_reads_4bit_files():
+    config = transformers.Llama4TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    with pytest.raises(ModelError, match=r"SequentialLlama4TextExperts in place of .*, a Llama4TextExperts"):
+        refuse_rewritten(skeleton("Llama4ForCausalLM", config))
+    refuse_rewritten(
+        skeleton("MambaForCausalLM", transformers.MambaConfig(hidden_size=32, num_hidden_layers=1))
+    )
