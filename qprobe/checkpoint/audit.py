@@ -13,7 +13,7 @@ from qprobe.checkpoint.audit_weights import uncalibrated, wrong_states
 from qprobe.errors import ModelError
 from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dtype
 from qprobe.exports.lists import LIST_KEYS
-from qprobe.exports.matchers import hits, running_rule
+from qprobe.exports.matchers import all_hits, hits, running_rule
 from qprobe.loading.pretrained import incomplete, loading_info
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import resolve
@@ -136,9 +136,8 @@ def _entries(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _read(entries: Sequence[str], inventory: Inventory) -> tuple[ReadEntry, ...]:
     """What the running transformers makes of each entry, and what lies beyond the entry's own words."""
-    rule, found = running_rule(), []
-    for entry in entries:
-        layers = hits(rule, entry, (x.name for x in inventory.layers))
+    found, names = [], [x.name for x in inventory.layers]
+    for entry, layers in zip(entries, all_hits(running_rule(), entries, names), strict=True):
         is_name = all(c.isalnum() or c in "._-" for c in entry)
         extra = tuple(name for name in layers if is_name and not whole_parts(entry, name))
         found.append(ReadEntry(entry, layers, extra))

@@ -12,10 +12,12 @@ from typing import Any
 
 from qprobe.data.reasons import Refused, shown
 from qprobe.records import Role, Turn
+from qprobe.system.limits import MEMORY_BYTES, limited
 
 EVERYBODY: frozenset[Role] = frozenset({"system", "user", "assistant"})
 WAYS: tuple[frozenset[Role], ...] = (EVERYBODY, frozenset({"user"}), frozenset())
 """Whose content is a list of parts; that of the others is a string."""
+SECONDS = 3.0  # for one conversation; templates take about a millisecond
 _SOURCE = re.compile(r"""['"]type['"]: ?['"](?:text|image)['"]""")
 _THOUGHTS = re.compile(r".*</\w+>", re.DOTALL)  # what templates take out of earlier answers
 
@@ -26,6 +28,7 @@ class Template:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._token: str | None = getattr(processor, "image_token", None)
+        self._too_much = ""
         # A tokenizer by itself has a template for strings.
         self._ways = WAYS if hasattr(processor, "tokenizer") else WAYS[::-1]
 
@@ -50,11 +53,19 @@ class Template:
 
     def written(self, turns: Sequence[Turn], way: frozenset[Role], answer_next: bool) -> str:
         """The text of `turns`. Raises Refused, a clause behind "given ...", if the template fails."""
+        if self._too_much:  # once is enough
+            raise Refused(self._too_much)
         messages = [{"role": x.role, "content": self._content(x, x.role in way)} for x in turns]
         try:
-            text = self._processor.apply_chat_template(
-                messages, add_generation_prompt=answer_next, tokenize=False
+            with limited(SECONDS):
+                text = self._processor.apply_chat_template(
+                    messages, add_generation_prompt=answer_next, tokenize=False
+                )
+        except (TimeoutError, MemoryError) as error:
+            self._too_much = "it takes more than " + (
+                f"{SECONDS:g} s" if isinstance(error, TimeoutError) else f"{MEMORY_BYTES // 2**20:,} MiB"
             )
+            raise Refused(self._too_much) from None
         except Exception as error:  # templates raise what they like: jinja2's errors, TypeError, KeyError
             raise Refused(f"it fails ({shown(str(error), 120) or type(error).__name__})") from None
         assert isinstance(text, str), "tokenize=False gives text"

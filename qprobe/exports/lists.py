@@ -6,20 +6,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 from qprobe.errors import ManifestError
 from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dtype
-from qprobe.exports.matchers import Rule, hits, running_rule
+from qprobe.exports.matchers import Rule, all_hits, hits, running_rule
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory
 from qprobe.registry.precisions import measurable
 from qprobe.system.foreign import read_foreign
-from qprobe.system.wording import counted
+from qprobe.system.wording import counted, named, shortened
 
 # The two keys under which transformers configs keep such a list; the first is bitsandbytes'.
 LIST_KEYS = ("llm_int8_skip_modules", "modules_to_not_convert")
-MAX_FILE_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 32 * 2**20  # which JSON can make a GiB of
+MOST_ENTRIES = 50_000  # a model with unstacked experts has some 20,000 linears
+LONGEST_ENTRY = 10_000
+MOST_SECONDS = 3.0  # for what today's transformers makes of a list
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,12 @@ def _json(path: Path) -> Any:
 def _names(value: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(x, str) and x for x in value):
         raise ManifestError(f"The list in {path} must hold module names, each a string that is not empty.")
+    if len(value) > MOST_ENTRIES or any(len(x) > LONGEST_ENTRY for x in value):
+        raise ManifestError(
+            f"The list in {path} has {len(value):,} entries, the longest of {max(map(len, value)):,} "
+            f"characters; a skip-list has up to {MOST_ENTRIES:,} of {LONGEST_ENTRY:,}. Pass one that was "
+            "made for a model."
+        )
     return tuple(dict.fromkeys(value))
 
 
@@ -109,9 +119,10 @@ def match_list(
 ) -> tuple[Matched, ...]:
     """What each entry keeps, whichever of a layer's names it was written for."""
     names = {x.name: spellings(x.name, x.checkpoint_name, architecture).all for x in inventory.layers}
+    every = list(dict.fromkeys(spelling for known in names.values() for spelling in known))
     return tuple(
-        Matched(entry, tuple(name for name, known in names.items() if hits(rule, entry, known)))
-        for entry in entries
+        Matched(entry, tuple(name for name, known in names.items() if not found.isdisjoint(known)))
+        for entry, found in zip(entries, map(frozenset, all_hits(rule, entries, every)), strict=True)
     )
 
 
@@ -135,7 +146,7 @@ def remarks(
     if unread:
         said.append(
             f"Today's transformers reads an entry as a regular expression, and cannot read "
-            f"{', '.join(map(repr, unread))}, so it would not load with "
+            f"{named([shortened(repr(x), 80) for x in unread])}, so it would not load with "
             f"this list; export the manifest instead."
         )
     elif matched and today != kept:
@@ -157,8 +168,11 @@ def _read_today(matched: Sequence[Matched], inventory: Inventory) -> tuple[set[s
     """(layers, entries): what today's transformers keeps by these entries, and those that it cannot read."""
     rule, names, unread = running_rule(), [x.name for x in inventory.layers], []
     today: set[str] = set()
+    start = process_time()
     for one in matched:
         try:
+            if process_time() - start > MOST_SECONDS:  # then nobody will want to load with it
+                raise ManifestError("no time left")
             today.update(hits(rule, one.entry, names))
         except ManifestError:
             unread.append(one.entry)

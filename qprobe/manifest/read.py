@@ -21,8 +21,8 @@ SCHEMA_VERSION = 1
 
 SCHEMA_PATH = Path(__file__).with_name("manifest.schema.json")
 
-# The largest models have a few thousand linears of about 300 bytes each; this is a hundred times that.
-MAX_FILE_BYTES = 64 * 2**20
+# The largest models have a few thousand linears of about 300 bytes each; this is fifty times that.
+MAX_FILE_BYTES = 32 * 2**20
 
 _AGAIN = "Make the manifest again with qprobe select."
 

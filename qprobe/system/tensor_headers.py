@@ -8,13 +8,14 @@ itself, and does not say where the bytes of a tensor lie.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qprobe.system.decoding import decode, strict_json
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER_BYTES = 32 * 2**20  # which JSON can make a GiB of; those of the largest models have 10
 # Bits of an element, from the format's own list; of a dtype that is newer, the size cannot be checked.
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
@@ -57,7 +58,22 @@ def read_tensor_header(file: BinaryIO) -> tuple[dict[str, TensorEntry], int]:
     }
     for entry in entries.values():
         _check(entry, size - 8 - length)
+    _check_together(header.get("__metadata__"), entries.values(), size - 8 - length)
     return entries, 8 + length
+
+
+def _check_together(metadata: Any, entries: Iterable[TensorEntry], data_bytes: int) -> None:
+    """Raises ValueError where the library would: the tensors must fill the data, one behind the other."""
+    is_text = isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())
+    if metadata is not None and not is_text:
+        raise ValueError("its __metadata__ holds something that is no text")
+    end = 0
+    for start, behind in sorted(x.data_offsets for x in entries):
+        if start != end:
+            raise ValueError(f"a tensor begins at byte {start:,}, and the one before ends at {end:,}")
+        end = behind
+    if end != data_bytes:
+        raise ValueError(f"its tensors end at byte {end:,} of {data_bytes:,}")
 
 
 def _check(entry: TensorEntry, data_bytes: int) -> None:

@@ -182,7 +182,7 @@ def test_modules_to_not_convert_serves_as_well(given: Any):
         ([""], "must hold module names"),
         (["model.vision.x"], "None of the 1 entries .* matches a layer of llama, first 'model.vision.x'"),
         (["a{99999999999}"], r"is read as a regular expression and is none \(the repetition number"),
-        ([r"(\w|\.|[a-z])*[A-Z]"], r"takes more than 0\.5 s for one name; write it without repetitions"),
+        ([r"(\w|\.|[a-z])*[A-Z]"], r"takes more than 0\.5 s; write it without repetitions"),
         (["*proj"], r"The entry '\*proj' is read as a regular expression and is none"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+import warnings
 
 import pytest
 from hypothesis import given
@@ -152,3 +154,80 @@ def test_an_entry_that_is_no_pattern_is_named():
     with pytest.raises(ManifestError, match=re.escape("'*proj'")):
         hits(matchers.transformers_5_21, "*proj", ["a.proj"])
     assert hits(matchers.transformers_4, "*proj", ["a.proj"]) == ()  # plain text there
+
+
+CORPUS = (
+    "model", "model.", r"model\.a", "^model$", "(?:a|b)+", "[a-c]+", "a{2}", "a{,2}", "a{2,}", "a{e}",
+    "a{e<=1}", "a{", "{", "x{1,2}{", "[[:alpha:]]", "[[a]", "[]a]", "[^]a]", "a|", "()", "(?P<n>a)(?P=n)",
+    "(?i:A)", "(?s).", r"\d+", r"\w+\.\d", "a*?", "a++", "(?>a+)b", "(?=a)a", "(?<!b)a", r"\bfc1\b", r"\{",
+    "a&&b", "[a&&b]", "a~b", "(?#x)a", "a{i<=1:[a-z]}", "a{1}{e}", "(?x)a b", "é", r"\x61", "$",
+    "^", r"\Z", ".", "a.c", "[{e}]", "a{1,2}?",
+)  # fmt: skip
+STRINGS = (
+    "", "a", "aa", "aab", "b", "ab", "model", "model.a", "fc1", "a{e}", "a{", "a{e<=1}", "al", "a]", "1", "A",
+    "x{", "{", ":", "é", "c",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["match", "search", "fullmatch"])
+def test_patterns_mean_what_re_makes_of_them(how: matchers.How):
+    for pattern in CORPUS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            wanted = [getattr(re, how)(pattern, name) is not None for name in STRINGS]
+        assert [matchers.finds(how, pattern, name) for name in STRINGS] == wanted, pattern
+
+
+@given(
+    st.text("ab{}[]()|.*+?^$:e<1,\\d-&~", max_size=8),
+    st.text("abed1{}.", max_size=6),
+    st.sampled_from(["match", "search", "fullmatch"]),
+)
+def test_any_pattern_means_what_re_makes_of_it_or_is_none(pattern: str, name: str, how: matchers.How):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            wanted = getattr(re, how)(pattern, name) is not None
+        except (re.error, OverflowError):
+            with pytest.raises((re.error, OverflowError)):
+                matchers.finds(how, pattern, name)
+            return
+    assert matchers.finds(how, pattern, name) is wanted
+
+
+SLOW = r"(a|aa)+\d$"
+
+
+@pytest.mark.parametrize(
+    ("rule", "entry"),
+    [
+        (matchers.transformers_5_21, f"({SLOW})"),
+        (matchers.transformers_5_0, SLOW),
+        (llm_compressor.rule, f"re:{SLOW}"),
+        (gptqmodel.rule, f"-:{SLOW}"),
+        (autoround.rule, f"^{SLOW}$"),
+        (peft.rule, SLOW),
+        (llama_cpp.rule, f"{SLOW}=bf16"),
+    ],
+)
+def test_an_entry_that_would_take_years_is_named_under_every_rule(
+    rule: matchers.Rule, entry: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(matchers, "_SECONDS", 0.05)
+    start = time.process_time()
+    with pytest.raises(ManifestError, match=r"\(a\|aa\)\+.*takes more than"):
+        hits(rule, entry, ["a" * 60 + "!"] * 50)
+    assert time.process_time() - start < 3
+
+
+def test_a_list_of_entries_that_are_each_a_little_slow_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(matchers, "_OF_A_LIST", 0.05)
+
+    def slow(entry: str, name: str) -> bool:
+        end = time.process_time() + 0.01
+        while time.process_time() < end:
+            pass
+        return True
+
+    with pytest.raises(ManifestError, match=r"The entries up to 'e[0-9]+'"):
+        matchers.all_hits(slow, [f"e{n}" for n in range(100)], ["a"])

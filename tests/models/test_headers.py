@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qprobe.errors import ModelError
@@ -124,3 +126,57 @@ def test_a_tensor_whose_bytes_are_not_those_of_its_shape(folder: Path, dtype: st
     write(folder, header, bytes(7))
     with pytest.raises(ModelError, match=r"is damaged \(a tensor of .* has 7 bytes\)"):
         read_headers(folder)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "said"),
+    [
+        (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', 2, "end at byte 1 of 2"),
+        (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}', 2, "begins at byte 1"),
+        (
+            b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},'
+            b' "b": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}',
+            3,
+            "begins at byte 1, and the one before ends at 2",
+        ),
+        (b'{"__metadata__": {"a": 1}}', 0, "__metadata__ holds something that is no text"),
+        (b'{"__metadata__": []}', 0, "__metadata__ holds something that is no text"),
+    ],
+)
+def test_what_the_library_refuses_is_refused(tmp_path: Path, header: bytes, data: int, said: str):
+    write(tmp_path, header, bytes(data))
+    with pytest.raises(SafetensorError), safe_open(tmp_path / SINGLE, "np"):
+        pass
+    with pytest.raises(ModelError, match=said):
+        read_headers(tmp_path)
+
+
+offsets = st.integers(0, 4)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["U8", "U8", "F16", "x"]),
+        "shape": st.lists(st.integers(0, 3), max_size=2),
+        "data_offsets": st.tuples(offsets, offsets),
+    }
+)
+
+
+@given(
+    tensors=st.dictionaries(st.sampled_from("abc"), entries, max_size=3),
+    metadata=st.sampled_from([None, {}, {"a": "b"}, {"a": 1}, [], "a"]),
+    data=offsets,
+    around=st.sampled_from(["{}", " {}", "{} ", "{}x", "[{}]"]),
+)
+def test_nothing_that_the_library_refuses_passes(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict, metadata: object, data: int, around: str
+):
+    folder = tmp_path_factory.getbasetemp()
+    text = json.dumps({**tensors, **({} if metadata is None else {"__metadata__": metadata})})
+    write(folder, around.replace("{}", text).encode(), bytes(data))
+    try:
+        read_headers(folder)
+    except ModelError:
+        return
+    if all(x["dtype"] != "x" for x in tensors.values()):  # a dtype that is newer than the library is read
+        with safe_open(folder / SINGLE, "np"):
+            pass

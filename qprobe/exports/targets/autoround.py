@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 
 from qprobe.exports.keys import Reader, module_readers
+from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written, written_as
 from qprobe.exports.writing import other_codes, text_only
 from qprobe.manifest.records import Manifest
@@ -18,7 +18,7 @@ def rule(entry: str, name: str) -> bool:
     For a key of `layer_config` that is anchored ("^...$"): its dots are plain, the rest is a regular
     expression. Any other key that is no module's exact name is searched anywhere.
     """
-    return re.search(entry.replace(".", r"\."), name) is not None
+    return finds("search", entry.replace(".", r"\."), name)
 
 
 def readers(manifest: Manifest) -> list[Reader]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 
 from qprobe.exports.keys import Reader, exact, module_readers
+from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written, written_as
 from qprobe.exports.writing import other_codes, text_only
 from qprobe.manifest.records import Manifest
@@ -17,7 +17,7 @@ def rule(entry: str, name: str) -> bool:
 
     Only keys that start with "-:" leave a module alone; what follows is a regular expression from the start.
     """
-    return entry.startswith("-:") and re.match(entry.removeprefix("-:"), name) is not None
+    return entry.startswith("-:") and finds("match", entry.removeprefix("-:"), name)
 
 
 def readers(manifest: Manifest) -> list[Reader]:

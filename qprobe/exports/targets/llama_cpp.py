@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from qprobe.errors import ManifestError
 from qprobe.exports.keys import Reader, kept_names
+from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written
 from qprobe.exports.writing import other_codes
 from qprobe.manifest.records import Manifest, ManifestLayer
@@ -39,7 +40,7 @@ def rule(entry: str, name: str) -> bool:
     entry: "PATTERN=TYPE" of --tensor-type, the pattern put in lower case and searched anywhere in the
     tensor's name.
     """
-    return re.search(entry.partition("=")[0].lower(), name) is not None
+    return finds("search", entry.partition("=")[0].lower(), name)
 
 
 def readers(manifest: Manifest) -> list[Reader]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 
 from qprobe.exports.keys import Reader, exact, module_readers
+from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written, written_as
 from qprobe.exports.writing import experts, other_codes
 from qprobe.manifest.records import Manifest
@@ -18,7 +18,7 @@ def rule(entry: str, name: str) -> bool:
     Whole name, or a regular expression after "re:" from its start; "Linear" is every linear.
     """
     if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), name) is not None
+        return finds("match", entry.removeprefix("re:"), name)
     return entry == name or entry in ("Linear", "Module")
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 
 from qprobe.errors import ManifestError
 from qprobe.exports.keys import Reader, first_exact, kept_names, one_pattern
+from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written
 from qprobe.manifest.records import Manifest
 
 
 def rule(entry: str, name: str) -> bool:
     """peft 0.21.2, utils/other.py, `match_target_against_key`, for `target_modules` given as one string."""
-    return re.fullmatch(entry, name) is not None
+    return finds("fullmatch", entry, name)
 
 
 def readers(manifest: Manifest) -> list[Reader]:
