@@ -152,9 +152,10 @@ class ErrorSums:
 
 @dataclass(frozen=True)
 class Linear:
-    """One `nn.Linear` of a model, in execution order of its list.
+    """One `nn.Linear` of a model, or one fused weight of experts, in execution order of its list.
 
-    name: module name in the running transformers. checkpoint_name: its name in the files.
+    name: module name in the running transformers, of experts that of the parameter. checkpoint_name: its name
+        in the files.
     tower: "vision", "projector", "cross_attention", "language" or "other".
     group: layers that must change precision together (q/k/v, gate/up); the layer's own name if alone.
     shape: (out_features, in_features), with the number of experts before them where they share one weight.
@@ -163,6 +164,7 @@ class Linear:
     fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied", "kept in float32 by transformers",
         "its module reads the weight itself"), or None.
     reads: the kind of tokens it reads.
+    transposed: the weight is stored as (experts, in_features, out_features), along which it is rounded.
     """
 
     name: str
@@ -174,6 +176,7 @@ class Linear:
     bytes_16bit: int
     fixed: str | None = None
     reads: Literal["vision", "text"] = "text"
+    transposed: bool = False
 
     @property
     def out_features(self) -> int:
@@ -182,6 +185,11 @@ class Linear:
     @property
     def in_features(self) -> int:
         return self.shape[-1]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """`shape` in the order in which the weight is stored."""
+        return (*self.shape[:-2], self.in_features, self.out_features) if self.transposed else self.shape
 
     @property
     def experts(self) -> int | None:
@@ -214,12 +222,16 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class FormatSpec:
-    """How 4-bit layers are stored; `compute_dtype` is the 16-bit dtype of all else."""
+    """How 4-bit layers are stored; `compute_dtype` is the 16-bit dtype of all else.
+
+    experts: what fused weights of experts may be in. In 4-bit only `qprobe.load_dynamic_4bit` reads them.
+    """
 
     name: str = NF4.name
     blocksize: int = 64
     double_quant: bool = True
     compute_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    experts: Literal["4-bit", "16-bit"] = "4-bit"
 
     @property
     def precision(self) -> Precision:

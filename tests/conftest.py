@@ -65,3 +65,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return written[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`mixture(name)`: the folder of that tiny mixture of experts, as `tiny_folder`."""
+    from tests import mixtures, tiny
+
+    root = tmp_path_factory.mktemp("mixtures")
+    written: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in written:
+            written[name] = tiny.write_recipe(mixtures.RECIPES[name], name, root / name)
+        return written[name]
+
+    return folder

@@ -98,7 +98,7 @@ def draw_weights(model: Any) -> None:
     head = model.get_output_embeddings()
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
-        if "gate" in leaf:  # Mllama's tanh gates; the default of zero would cut the image off
+        if "gate" in leaf and parameter.ndim < 2:  # Mllama's tanh gates; zeros would cut the image off
             parameter.data.fill_(0.5)
         elif head is not None and parameter is head.weight:  # tied embeddings come here too
             parameter.data.normal_(std=3 / parameter.shape[1] ** 0.5)
@@ -106,6 +106,8 @@ def draw_weights(model: Any) -> None:
             parameter.data[[i for i in range(FIRST_MARKER + len(QWEN_MARKERS)) if i != END]] *= 0.1
         elif "embed" in name and parameter.ndim == 2:
             parameter.data.normal_(std=0.5)
+        elif parameter.ndim == 3:  # of experts, of which each dimension but the first may be read
+            parameter.data.normal_(std=1.5 * min(parameter.shape[1:]) ** -0.5)
         elif parameter.ndim >= 2:
             parameter.data.normal_(std=1.5 * parameter[0].numel() ** -0.5)
         elif leaf == "bias":

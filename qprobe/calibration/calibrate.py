@@ -41,6 +41,7 @@ from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Rounding
 from qprobe.runs.notes import Remarks, TokensCount
+from qprobe.runs.table import EXPERTS
 from qprobe.system.wording import counted
 
 VERSION = 5
@@ -283,13 +284,17 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
 def calibration_notes(run: RunFolder) -> tuple[str, ...]:
     """A sentence on the layers that are rounded to nearest after all, by reason; none if there are none."""
     rows = run.units(CALIBRATION.name)
-    never = {x.name for x in run.key.inventory.layers if not x.fixed} - set(rows["layer"])
+    quantized = [x for x in run.key.inventory.layers if not x.fixed]
+    experts = [x.name for x in quantized if x.experts]
+    never = {x.name for x in quantized if not x.experts} - set(rows["layer"])
     reasons: dict[str, list[str]] = {}
     for name, why in zip(rows["layer"].tolist(), rows["why"].tolist(), strict=True):
         if why:
             reasons.setdefault(why, []).append(name)
     if never:
         reasons["it never ran on these samples"] = sorted(never)
+    if experts:
+        reasons[EXPERTS] = experts
     return tuple(
         f"{len(names)} layer{'s are' if len(names) > 1 else ' is'} rounded to nearest only ({why}): "
         f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}."

@@ -10,11 +10,11 @@ from math import fsum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.inputs.batch import Batch
-from qprobe.measure.hooks import LinearForward, replaced_forwards
+from qprobe.measure.experts.routing import Product, times
+from qprobe.measure.hooks import LayerForward, replaced_forwards
 from qprobe.measure.kl import read_out
 from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
@@ -40,8 +40,8 @@ def outputs(subject: Subject, batch: Batch) -> list[Tensor]:
 def reference_outputs(subject: Subject, batch: Batch) -> list[Tensor]:
     """`outputs` of the 16-bit model."""
 
-    def reference(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, subject.dequantized.own(name).to(x.dtype), module.bias)
+    def reference(name: str, product: Product, x: Tensor) -> Tensor:
+        return times(product, x, subject.dequantized.own(name).to(x.dtype))
 
     with torch.no_grad(), replaced_forwards(subject.quantized_modules, reference):
         return outputs(subject, batch)
@@ -57,7 +57,7 @@ def damage_of(subject: Subject, batch: Batch, wanted: list[Tensor]) -> tuple[Ten
     return torch.stack(errors).sum(), float(sum(y.square().double().sum() for y in wanted))
 
 
-def mean_damage(subject: Subject, batches: Iterable[Batch], forward: LinearForward) -> float:
+def mean_damage(subject: Subject, batches: Iterable[Batch], forward: LayerForward) -> float:
     """Damage over all `batches` with `forward` in place of every linear; open `walking` around it."""
     sums = []
     for batch in batches:

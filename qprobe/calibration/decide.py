@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.calibration.damage import mean_damage, split_batches
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, passes
@@ -19,6 +18,8 @@ from qprobe.calibration.room import rounded_together
 from qprobe.formats.nf4 import Nf4, PackedNf4
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
+from qprobe.measure.experts.routing import Product, times
+from qprobe.measure.hooks import LayerForward
 from qprobe.measure.subject import Subject
 from qprobe.runs.notes import TokensCount
 
@@ -76,13 +77,13 @@ def _rounded(subject: Subject, gathering: Gathering, fmt: Nf4, limit_bytes: int)
     return found
 
 
-def _reading(subject: Subject, packed: Mapping[str, PackedNf4]) -> Callable[[str, nn.Linear, Tensor], Tensor]:
+def _reading(subject: Subject, packed: Mapping[str, PackedNf4]) -> LayerForward:
     """What linears compute with the `packed` weights, and all others in 16-bit."""
 
-    def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+    def forward(name: str, product: Product, x: Tensor) -> Tensor:
         one = packed.get(name)
         weight = subject.dequantized.own(name) if one is None else one.unpack()
-        return F.linear(x, weight.to(x.dtype), module.bias)
+        return times(product, x, weight.to(x.dtype))
 
     return forward
 

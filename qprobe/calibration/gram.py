@@ -13,12 +13,12 @@ from typing import Any
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.inputs.batch import PAD, Batch
 from qprobe.measure.dequantized import DequantizedWeights
-from qprobe.measure.hooks import LinearForward, replaced_forwards
+from qprobe.measure.experts.routing import Product, times
+from qprobe.measure.hooks import LayerForward, replaced_forwards
 from qprobe.measure.outputs import run_model
 from qprobe.measure.subject import Subject
 from qprobe.records import Linear
@@ -92,13 +92,14 @@ def weighted_parts(rows: Tensor, weights: Tensor) -> list[Tensor]:
 def shared_inputs(subject: Subject, batches: Iterable[Batch]) -> list[SharedInput]:
     """The quantized linears that run on the batches, by what they read, in execution order.
 
-    Batches are run until every linear was seen, or all are.
+    Batches are run until every linear was seen, or all are. Fused experts are rounded to nearest.
     """
-    survey = _Survey(subject.quantized, subject.dequantized)
+    wanted = frozenset(x for x in subject.quantized if subject.layers[x].experts is None)
+    survey = _Survey(wanted, subject.dequantized)
     for batch in batches:
         with subject.running("survey", batch.elements):
             _run(subject, batch, survey.forward)
-        if len(survey.leaders) == len(subject.quantized):
+        if len(survey.leaders) == len(wanted):
             break
     members: dict[str, list[str]] = {}
     for name, leader in survey.leaders.items():
@@ -115,14 +116,14 @@ class _Survey:
     leaders: dict[str, str] = field(default_factory=dict)
     inputs: list[tuple[Any, int, str]] = field(default_factory=list)  # weak reference, version, leader
 
-    def forward(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
+    def forward(self, name: str, product: Product, x: Tensor) -> Tensor:
         if name in self.wanted and name not in self.leaders:
             self.inputs = [one for one in self.inputs if one[0]() is not None]
             same = (n for seen, version, n in self.inputs if seen() is x and version == x._version)
             self.leaders[name] = leader = next(same, name)
             if leader == name:
                 self.inputs.append((ref(x), x._version, name))
-        return F.linear(x, self.dequantized.own(name).to(x.dtype), module.bias)
+        return times(product, x, self.dequantized.own(name).to(x.dtype))
 
 
 @dataclass
@@ -169,14 +170,14 @@ class Gathering:
         """Of the work, see `MemoryLimit.running`."""
         return f"gram {self.inputs[0].leader if self.inputs else 'of nothing'}"
 
-    def forward(self, batch: Batch, number: int, tiles: Tensor | None = None) -> LinearForward:
+    def forward(self, batch: Batch, number: int, tiles: Tensor | None = None) -> LayerForward:
         """What linears compute while they read `batch`, which is batch `number`: it adds what they read.
 
         tiles: see `tiles_that_count`, where the batch has no inputs any more.
         """
         tiles = tiles_that_count(batch) if batch.inputs else tiles
 
-        def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+        def forward(name: str, product: Product, x: Tensor) -> Tensor:
             leader = self._leaders.get(name)
             if leader == name:
                 layer, tokens = self.subject.layers[name], x.numel() // x.shape[-1]
@@ -189,7 +190,7 @@ class Gathering:
                 read = self._read.get(leader)
                 if read is None or read() is not x:
                     self.apart.add(name)
-            return F.linear(x, self.subject.dequantized.own(name).to(x.dtype), module.bias)
+            return times(product, x, self.subject.dequantized.own(name).to(x.dtype))
 
         return forward
 
@@ -222,7 +223,7 @@ def tiles_that_count(batch: Batch) -> Tensor | None:
     return None if bool(tiles.all()) else tiles
 
 
-def _run(subject: Subject, batch: Batch, forward: Callable[[str, nn.Linear, Tensor], Tensor]) -> None:
+def _run(subject: Subject, batch: Batch, forward: LayerForward) -> None:
     # Not in inference mode: there tensors have no version, which tells a tensor changed in place.
     with torch.no_grad(), replaced_forwards(subject.modules, forward):
         run_model(subject.model, batch)

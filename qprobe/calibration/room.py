@@ -18,8 +18,10 @@ def check_limit(subject: Subject) -> None:
     """Raises MachineError if the memory limit has no room for the widest layer's Gram matrix and rounding."""
     if subject.limit is None:
         return
-    widest = max((x for x in subject.inventory.layers if not x.fixed), key=lambda x: x.in_features)
-    work = gram_bytes(widest.in_features, subject.reference.device) + rounding_bytes(*widest.shape)
+    linears = (x for x in subject.inventory.layers if not x.fixed and x.experts is None)
+    widest = max(linears, key=lambda x: x.in_features)
+    work = gram_bytes(widest.in_features, subject.reference.device)
+    work += rounding_bytes(widest.out_features, widest.in_features)
     subject.limit.check(work, f"calibrating {widest.name}")
 
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.calibration.gram import SharedInput, counted_tokens, tiles_that_count
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import FLOAT16_SCALE, fisher_direction, random_signs
+from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import read_out
 from qprobe.measure.outputs import output_rows
@@ -126,15 +127,15 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
     path = subject.path
     leaf = torch.zeros((), device=subject.reference.device, requires_grad=True)
 
-    def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+    def forward(name: str, product: Product, x: Tensor) -> Tensor:
         x = x.to(path.dtype)
 
         def weight() -> Tensor:
             return subject.dequantized.own(name).to(x.dtype)
 
         if name not in notes.leaders:
-            return F.linear(x, weight(), module.bias)
-        return _Weighed.apply(x, leaf.to(x.device), weight, module.bias, notes, name)
+            return times(product, x, weight())
+        return _Weighed.apply(x, leaf.to(x.device), weight, product.bias, notes, name)
 
     scale = FLOAT16_SCALE if path.dtype == torch.float16 else 1.0
     with torch.enable_grad(), replaced_forwards(subject.modules, forward):

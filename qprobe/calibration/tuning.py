@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.calibration.codes import packed_codes, quantization_state, unpacked_codes
 from qprobe.calibration.damage import damage_of, mean_damage, reference_outputs
@@ -23,6 +22,7 @@ from qprobe.calibration.tuned_linear import Tunable, TunedLinear, nearest_codes,
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
+from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.subject import Subject
 from qprobe.system.wording import counted
@@ -224,13 +224,13 @@ class _Tuning:
             found[name] = StoredNf4(packed, quantization_state(scales, state.shape, state.dtype, self.fmt))
         return found
 
-    def forward(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
+    def forward(self, name: str, product: Product, x: Tensor) -> Tensor:
         dtype = self.subject.path.dtype
         x = x.to(dtype)
         if name not in self.packed:
-            return F.linear(x, self.subject.dequantized.own(name).to(dtype), module.bias)
+            return times(product, x, self.subject.dequantized.own(name).to(dtype))
         units = self.units.get(name)
-        return TunedLinear.apply(x, self.scales(name), units, self.packed[name], module.bias)
+        return TunedLinear.apply(x, self.scales(name), units, self.packed[name], product.bias)
 
     def descend(self, batch: Batch) -> float:
         """Damage of one batch per answer token; adds to the gradients of the scales unless non-finite."""

@@ -197,7 +197,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _linears(block: nn.Module, subject: Subject) -> dict[str, nn.Linear]:
     inside = {id(module) for module in block.modules()}
-    return {name: module for name, module in subject.modules.items() if id(module) in inside}
+    linears = {name: x for name, x in subject.modules.items() if isinstance(x, nn.Linear)}
+    return {name: module for name, module in linears.items() if id(module) in inside}
 
 
 @dataclass(frozen=True)

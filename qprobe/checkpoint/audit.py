@@ -11,7 +11,7 @@ from qprobe.checkpoint.audit_found import BROKEN, Audit, AuditedLayer, ReadEntry
 from qprobe.checkpoint.audit_loaded import loaded_problems
 from qprobe.checkpoint.audit_weights import uncalibrated, wrong_states
 from qprobe.errors import ModelError
-from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dtype
+from qprobe.exports.config_format import four_bit_format, has_four_bit_experts, is_four_bit, model_dtype
 from qprobe.exports.lists import LIST_KEYS
 from qprobe.exports.matchers import all_hits, hits, running_rule
 from qprobe.loading.pretrained import incomplete, loading_info
@@ -28,6 +28,7 @@ from qprobe.models.headers import (
     StoredWeight,
     read_config,
     read_headers,
+    stored_parameter,
     stored_weight,
 )
 from qprobe.models.spellings import spellings
@@ -148,20 +149,31 @@ def _in_16bit_class(
     model: Any, config: Mapping[str, Any], entries: Sequence[str] | None, inventory: Inventory
 ) -> frozenset[str]:
     """The linears that stay plain `nn.Linear` when transformers loads this config."""
-    names = [x.name for x in inventory.layers]
-    if _quantization(config) is None:
-        return frozenset(names)
+    names = [x.name for x in inventory.layers if x.experts is None]
+    experts = frozenset(x.name for x in inventory.layers if x.experts is not None)
+    quantization = _quantization(config)
+    if quantization is None:
+        return experts.union(names)
     if entries is None:
         from transformers.quantizers.base import get_keys_to_not_convert
 
         entries = get_keys_to_not_convert(model)
     rule = running_rule()
     keys = [*entries, *sorted(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    return frozenset(name for key in keys for name in hits(rule, key, names))
+    kept = frozenset(name for key in keys for name in hits(rule, key, names))
+    if not has_four_bit_experts(quantization):
+        return kept | experts
+    return kept | (experts & frozenset(entries))
 
 
 def _find(tensors: Mapping[str, StoredTensor], layer: Linear, architecture: str) -> StoredWeight | None:
-    """The layer's weight under whichever of its names the files use."""
+    """The layer's weight under whichever of its names the files use.
+
+    Files hold experts in 16-bit one by one, or fused in ways of their own: only packed ones are looked for.
+    """
+    if layer.experts is not None:
+        found = stored_parameter(tensors, layer.name)
+        return found if found is not None and found.four_bit is not None else None
     for name in reversed(spellings(layer.name, layer.checkpoint_name, architecture).all):
         found = stored_weight(tensors, name)
         if found is not None:
@@ -170,6 +182,8 @@ def _find(tensors: Mapping[str, StoredTensor], layer: Linear, architecture: str)
 
 
 def _audited(layer: Linear, weight: StoredWeight | None, is_16bit_class: bool) -> AuditedLayer:
+    if weight is None and layer.experts is not None:
+        return AuditedLayer(layer.name, "16-bit", None)
     if weight is None:
         return AuditedLayer(layer.name, "tied" if layer.fixed == "tied" else "missing", None)
     state: State = "4-bit"
@@ -227,13 +241,13 @@ def _lacking(
     plain = {n: x for n, x in tensors.items() if QUANT_STATE not in n and not n.endswith(_PACKED_PARTS)}
     for layer in inventory.layers:
         if (weight := weights[layer.name]) is not None:
-            plain[weight.name] = replace(weight.tensor, shape=layer.shape)
+            plain[weight.name] = replace(weight.tensor, shape=layer.stored_shape)
     try:
         info = loading_info(skeleton, plain)
     except ModelError as error:
         yield str(error)
         return
-    linears = {f"{x.name}.weight" for x in inventory.layers}
+    linears = {f"{x.name}.weight" for x in inventory.layers if x.experts is None}
     info["missing_keys"] = set(info["missing_keys"]) - linears
     yield from incomplete(skeleton.source, skeleton.model, info)
 
@@ -259,7 +273,7 @@ def _wrong_codes(
         if weight is None:
             continue
         if weight.four_bit is None:
-            if weight.tensor.shape != layer.shape or weight.tensor.dtype not in SIXTEEN_BIT:
+            if weight.tensor.shape != layer.stored_shape or weight.tensor.dtype not in SIXTEEN_BIT:
                 wrong.append(
                     f"{layer.name} is {weight.tensor.dtype} of shape {list(weight.tensor.shape)}, not "
                     f"{list(layer.shape)} in 16-bit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from qprobe.checkpoint.verify import verify
 from qprobe.errors import VerificationError
 from qprobe.loading.config import model_class
 from qprobe.loading.device import pick_device
+from qprobe.loading.experts.four_bit import as_bitsandbytes, four_bit_experts
+from qprobe.loading.experts.packed import load_packed
+from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.pretrained import REPORT, incomplete
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
@@ -28,7 +31,14 @@ def loaded_problems(
     Raises MachineError for a device that is not here, and whatever says that its memory does not suffice.
     """
     place = pick_device(device)
+    fused = expert_weights(skeleton.model)
+    experts = [x.name for x in layers if x.name in fused and x.state == "4-bit"]
     try:
+        if experts:
+            model = load_packed(skeleton, experts, place)
+            as_bitsandbytes(model)
+            yield from _wrong(model, fused, layers, manifest)
+            return
         with without_remarks(REPORT):
             model, info = model_class(skeleton.config).from_pretrained(
                 skeleton.source.location,
@@ -46,12 +56,21 @@ def loaded_problems(
         yield f"transformers cannot load the checkpoint: {first}."
         return
     yield from incomplete(skeleton.source, model, info)
-    modules = dict(model.named_modules())
-    wrong = [
-        f"{x.name} {problem}"
+    yield from _wrong(model, fused, layers, manifest)
+
+
+def _wrong(
+    model: Any, fused: Collection[str], layers: Sequence[AuditedLayer], manifest: Manifest | None
+) -> Iterator[str]:
+    """What of the loaded `model` is not what its files say, or `manifest` does. fused: names of experts."""
+    modules, packed = dict(model.named_modules()), four_bit_experts(model)
+    problems = [
+        (x.name, _problem_of_experts(x.name in packed, x.state))
+        if x.name in fused
+        else (x.name, _problem(modules.get(x.name), x.state))
         for x in layers
-        if (problem := _problem(modules.get(x.name), x.state)) is not None
     ]
+    wrong = [f"{name} {problem}" for name, problem in problems if problem is not None]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         yield (
@@ -63,6 +82,12 @@ def loaded_problems(
             verify(model, manifest)
         except VerificationError as error:
             yield str(error)
+
+
+def _problem_of_experts(is_four_bit: bool, state: str) -> str | None:
+    if is_four_bit == (state == "4-bit"):
+        return None
+    return f"is in {'4' if is_four_bit else '16'}-bit, though its files are {state}"
 
 
 def _problem(module: Any, state: str) -> str | None:

@@ -81,7 +81,7 @@ def _problem(layer: Linear, weight: StoredWeight, spec: FormatSpec, read: Read) 
     expected = {
         "quant_type": weight.four_bit,
         "blocksize": spec.blocksize,
-        "shape": list(layer.shape),
+        "shape": list(layer.stored_shape),
         **({"nested_blocksize": NESTED_BLOCKSIZE} if weight.nested else {}),
     }
     for key, value in expected.items():

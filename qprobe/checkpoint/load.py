@@ -18,6 +18,8 @@ from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationEr
 from qprobe.formats.codes_file import CodesReader, checked, open_codes
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.loading.device import pick_device
+from qprobe.loading.experts.four_bit import METHOD, as_bitsandbytes, experts_config
+from qprobe.loading.experts.packed import load_packed
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.pretrained import check_files, load_pretrained, refuse_quantized
 from qprobe.loading.processor import load_processor
@@ -32,6 +34,7 @@ from qprobe.system.wording import counted, is_or_are
 # Of the energy of a weight as loaded: calibration moves it by a few percent, another model's weight by 200 %.
 MOST_CHANGE = 0.5
 LOADER = "bitsandbytes"  # what `_load` has transformers convert linears with
+MANIFEST_FILE = "skiplist.json"  # in the folder that `qprobe quantize` writes
 BLOCKSIZE = 64  # transformers' BitsAndBytesConfig has no field for it; bitsandbytes defaults to 64
 
 
@@ -47,6 +50,7 @@ def load_dynamic_4bit(
 ) -> tuple[Any, Any]:
     """(model, processor) as `manifest` describes them, verified, in eval mode and frozen.
 
+    manifest: also a folder that `qprobe quantize` wrote; its weights, which are in 4-bit, are loaded then.
     model: where the 16-bit weights are (alias, hub id or folder); None for the id the manifest names.
     device: "cpu", "cuda", ...; None for the best there is.
     dtype: "bfloat16" or "float16" for everything in 16-bit; None for the manifest's.
@@ -58,12 +62,41 @@ def load_dynamic_4bit(
     Raises ManifestError if the manifest was written for another model, or its calibrated weights are missing,
     changed, or of other weights; VerificationError if what was loaded is not what the manifest lists.
     """
+    if not isinstance(manifest, Manifest) and Path(manifest).is_dir():
+        packed, source = _packed(Path(manifest), model, device, dtype)
+        return (ready_for_training(packed) if for_training else packed), load_processor(source)
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     skeleton = check_model(written, model, trust_remote_code)
     wanted = replace(written, format=with_dtype(written.format, dtype))
     codes = codes_of(written, folder if isinstance(manifest, Manifest) else Path(manifest).parent)
     loaded = dynamic_4bit(wanted, skeleton, device, codes)
     return (ready_for_training(loaded) if for_training else loaded), load_processor(skeleton.source)
+
+
+def _packed(folder: Path, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Source]:
+    """(model, where it lies) of the checkpoint that `qprobe quantize` wrote into `folder`, verified."""
+    manifest = read_manifest(folder / MANIFEST_FILE)
+    if model is not None or with_dtype(manifest.format, dtype) != manifest.format:
+        raise QprobeError(
+            f"{folder} holds weights in 4-bit, beside others in {manifest.format.compute_dtype}, so it is "
+            f"loaded as it is. Leave model and dtype out, or pass {folder / MANIFEST_FILE} to load 16-bit "
+            "weights."
+        )
+    _check_loads(manifest.format)
+    skeleton = skeleton_of(resolve(str(folder)), manifest.format.compute_dtype)
+    refuse_another_model(manifest, skeleton)
+    loaded = packed_4bit(skeleton, manifest, device)
+    verify(loaded, manifest)
+    return loaded, skeleton.source
+
+
+def packed_4bit(skeleton: Skeleton, manifest: Manifest, device: str | None) -> Any:
+    """The 4-bit checkpoint of `skeleton`, which holds what `manifest` lists, in eval mode and frozen.
+
+    Raises ModelError for tensors that its files lack.
+    """
+    experts = [x.name for x in manifest.layers if x.is_four_bit and len(x.shape) == 3]
+    return _finished(skeleton, load_packed(skeleton, experts, pick_device(device)))
 
 
 def dynamic_4bit(manifest: Manifest, skeleton: Skeleton, device: str | None, codes: Path | None) -> Any:
@@ -198,7 +231,8 @@ def source_of(manifest: Manifest, model: str | None, trusts_code: bool = False) 
 
 def _check_names(model: nn.Module, expected: Sequence[ExpectedLayer]) -> None:
     """Raises VerificationError for names that the model does not have, before gigabytes are read."""
-    missing = [p.name for p in expected if p.name not in dict(model.named_modules())]
+    there = {*dict(model.named_modules()), *dict(model.named_parameters())}
+    missing = [p.name for p in expected if p.name not in there]
     if missing:
         raise VerificationError(
             f"{len(missing)} of {counted(len(expected), 'layer')} of the manifest {is_or_are(len(missing))} "
@@ -209,19 +243,34 @@ def _check_names(model: nn.Module, expected: Sequence[ExpectedLayer]) -> None:
 
 def _load(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[ExpectedLayer], device: str | None) -> Any:
     """The model with the expected layers in 4-bit, eval mode, frozen; ties are checked, layers not yet."""
+    dtype = getattr(torch, spec.compute_dtype)
+    config, place = _quantization(skeleton, spec, expected), pick_device(device)
+    model = load_pretrained(skeleton, dtype=dtype, device_map={"": place}, quantization_config=config)
+    return _finished(skeleton, model)
+
+
+def _quantization(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[ExpectedLayer]) -> Any:
+    """The config with which transformers puts exactly the expected layers in 4-bit."""
+    options = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": spec.quant_type,
+        "bnb_4bit_use_double_quant": spec.double_quant,
+        "bnb_4bit_compute_dtype": getattr(torch, spec.compute_dtype),
+        "llm_int8_skip_modules": skip_keys(
+            skeleton.model, [p.name for p in expected if p.is_four_bit and not p.is_experts]
+        ),
+    }
+    if any(p.is_experts for p in expected):
+        return experts_config([p.name for p in expected if p.is_four_bit and p.is_experts], **options)
     from transformers import BitsAndBytesConfig
 
-    dtype = getattr(torch, spec.compute_dtype)
-    four_bit = [p.name for p in expected if p.is_four_bit]
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=spec.quant_type,
-        bnb_4bit_use_double_quant=spec.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skip_keys(skeleton.model, four_bit),
-    )
-    place = pick_device(device)
-    model = load_pretrained(skeleton, dtype=dtype, device_map={"": place}, quantization_config=quantization)
+    return BitsAndBytesConfig(**options)
+
+
+def _finished(skeleton: Skeleton, model: Any) -> Any:
+    """`model` in eval mode and frozen; raises VerificationError if its ties are not those of `skeleton`."""
+    if model.quantization_method == METHOD:
+        as_bitsandbytes(model)
     _keep_codes_as_stored(model)
     model.eval().requires_grad_(False)
     _check_ties(skeleton.model, model)

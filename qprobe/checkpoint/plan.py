@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,7 @@ def _towers(
         own = [x for x, name in zip(beside, of_beside, strict=True) if name == tower]
         if not layers and not own:
             continue
-        elements = sum(x.in_features * x.out_features for x in layers) + sum(x.elements for x in own)
+        elements = sum(prod(x.shape) for x in layers) + sum(x.elements for x in own)
         sizes = {layout.name: bytes_of(layers, own, layout) for layout in layouts}
         found.append(TowerSize(tower, len(layers), elements, sizes))
     return tuple(found)

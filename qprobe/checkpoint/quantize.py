@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -18,11 +19,13 @@ from torch import nn
 
 from qprobe.checkpoint.audit import audit_files
 from qprobe.checkpoint.card import model_card
-from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, with_dtype
+from qprobe.checkpoint.load import MANIFEST_FILE, check_model, codes_of, dynamic_4bit, with_dtype
 from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError
+from qprobe.exports.config_format import refused_by_others
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
+from qprobe.loading.experts.four_bit import four_bit_experts
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
@@ -38,7 +41,6 @@ from qprobe.system.locks import try_lock
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
 MAX_SHARD = "2GB"
-MANIFEST_FILE = "skiplist.json"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def quantize(
     loaded.config.quantization_config.llm_int8_skip_modules = entries
     progress("write", 1, 3)
     with new_folder(target) as place:
-        loaded.save_pretrained(place, max_shard_size=MAX_SHARD)
+        _save(loaded, place)
         save_processor(processor, place)
         write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
         made_from = _made_from(written, model, skeleton.source)
@@ -147,6 +149,22 @@ def refuse_nonfinite(skeleton: Skeleton, names: Iterable[str]) -> None:
                     f"{tensor} in {skeleton.source.id!r} has NaN or infinity, which 4-bit cannot hold. "
                     "Repair the checkpoint, or keep this layer in 16-bit."
                 )
+
+
+def _save(loaded: Any, place: Path) -> None:
+    """`loaded` into the folder `place`, which says that other loaders must not read it if they cannot.
+
+    Experts in 4-bit keep the names of the parameters that hold them: files of 16-bit ones, which transformers
+    would write, hold many tensors for each, and packed codes cannot be cut.
+    """
+    experts = four_bit_experts(loaded)
+    loaded.save_pretrained(place, max_shard_size=MAX_SHARD, save_original_format=not experts)
+    if experts:
+        path = place / "config.json"
+        config = json.loads(path.read_text("utf-8"))
+        found = config["quantization_config"]
+        found["bnb_4bit_compute_dtype"] = refused_by_others(found["bnb_4bit_compute_dtype"])
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from qprobe.loading.inventory import linear_modules, why_uncovered
+from qprobe.loading.inventory import measured_layers, parameter_name, why_uncovered
 from qprobe.records import Inventory, Linear
 from qprobe.registry.precisions import FP4, NF4, four_bit_bytes, packed_bytes
 
@@ -42,12 +42,13 @@ class Outside:
 
 
 def everything_outside(model: nn.Module) -> tuple[Outside, ...]:
-    """All that `model` holds beside the weights of `linear_modules(model)`, in module order.
+    """All that `model` holds beside the weights of `measured_layers(model)`, in module order.
 
     The bytes sum to the inventory's other_bytes.
     """
-    owners = {id(m.weight): name for name, m in linear_modules(model).items()}
-    listed = {f"{name}.weight" for name in owners.values()}
+    layers = measured_layers(model)
+    owners = {id(x.weight): name for name, x in layers.items()}
+    listed = {parameter_name(name, x) for name, x in layers.items()}
     counted: dict[int, str] = {}
     found = []
     for name, parameter in model.named_parameters(remove_duplicate=False):

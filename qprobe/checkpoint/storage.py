@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qprobe.loading.experts.four_bit import four_bit_experts
+
 
 @dataclass(frozen=True)
 class StoredBytes:
@@ -29,7 +31,9 @@ def stored_bytes(model: nn.Module) -> StoredBytes:
     recomputed on loading (not persistent).
     """
     parameters = list(model.parameters())
-    scales = [scale for parameter in parameters for scale in _scales(parameter)]
+    states = [getattr(x, "quant_state", None) for x in parameters]
+    states += four_bit_experts(model).values()
+    scales = [scale for state in states if state is not None for scale in _scales(state)]
     return StoredBytes(
         parameter_bytes=_sum_storage(parameters),
         total_bytes=_sum_storage([*parameters, *persistent_buffers(model), *scales]),
@@ -47,11 +51,8 @@ def persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
                 yield buffer
 
 
-def _scales(parameter: Any) -> Iterator[Tensor]:
-    """The absmax of a 4-bit parameter, and the fp32 scales of that absmax if it is nested."""
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return
+def _scales(state: Any) -> Iterator[Tensor]:
+    """The absmax of a 4-bit weight, and the fp32 scales of that absmax if it is nested."""
     yield state.absmax
     if state.nested:
         yield state.state2.absmax

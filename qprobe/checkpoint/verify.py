@@ -12,6 +12,8 @@ from torch import nn
 
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import VerificationError
+from qprobe.loading.experts.four_bit import codes_of_experts, four_bit_experts
+from qprobe.loading.experts.weights import expert_weight, expert_weights, form_of
 from qprobe.manifest.records import Manifest
 from qprobe.records import FormatSpec, Uncovered
 from qprobe.registry.precisions import NESTED_BLOCKSIZE, is_four_bit, packed_bytes
@@ -22,7 +24,7 @@ SHOWN = 5  # problems that an error message spells out
 
 @dataclass(frozen=True)
 class ExpectedLayer:
-    """What the linear `name` must be; shape is (out_features, in_features) of its weight.
+    """What the layer `name` must be; shape is that of its weight, see `qprobe.records.Linear`.
 
     in_float32: transformers keeps it so though all else is in 16-bit.
     """
@@ -35,6 +37,10 @@ class ExpectedLayer:
     @property
     def is_four_bit(self) -> bool:
         return is_four_bit(self.precision)
+
+    @property
+    def is_experts(self) -> bool:
+        return len(self.shape) == 3
 
 
 def expected_layer(name: str, shape: tuple[int, ...], precision: str, nbytes: int) -> ExpectedLayer:
@@ -86,6 +92,11 @@ def verify_layers(
 def _unlike_expected(model: nn.Module, expected: Sequence[ExpectedLayer], spec: FormatSpec) -> Iterator[str]:
     modules = dict(model.named_modules())
     for layer in expected:
+        if layer.is_experts:
+            problem = experts_problem(model, layer.name, layer.shape, layer.is_four_bit, spec)
+            if problem is not None:
+                yield f"{layer.name} {problem}"
+            continue
         module = modules.get(layer.name)
         if module is None:
             yield f"{layer.name} is listed, but the model has no such module"
@@ -129,18 +140,48 @@ def _four_bit_problem(module: nn.Module, layer: ExpectedLayer, spec: FormatSpec)
         return f"holds {weight.numel()} packed bytes, not {packed_bytes(layer.shape)}"
     if module.compute_dtype != getattr(torch, spec.compute_dtype):
         return f"computes in {module.compute_dtype}, not in torch.{spec.compute_dtype}"
-    return _state_problem(weight.quant_state, layer, spec)
+    return state_problem(weight.quant_state, layer.shape, spec)
 
 
-def _state_problem(state: Any, layer: ExpectedLayer, spec: FormatSpec) -> str | None:
-    """What is wrong with the quantization state of a 4-bit layer."""
+def experts_problem(
+    model: nn.Module, name: str, shape: tuple[int, ...], is_four_bit: bool, spec: FormatSpec
+) -> str | None:
+    """What is wrong with a fused weight of experts of this shape, (experts, out_features, in_features)."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:
+        return "is listed, but the model has no such module"
+    if form_of(module) is None:
+        return f"is of a {type(module).__name__}, which is no module of experts"
+    experts, out_features, in_features = shape
+    is_transposed = expert_weight(module, leaf).transposed
+    stored = (experts, in_features, out_features) if is_transposed else shape
+    state = four_bit_experts(model).get(name)
+    if not is_four_bit:
+        weight = module._parameters.get(leaf)
+        if state is not None or weight is None:
+            return "must stay in 16-bit but is in 4-bit" if state else "is listed, but is no parameter"
+        if weight.dtype != getattr(torch, spec.compute_dtype):
+            return f"is in {weight.dtype}, not in torch.{spec.compute_dtype}"
+        return None if tuple(weight.shape) == stored else f"has shape {tuple(weight.shape)}, not {stored}"
+    if state is None:
+        return "must be in 4-bit but has no parametrization of bitsandbytes"
+    codes = codes_of_experts(model, name)
+    if codes.dtype != torch.uint8 or codes.numel() != packed_bytes(shape):
+        return f"holds {codes.numel()} codes of {codes.dtype}, not {packed_bytes(shape)} packed bytes"
+    return state_problem(state, stored, spec)
+
+
+def state_problem(state: Any, shape: tuple[int, ...], spec: FormatSpec) -> str | None:
+    """What is wrong with the quantization state of a 4-bit weight that is stored in `shape`."""
     if getattr(state, "packing_format_for_cpu", False):
         return "was repacked by bitsandbytes for this CPU, which rounds its absmax to bf16"
     wanted = {
         "quant_type": spec.quant_type,
         "blocksize": spec.blocksize,
         "nested": spec.double_quant,
-        "shape": layer.shape,
+        "shape": shape,
         "dtype": getattr(torch, spec.compute_dtype),
     }
     found = {key: getattr(state, key) for key in wanted}
@@ -163,6 +204,9 @@ def _unexpected(model: nn.Module, names: set[str]) -> Iterator[str]:
     inside_attention = {
         id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()
     }
+    for name in [*four_bit_experts(model), *expert_weights(model)]:
+        if name not in names:
+            yield f"{name} is a weight of experts but not listed"
     for name, module in model.named_modules():
         if name in names:
             continue

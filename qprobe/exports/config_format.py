@@ -14,6 +14,23 @@ def is_four_bit(quantization: Mapping[str, Any]) -> bool:
     return is_bitsandbytes and bool(quantization.get("load_in_4bit", quantization.get("_load_in_4bit")))
 
 
+_READER = ": its experts are in 4-bit, so load it with qprobe.load_dynamic_4bit"
+
+
+def refused_by_others(compute_dtype: str) -> str:
+    """What a checkpoint with experts in 4-bit names as its dtype of computation.
+
+    transformers looks it up in torch before anything is read (5.23, `BitsAndBytesConfig.__init__`), so that
+    a plain from_pretrained, which would fill experts with random numbers, fails with these words.
+    """
+    return f"{compute_dtype}{_READER}"
+
+
+def has_four_bit_experts(quantization: Mapping[str, Any]) -> bool:
+    """True for the quantization_config of a checkpoint that only qprobe reads."""
+    return str(quantization.get("bnb_4bit_compute_dtype", "")).endswith(_READER)
+
+
 def model_dtype(config: Mapping[str, Any]) -> Literal["bfloat16", "float16"]:
     """The 16-bit dtype of the model of this config.json; bfloat16 where it names none or another."""
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")

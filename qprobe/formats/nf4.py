@@ -94,10 +94,10 @@ class Nf4:
     def pack(self, weight: Tensor) -> PackedNf4:
         return self.stored(weight).packed()
 
-    def held_bytes(self, shape: tuple[int, int]) -> int:
+    def held_bytes(self, shape: tuple[int, ...]) -> int:
         return absmax_bytes(shape, self.blocksize, double_quant=False) + packed_bytes(shape)
 
-    def packing_bytes(self, shape: tuple[int, int], device: torch.device) -> int:
+    def packing_bytes(self, shape: tuple[int, ...], device: torch.device) -> int:
         return _PACKING_BYTES.get(device.type, _PACKING_BYTES["cuda"]) * prod(shape)
 
     def row_parts(self, shape: tuple[int, int]) -> list[slice]:

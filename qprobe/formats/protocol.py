@@ -41,11 +41,11 @@ class Format(Protocol):
         """The stored form of `weight` (out_features, in_features), on the weight's device."""
         ...
 
-    def held_bytes(self, shape: tuple[int, int]) -> int:
+    def held_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of the `tensors` of a packed weight of `shape`."""
         ...
 
-    def packing_bytes(self, shape: tuple[int, int], device: torch.device) -> int:
+    def packing_bytes(self, shape: tuple[int, ...], device: torch.device) -> int:
         """The most bytes that `pack` takes at once on `device` for a weight of `shape`, beside the weight."""
         ...
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from qprobe.loading.experts.weights import ExpertWeight, Layer, expert_weights
 from qprobe.loading.names import checkpoint_names
 from qprobe.models.family import VISION
 from qprobe.models.towers import group_of, reads_vision, tower_of
@@ -23,6 +24,7 @@ WHY_CONV = "a convolution; bitsandbytes converts nn.Linear only"
 WHY_CONV1D = "a Conv1D of transformers, whose weight lies transposed; it is kept as it is"
 FLOAT32 = "kept in float32 by transformers"
 READ_DIRECTLY = "its module reads the weight itself"
+EXPERTS_AS_ASKED = "experts in 16-bit as asked"
 WHY_FUSED = "a fused weight outside any nn.Linear (for example stacked experts)"
 
 
@@ -49,46 +51,64 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def measured_layers(model: nn.Module) -> dict[str, Layer]:
+    """The linears and the fused weights of experts by name, in module order."""
+    linears, experts = linear_modules(model), expert_weights(model)
+    found: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        if name in linears:
+            found[name] = linears[name]
+        for parameter in module._parameters:
+            weight = experts.get(f"{name}.{parameter}")
+            if weight is not None:
+                found[f"{name}.{parameter}"] = weight
+    return found
+
+
 def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
-    """The inventory of `model` under `spec`, in module order.
+    """The inventory of `model` under `spec`, in module order: linears, and fused weights of experts.
 
     The output embedding ("lm_head"), weights that share storage with another parameter ("tied") and what
     transformers never converts (`never_converted`, FLOAT32) are fixed, and so are those whose weight is used
-    without them (`read_directly`). Every parameter is assumed to be
-    stored in its own dtype; weights of linears in 16-bit, but for the last of these.
+    without them (`read_directly`), and experts where `spec` says so. Every parameter is assumed to be stored
+    in its own dtype; weights of layers in 16-bit, but for FLOAT32.
     """
-    modules = linear_modules(model)
-    names = frozenset(modules)
-    unconverted, read = never_converted(model, names), read_directly(model, names)
-    in_files = checkpoint_names(model, tuple(modules))
+    layers = measured_layers(model)
+    names = frozenset(layers)
+    linears = frozenset(name for name, layer in layers.items() if isinstance(layer, nn.Linear))
+    unconverted, read = never_converted(model, names), read_directly(model, linears)
+    in_files = checkpoint_names(model, tuple(x for x in layers if x in linears))
     architecture = type(model).__name__
     has_vision = any(tower_of(n, architecture, True) == VISION for n in names)
     shared = _shared_storage(model)
     head = _output_embedding(model)
-    layers = []
-    for name, module in modules.items():
-        shape = (module.out_features, module.in_features)
+    found = []
+    for name, layer in layers.items():
+        shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else layer.shape
         tower = tower_of(name, architecture, has_vision)
         fixed = FLOAT32 if name in unconverted else None
         if name in read:
             fixed = READ_DIRECTLY
-        if module is head or id(module.weight) in shared:
-            fixed = "tied" if id(module.weight) in shared else "lm_head"
-        layers.append(
+        if layer is head or id(layer.weight) in shared:
+            fixed = "tied" if id(layer.weight) in shared else "lm_head"
+        if isinstance(layer, ExpertWeight) and spec.experts == "16-bit":
+            fixed = fixed or EXPERTS_AS_ASKED
+        found.append(
             Linear(
                 name=name,
-                checkpoint_name=in_files[name],
+                checkpoint_name=in_files.get(name, name),
                 tower=tower,
                 group=group_of(name, names, architecture, tower),
                 shape=shape,
                 bytes_4bit=spec.nbytes(shape),
-                bytes_16bit=module.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),
+                bytes_16bit=layer.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),
                 fixed=fixed,
                 reads="vision" if reads_vision(name, architecture, tower) else "text",
+                transposed=isinstance(layer, ExpertWeight) and layer.transposed,
             )
         )
-    weights = {id(m.weight) for m in modules.values()}
-    return Inventory(tuple(layers), _uncovered(model, modules), _other_bytes(model, weights))
+    weights = {id(m.weight) for m in layers.values()}
+    return Inventory(tuple(found), _uncovered(model, layers), _other_bytes(model, weights))
 
 
 def never_converted(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
@@ -137,6 +157,11 @@ def _weights_read(cls: type) -> frozenset[str]:
 _ASKED = ("dtype", "device", "shape", "size", "numel", "ndim", "requires_grad", "data_ptr")
 
 
+def parameter_name(name: str, layer: Layer) -> str:
+    """The full name of the parameter of the layer `name`: that of experts is called as the layer."""
+    return f"{name}.weight" if isinstance(layer, nn.Linear) else name
+
+
 def _shared_storage(model: nn.Module) -> set[int]:
     """Ids of parameters that several names reach."""
     seen: dict[int, int] = {}
@@ -153,9 +178,9 @@ def _other_bytes(model: nn.Module, weights: set[int]) -> int:
     return sum(t.numel() * t.element_size() for t in (*parameters.values(), *buffers.values()))
 
 
-def _uncovered(model: nn.Module, covered: dict[str, nn.Linear]) -> tuple[Uncovered, ...]:
+def _uncovered(model: nn.Module, covered: dict[str, Layer]) -> tuple[Uncovered, ...]:
     found = []
-    owners = {f"{name}.weight" for name in covered}
+    owners = {parameter_name(name, layer) for name, layer in covered.items()}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or name in owners:
             continue

@@ -125,8 +125,8 @@ def meta_model(config: Any, dtype: str, trusts_code: bool = False) -> nn.Module:
         built = build(config, DTYPES[dtype], trusts_code)
     # Loading keeps what a class names in float32; building from a config does not.
     for pattern, kept in built._get_dtype_plan(DTYPES[dtype]).items():
-        for name, parameter in built.named_parameters():
+        for name, tensor in (*built.named_parameters(), *built.named_buffers()):
             if re.search(pattern.replace("*", ".*"), name):
-                parameter.data = parameter.data.to(kept)
+                tensor.data = tensor.data.to(kept)
     built.tie_weights()
     return built.eval()

@@ -43,7 +43,7 @@ def weight_names(
     """For each linear the name of its weight among `tensors`; None where the files have no such tensor.
 
     A tied weight is found under the name of the parameter that it shares, one that the files store split or
-    merged is not. Raises ModelError for a checkpoint that is in 4-bit already.
+    merged, and those of experts, are not. Raises ModelError for a checkpoint that is in 4-bit already.
     """
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -51,6 +51,9 @@ def weight_names(
             shared.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
     found, architecture = {}, type(model).__name__
     for layer in inventory.layers:
+        if layer.experts is not None:  # files hold them under names of their own, or one by one
+            found[layer.name] = None
+            continue
         module = model.get_submodule(layer.name)
         others = tuple(n for n in shared.get(id(module.weight), []) if n != layer.name)
         in_files = {layer.name: layer.checkpoint_name, **checkpoint_names(model, others)}

@@ -13,12 +13,12 @@ from typing import Literal
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.errors import QprobeError
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
+from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import read_out
 from qprobe.measure.runner import STANDARD, kl_rows
@@ -137,8 +137,8 @@ def _unit(
 def _logits_with(subject: Subject, batch: Batch, four_bit: frozenset[str]) -> list[Tensor]:
     """The answer logits with the linears `four_bit` in 4-bit, in the dtype of the batch."""
 
-    def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, subject.dequantized.weight(name).to(x.dtype), module.bias)
+    def forward(name: str, product: Product, x: Tensor) -> Tensor:
+        return times(product, x, subject.dequantized.weight(name).to(x.dtype))
 
     chosen = {name: module for name, module in subject.modules.items() if name in four_bit}
     with replaced_forwards(chosen, forward):

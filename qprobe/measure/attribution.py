@@ -28,15 +28,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from scipy.special import roots_sh_jacobi
 from torch import Tensor, nn
 
 from qprobe.inputs.batch import Batch
+from qprobe.loading.experts.weights import Layer
 from qprobe.measure.dequantized import DequantizedWeights
+from qprobe.measure.experts.routing import Product, by_sample, matmul, samples_apart, times, towards_input
 from qprobe.measure.hooks import ROOM_BYTES, checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import KlSums, Readout, read_out, readout_of
-from qprobe.measure.outputs import split_by_sample
 from qprobe.runs.key import RESIDUAL
 
 FLOAT32_UP_TO = 2_500_000_000  # parameters: in 16-bit, float32 and 4-bit together 16 GB, for a 24 GB card
@@ -66,7 +66,7 @@ class Path:
     """
 
     model: Any
-    modules: dict[str, nn.Linear]
+    modules: dict[str, Layer]
     dequantized: DequantizedWeights
     dtype: torch.dtype
     room_bytes: int = ROOM_BYTES
@@ -81,8 +81,8 @@ class Path:
     def logits(self, batch: Batch, alpha: float) -> list[Tensor]:
         """`read_out` at W + alpha D, without gradients."""
 
-        def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-            return F.linear(x.to(self.dtype), self.dequantized.between(name, alpha, self.dtype), module.bias)
+        def forward(name: str, product: Product, x: Tensor) -> Tensor:
+            return times(product, x.to(self.dtype), self.dequantized.between(name, alpha, self.dtype))
 
         with torch.no_grad(), replaced_forwards(self.modules, forward):
             return read_out(self.model, batch)
@@ -120,13 +120,13 @@ class Path:
         """d loss / ds of each linear at W + alpha D: (samples,) float64; `loss`: logits -> (samples,)."""
         steps: dict[str, Tensor] = {}
 
-        def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+        def forward(name: str, product: Product, x: Tensor) -> Tensor:
             x = x.to(self.dtype)
-            if split_by_sample(x, batch.size) is None:
-                return F.linear(x, self.dequantized.between(name, alpha, self.dtype), module.bias)
+            if not samples_apart(product, x, batch.size):
+                return times(product, x, self.dequantized.between(name, alpha, self.dtype))
             if name not in steps:
                 steps[name] = torch.zeros(batch.size, device=x.device, requires_grad=True)
-            return _PathLinear.apply(x, steps[name], module.bias, self.dequantized, name, alpha)
+            return _PathLayer.apply(x, steps[name], product, self.dequantized, name, alpha)
 
         keeping = checkpointed_blocks(self.model, self.room_bytes)
         with torch.enable_grad(), keeping, replaced_forwards(self.modules, forward):
@@ -215,7 +215,7 @@ def path_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32 if count <= FLOAT32_UP_TO else own
 
 
-class _PathLinear(torch.autograd.Function):
+class _PathLayer(torch.autograd.Function):
     """x (W + (alpha + step) D)^T + b at step = 0, one step a sample.
 
     The gradient for a step is sum_t <g_t, D x_t> over that sample's tokens, in float32. The weights that are
@@ -227,7 +227,7 @@ class _PathLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         step: Tensor,
-        bias: Tensor | None,
+        product: Product,
         dequantized: DequantizedWeights,
         name: str,
         alpha: float,
@@ -239,17 +239,17 @@ class _PathLinear(torch.autograd.Function):
         difference = ctx.difference() if alpha else None
         weight = own if difference is None else torch.add(own, difference, alpha=alpha)
         ctx.save_for_backward(x, weight, difference)
-        ctx.samples = step.numel()
-        return F.linear(x, weight, bias)
+        ctx.samples, ctx.product = step.numel(), product
+        return times(product, x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, difference = ctx.saved_tensors
-        error = F.linear(x, ctx.difference() if difference is None else difference)
+        error = matmul(ctx.product, x, ctx.difference() if difference is None else difference)
         # float16 has no room for products of small numbers; bfloat16 has, and half the bytes of float32.
-        product = grad.float() * error.float() if grad.dtype == torch.float16 else grad * error
-        per_sample = product.reshape(ctx.samples, -1).sum(dim=1, dtype=torch.float32)
-        towards_x = grad @ weight if ctx.needs_input_grad[0] else None
+        slopes = grad.float() * error.float() if grad.dtype == torch.float16 else grad * error
+        per_sample = by_sample(ctx.product, slopes, ctx.samples)
+        towards_x = towards_input(ctx.product, grad, weight) if ctx.needs_input_grad[0] else None
         return towards_x, per_sample, None, None, None, None
 
 

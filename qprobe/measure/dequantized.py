@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.formats.protocol import Format, Packed
+from qprobe.loading.experts.weights import Layer
 from qprobe.measure.weight_store import Key, WeightStore
 
 
@@ -20,7 +21,7 @@ class DequantizedWeights:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Linear],
+        modules: Mapping[str, Layer],
         fmt: Format,
         store: WeightStore | None = None,
         streamed: frozenset[str] = frozenset(),
@@ -47,15 +48,16 @@ class DequantizedWeights:
             self._packed[name] = packed
 
     def own(self, name: str) -> Tensor:
-        """W, (out_features, in_features), on the device; in the model's dtype, or in that of the path
-        while it is walked, where the weight is not streamed.
+        """W as it is stored, (out_features, in_features) of a linear, on the device.
+
+        In the model's dtype, or in that of the path while it is walked, where the weight is not streamed.
         """
         if self.store is None or name not in self.streamed:
             return self.modules[name].weight.detach()
         return self.store.get(Key("own", name))[0]
 
     def weight(self, name: str) -> Tensor:
-        """W-hat: the 4-bit weight as it is read back, (out_features, in_features), in the model's dtype."""
+        """W-hat: the 4-bit weight as it is read back, of the shape of `own`, in the model's dtype."""
         packed = self._packed[name]
         if self.store is not None and name in self.streamed:
             packed = packed.with_tensors(self.store.get(Key("packed", name)))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from qprobe.errors import ModelError
 from qprobe.formats.protocol import Format
-from qprobe.measure.weights import COLUMNS, error_sums, weight_row
+from qprobe.measure.weights import error_sums, weight_frame, weight_row
 from qprobe.records import ErrorSums
 
 _PART = 2**22  # elements that enter the digest at once
@@ -41,7 +41,7 @@ def file_rows(
                 sums, largest = error_sums(wanted, got)
                 total, peak = total + sums, max(peak, largest)
         rows.append(weight_row(layer, total, peak))
-    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
+    return weight_frame(rows)
 
 
 def files_digest(folder: Path, weights: Sequence[tuple[str, str]]) -> str:

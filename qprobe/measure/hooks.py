@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-LinearForward = Callable[[str, nn.Linear, Tensor], Tensor]
+from qprobe.loading.experts.weights import ExpertWeight, Layer, expert_weight, expert_weights
+from qprobe.measure.experts.routing import Product, Routing, routed, run_experts, times
+
+LayerForward = Callable[[str, Product, Tensor], Tensor]
+"""(name, what multiplies, its rows) -> that layer's output."""
 
 # What a backward pass may keep beyond the inputs of blocks: all of a small model's activations, for which
 # running twice would cost most, and little beside the weights of a large one.
@@ -21,22 +25,60 @@ ROOM_BYTES = 2 * 2**30
 
 
 @contextmanager
-def replaced_forwards(modules: Mapping[str, nn.Linear], forward: LinearForward) -> Iterator[None]:
-    """While open, each linear computes `forward(name, module, x)` instead of x W^T + b.
+def replaced_forwards(layers: Mapping[str, Layer], forward: LayerForward) -> Iterator[None]:
+    """While open, each layer computes `forward(name, product, x)` instead of x W^T + b.
 
-    The modules are as before afterwards, also when the body raises.
+    Of fused experts x holds the rows that are routed, sorted by expert. The modules are as before afterwards,
+    also when the body raises.
     """
-    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    inside = {id(x.module): x.module for x in layers.values() if isinstance(x, ExpertWeight)}
+    modules = [*linears.values(), *inside.values()]
+    before = [module.__dict__.get("forward") for module in modules]
     try:
-        for name, module in modules.items():
+        for name, module in linears.items():
             module.__dict__["forward"] = _bound(forward, name, module)
+        for module in inside.values():
+            own = {n: x for n, x in layers.items() if isinstance(x, ExpertWeight) and x.module is module}
+            module.__dict__["forward"] = _ExpertsForward(module, own, forward, module.__dict__.get("forward"))
         yield
     finally:
-        for name, module in modules.items():
-            _restore(module, before[name])
+        for module, old in zip(modules, before, strict=True):
+            _restore(module, old)
 
 
-def _bound(forward: LinearForward, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+class _ExpertsForward:
+    """The forward of a module of experts whose products are replaced, all or some of them.
+
+    own: the layers by name that `forward` computes. A product that it does not is left to `before`, the
+    forward that was in place, or computed with the module's own weight.
+    """
+
+    def __init__(
+        self, module: nn.Module, own: Mapping[str, ExpertWeight], forward: LayerForward, before: Any
+    ) -> None:
+        self._module = module
+        self._before = before if isinstance(before, _ExpertsForward) else None
+        self._own = {layer.parameter: (name, layer, forward) for name, layer in own.items()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        hook: Any = getattr(self._module, "_hf_hook", None)
+        if hook is None:
+            return run_experts(self._module, self.multiply, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self._module, *args, **kwargs)  # as in `_bound`
+        return hook.post_forward(self._module, run_experts(self._module, self.multiply, *args, **kwargs))
+
+    def multiply(self, parameter: str, x: Tensor, rows: Routing) -> Tensor:
+        if parameter in self._own:
+            name, layer, forward = self._own[parameter]
+            return forward(name, routed(layer, rows), x)
+        if self._before is not None:
+            return self._before.multiply(parameter, x, rows)
+        layer = expert_weight(self._module, parameter)
+        return times(routed(layer, rows), x, layer.weight)
+
+
+def _bound(forward: LayerForward, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is None:
         return lambda input: forward(name, module, input)  # "input" is nn.Linear's own argument name
@@ -119,10 +161,10 @@ class _Room:
         about as much again; the linears of the path keep two forms of their weights.
         """
         x = next(a for a in arguments if isinstance(a, Tensor) and a.dim() > 1)
-        linears = [m for m in block.modules() if type(m) is nn.Linear]
-        features = sum(m.in_features + m.out_features for m in linears)
+        layers = [*(m for m in block.modules() if type(m) is nn.Linear), *expert_weights(block).values()]
+        features = sum(m.in_features + m.out_features for m in layers)
         rows = x.numel() // x.shape[-1]
-        kept = (2 * rows * features + 2 * sum(m.weight.numel() for m in linears)) * x.itemsize
+        kept = (2 * rows * features + 2 * sum(m.weight.numel() for m in layers)) * x.itemsize
         is_room = kept <= self.left
         self.left -= kept if is_room else 0
         return is_room

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.errors import ModelError
 from qprobe.inputs.batch import PAD, Batch
+from qprobe.loading.experts.weights import Layer
 from qprobe.loading.inventory import has_language_head
 from qprobe.measure.dequantized import DequantizedWeights
+from qprobe.measure.experts.routing import times
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
 
@@ -184,12 +186,10 @@ def _distance(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def in_four_bit(
-    modules: dict[str, nn.Linear], dequantized: DequantizedWeights, names: frozenset[str]
+    modules: dict[str, Layer], dequantized: DequantizedWeights, names: frozenset[str]
 ) -> AbstractContextManager[None]:
-    """While open, the linears `names` compute with their 4-bit weights and all others as they are."""
+    """While open, the layers `names` compute with their 4-bit weights and all others as they are."""
     if not names:
         return nullcontext()
     chosen = {name: modules[name] for name in modules if name in names}
-    return replaced_forwards(
-        chosen, lambda name, module, x: F.linear(x, dequantized.weight(name), module.bias)
-    )
+    return replaced_forwards(chosen, lambda name, product, x: times(product, x, dequantized.weight(name)))

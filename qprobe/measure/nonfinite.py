@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
 from qprobe.measure.subject import Subject
@@ -19,8 +19,8 @@ def first_nonfinite(subject: Subject, samples: tuple[Sample, ...]) -> str | None
     """
     flags: dict[str, Tensor] = {}
 
-    def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        y = F.linear(x, subject.dequantized.own(name), module.bias)
+    def forward(name: str, product: Product, x: Tensor) -> Tensor:
+        y = times(product, x, subject.dequantized.own(name))
         flags.setdefault(name, torch.isfinite(y).all())  # read once, after the pass
         return y
 

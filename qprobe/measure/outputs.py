@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from qprobe.inputs.batch import KIND_NAMES, PAD, VISION, Batch
 from qprobe.measure.dequantized import DequantizedWeights
+from qprobe.measure.experts.outputs import ExpertNorms, expert_rows, run_both
+from qprobe.measure.experts.routing import Product, samples_apart, times
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.records import Linear
 
@@ -73,17 +75,29 @@ class OutputErrors:
     quantized: frozenset[str]
     doubled: bool
     norms: dict[str, list[Norms]] = field(default_factory=dict)
+    experts: dict[str, list[ExpertNorms]] = field(default_factory=dict)
+    ran: dict[str, None] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 
-    def forward(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
-        """The linear's output; the norms of its errors are noted on the way."""
-        half = self.batch.size
-        parts = split_by_sample(x, half * (2 if self.doubled else 1))
-        if parts is None:
+    def forward(self, name: str, product: Product, x: Tensor) -> Tensor:
+        """The layer's output; the norms of its errors are noted on the way."""
+        if not samples_apart(product, x, self.batch.size * (2 if self.doubled else 1)):
             self.skipped.add(name)
-            return F.linear(x, self.dequantized.own(name).to(x.dtype), module.bias)
+            return times(product, x, self.dequantized.own(name).to(x.dtype))
         own = self.dequantized.own(name).to(x.dtype)
         weight_hat = self.dequantized.weight(name).to(x.dtype)
+        self.ran[name] = None
+        if isinstance(product, nn.Linear):
+            return self._linear(name, product, x, own, weight_hat)
+        second = (weight_hat if name in self.quantized else own) if self.doubled else None
+        outputs, norms = run_both(product, x, own, weight_hat, second, self.batch.size)
+        self.experts.setdefault(name, []).append(norms)
+        return outputs
+
+    def _linear(self, name: str, module: nn.Linear, x: Tensor, own: Tensor, weight_hat: Tensor) -> Tensor:
+        half = self.batch.size
+        parts = split_by_sample(x, half * (2 if self.doubled else 1))
+        assert parts is not None, name
         outputs = x.new_empty((*parts.shape[:2], module.out_features))
         linear_into(outputs[:half], parts[:half], own, module.bias)
         if self.doubled:
@@ -99,10 +113,33 @@ class OutputErrors:
         self.norms.setdefault(name, []).append(Norms(_norm(y), _norm(noise), peak, gap))
 
     def rows(self) -> pd.DataFrame:
-        """One row for each sample and linear that ran, columns of the unit stage "outputs".
+        """One row for each sample and layer that ran, columns of the unit stage "outputs", as layers ran.
+
+        Of fused experts one row for each expert that read a token of the sample.
 
         Tokens with a non-finite value are left out and their output features counted as non-finite.
         """
+        frames = [x for x in (self._linear_rows(), self._expert_rows()) if len(x)]
+        if not self.experts or len(frames) < 2:
+            return frames[0] if frames else pd.DataFrame()
+        both = pd.concat(frames, ignore_index=True)
+        place = {name: i for i, name in enumerate(self.ran)}
+        return both.iloc[both["layer"].map(place).argsort(kind="stable")]
+
+    def _expert_rows(self) -> pd.DataFrame:
+        """Rows of fused experts, one for each sample and expert."""
+        samples, frames = [s.id for s in self.batch.samples], []
+        for name, several in self.experts.items():
+            for call in several:
+                is_text = self.layers[name].reads == "text" and call.tokens == self.batch.kinds.shape[1]
+                frames.append(expert_rows(name, call, samples, self.batch.kinds if is_text else None))
+        if not frames:
+            return pd.DataFrame()
+        frame = pd.concat(frames, ignore_index=True)
+        merged = frame if len(frames) == len(self.experts) else _merged_calls(frame)
+        return merged.astype({name: "Int64" for name in (*COUNTS, "expert")})
+
+    def _linear_rows(self) -> pd.DataFrame:
         calls = [(name, call) for name, several in self.norms.items() for call in several]
         if not calls:
             return pd.DataFrame()
@@ -116,13 +153,15 @@ class OutputErrors:
                 found = values.expand(len(members), self.batch.size).cpu().numpy()
                 columns.setdefault(key, np.empty((len(calls), self.batch.size), found.dtype))[members] = found
         frame = pd.DataFrame({key: values.reshape(-1) for key, values in columns.items()})
+        frame.insert(0, "expert", 0)
         frame.insert(0, "layer", [name for name, _ in calls for _ in self.batch.samples])
         frame.insert(0, "sample", [s.id for s in self.batch.samples] * len(calls))
         frame["activation_peak"] = frame["activation_peak"].where(frame["activation_peak"] >= 0)
         frame["activation_peak"] = frame["activation_peak"].astype("float64")
         frame["peak_kind"] = frame["peak_kind"].map(KIND_NAMES)
         merged = frame if len(calls) == len(self.norms) else _merged_calls(frame)
-        return merged.astype({name: "Int64" for name in COUNTS})
+        merged["expert"] = pd.NA
+        return merged.astype({name: "Int64" for name in (*COUNTS, "expert")})
 
     def _reduced(self, calls: list[tuple[str, Norms]]) -> dict[str, Tensor]:
         """(calls, samples) of each column, on the device, for calls whose tokens are the same ones."""
@@ -185,8 +224,8 @@ def _sums(prefix: str, mask: Tensor, y: Tensor, error: Tensor, features: Tensor)
 
 
 def _merged_calls(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row for each sample and linear where a linear ran several times in one forward."""
-    keys = ["layer", "sample"]
+    """One row for each sample and layer, or expert of it, where one ran several times in a forward."""
+    keys = ["layer", "sample", "expert"]
     largest = frame["activation_peak"].fillna(-1.0).groupby([frame[k] for k in keys], sort=False).idxmax()
     where = frame.loc[largest, [*keys, "activation_peak", "peak_token", "peak_kind"]]
     sums = [c for c in frame.columns if c not in where.columns]

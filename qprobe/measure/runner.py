@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from qprobe.formats.protocol import Format
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Ends, Path, attribute, rows_by_sample, walking
+from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, in_four_bit, read_out, rows_of
 from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
@@ -146,8 +145,8 @@ def kl_rows(batch: Batch, candidate: str, sums: list[KlSums]) -> pd.DataFrame:
 def nearest_kl(subject: Subject, batch: Batch, fmt: Format, candidate: str) -> pd.DataFrame:
     """The KL rows of the batch with every quantized linear rounded to nearest, one at a time as it runs."""
 
-    def forward(name: str, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, fmt.pack(subject.dequantized.own(name)).unpack(), module.bias)
+    def forward(name: str, product: Product, x: torch.Tensor) -> torch.Tensor:
+        return times(product, x, fmt.pack(subject.dequantized.own(name)).unpack())
 
     with torch.inference_mode():
         reference = read_out(subject.model, batch)

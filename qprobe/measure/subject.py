@@ -10,19 +10,20 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.formats.protocol import Format, format_from
 from qprobe.inputs.batch import Batch, image_token_id
 from qprobe.inputs.processed import ROOM_BYTES as INPUTS_BYTES
 from qprobe.inputs.processed import ProcessedSamples
-from qprobe.loading.inventory import linear_modules
+from qprobe.loading.experts.weights import Layer
+from qprobe.loading.inventory import measured_layers
 from qprobe.loading.mapped import Mapped
 from qprobe.loading.reference import Reference
 from qprobe.measure.attribution import Path, path_dtype
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.digests import weights_digest
+from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import ROOM_BYTES, repeated_blocks, replaced_forwards
 from qprobe.measure.kl import Readout, readout_of
 from qprobe.measure.memory import MemoryLimit, held_bytes
@@ -38,7 +39,7 @@ INPUTS_SHARE = 50  # and one of these, what the processor made of samples
 class Subject:
     """One loaded reference under measurement.
 
-    modules: every linear by name, in module order. dequantized: their 4-bit forms, on the model's device.
+    modules: every layer by name, in module order. dequantized: their 4-bit forms, on the model's device.
     dtype: of the model as it was loaded, in which its inputs are also where the path is walked in another.
     limit: of the memory it may take; None where all of it is on the device.
     release: called with a parameter that was read from the host, and is not needed soon.
@@ -46,7 +47,7 @@ class Subject:
 
     reference: Reference
     inventory: Inventory
-    modules: dict[str, nn.Linear]
+    modules: dict[str, Layer]
     dequantized: DequantizedWeights
     dtype: torch.dtype
     limit: MemoryLimit | None = None
@@ -79,7 +80,7 @@ class Subject:
         return frozenset(x.name for x in self.inventory.layers if not x.fixed)
 
     @cached_property
-    def quantized_modules(self) -> dict[str, nn.Linear]:
+    def quantized_modules(self) -> dict[str, Layer]:
         return {name: module for name, module in self.modules.items() if name in self.quantized}
 
     @cached_property
@@ -115,8 +116,8 @@ class Subject:
         """
         trips = self.dequantized
 
-        def forward(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-            return F.linear(x, trips.own(name).to(x.dtype), module.bias)
+        def forward(name: str, product: Product, x: Tensor) -> Tensor:
+            return times(product, x, trips.own(name).to(x.dtype))
 
         with replaced_forwards({name: self.modules[name] for name in sorted(trips.streamed)}, forward):
             yield
@@ -145,7 +146,7 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     it lives, see `Mapped`. Open `Subject.streaming` around all that runs the model.
     Raises MachineError if the limit is too small, with the least that would do.
     """
-    modules, inventory = linear_modules(reference.model), reference.inventory(spec)
+    modules, inventory = measured_layers(reference.model), reference.inventory(spec)
     device, fmt = reference.device, format_from(spec)
     streamed = streamed_names(reference.model, modules, inventory)
     move_rest(reference.model, {id(modules[name].weight) for name in streamed}, device)
@@ -165,13 +166,11 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     return Subject(reference, inventory, modules, dequantized, dtype, limit, mapped.forget)
 
 
-def streamed_names(
-    model: nn.Module, modules: Mapping[str, nn.Linear], inventory: Inventory
-) -> frozenset[str]:
+def streamed_names(model: nn.Module, modules: Mapping[str, Layer], inventory: Inventory) -> frozenset[str]:
     """The linears of repeated blocks that are quantized: nearly all bytes of a large model."""
     inside = {id(m) for block in repeated_blocks(model) for m in block.modules()}
     fixed = {x.name for x in inventory.layers if x.fixed}
-    return frozenset(name for name, m in modules.items() if id(m) in inside and name not in fixed)
+    return frozenset(name for name, m in modules.items() if id(owner_of(m)) in inside and name not in fixed)
 
 
 def move_rest(model: nn.Module, streamed: set[int], device: torch.device) -> None:
@@ -182,23 +181,31 @@ def move_rest(model: nn.Module, streamed: set[int], device: torch.device) -> Non
 
 
 def window_bytes(
-    model: nn.Module, modules: Mapping[str, nn.Linear], streamed: frozenset[str], fmt: Format
+    model: nn.Module, modules: Mapping[str, Layer], streamed: frozenset[str], fmt: Format
 ) -> int:
     """Bytes of both forms of the streamed weights of the largest block."""
-    both = {id(modules[x]): modules[x].weight.nbytes + fmt.held_bytes(shape_of(modules[x])) for x in streamed}
+    both: dict[int, int] = {}
+    for layer in (modules[x] for x in streamed):
+        owner = id(owner_of(layer))
+        both[owner] = both.get(owner, 0) + layer.weight.nbytes + fmt.held_bytes(shape_of(layer))
     return max(
         (sum(both.get(id(m), 0) for m in block.modules()) for block in repeated_blocks(model)), default=0
     )
 
 
-def shape_of(module: nn.Linear) -> tuple[int, int]:
-    """(out_features, in_features)."""
-    return module.out_features, module.in_features
+def shape_of(layer: Layer) -> tuple[int, ...]:
+    """Of its weight as it is stored."""
+    return tuple(layer.weight.shape)
+
+
+def owner_of(layer: Layer) -> nn.Module:
+    """The module that holds the weight."""
+    return layer if isinstance(layer, nn.Linear) else layer.module
 
 
 def subject_of(reference: Reference, spec: FormatSpec) -> Subject:
     """The subject of `reference` under the 4-bit format `spec`; every weight is packed once, here."""
-    modules = linear_modules(reference.model)
+    modules = measured_layers(reference.model)
     with torch.inference_mode():
         dequantized = DequantizedWeights(modules, format_from(spec))
     return Subject(reference, reference.inventory(spec), modules, dequantized, reference.model.dtype)

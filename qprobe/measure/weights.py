@@ -9,7 +9,7 @@ from torch import Tensor
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.records import ErrorSums
 
-COLUMNS = ["layer", "n", "signal", "noise", "nonfinite", "peak"]
+COLUMNS = ["layer", "expert", "n", "signal", "noise", "nonfinite", "peak"]
 # Elements that are taken to float64 at once: three copies of what fits a CPU's cache, or 0.4 GB on a GPU.
 _PART = {"cpu": 2**18, "cuda": 2**24}
 
@@ -42,15 +42,26 @@ def _part_sums(wanted: Tensor, got: Tensor) -> tuple[ErrorSums, float]:
     return sums, float(error.abs_().max())
 
 
-def weight_row(layer: str, sums: ErrorSums, peak: float) -> tuple[str, int, float, float, int, float]:
-    """One row of the unit stage "weights", in the order of `COLUMNS`."""
-    return layer, sums.n, sums.signal, sums.noise, sums.nonfinite, peak
+def weight_row(
+    layer: str, sums: ErrorSums, peak: float, expert: int | None = None
+) -> tuple[str, int | None, int, float, float, int, float]:
+    """One row of the unit stage "weights", in the order of `COLUMNS`; expert: None for a plain linear."""
+    return layer, expert, sums.n, sums.signal, sums.noise, sums.nonfinite, peak
+
+
+def weight_frame(rows: list[tuple]) -> pd.DataFrame:
+    """`rows` of `weight_row` as the frame of a unit."""
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS)).astype({"expert": "Int64"})
 
 
 def weight_rows(dequantized: DequantizedWeights) -> pd.DataFrame:
-    """One row a linear, columns of the unit stage "weights": layer, n, signal, noise, nonfinite, peak."""
-    rows = [
-        weight_row(name, *error_sums(dequantized.own(name), dequantized.weight(name)))
-        for name in dequantized.modules
-    ]
-    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
+    """One row per linear, and one per expert of a fused weight, columns of the unit stage "weights"."""
+    rows = []
+    for name in dequantized.modules:
+        own, weight_hat = dequantized.own(name), dequantized.weight(name)
+        if own.dim() == 2:
+            rows.append(weight_row(name, *error_sums(own, weight_hat)))
+        else:
+            for expert, (w, w_hat) in enumerate(zip(own, weight_hat, strict=True)):
+                rows.append(weight_row(name, *error_sums(w, w_hat), expert))
+    return weight_frame(rows)

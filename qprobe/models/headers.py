@@ -81,7 +81,11 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 def stored_weight(tensors: Mapping[str, StoredTensor], layer: str) -> StoredWeight | None:
     """The weight of the linear that the files call `layer`; None if they hold none."""
-    name = f"{layer}.weight"
+    return stored_parameter(tensors, f"{layer}.weight")
+
+
+def stored_parameter(tensors: Mapping[str, StoredTensor], name: str) -> StoredWeight | None:
+    """The parameter that the files call `name`; None if they hold none."""
     tensor = tensors.get(name)
     if tensor is None:
         return None

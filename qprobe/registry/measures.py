@@ -112,18 +112,18 @@ class Measure:
 
 WEIGHTS = Stage(
     "weights",
-    {"layer": "text", "n": "count", "signal": "number", "noise": "number", "nonfinite": "count",
-     "peak": "number"},
-    ("layer",),
+    {"layer": "text", "expert": "count", "n": "count", "signal": "number", "noise": "number",
+     "nonfinite": "count", "peak": "number"},
+    ("layer", "expert"),
 )  # fmt: skip
 OUTPUTS = Stage(
     "outputs",
-    {"sample": "text", "layer": "text", "tokens": "count",
+    {"sample": "text", "layer": "text", "expert": "count", "tokens": "count",
      "activation_n": "count", "activation_signal": "number", "activation_noise": "number",
      "activation_nonfinite": "count", "activation_peak": "number", "peak_token": "count", "peak_kind": "text",
      "propagated_n": "count", "propagated_signal": "number", "propagated_noise": "number",
      "propagated_nonfinite": "count"},
-    ("sample", "layer"),
+    ("sample", "layer", "expert"),
 )  # fmt: skip
 KL = Stage(
     "kl",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,7 +80,7 @@ def _weight_notes(run: RunFolder, frame: pd.DataFrame) -> tuple[str, ...]:
     hurt = frame.loc[frame["weight"] > 0]
     if hurt.empty:
         return ()
-    sizes = {x.name: x.in_features * x.out_features for x in run.key.inventory.layers}
+    sizes = {x.name: prod(x.shape) for x in run.key.inventory.layers}
     shown = [
         f"{name} ({count:,} of {sizes[name]:,})"
         for name, count in zip(hurt["layer"].tolist(), hurt["weight"].tolist(), strict=True)

@@ -31,6 +31,9 @@ FILE = "layers.csv"
 ROUNDING = "rounding"
 """Of calibrated weights: "calibrated", "nearest: " and why, or "" if fixed; empty in other runs."""
 
+EXPERTS = "experts are not calibrated"
+"""Why the weights of experts are rounded to nearest where others are calibrated."""
+
 # Before the columns of the measures, and after them.
 _FIRST = {
     "layer": "str", "tower": "str", "group": "str",
@@ -255,16 +258,21 @@ def _static(layer: Linear) -> dict[str, Any]:
 
 
 def _counts(outputs: Rows | None) -> dict[str, int | None]:
-    """How many samples and tokens the layer saw."""
+    """How many samples and tokens the layer saw; experts see a token once for each that it is routed to."""
     if outputs is None:
         return {}
     tokens = outputs["tokens"]
-    return {"samples": int(np.count_nonzero(tokens)) or None, "tokens": int(tokens.sum()) or None}
+    return {
+        "samples": len(set(outputs["sample"][tokens > 0])) or None,
+        "tokens": int(tokens.sum()) or None,
+    }
 
 
 def _rounding(layer: Linear, rows: Rows | None) -> str:
     if layer.fixed is not None:
         return ""
+    if layer.experts is not None:
+        return f"nearest: {EXPERTS}"
     why = "it never ran on these samples" if rows is None else str(rows["why"][0])
     return f"nearest: {why}" if why else "calibrated"
 

@@ -6,8 +6,7 @@ its missing units and joining two scans of one specification is putting their un
 Units hold sums and counts only; `qprobe.runs.table` turns them into the layer table.
 
 The schema of each stage is declared in `qprobe.registry.measures`, with the columns that name a row. The
-experts of a fused tensor will be rows of one layer, told apart by a further column "expert" (null for a plain
-linear): it joins the schema and the key of the stages that have a "layer", and nothing changes here.
+experts of a fused weight are rows of one layer, told apart by the column "expert" (null for a plain linear).
 """
 
 from __future__ import annotations

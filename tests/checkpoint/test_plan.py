@@ -102,13 +102,23 @@ def test_pixtral_with_vision_and_projector_in_16_bit_is_8_39_gib() -> None:
     assert round(mixed / GIB, 2) == 8.39
 
 
-def test_stacked_experts_are_outside_and_named() -> None:
-    # 48 layers of 128 experts: gate and up (2 * 768 x 2048), down (2048 x 768), 2 bytes a weight
+def test_fused_experts_are_in_4_bit_and_their_routers_are_not() -> None:
+    # 48 layers of 128 experts: gate and up (2 * 768 x 2048), down (2048 x 768); half a byte per weight, a
+    # byte per block of 64, 4 bytes per 256 blocks. 192 linears of attention and lm_head beside them.
     found = plan("qwen3-30b-a3b")
-    experts = [x for x, _ in found.outside if ".mlp.experts." in x.name]
-    assert len(experts) == 96 and all("fused" in x.why for x in experts)
-    assert sum(x.bytes for x in experts) == 48 * 128 * 3 * 768 * 2048 * 2
-    assert layout(found, "nf4").layers_4bit == 48 * 4
+    assert found.linear_layers == 4 * 48 + 1 + 2 * 48
+    assert {x.name.split(".", 3)[3] for x, _ in found.outside if ".mlp." in x.name} == {"mlp.gate.weight"}
+    elements = 48 * 128 * 3 * 768 * 2048
+    nf4, sixteen_bit = layout(found, "nf4"), layout(found, "16-bit")
+    assert nf4.layers_4bit == 48 * 6
+    saved_by_attention = 48 * sum(2 * x - four_bit_bytes(x) for x in 2 * [2048 * 4096] + 2 * [2048 * 512])
+    saved = sixteen_bit.total_bytes - nf4.total_bytes - saved_by_attention
+    assert saved == 2 * elements - four_bit_bytes(elements)
+    assert nf4.total_bytes < 17 * 2**30
+
+
+def four_bit_bytes(elements: int) -> int:
+    return elements // 2 + elements // 64 + 4 * (elements // 64 // 256)
 
 
 @pytest.mark.slow

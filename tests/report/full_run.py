@@ -178,9 +178,8 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spik
         (x.name, x.shape[0] * x.shape[1], 1.0, 8e-3 * np.sqrt(f), 0, 0.01)
         for x, f in zip(linears, factor, strict=True)
     ]
-    RunFolder(folder).write_unit(
-        "weights", 0, pd.DataFrame(weights, columns="layer n signal noise nonfinite peak".split())
-    )
+    frame = pd.DataFrame(weights, columns="layer n signal noise nonfinite peak".split())
+    RunFolder(folder).write_unit("weights", 0, frame.assign(expert=None))
     outputs, parts = [], []
     for sample in ids:
         for x, f in zip(linears, factor, strict=True):
@@ -198,7 +197,7 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spik
         "activation_peak peak_token peak_kind propagated_n propagated_signal propagated_noise "
         "propagated_nonfinite"
     ).split()
-    RunFolder(folder).write_unit("outputs", 0, pd.DataFrame(outputs, columns=columns))
+    RunFolder(folder).write_unit("outputs", 0, pd.DataFrame(outputs, columns=columns).assign(expert=None))
     sensitivity = pd.DataFrame(parts, columns=["sample", "layer", "answer_tokens", "kl_sum"])
     RunFolder(folder).write_unit("sensitivity", 0, sensitivity)
     RunFolder(folder).write_unit("isolated", 0, sensitivity.assign(kl_sum=0.4 * sensitivity["kl_sum"].abs()))

@@ -68,10 +68,10 @@ def rows(stage: str, *values: Sequence[Any]) -> pd.DataFrame:
 def output(sample: str, layer: str, signal: float, noise: float, peak: float = 1.0, **changes: Any) -> dict:
     """One row of the stage "outputs", 2 tokens of 4 features, propagated not measured."""
     return {
-        "sample": sample, "layer": layer, "tokens": 2, "activation_n": 8, "activation_signal": signal,
-        "activation_noise": noise, "activation_nonfinite": 0, "activation_peak": peak, "peak_token": 0,
-        "peak_kind": "text", "propagated_n": None, "propagated_signal": None, "propagated_noise": None,
-        "propagated_nonfinite": None, **changes,
+        "sample": sample, "layer": layer, "expert": None, "tokens": 2, "activation_n": 8,
+        "activation_signal": signal, "activation_noise": noise, "activation_nonfinite": 0,
+        "activation_peak": peak, "peak_token": 0, "peak_kind": "text", "propagated_n": None,
+        "propagated_signal": None, "propagated_noise": None, "propagated_nonfinite": None, **changes,
     }  # fmt: skip
 
 

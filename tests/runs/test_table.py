@@ -70,7 +70,7 @@ def test_weights_and_propagated_errors_have_their_own_columns(tmp_path: Path):
     }
     row = table_of(
         tmp_path / "run",
-        weights=[rows("weights", ("model.a", 4096, 1000.0, 1.0, 0, 0.25))],
+        weights=[rows("weights", ("model.a", None, 4096, 1000.0, 1.0, 0, 0.25))],
         outputs=[pd.DataFrame([output("a", "model.a", 2.0, 0.5, **propagated)])],
     ).loc["model.a"]
     assert (row["weight_nmse"], row["weight_peak"], row["propagated_nmse"]) == (0.001, 0.25, 0.75)
@@ -149,7 +149,7 @@ def test_one_sample_has_a_sensitivity_but_no_error(tmp_path: Path):
 def test_non_finite_values_are_left_out_and_counted(tmp_path: Path):
     run = make_run(
         tmp_path / "run",
-        weights=[rows("weights", ("model.q", 10, 1.0, 0.5, 3, 0.1))],
+        weights=[rows("weights", ("model.q", None, 10, 1.0, 0.5, 3, 0.1))],
         outputs=[pd.DataFrame([output("a", "model.a", 1.0, 0.5, activation_nonfinite=2)])],
         sensitivity=[
             rows("sensitivity", ("a", "model.a", 2, 3.0), ("b", "model.a", 5, nan), ("c", "model.a", 5, inf))

@@ -1,0 +1,121 @@
+"""Experts in 4-bit by qprobe's loader: what is loaded is what was listed, saved, and read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.checkpoint.ready import ready_for_training
+from qprobe.checkpoint.storage import stored_bytes
+from qprobe.checkpoint.verify import verify
+from qprobe.errors import QprobeError, VerificationError
+from qprobe.loading.experts.four_bit import codes_of_experts, four_bit_experts
+from qprobe.loading.experts.weights import expert_weights
+from qprobe.loading.reference import load_reference
+from tests import mixtures
+from tests.checkpoint.experts.conftest import Packed
+from tests.checkpoint.manifests import manifest_for, with_layer
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+IDS = torch.arange(20, 32)[None]
+
+
+@pytest.mark.parametrize("name", mixtures.NAMES)
+def test_a_folder_of_experts_in_4_bit_is_read_again_bit_by_bit_and_trains(
+    name: str, packed: Callable[[str], Packed]
+):
+    source, manifest, out = packed(name)
+    first, _ = load_dynamic_4bit(manifest, str(source), "cpu")
+    again, _ = load_dynamic_4bit(out, device="cpu")
+    saved, read = first.state_dict(), again.state_dict()
+    assert saved.keys() == read.keys() and all(torch.equal(saved[key], read[key]) for key in saved)
+    with torch.no_grad():
+        assert torch.equal(first(IDS).logits, again(IDS).logits)
+    fused = [x for x in manifest.layers if len(x.shape) == 3]
+    assert set(four_bit_experts(again)) == {x.name for x in fused[:-1]} and not fused[-1].is_four_bit
+    assert stored_bytes(again).total_bytes == manifest.budget.total_bytes
+    found = audit(out, manifest)
+    assert found.ok and {x.name: x.state for x in found.layers if x.state == "16-bit"}.keys() == {
+        *manifest.skip_modules
+    }
+    losses = three_steps(again)
+    assert losses[2] < losses[0]
+    assert torch.equal(again.state_dict()[fused[0].name], saved[fused[0].name])
+
+
+def three_steps(model: torch.nn.Module) -> list[float]:
+    """Losses of three steps of LoRA on attention."""
+    ready_for_training(model)
+    torch.manual_seed(0)
+    pattern = r".*self_attn\.(q_proj|o_proj|q_a_proj)"
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=pattern, lora_dropout=0.0))
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(3):
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    adapted.unload()
+    return losses
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_rounded_by_bitsandbytes_along_their_memory(name: str, packed: Callable[[str], Packed]):
+    source, manifest, _ = packed(name)
+    own = load_reference(str(source), "cpu").model
+    loaded, _ = load_dynamic_4bit(manifest, str(source), "cpu")
+    for layer, state in four_bit_experts(loaded).items():
+        weight = expert_weights(own)[layer].weight.data
+        codes, expected = quantize_4bit(weight, compress_statistics=True, quant_type="nf4", blocksize=64)
+        assert torch.equal(codes_of_experts(loaded, layer).reshape(-1), codes.reshape(-1))
+        parent, _, leaf = layer.rpartition(".")
+        read = getattr(loaded.get_submodule(parent), leaf)
+        assert torch.equal(read, dequantize_4bit(codes, expected)) and read.shape == weight.shape
+        assert state.nested
+
+
+def test_plain_transformers_refuses_a_folder_of_4_bit_experts_and_names_who_reads_it(
+    packed: Callable[[str], Packed],
+):
+    with pytest.raises(AttributeError, match=r"load it with qprobe\.load_dynamic_4bit"):
+        AutoModelForCausalLM.from_pretrained(packed("mixtral").out)
+
+
+def test_a_folder_is_loaded_as_it_is(packed: Callable[[str], Packed]):
+    with pytest.raises(QprobeError, match="is loaded as it is"):
+        load_dynamic_4bit(packed("mixtral").out, device="cpu", dtype="float16")
+
+
+def test_a_model_with_other_experts_in_4_bit_than_listed_is_refused(packed: Callable[[str], Packed]):
+    _, manifest, out = packed("mixtral")
+    model, _ = load_dynamic_4bit(out, device="cpu")
+    kept = next(x for x in manifest.layers if len(x.shape) == 3 and not x.is_four_bit)
+    four_bit = next(x for x in manifest.layers if len(x.shape) == 3 and x.is_four_bit)
+    with pytest.raises(VerificationError, match="must be in 4-bit but has no parametrization"):
+        verify(model, with_layer(manifest, kept.name, precision="nf4", bytes=four_bit.bytes))
+    with pytest.raises(VerificationError, match="must stay in 16-bit but is in 4-bit"):
+        verify(model, with_layer(manifest, four_bit.name, precision="bf16"))
+
+
+def test_experts_in_16_bit_give_a_folder_that_plain_transformers_reads(
+    mixture: Callable[[str], Path], tmp_path: Path
+):
+    from qprobe.checkpoint.quantize import quantize
+    from tests.checkpoint.manifests import inventory_of
+
+    source = mixture("mixtral")
+    experts = [x.name for x in inventory_of(source).layers if x.experts]
+    manifest = manifest_for(source, experts)
+    quantize(manifest, tmp_path / "out", str(source), "cpu")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu", dtype="auto")
+    verify(plain, manifest)
