@@ -64,6 +64,7 @@ class ScanOptions:
     max_memory: str | None = None
     tune: int | None = None
     calibration_samples: int | None = None
+    keep_correction: int | None = None
     turns: Turns = "each"
     split: str | None = None
     bad_data: BadData = "refuse"

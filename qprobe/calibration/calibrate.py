@@ -22,7 +22,7 @@ from qprobe.calibration.codes import Rounded
 from qprobe.calibration.damage import FEWEST, split_batches
 from qprobe.calibration.decide import decided
 from qprobe.calibration.gptq import DAMPING
-from qprobe.calibration.gram import SharedInput, Weights, shared_inputs
+from qprobe.calibration.gram import Gathering, SharedInput, Weights, shared_inputs
 from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.room import gram_room, record_room, rounded_together
 from qprobe.calibration.token_weights import MIX, draws, token_weights
@@ -161,16 +161,10 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
     chosen = [inputs[unit] for unit in numbers.values()]
     if not chosen:
         return
-    limit = work.limit_bytes
-    if limit is None:
-        limit = gram_room(work.subject, inputs)
-    weights = _weights(work, chosen, inputs, limit)
-    walk = Walk(work.subject, record_room(work.subject)) if can_walk(work.subject) else None
-    plan = planned(walk, chosen, limit // 2, work.subject.reference.device)  # half is for rounding at once
-    step = _steps(work.progress, plan.runs * len(work.samples) + len(numbers))
-    for gathering in gathered_in_turn(
-        work.subject, walk, plan, lambda: work.widened, len(work.samples), weights, step
-    ):
+    limit = _limit(work, inputs)
+    runs, turns = gathering_turns(work, chosen, inputs)
+    step = _steps(work.progress, runs + len(numbers))
+    for gathering in turns(step):
         for group in rounded_together(work.subject, gathering.inputs, limit):
             grams = [gathering.grams.pop(one.leader) for one in group]
             with work.subject.running(f"round {group[0].leader}"):  # of its own: no weight stays meanwhile
@@ -179,6 +173,28 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
                 _finish(work, rounded, gram.tokens, numbers[one.leader])
                 step()
             del grams
+
+
+def gathering_turns(
+    work: Work, chosen: Sequence[SharedInput], inputs: Sequence[SharedInput]
+) -> tuple[int, Callable[[Callable[[], None]], Iterator[Gathering]]]:
+    """(how often it calls back, what gives the matrices of `chosen` in turn, calling back as it goes on).
+
+    inputs: all there are, of which `chosen` are some.
+    """
+    subject, limit, count = work.subject, _limit(work, inputs), len(work.samples)
+    weights = _weights(work, chosen, inputs, limit)
+    walk = Walk(subject, record_room(subject)) if can_walk(subject) else None
+    plan = planned(walk, chosen, limit // 2, subject.reference.device)  # half is for rounding at once
+
+    def turns(done: Callable[[], None]) -> Iterator[Gathering]:
+        return gathered_in_turn(subject, walk, plan, lambda: work.widened, count, weights, done)
+
+    return plan.runs * count, turns
+
+
+def _limit(work: Work, inputs: Sequence[SharedInput]) -> int:
+    return gram_room(work.subject, inputs) if work.limit_bytes is None else work.limit_bytes
 
 
 def _weights(

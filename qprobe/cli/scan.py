@@ -64,6 +64,13 @@ TOP = 10  # layers of the ranking that are shown
     help="Steps in which nf4-calibrated tunes block scales on the answers; 0 for none. Each runs a batch "
     "forward and backward.  [default: 200 on CUDA, 32 for a model above 2.5 billion parameters; 0 on a CPU]",
 )
+@click.option(
+    "--keep-correction",
+    type=click.IntRange(min=1, max=64),
+    metavar="RANK",
+    help="Also keep what nf4-calibrated leaves of every weight, as factors of this rank at most, in "
+    "RUN/correction.safetensors.",
+)
 @limit_options(DEFAULT_BUDGET)
 @click.option(
     "--by",

@@ -54,6 +54,19 @@ class TokensCount:
 
 
 @dataclass(frozen=True)
+class CorrectionFile:
+    """What 4-bit leaves of each weight (`qprobe.calibration.correction`), in the folder of the run.
+
+    sha256: of its bytes; codes: of the calibrated weights that it corrects; rank: of the factors, at most.
+    """
+
+    file: str
+    sha256: str
+    codes: str
+    rank: int
+
+
+@dataclass(frozen=True)
 class Ran:
     """unmeasured: names of linears that never ran on the samples, or are not stored as one tensor."""
 
@@ -81,6 +94,7 @@ TOPICS: Mapping[str, type[Any]] = {
     "codes": CodesFile,  # which calibrated weights were measured
     "tokens": TokensCount,  # when codes are chosen
     "calibration": Remarks,  # on how they were chosen
+    "correction": CorrectionFile,  # of these weights
     "tuning": Remarks,  # on whether their scales were tuned
     "layers": Ran,
     "non-finite": Remarks,  # on what is left out

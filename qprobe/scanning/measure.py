@@ -9,6 +9,7 @@ from functools import partial
 import pandas as pd
 
 from qprobe.calibration import calibrate as calibration
+from qprobe.calibration.correction import keep_correction
 from qprobe.errors import RunError
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
@@ -98,10 +99,12 @@ def _write(run: RunFolder, stages: frozenset[str], unit: int, frames: Mapping[st
         run.write_unit(stage, unit, frame)
 
 
-def calibrate(subject: Subject, work: Work, tune: int, process: Process) -> None:
+def calibrate(
+    subject: Subject, work: Work, tune: int, process: Process, correction_rank: int | None = None
+) -> None:
     """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured.
 
-    tune: steps of tuning the scales afterwards.
+    tune: steps of tuning the scales afterwards. correction_rank: see `keep_correction`; None to keep none.
     Raises RunError where several processes share a scan that is not calibrated yet.
     """
     run = process.run
@@ -114,5 +117,7 @@ def calibrate(subject: Subject, work: Work, tune: int, process: Process) -> None
     samples = [*work.calibration, *work.codes]
     given = calibration.Work(subject, run, samples, tune_steps=tune, progress=process.progress)
     calibration.calibrate_model(given)
+    if correction_rank is not None and process.shard.rank == 0:
+        keep_correction(given, correction_rank)
     told = (calibration.fitted(work.calibration, work.codes), *calibration.calibration_notes(run))
     run.notes.put("calibration", Remarks(told))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qprobe.calibration.correction import MOST_RANK
 from qprobe.data.sampling import Wanted, wanted_by
 from qprobe.errors import QprobeError
 from qprobe.inputs.metrics import Metric, metric_of
@@ -57,8 +58,8 @@ class ScanRequest:
     source: of the model. loaded: the model itself, where its user has loaded it. folder: of the run.
     format: its compute_dtype is the reference's dtype. device: as `pick_device` and `device_of` take it.
     max_memory_bytes: None for no limit. tune: steps, None for the default of the device;
-    calibration_samples: for the codes, None likewise. ablate: None for no
-    ablation. metric: of answers, beside KL. command: what a reader of the results types.
+    calibration_samples: for the codes, None likewise. keep_correction: its rank, None to keep none.
+    ablate: None for no ablation. metric: of answers, beside KL. command: what a reader of the results types.
     """
 
     source: Source
@@ -69,6 +70,7 @@ class ScanRequest:
     max_memory_bytes: int | None
     tune: int | None
     calibration_samples: int | None
+    keep_correction: int | None
     samples: Wanted
     batching: Batching
     measures: AskedMeasures
@@ -112,6 +114,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
             f"--calibration-samples says what nf4-calibrated fits codes to, and --format is "
             f"{options.format}. Leave it out, or pass --format nf4-calibrated."
         )
+    _check_correction(options)
     ablate = None if options.ablate is None else parse_ablated(options.ablate)
     _check_ablate(ablate, measures)
     pick_device(one_device(options.device))
@@ -129,6 +132,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         max_memory_bytes=limit,
         tune=options.tune,
         calibration_samples=options.calibration_samples,
+        keep_correction=options.keep_correction,
         samples=wanted_by(options),
         batching=Batching(options.batch_size, options.max_new_tokens),
         measures=measures,
@@ -137,6 +141,19 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         metric=None if options.metric is None else metric_of(options.metric),
         command=_command(replace(options, dtype=dtype), source, loaded),
     )
+
+
+def _check_correction(options: ScanOptions) -> None:
+    rank = options.keep_correction
+    if rank is None:
+        return
+    if not FormatSpec(options.format).is_calibrated:
+        raise QprobeError(
+            f"--keep-correction is of what nf4-calibrated leaves, and --format is {options.format}. Leave it "
+            "out, or pass --format nf4-calibrated."
+        )
+    if not 1 <= rank <= MOST_RANK:
+        raise QprobeError(f"--keep-correction {rank} is no rank of factors. Pass 1 to {MOST_RANK}.")
 
 
 def _check_measures(measures: AskedMeasures) -> None:
@@ -286,6 +303,7 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
         ("--nodes", asked.nodes, _DEFAULTS["nodes"]),
         ("--tune", asked.tune, None),
         ("--calibration-samples", asked.calibration_samples, None),
+        ("--keep-correction", asked.keep_correction, None),
         ("--ablate", asked.ablate, None),
         ("--metric", asked.metric if isinstance(asked.metric, str) else None, None),
     ]

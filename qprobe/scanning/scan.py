@@ -56,6 +56,7 @@ def scan(
     max_memory: str | int | None = None,
     tune: int | None = None,
     calibration_samples: int | None = None,
+    keep_correction: int | None = None,
     turns: Turns = "each",
     split: str | None = None,
     bad_data: BadData = "refuse",
@@ -98,6 +99,8 @@ def scan(
         the device and the model.
     calibration_samples: how many "nf4-calibrated" fits codes to: the measured ones, and more of the same
         source up to so many; None for what suits the device and the model.
+    keep_correction: rank, 64 at most, of the factors of what "nf4-calibrated" leaves of each weight, which
+        are kept in the run folder then.
     metric: of greedy answers to the held-out samples, beside KL, for the verdict: one of
         `qprobe.registry.metrics.names()`, or any function of (sample, answer) to a number; the answer of the
         sample is None where none was given. Costs the answers of 16-bit, standard 4-bit and the chosen list.
@@ -133,6 +136,7 @@ def scan(
             max_memory=None if max_memory is None else str(max_memory),
             tune=tune,
             calibration_samples=calibration_samples,
+            keep_correction=keep_correction,
             turns=turns,
             split=split,
             bad_data=bad_data,
@@ -163,7 +167,7 @@ def scan_model(asked: ScanRequest, process: Process) -> ScanResult:
             show_samples(subject, work.calibration, run)
         if asked.format.is_calibrated:
             with clock.stage("calibrate"):
-                calibrate(subject, work, tune_steps(subject, asked.tune), process)
+                calibrate(subject, work, tune_steps(subject, asked.tune), process, asked.keep_correction)
         with clock.stage("measure"):
             measure_units(subject, work, measures, process)
         with finishing(run.path, shard, run.units_left, asked.after_units) as turn:

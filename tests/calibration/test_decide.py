@@ -75,8 +75,12 @@ def test_the_decision_is_noted_once_and_decides_the_codes(
     calibrate_units(work, inputs, range(2))
     calibrate_model(work)
     assert len(decisions) == 1
-    noted = RunFolder(work.run.path).notes.get("tokens")
-    assert noted == TokensCount(is_weighted, 0.1, 0.2, ("told",)) and "told" in work.run.notes.sentences
+    noted: TokensCount | None = RunFolder(work.run.path).notes.get("tokens")
+    assert (
+        noted is not None
+        and noted == TokensCount(is_weighted, 0.1, 0.2, ("told",))
+        and "told" in work.run.notes.sentences
+    )
     if not is_weighted:
         monkeypatch.setattr(calibration, "token_weights", lambda *_: pytest.fail("weights without use"))
     again = work_of(tmp_path / "again", subject, 16)

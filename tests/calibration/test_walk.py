@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from qprobe.calibration.gram import Gathering, Gram, SharedInput, gathered, gram_bytes, shared_inputs
 from qprobe.calibration.walk import Plan, Walk, gathered_in_turn, planned
@@ -85,7 +86,7 @@ def test_what_a_block_put_out_is_handed_on_and_not_kept(tiny_folder: TinyFolder)
 
 
 def _kept(calls: list) -> list:
-    flat = torch.utils._pytree.tree_flatten(calls)[0]
+    flat = tree_flatten(calls)[0]
     return [x for x in flat if hasattr(x, "tensor")]
 
 

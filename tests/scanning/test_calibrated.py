@@ -67,6 +67,20 @@ def test_codes_are_fitted_to_more_samples_than_are_measured(tiny_folder: TinyFol
     assert "--calibration-samples 9" in read_manifest(found.run / "skiplist.json").made_by.command
 
 
+def test_what_calibration_leaves_is_kept_where_that_is_asked_for(tiny_folder: TinyFolder, tmp_path: Path):
+    asked = options(tiny_folder("llama"), tmp_path / "run", format="nf4-calibrated", keep_correction=4)
+    found = scan(**asked)
+    run = RunFolder(found.run)
+    noted, path = run.notes.get("correction"), found.run / "correction.safetensors"
+    assert (noted.rank, noted.codes) == (4, run.codes.sha256 if run.codes else "")
+    written = path.stat().st_mtime_ns
+    scan(**asked)
+    assert path.stat().st_mtime_ns == written  # it is there for these codes
+    for wrong, format in ((65, "nf4-calibrated"), (4, "nf4")):
+        with pytest.raises(QprobeError, match="--keep-correction"):
+            scan(**{**asked, "keep_correction": wrong, "format": format})
+
+
 def test_samples_for_the_codes_of_plain_nf4_are_refused(tiny_folder: TinyFolder, tmp_path: Path):
     with pytest.raises(QprobeError, match="--calibration-samples says what nf4-calibrated fits codes to"):
         scan(**options(tiny_folder("llama"), tmp_path / "run"), calibration_samples=6)

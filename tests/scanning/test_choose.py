@@ -34,6 +34,7 @@ EVERY_OPTION: dict[str, Any] = {
     "metric": "contains",
     "tune": 20,
     "calibration_samples": 40,
+    "keep_correction": 8,
     "turns": "last",
     "split": "test",
     "bad_data": "skip",

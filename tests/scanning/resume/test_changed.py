@@ -25,7 +25,7 @@ IN_THE_SPECIFICATION = {
     "max_new_tokens", "measures", "nodes", "tune", "calibration_samples", "turns", "split", "bad_data",
     "allow_downloads",
 }  # fmt: skip
-NO_PART = {"out", "max_memory"}
+NO_PART = {"out", "max_memory", "keep_correction"}
 
 
 class Stopped(Exception):

@@ -1,0 +1,74 @@
+"""Corrections of low rank of what 4-bit leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qprobe.calibration import correction
+from qprobe.calibration.calibrate import calibrate_model
+from qprobe.calibration.correction import FILE_NAME, best_correction, keep_correction, largest_directions
+from qprobe.calibration.gptq import Metric, metric_of, output_error
+from qprobe.calibration.gram import gathered, shared_inputs
+from qprobe.measure.attribution import walking
+from tests.calibration.test_calibrate import subject_for, work_in
+from tests.calibration.test_gptq import inputs
+
+TinyFolder = Callable[[str], Path]
+
+
+def left_by(error: torch.Tensor, metric: Metric, rank: int) -> float:
+    left, right = best_correction(error, metric, rank)
+    damped = metric.gram + metric.ridge * torch.eye(error.shape[1])
+    return float(output_error((error - left @ right).T.contiguous(), damped).sum())
+
+
+def test_the_error_left_is_that_of_the_smallest_singular_values_under_the_metric():
+    # Eckart and Young: of E R with R R^T = G the squares of all singular values but the largest r are left.
+    x = inputs(300, 40)
+    metric = metric_of(x.T @ x)
+    assert metric is not None
+    error = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+    damped = (metric.gram + metric.ridge * torch.eye(40)).double()
+    values = torch.linalg.svdvals(error.double() @ torch.linalg.cholesky(damped)).square()
+    for rank in (1, 5, 20):
+        assert left_by(error, metric, rank) == pytest.approx(float(values[rank:].sum()), rel=1e-3)
+    assert left_by(error, metric, 64) < 1e-5 * float(values.sum())
+
+
+def test_the_search_for_the_largest_directions_finds_them(monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(120, 90, generator=generator) * torch.arange(1, 91).float().reciprocal()
+    wanted = torch.linalg.svdvals(matrix)[:8]
+    monkeypatch.setattr(correction, "EXACT_UP_TO", 0)
+    u, s, vh = largest_directions(matrix, 8)
+    torch.testing.assert_close(s, wanted, rtol=1e-4, atol=0)
+    assert u.shape == (120, 8) and vh.shape == (8, 90)
+    torch.testing.assert_close(u.T @ matrix @ vh.T, s.diag(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_corrections_of_a_run_lessen_the_error_of_its_calibrated_weights(
+    tiny_folder: TinyFolder, tmp_path: Path
+):
+    subject = subject_for(tiny_folder("llama"))
+    work = work_in(tmp_path, subject, "llama")
+    calibrate_model(work)
+    keep_correction(work, 16)
+    kept = load_file(tmp_path / FILE_NAME)
+    batches = list(work.widened)
+    names = shared_inputs(subject, batches)
+    assert set(kept) == {f"{n}.{side}" for one in names for n in one.names for side in ("left", "right")}
+    with walking(subject.path):
+        grams = gathered(subject, names, batches).grams
+    for one in names:
+        for name in one.names:
+            error = subject.dequantized.own(name).float() - subject.dequantized.weight(name).float()
+            fix = kept[f"{name}.left"].float() @ kept[f"{name}.right"].float()
+            gram = grams[one.leader].total.float()
+            before, after = (float(output_error(e.T.contiguous(), gram).sum()) for e in (error, error - fix))
+            assert after < 0.8 * before, name
