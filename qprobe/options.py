@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from qprobe.errors import QprobeError
 from qprobe.registry.precisions import NF4
 
 DEFAULT_BUDGET = "+10%"
@@ -26,6 +28,19 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """The silent `Progress`."""
+
+
+def check_words(options: Any) -> None:
+    """Raises QprobeError where a field of the dataclass `options` holds none of the words that it takes.
+
+    The command line lets no other word through; a caller from Python would get something else in silence.
+    """
+    for name, kind in get_type_hints(type(options)).items():
+        kinds = get_args(kind) if get_origin(kind) is UnionType or type(None) in get_args(kind) else (kind,)
+        words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
+        given = getattr(options, name)
+        if words and given not in words and not (given is None and type(None) in kinds):
+            raise QprobeError(f"{name}={given!r} is no choice. Pass one of {', '.join(map(repr, words))}.")
 
 
 def path_of(given: str | Path | None) -> Path | None:
@@ -72,6 +87,9 @@ class ScanOptions:
     metric: AskedMetric | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        check_words(self)
+
 
 @dataclass(frozen=True)
 class CompareOptions:
@@ -94,6 +112,9 @@ class CompareOptions:
     allow_downloads: bool = False
     metric: AskedMetric | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_words(self)
 
 
 @dataclass(frozen=True)
@@ -125,3 +146,6 @@ class FinetuneOptions:
     save_every: int = 50
     seed: int = 0
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_words(self)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from qprobe.cli import shared
 from qprobe.cli.speaking import say
+from qprobe.options import Base, Optimizer
 from qprobe.system.wording import counted
 
 _POSITIVE = click.IntRange(min=1)
@@ -23,7 +24,7 @@ _OPTIONS = (
     click.option("--out", type=shared.PATH, required=True, metavar="DIR", help="Folder for the adapter."),
     click.option(
         "--base",
-        type=click.Choice(["16-bit", "nf4", "dynamic"]),
+        type=click.Choice(get_args(Base)),
         default="dynamic",
         show_default=True,
         help="What the adapter goes on: the model in 16-bit, in standard 4-bit, or as F lists it.",
@@ -88,7 +89,7 @@ _OPTIONS = (
     ),
     click.option(
         "--optimizer",
-        type=click.Choice(["adamw_8bit", "adamw_torch"]),
+        type=click.Choice(get_args(Optimizer)),
         help="[default: adamw_8bit on CUDA; adamw_torch on a CPU, for which there is no 8-bit one]",
     ),
     click.option("--vision", is_flag=True, help="Put adapters on the vision tower as well."),

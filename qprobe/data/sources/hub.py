@@ -17,7 +17,9 @@ _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 def _takes(data: Any) -> bool:
     if not isinstance(data, str | Path) or not _ID.fullmatch(str(data)) or Path(data).exists():
         return False
-    return Path(data).suffix.lower() not in (".jsonl", ".json", ".parquet", ".ndjson", ".txt")
+    return (
+        not Path(data).suffix[1:].isalpha()
+    )  # "org/name-v1.5" is an id, "folder/rows.csv" a file that is missing
 
 
 def _rows(data: Any, split: str | None) -> Rows:
