@@ -82,7 +82,8 @@ def quantize(
     refuse_to_overwrite(target)
     given = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     skeleton = check_model(given, model, trust_remote_code)
-    refuse_rewritten(skeleton.model)
+    if not any(x.is_four_bit and len(x.shape) == 3 for x in given.layers):  # else only qprobe reads it
+        refuse_rewritten(skeleton.model)
     written = _computing_in(given, dtype)
     origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
     entries = exact_entries(transformers_readers(written), str, exact)
