@@ -30,7 +30,9 @@ def bert(**more: Any) -> Callable[[], Any]:
 
 
 def llama() -> Any:
-    return LlamaConfig(num_labels=1, **tiny.decoder(32, 32, 2))
+    config = LlamaConfig(**tiny.decoder(32, 32, 2))
+    config.num_labels = 1
+    return config
 
 
 def clip() -> Any:
