@@ -15,7 +15,9 @@ QUICK ?=
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test versions lint browser figures notebooks clean
+FUZZ := 600
+
+.PHONY: help demo quick test fuzz versions lint browser figures notebooks clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +43,9 @@ quick: $(STAMP)  ## after each edit, within a minute: lint, types of changed fil
 # Two workers of one thread each: the models are tiny, and threads would only get in each other's way.
 test: lint browser  ## lint and all tests
 	$(PYTEST)
+
+fuzz: $(STAMP)  ## damaged and hostile inputs for every reader; FUZZ=60 for a minute
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 versions: $(STAMP)  ## all tests on the lowest and the newest transformers, peft and bitsandbytes that are allowed
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m tests.versions -n 2 --dist loadfile --no-loadscope-reorder --no-loadscope-reorder

@@ -105,13 +105,13 @@ def _format(
         named = "bnb_4bit_quant_type" in quantization
         how = "" if named else ", since it names no bnb_4bit_quant_type"
         raise ManifestError(
-            f"The config in {path} means {spec.name.upper()}{how}, and a manifest describes NF4 only. Pass "
-            f"its list alone, as a JSON list of names, to see what it keeps beside NF4."
+            f"The config in {path} means {shortened(spec.name.upper(), 40)}{how}, and a manifest describes NF4 "
+            f"only. Pass its list alone, as a JSON list of names, to see what it keeps beside NF4."
         )
     if said == dtype:
         return spec, ()
     how = "" if "bnb_4bit_compute_dtype" in quantization else ", since it names no bnb_4bit_compute_dtype"
-    return spec, (f"The config computes in {said}{how}; the manifest computes in {dtype}.",)
+    return spec, (f"The config computes in {shortened(said, 40)}{how}; the manifest computes in {dtype}.",)
 
 
 def match_list(

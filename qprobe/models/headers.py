@@ -11,12 +11,13 @@ from typing import Any
 
 from qprobe.errors import ModelError
 from qprobe.registry.precisions import quant_types
-from qprobe.system.foreign import open_foreign, read_foreign
+from qprobe.system.foreign import is_plain_name, open_foreign, read_foreign
 from qprobe.system.tensor_headers import read_tensor_header
+from qprobe.system.wording import shortened
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_JSON_BYTES = 256 * 2**20  # an index has about 100 bytes a tensor
+MAX_JSON_BYTES = 32 * 2**20  # which JSON can make a GiB of; an index has about 100 bytes per tensor
 QUANT_STATE = ".quant_state.bitsandbytes__"  # bitsandbytes 0.50, functional.py, `QuantState.as_dict`
 
 
@@ -105,9 +106,10 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
         )
     found: dict[str, StoredTensor] = {}
     for file in sorted(set(where.values())):
-        if Path(file).name != file:
+        if not is_plain_name(file):
             raise ModelError(
-                f"{INDEX} names the file {file!r}, which lies elsewhere; copy the checkpoint again."
+                f"{INDEX} names the file {shortened(repr(file), 80)}, which lies elsewhere; copy "
+                "the checkpoint again."
             )
         if not (folder / file).is_file():
             lost = sum(x == file for x in where.values())
@@ -118,7 +120,8 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
     lost = [name for name in where if name not in found]
     if lost:
         raise ModelError(
-            f"{INDEX} lists {lost[0]} in {where[lost[0]]}, which does not hold it; copy the checkpoint again."
+            f"{INDEX} lists {shortened(lost[0], 120)} in {where[lost[0]]}, which does not hold it; "
+            "copy the checkpoint again."
         )
     return found
 

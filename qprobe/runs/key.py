@@ -18,6 +18,7 @@ from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.registry import measures as declared
 from qprobe.system.decoding import check_names, check_visible, decode, strict_json
 from qprobe.system.versions import library_versions
+from qprobe.system.wording import shortened
 
 FILE = "scan.json"
 VERSION = 1
@@ -185,10 +186,12 @@ def parse_key(path: Path, data: bytes) -> Key:
             here = library_versions()["qprobe"]
             raise RunError(
                 f"The scan is of {wrote}, and qprobe {here} cannot tell from its scan.json what it measured "
-                f"({error}). Use the version that made it, or scan again with another --out."
+                f"({shortened(str(error), 300)}). Use the version that made it, or scan again "
+                "with another --out."
             ) from None
         raise RunError(
-            f"{path} is damaged ({error}). Put a copy of it back, or scan again with another --out."
+            f"{path} is damaged ({shortened(str(error), 300)}). Put a copy of it back, or scan again "
+            "with another --out."
         ) from None
     return key
 
@@ -203,7 +206,7 @@ def _writer(raw: Any) -> str | None:
     if there is None:
         return "a qprobe that its scan.json does not name"
     is_ours = there == library_versions()["qprobe"] and raw.get("version") == VERSION
-    return None if is_ours else f"qprobe {there}"
+    return None if is_ours else f"qprobe {shortened(str(there), 40)}"
 
 
 def differences(old: Key, new: Key) -> str:

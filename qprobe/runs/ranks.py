@@ -12,6 +12,7 @@ import pandas as pd
 from qprobe.errors import RunError
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.table import answer_tokens
+from qprobe.system.wording import shortened
 
 if TYPE_CHECKING:
     from qprobe.runs.folder import RunFolder
@@ -59,8 +60,8 @@ def parse_ranks(path: Path, data: bytes) -> pd.DataFrame:
     """What `write_ranks` wrote, from `data`, the bytes of the file `path`; RunError if it is damaged."""
     try:
         return pd.read_csv(BytesIO(data), dtype=_DTYPES)[list(_DTYPES)]
-    except (ValueError, KeyError) as error:
-        raise RunError(f"{path} is damaged ({error}). Run the scan again.") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise RunError(f"{path} is damaged ({shortened(str(error), 200)}). Run the scan again.") from None
 
 
 def _by_sample(rows: pd.DataFrame, names: list[str]) -> tuple[np.ndarray, np.ndarray]:

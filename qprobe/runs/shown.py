@@ -50,7 +50,7 @@ def parse_shown(path: Path, data: bytes) -> dict[str, ShownSample]:
     """The samples by id in `data`, the bytes of the samples.json at `path`; RunError if it is damaged."""
     try:
         return {s.id: s for s in map(_sample, strict_json(data))}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise RunError(
             f"{path} is damaged ({str(error)[:100]}). Delete it; the report does without, and the same scan "
             "writes it again."
@@ -58,7 +58,7 @@ def parse_shown(path: Path, data: bytes) -> dict[str, ShownSample]:
 
 
 def _sample(data: dict[str, Any]) -> ShownSample:
-    """The sample of a JSON object; ValueError, TypeError or KeyError if it is none."""
+    """The sample of a JSON object; ValueError, TypeError, LookupError or AttributeError if it is none."""
     grid = None if data["grid"] is None else Grid(**data["grid"])
     size = None if data["size"] is None else (int(data["size"][0]), int(data["size"][1]))
     sample = ShownSample(**{**data, "grid": grid, "size": size, "tokens": tuple(data["tokens"])})

@@ -22,6 +22,7 @@ from qprobe.registry import measures
 from qprobe.runs.aggregates import LayerRows, aggregated
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.layer_rows import Rows, numbers, rows_by_layer
+from qprobe.system.wording import shortened
 
 if TYPE_CHECKING:
     from qprobe.runs.folder import RunFolder
@@ -120,7 +121,7 @@ def parse_table(path: Path, data: bytes, inventory: Inventory) -> pd.DataFrame:
     try:
         table = _parse(data.decode("utf-8"))
     except (ValueError, csv.Error) as error:
-        raise RunError(f"{path} is damaged ({error}). Run the scan again.") from None
+        raise RunError(f"{path} is damaged ({shortened(str(error), 200)}). Run the scan again.") from None
     if sorted(table["layer"]) != sorted(x.name for x in inventory.layers):
         count = len(inventory.layers)
         raise RunError(f"{path} does not list the {count} layers of scan.json. Run the scan again.")

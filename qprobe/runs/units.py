@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from qprobe.errors import RunError
 from qprobe.registry import measures
+from qprobe.system.wording import shortened
 
 _KINDS = {"text": pa.string(), "count": pa.int64(), "number": pa.float64()}
 
@@ -101,7 +102,8 @@ def decode_unit(path: Path, data: bytes) -> pa.Table:
     assert stage is not None, path
     try:
         table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)  # of texts, too, that they are UTF-8
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0][:120]
         raise DamagedUnitError(
             f"{path} is damaged ({reason}). Scan again into the same folder: what is damaged is set aside, "
@@ -109,8 +111,8 @@ def decode_unit(path: Path, data: bytes) -> pa.Table:
         ) from None
     if not table.schema.equals(_schema(stage)):
         raise RunError(
-            f"{path} has other columns than this qprobe writes ({', '.join(table.schema.names)}). "
-            "Scan again with another --out."
+            f"{path} has other columns than this qprobe writes "
+            f"({shortened(', '.join(table.schema.names), 300)}). Scan again with another --out."
         )
     return table
 

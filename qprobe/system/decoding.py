@@ -88,8 +88,9 @@ def _explained(said: str, value: Any, where: str) -> str:
     what, path = match["said"], match["path"] or ""
     lacks = _LACKS.fullmatch(what)
     if lacks:
-        return f"{where}{path} lacks {lacks[1]}"
-    return f"{where}{path} is {_shown(value, path)} ({what[:1].lower()}{what[1:]})"
+        return f"{where}{shortened(path, 120)} lacks {lacks[1]}"
+    said = shortened(f"{what[:1].lower()}{what[1:]}", 200)
+    return f"{where}{shortened(path, 120)} is {_shown(value, path)} ({said})"
 
 
 def _shown(value: Any, path: str) -> str:
@@ -115,7 +116,7 @@ def _check_keys(found: Any, value: Any, where: str) -> None:
         needed = {x.name for x in fields(found) if x.default is not None or x.default_factory is not MISSING}
         for problem, keys in (("lacks", needed - value.keys()), ("has the unknown", value.keys() - names)):
             if keys:
-                raise ValueError(f"{where} {problem} {', '.join(sorted(keys))}")
+                raise ValueError(f"{where} {problem} {shortened(', '.join(sorted(keys)), 200)}")
         for name in value:
             _check_keys(getattr(found, name), value[name], f"{where}.{name}")
     elif isinstance(found, list | tuple):
@@ -123,7 +124,7 @@ def _check_keys(found: Any, value: Any, where: str) -> None:
             _check_keys(one, raw, f"{where}[{index}]")
     elif isinstance(found, dict):
         for name, one in found.items():
-            _check_keys(one, value[name], f"{where}.{name}")
+            _check_keys(one, value[name], f"{where}.{shortened(name, 60)}")
 
 
 def _refuse_constant(token: str) -> NoReturn:
@@ -141,5 +142,5 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object")
+        raise ValueError(f"the key {shortened(repr(repeated), _SHOWN)} stands twice in one object")
     return result

@@ -65,7 +65,7 @@ def check_foreign(path: Path, error: type[QprobeError], fix: str, limit: int | N
 def is_plain_name(name: str) -> bool:
     """Whether `name` is that of a file in a folder, and of nothing else, on every system."""
     is_one = name not in ("", ".", "..") and not any(x in name for x in "/\\:")
-    return is_one and name.isprintable() and len(name) <= 255
+    return is_one and name.isprintable() and len(name.encode("utf-8", "replace")) <= 255
 
 
 class _RefusedError(Exception):

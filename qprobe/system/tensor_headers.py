@@ -14,6 +14,7 @@ from math import prod
 from typing import Any, BinaryIO
 
 from qprobe.system.decoding import decode, strict_json
+from qprobe.system.wording import shortened
 
 MAX_HEADER_BYTES = 32 * 2**20  # which JSON can make a GiB of; those of the largest models have 10
 # Bits of an element, from the format's own list; of a dtype that is newer, the size cannot be checked.
@@ -54,7 +55,9 @@ def read_tensor_header(file: BinaryIO) -> tuple[dict[str, TensorEntry], int]:
     if not isinstance(header, dict):
         raise ValueError("it is no JSON object")
     entries = {
-        name: decode(TensorEntry, entry, name) for name, entry in header.items() if name != "__metadata__"
+        name: decode(TensorEntry, entry, shortened(name, 80))
+        for name, entry in header.items()
+        if name != "__metadata__"
     }
     for entry in entries.values():
         _check(entry, size - 8 - length)
@@ -85,4 +88,5 @@ def _check(entry: TensorEntry, data_bytes: int) -> None:
     bits = DTYPE_BITS.get(entry.dtype)
     is_wrong = bits is not None and bits * prod(entry.shape) != 8 * entry.nbytes
     if min(entry.shape, default=0) < 0 or is_wrong:
-        raise ValueError(f"a tensor of {entry.dtype} {list(entry.shape)} has {entry.nbytes:,} bytes")
+        what = f"{shortened(entry.dtype, 20)} {shortened(str(list(entry.shape)), 80)}"
+        raise ValueError(f"a tensor of {what} has {entry.nbytes:,} bytes")

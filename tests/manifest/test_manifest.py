@@ -266,7 +266,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path):
     path = tmp_path / "skiplist.json"
     with open(path, "wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    with pytest.raises(ManifestError, match="larger than 64 MiB"):
+    with pytest.raises(ManifestError, match="larger than 32 MiB"):
         read_manifest(path)
 
 
