@@ -105,8 +105,8 @@ def _format(
         named = "bnb_4bit_quant_type" in quantization
         how = "" if named else ", since it names no bnb_4bit_quant_type"
         raise ManifestError(
-            f"The config in {path} means {shortened(spec.name.upper(), 40)}{how}, and a manifest describes NF4 "
-            f"only. Pass its list alone, as a JSON list of names, to see what it keeps beside NF4."
+            f"The config in {path} means {shortened(spec.name.upper(), 40)}{how}, and a manifest describes "
+            f"NF4 only. Pass its list alone, as a JSON list of names, to see what it keeps beside NF4."
         )
     if said == dtype:
         return spec, ()

@@ -18,8 +18,8 @@ CORPUS = Path(__file__).with_name("corpus")
 LONGEST_SECONDS, LONGEST_MESSAGE = 5.0, 2000
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 10**30, 1e308, "", "x" * 9999, "\x1b[2J", "\u202e", "\ud800", "../../x",
-    "/dev/zero", "=1+1", "a\nb", "(a|aa)+\\d$", "[[:alpha:]]", "{e<2}", "*", "(", [], {}, [[]], {"": {}}, [None],
-    "NaN",
+    "/dev/zero", "=1+1", "a\nb", "(a|aa)+\\d$", "[[:alpha:]]", "{e<2}", "*", "(", [], {}, [[]], {"": {}},
+    [None], "NaN",
 )  # fmt: skip
 TEXTS = (
     b"NaN", b"-Infinity", b"1e999", b"[" * 5000, b'{"a":' * 5000, b"\xff", b"\x00", b"\xef\xbb\xbf",
