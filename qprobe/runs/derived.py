@@ -37,7 +37,9 @@ def csv_bytes(frame: pd.DataFrame) -> bytes:
 
     A text that a spreadsheet would compute, as a sample's id may be, gets an apostrophe in front.
     """
-    texts = {name: column.map(_inert) for name, column in frame.items() if column.dtype.kind not in "iufb"}
+    texts = {
+        str(name): column.map(_inert) for name, column in frame.items() if column.dtype.kind not in "iufb"
+    }
     return frame.assign(**texts).to_csv(index=False, lineterminator="\n").encode()
 
 
