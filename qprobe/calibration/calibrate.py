@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 from qprobe.calibration.codes import Rounded
 from qprobe.calibration.damage import FEWEST, split_batches
@@ -32,7 +33,7 @@ from qprobe.errors import RunError
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4, nf4
 from qprobe.inputs.batch import Batch
-from qprobe.measure.attribution import walking
+from qprobe.measure.attribution import path_dtype, walking
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
 from qprobe.records import CodesFile, Sample
@@ -73,11 +74,14 @@ def fitted(measured: Groups, more: Groups) -> str:
     )
 
 
-def samples_wanted(subject: Subject, asked: int | None) -> int:
-    """How many samples codes are fitted to, as `asked` or as suits device and model; 0: the measured ones."""
-    if asked is not None or subject.reference.device.type != "cuda":
+def samples_wanted(model: nn.Module, device: torch.device, asked: int | None) -> int:
+    """How many samples codes are fitted to, as `asked` or as suits device and model; 0: the measured ones.
+
+    model: may be on the meta device.
+    """
+    if asked is not None or device.type != "cuda":
         return asked or 0
-    return MORE_SAMPLES if subject.path.dtype == torch.float32 else 0
+    return MORE_SAMPLES if path_dtype(model) == torch.float32 else 0
 
 
 Groups = Sequence[Sequence[Sample]]

@@ -22,7 +22,7 @@ from qprobe.checkpoint.storage import StoredBytes, stored_bytes
 from qprobe.data.sampling import choose_samples, wanted_by
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.inputs.answers import answered
-from qprobe.inputs.batch import image_token_id, tokenizer_of
+from qprobe.inputs.batch import image_token_id, reads_images
 from qprobe.inputs.metrics import Metric, metric_of, metrics_for
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.device import one_device
@@ -295,12 +295,12 @@ def _run_reference(
     processor = load_processor(skeleton.source)
     if processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
-    reads_images = tokenizer_of(processor) is not processor
     wanted = wanted_by(options)
     report = partial(_staged, progress, "16-bit")
     processed = ProcessedSamples(processor, getattr(torch, skeleton.dtype), image_token_id(skeleton.config))
-    chosen = choose_samples(manifest.model.id, reads_images, wanted, "compare", processed.refusal)
-    reference = reference_of(skeleton, options.device)  # samples that cannot be read show before it is loaded
+    chosen = choose_samples(manifest.model.id, reads_images(processor), wanted, "compare", processed.refusal)
+    # Samples that cannot be read show before it is loaded.
+    reference = reference_of(skeleton, options.device, processor=processor)
     own = _answers(reference.model, processed, chosen.samples, options, report)
     answers = [s.answer or "" for s in own]
     metrics = metrics_for(options.metric, chosen.samples)

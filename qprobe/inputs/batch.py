@@ -89,6 +89,11 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
+def reads_images(processor: Any) -> bool:
+    """True if the model's processor takes images."""
+    return hasattr(processor, "image_processor")
+
+
 def has_template(processor: Any) -> bool:
     """True if a chat template writes the text; else it is the plain one of `prompt_text`."""
     return bool(getattr(processor, "chat_template", None)) and not _takes_suffix(processor)

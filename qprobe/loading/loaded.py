@@ -147,11 +147,14 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def loaded_reference(loaded: LoadedModel, skeleton: Skeleton, device: str | None = None) -> Reference:
+def loaded_reference(
+    loaded: LoadedModel, skeleton: Skeleton, device: str | None = None, processor: Any = None
+) -> Reference:
     """The reference of `skeleton` (from `loaded_skeleton`), which shares the weights of the loaded model.
 
     Those of another dtype than the skeleton's, or on another device, are copied; buffers always are.
-    device: None for the one that the model is on. Raises MachineError for a device that is not here.
+    device: None for the one that the model is on. processor: a copy of the user's, if made already.
+    Raises MachineError for a device that is not here.
     """
     shell: Any = meta_model(skeleton.config, skeleton.dtype)
     place = next(loaded.model.parameters()).device if device is None else pick_device(device)
@@ -162,7 +165,7 @@ def loaded_reference(loaded: LoadedModel, skeleton: Skeleton, device: str | None
     shell.eval().requires_grad_(False)
     source = skeleton.source
     identity = ModelIdentity(source.id, source.revision, type(shell).__name__, fingerprint(shell))
-    return Reference(shell, copy.deepcopy(loaded.processor), identity, skeleton)
+    return Reference(shell, processor or copy.deepcopy(loaded.processor), identity, skeleton)
 
 
 def _share_parameters(shell: nn.Module, model: nn.Module, device: torch.device) -> None:

@@ -59,11 +59,6 @@ class Reference:
         skeleton = self.skeleton
         return skeleton.inventory(spec) if skeleton.is_buildable else list_layers(self.model, spec)
 
-    @property
-    def reads_images(self) -> bool:
-        """True if the model's processor takes images."""
-        return hasattr(self.processor, "image_processor")
-
 
 def load_reference(
     model: str,
@@ -80,12 +75,15 @@ def load_reference(
     return reference_of(skeleton_of(at_revision(resolve(model), revision), dtype), device, on_host)
 
 
-def reference_of(skeleton: Skeleton, device: str | None = None, on_host: bool = False) -> Reference:
+def reference_of(
+    skeleton: Skeleton, device: str | None = None, on_host: bool = False, processor: Any = None
+) -> Reference:
     """The 16-bit model of `skeleton` with its weights, in the skeleton's dtype.
 
     device: "auto" spreads it over all GPUs, as None does where the first one is too small.
     on_host: leave the weights on the CPU, in the files that are mapped there; else they go straight to the
-    device. Only safetensors are read, no pickle and no remote code.
+    device. processor: the model's, if it is loaded already.
+    Only safetensors are read, no pickle and no remote code.
     Raises ModelError if it cannot be had or its files lack a tensor, MachineError for a device that is not
     here and for too few GPUs.
     """
@@ -95,8 +93,9 @@ def reference_of(skeleton: Skeleton, device: str | None = None, on_host: bool = 
         return_freed_memory()
     layout = _layout(skeleton, device, torch.device("cpu") if on_host else place)
     loaded = load_pretrained(skeleton, dtype=DTYPES[skeleton.dtype], **layout)
-    with explained(source):
-        processor = load_processor(source)
+    if processor is None:
+        with explained(source):
+            processor = load_processor(source)
     check_layout(getattr(loaded, "hf_device_map", {}) if place.type == "cuda" and not on_host else {})
     loaded.eval().requires_grad_(False)
     revision = source.revision or getattr(loaded.config, "_commit_hash", None)

@@ -41,6 +41,7 @@ class Subject:
 
     modules: every layer by name, in module order. dequantized: their 4-bit forms, on the model's device.
     dtype: of the model as it was loaded, in which its inputs are also where the path is walked in another.
+    processed: what the processor makes of samples, each held while there is room.
     limit: of the memory it may take; None where all of it is on the device.
     release: called with a parameter that was read from the host, and is not needed soon.
     """
@@ -50,20 +51,13 @@ class Subject:
     modules: dict[str, Layer]
     dequantized: DequantizedWeights
     dtype: torch.dtype
+    processed: ProcessedSamples
     limit: MemoryLimit | None = None
     release: Callable[[Tensor], None] = lambda _: None
 
     @property
     def model(self) -> Any:
         return self.reference.model
-
-    @cached_property
-    def processed(self) -> ProcessedSamples:
-        """What the processor makes of samples, each held while there is room."""
-        room = (
-            INPUTS_BYTES if self.limit is None else min(INPUTS_BYTES, self.limit.limit_bytes // INPUTS_SHARE)
-        )
-        return ProcessedSamples(self.reference.processor, self.dtype, image_token_id(self.model.config), room)
 
     @cached_property
     def weights_digest(self) -> str:
@@ -139,7 +133,21 @@ class Subject:
         return self.processed.batch(samples).to(self.reference.device)
 
 
-def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, folder: FilePath) -> Subject:
+def processed_samples(
+    processor: Any, config: Any, dtype: torch.dtype, limit_bytes: int | None = None
+) -> ProcessedSamples:
+    """What `processor` makes of samples for the model of `config` in `dtype`; limit_bytes: of a scan."""
+    room = INPUTS_BYTES if limit_bytes is None else min(INPUTS_BYTES, limit_bytes // INPUTS_SHARE)
+    return ProcessedSamples(processor, dtype, image_token_id(config), room)
+
+
+def limited_subject(
+    reference: Reference,
+    spec: FormatSpec,
+    limit_bytes: int,
+    folder: FilePath,
+    processed: ProcessedSamples | None = None,
+) -> Subject:
     """`subject_of` within `limit_bytes` of the device: weights of repeated blocks wait on the host.
 
     reference: loaded `on_host`; the rest of it is moved to the device. folder: where files may be made while
@@ -163,7 +171,9 @@ def limited_subject(reference: Reference, spec: FormatSpec, limit_bytes: int, fo
     with limit.running("pack", 1), torch.inference_mode():
         dequantized = DequantizedWeights(modules, fmt, store, streamed)
     dtype = reference.model.dtype
-    return Subject(reference, inventory, modules, dequantized, dtype, limit, mapped.forget)
+    if processed is None:
+        processed = processed_samples(reference.processor, reference.model.config, dtype, limit_bytes)
+    return Subject(reference, inventory, modules, dequantized, dtype, processed, limit, mapped.forget)
 
 
 def streamed_names(model: nn.Module, modules: Mapping[str, Layer], inventory: Inventory) -> frozenset[str]:
@@ -203,9 +213,15 @@ def owner_of(layer: Layer) -> nn.Module:
     return layer if isinstance(layer, nn.Linear) else layer.module
 
 
-def subject_of(reference: Reference, spec: FormatSpec) -> Subject:
-    """The subject of `reference` under the 4-bit format `spec`; every weight is packed once, here."""
+def subject_of(reference: Reference, spec: FormatSpec, processed: ProcessedSamples | None = None) -> Subject:
+    """The subject of `reference` under the 4-bit format `spec`; every weight is packed once, here.
+
+    processed: of samples that were processed before the model was loaded; None for none of them.
+    """
     modules = measured_layers(reference.model)
     with torch.inference_mode():
         dequantized = DequantizedWeights(modules, format_from(spec))
-    return Subject(reference, reference.inventory(spec), modules, dequantized, reference.model.dtype)
+    inventory, dtype = reference.inventory(spec), reference.model.dtype
+    if processed is None:
+        processed = processed_samples(reference.processor, reference.model.config, dtype)
+    return Subject(reference, inventory, modules, dequantized, dtype, processed)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from qprobe.calibration import calibrate as calibration
 from qprobe.calibration.room import check_limit
 from qprobe.calibration.tuning import tune_steps
 from qprobe.inputs.batch import Batch
+from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.loaded import loaded_reference
 from qprobe.loading.reference import Reference, reference_of
 from qprobe.loading.skeleton import Skeleton
@@ -28,31 +28,35 @@ from qprobe.scanning.samples import Work
 from qprobe.system.versions import library_versions
 
 
-def open_model(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Subject:
+def open_model(
+    skeleton: Skeleton, asked: ScanRequest, process: Process, processed: ProcessedSamples
+) -> Subject:
     """The model of `skeleton`, loaded and with its 4-bit form beside it.
 
+    processed: of the scan's samples, which are chosen already.
     Raises QprobeError, before anything is measured, for what this model can never be asked.
     """
     with process.clock.stage("load"):
         device, on_host = device_of(process.shard, asked.device), asked.max_memory_bytes is not None
         if asked.loaded is None:
-            reference = reference_of(skeleton, device, on_host=on_host)
+            reference = reference_of(skeleton, device, on_host, processed.processor)
         else:
-            reference = loaded_reference(asked.loaded, skeleton, device)
+            reference = loaded_reference(asked.loaded, skeleton, device, processed.processor)
     with process.clock.stage("weights"):
-        subject = _subject(reference, asked.format, asked.max_memory_bytes, asked.folder)
+        subject = _subject(reference, asked, processed)
         check_inventory(subject.inventory, subject.model, asked.skiplist, asked.ablate)
         if asked.format.is_calibrated:
             check_limit(subject)
     return subject
 
 
-def _subject(reference: Reference, fmt: FormatSpec, limit_bytes: int | None, folder: Path) -> Subject:
+def _subject(reference: Reference, asked: ScanRequest, processed: ProcessedSamples) -> Subject:
     """The subject of `reference`, within a limit if there is one."""
+    fmt, limit_bytes, folder = asked.format, asked.max_memory_bytes, asked.folder.absolute()
     if limit_bytes is None:
-        return subject_of(reference, fmt)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    return limited_subject(reference, fmt, limit_bytes, there)
+        return subject_of(reference, fmt, processed)
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return limited_subject(reference, fmt, limit_bytes, there, processed)
 
 
 def open_units(subject: Subject, work: Work, asked: ScanRequest, run: RunFolder) -> Measures:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
 
 from qprobe.calibration.calibrate import samples_wanted
 from qprobe.data.sampling import choose_samples, independent_of, scan_count, split_held_out
-from qprobe.errors import SampleError
-from qprobe.inputs.batch import cut
+from qprobe.errors import ModelError, SampleError
+from qprobe.inputs.batch import cut, reads_images
+from qprobe.inputs.processed import ProcessedSamples
+from qprobe.loading.device import DTYPES, one_device, pick_device
+from qprobe.loading.processor import load_processor
+from qprobe.loading.skeleton import Skeleton
+from qprobe.loading.source import explained
+from qprobe.loading.spread import device_of
 from qprobe.measure.nonfinite import first_nonfinite
 from qprobe.measure.runner import isolated_half
-from qprobe.measure.subject import Subject
+from qprobe.measure.subject import Subject, processed_samples
 from qprobe.records import Sample
 from qprobe.scanning.answers import with_answers
 from qprobe.scanning.process import Process
@@ -70,28 +80,73 @@ def cut_samples(
     return Work(cut(groups, size), cut(isolated, size), subject.groups(held_out, size), notes)
 
 
-def prepare_samples(subject: Subject, asked: ScanRequest, process: Process) -> Work:
+@dataclass(frozen=True)
+class Chosen:
+    """The samples of a scan as they were given, all of which the model's processor takes.
+
+    processed: what it made of them. more: samples beyond the measured ones, to which codes may be fitted.
+    """
+
+    processed: ProcessedSamples
+    samples: tuple[Sample, ...]
+    more: tuple[Sample, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def unanswered(self) -> frozenset[str]:
+        """Ids of those that bring no answer of their own."""
+        return frozenset(s.id for s in (*self.samples, *self.more) if s.answer is None)
+
+
+def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Chosen:
+    """The samples of a scan, read and processed before the model's weights are.
+
+    Raises SampleError if none is usable, ModelError for a model without a tokenizer.
+    """
+    source, model_id = skeleton.source, skeleton.source.id
+    with explained(source):
+        processor = load_processor(source) if asked.loaded is None else deepcopy(asked.loaded.processor)
+    if processor is None:
+        raise ModelError(
+            f"{model_id} has no tokenizer beside its weights, so it reads no samples. Add its files."
+        )
+    model: Any = skeleton.model if skeleton.is_buildable else None
+    dtype = DTYPES[skeleton.dtype] if model is None else model.dtype
+    processed = processed_samples(processor, skeleton.config, dtype, asked.max_memory_bytes)
+    count = scan_count(model_id, asked.samples)
+    fit_to = 0
+    if asked.format.is_calibrated and model is not None:
+        fit_to = samples_wanted(model, _device(asked, process), asked.calibration_samples)
+    wanted = replace(asked.samples, count=count + max(0, fit_to - (count - count // 3)))
+    found = choose_samples(model_id, reads_images(processor), wanted, "scan", processed.refusal)
+    more = found.samples[count:]
+    if asked.calibration_samples is None:  # generating answers would take longer than all of calibration
+        more = tuple(s for s in more if s.answer is not None)
+    return Chosen(processed, found.samples[:count], more, found.notes)
+
+
+def _device(asked: ScanRequest, process: Process) -> torch.device:
+    """Where the model will be, or one of the devices."""
+    named = device_of(process.shard, asked.device)
+    if asked.loaded is not None and named is None:
+        return next(asked.loaded.model.parameters()).device
+    return pick_device(one_device(named))
+
+
+def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, process: Process) -> Work:
     """The scan's samples with answers, split and cut into batches.
 
     Raises SampleError if no sample is usable.
     """
-    reference, batching = subject.reference, asked.batching
-    count = scan_count(reference.identity.id, asked.samples)
-    fit_to = samples_wanted(subject, asked.calibration_samples) if asked.format.is_calibrated else 0
-    wanted = replace(asked.samples, count=count + max(0, fit_to - (count - count // 3)))
-    refusal = subject.processed.refusal
-    found = choose_samples(reference.identity.id, reference.reads_images, wanted, "scan", refusal)
-    notes = list(found.notes)
-    samples, more = found.samples[:count], found.samples[count:]
-    if asked.calibration_samples is None:  # generating answers would take longer than all of calibration
-        more = tuple(s for s in more if s.answer is not None)
+    batching, notes = asked.batching, list(chosen.notes)
+    samples, more = chosen.samples, chosen.more
     if subject.answers:
         samples, more = (with_answers(subject, some, batching, process) for some in (samples, more))
         notes += why_silent(subject, tuple(s for s in (*samples, *more) if not s.answer))
         samples, more = (tuple(s for s in some if s.answer) for some in (samples, more))
     if not samples:
         raise SampleError(
-            f"None of the {counted(len(found.samples), 'sample')} has an answer to measure ({notes[-1]}). "
+            f"None of the {counted(len(chosen.samples), 'sample')} has an answer to measure ({notes[-1]}). "
             "Pass other prompts, or another --dtype where values are not finite."
         )
     calibration, held_out = split_held_out(samples)
@@ -100,7 +155,7 @@ def prepare_samples(subject: Subject, asked: ScanRequest, process: Process) -> W
         notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
     work = cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
     codes = subject.groups(independent_of(more, held_out), batching.size)
-    return replace(work, codes=codes, answered=frozenset(s.id for s in found.samples if s.answer is None))
+    return replace(work, codes=codes, answered=chosen.unanswered)
 
 
 def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:

@@ -22,7 +22,7 @@ from qprobe.scanning.opening import open_model, open_units
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import ScanRequest, parse_options
 from qprobe.scanning.run import Run, ScanResult
-from qprobe.scanning.samples import prepare_samples
+from qprobe.scanning.samples import prepare_samples, read_samples
 from qprobe.scanning.show import show_samples
 from qprobe.scanning.weights import scan_weights
 from qprobe.system.bars import progress_bars
@@ -157,10 +157,11 @@ def scan_model(asked: ScanRequest, process: Process) -> ScanResult:
     run, shard, clock = process.run, process.shard, process.clock
     with clock.stage("load"):
         skeleton = check_model(asked, process)  # whatever can be refused without weights
-    subject = open_model(skeleton, asked, process)
+        chosen = read_samples(skeleton, asked, process)
+    subject = open_model(skeleton, asked, process, chosen.processed)
     with subject.streaming(), entered(run.path, shard):
         with clock.stage("answers"):
-            work = prepare_samples(subject, asked, process)
+            work = prepare_samples(subject, chosen, asked, process)
         with clock.stage("prepare"):
             with subject.running("start"):
                 measures = open_units(subject, work, asked, run)

@@ -160,7 +160,7 @@ def child_bare(bench: Bench) -> dict[str, Any]:
     from qprobe.loading.reference import load_reference
     from qprobe.measure.memory import peak_bytes
     from qprobe.measure.outputs import run_model
-    from qprobe.measure.subject import Subject
+    from qprobe.measure.subject import Subject, processed_samples
     from qprobe.records import FormatSpec
 
     o = bench.options
@@ -169,7 +169,9 @@ def child_bare(bench: Bench) -> dict[str, Any]:
     load = time.perf_counter() - start
     unpacked: Any = None
     inventory = list_layers(reference.model, FormatSpec())
-    subject = Subject(reference, inventory, {}, unpacked, reference.model.dtype)
+    dtype = reference.model.dtype
+    processed = processed_samples(reference.processor, reference.model.config, dtype)
+    subject = Subject(reference, inventory, {}, unpacked, dtype, processed)
     start = time.perf_counter()
     parts = split_held_out(from_data(Wanted(data=bench.samples), bench.most_images).samples)
     batches = [

@@ -9,11 +9,12 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from qprobe.errors import QprobeError, RunError, SampleError
 from qprobe.loading.reference import reference_of
 from qprobe.runs.folder import RunFolder
-from tests.scanning.asked import Scanned, TinyFolder, options, scan
+from tests.scanning.asked import Scanned, TinyFolder, options, scan, write_lines
 
 
 @pytest.fixture
@@ -84,6 +85,24 @@ def test_a_kl_of_a_model_whose_output_is_of_no_known_kind(
 def test_a_seed_that_built_in_scenes_do_not_have(no_weights: None, tmp_path: Path):
     with pytest.raises(SampleError, match="--seed 1000 is out of range"):
         scan("demo", seed=1000, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": 5}, r"its prompt is 5, which is no text"),
+        ({"prompt": "what?", "image": "gone.png"}, r"image .*gone\.png does not exist"),
+        ({"prompt": "what?", "image": "long.png"}, r"processor cannot read it \(absolute aspect ratio"),
+    ],
+)
+def test_samples_of_which_none_can_be_read(
+    no_weights: None, tiny_folder: TinyFolder, tmp_path: Path, row: dict[str, Any], said: str
+):
+    Image.new("RGB", (1, 300)).save(tmp_path / "long.png")
+    data = write_lines(tmp_path / "rows.jsonl", row)
+    with pytest.raises(SampleError, match=said):
+        scan(**options(tiny_folder("qwen2_vl"), tmp_path / "run", data=data))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_the_run_folder(no_weights: None, tiny_folder: TinyFolder, tmp_path: Path):
