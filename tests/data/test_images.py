@@ -103,6 +103,25 @@ def test_16_bit_colour_keeps_its_lower_bytes(top: int):
     assert np.array_equal(np.asarray(found.image), values * 256 // (top + 1))
 
 
+@pytest.mark.parametrize("kind", ["P6", "P3"])
+@pytest.mark.parametrize(
+    ("top", "largest", "depth"), [(65535, 65535, 16), (4095, 65535, 12), (4095, 4095, 16)]
+)
+def test_16_bit_colour_of_ppm_keeps_its_lower_bytes(kind: str, top: int, largest: int, depth: int):
+    values = np.random.default_rng(1).integers(0, top + 1, (6, 10, 3))
+    values[0, 0] = top
+    head = f"{kind}\n# made by hand\n10 6\n{largest}\n".encode()
+    words = "# all\n" + "\n".join(map(str, values.ravel()))
+    data = values.astype(">u2").tobytes() if kind == "P6" else words.encode()
+    found = decode(head + data)
+    assert found.rules == ("wide",)
+    # As grey ones, on the scale that the file names.
+    wanted = np.rint(values * (65535 / largest)).astype(int) * 256 // 2**depth
+    assert np.array_equal(np.asarray(found.image), wanted)
+    with pytest.raises(Refused, match=r"cut short|cannot be read"):
+        decode(head + data[:-20])
+
+
 def test_16_bit_colour_with_transparency_is_laid_on_white():
     values = np.zeros((2, 2, 4), dtype=np.uint16)
     values[0, 0, 3] = 65535  # one opaque black pixel

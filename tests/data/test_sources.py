@@ -61,6 +61,8 @@ def saved(path: Path) -> Path:
 FILES: dict[str, Callable[[Path], Path]] = {
     "rows.jsonl": lines,
     "rows.json": array,
+    "array.jsonl": array,
+    "array": array,
     "lines.json": lines,
     "rows": lines,
     "rows.parquet": parquet,
@@ -183,6 +185,8 @@ def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pyt
         ("x.json", b"[" * 50_000, "nested too deeply"),
         ("x.json", b'["\xff"]', "not UTF-8"),
         ("x.json", b'{\n "data": []\n}', "JSON object over several lines"),
+        ("x.jsonl", b'{\n "data": []\n}', "JSON object over several lines"),
+        ("x.jsonl", b'[{"prompt": "a"},\n', "not a complete JSON array"),
         ("x.parquet", b"PAR1 no", "not a complete Parquet file"),
     ],
 )
@@ -202,6 +206,15 @@ def test_a_bad_element_of_an_array_costs_that_row_alone(tmp_path: Path):
     path.write_text('[{"prompt": "a"}, {"prompt": "a", "prompt": "b"}, 7, {"prompt": NaN}, {"prompt": "c"}]')
     found = read_conversations(path)
     assert [x.row for x in found.good] == [1, 5] and [x.row for x in found.skipped] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_an_array_in_one_line_of_several_costs_that_line_alone(name: str, tmp_path: Path):
+    path = tmp_path / name
+    path.write_text('[{"role": "user", "content": "a"}]\n{"prompt": "b"}\n')
+    found = read_conversations(path)
+    assert [x.row for x in found.good] == [2]
+    assert found.sentences() == (f"{name} line 1: it is no JSON object.",)
 
 
 @pytest.mark.parametrize("damage", ["state", "names", "rows"])

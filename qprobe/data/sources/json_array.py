@@ -1,4 +1,4 @@
-"""A JSON file that holds one array of objects, as LLaVA's data comes."""
+"""A file that holds one JSON array of objects, as LLaVA's data comes, whatever its name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qprobe.data.reasons import Refused
 from qprobe.data.source import Rows, Source, refuse_split
 from qprobe.data.sources.json_lines import row_of
 from qprobe.errors import SampleError
@@ -19,13 +20,20 @@ _BETWEEN = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
 
 
 def _takes(data: Any) -> bool:
-    """Whether a .json file is no JSON Lines: its first character opens an array, or its first line no row."""
-    if not isinstance(data, str | Path) or Path(data).suffix.lower() != ".json" or not Path(data).is_file():
+    """Whether a file is no JSON Lines: its first line opens an array or an object that ends further down.
+
+    An array that is alone in a line with other lines below it is a bad row of JSON Lines.
+    """
+    if not isinstance(data, str | Path) or not Path(data).is_file():
         return False
     with open_foreign(Path(data), SampleError, _FIX, None) as file:
-        head = file.read(4096)
-    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    return text.startswith(b"[") or text.partition(b"\n")[0].strip() == b"{"
+        head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+        if not head.startswith(b"["):
+            return head.partition(b"\n")[0].strip() == b"{"
+        file.seek(0)
+        lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
+        first = next(line for line in lines if line)
+        return not any(lines) or isinstance(row_of(first), Refused)
 
 
 def _rows(data: Any, split: str | None) -> Rows:
