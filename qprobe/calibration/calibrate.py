@@ -2,9 +2,8 @@
 
 A unit is the linears that read one tensor, numbered in execution order: their weights, as a file of 4-bit
 weights, and a row each in a unit of the stage "calibration", which is written last. No unit needs another, so
-that neither their order nor an interruption changes a weight. One process does them all: the rest of a scan
-can be shared among machines, this cannot. Gram matrices do not outlive their unit: they
-are large (0.8 GB for a down_proj of an 11B), so the samples run once for as many of them as fit the memory.
+that neither their order nor an interruption changes a weight, and processes can share them. Gram matrices do
+not outlive their unit: they are large (0.8 GB for a down_proj of an 11B).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from qprobe.calibration.decide import decided
 from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, shared_inputs
 from qprobe.calibration.layers import rounded_layers
-from qprobe.calibration.room import gram_room, record_room, rounded_together
+from qprobe.calibration.room import gram_room, record_room, rounded_together, shares
 from qprobe.calibration.token_weights import MIX, draws, token_weights
 from qprobe.calibration.tuning import tune
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
@@ -42,7 +41,9 @@ from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Rounding
 from qprobe.runs.notes import Remarks, TokensCount
+from qprobe.runs.shards import waiting
 from qprobe.runs.table import EXPERTS
+from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
 VERSION = 5
@@ -61,6 +62,7 @@ def settings(subject: Subject, tune_steps: int = 0) -> Rounding:
     return Rounding("gptq", VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps)
 
 
+ALONE = Shard()
 MORE_SAMPLES = 128  # on SmolLM2 512 texts leave as much damage, 32 a ninth more
 
 
@@ -116,36 +118,52 @@ class Work:
         return nf4(self.run.key.format)
 
 
-def calibrate_model(work: Work) -> None:
+def calibrate_model(work: Work, shard: Shard = ALONE) -> None:
     """Calibrate every linear that is quantized, and put the weights in place in `work.subject.dequantized`.
 
     Finished units are not done again; of one that was lost since only what was measured is, while the weights
     that are named stay. Leaves RUN/nf4-calibrated.safetensors, named with its hash in RUN/notes/codes.json.
-    Raises ManifestError if such a file is named already but is gone or changed, or if a new one does not read
-    back; that one is not named, so that the same command joins the units again.
+    shard: of processes that share the units; each begins with its share, and takes over what another one that
+    ended has left. One joins and tunes. Raises ManifestError if such a file is named already but is gone or
+    changed, or if a new one does not read back; that one is not named, so that the same command joins the
+    units again.
     """
-    named = work.run.codes
-    if named and (lost := lost_units(work.run, CALIBRATION.name)):
+    run = work.run
+    if run.codes and (lost := lost_units(run, CALIBRATION.name)):
         calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
-    codes = named or _calibrated(work)
+    if run.codes is None:
+        count = _calibrated(work, shard)
+        with waiting(run.path, "codes"):
+            run.notes.reread()
+            if run.codes is None:
+                codes = _joined(run.path, count)
+                _put_in_place(work, codes)
+                # Only now that the joined file was read whole is it named.
+                run.notes.put("codes", _tuned(work, codes) if work.tune_steps else codes)
+    assert run.codes is not None
+    _put_in_place(work, run.codes)
+    for left in (run.path / "units").glob(f"{CALIBRATION.name}-*.safetensors"):
+        left.unlink(missing_ok=True)
+
+
+def _put_in_place(work: Work, codes: CodesFile) -> None:
+    """Let the model's 4-bit weights be those of the file `codes`. Raises ManifestError if it is not whole."""
     with open_codes(checked(codes, work.run.path)) as file:
         for name in sorted(file.layers):
             packed = file.stored(name, work.subject.device_of(name)).packed()
             work.subject.dequantized.put(name, packed)
-    if named is None and work.tune_steps:
-        codes = _tuned(work, codes)
-    # Only now that the joined file was read whole is it named, and are the units' own files not needed.
-    if named is None:
-        work.run.notes.put("codes", codes)
-    for left in (work.run.path / "units").glob(f"{CALIBRATION.name}-*.safetensors"):
-        left.unlink(missing_ok=True)
 
 
-def _calibrated(work: Work) -> CodesFile:
-    """The weights of all units in one file, once those that are missing are done."""
+def _calibrated(work: Work, shard: Shard) -> int:
+    """How many units there are, all of which are finished by now, by this process or by others."""
     inputs = shared_inputs(work.subject, work.batches)
-    calibrate_units(work, inputs, unfinished(work.run, len(inputs)))
-    return _joined(work.run.path, len(inputs))
+    parts = shares(work.subject, inputs, shard.world)
+    for number in shard.rotated(range(shard.world)):
+        with waiting(work.run.path, f"calibration-{number}"):
+            if RunFolder(work.run.path).codes is None:  # else all are done, and joined
+                left = set(unfinished(work.run, len(inputs)))
+                calibrate_units(work, inputs, [unit for unit in parts[number] if unit in left])
+    return len(inputs)
 
 
 def unfinished(run: RunFolder, count: int) -> list[int]:
@@ -209,6 +227,7 @@ def _weights(
     It is decided once, on `inputs`, which are all there are, and noted in the run.
     """
     subject, notes = work.subject, work.run.notes
+    notes.reread()
     noted: TokensCount | None = notes.get("tokens")
     if noted is not None and not noted.is_weighted:
         return None
@@ -217,8 +236,14 @@ def _weights(
         found = token_weights(subject, inputs if is_open else chosen, work.widened)
     if is_open:
         count = len(work.samples)
-        noted = decided(subject, inputs, lambda: work.widened, count, found.of, work.format, limit_bytes)
-        notes.put("tokens", noted)
+        with waiting(work.run.path, "tokens"):
+            notes.reread()
+            noted = notes.get("tokens")
+            if noted is None:
+                noted = decided(
+                    subject, inputs, lambda: work.widened, count, found.of, work.format, limit_bytes
+                )
+                notes.put("tokens", noted)
     return found.of if noted is None or noted.is_weighted else None
 
 
@@ -251,9 +276,6 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
         tuned = CodesFile(codes.file, sha256_of(path))
     except OSError as error:
         raise _cannot_write(path, error) from error
-    with open_codes(checked(tuned, work.run.path)) as file:
-        for name in sorted(file.layers):
-            subject.dequantized.put(name, file.stored(name, subject.device_of(name)).packed())
     return tuned
 
 

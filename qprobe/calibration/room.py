@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import psutil
 import torch
@@ -88,6 +90,15 @@ def rounded_together(
         groups.append([one])
         alike[one.in_features, device] = groups[-1]
     return groups
+
+
+def shares(subject: Subject, inputs: Sequence[SharedInput], world: int) -> list[range]:
+    """The numbers of `inputs` in `world` runs that take about as long to round, by matrix products."""
+    rows = [sum(subject.modules[name].out_features for name in one.names) for one in inputs]
+    costs = [count * one.in_features**2 for count, one in zip(rows, inputs, strict=True)]
+    until = list(accumulate(costs, initial=0))
+    cuts = [bisect_left(until, until[-1] * part / world) for part in range(world)]
+    return [range(*ends) for ends in pairwise([*cuts, len(inputs)])]
 
 
 def _held(subject: Subject, inputs: Iterable[SharedInput]) -> int:

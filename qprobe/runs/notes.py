@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,13 @@ class TokensCount:
     def of(cls, plain: float, weighted: float) -> TokensCount:
         """Weighted unless that costs more."""
         is_weighted = not plain < weighted
+        known = {name: x if isfinite(x) else None for name, x in (("plain", plain), ("weighted", weighted))}
         how = "half by how much the answers depend on them" if is_weighted else "once each"
         told = (
             f"Tokens count {how} when codes are chosen: on calibration samples kept back, a few layers in "
             f"4-bit cost {weighted:.4g} so weighed and {plain:.4g} where each token counts once."
         )
-        return cls(is_weighted, plain, weighted, (told,))
+        return cls(is_weighted, **known, notes=(told,))
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ class Notes:
                 ) from None
             self._read[topic] = noted
         return self._read[topic]
+
+    def reread(self) -> None:
+        """Forget what was read: another process may have noted something since."""
+        self._read.clear()
 
     def put(self, topic: str, value: Any) -> None:
         """Note `value` under `topic`, in the place of what stood there; RunError if the disk refuses."""

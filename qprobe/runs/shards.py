@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from qprobe.errors import RunError
 from qprobe.runs.access import read_file
 from qprobe.runs.folder import RunFolder
-from qprobe.system.locks import open_lock, try_lock, try_share
+from qprobe.system.locks import open_lock, try_lock, try_share, wait_for_lock
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
@@ -51,6 +51,24 @@ def entered(folder: Path, shard: Shard) -> Iterator[None]:
                 f"Another process is scanning into {folder}. Wait for it to end, or pass another --out; "
                 "to share one scan, start its processes with torchrun."
             )
+        yield
+
+
+@contextmanager
+def waiting(folder: Path, work: str) -> Iterator[None]:
+    """While open, no other process is at this `work` in `folder`: waits until none is, or it has ended.
+
+    Where a file system knows no locks nobody waits, and the same is done twice. Raises RunError if the folder
+    cannot be written.
+    """
+    path = folder / f"{_LOCK}-{work}"
+    with ExitStack() as held:
+        try:
+            wait_for_lock(held.enter_context(open_lock(path)))
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
+            ) from error
         yield
 
 

@@ -10,7 +10,6 @@ import pandas as pd
 
 from qprobe.calibration import calibrate as calibration
 from qprobe.calibration.correction import keep_correction
-from qprobe.errors import RunError
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
@@ -105,18 +104,12 @@ def calibrate(
     """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured.
 
     tune: steps of tuning the scales afterwards. correction_rank: see `keep_correction`; None to keep none.
-    Raises RunError where several processes share a scan that is not calibrated yet.
+    Processes that share a scan share this as well, each of which waits for the others.
     """
     run = process.run
-    if not process.shard.is_alone and run.codes is None:
-        plain = run.key.format.precision.stored.name
-        raise RunError(
-            f"{run.path} is not calibrated yet, and one process calibrates all weights: run the command "
-            f"without RANK and WORLD_SIZE, or share a scan of plain {plain}."
-        )
     samples = [*work.calibration, *work.codes]
     given = calibration.Work(subject, run, samples, tune_steps=tune, progress=process.progress)
-    calibration.calibrate_model(given)
+    calibration.calibrate_model(given, process.shard)
     if correction_rank is not None and process.shard.rank == 0:
         keep_correction(given, correction_rank)
     told = (calibration.fitted(work.calibration, work.codes), *calibration.calibration_notes(run))

@@ -15,6 +15,7 @@ from pathlib import Path
 from qprobe.errors import QprobeError
 
 # Without O_NONBLOCK, opening a pipe would wait for a writer.
+_PART = 2**22  # bytes of a file that are read at once
 _FLAGS = os.O_RDONLY | sum(
     getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY")
 )
@@ -88,11 +89,14 @@ def _opened(path: Path, limit: int | None) -> BufferedReader:
 
 
 def _read(path: Path, limit: int) -> bytes:
+    data = bytearray()
     with _opened(path, limit) as file:
-        data = file.read(limit + 1)
+        # A part at a time: a read of `limit` bytes would first ask for as much memory.
+        while len(data) <= limit and (part := file.read(min(_PART, limit + 1 - len(data)))):
+            data += part
     if len(data) > limit:  # it grew, or its size is not known before it is read
         raise _too_large(limit)
-    return data
+    return bytes(data)
 
 
 def _check(found: os.stat_result, limit: int | None) -> None:

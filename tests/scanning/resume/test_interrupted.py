@@ -251,8 +251,16 @@ def test_another_checkpoint_and_another_processor_are_named_first(llama: Path, w
         scan(**options(changed, Path(copytree(whole, tmp_path / "run"))))
 
 
-def test_calibration_is_not_shared(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RANK", "1")
+def test_a_process_finishes_what_others_left_of_calibration(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    alone = scan(**options(llama, tmp_path / "alone", format="nf4-calibrated"))
+    asked = options(llama, tmp_path / "run", format="nf4-calibrated")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match=r"not calibrated yet.*without RANK and WORLD_SIZE"):
-        scan(**options(llama, tmp_path / "run", format="nf4-calibrated"))
+    monkeypatch.setenv("RANK", "1")
+    first = scan(**asked)
+    assert first.skiplist is None
+    monkeypatch.setenv("RANK", "0")
+    second = scan(**asked)
+    assert second.kl_dynamic == alone.kl_dynamic
+    assert RunFolder(second.run).codes == RunFolder(alone.run).codes is not None
