@@ -25,9 +25,10 @@ _HOMES = {
     "layer_table": "qprobe.runs.folder",
     "load_dynamic_4bit": "qprobe.checkpoint.load",
     "load_image": "qprobe.data.images",
-    "load_finetuned": "qprobe.training.bases",
+    "load_finetuned": "qprobe.training.origin",
     "load_standard_4bit": "qprobe.checkpoint.load",
     "lora_targets": "qprobe.checkpoint.ready",
+    "merge": "qprobe.training.merge",
     "open_run": "qprobe.scanning.run",
     "plan": "qprobe.checkpoint.plan",
     "quantize": "qprobe.checkpoint.quantize",
@@ -65,8 +66,9 @@ if TYPE_CHECKING:
     from qprobe.scanning.run import Run, open_run
     from qprobe.scanning.scan import scan
     from qprobe.selection.select import select
-    from qprobe.training.bases import load_finetuned
     from qprobe.training.finetune import finetune
+    from qprobe.training.merge import merge
+    from qprobe.training.origin import load_finetuned
 
 __all__ = [
     "Audit",
@@ -88,6 +90,7 @@ __all__ = [
     "load_image",
     "load_standard_4bit",
     "lora_targets",
+    "merge",
     "open_run",
     "plan",
     "quantize",

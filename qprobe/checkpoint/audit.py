@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qprobe.checkpoint.adapters.effect import adapter_effect, effect_problems
 from qprobe.checkpoint.audit_found import BROKEN, Audit, AuditedLayer, ReadEntry, State
 from qprobe.checkpoint.audit_loaded import loaded_problems
 from qprobe.checkpoint.audit_weights import uncalibrated, wrong_states
@@ -48,13 +49,17 @@ def audit(
     load: bool = False,
     device: str | None = None,
     manifest_folder: Path | str | None = None,
+    adapter: Path | str | None = None,
+    model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Audit:
     """What the checkpoint in `folder` holds, and whether its config, its files and `manifest` agree.
 
     load: load it too, plainly, as a user would, and look at every layer; device: where to.
     manifest_folder: where the manifest lies, from which it names its calibrated weights; None for that of
-    the file `manifest`, or the working directory. trust_remote_code: as of `load_dynamic_4bit`.
+    the file `manifest`, or the working directory. adapter: folder of one that was merged into the checkpoint;
+    of each of its layers is said whether it took effect. model: where the 16-bit weights of the adapter's
+    base are; None for the model that it names. trust_remote_code: as of `load_dynamic_4bit`.
     Raises ModelError for a folder that is not a complete checkpoint, ManifestError for a broken manifest.
     """
     where = Path(folder)
@@ -63,6 +68,9 @@ def audit(
     spec = _format(read_config(where), written)
     skeleton = skeleton_of(resolve(str(where), trust_remote_code), spec.compute_dtype)
     found = audit_files(where, skeleton, written, Path(manifest_folder or beside))
+    if adapter is not None:
+        layers = adapter_effect(where, Path(adapter), model, device, trust_remote_code, spec)
+        found = replace(found, adapter=layers, problems=(*found.problems, *effect_problems(layers)))
     if not load:
         return found
     more = loaded_problems(skeleton, found.layers, written, device)

@@ -29,12 +29,25 @@ class ReadEntry:
 
 
 @dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer of an adapter, and what the checkpoint holds of it.
+
+    state: "took effect", "no effect", or why it can have none, see `qprobe.checkpoint.adapters.lora.Fit`.
+    arrived: the share of what the adapter adds that the checkpoint's weight holds; None where none can.
+    """
+
+    layer: str
+    state: str
+    arrived: float | None = None
+
+
+@dataclass(frozen=True)
 class Audit:
     """What an audit found.
 
     problems: one sentence per disagreement of config, files, manifest and loaded model; none if they agree.
     remarks: what is harmless as it stands. parameter_bytes, total_bytes: of the files, as everywhere here.
-    loaded: True if the model was loaded as well.
+    loaded: True if the model was loaded as well. adapter: its layers, where one was asked about.
     """
 
     layers: tuple[AuditedLayer, ...]
@@ -44,6 +57,7 @@ class Audit:
     problems: tuple[str, ...]
     remarks: tuple[str, ...]
     loaded: bool = False
+    adapter: tuple[AdaptedLayer, ...] | None = None
 
     @property
     def ok(self) -> bool:
@@ -63,4 +77,5 @@ class Audit:
             "entries": None if self.entries is None else [asdict(x) for x in self.entries],
             "layers": [asdict(x) for x in self.layers],
             "loaded": self.loaded,
+            "adapter": None if self.adapter is None else [asdict(x) for x in self.adapter],
         }

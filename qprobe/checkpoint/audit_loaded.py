@@ -39,16 +39,7 @@ def loaded_problems(
             as_bitsandbytes(model)
             yield from _wrong(model, fused, layers, manifest)
             return
-        with without_remarks(REPORT):
-            model, info = model_class(skeleton.config).from_pretrained(
-                skeleton.source.location,
-                device_map={"": place},
-                use_safetensors=True,
-                dtype="auto",
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                trust_remote_code=skeleton.source.trusts_code,
-            )
+        model, info = load_plainly(skeleton, place)
     except (torch.OutOfMemoryError, MemoryError):
         raise  # says nothing of the checkpoint
     except Exception as error:  # a checkpoint can be wrong in as many ways as there are model classes
@@ -88,6 +79,20 @@ def _problem_of_experts(is_four_bit: bool, state: str) -> str | None:
     if is_four_bit == (state == "4-bit"):
         return None
     return f"is in {'4' if is_four_bit else '16'}-bit, though its files are {state}"
+
+
+def load_plainly(skeleton: Skeleton, place: torch.device) -> tuple[Any, dict[str, Any]]:
+    """(model, what transformers says of loading it): the checkpoint behind `skeleton` as a user loads it."""
+    with without_remarks(REPORT):
+        return model_class(skeleton.config).from_pretrained(
+            skeleton.source.location,
+            device_map={"": place},
+            use_safetensors=True,
+            dtype="auto",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=skeleton.source.trusts_code,
+        )
 
 
 def _problem(module: Any, state: str) -> str | None:

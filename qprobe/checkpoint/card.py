@@ -14,7 +14,7 @@ def model_card(manifest: Manifest, architecture: str, made_from: str | None = No
     Every number is the manifest's; what was not measured is said to be so. made_from: the name of the
     weights, where they are not known to be those that were measured.
     """
-    auto = _auto_class(architecture)
+    auto = auto_class(architecture)
     name = made_from or manifest.model.id
     parts = [
         f"---\n{_head(manifest, name, auto)}---",
@@ -25,7 +25,7 @@ def model_card(manifest: Manifest, architecture: str, made_from: str | None = No
         _quality(manifest, made_from),
         *([_compared(manifest)] if manifest.compared else []),
         "## Use",
-        _usage(auto),
+        plain_usage(auto, is_four_bit=True),
         "## Layers in 16-bit",
         _kept(manifest),
         f"Made by qprobe {manifest.made_by.qprobe} (`{manifest.made_by.command}`, {manifest.made_by.time}). "
@@ -35,7 +35,7 @@ def model_card(manifest: Manifest, architecture: str, made_from: str | None = No
     return "\n\n".join(parts) + "\n"
 
 
-def _auto_class(architecture: str) -> str:
+def auto_class(architecture: str) -> str:
     """The last words of the auto class that loads `architecture`; "" for a model without a head."""
     from transformers.models.auto import modeling_auto
 
@@ -48,12 +48,17 @@ def _auto_class(architecture: str) -> str:
     return ""
 
 
+def task_of(auto: str) -> str | None:
+    """The hub's name of what a model of the auto class `auto` does."""
+    return _TASKS.get(auto)
+
+
 def _head(manifest: Manifest, name: str, auto: str) -> str:
     return card_head(
         "transformers",
         name,
         ["qprobe", "bitsandbytes", "4-bit", manifest.format.name, "qlora"],
-        pipeline_tag=_TASKS.get(auto),
+        pipeline_tag=task_of(auto),
     )
 
 
@@ -131,12 +136,18 @@ def _number(value: float | None, error: float | None = None) -> str:
     return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.1g}"
 
 
-def _usage(auto: str) -> str:
+def plain_usage(auto: str, is_four_bit: bool) -> str:
+    """How the checkpoint is loaded; auto: of `auto_class`."""
     name = f"AutoModel{'For' if auto else ''}{auto}"
-    return (
+    code = (
         f"```python\nfrom transformers import {name}, AutoProcessor\n\n"
         f'model = {name}.from_pretrained("path/to/this/folder")\n'
-        f'processor = AutoProcessor.from_pretrained("path/to/this/folder")\n```\n\n'
+        f'processor = AutoProcessor.from_pretrained("path/to/this/folder")\n```'
+    )
+    if not is_four_bit:
+        return f"{code}\n\nIt needs transformers 5, not qprobe."
+    return (
+        f"{code}\n\n"
         "It needs transformers 5 and bitsandbytes, not qprobe. Pass no `quantization_config` of your own: "
         "the list of layers lies in this folder's config. For training, "
         "`peft.prepare_model_for_kbit_training` would turn everything in 16-bit into float32; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -208,14 +208,26 @@ def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
         )
     wanted = replace(manifest, format=with_dtype(manifest.format, options.dtype))
     skeleton = skeleton.in_dtype(wanted.format.compute_dtype)
-    course, reference, notes = _run_reference(manifest, skeleton, options, progress)
+    course, reference, notes = set_course(
+        manifest.model.id,
+        skeleton,
+        lambda processor: reference_of(skeleton, options.device, processor=processor).model,
+        options,
+        staged(progress, "16-bit"),
+    )
     loaders = _loaders(wanted, skeleton, options)
     results = {"16-bit": reference}
     for name, load in loaders.items():
-        _free_memory()
-        results[name] = _run(load, course, options, partial(_staged, progress, name))
-    comparison = Comparison(
-        rows=tuple(_row(name, result, reference) for name, result in results.items()),
+        results[name] = run_course(load, course, options, staged(progress, name))
+    comparison = compared(results, course, notes)
+    return replace(comparison, notes=(*notes, *keep(comparison, manifest, options.manifest.parent)))
+
+
+def compared(results: Mapping[str, ModelResult], course: Course, notes: tuple[str, ...]) -> Comparison:
+    """What `results` say, by row name; the first is that of the model that set `course`."""
+    reference = next(iter(results.values()))
+    return Comparison(
+        rows=tuple(row(name, result, reference) for name, result in results.items()),
         samples=tuple(
             ComparedSample(s.id, s.prompt, {name: result.answers[i] for name, result in results.items()})
             for i, s in enumerate(course.samples)
@@ -226,7 +238,6 @@ def run_comparison(options: CompareOptions, progress: Progress) -> Comparison:
         ),
         notes=notes,
     )
-    return replace(comparison, notes=(*notes, *keep(comparison, manifest, options.manifest.parent)))
 
 
 def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str, ...]:
@@ -276,9 +287,13 @@ def _with_processor(load: Callable[[], Any], skeleton: Skeleton) -> tuple[Any, A
     return load(), load_processor(skeleton.source)
 
 
-def _staged(progress: Progress, name: str, stage: str, done: int, total: int) -> None:
-    """Reports the two stages of one model, "answers" and "kl", as one."""
-    progress(name, done + (total if stage == "kl" else 0), 2 * total)
+def staged(progress: Progress, name: str) -> Progress:
+    """Reports the two stages of one model, "answers" and "kl", as the stage `name` of `progress`."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        progress(name, done + (total if stage == "kl" else 0), 2 * total)
+
+    return report
 
 
 def _free_memory() -> None:
@@ -288,22 +303,30 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _run_reference(
-    manifest: Manifest, skeleton: Skeleton, options: CompareOptions, progress: Progress
+def set_course(
+    model_id: str,
+    skeleton: Skeleton,
+    load: Callable[[Any], Any],
+    options: CompareOptions,
+    report: Progress,
+    default_metric: str | None = None,
 ) -> tuple[Course, ModelResult, tuple[str, ...]]:
-    """The course that the 16-bit model sets, its own result, and notes on the samples."""
+    """The course that the model of `load` sets, its own result, and notes on the samples.
+
+    skeleton: of that model; samples that its processor cannot read show before `load` is called with that.
+    default_metric: where none was asked for and samples bring answers.
+    """
     processor = load_processor(skeleton.source)
     if processor is None:
-        raise ModelError(f"{manifest.model.id} has no tokenizer beside its weights, so it cannot answer.")
-    wanted = wanted_by(options)
-    report = partial(_staged, progress, "16-bit")
+        raise ModelError(f"{model_id} has no tokenizer beside its weights, so it cannot answer.")
     processed = ProcessedSamples(processor, getattr(torch, skeleton.dtype), image_token_id(skeleton.config))
-    chosen = choose_samples(manifest.model.id, reads_images(processor), wanted, "compare", processed.refusal)
-    # Samples that cannot be read show before it is loaded.
-    reference = reference_of(skeleton, options.device, processor=processor)
-    own = _answers(reference.model, processed, chosen.samples, options, report)
+    wanted = wanted_by(options)
+    chosen = choose_samples(model_id, reads_images(processor), wanted, "compare", processed.refusal)
+    model = load(processor)
+    own = answered(model, processed, chosen.samples, options.max_new_tokens, options.batch_size, report)
     answers = [s.answer or "" for s in own]
-    metrics = metrics_for(options.metric, chosen.samples)
+    has_answers = any(s.answer is not None for s in chosen.samples)
+    metrics = metrics_for(options.metric or (default_metric if has_answers else None), chosen.samples)
     scores = [metric.scores(chosen.samples, answers) for metric in metrics]  # a mistake shows before all else
     samples = tuple(
         mine if given.answer is None else given for given, mine in zip(chosen.samples, own, strict=True)
@@ -312,26 +335,27 @@ def _run_reference(
     parts = processed.batches(samples, options.batch_size)
     groups = [[index[id(sample)] for sample in part] for part in parts]
     logits: dict[int, Tensor] = {}
-    for group, rows in _logits(reference.model, processed, samples, groups):
-        logits.update(zip(group, (_compact(x, reference.model.dtype) for x in rows), strict=True))
+    for group, rows in _logits(model, processed, samples, groups):
+        logits.update(zip(group, (_compact(x, model.dtype) for x in rows), strict=True))
         report("kl", len(logits), len(samples))
     ordered = [logits[i] for i in range(len(samples))]
     course = Course(samples, groups, ordered, chosen.samples, metrics)
     sums = [KlSums(0.0, len(x), len(x)) for x in ordered]
-    result = ModelResult(stored_bytes(reference.model), answers, sums, scores)
+    result = ModelResult(stored_bytes(model), answers, sums, scores)
     left_out = (note for metric in metrics for note in metric.left_out(chosen.samples))
     fewer = fewer_measured(len(samples), options.samples)
     return course, result, (*chosen.notes, *left_out, *fewer)
 
 
-def _run(
+def run_course(
     load: Callable[[], tuple[Any, Any]], course: Course, options: CompareOptions, report: Progress
 ) -> ModelResult:
-    """The result of the model that `load` gives; the model is gone afterwards."""
+    """The result of the model that `load` gives, (model, processor); the model is gone afterwards."""
+    _free_memory()
     model, processor = load()
     stored = stored_bytes(model)
     processed = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
-    own = _answers(model, processed, course.samples, options, report)
+    own = answered(model, processed, course.samples, options.max_new_tokens, options.batch_size, report)
     answers = [s.answer or "" for s in own]
     scores = course.scores(answers)
     sums: dict[int, KlSums] = {}
@@ -341,17 +365,6 @@ def _run(
         report("kl", len(sums), len(course.samples))
     ordered = [sums[i] for i in range(len(course.samples))]
     return ModelResult(stored, answers, ordered, scores)
-
-
-def _answers(
-    model: Any,
-    processed: ProcessedSamples,
-    samples: Sequence[Sample],
-    options: CompareOptions,
-    report: Progress,
-) -> list[Sample]:
-    """`samples` with the model's own greedy answers."""
-    return answered(model, processed, samples, options.max_new_tokens, options.batch_size, report)
 
 
 @torch.inference_mode()
@@ -370,7 +383,7 @@ def _compact(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return small if torch.equal(small.float(), logits) else logits
 
 
-def _row(name: str, result: ModelResult, reference: ModelResult) -> Row:
+def row(name: str, result: ModelResult, reference: ModelResult) -> Row:
     """The numbers of one model."""
     kl, kl_se = ratio([s.kl for s in result.sums], [s.tokens for s in result.sums])
     top1, _ = ratio([s.top1_agree for s in result.sums], [s.tokens for s in result.sums])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
@@ -271,13 +271,13 @@ def _finished(skeleton: Skeleton, model: Any) -> Any:
     """`model` in eval mode and frozen; raises VerificationError if its ties are not those of `skeleton`."""
     if model.quantization_method == METHOD:
         as_bitsandbytes(model)
-    _keep_codes_as_stored(model)
+    keep_codes_as_stored(model)
     model.eval().requires_grad_(False)
     _check_ties(skeleton.model, model)
     return model
 
 
-def _keep_codes_as_stored(model: nn.Module) -> None:
+def keep_codes_as_stored(model: nn.Module) -> None:
     """Turns off bitsandbytes' repacking on CPUs with AVX512-BF16.
 
     On its first forward there a 4-bit layer rewrites its codes and rounds its block scales to bf16, so
@@ -323,16 +323,28 @@ def put_calibrated(model: nn.Module, codes: Path, expected: Sequence[ExpectedLay
 
 
 def _put(module: Any, name: str, file: CodesReader) -> None:
+    before = module.weight
+    codes, state = file.raw(name)
+    weight = _as_stored(module, codes, state)
+    _check_same_weight(name, before, weight, file.path)
+    module.weight = weight
+
+
+def put_stored(module: Any, stored: StoredNf4) -> None:
+    """`stored` as the weight of the 4-bit layer `module`, in the place of the one that it has."""
+    module.weight = _as_stored(module, stored.codes, stored.state.as_dict(packed=True))
+
+
+def _as_stored(module: Any, codes: Tensor, state: dict[str, Tensor]) -> Any:
+    """Codes and quantization state as the parameter of the 4-bit layer `module`."""
     from bitsandbytes.nn.modules import Params4bit
 
     before = module.weight
-    codes, state = file.raw(name)
     weight = Params4bit.from_prequantized(
         codes, state, requires_grad=False, device=before.device, module=module
     )
     weight.quant_state.dtype = before.quant_state.dtype
-    _check_same_weight(name, before, weight, file.path)
-    module.weight = weight
+    return weight
 
 
 def _check_same_weight(name: str, before: Any, after: Any, path: Path) -> None:

@@ -93,12 +93,9 @@ def quantize(
     processor = load_processor(skeleton.source)
     four_bit = [x.name for x in written.layers if x.is_four_bit]
     check_keys(loaded, entries, four_bit, written.skip_modules)
-    loaded.config.quantization_config.llm_int8_skip_modules = entries
     progress("write", 1, 3)
     with new_folder(target) as place:
-        _save(loaded, place)
-        save_processor(processor, place)
-        write_manifest(place / MANIFEST_FILE, moved(written, origin, target))
+        save_four_bit(loaded, processor, moved(written, origin, target), entries, place)
         made_from = _made_from(written, model, skeleton.source)
         (place / "README.md").write_text(model_card(written, skeleton.architecture, made_from), "utf-8")
         progress("audit", 2, 3)
@@ -168,6 +165,17 @@ def _save(loaded: Any, place: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
+def save_four_bit(model: Any, processor: Any, manifest: Manifest, entries: list[str], folder: Path) -> None:
+    """`model`, which is as `manifest` lists it, into `folder` with its processor and `manifest`.
+
+    entries: the skip-list of its config.
+    """
+    model.config.quantization_config.llm_int8_skip_modules = entries
+    _save(model, folder)
+    save_processor(processor, folder)
+    write_manifest(folder / MANIFEST_FILE, manifest)
+
+
 def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:
     """`manifest` with another 16-bit type, and then without what was measured in its own."""
     spec = with_dtype(manifest.format, dtype)
@@ -198,8 +206,19 @@ def refuse_to_overwrite(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends without an error.
 
-    After an error it is gone, and what killed processes left of earlier ones before. Raises ModelError if it
-    cannot be written or `target` got files meanwhile.
+    What is left after an error, and the errors, as of `scratch_folder`.
+    """
+    with scratch_folder(target) as folder:
+        yield folder
+        os.replace(folder, target)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that is gone when the block ends, if it was not renamed.
+
+    What killed processes left of earlier ones goes before. Raises ModelError if it cannot be written, or
+    cannot be renamed because `target` got files meanwhile.
     """
     folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -207,7 +226,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         with _locked(folder):
             yield folder
-            os.replace(folder, target)
     except (OSError, SafetensorError, ManifestError) as error:  # the full disk of a shard is the second
         reason = getattr(error, "strerror", None) or error
         raise ModelError(

@@ -14,6 +14,7 @@ from qprobe.cli.exchange import export, import_
 from qprobe.cli.finetune import finetune
 from qprobe.cli.join import join
 from qprobe.cli.machine import doctor, models
+from qprobe.cli.merge import merge
 from qprobe.cli.plan import plan
 from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
@@ -59,5 +60,6 @@ for _command in (
     quantize,
     audit,
     finetune,
+    merge,
 ):
     main.add_command(_command)

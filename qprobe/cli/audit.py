@@ -17,12 +17,22 @@ from qprobe.system.wording import counted
     "--manifest", type=shared.PATH, metavar="FILE", help="A skiplist.json that the checkpoint must be."
 )
 @click.option("--load", is_flag=True, help="Load the model as well, plainly, and look at every layer of it.")
+@click.option(
+    "--adapter", type=shared.PATH, metavar="DIR", help="An adapter: say which of its layers took effect here."
+)
+@click.option(
+    "--model",
+    metavar="M",
+    help="With --adapter: where the 16-bit weights of its base are.  [default: the model that it names]",
+)
 @shared.device_option
 @shared.trust_option
 def audit(
     folder: Path,
     manifest: Path | None,
     load: bool,
+    adapter: Path | None,
+    model: str | None,
     device: str | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -39,17 +49,31 @@ def audit(
     With the manifest of a calibrated scan, the 4-bit weights too are read and held against the file of
     calibrated weights that it names.
 
-    Exit code 1 if config, files, manifest or loaded model disagree.
+    With --adapter, the checkpoint and the adapter's base are loaded, and for each layer of the adapter is
+    measured how much of what it adds is in the checkpoint's weight.
+
+    Exit code 1 if config, files, manifest, adapter or loaded model disagree.
 
     \b
     --json prints: ok, layers_4bit, layers_16bit, parameter_bytes, total_bytes, problems [text], remarks
-    [text], entries [{entry, layers, too_many}] (null without a list), layers [{name, state, file}], loaded.
+    [text], entries [{entry, layers, too_many}] (null without a list), layers [{name, state, file}], loaded,
+    adapter [{layer, state, arrived}] (null without one; arrived: share of what it adds that is there).
     """
-    if device is not None and not load:
-        raise click.UsageError("--device says where to load the model; pass --load with it.")
+    if device is not None and not load and adapter is None:
+        raise click.UsageError("--device says where to load the model; pass --load or --adapter with it.")
+    if model is not None and adapter is None:
+        raise click.UsageError("--model says what an adapter was trained on; pass --adapter with it.")
     from qprobe.checkpoint.audit import audit as run_audit
 
-    found = run_audit(folder, manifest, load, device, trust_remote_code=trust_remote_code)
+    found = run_audit(
+        folder,
+        manifest,
+        load,
+        device,
+        adapter=adapter,
+        model=model,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         shared.print_json(found.to_json())
     else:
@@ -69,6 +93,9 @@ def _show(found: dict, has_manifest: bool) -> None:
         f"{counted(found['layers_4bit'], 'linear')} in 4-bit, {found['layers_16bit']} in 16-bit; "
         f"{readable_bytes(found['total_bytes'])} ({found['total_bytes']:,} bytes)."
     )
+    if found["adapter"] is not None:
+        took = sum(x["state"] == "took effect" for x in found["adapter"])
+        say(f"The adapter took effect in {took} of {counted(len(found['adapter']), 'layer')}.")
     if found["ok"]:
         parts = ["config", "files", *["manifest"] * has_manifest, *["loaded model"] * found["loaded"]]
         say(f"All clear: {', '.join(parts[:-1])} and {parts[-1]} agree.")

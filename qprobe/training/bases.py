@@ -8,9 +8,8 @@ from typing import Any
 
 from qprobe.checkpoint.load import check_model, load_dynamic_4bit, source_of, standard_4bit, with_dtype
 from qprobe.checkpoint.ready import ready_for_training
-from qprobe.errors import MachineError, ManifestError, RunError
+from qprobe.errors import MachineError
 from qprobe.loading.device import pick_device
-from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
 from qprobe.loading.reference import reference_of
 from qprobe.loading.stored import checkpoint_folder
@@ -19,7 +18,6 @@ from qprobe.manifest.records import Manifest
 from qprobe.measure.files import files_digest
 from qprobe.models.headers import read_headers
 from qprobe.options import Base
-from qprobe.training.record import read_record
 
 MANIFEST_FILE = "skiplist.json"
 BASE_WEIGHTS = "base_weights"  # key of the specification
@@ -37,19 +35,30 @@ def load_base(
 
     Errors as of `load_dynamic_4bit`; a model other than the manifest's is refused for each base.
     """
+    loaded, processor = open_base(manifest, base, model, device, dtype, trust_remote_code)
+    return ready_for_training(loaded), processor
+
+
+def open_base(
+    manifest: Path | Manifest,
+    base: Base,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """`load_base` without what training needs: the model computes as it will be served."""
     if base == "dynamic":
-        return load_dynamic_4bit(
-            manifest, model, device, dtype, for_training=True, trust_remote_code=trust_remote_code
-        )
+        return load_dynamic_4bit(manifest, model, device, dtype, trust_remote_code=trust_remote_code)
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     spec = with_dtype(written.format, dtype)
     skeleton = check_model(written, model, trust_remote_code).in_dtype(spec.compute_dtype)
     if base == "nf4":
         loaded = standard_4bit(skeleton, replace(spec, name=spec.four_bit_name), device, None)
-        return ready_for_training(loaded), load_processor(skeleton.source)
+        return loaded, load_processor(skeleton.source)
     place = str(pick_device(device))  # one device, since a spread model does not train
     reference = reference_of(skeleton, place)
-    return ready_for_training(reference.model), reference.processor
+    return reference.model, reference.processor
 
 
 def base_digest(manifest: Manifest, model: str | None) -> str:
@@ -72,39 +81,3 @@ def peft_library() -> Any:
             f"`pip install 'qprobe[train]'`."
         ) from error
     return peft
-
-
-@quiet_models()
-def load_finetuned(
-    folder: Path | str,
-    model: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[Any, Any]:
-    """(peft model, processor): the adapter that `finetune` wrote to `folder`, on the base it was trained on.
-
-    model, device, trust_remote_code: as of `load_dynamic_4bit`.
-    Raises RunError if the folder holds no finished adapter, ManifestError if adapter, manifest and the
-    weights behind `model` do not belong together.
-    """
-    where = Path(folder)
-    record = read_record(where)
-    if record is None or record.status != "finished":
-        raise RunError(f"{where} holds no finished adapter. Run qprobe finetune to its end first.")
-    manifest = read_manifest(where / MANIFEST_FILE)
-    if record.fingerprint != manifest.model.fingerprint:
-        raise ManifestError(
-            f"The adapter in {where} was trained on a model with fingerprint "
-            f"{record.fingerprint[:16]}, but its manifest is of one with "
-            f"{manifest.model.fingerprint[:16]}. Put the two together that belong together."
-        )
-    spec = record.spec
-    if spec.get(BASE_WEIGHTS) != base_digest(manifest, model):
-        raise ManifestError(
-            f"The adapter in {where} was trained on other weights of {manifest.model.id} than "
-            f"{model or manifest.model.id} holds, of the same shapes. Pass the model that it was trained on."
-        )
-    base, processor = load_base(
-        where / MANIFEST_FILE, spec["base"], model, device, spec["dtype"], trust_remote_code
-    )
-    return peft_library().PeftModel.from_pretrained(base, str(where)).eval(), processor

@@ -22,8 +22,8 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.options import FinetuneOptions, Progress, no_progress
 from qprobe.training import finetune as library
-from qprobe.training.bases import load_finetuned
 from qprobe.training.finetune import last_checkpoint
+from qprobe.training.origin import load_finetuned
 from qprobe.training.result import Finetuned
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for

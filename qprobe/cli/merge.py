@@ -1,0 +1,83 @@
+"""`qprobe merge`: an adapter into a checkpoint that serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from qprobe.cli import shared
+from qprobe.cli.speaking import say
+
+
+@shared.command(
+    "merge",
+    interrupted="{out} was not made, nothing is left of it; the same command starts over.",
+    out_of_memory="Pass a smaller --batch-size, or another --device.",
+    short_help="Add an adapter to the weights, as a checkpoint that serves.",
+)
+@click.argument("adapter", type=shared.PATH, metavar="ADAPTER")
+@click.option(
+    "--out", type=shared.PATH, required=True, metavar="DIR", help="Folder to make; never overwritten."
+)
+@click.option(
+    "--as",
+    "as_",
+    type=click.Choice(["16-bit", "4-bit"]),
+    help="Form of the merged weights.  [default: both are made and measured, the better one is kept]",
+)
+@click.option(
+    "--manifest",
+    type=shared.PATH,
+    metavar="FILE",
+    help="The skiplist.json of the base, for an adapter that qprobe finetune did not make.",
+)
+@click.option(
+    "--base",
+    type=click.Choice(["16-bit", "nf4", "dynamic"]),
+    help="With --manifest: what the adapter was trained on.  [default: dynamic]",
+)
+@click.option(
+    "--model",
+    metavar="M",
+    help="Where the 16-bit weights are: name, hub id or folder.  [default: those it was trained on]",
+)
+@shared.sample_options
+@shared.metric_option("base + adapter and of what was merged")
+@shared.device_option
+@shared.dtype_option(None, "that of the base; with --manifest only")
+@shared.trust_option
+def merge(as_json: bool, **asked: Any) -> None:
+    """Add the adapter in the folder ADAPTER to weights, and write them as the new checkpoint DIR.
+
+    An adapter is trained beside its base's weights, most of them in 4-bit. Added to the 16-bit weights it is
+    another model; added to the dequantized ones it has to go back to 4-bit, which rounds part of it away.
+    Both are made, loaded with plain from_pretrained, and held against base + adapter on the samples: the one
+    with the lower KL is kept, and 4-bit where no difference is found. Pass samples that the adapter was not
+    trained on; answers that they bring are held against the greedy ones (--metric).
+
+    DIR is a standard checkpoint with its processor and a model card that holds what was measured. It gets its
+    name only once it is complete and audited. An adapter that takes no effect is refused, and so is
+    one of another base.
+
+    \b
+    --json prints: out, form (16-bit or 4-bit), why, base, layers (that the adapter is on), unchanged [layer]
+    (those that it leaves as they are), arrived (share of what the adapter adds that is in the weights), files
+    {name: bytes}, and rows, metrics and samples as of compare; the first row is base + adapter.
+    """
+    shared.refuse_two_sources(asked)
+    if asked["manifest"] is None and asked["base"] is not None:
+        raise click.UsageError("--base says what an adapter was trained on with --manifest; pass both.")
+    from qprobe.report.terminal import compare_text, paragraphs, terminal_width
+    from qprobe.training.merge import merge as run_merge
+    from qprobe.training.merged import lost
+
+    with shared.progress_bars() as progress:
+        made = run_merge(**asked, progress=progress)
+    if as_json:
+        shared.print_json(made.to_json())
+        return
+    width = terminal_width()
+    say(compare_text(made.comparison.to_json(), width))
+    said = [f"{made.out}: merged in {made.form}. {made.why} {lost(made)}", *made.comparison.notes]
+    say("\n" + paragraphs(said, width))

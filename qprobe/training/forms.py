@@ -1,0 +1,127 @@
+"""The two forms of a merged checkpoint: the adapter added to weights, in 16-bit or back in 4-bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qprobe.checkpoint.adapters.effect import Arrived, arrived, is_four_bit, weight_of
+from qprobe.checkpoint.adapters.lora import Adapter
+from qprobe.checkpoint.audit import audit_files
+from qprobe.checkpoint.load import dynamic_4bit, put_stored
+from qprobe.checkpoint.matching import check_keys
+from qprobe.checkpoint.quantize import MAX_SHARD, save_four_bit, save_processor
+from qprobe.errors import VerificationError
+from qprobe.exports.keys import exact, exact_entries, transformers_readers
+from qprobe.formats.nf4 import Nf4, StoredNf4
+from qprobe.loading.skeleton import Skeleton
+from qprobe.loading.source import resolve
+from qprobe.manifest.records import Manifest
+from qprobe.options import Base, CompareOptions
+from qprobe.records import FormatSpec
+from qprobe.training.bases import open_base, peft_library
+from qprobe.training.merged import Form
+from qprobe.training.origin import Origin, as_merged
+
+
+def fold(
+    model: nn.Module, adapter: Adapter, spec: FormatSpec, beside: nn.Module | None = None
+) -> dict[str, Arrived]:
+    """Adds `adapter` to the weights of `model`; how much of it arrived, by layer.
+
+    beside: the model whose weights are added to, and put into `model`; None for its own.
+    A layer in 4-bit is dequantized, added to, and rounded to nearest in the format `spec`; sums are taken in
+    float32 and rounded once. Layers that the adapter leaves as they are keep their codes to the bit.
+    """
+    found = {}
+    for name, pair in adapter.layers.items():
+        if pair.is_zero:
+            found[name] = Arrived()
+            continue
+        module: Any = model.get_submodule(name)
+        added = pair.delta(module.weight.device)
+        before = weight_of((beside or model).get_submodule(name))
+        sums = (before.float() + added).to(before.dtype)
+        if is_four_bit(module):
+            put_stored(module, _rounded(spec)(sums))
+        else:
+            module.weight.data.copy_(sums)
+        found[name] = arrived(before, weight_of(module), added)
+    return found
+
+
+def _rounded(spec: FormatSpec) -> Callable[[Tensor], StoredNf4]:
+    return Nf4(spec.blocksize, spec.double_quant).stored
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all forms share."""
+
+    adapter: Adapter
+    origin: Origin
+    skeleton: Skeleton
+    options: CompareOptions
+    target: Path
+
+    def base(self, base: Base) -> tuple[Any, Any]:
+        """(model, processor) without the adapter."""
+        origin, asked = self.origin, self.options
+        return open_base(origin.path, base, origin.model, asked.device, origin.dtype, asked.trust_remote_code)
+
+    def adapted(self) -> Any:
+        """The model as it was trained, the adapter beside the weights, by peft itself."""
+        model, _ = self.base(self.origin.base)
+        tuned = peft_library().PeftModel.from_pretrained(model, str(self.adapter.folder))
+        return tuned.get_base_model().eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Written:
+    """One form as it lies in `folder`, before it is chosen. arrived: by layer."""
+
+    folder: Path
+    skeleton: Skeleton
+    arrived: dict[str, Arrived]
+
+
+def write_16bit(job: Job, folder: Path) -> Written:
+    """The 16-bit weights with the adapter added, in `folder`."""
+    model, processor = job.base("16-bit")
+    found = fold(model, job.adapter, job.origin.manifest.format)
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    save_processor(processor, folder)
+    return Written(folder, _audited(job, folder, None), found)
+
+
+def write_4bit(job: Job, folder: Path) -> Written:
+    """The base's own weights with the adapter added, in 4-bit as the base was, in `folder`."""
+    manifest = as_merged(job.origin, job.skeleton)
+    entries = exact_entries(transformers_readers(manifest), str, exact)
+    model, processor = job.base(job.origin.base)
+    beside = model
+    if job.origin.base == "16-bit":
+        model = dynamic_4bit(manifest, job.skeleton, job.options.device, None)
+    found = fold(model, job.adapter, manifest.format, beside)
+    check_keys(model, entries, [x.name for x in manifest.layers if x.is_four_bit], manifest.skip_modules)
+    save_four_bit(model, processor, manifest, entries, folder)
+    return Written(folder, _audited(job, folder, manifest), found)
+
+
+def _audited(job: Job, folder: Path, manifest: Manifest | None) -> Skeleton:
+    """The skeleton of the checkpoint in `folder`. Raises VerificationError if its parts disagree."""
+    skeleton = job.skeleton.of_copy(resolve(str(folder), job.options.trust_remote_code))
+    found = audit_files(folder, skeleton, manifest, folder)
+    if not found.ok:
+        raise VerificationError(
+            f"The merged checkpoint is not what was to be written: {found.problems[0]} Nothing was kept; "
+            "report this with the versions that `qprobe doctor` prints."
+        )
+    return skeleton
+
+
+WRITERS: dict[Form, Callable[[Job, Path], Written]] = {"16-bit": write_16bit, "4-bit": write_4bit}

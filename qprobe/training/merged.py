@@ -1,0 +1,150 @@
+"""What a merge gives back, which form it keeps, and the model card with the proof."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from qprobe import __version__
+from qprobe.checkpoint.card import auto_class, card_head, plain_usage, task_of
+from qprobe.checkpoint.compare import Comparison, ModelResult, Row
+from qprobe.loading.skeleton import Skeleton
+from qprobe.manifest.records import Manifest
+from qprobe.runs.statistics import ratio
+from qprobe.system.wording import counted
+
+Form = Literal["16-bit", "4-bit"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged checkpoint. form: of its weights; why: a sentence on why this one; base: of the adapter.
+
+    layers: that the adapter is on; unchanged: those of them whose lora_B is zero. arrived: the share of what
+    the adapter adds that is in the stored weights, 1 for all (`qprobe.training.folding.Arrived`).
+    comparison: of base + adapter, its first row, with each form that was made. files: name -> bytes.
+    """
+
+    out: Path
+    form: Form
+    why: str
+    base: str
+    layers: int
+    unchanged: tuple[str, ...]
+    arrived: float
+    comparison: Comparison
+    files: Mapping[str, int] | None = None
+
+    def with_files(self, files: Mapping[str, int]) -> Merged:
+        return replace(self, files=files)
+
+    @property
+    def row(self) -> Row:
+        """What was measured of the checkpoint that was kept."""
+        return next(x for x in self.comparison.rows if x.name == self.form)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `merge --json`."""
+        return {
+            "out": str(self.out),
+            "form": self.form,
+            "why": self.why,
+            "base": self.base,
+            "layers": self.layers,
+            "unchanged": list(self.unchanged),
+            "arrived": self.arrived,
+            **self.comparison.to_json(),
+            "files": dict(self.files or {}),
+        }
+
+
+def chosen_form(results: Mapping[Form, ModelResult]) -> tuple[Form, str]:
+    """(the form to keep, why): the lower KL to base + adapter; 4-bit, the smaller, where none is found lower.
+
+    A difference is found if it is more than twice its standard error, paired by sample.
+    """
+    if len(results) == 1:
+        (form,) = results
+        return form, f"{form} was asked for."
+    four, sixteen = results["4-bit"].sums, results["16-bit"].sums
+    difference, error = ratio(
+        [a.kl - b.kl for a, b in zip(four, sixteen, strict=True)], [x.tokens for x in four]
+    )
+    if difference is None:
+        return "4-bit", "4-bit was kept, the smaller one: no sample has an answer to tell them apart by."
+    size = f"{abs(difference):.3g}{'' if error is None else f' ± {error:.1g}'} nats per answer token"
+    if (error is not None and abs(difference) <= 2 * error) or difference == 0:
+        return "4-bit", f"4-bit was kept, the smaller one: no difference in KL was found ({size})."
+    better: Form = "16-bit" if difference > 0 else "4-bit"
+    return better, f"{better} was kept: its KL to base + adapter is lower by {size}."
+
+
+def lost(made: Merged) -> str:
+    """Two sentences on what the kept checkpoint lost against base + adapter."""
+    row, reference = made.row, made.comparison.rows[0]
+    told = [
+        "no answer token"
+        if row.kl is None
+        else f"a KL of {_number(row.kl, row.kl_se)} nats per answer token",
+        f"{row.answer_agreement:.1%} of {counted(len(made.comparison.samples), 'greedy answer')} unchanged",
+    ]
+    for metric in (x for x in made.comparison.metrics if x.samples):
+        mine, theirs = (_mean(metric.means[x.name].value, metric.is_share) for x in (row, reference))
+        told.append(f"{metric.name} {mine} against {theirs}")
+    return (
+        f"Against base + adapter: {', '.join(told)}. "
+        f"{made.arrived:.1%} of what the adapter adds is in the stored weights."
+    )
+
+
+_WEIGHTS: dict[Form, str] = {
+    "16-bit": "The 16-bit weights with the adapter added.",
+    "4-bit": "The weights that the adapter was trained beside, with the adapter added, in 4-bit again.",
+}
+
+
+def card(made: Merged, manifest: Manifest, skeleton: Skeleton) -> str:
+    """README.md of the merged checkpoint: what it is of, what was measured, how to load it."""
+    auto, is_four_bit = auto_class(skeleton.architecture), made.form == "4-bit"
+    tags = ["qprobe", "merged", "lora", *(["bitsandbytes", "4-bit"] if is_four_bit else [])]
+    head = card_head("transformers", manifest.model.id, tags, pipeline_tag=task_of(auto))
+    unchanged = f"; {len(made.unchanged)} of them it leaves as they are" if made.unchanged else ""
+    parts = [
+        f"---\n{head}---",
+        f"# {manifest.model.id.rpartition('/')[2]}, merged with an adapter, {made.form}",
+        f"{_WEIGHTS[made.form]} The adapter is on {counted(made.layers, 'linear layer')} of the {made.base} "
+        f"base{unchanged}.",
+        "## Measured",
+        f"{lost(made)} {made.why}",
+        _table(made),
+        f"On {counted(len(made.comparison.samples), 'sample')}; KL in nats per answer token ± standard "
+        "error. Each merged model was loaded as below. Bytes include the quantization state.",
+        "## Use",
+        plain_usage(auto, is_four_bit),
+        f"Made by `qprobe merge` {__version__} from {manifest.model.id} (fingerprint "
+        f"`{manifest.model.fingerprint}`). The licence is that of the model it was made from.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(made: Merged) -> str:
+    lines = ["| model | bytes | KL to base + adapter | same greedy answers |", "|---|---|---|---|"]
+    for row in made.comparison.rows:
+        name = f"**{row.name}** (this model)" if row is made.row else row.name
+        kl = _number(row.kl, row.kl_se)
+        lines.append(f"| {name} | {row.total_bytes:,} | {kl} | {row.answer_agreement:.1%} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.1g}"
+
+
+def _mean(value: float | None, is_share: bool) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.1%}" if is_share else f"{value:.4g}"

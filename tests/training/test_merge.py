@@ -1,0 +1,284 @@
+"""A merged checkpoint is its base with the adapter added, says what that cost, or is not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
+
+from qprobe.checkpoint.adapters.effect import Arrived
+from qprobe.checkpoint.adapters.lora import read_adapter
+from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.cli import main
+from qprobe.errors import ManifestError, ModelError, QprobeError, RunError
+from qprobe.loading.config import model_class
+from qprobe.loading.processor import load_processor
+from qprobe.loading.skeleton import skeleton_of
+from qprobe.loading.source import resolve
+from qprobe.manifest.write import write_manifest
+from qprobe.options import CompareOptions
+from qprobe.training.forms import WRITERS, Job
+from qprobe.training.merge import merge
+from qprobe.training.origin import origin_of
+from tests import tiny
+from tests.checkpoint import reference
+from tests.checkpoint.manifests import every_third, manifest_for
+from tests.training.adapters import DECODERS, added, save, write_adapter, write_family
+
+pytestmark = [
+    pytest.mark.slow,
+    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+FAMILIES = (*tiny.GENERATING_NAMES, *DECODERS)
+SCALING = 2.0  # alpha 8 over rank 4
+
+
+def plainly(folder: Path) -> Any:
+    """The checkpoint as a user of transformers loads it; bitsandbytes' repacking on some CPUs is off."""
+    model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=torch.tensor([[1, 40, 50, 60, 70]])).logits
+
+
+@pytest.fixture(scope="module")
+def family(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, with an adapter and a manifest beside it."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            model = root / "model"
+            if name in DECODERS:
+                write_family(name, model)
+            else:
+                copytree(tiny_folder(name), model)
+            write_adapter(model, root / "adapter")
+            write_manifest(root / "skiplist.json", manifest_for(model, every_third(model)))
+            made[name] = root
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_forms_load_plainly_and_compute_what_a_merge_by_hand_does(name, family, tmp_path):
+    root = family(name)
+    adapter = read_adapter(root / "adapter")
+    origin = origin_of(adapter, root / "skiplist.json", "dynamic", str(root / "model"), None)
+    options = CompareOptions(origin.path, device="cpu")
+    job = Job(adapter, origin, skeleton_of(resolve(origin.model), "bfloat16"), options, tmp_path / "out")
+    delta = added(root / "adapter", SCALING)
+    for form, write in WRITERS.items():
+        (tmp_path / form).mkdir()
+        assert 0.9 < sum(write(job, tmp_path / form).arrived.values(), Arrived()).share < 1.1
+        assert AutoTokenizer.from_pretrained(tmp_path / form)("a cat") == AutoTokenizer.from_pretrained(
+            root / "model"
+        )("a cat")
+
+    sixteen = plainly(root / "model")
+    for layer, more in delta.items():
+        weight = sixteen.get_submodule(layer).weight
+        weight.data = (weight.data.float() + more).to(weight.dtype)
+    assert torch.equal(logits(plainly(tmp_path / "16-bit")), logits(sixteen))
+
+    four, _ = load_dynamic_4bit(origin.manifest, origin.model, "cpu")
+    for layer, more in delta.items():
+        module = four.get_submodule(layer)
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            sums = (dequantize_4bit(module.weight.data, state).float() + more).to(torch.bfloat16)
+            codes, again = quantize_4bit(sums, blocksize=64, compress_statistics=True, quant_type="nf4")
+            module.weight.data, module.weight.quant_state = codes, again
+        else:
+            module.weight.data = (module.weight.data.float() + more).to(module.weight.dtype)
+    assert torch.equal(logits(plainly(tmp_path / "4-bit")), logits(four))
+
+
+@pytest.fixture(scope="module")
+def merged(family: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(root, what `merge` found) of the tiny Llama, merged with both forms measured."""
+    root = family("llama")
+    out = tmp_path_factory.mktemp("merged") / "out"
+    return root, merge(
+        root / "adapter", out=out, manifest=root / "skiplist.json", device="cpu", samples=3, max_new_tokens=4, batch_size=1,
+        model=str(root / "model"),
+    )  # fmt: skip
+
+
+def test_the_kl_on_the_card_is_that_of_an_independent_measurement(merged):
+    from peft import PeftModel
+
+    from qprobe.data.builtin import QUESTIONS, questions
+    from qprobe.inputs.answers import answered
+    from qprobe.inputs.processed import ProcessedSamples
+
+    root, made = merged
+    processor = load_processor(resolve(str(root / "model")))
+    base, _ = load_dynamic_4bit(root / "skiplist.json", str(root / "model"), "cpu")
+    tuned: Any = PeftModel.from_pretrained(base, str(root / "adapter"))
+    first = len(QUESTIONS) * 2 // 3
+    samples = questions(None, len(QUESTIONS) - first, first).samples[:3]
+    samples = answered(tuned, ProcessedSamples(processor, torch.bfloat16), samples, 4, 3)
+    kept = plainly(made.out)
+    both = [[reference.answer_logits(model, processor, x) for x in samples] for model in (tuned, kept)]
+    kl = reference.mean_kl(*both)
+    assert made.row.kl == pytest.approx(kl, rel=1e-6) and kl > 0
+    assert f"{made.row.kl:.4g}" in (made.out / "README.md").read_text()
+    assert made.row is not made.comparison.rows[0] and made.comparison.rows[0].kl == 0
+
+
+def test_the_better_form_is_kept_and_nothing_else_is_left(merged):
+    _, made = merged
+    assert [x.name for x in made.comparison.rows] == ["base + adapter", "16-bit", "4-bit"]
+    is_4bit = "quantization_config" in json.loads((made.out / "config.json").read_text())
+    assert made.form == ("4-bit" if is_4bit else "16-bit") and made.why.startswith(made.form)
+    assert [x.name for x in made.out.parent.iterdir()] == ["out"]
+    assert set(made.files) == {x.name for x in made.out.iterdir()} >= {"README.md", "tokenizer.json"}
+
+
+def test_audit_says_which_layers_of_the_adapter_took_effect(merged, tmp_path):
+    root, made = merged
+    found = audit(made.out, adapter=root / "adapter")
+    assert found.ok and {x.state for x in found.adapter} == {"took effect"}
+    layer = "model.layers.0.mlp.up_proj"
+    adapter = copytree(root / "adapter", tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = f"base_model.model.{layer}.lora_B.weight"
+    save(adapter, {**tensors, key: -tensors[key]})
+    found = audit(made.out, adapter=adapter)
+    assert [x.layer for x in found.adapter if x.state == "no effect"] == [layer]
+    assert any(layer in x for x in found.problems)
+    nothing = audit(root / "model", adapter=root / "adapter")
+    assert {x.state for x in nothing.adapter} == {"no effect"} and not nothing.ok
+
+
+def test_an_adapter_of_the_16bit_base_merges_into_16bit_without_loss(family, tmp_path):
+    root = family("llama")
+    made = merge(
+        root / "adapter", out=tmp_path / "out", as_="16-bit", base="16-bit", manifest=root / "skiplist.json",
+        model=str(root / "model"), device="cpu", samples=2, max_new_tokens=4,
+    )  # fmt: skip
+    assert made.row.kl < 0.01 and made.arrived == pytest.approx(1, abs=0.01)
+
+
+def change_nothing(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n: 0 * t if "lora_B" in n else t for n, t in tensors.items()}
+
+
+def rename(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n.replace("model.layers", "language_model.layers"): t for n, t in tensors.items()}
+
+
+def cut_rank(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n: t[:2].clone() if "lora_A" in n else t[:, :2].clone() for n, t in tensors.items()}
+
+
+def other_shape(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n: t[:, :32].clone() if "lora_A" in n else t for n, t in tensors.items()}
+
+
+def lose_half(tensors: dict[str, Any]) -> dict[str, Any]:
+    return dict(list(tensors.items())[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_nothing, r"takes no effect: lora_B is zero in all of its 21 layers \(model\.layers\.0"),
+        (
+            rename,
+            "21 of 21 layers .* would take no effect on model: language_model.layers.0.* are not in",
+        ),
+        (other_shape, "would take no effect on model: .* have another shape"),
+        (cut_rank, "has rank 2, but adapter_config.json says 4"),
+        (lose_half, "without its other half"),
+    ],
+)
+def test_an_adapter_that_cannot_take_effect_is_refused_by_name(change, said, family, tmp_path):
+    root = family("llama")
+    adapter = copytree(root / "adapter", tmp_path / "adapter")
+    save(adapter, change(load_file(adapter / "adapter_model.safetensors")))
+    with pytest.raises(RunError, match=said):
+        merge(adapter, out=tmp_path / "out", manifest=root / "skiplist.json", model=str(root / "model"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_adapter_or_has_no_base_or_would_overwrite_is_one_sentence(family, tiny_folder, tmp_path):
+    root, out = family("llama"), tmp_path / "out"
+    with pytest.raises(RunError, match=r"holds no adapter: there is no adapter_config\.json"):
+        merge(root / "model", out=out)
+    with pytest.raises(RunError, match="does not say what its adapter was trained on"):
+        merge(root / "adapter", out=out)
+    with pytest.raises(ManifestError, match="The manifest was written for model"):
+        merge(
+            root / "adapter", out=out, manifest=root / "skiplist.json", model=str(tiny_folder("llama_tied"))
+        )
+    with pytest.raises(QprobeError, match="--as '8-bit' is no form"):
+        merge(root / "adapter", out=out, as_="8-bit")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ModelError, match="is there already and not empty"):
+        merge(root / "adapter", out=root / "model", manifest=root / "skiplist.json")
+
+
+def test_an_adapter_beyond_linear_layers_is_refused(family, tmp_path):
+    root = family("llama")
+    adapter = copytree(root / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(RunError, match="changes more than linear layers: DoRA"):
+        read_adapter(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": ["mlp.experts"]}))
+    with pytest.raises(RunError, match="such as stacked experts"):
+        read_adapter(adapter)
+
+
+def test_an_interrupted_merge_leaves_nothing(family, tmp_path):
+    root = family("llama")
+
+    def stop(stage: str, _done: int, _total: int) -> None:
+        if stage == "4-bit":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(
+            root / "adapter", out=tmp_path / "out", manifest=root / "skiplist.json", samples=1,
+            model=str(root / "model"), device="cpu", max_new_tokens=2, progress=stop,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_what_was_measured_and_audit_agrees(family, tmp_path):
+    root = family("llama")
+    run = CliRunner()
+    out = str(tmp_path / "out")
+    common = ["--model", str(root / "model"), "--device", "cpu"]
+    made = run.invoke(
+        main,
+        ["merge", str(root / "adapter"), "--out", out, "--as", "16-bit", "--samples", "2", "--json",
+         "--manifest", str(root / "skiplist.json"), "--max-new-tokens", "2", *common],
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    found = json.loads(made.stdout)
+    assert found["form"] == "16-bit" and found["layers"] == 21 and found["rows"][1]["kl"] > 0
+    seen = run.invoke(main, ["audit", out, "--adapter", str(root / "adapter"), *common])
+    assert seen.exit_code == 0 and "The adapter took effect in 21 of 21 layers." in seen.stdout
