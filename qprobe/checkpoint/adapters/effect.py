@@ -132,11 +132,9 @@ def _effect(
     before = weight_of(base.get_submodule(name)).to(device)
     bases = [before]
     if is_four_bit(module):
-        held = codes is not None and name in codes.layers
-        four_bit = (
-            codes.stored(name, device) if held else Nf4(spec.blocksize, spec.double_quant).stored(before)
-        )
-        bases.append(four_bit.packed().unpack())
+        round_to_nearest = Nf4(spec.blocksize, spec.double_quant).stored
+        calibrated = codes.stored(name, device) if codes is not None and name in codes.layers else None
+        bases.append((calibrated or round_to_nearest(before)).packed().unpack())
     nearest = min(bases, key=lambda x: float(torch.linalg.vector_norm(stored.float() - x.float())))
     share = arrived(nearest, stored, pair.delta(device)).share
     return AdaptedLayer(name, "took effect" if share >= HALF else "no effect", share)

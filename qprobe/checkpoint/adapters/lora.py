@@ -161,12 +161,12 @@ def _pairs(
         yield name, Pair(both["A"], both["B"], alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def _of_pattern(config: Mapping[str, Any], patterns: str, key: str, name: str) -> int:
+def _of_pattern(config: Mapping[str, Any], patterns: str, key: str, name: str) -> float:
     """The rank or the alpha of a layer as peft reads it (0.21, utils/other.py, `get_pattern_key`)."""
     from peft.utils.other import get_pattern_key
 
     found = config.get(patterns) or {}
-    value = found.get(get_pattern_key(found.keys(), name), config.get(key))
+    value = found.get(get_pattern_key(list(found), name), config.get(key))
     if not isinstance(value, int | float) or value <= 0:
         raise RunError(f"{CONFIG} says {key} {value!r}, which is no number above 0. Copy the adapter again.")
     return value
