@@ -14,7 +14,7 @@ from qprobe.checkpoint.adapters.lora import Adapter
 from qprobe.checkpoint.audit import audit_files
 from qprobe.checkpoint.load import dynamic_4bit, put_stored
 from qprobe.checkpoint.matching import check_keys
-from qprobe.checkpoint.quantize import MAX_SHARD, save_four_bit, save_processor
+from qprobe.checkpoint.quantize import MAX_SHARD, refuse_rewritten, save_four_bit, save_processor
 from qprobe.errors import VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.formats.nf4 import Nf4, StoredNf4
@@ -100,6 +100,7 @@ def write_16bit(job: Job, folder: Path) -> Written:
 
 def write_4bit(job: Job, folder: Path) -> Written:
     """The base's own weights with the adapter added, in 4-bit as the base was, in `folder`."""
+    refuse_rewritten(job.skeleton.model)
     manifest = as_merged(job.origin, job.skeleton)
     entries = exact_entries(transformers_readers(manifest), str, exact)
     model, processor = job.base(job.origin.base)
