@@ -128,7 +128,7 @@ def _merged(job: Job, forms: tuple[Form, ...], progress: Progress) -> Merged:
     course, reference, notes = set_course(
         job.origin.manifest.model.id,
         job.skeleton,
-        job.adapted,
+        lambda _: job.adapted(),
         job.options,
         staged(progress, REFERENCE),
         "exact",

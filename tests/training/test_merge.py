@@ -121,8 +121,8 @@ def merged(family: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = family("llama")
     out = tmp_path_factory.mktemp("merged") / "out"
     return root, merge(
-        root / "adapter", out=out, manifest=root / "skiplist.json", device="cpu", samples=3, max_new_tokens=4, batch_size=1,
-        model=str(root / "model"),
+        root / "adapter", out=out, manifest=root / "skiplist.json", device="cpu", samples=3,
+        max_new_tokens=4, batch_size=1, model=str(root / "model"),
     )  # fmt: skip
 
 
