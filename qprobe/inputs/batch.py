@@ -17,6 +17,7 @@ from qprobe.data.images import decode
 from qprobe.data.reasons import Refused, shown
 from qprobe.data.rendering import Template
 from qprobe.errors import SampleError
+from qprobe.inputs.counting import counting_each
 from qprobe.records import Sample
 
 PAD, VISION, TEXT, ANSWER = 0, 1, 2, 3
@@ -188,9 +189,8 @@ def _processed(
         return dict(processor(texts, **options))
     if not with_image:
         return dict(processor(text=texts, **options))
-    return dict(
-        processor(images=[[decode(x).image for x in s.images] for s in with_image], text=texts, **options)
-    )
+    images = [[decode(x).image for x in s.images] for s in with_image]
+    return dict(counting_each(processor)(images=images, text=texts, **options))
 
 
 def _suffixed(processor: Any, samples: Sequence[Sample], texts: list[str], options: dict) -> dict:

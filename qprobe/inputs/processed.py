@@ -126,8 +126,7 @@ class ProcessedSamples:
         found.setdefault(
             "attention_mask", torch.ones_like(found["input_ids"])
         )  # SigLIP's tokenizer gives none
-        images = ((k, tuple(v.shape)) for k, v in found.items() if k not in TEXT_KEYS)
-        self._shapes[sample.images, prompt_text(self.processor, sample)] = tuple(sorted(images))
+        self._shapes[sample.images, prompt_text(self.processor, sample)] = _shape_of(found)
         return found
 
     def _hold(self, key: Key, inputs: Inputs, kind: str) -> None:
@@ -141,3 +140,15 @@ class ProcessedSamples:
     def _joined(self, samples: Sequence[Sample], kind: Literal["prompt", "full"], side: Side) -> Inputs:
         found = [self._inputs(s, kind) for s in samples]
         return joined(found, side, tokenizer_of(self.processor).pad_token_id)
+
+
+def _shape_of(inputs: Inputs) -> tuple:
+    """What decides how many rows a sample's images have in the model: their shapes as they were processed.
+
+    Where images of several sizes are padded to the largest of their sample (Pixtral), their sizes as well.
+    """
+    shapes = sorted((k, tuple(v.shape)) for k, v in inputs.items() if k not in TEXT_KEYS)
+    pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+    if pixels is None or sizes is None or pixels.dim() != 4 or len(pixels) != len(sizes):
+        return tuple(shapes)
+    return (*shapes, *sizes.flatten().tolist())

@@ -127,8 +127,7 @@ def test_a_line_of_text_alone_is_named_where_the_processor_takes_none():
         encode_conversations(families.processor_of("paligemma"), MIXED, torch.float32)
 
 
-# LLaVA's processor counts every image's tokens as the first one's: see the test below.
-@pytest.mark.parametrize("family", [x for x in NAMES if x not in ("llava_pixtral", *NEEDS_AN_IMAGE)])
+@pytest.mark.parametrize("family", [x for x in NAMES if x not in NEEDS_AN_IMAGE])
 @pytest.mark.parametrize("case", ["sizes in a batch", "numbers of images"])
 def test_rows_put_together_equal_a_batch_of_the_processor(family: str, case: str):
     processor, rows = families.processor_of(family), CASES[case]
@@ -153,7 +152,7 @@ def test_paligemma_reads_its_answer_causally_behind_the_line_break():
 
 def test_images_of_several_sizes_train_in_one_batch_with_pixtrals_tower():
     processor = families.processor_of("llava_pixtral")
-    rows = [*CASES["sizes in a batch"], MIXED[1]]
+    rows = [*CASES["sizes in a batch"], *CASES["sizes in a line"], MIXED[1]]
     inputs = encode_conversations(processor, rows, torch.float32)
     torch.manual_seed(0)
     from transformers import LlavaForConditionalGeneration
@@ -168,6 +167,14 @@ def test_images_of_several_sizes_train_in_one_batch_with_pixtrals_tower():
             assert torch.allclose(together[place, :length], model(**alone).logits[0], atol=1e-4)
     model(**inputs).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_padded_images_of_one_batch_of_a_scan_have_equally_many_rows():
+    processed = ProcessedSamples(families.processor_of("llava_pixtral"), torch.float32)
+    rows = [talk(TALL, TALL, "a"), talk(TALL, WIDE, "b"), talk(TALL, WIDE, "c"), talk(WIDE, TALL, "d")]
+    samples = [samples_of(x, "each")[0] for x in rows]
+    groups = processed.batches(samples, 4)
+    assert [[x.prompt for x in group] for group in groups] == [["a"], ["b", "c"], ["d"]]
 
 
 TEMPLATES = {
