@@ -19,6 +19,8 @@ Base = Literal["16-bit", "nf4", "dynamic"]
 BadData = Literal["refuse", "skip"]
 Turns = Literal["first", "last", "each"]
 """Which answers of a conversation count: are measured, or learned."""
+Experts = Literal["4-bit", "16-bit"]
+"""What fused weights of experts may be in; in 4-bit only qprobe's own loader reads them."""
 Optimizer = Literal["adamw_8bit", "adamw_torch"]
 AskedMetric = str | Callable[[Any, str], Any]
 """A declared name (`qprobe.registry.metrics`), or a function of (sample, answer) to a number."""
@@ -80,6 +82,7 @@ class ScanOptions:
     tune: int | None = None
     calibration_samples: int | None = None
     keep_correction: int | None = None
+    experts: Experts = "4-bit"
     turns: Turns = "each"
     split: str | None = None
     bad_data: BadData = "refuse"

@@ -169,9 +169,7 @@ def _in_16bit_class(
     rule = running_rule()
     keys = [*entries, *sorted(getattr(model, "_keep_in_fp32_modules", None) or ())]
     kept = frozenset(name for key in keys for name in hits(rule, key, names))
-    if not has_four_bit_experts(quantization):
-        return kept | experts
-    return kept | (experts & frozenset(entries))
+    return kept if has_four_bit_experts(quantization) else kept | experts
 
 
 def _find(tensors: Mapping[str, StoredTensor], layer: Linear, architecture: str) -> StoredWeight | None:

@@ -25,7 +25,9 @@ def model_card(manifest: Manifest, architecture: str, made_from: str | None = No
         _quality(manifest, made_from),
         *([_compared(manifest)] if manifest.compared else []),
         "## Use",
-        plain_usage(auto, is_four_bit=True),
+        _OURS
+        if any(x.is_experts and x.is_four_bit for x in manifest.layers)
+        else plain_usage(auto, is_four_bit=True),
         "## Layers in 16-bit",
         _kept(manifest),
         f"Made by qprobe {manifest.made_by.qprobe} (`{manifest.made_by.command}`, {manifest.made_by.time}). "
@@ -134,6 +136,14 @@ def _number(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "not measured"
     return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.1g}"
+
+
+_OURS = (
+    '```python\nimport qprobe\n\nmodel, processor = qprobe.load_dynamic_4bit("path/to/this/folder")\n```\n\n'
+    "Weights of experts are in 4-bit here, which transformers does not read: its `from_pretrained` refuses "
+    "this folder. `for_training=True` makes the model ready for adapters on its linear layers; with peft "
+    "0.21 the second forward of adapters on 4-bit experts (`target_parameters`) fails."
+)
 
 
 def plain_usage(auto: str, is_four_bit: bool) -> str:

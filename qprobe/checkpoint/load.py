@@ -95,7 +95,7 @@ def packed_4bit(skeleton: Skeleton, manifest: Manifest, device: str | None) -> A
 
     Raises ModelError for tensors that its files lack.
     """
-    experts = [x.name for x in manifest.layers if x.is_four_bit and len(x.shape) == 3]
+    experts = [x.name for x in manifest.layers if x.is_four_bit and x.is_experts]
     return _finished(skeleton, load_packed(skeleton, experts, pick_device(device)))
 
 

@@ -18,6 +18,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.models.entry import Entry, PublishedSize
 from qprobe.models.family import CROSS, LANGUAGE, OTHER, PROJECTOR, VISION
 from qprobe.models.towers import tower_of
+from qprobe.options import Experts
 from qprobe.records import FormatSpec, Inventory, Linear
 from qprobe.system.wording import counted
 
@@ -91,17 +92,22 @@ class SizePlan:
 
 
 def plan(
-    model: str, manifest: Manifest | str | Path | None = None, trust_remote_code: bool = False
+    model: str,
+    manifest: Manifest | str | Path | None = None,
+    trust_remote_code: bool = False,
+    experts: Experts = "4-bit",
 ) -> SizePlan:
     """Exact bytes of `model` (alias, hub id, folder) in 16-bit, NF4, FP4, by published lists and `manifest`.
 
     Reads a config only: the catalogue's for a known name, else that of the folder or of the hub.
-    trust_remote_code: as of `qprobe.load_dynamic_4bit`.
+    trust_remote_code: as of `qprobe.load_dynamic_4bit`. experts: what fused weights of experts may be in,
+    where no manifest says it.
     Raises ModelError if the model cannot be had or built, ManifestError, with both fingerprints, if the
     manifest was written for another model.
     """
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
-    return sizes_of(planned_skeleton(model, written, trust_remote_code), written)
+    spec = FormatSpec(experts=experts)
+    return sizes_of(planned_skeleton(model, written, trust_remote_code), written, spec)
 
 
 def planned_skeleton(model: str, manifest: Manifest | None, trusts_code: bool = False) -> Skeleton:
@@ -116,9 +122,13 @@ def planned_skeleton(model: str, manifest: Manifest | None, trusts_code: bool = 
     return skeleton
 
 
-def sizes_of(skeleton: Skeleton, manifest: Manifest | None) -> SizePlan:
-    """Exact bytes of the layouts of `skeleton`, see `plan`."""
-    inventory, entry = skeleton.inventory(manifest.format if manifest else FormatSpec()), skeleton.entry
+def sizes_of(
+    skeleton: Skeleton,
+    manifest: Manifest | None,
+    spec: FormatSpec = FormatSpec(),  # noqa: B008  frozen
+) -> SizePlan:
+    """Exact bytes of the layouts of `skeleton`, see `plan`; spec: where no manifest says it."""
+    inventory, entry = skeleton.inventory(manifest.format if manifest else spec), skeleton.entry
     layouts = [*standard_layouts(inventory), *_published(entry, inventory)]
     if manifest is not None:
         layouts.append(_chosen(manifest, inventory))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,7 @@ from qprobe.manifest.write import write_manifest
 from qprobe.models.headers import read_headers
 from qprobe.options import Progress, no_progress
 from qprobe.records import FormatSpec
+from qprobe.registry.precisions import SIXTEEN_BIT, sixteen_bit_bytes
 from qprobe.system.locks import try_lock
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
@@ -68,6 +69,7 @@ def quantize(
     dtype: str | None = None,
     folder: Path | str | None = None,
     trust_remote_code: bool = False,
+    experts: Literal["16-bit"] | None = None,
     progress: Progress = no_progress,
 ) -> Quantized:
     """Writes the model that `manifest` describes into the new folder `out`; `from_pretrained` loads it alone.
@@ -75,14 +77,17 @@ def quantize(
     The weights are read one by one and kept in 4-bit. On a GPU the peak is the 4-bit model; in host memory
     transformers reads ahead, on a fast disk most of the 16-bit model. The folder has its name only once it is
     complete and audited; what a killed run leaves beside it, a hidden `.NAME.*.tmp`, the next one removes.
+    With experts in 4-bit the folder is one that `load_dynamic_4bit` alone loads, and others refuse;
+    experts="16-bit" keeps them all in 16-bit instead.
     Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
     or cannot be written; ManifestError if no list of entries means the same to every transformers 5.
     """
     target = Path(out)
     refuse_to_overwrite(target)
     given = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+    given = given if experts is None else _with_experts_kept(given)
     skeleton = check_model(given, model, trust_remote_code)
-    if not any(x.is_four_bit and len(x.shape) == 3 for x in given.layers):  # else only qprobe reads it
+    if not any(x.is_four_bit and x.is_experts for x in given.layers):  # else only qprobe reads it
         refuse_rewritten(skeleton.model)
     written = _computing_in(given, dtype)
     origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
@@ -92,7 +97,9 @@ def quantize(
     loaded = dynamic_4bit(written, skeleton, device, codes_of(written, origin))
     processor = load_processor(skeleton.source)
     four_bit = [x.name for x in written.layers if x.is_four_bit]
-    check_keys(loaded, entries, four_bit, written.skip_modules)
+    linears = [x for x in written.layers if not x.is_experts]
+    in_16bit = [x.name for x in linears if not x.is_four_bit]
+    check_keys(loaded, entries, [x.name for x in linears if x.is_four_bit], in_16bit)
     progress("write", 1, 3)
     with new_folder(target) as place:
         save_four_bit(loaded, processor, moved(written, origin, target), entries, place)
@@ -182,6 +189,31 @@ def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:
     if spec == manifest.format:
         return manifest
     return replace(manifest, format=spec, quality=Quality(), compared=())
+
+
+def _with_experts_kept(manifest: Manifest) -> Manifest:
+    """`manifest` with all experts in 16-bit, and without what was measured with others in 4-bit."""
+    layers = tuple(
+        replace(x, precision=SIXTEEN_BIT.name, bytes=sixteen_bit_bytes(x.shape), reason="as asked")
+        if x.is_experts and x.is_four_bit
+        else x
+        for x in manifest.layers
+    )
+    if layers == manifest.layers:
+        return manifest
+    more = sum(x.bytes for x in layers) - sum(x.bytes for x in manifest.layers)
+    total = manifest.budget.total_bytes + more
+    return replace(
+        manifest,
+        format=replace(manifest.format, experts="16-bit"),
+        budget=replace(
+            manifest.budget, total_bytes=total, limit_bytes=max(total, manifest.budget.limit_bytes)
+        ),
+        quality=Quality(),
+        compared=(),
+        layers=layers,
+        skip_modules=tuple(x.name for x in layers if not x.is_four_bit),
+    )
 
 
 def _made_from(manifest: Manifest, model: str | None, source: Source) -> str | None:

@@ -10,6 +10,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.speaking import say
+from qprobe.options import Experts
 
 _POSITIVE = click.IntRange(min=1)
 _STEP = (
@@ -74,6 +75,7 @@ def refuse_step_without_training(training: bool) -> None:
     metavar="FILE",
     help="A skiplist.json of this model: its layout is shown as well.",
 )
+@shared.experts_option
 @click.option("--training", is_flag=True, help="Also say what a QLoRA step occupies and which cards it fits.")
 @training_options
 @shared.trust_option
@@ -81,6 +83,7 @@ def plan(
     as_json: bool,
     model: str,
     manifest: Path | None,
+    experts: Experts,
     training: bool,
     trust_remote_code: bool,
     **step: Any,
@@ -114,7 +117,7 @@ def plan(
     else:
         from qprobe.checkpoint.plan import plan as size_plan
 
-        found = size_plan(model, manifest, trust_remote_code).to_json()
+        found = size_plan(model, manifest, trust_remote_code, experts).to_json()
     if as_json:
         shared.print_json(found)
         return

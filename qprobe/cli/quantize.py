@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -27,6 +28,12 @@ from qprobe.system.wording import counted
 )
 @shared.device_option
 @shared.dtype_option(None, "the manifest's")
+@click.option(
+    "--experts",
+    type=click.Choice(["16-bit"]),
+    help="Keep all fused weights of experts in 16-bit, so that plain from_pretrained loads DIR.  "
+    "[default: as F says]",
+)
 @shared.trust_option
 def quantize(
     manifest: Path,
@@ -34,6 +41,7 @@ def quantize(
     model: str | None,
     device: str | None,
     dtype: str | None,
+    experts: Literal["16-bit"] | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -41,8 +49,9 @@ def quantize(
 
     DIR is a standard checkpoint: safetensors shards, a config with the exact list of the layers in 16-bit,
     the processor, a model card with what the scan measured, and F itself. Plain from_pretrained loads it
-    where qprobe is not installed. The 16-bit weights are read one by one. DIR
-    gets its name only once it is complete and audited.
+    where qprobe is not installed; where fused weights of experts are in 4-bit, which it cannot read, it
+    refuses DIR, and load_dynamic_4bit("DIR") loads it. The 16-bit weights are read one by one. DIR gets its
+    name only once it is complete and audited.
 
     \b
     --json prints: out, layers_4bit, layers_16bit, parameter_bytes, total_bytes, files {name: bytes}.
@@ -51,7 +60,14 @@ def quantize(
 
     with shared.progress_bars() as progress:
         done = write(
-            manifest, out, model, device, dtype, trust_remote_code=trust_remote_code, progress=progress
+            manifest,
+            out,
+            model,
+            device,
+            dtype,
+            trust_remote_code=trust_remote_code,
+            experts=experts,
+            progress=progress,
         )
     if as_json:
         shared.print_json(done.to_json())

@@ -71,6 +71,7 @@ TOP = 10  # layers of the ranking that are shown
     help="Also keep what nf4-calibrated leaves of every weight, as factors of this rank at most, in "
     "RUN/correction.safetensors.",
 )
+@shared.experts_option
 @limit_options(DEFAULT_BUDGET)
 @click.option(
     "--by",

@@ -187,6 +187,17 @@ def devices_option(function: Command) -> Command:
     )(function)
 
 
+experts_option = click.option(
+    "--experts",
+    type=click.Choice(["4-bit", "16-bit"]),
+    default="4-bit",
+    show_default=True,
+    help="What fused weights of experts may be in. In 4-bit, load_dynamic_4bit alone reads them; in 16-bit "
+    "plain from_pretrained loads the checkpoint.",
+)
+"""--experts, of the commands that choose a format."""
+
+
 def dtype_option(default: str | None, shown: str) -> Callable[[Command], Command]:
     """--dtype, handed on as torch's name of it; `shown` says the default in words."""
     return click.option(

@@ -14,6 +14,7 @@ from qprobe.exports.target import Target
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.system.discovery import declared
+from qprobe.system.wording import counted, is_or_are
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def export_manifest(manifest: Manifest | str | Path, to: str) -> Export:
         raise QprobeError(f"No tool {to!r}: qprobe exports to {', '.join(export_targets())}.")
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     _check_precision(written, target)
+    _check_experts(written, target)
     readers = target.readers(written)
     text, notes = target.write(written, first_exact(target.lists(written, readers), readers))
     return Export(to, text, (*notes, *_lost_codes(written, target)), written.skip_modules)
@@ -65,6 +67,16 @@ def _check_precision(manifest: Manifest, target: Target) -> None:
         raise ManifestError(
             f"The manifest is for {name}, and {target.name} takes {' or '.join(target.precisions)} only; "
             "scan in that format, or export to another tool."
+        )
+
+
+def _check_experts(manifest: Manifest, target: Target) -> None:
+    names = [x.name for x in manifest.layers if x.is_experts and x.is_four_bit]
+    if names and not target.takes_experts:
+        raise ManifestError(
+            f"{counted(len(names), 'weight')} of experts, first {names[0]}, "
+            f"{is_or_are(len(names))} in 4-bit, which {target.name} cannot be told. Load the model with "
+            "qprobe.load_dynamic_4bit, or scan with --experts 16-bit."
         )
 
 

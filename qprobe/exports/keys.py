@@ -34,13 +34,15 @@ class Reader:
 def layer_spellings(manifest: Manifest) -> dict[str, tuple[Spellings, bool]]:
     """By module name: the spellings of every linear and whether it stays in 16-bit, in manifest order.
 
-    Weights that today's transformers never converts, though transformers 4 and 5.0 do (subclasses of
-    nn.Linear, the output of nn.MultiheadAttention, Conv1D), count as linears that stay.
+    Fused weights of experts are no modules, which lists name. Weights that today's transformers never
+    converts, though transformers 4 and 5.0 do (subclasses of nn.Linear, the output of nn.MultiheadAttention,
+    Conv1D), count as linears that stay.
     """
     architecture = manifest.model.architecture
     found = {
         x.name: (spellings(x.name, x.checkpoint_name, architecture), not x.is_four_bit)
         for x in manifest.layers
+        if not x.is_experts
     }
     for weight in manifest.uncovered:
         if weight.name.endswith(".weight") and not weight.why.startswith("a convolution"):

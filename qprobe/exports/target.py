@@ -44,6 +44,7 @@ class Target:
     write: from the checked entries to the text. lists: how the entries may be written.
     of_checkpoint: the tool works on a model that is in 4-bit already; all others make it from 16-bit weights.
     own_codes: how it chooses 4-bit codes, if not by rounding to nearest in the manifest's precision.
+    takes_experts: it can be told of fused experts in 4-bit, or they do not concern it; else they are refused.
     precisions: the 4-bit precisions it can be told about; a manifest in another is refused.
     """
 
@@ -55,3 +56,4 @@ class Target:
     of_checkpoint: bool = False
     own_codes: str | None = None
     precisions: tuple[str, ...] = (NF4.name,)
+    takes_experts: bool = False

@@ -64,7 +64,8 @@ def other_codes(codes: str) -> str:
 
 def experts(manifest: Manifest, tool: str) -> tuple[str, ...]:
     """A note on stacked experts with what `tool`, a sentence, does to them; nothing without such."""
-    names = [x.name for x in manifest.uncovered if ".experts." in x.name]
+    names = [x.name for x in manifest.layers if x.is_experts]
+    names += [x.name for x in manifest.uncovered if ".experts." in x.name]
     if not names:
         return ()
     return (

@@ -47,7 +47,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class ManifestLayer:
-    """One linear and its precision.
+    """One linear, or one fused weight of experts, and its precision.
 
     shape: of the weight, as `qprobe.records.Linear` has it. precision: the name of a declared one.
     bytes: of the weight as stored.
@@ -64,6 +64,11 @@ class ManifestLayer:
     @property
     def is_four_bit(self) -> bool:
         return is_four_bit(self.precision)
+
+    @property
+    def is_experts(self) -> bool:
+        """True for a weight that experts share; its name is a parameter's, not a module's."""
+        return len(self.shape) == 3
 
 
 @dataclass(frozen=True)

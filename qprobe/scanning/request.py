@@ -127,7 +127,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         source=source,
         loaded=loaded,
         folder=options.out or Path("runs") / source.id.replace("/", "--"),
-        format=FormatSpec(options.format, compute_dtype=dtype),
+        format=FormatSpec(options.format, compute_dtype=dtype, experts=options.experts),
         device=options.device,
         max_memory_bytes=limit,
         tune=options.tune,
@@ -304,6 +304,7 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
         ("--tune", asked.tune, None),
         ("--calibration-samples", asked.calibration_samples, None),
         ("--keep-correction", asked.keep_correction, None),
+        ("--experts", asked.experts, _DEFAULTS["experts"]),
         ("--ablate", asked.ablate, None),
         ("--metric", asked.metric if isinstance(asked.metric, str) else None, None),
     ]

@@ -10,7 +10,17 @@ from typing import Any
 
 from qprobe.calibration.tuning import tune_steps
 from qprobe.loading.log_filters import quiet_models
-from qprobe.options import AskedMetric, BadData, Dtype, Progress, ScanOptions, Turns, data_of, path_of
+from qprobe.options import (
+    AskedMetric,
+    BadData,
+    Dtype,
+    Experts,
+    Progress,
+    ScanOptions,
+    Turns,
+    data_of,
+    path_of,
+)
 from qprobe.registry.precisions import NF4
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing, left_to_others
@@ -57,6 +67,7 @@ def scan(
     tune: int | None = None,
     calibration_samples: int | None = None,
     keep_correction: int | None = None,
+    experts: Experts = "4-bit",
     turns: Turns = "each",
     split: str | None = None,
     bad_data: BadData = "refuse",
@@ -101,6 +112,8 @@ def scan(
         source up to so many; None for what suits the device and the model.
     keep_correction: rank, 64 at most, of the factors of what "nf4-calibrated" leaves of each weight, which
         are kept in the run folder then.
+    experts: "16-bit" keeps fused weights of experts so, for a checkpoint that plain transformers loads; in
+        4-bit only `qprobe.load_dynamic_4bit` reads them.
     metric: of greedy answers to the held-out samples, beside KL, for the verdict: one of
         `qprobe.registry.metrics.names()`, or any function of (sample, answer) to a number; the answer of the
         sample is None where none was given. Costs the answers of 16-bit, standard 4-bit and the chosen list.
@@ -137,6 +150,7 @@ def scan(
             tune=tune,
             calibration_samples=calibration_samples,
             keep_correction=keep_correction,
+            experts=experts,
             turns=turns,
             split=split,
             bad_data=bad_data,

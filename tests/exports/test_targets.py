@@ -259,6 +259,41 @@ def test_experts_stay_in_16_bit_in_a_gguf_file():
         export_manifest(with_experts("mixer.weight"), "llama.cpp")
 
 
+def with_fused(four_bit: bool) -> Manifest:
+    """The same, with experts as layers."""
+    manifest = manifest_of({"model.layers.3.self_attn.q_proj": False, "lm_head": True}, "Qwen3MoeForCausalLM")
+    fused = [
+        replace(
+            manifest.layers[0 if four_bit else 1],
+            name=f"model.layers.3.mlp.experts.{x}",
+            checkpoint_name=f"model.layers.3.mlp.experts.{x}",
+            shape=(4, 64, 64),
+        )
+        for x in ("gate_up_proj", "down_proj")
+    ]
+    layers = (*manifest.layers, *fused)
+    kept = tuple(x.name for x in layers if not x.is_four_bit)
+    return replace(manifest, layers=layers, skip_modules=kept)
+
+
+def test_llama_cpp_is_told_of_fused_experts_by_its_own_names():
+    stacked = {f"blk.3.ffn_{x}_exps.weight" for x in ("gate", "up", "down")}
+    for four_bit in (True, False):
+        found = llama_cpp.gguf_tensors(with_fused(four_bit))
+        assert {name: kept for name, kept in found.items() if name in stacked} == dict.fromkeys(
+            stacked, not four_bit
+        )
+
+
+@pytest.mark.parametrize("tool", ["transformers", "vllm", "unsloth", "axolotl", "llm-compressor"])
+def test_a_tool_that_cannot_hold_experts_in_4_bit_is_refused_by_name(tool: str):
+    with pytest.raises(
+        ManifestError, match=rf"experts\.gate_up_proj, are in 4-bit, which {tool} cannot be told"
+    ):
+        export_manifest(with_fused(True), tool)
+    assert "experts" not in export_manifest(with_fused(False), "transformers").text
+
+
 @pytest.mark.parametrize("tool", ["vllm", "llm-compressor"])
 def test_what_becomes_of_experts_is_said(tool: str):
     note = export_manifest(with_experts(), tool).notes[-1]

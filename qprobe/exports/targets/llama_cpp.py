@@ -84,7 +84,7 @@ def write(manifest: Manifest, entries: Sequence[str]) -> Written:
 
 
 def gguf_tensors(manifest: Manifest) -> dict[str, bool]:
-    """By GGUF name of each decoder tensor: whether it stays in 16-bit, experts always.
+    """By GGUF name of each decoder tensor: whether it stays in 16-bit.
 
     Output head and embedding, which have options of their own, are not among them.
     """
@@ -92,6 +92,11 @@ def gguf_tensors(manifest: Manifest) -> dict[str, bool]:
     outside = _vision_part(manifest)
     for layer in manifest.layers:
         if layer.name in outside or _is_output(layer):
+            continue
+        stacked = _GGUF_EXPERT.search(layer.name)
+        if layer.is_experts and stacked is not None:
+            names = (f"blk.{stacked[1]}.{x}.weight" for x in GGUF_EXPERTS[stacked[2]])
+            found |= dict.fromkeys(names, not layer.is_four_bit)
             continue
         match = _GGUF_LAYER.search(layer.name)
         if match is None:
@@ -137,6 +142,7 @@ TARGET = Target(
     summary="the command line of llama-quantize, with --tensor-type",
     readers=readers,
     write=write,
+    takes_experts=True,
     lists=lists,
     own_codes="with scales of its own for each block, weighted by an importance matrix if it is given one",
 )

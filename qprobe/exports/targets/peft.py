@@ -20,7 +20,7 @@ def rule(entry: str, name: str) -> bool:
 def readers(manifest: Manifest) -> list[Reader]:
     """peft, for which an entry does not keep a layer but puts an adapter on it: on all linears but the
     output head and tied weights."""
-    adapted = {x.name: not _is_head(x.name, x.reason) for x in manifest.layers}
+    adapted = {x.name: not _is_head(x.name, x.reason) for x in manifest.layers if not x.is_experts}
     if not any(adapted.values()):
         raise ManifestError(
             "The manifest lists no layer that an adapter could go on; scan a model with linear layers."
@@ -70,4 +70,5 @@ TARGET = Target(
     write=write,
     lists=lists,
     of_checkpoint=True,
+    takes_experts=True,
 )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qprobe.checkpoint.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.ready import ready_for_training
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.checkpoint.verify import verify
@@ -20,9 +21,11 @@ from qprobe.errors import QprobeError, VerificationError
 from qprobe.loading.experts.four_bit import codes_of_experts, four_bit_experts
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.reference import load_reference
+from qprobe.manifest.read import read_manifest
+from qprobe.records import FormatSpec
 from tests import mixtures
 from tests.checkpoint.experts.conftest import Packed
-from tests.checkpoint.manifests import manifest_for, with_layer
+from tests.checkpoint.manifests import inventory_of, manifest_for, with_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(20, 32)[None]
@@ -110,12 +113,10 @@ def test_a_model_with_other_experts_in_4_bit_than_listed_is_refused(packed: Call
 def test_experts_in_16_bit_give_a_folder_that_plain_transformers_reads(
     mixture: Callable[[str], Path], tmp_path: Path
 ):
-    from qprobe.checkpoint.quantize import quantize
-    from tests.checkpoint.manifests import inventory_of
-
     source = mixture("mixtral")
-    experts = [x.name for x in inventory_of(source).layers if x.experts]
-    manifest = manifest_for(source, experts)
-    quantize(manifest, tmp_path / "out", str(source), "cpu")
+    quantize(manifest_for(source), tmp_path / "out", str(source), "cpu", experts="16-bit")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu", dtype="auto")
+    manifest = read_manifest(tmp_path / "out" / "skiplist.json")
     verify(plain, manifest)
+    experts = {x.name for x in inventory_of(source, FormatSpec(experts="16-bit")).layers if x.fixed}
+    assert set(manifest.skip_modules) == experts and manifest.format.experts == "16-bit"
