@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, gram_bytes, passes, tiles_that_count
 from qprobe.inputs.batch import Batch
+from qprobe.loading.experts.weights import Layer
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import repeated_blocks, replaced_forwards, wrapped_blocks
 from qprobe.measure.subject import Subject
@@ -82,12 +83,12 @@ class Walk:
         self.blocks = repeated_blocks(subject.model)
         self.room_bytes = room_bytes
         self.recorded: list[_Recorded] = []
-        self._linears = [_linears(block, subject) for block in self.blocks]
+        self._layers = [_layers(block, subject) for block in self.blocks]
         self._on_device = self._on_host = 0
 
     def by_block(self, inputs: Iterable[SharedInput]) -> tuple[list[SharedInput], list[list[SharedInput]]]:
         """(those of `inputs` that are read outside of blocks or in several, those of each block)."""
-        owners = {name: number for number, linears in enumerate(self._linears) for name in linears}
+        owners = {name: number for number, layers in enumerate(self._layers) for name in layers}
         outside: list[SharedInput] = []
         inside: list[list[SharedInput]] = [[] for _ in self.blocks]
         for one in inputs:
@@ -121,7 +122,7 @@ class Walk:
         for index, one in enumerate(self.recorded):
             forward = gathering.forward(one.batch, index, one.tiles)
             running = self.subject.running(f"walk, {gathering.kind}", one.batch.kinds.numel())
-            with running, torch.no_grad(), replaced_forwards(self._linears[number], forward):
+            with running, torch.no_grad(), replaced_forwards(self._layers[number], forward):
                 for call, recorded in enumerate(one.calls.get(number, [])):
                     args, kwargs = tree_map(one.filled, recorded)
                     output = self.blocks[number](*args, **kwargs)
@@ -195,10 +196,11 @@ def _tensors(output: Any) -> list[Tensor]:
     return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
 
 
-def _linears(block: nn.Module, subject: Subject) -> dict[str, nn.Linear]:
+def _layers(block: nn.Module, subject: Subject) -> dict[str, Layer]:
+    """The layers of `block`, fused experts as well, by name."""
     inside = {id(module) for module in block.modules()}
-    linears = {name: x for name, x in subject.modules.items() if isinstance(x, nn.Linear)}
-    return {name: module for name, module in linears.items() if id(module) in inside}
+    owners = {name: x if isinstance(x, nn.Linear) else x.module for name, x in subject.modules.items()}
+    return {name: layer for name, layer in subject.modules.items() if id(owners[name]) in inside}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import get_ident as current
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from qprobe.calibration.calibrate import Work, calibrate_model, calibrate_units,
 from qprobe.calibration.codes import Readers, calibrate, workspace_bytes
 from qprobe.calibration.gptq import shrunk
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
-from qprobe.calibration.room import gram_room, rounded_together, shares
+from qprobe.calibration.room import gram_room, rounded_together
 from qprobe.calibration.token_weights import DRAWS, token_weights
 from qprobe.errors import MachineError, ManifestError
 from qprobe.formats.codes_file import FILE_NAME, join_codes, open_codes, sha256_of
@@ -30,7 +28,6 @@ from qprobe.records import FormatSpec
 from qprobe.registry.precisions import NF4_CALIBRATED
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import VERSION, Key, Measures, Spec
-from qprobe.system.processes import Shard
 from tests import tiny
 
 PARTS = ((0, 1), (2, 3))
@@ -175,39 +172,6 @@ def test_two_shards_of_units_give_the_same_file_as_one(tiny_folder, tmp_path):
     calibrate_model(two)
     assert sha256_of(one.run.path / FILE_NAME) == sha256_of(two.run.path / FILE_NAME)
     assert one.run.codes == two.run.codes is not None
-
-
-@pytest.mark.slow
-def test_processes_that_share_a_folder_leave_the_file_of_one(tiny_folder, tmp_path, monkeypatch):
-    alone = work_in(tmp_path / "alone", subject_for(tiny_folder("llama")), "llama")
-    calibrate_model(alone)
-    finish, done = calibration._finish, []
-    monkeypatch.setattr(calibration, "_finish", lambda *a: (done.append((current(), a[-1])), finish(*a)))
-    works = [work_in(tmp_path / "shared", subject_for(tiny_folder("llama")), "llama") for _ in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        ended = [pool.submit(calibrate_model, work, Shard(rank, 2)) for rank, work in enumerate(works)]
-        for one in ended:
-            one.result()
-    # Each unit was done once, and both had some; what both hold is what is in the file.
-    assert sorted(unit for _, unit in done) == list(range(len(done)))
-    assert len({thread for thread, _ in done}) == 2
-    assert sha256_of(works[0].run.path / FILE_NAME) == sha256_of(alone.run.path / FILE_NAME)
-    first, second = (weights(work.subject) for work in works)
-    assert all(torch.equal(first[name], weight) for name, weight in second.items())
-    assert works[0].run.codes == works[1].run.codes == alone.run.codes
-
-
-def test_shares_follow_one_another_and_take_about_as_long(tiny_folder):
-    subject = subject_for(tiny_folder("llama"))
-    # Costs 2 x 8^2 = 128, 1 x 16^2 = 256, 64 and 448: half of 896 is reached after the third.
-    shapes = ((8, 2), (16, 1), (8, 1), (8, 7))
-    modules = {str(i): nn.Linear(*shape, device="meta") for i, shape in enumerate(shapes)}
-    inputs = [SharedInput((name,), module.in_features) for name, module in modules.items()]
-    spread = replace(subject, modules=modules)
-    assert shares(spread, inputs, 2) == [range(0, 3), range(3, 4)]
-    assert shares(spread, inputs, 1) == [range(0, 4)]
-    assert [x for part in shares(spread, inputs, 3) for x in part] == [0, 1, 2, 3]
-    assert shares(spread, [], 2) == [range(0, 0)] * 2
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from qprobe.calibration.walk import Plan, Walk, gathered_in_turn, planned
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
+from qprobe.records import Sample, asked
 from tests.calibration.test_calibrate import samples_of, subject_for
 
 TinyFolder = Callable[[str], Path]
@@ -158,3 +159,20 @@ def test_an_input_that_blocks_share_is_summed_in_the_pass_of_the_whole_model(tin
     both = SharedInput((*first.names, *second.names), first.in_features)
     assert walk.by_block([both])[0] == [both]
     assert sum(map(len, inside)) + len(outside) == len(inputs)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_blocks_with_fused_experts_give_the_matrices_of_whole_passes(name: str, mixture: TinyFolder):
+    # Their products run as in a pass of the whole model, on the same tensors.
+    subject = subject_for(mixture(name))
+    batch = subject.encode(
+        tuple(Sample(str(i), asked(x), answer="a bag") for i, x in enumerate(("a red", "it")))
+    )
+    batch = batch.in_dtype(subject.path.dtype)
+    inputs = shared_inputs(subject, [batch])
+    with walking(subject.path):
+        wanted = gathered(subject, inputs, [batch]).grams
+    walk = Walk(subject, 0)
+    found = in_turn(subject, walk, planned(walk, inputs, 2**30, CPU), [batch])
+    assert found.keys() == wanted.keys() and found
+    assert all(torch.equal(gram.total, wanted[leader].total) for leader, gram in found.items())
