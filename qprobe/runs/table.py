@@ -19,7 +19,7 @@ import pandas as pd
 from qprobe.errors import QprobeError, RunError
 from qprobe.records import Inventory, Linear
 from qprobe.registry import measures
-from qprobe.runs.aggregates import LayerRows, aggregated
+from qprobe.runs.aggregates import LayerRows, aggregated, pooled
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.layer_rows import Rows, numbers, rows_by_layer
 from qprobe.system.wording import shortened
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qprobe.runs.folder import RunFolder
 
 FILE = "layers.csv"
+EXPERTS_FILE = "experts.csv"
 
 ROUNDING = "rounding"
 """Of calibrated weights: "calibrated", "nearest: " and why, or "" if fixed; empty in other runs."""
@@ -103,12 +104,46 @@ def peaks(run: RunFolder) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=pd.Index(list(_PEAK_DTYPES))).astype(_PEAK_DTYPES)
 
 
+def experts(run: RunFolder) -> pd.DataFrame:
+    """Each expert of each fused weight, in execution order; no rows for a model without.
+
+    Columns: layer, expert (from 0), weight_nmse, activation_nmse on the tokens that were routed to it, and
+    tokens: how many those are. What was not measured is empty, as is the activation_nmse of 0 tokens.
+    """
+    weights, outputs = rows_by_layer(run, "weights"), rows_by_layer(run, "outputs")
+    rows = []
+    for layer in run.measured_inventory.layers:
+        for expert in range(layer.experts or 0):
+            weight, output = (_of_expert(x.get(layer.name), expert) for x in (weights, outputs))
+            rows.append(
+                {
+                    "layer": layer.name,
+                    "expert": expert,
+                    "weight_nmse": nan if weight is None else pooled(weight, "").nmse,
+                    "activation_nmse": nan if output is None else pooled(output, "activation_").nmse,
+                    "tokens": None if output is None else int(output["tokens"].sum()),
+                }
+            )
+    kinds = {"layer": "str", "expert": "int64", "weight_nmse": "float64"}
+    kinds |= {"activation_nmse": "float64", "tokens": "Int64"}
+    return pd.DataFrame(rows, columns=pd.Index(list(kinds))).astype(kinds)
+
+
+def _of_expert(rows: Rows | None, expert: int) -> Rows | None:
+    if rows is None:
+        return None
+    is_its = rows["expert"] == expert
+    return {name: values[is_its] for name, values in rows.items()}
+
+
 def write_table(run: RunFolder) -> Path:
-    """Write layers.csv, and peaks.csv beside it, from the units; the path of layers.csv.
+    """Write layers.csv, and peaks.csv and experts.csv beside it, from the units; the path of layers.csv.
 
     Numbers are written with the fewest digits that read back as the same number.
     """
     frames = {"peaks.csv": peaks(run), FILE: derived_table(run)}
+    by_expert = experts(run)
+    frames |= {EXPERTS_FILE: by_expert} if len(by_expert) else {}
     run.files.write({name: (csv_bytes(frame), len(frame)) for name, frame in frames.items()})
     return run.path / FILE
 
