@@ -238,7 +238,7 @@ def table(name: str, counts: Sequence[int], device: str, steps: int, codes: Sequ
             weights = token_weights(subject, inputs, part)
         weighted = stored(subject, all_rounded(subject, inputs, part, weights.of))
         measured.add("weighted", count, weighted, f"{time.perf_counter() - start:.0f}")
-        for codes_from in codes if steps else ():
+        for codes_from in codes if steps and len(part) > 1 else ():
             start = time.perf_counter()
             training, kept_back = ([part[i] for i in numbers] for numbers in split_batches(part))
             tuned = tune(subject, weighted, training, kept_back, steps, Nf4(), codes_from=codes_from)
