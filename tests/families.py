@@ -10,6 +10,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from transformers import ProcessorMixin
+
 from tests import tiny
 
 SIDE = 28
@@ -121,6 +123,10 @@ RECIPES = {
         "idefics3", "Idefics3Processor", "idefics3.Idefics3ImageProcessorPil", _IDEFICS, "<image>",
         markers=_IDEFICS_MARKS, image_seq_len=4,
     ),
+    "smolvlm": _recipe(
+        "smolvlm", "SmolVLMProcessor", "smolvlm.SmolVLMImageProcessorPil", _IDEFICS, "<image>",
+        markers=_IDEFICS_MARKS, image_seq_len=4, video_processor=None,
+    ),
     "internvl": _recipe(
         "internvl", "InternVLProcessor", "got_ocr2.GotOcr2ImageProcessorPil", _TILES, "<IMG_CONTEXT>",
         {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
@@ -170,4 +176,8 @@ def _images_only(full: Any) -> Callable[..., Any]:
         missing = argument is None and name != "image_processor"
         return None if missing else full.check_argument_for_proper_class(self, name, argument)
 
-    return type(full.__name__, (full,), {"check_argument_for_proper_class": check})
+    # As `qprobe.loading.processor` makes it.
+    plain = ProcessorMixin.apply_chat_template
+    return type(
+        full.__name__, (full,), {"check_argument_for_proper_class": check, "apply_chat_template": plain}
+    )

@@ -118,7 +118,7 @@ def _without_video(source: Source, options: dict[str, Any]) -> Any:
     arguments are those of processor_config.json.
     Can go when transformers ships a video processor on Pillow, as it does for images.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
     full = _processor_class(source)
 
@@ -126,7 +126,12 @@ def _without_video(source: Source, options: dict[str, Any]) -> Any:
         is_missing_video = argument is None and "video" in name
         return None if is_missing_video else full.check_argument_for_proper_class(self, name, argument)
 
-    images_only: Any = type(full.__name__, (full,), {"check_argument_for_proper_class": check})
+    # SmolVLM's own way of rendering asks its video half for a number of frames.
+    changed = {
+        "check_argument_for_proper_class": check,
+        "apply_chat_template": ProcessorMixin.apply_chat_template,
+    }
+    images_only: Any = type(full.__name__, (full,), changed)
     tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
     images = AutoImageProcessor.from_pretrained(source.location, **options)
     parts = {"tokenizer": tokenizer, "image_processor": images}
