@@ -97,9 +97,7 @@ def quantize(
     loaded = dynamic_4bit(written, skeleton, device, codes_of(written, origin))
     processor = load_processor(skeleton.source)
     four_bit = [x.name for x in written.layers if x.is_four_bit]
-    linears = [x for x in written.layers if not x.is_experts]
-    in_16bit = [x.name for x in linears if not x.is_four_bit]
-    check_keys(loaded, entries, [x.name for x in linears if x.is_four_bit], in_16bit)
+    check_keys(skeleton.model, entries, written)
     progress("write", 1, 3)
     with new_folder(target) as place:
         save_four_bit(loaded, processor, moved(written, origin, target), entries, place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import hashlib
 import inspect
+from collections.abc import Iterable, Iterator
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -17,6 +18,7 @@ from qprobe.models.family import VISION
 from qprobe.models.towers import group_of, reads_vision, tower_of
 from qprobe.records import FormatSpec, Inventory, Linear, Uncovered
 from qprobe.registry.precisions import sixteen_bit_bytes
+from qprobe.system.log_filters import Remark, without_remarks
 
 WHY_SUBCLASS = "a subclass of nn.Linear; transformers converts exact nn.Linear modules only"
 WHY_ATTENTION = "inside nn.MultiheadAttention, which reads its weights directly"
@@ -26,6 +28,10 @@ FLOAT32 = "kept in float32 by transformers"
 READ_DIRECTLY = "its module reads the weight itself"
 EXPERTS_AS_ASKED = "experts in 16-bit as asked"
 WHY_FUSED = "a fused weight outside any nn.Linear (for example stacked experts)"
+
+_NOTHING = Remark(
+    "transformers.integrations.bitsandbytes", "no linear modules were found", "said where it is asked for"
+)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -69,20 +75,21 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
     """The inventory of `model` under `spec`, in module order: linears, and fused weights of experts.
 
     The output embedding ("lm_head"), weights that share storage with another parameter ("tied") and what
-    transformers never converts (`never_converted`, FLOAT32) are fixed, and so are those whose weight is used
-    without them (`read_directly`), and experts where `spec` says so. Every parameter is assumed to be stored
-    in its own dtype; weights of layers in 16-bit, but for FLOAT32.
+    transformers never converts (FLOAT32) are fixed, and so are those whose weight is used without them
+    (`read_directly`), and experts where `spec` says so. Every parameter is assumed to be stored in its own
+    dtype; weights of layers in 16-bit, but for FLOAT32. Of layers that share one weight the first has its
+    bytes, the others have none.
     """
     layers = measured_layers(model)
     names = frozenset(layers)
     linears = frozenset(name for name, layer in layers.items() if isinstance(layer, nn.Linear))
-    unconverted, read = never_converted(model, names), read_directly(model, linears)
+    unconverted, read = linears - converted_modules(model), read_directly(model, linears)
     in_files = checkpoint_names(model, tuple(x for x in layers if x in linears))
     architecture = type(model).__name__
     has_vision = any(tower_of(n, architecture, True) == VISION for n in names)
     shared = _shared_storage(model)
     head = _output_embedding(model)
-    found = []
+    found, listed = [], set[int]()
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else layer.shape
         tower = tower_of(name, architecture, has_vision)
@@ -93,6 +100,8 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
             fixed = "tied" if id(layer.weight) in shared else "lm_head"
         if isinstance(layer, ExpertWeight) and spec.experts == "16-bit":
             fixed = fixed or EXPERTS_AS_ASKED
+        is_counted = id(layer.weight) in listed
+        listed.add(id(layer.weight))
         found.append(
             Linear(
                 name=name,
@@ -100,8 +109,8 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
                 tower=tower,
                 group=group_of(name, names, architecture, tower),
                 shape=shape,
-                bytes_4bit=spec.nbytes(shape),
-                bytes_16bit=layer.weight.nbytes if name in unconverted else sixteen_bit_bytes(shape),
+                bytes_4bit=0 if is_counted else spec.nbytes(shape),
+                bytes_16bit=0 if is_counted else _bytes_kept(layer, shape, name in unconverted),
                 fixed=fixed,
                 reads="vision" if reads_vision(name, architecture, tower) else "text",
                 transposed=isinstance(layer, ExpertWeight) and layer.transposed,
@@ -111,18 +120,41 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
     return Inventory(tuple(found), _uncovered(model, layers), _other_bytes(model, weights))
 
 
-def never_converted(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
-    """Those of the linears `names` that 4-bit loading leaves alone whatever a skip-list says.
+def _bytes_kept(layer: Layer, shape: tuple[int, ...], is_unconverted: bool) -> int:
+    return layer.weight.nbytes if is_unconverted else sixteen_bit_bytes(shape)
 
-    transformers adds the patterns of `_keep_in_fp32_modules` to every skip-list. It keeps what they name in
-    float32 where the rest of the model is in fp16; in bf16 it is in bf16 as well, but still never in 4-bit.
+
+class _Asked:
+    """`model` for the conversion of transformers to look at: what it would replace is noted, not replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: list[str] = []
+        # Patterns that transformers adds to every skip-list. What they name it keeps in float32 where the
+        # rest of the model is in fp16; in bf16 it is in bf16 as well, but still never in 4-bit.
+        self._keep_in_fp32_modules = getattr(model, "_keep_in_fp32_modules", None)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return self.model.named_modules()
+
+    def set_submodule(self, name: str, module: nn.Module) -> None:
+        self.names.append(name)
+
+
+def converted_modules(model: nn.Module, skip_list: Iterable[str] = ()) -> frozenset[str]:
+    """Names of the modules that the running transformers, asked itself, turns into 4-bit under `skip_list`.
+
+    model: the 16-bit model, on any device, also the meta device; it stays as it is.
     """
-    patterns: list[str] = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if not patterns:
-        return frozenset()
-    from transformers.quantizers.quantizers_utils import should_convert_module
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    return frozenset(name for name in names if not should_convert_module(name, patterns))
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(skip_list))
+    asked: Any = _Asked(model)
+    with without_remarks(_NOTHING):
+        quantizer = Bnb4BitHfQuantizer(config, pre_quantized=False)
+        quantizer._process_model_before_weight_loading(asked, device_map=None)
+    return frozenset(asked.names)
 
 
 def read_directly(model: nn.Module, names: frozenset[str]) -> frozenset[str]:

@@ -108,7 +108,7 @@ def write_4bit(job: Job, folder: Path) -> Written:
     if job.origin.base == "16-bit":
         model = dynamic_4bit(manifest, job.skeleton, job.options.device, None)
     found = fold(model, job.adapter, manifest.format, beside)
-    check_keys(model, entries, [x.name for x in manifest.layers if x.is_four_bit], manifest.skip_modules)
+    check_keys(job.skeleton.model, entries, manifest)
     save_four_bit(model, processor, manifest, entries, folder)
     return Written(folder, _audited(job, folder, manifest), found)
 

@@ -8,8 +8,16 @@ import transformers
 from torch import nn
 
 from qprobe.checkpoint.quantize import refuse_rewritten
+from qprobe.checkpoint.sizes import everything_outside
 from qprobe.errors import ModelError
-from qprobe.loading.inventory import READ_DIRECTLY, WHY_CONV1D, list_layers, read_directly
+from qprobe.loading.inventory import (
+    FLOAT32,
+    READ_DIRECTLY,
+    WHY_CONV1D,
+    converted_modules,
+    list_layers,
+    read_directly,
+)
 from qprobe.loading.skeleton import meta_model
 from qprobe.measure.kl import refuse_unread
 from qprobe.records import FormatSpec
@@ -38,6 +46,36 @@ def test_a_linear_whose_weight_is_read_directly_is_fixed_and_named():
     layers = list_layers(skeleton("MambaForCausalLM", config), FormatSpec()).layers
     fixed = {x.name.rpartition(".")[2]: x.fixed for x in layers}
     assert fixed["dt_proj"] == READ_DIRECTLY and fixed["in_proj"] is None
+
+
+def test_transformers_itself_says_what_it_converts_and_the_model_stays_as_it_is():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Own(2, 2), "kept": nn.Linear(2, 2)})
+    model._keep_in_fp32_modules = ["kept"]
+    before = list(model.modules())
+    assert converted_modules(model) == {"plain"}
+    assert converted_modules(model, ["plain"]) == frozenset()
+    assert list(model.modules()) == before
+    assert {x.name: x.fixed for x in list_layers(model, FormatSpec()).layers} == {
+        "plain": None,
+        "kept": FLOAT32,
+    }
+
+
+def test_linears_that_share_one_weight_are_fixed_and_counted_once():
+    model = nn.ModuleDict({name: nn.Linear(64, 64, dtype=torch.bfloat16) for name in ("a", "b", "c")})
+    model["b"].weight = model["a"].weight
+    inventory = list_layers(model, FormatSpec())
+    assert [(x.name, x.fixed, x.bytes_16bit) for x in inventory.layers] == [
+        ("a", "tied", 2 * 64 * 64),
+        ("b", "tied", 0),
+        ("c", None, 2 * 64 * 64),
+    ]
+    stored = sum(x.nbytes for x in model.parameters())  # torch gives the shared one once
+    assert inventory.total_bytes(frozenset("c")) == stored
+    assert sum(x.bytes for x in everything_outside(model)) == inventory.other_bytes
 
 
 def test_only_computing_with_a_weight_counts():
