@@ -12,6 +12,8 @@ from qprobe.errors import QprobeError
 from qprobe.registry.precisions import NF4
 
 DEFAULT_BUDGET = "+10%"
+DEFAULT_ADAPT = "language,projector"
+"""Where adapters go: parts of a model or names of its modules, see `qprobe.models.adapting`."""
 FOR = ("vllm",)
 """Tools whose fused groups a skip-list can be asked to keep whole."""
 Dtype = Literal["bfloat16", "float16"]
@@ -145,7 +147,8 @@ class FinetuneOptions:
     accumulation: int = 4
     max_length: int = 2048
     optimizer: Optimizer | None = None
-    vision: bool = False
+    adapt: str = DEFAULT_ADAPT
+    for_tool: str | None = None
     save_every: int = 50
     seed: int = 0
     trust_remote_code: bool = False

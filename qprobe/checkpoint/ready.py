@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qprobe.errors import ModelError
 from qprobe.exports.keys import one_pattern
 from qprobe.loading.inventory import linear_modules
-from qprobe.models.family import VISION
-from qprobe.models.towers import tower_of
+from qprobe.models.adapting import Adapted, adapted
+from qprobe.options import DEFAULT_ADAPT
 
 
 def ready_for_training(model: Any) -> Any:
@@ -42,31 +42,24 @@ def ready_for_training(model: Any) -> Any:
     return model
 
 
-def lora_targets(model: nn.Module, vision: bool = False) -> str:
-    """One regular expression for `LoraConfig(target_modules=...)`: the linears of `model`, 4-bit or 16-bit.
+def lora_targets(model: nn.Module, adapt: str = DEFAULT_ADAPT, for_tool: str | None = None) -> str:
+    """One regular expression for `LoraConfig(target_modules=...)`: linears of `model`, 4-bit or 16-bit.
 
-    Left out are the output head and weights tied to an embedding, and the vision tower unless `vision`. A
-    string is matched to whole names, where peft would read a list as endings and miss or hit others.
-    Raises ModelError if nothing is left.
+    adapt: language, projector, vision, all, or names of modules, with commas between them. for_tool: "vllm"
+    leaves out what it serves no adapters on. Output heads, weights tied to an embedding, and what peft
+    forbids are left out. A string is matched to whole names, where peft would read a list as endings and miss
+    or hit others. Raises QprobeError if nothing is left, or a word names nothing.
     """
-    four_bit = _four_bit_modules(model)
-    linears = {**linear_modules(model), **four_bit}
-    architecture = type(model).__name__
-    has_vision = any(tower_of(name, architecture, True) == VISION for name in linears)
-    shared = _shared(model)
-    names = [
-        name
-        for name, _ in model.named_modules()
-        if name in linears
-        and id(linears[name].weight) not in shared
-        and linears[name] is not _head(model)
-        and (vision or tower_of(name, architecture, has_vision) != VISION)
-    ]
-    if not names:
-        raise ModelError(
-            f"No linear layer of {architecture} is left for adapters. Pass vision=True if it only sees."
-        )
-    return one_pattern(names)
+    return one_pattern(adapted_linears(model, adapt, for_tool).names)
+
+
+def adapted_linears(model: nn.Module, adapt: str, for_tool: str | None) -> Adapted:
+    """The linears that `lora_targets` matches, and those that it leaves out."""
+    linears = {**linear_modules(model), **_four_bit_modules(model)}
+    names = [name for name, _ in model.named_modules() if name in linears]
+    shared, head = _shared(model), _head(model)
+    fixed = frozenset(x for x in names if id(linears[x].weight) in shared or linears[x] is head)
+    return adapted(names, fixed, type(model).__name__, adapt, for_tool)
 
 
 def _four_bit_modules(model: nn.Module) -> dict[str, nn.Linear]:

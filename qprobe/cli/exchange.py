@@ -42,7 +42,8 @@ class _WithTools(click.Command):
     "--to", "tool", type=_Tool(), metavar="TOOL", required=True, help="The tool whose language to write."
 )
 @click.option("--out", type=shared.PATH, metavar="FILE", help="Where to write it.  [default: stdout]")
-def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
+@shared.adapt_option("With peft and axolotl: where adapters go", None)
+def export(manifest: Path, tool: str, out: Path | None, adapt: str | None, as_json: bool) -> None:
     """Write the skip-list of MANIFEST (a skiplist.json) in the language of another tool.
 
     Every entry is first run through that tool's own rule of matching, so that exactly the 16-bit layers of
@@ -56,7 +57,7 @@ def export(manifest: Path, tool: str, out: Path | None, as_json: bool) -> None:
     from qprobe.exports import export_manifest
     from qprobe.system.files import write_atomic
 
-    made = export_manifest(manifest, tool)
+    made = export_manifest(manifest, tool, adapt)
     if out is not None:
         try:
             write_atomic(out, made.text.encode())

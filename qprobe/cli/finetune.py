@@ -9,7 +9,7 @@ import click
 
 from qprobe.cli import shared
 from qprobe.cli.speaking import say
-from qprobe.options import Base, Optimizer
+from qprobe.options import FOR, Base, Optimizer
 from qprobe.system.wording import counted
 
 _POSITIVE = click.IntRange(min=1)
@@ -92,7 +92,13 @@ _OPTIONS = (
         type=click.Choice(get_args(Optimizer)),
         help="[default: adamw_8bit on CUDA; adamw_torch on a CPU, for which there is no 8-bit one]",
     ),
-    click.option("--vision", is_flag=True, help="Put adapters on the vision tower as well."),
+    shared.adapt_option("Where adapters go"),
+    click.option(
+        "--for",
+        "for_tool",
+        type=click.Choice(FOR),
+        help="Tool that will serve the adapter: what it serves none on is left out and named.",
+    ),
     click.option(
         "--save-every",
         type=_POSITIVE,
@@ -147,8 +153,9 @@ def finetune(as_json: bool, **asked: Any) -> None:
 
     \b
     --json prints: out, base, fingerprint, steps, resumed_from, trained_lines, held_out_lines, skipped [text],
-    trainable_parameters, optimizer, eval_loss_before, eval_loss (nats per answer token, mean over lines),
-    history [{step, loss}], eval_history [{step, loss}], seconds, peak_bytes (of device memory).
+    left_out [text] (layers that have to do without an adapter), trainable_parameters, optimizer,
+    eval_loss_before, eval_loss (nats per answer token, mean over lines), history [{step, loss}],
+    eval_history [{step, loss}], seconds, peak_bytes (of device memory).
     """
     from qprobe.training.finetune import finetune as train
 
@@ -161,6 +168,8 @@ def finetune(as_json: bool, **asked: Any) -> None:
         return
     for sentence in done["skipped"]:
         say(f"Skipped: {sentence}", err=True)
+    for sentence in done["left_out"]:
+        say(f"Note: {sentence}", err=True)
     say(_verdict(done))
 
 

@@ -16,7 +16,7 @@ from qprobe.cli.debug import debugged, stage_times
 from qprobe.cli.speaking import one_line, say, visible_json
 from qprobe.data.source import names_of_files
 from qprobe.errors import QprobeError
-from qprobe.options import Progress
+from qprobe.options import DEFAULT_ADAPT, Progress
 from qprobe.registry import metrics
 from qprobe.system.bars import progress_bars as bars
 from qprobe.system.log_filters import quiet
@@ -196,6 +196,17 @@ experts_option = click.option(
     "plain from_pretrained loads the checkpoint.",
 )
 """--experts, of the commands that choose a format."""
+
+
+def adapt_option(what: str, default: str | None = DEFAULT_ADAPT) -> Callable[[Command], Command]:
+    """--adapt; `what` begins its help."""
+    return click.option(
+        "--adapt",
+        metavar="PARTS",
+        default=default,
+        help=f"{what}: language, projector, vision, all, or names of modules, with commas between them. "
+        f"Output head and tied weights never have one.  [default: {DEFAULT_ADAPT}]",
+    )
 
 
 def dtype_option(default: str | None, shown: str) -> Callable[[Command], Command]:

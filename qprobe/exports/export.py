@@ -43,8 +43,10 @@ def export_targets() -> Mapping[str, Target]:
     return {x.name: x for x in sorted(found, key=lambda x: x.name)}
 
 
-def export_manifest(manifest: Manifest | str | Path, to: str) -> Export:
+def export_manifest(manifest: Manifest | str | Path, to: str, adapt: str | None = None) -> Export:
     """The list of `manifest` (or of the file at that path) in the language of the target `to`.
+
+    adapt: where adapters go, for tools that are told; None for the default of `finetune`.
 
     The entries were run through the tool's own rule: they keep exactly the manifest's 16-bit layers, the
     output head and tied weights among them. Raises QprobeError for an unknown tool, ManifestError,
@@ -53,6 +55,11 @@ def export_manifest(manifest: Manifest | str | Path, to: str) -> Export:
     target = export_targets().get(to)
     if target is None:
         raise QprobeError(f"No tool {to!r}: qprobe exports to {', '.join(export_targets())}.")
+    if adapt is not None:
+        if target.adapting is None:
+            tools = ", ".join(x.name for x in export_targets().values() if x.adapting)
+            raise QprobeError(f"{to} is not told where adapters go, so --adapt says nothing. {tools} are.")
+        target = target.adapting(adapt)
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     _check_precision(written, target)
     _check_experts(written, target)

@@ -42,6 +42,8 @@ class Target:
     readers: who reads the list: the tool in each version that differs, with its rule and its names of the
     modules. Raises ManifestError for a manifest that the tool cannot be told.
     write: from the checked entries to the text. lists: how the entries may be written.
+    adapting: for tools that are told where adapters go, the target that tells them other places, see
+    `qprobe.models.adapting`.
     of_checkpoint: the tool works on a model that is in 4-bit already; all others make it from 16-bit weights.
     own_codes: how it chooses 4-bit codes, if not by rounding to nearest in the manifest's precision.
     takes_experts: it can be told of fused experts in 4-bit, or they do not concern it; else they are refused.
@@ -57,3 +59,4 @@ class Target:
     own_codes: str | None = None
     precisions: tuple[str, ...] = (NF4.name,)
     takes_experts: bool = False
+    adapting: Callable[[str], Target] | None = None

@@ -12,6 +12,7 @@ from qprobe.errors import MachineError
 from qprobe.loading.device import pick_device
 from qprobe.loading.processor import load_processor
 from qprobe.loading.reference import reference_of
+from qprobe.loading.source import known
 from qprobe.loading.stored import checkpoint_folder
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
@@ -59,6 +60,13 @@ def open_base(
     place = str(pick_device(device))  # one device, since a spread model does not train
     reference = reference_of(skeleton, place)
     return reference.model, reference.processor
+
+
+def model_folder(manifest: Manifest, model: str | None) -> str | None:
+    """The folder on this machine that `model` (None for the manifest's) names; None for a name of the hub."""
+    name = model or manifest.model.id
+    folder = Path(source_of(manifest, model).location)
+    return str(folder.resolve()) if known(name) is None and folder.is_dir() else None
 
 
 def base_digest(manifest: Manifest, model: str | None) -> str:

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
-from qprobe.checkpoint.ready import lora_targets
+from qprobe.checkpoint.ready import adapted_linears
 from qprobe.data.conversation import Conversation, Conversations
 from qprobe.data.reading import check_left_out
 from qprobe.errors import ModelError, RunError, SampleError
+from qprobe.exports.keys import one_pattern
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
@@ -30,6 +31,7 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, moved
 from qprobe.manifest.write import write_manifest
 from qprobe.options import (
+    DEFAULT_ADAPT,
     BadData,
     Base,
     Dtype,
@@ -49,6 +51,7 @@ from qprobe.training.bases import (
     MANIFEST_FILE,
     base_digest,
     load_base,
+    model_folder,
     peft_library,
 )
 from qprobe.training.record import Record, read_record, write_record
@@ -93,7 +96,8 @@ def finetune(
     accumulation: int = 4,
     max_length: int = 2048,
     optimizer: Optimizer | None = None,
-    vision: bool = False,
+    adapt: str = DEFAULT_ADAPT,
+    for_tool: str | None = None,
     save_every: int = 50,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -112,9 +116,9 @@ def finetune(
     steps: optimizer steps; None for `epochs` passes over the data. rank: of the adapters; alpha equals it.
     learning_rate: the highest one. batch_size: conversations that run at once; accumulation: batches per
     step. max_length: tokens of a line. optimizer: None for adamw_8bit on CUDA, and adamw_torch on a CPU, for
-    which there is no 8-bit one. vision: adapters in the vision tower as well. save_every: steps between
-    checkpoints and evaluations. seed: of the adapters, the order of the lines and the held-out ones.
-    trust_remote_code: as of `qprobe.load_dynamic_4bit`.
+    which there is no 8-bit one. adapt, for_tool: where adapters go, as of `qprobe.lora_targets`.
+    save_every: steps between checkpoints and evaluations. seed: of the adapters, the order of the lines and
+    the held-out ones. trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     progress: called as work moves on, see `qprobe.options.Progress`.
     Raises QprobeError for options that make no run and for a loss that is no number, SampleError for data
     that cannot be trained on, RunError if `out` holds something else or a finished adapter or another process
@@ -142,7 +146,8 @@ def finetune(
         accumulation=accumulation,
         max_length=max_length,
         optimizer=optimizer,
-        vision=vision,
+        adapt=adapt,
+        for_tool=for_tool,
         save_every=save_every,
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -198,22 +203,30 @@ def _finetune(
     spec = {**spec, BASE_WEIGHTS: base_digest(manifest, options.model)}
     _check_out(options.out, spec)
     torch.manual_seed(options.seed)
+    targets = adapted_linears(model, options.adapt, options.for_tool)
     config = peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.rank,
         lora_dropout=0.0,
-        target_modules=lora_targets(model, options.vision),
+        target_modules=one_pattern(targets.names),
     )
     tuned = peft.get_peft_model(model, config)
-    _start(options.out, Record("running", manifest.model.fingerprint, spec))
+    folder = model_folder(manifest, options.model)
+    record = Record("running", manifest.model.fingerprint, spec, model=folder)
+    _start(options.out, record)
     with _disk_explained(options.out), _loss_explained(options.out):
         result = _train(options, spec["optimizer"], tuned, processor, train, held_out, progress)
     skipped = tuple(sentence for one in checked for sentence in one.sentences())
     done = Finetuned(
-        out=options.out, base=options.base, fingerprint=manifest.model.fingerprint, skipped=skipped, **result
+        out=options.out,
+        base=options.base,
+        fingerprint=manifest.model.fingerprint,
+        skipped=skipped,
+        left_out=targets.notes(),
+        **result,
     )
     with _disk_explained(options.out):
-        _finish(options, tuned, processor, manifest, spec, done)
+        _finish(options, tuned, processor, manifest, record, done)
     return done
 
 
@@ -364,18 +377,18 @@ def _finish(
     tuned: Any,
     processor: Any,
     manifest: Manifest,
-    spec: dict[str, Any],
+    record: Record,
     done: Finetuned,
 ) -> None:
     """The adapter and what belongs to it; the record that calls it finished is written last."""
     out = options.out
-    # The files name the model as the manifest does, never a folder of this machine. peft would look the name
-    # up on the hub to see whether the vocabulary grew, which it cannot have.
-    tuned.peft_config["default"].base_model_name_or_path = manifest.model.id
+    # So that the adapter loads again. peft would look the name up on the hub to see whether the vocabulary
+    # grew, which it cannot have.
+    tuned.peft_config["default"].base_model_name_or_path = record.model or manifest.model.id
     tuned.save_pretrained(out, save_embedding_layers=False)
     write_atomic(out / "README.md", card(manifest, done).encode())
     save_processor(processor, out)
     write_manifest(out / MANIFEST_FILE, moved(manifest, options.manifest.parent, out))
     result = {key: value for key, value in done.to_json().items() if key != "out"}
-    write_record(out, Record("finished", done.fingerprint, spec, result))
+    write_record(out, replace(record, status="finished", result=result))
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from torch import nn
 from qprobe.checkpoint.plan import SizePlan, planned_skeleton, sizes_of
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
+from qprobe.models.adapting import adapted
 from qprobe.models.family import CROSS, PROJECTOR, VISION
-from qprobe.options import Optimizer
+from qprobe.options import DEFAULT_ADAPT, Optimizer
 from qprobe.records import FormatSpec, Linear
 
 GIB = 1 << 30
@@ -40,7 +41,7 @@ NOT_TRAINED = ("nf4-single", "fp4")
 class Step:
     """What is trained: `tokens` in a sequence (image tokens included), `tiles` images tiles beside it.
 
-    vision: adapters in the vision tower as well.
+    adapt: where adapters go, see `qprobe.models.adapting`.
     """
 
     batch_size: int = 1
@@ -48,7 +49,7 @@ class Step:
     tiles: int = 4
     rank: int = 16
     optimizer: Optimizer = "adamw_8bit"
-    vision: bool = False
+    adapt: str = DEFAULT_ADAPT
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def training_plan(
     skeleton = planned_skeleton(model, written, trust_remote_code)
     sizes = sizes_of(skeleton, written)
     layers = skeleton.inventory(written.format if written else FormatSpec()).layers
-    adapted = adapted_layers(layers, step.vision)
+    adapted = adapted_linears(layers, skeleton.architecture, step.adapt)
     adapter = adapter_sizes(adapted, step.rank)
     activations = activations_of(skeleton.model, layers, step)
     layouts = [
@@ -139,10 +140,12 @@ def training_plan(
     return TrainingPlan(sizes, step, len(adapted), sum(adapter), activations, tuple(layouts))
 
 
-def adapted_layers(layers: Iterable[Linear], vision: bool) -> tuple[Linear, ...]:
+def adapted_linears(layers: Sequence[Linear], architecture: str, adapt: str) -> tuple[Linear, ...]:
     """The linears that adapters go on, as `lora_targets` chooses them."""
-    free = (x for x in layers if x.fixed not in ("lm_head", "tied"))
-    return tuple(x for x in free if vision or x.tower != VISION)
+    linears = [x for x in layers if not x.is_experts]
+    fixed = frozenset(x.name for x in linears if x.fixed in ("lm_head", "tied"))
+    names = set(adapted([x.name for x in linears], fixed, architecture, adapt).names)
+    return tuple(x for x in linears if x.name in names)
 
 
 def adapter_sizes(layers: Iterable[Linear], rank: int) -> list[int]:
@@ -182,22 +185,24 @@ def activations_of(model: Any, layers: Sequence[Linear], step: Step) -> Activati
     config: Any = model.config
     text = step.batch_size * step.tokens
     seen = step.batch_size * vision_tokens(config, step.tiles)
+    on = {x.name: x.tower for x in adapted_linears(layers, type(model).__name__, step.adapt)}
+    sees = VISION in on.values()
     blocks: defaultdict[str, list[Linear]] = defaultdict(list)
     kept = 0
     for x in layers:
         block = _block(x.name)
         if block is not None:
             blocks[block].append(x)
-        elif x.tower == PROJECTOR and step.tiles:
+        elif x.tower == PROJECTOR and step.tiles and (x.name in on or sees):
             # Its input for the adapter, in float32, and its output, which cross-attention or text reads.
-            kept += seen * (4 * x.in_features + 2 * x.out_features)
+            kept += seen * (4 * x.in_features * (x.name in on) + 2 * x.out_features)
     largest = 0
     for name, members in blocks.items():
         is_vision = members[0].tower == VISION
-        if is_vision and not (step.vision and seen):
+        if is_vision and not (sees and seen):
             continue  # nothing in it needs a gradient, so nothing of it is kept
         width = seen if is_vision else text
-        saved, moving = _block_bytes(members, width, seen)
+        saved, moving = _block_bytes(members, width, seen, on)
         if _recomputed(model, name):
             kept += 2 * members[0].in_features * width
             largest = max(largest, saved + moving)
@@ -222,11 +227,12 @@ def _recomputed(model: nn.Module, block: str) -> bool:
     return isinstance(model.get_submodule(block), GradientCheckpointingLayer)
 
 
-def _block_bytes(layers: Sequence[Linear], tokens: int, seen: int) -> tuple[int, int]:
+def _block_bytes(layers: Sequence[Linear], tokens: int, seen: int, on: Container[str]) -> tuple[int, int]:
     """(saved, moving): bytes that a block's forward pass saves, and that its backward pass adds at most.
 
-    Saved for each token: of every linear its input in float32 (for the adapter's A) and its output in 16-bit
-    (for what follows it); the activation function's output; the inputs of two norms in float32; attention's
+    Saved for each token: of every linear its input in float32 (for the adapter's A, where it is one of `on`)
+    and its output in 16-bit (for what follows it); the activation function's output; the inputs of two norms
+    in float32; attention's
     output. Moving: gradients at the widest linear, of adapter (float32) and base, and one weight unpacked.
     Cross-attention reads its keys and values from `seen` vision tokens.
     """
@@ -234,7 +240,7 @@ def _block_bytes(layers: Sequence[Linear], tokens: int, seen: int) -> tuple[int,
     saved = tokens * (2 * widest + 8 * hidden + 2 * hidden)
     for x in layers:
         reads = seen if x.tower == CROSS and x.reads == "vision" else tokens
-        saved += reads * (4 * x.in_features + 2 * x.out_features)
+        saved += reads * (4 * x.in_features * (x.name in on) + 2 * x.out_features)
     moving = tokens * (5 * widest + 8 * hidden) + 2 * max(x.in_features * x.out_features for x in layers)
     return saved, moving
 

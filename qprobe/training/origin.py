@@ -51,7 +51,7 @@ class Origin:
 
     def refuse_experts(self, forms: Sequence[str]) -> None:
         """Raises ManifestError for a merged checkpoint with stacked experts in 4-bit, which none can hold."""
-        packed = [x.name for x in self.manifest.layers if len(x.shape) > 2 and x.is_four_bit]
+        packed = [x.name for x in self.manifest.layers if x.is_experts and x.is_four_bit]
         if packed and (self.base != "16-bit" or "4-bit" in forms):
             raise ManifestError(
                 f"The experts {named(packed)} {is_or_are(len(packed))} in 4-bit, and plain transformers "
@@ -93,7 +93,8 @@ def _as_recorded(folder: Path, record: Record, model: str | None) -> Origin:
         )
     known = record.spec["dtype"]
     spec = with_dtype(written.format, known)
-    return Origin(path, replace(written, format=spec), record.spec["base"], model, known, record)
+    there = record.model if record.model is not None and Path(record.model).is_dir() else None
+    return Origin(path, replace(written, format=spec), record.spec["base"], model or there, known, record)
 
 
 def _as_told(
@@ -151,7 +152,8 @@ def load_finetuned(
 ) -> tuple[Any, Any]:
     """(peft model, processor): the adapter that `finetune` wrote to `folder`, on the base it was trained on.
 
-    model, device, trust_remote_code: as of `load_dynamic_4bit`.
+    model: where the 16-bit weights are; None for where `finetune` found them. device, trust_remote_code: as
+    of `load_dynamic_4bit`.
     Raises RunError if the folder holds no finished adapter, ManifestError if adapter, manifest and the
     weights behind `model` do not belong together.
     """

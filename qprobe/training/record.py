@@ -20,6 +20,7 @@ MAX_RECORD_BYTES = 256 * 2**20  # its loss curves have about 40 bytes per step
 class Record:
     """One run. spec: what decides the adapter, JSON values; result: of `finetune --json`, of a finished one.
 
+    model: the folder of the 16-bit weights; None for a model that the manifest names so that it is found.
     status: "diverged" where the loss became no number, so that there is nothing to go on from.
     """
 
@@ -27,6 +28,7 @@ class Record:
     fingerprint: str
     spec: dict[str, Any]
     result: dict[str, Any] | None = None
+    model: str | None = None
 
 
 def read_record(folder: Path) -> Record | None:

@@ -9,8 +9,7 @@ from typing import Any
 from qprobe.errors import MachineError, ModelError, QprobeError
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread
-from qprobe.models.family import VISION
-from qprobe.models.towers import tower_of
+from qprobe.models.adapting import adapted_layers
 from qprobe.options import FinetuneOptions
 
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun sets, and Trainer acts upon
@@ -34,7 +33,7 @@ def check_options(options: FinetuneOptions, manifest: Manifest) -> None:
     for name, count in counts.items():
         if count < 1:
             raise QprobeError(f"--{name} {count} makes no training. Pass 1 or more.")
-    most = _highest_rank(manifest, options.vision)
+    most = _highest_rank(manifest, options)
     if options.rank > most:
         raise QprobeError(
             f"--rank {options.rank:,} is higher than that of any layer of {manifest.model.id}, which is "
@@ -42,14 +41,13 @@ def check_options(options: FinetuneOptions, manifest: Manifest) -> None:
         )
 
 
-def _highest_rank(manifest: Manifest, vision: bool) -> int:
+def _highest_rank(manifest: Manifest, options: FinetuneOptions) -> int:
     """The highest rank that a matrix of the adapted layers can have: the largest of their shorter sides.
 
     Some models have linears of one or a few outputs (gates), so the smallest of all would refuse too much.
     """
-    towers = {x.name: tower_of(x.name, manifest.model.architecture, True) for x in manifest.layers}
-    sees_only = set(towers.values()) == {VISION}
-    return max(min(x.shape) for x in manifest.layers if vision or sees_only or towers[x.name] != VISION)
+    names = set(adapted_layers(manifest, options.adapt, options.for_tool).names)
+    return max(min(x.shape) for x in manifest.layers if x.name in names)
 
 
 def refuse_several_processes(environment: Mapping[str, str]) -> None:

@@ -18,7 +18,8 @@ class Finetuned:
 
     eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
     base's; both are None without held-out lines. history: (step, loss), over the step
-    peak_bytes: of device memory, None on a CPU. skipped: one sentence per row that was left out.
+    peak_bytes: of device memory, None on a CPU. skipped: one sentence per row that was left out;
+    left_out: one per reason for which layers have to do without an adapter.
     """
 
     out: Path
@@ -29,6 +30,7 @@ class Finetuned:
     trained_lines: int
     held_out_lines: int
     skipped: tuple[str, ...]
+    left_out: tuple[str, ...]
     trainable_parameters: int
     optimizer: str
     eval_loss_before: float | None
@@ -44,7 +46,13 @@ class Finetuned:
             "history": [{"step": step, "loss": loss} for step, loss in self.history],
             "eval_history": [{"step": step, "loss": loss} for step, loss in self.eval_history],
         }
-        return {**asdict(self), "out": str(self.out), "skipped": list(self.skipped), **curves}
+        return {
+            **asdict(self),
+            "out": str(self.out),
+            "skipped": list(self.skipped),
+            "left_out": list(self.left_out),
+            **curves,
+        }
 
 
 def card(manifest: Manifest, done: Finetuned) -> str:

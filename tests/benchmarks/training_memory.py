@@ -34,7 +34,7 @@ from qprobe.training.memory import (
     CODE_TABLE_BYTES,
     Step,
     activations_of,
-    adapted_layers,
+    adapted_linears,
     adapter_sizes,
     optimizer_bytes,
 )
@@ -124,7 +124,7 @@ def predict(model: Any, inventory: Inventory, kept: frozenset[str], step: Step) 
     """What `plan --training` counts for the layout that keeps `kept`; model: in 16-bit still."""
     in_4bit = sum(not x.fixed for x in inventory.layers if x.name not in kept)
     weights = inventory.total_bytes(kept) + CODE_TABLE_BYTES * in_4bit
-    adapter = adapter_sizes(adapted_layers(inventory.layers, step.vision), step.rank)
+    adapter = adapter_sizes(adapted_linears(inventory.layers, type(model).__name__, step.adapt), step.rank)
     states = optimizer_bytes(adapter, step.optimizer)
     activations = activations_of(model, inventory.layers, step).peak
     parameters = 4 * sum(adapter)
@@ -148,7 +148,7 @@ def measure(
         weights = torch.cuda.memory_allocated(device)
     ready_for_training(model)
     peft = peft_library()
-    lora = peft.LoraConfig(r=step.rank, lora_alpha=step.rank, target_modules=lora_targets(model, step.vision))
+    lora = peft.LoraConfig(r=step.rank, lora_alpha=step.rank, target_modules=lora_targets(model, step.adapt))
     tuned = peft.get_peft_model(model, lora).train()
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, step.optimizer)

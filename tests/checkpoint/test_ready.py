@@ -16,6 +16,7 @@ from qprobe.errors import ModelError
 from qprobe.formats.nf4 import Nf4
 from qprobe.loading.reference import load_reference
 from qprobe.models.family import VISION
+from qprobe.options import DEFAULT_ADAPT
 from tests import tiny
 from tests.checkpoint.manifests import every_third, inventory_of, manifest_for
 from tests.checkpoint.test_quantize import FIVE, logits, plainly
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 def lora(model: Any, vision: bool = False) -> LoraConfig:
     # Random A and B, so that the adapter changes every answer.
-    return LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, vision), init_lora_weights=False)
+    targets = lora_targets(model, "all" if vision else DEFAULT_ADAPT)
+    return LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
 
 
 def plain_weight(weight: Any) -> torch.Tensor:
@@ -179,7 +181,7 @@ def test_targets_are_exactly_the_wanted_layers_on_every_base(name, vision, tiny_
         load_standard_4bit(str(folder), device="cpu")[0],
         load_dynamic_4bit(manifest_for(folder, every_third(folder)), str(folder), "cpu")[0],
     ):
-        config = LoraConfig(r=2, target_modules=lora_targets(model, vision))
+        config = LoraConfig(r=2, target_modules=lora_targets(model, "all" if vision else DEFAULT_ADAPT))
         tuned = get_peft_model(model, config)
         assert {x.removeprefix("base_model.model.") for x in _adapted(tuned)} == wanted
 

@@ -37,7 +37,7 @@ def write_adapter(base: Path, folder: Path, std: float = 0.03, **config: Any) ->
 
     skeleton = skeleton_of(resolve(str(base)), "bfloat16")
     model: Any = skeleton.model
-    asked = {"r": 4, "lora_alpha": 8, "target_modules": lora_targets(model, True), **config}
+    asked = {"r": 4, "lora_alpha": 8, "target_modules": lora_targets(model, "all"), **config}
     tuned = peft.get_peft_model(model, peft.LoraConfig(**asked), low_cpu_mem_usage=True)
     tuned.peft_config["default"].base_model_name_or_path = str(base)
     torch.manual_seed(1)

@@ -65,7 +65,7 @@ def test_it_learns_on_every_base_and_the_adapter_loads_as_it_was(base, asked):
     assert (done.steps, done.trained_lines, done.held_out_lines, done.optimizer) == (8, 4, 1, "adamw_torch")
     assert done.eval_loss < 0.7 * done.eval_loss_before
     assert [step for step, _ in done.eval_history] == [0, 2, 4, 6, 8]
-    tuned, processor = load_finetuned(options.out, options.model, "cpu")
+    tuned, processor = load_finetuned(options.out, device="cpu")
     losses = []
     for row in read_conversations(options.data).good:
         with torch.no_grad():
@@ -73,7 +73,7 @@ def test_it_learns_on_every_base_and_the_adapter_loads_as_it_was(base, asked):
     assert any(loss == pytest.approx(done.eval_loss, rel=1e-6) for loss in losses)  # one of them was held out
 
 
-def test_the_record_names_the_model_and_no_folder_of_this_machine(asked):
+def test_the_record_names_the_model_and_no_other_folder_of_this_machine(asked):
     done = finetune(asked)
     manifest = read_manifest(asked.manifest)
     record = json.loads((asked.out / "finetune.json").read_text())
@@ -82,6 +82,8 @@ def test_the_record_names_the_model_and_no_folder_of_this_machine(asked):
     assert record["result"]["eval_loss"] == done.eval_loss and record["spec"]["rank"] == 4
     assert read_manifest(asked.out / "skiplist.json") == manifest
     assert not (asked.out / "checkpoints").exists()
+    config = json.loads((asked.out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == record["model"] == str(asked.model)
     for name in ("finetune.json", "adapter_config.json", "README.md"):
         assert str(asked.out.parent) not in (asked.out / name).read_text()
     shapes = {n: tuple(t.shape) for n, t in load_file(asked.out / "adapter_model.safetensors").items()}
@@ -207,7 +209,7 @@ def test_a_file_to_evaluate_on_takes_the_place_of_the_split(asked, tmp_path):
 
 
 def test_vision_adapters_on_request(asked):
-    finetune(replace(asked, vision=True, steps=1))
+    finetune(replace(asked, adapt="all", steps=1))
     names = load_file(asked.out / "adapter_model.safetensors").keys()
     assert any("vision_model" in name for name in names) and not any("lm_head" in name for name in names)
 

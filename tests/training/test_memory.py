@@ -17,13 +17,14 @@ from qprobe.checkpoint.storage import stored_bytes
 from qprobe.cli import main
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.skeleton import meta_model
+from qprobe.options import DEFAULT_ADAPT
 from qprobe.records import FormatSpec
 from qprobe.training.memory import (
     CODE_TABLE_BYTES,
     GIB,
     Step,
     activations_of,
-    adapted_layers,
+    adapted_linears,
     adapter_sizes,
     optimizer_bytes,
     training_plan,
@@ -41,10 +42,13 @@ pytestmark = [
 ]
 
 
+ADAPT = {False: DEFAULT_ADAPT, True: "all"}
+
+
 def measured_peak(model: Any, vision: bool, inputs: dict[str, torch.Tensor]) -> int:
     """Most bytes that forward and backward pass of an adapted model have alive beyond model and inputs."""
     ready_for_training(model)
-    config = peft.LoraConfig(r=16, target_modules=lora_targets(model, vision))
+    config = peft.LoraConfig(r=16, target_modules=lora_targets(model, ADAPT[vision]))
     tuned = peft.get_peft_model(model, config).train()
     tuned(**inputs).loss.backward()  # gradients exist from now on, so that only activations are counted
     with LiveBytes() as live:
@@ -84,7 +88,7 @@ def test_activations_of_a_model_that_sees_four_tiles(tokens: int, words: int, vi
     config.text_config.vocab_size = config.image_token_index = words
     model = build(config, torch.device("cpu")).model
     layers = list_layers(model, FormatSpec()).layers
-    expected = activations_of(model, layers, Step(1, tokens, 4, vision=vision))
+    expected = activations_of(model, layers, Step(1, tokens, 4, adapt=ADAPT[vision]))
     ids = torch.randint(3, words - 8, (1, tokens))
     labels = ids.clone()
     ids[:, 1] = words
@@ -102,8 +106,10 @@ def test_activations_of_a_model_that_sees_four_tiles(tokens: int, words: int, vi
 @pytest.mark.parametrize("vision", [False, True])
 def test_adapters_are_counted_to_the_parameter(name: str, vision: bool, tiny_folder: Any):
     model, _ = load_standard_4bit(str(tiny_folder(name)), device="cpu")
-    found = training_plan(str(tiny_folder(name)), Step(rank=5, vision=vision))
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=5, target_modules=lora_targets(model, vision)))
+    found = training_plan(str(tiny_folder(name)), Step(rank=5, adapt=ADAPT[vision]))
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=5, target_modules=lora_targets(model, ADAPT[vision]))
+    )
     trained = [p for p in tuned.parameters() if p.requires_grad]
     assert found.adapter_parameters == sum(p.numel() for p in trained)
     nf4 = next(x for x in found.layouts if x.name == "nf4")
@@ -136,10 +142,11 @@ def test_optimizer_states_are_those_of_the_optimizers():
 def test_layers_by_name_are_those_lora_targets_matches(tiny_folder: Any):
     model, _ = load_standard_4bit(str(tiny_folder("mllama")), device="cpu")
     layers = list_layers(meta_model(model.config, "bfloat16"), FormatSpec()).layers
-    assert len(adapter_sizes(adapted_layers(layers, False), 4)) == 2 * len(adapted_layers(layers, False))
+    adapted = adapted_linears(layers, "MllamaForConditionalGeneration", DEFAULT_ADAPT)
+    assert len(adapter_sizes(adapted, 4)) == 2 * len(adapted)
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=lora_targets(model)))
     found = {n.removeprefix("base_model.model.") for n, m in tuned.named_modules() if hasattr(m, "lora_A")}
-    assert found == {x.name for x in adapted_layers(layers, False)}
+    assert found == {x.name for x in adapted}
 
 
 def plan(*more: str) -> Any:

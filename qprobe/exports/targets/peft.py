@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 
-from qprobe.errors import ManifestError
 from qprobe.exports.keys import Reader, first_exact, kept_names, one_pattern
 from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written
 from qprobe.manifest.records import Manifest
+from qprobe.models.adapting import adapted_layers
+from qprobe.options import DEFAULT_ADAPT
 
 
 def rule(entry: str, name: str) -> bool:
@@ -17,20 +20,10 @@ def rule(entry: str, name: str) -> bool:
     return finds("fullmatch", entry, name)
 
 
-def readers(manifest: Manifest) -> list[Reader]:
-    """peft, for which an entry does not keep a layer but puts an adapter on it: on all linears but the
-    output head and tied weights."""
-    adapted = {x.name: not _is_head(x.name, x.reason) for x in manifest.layers if not x.is_experts}
-    if not any(adapted.values()):
-        raise ManifestError(
-            "The manifest lists no layer that an adapter could go on; scan a model with linear layers."
-        )
-    return [Reader("peft", rule, adapted)]
-
-
-def _is_head(name: str, reason: str) -> bool:
-    """The reasons are those that `select` writes for layers that are never quantized."""
-    return name.rpartition(".")[2] in ("lm_head", "embed_out") or reason.startswith(("lm_head", "tied"))
+def readers(manifest: Manifest, adapt: str = DEFAULT_ADAPT) -> list[Reader]:
+    """peft, for which an entry does not keep a layer but puts an adapter on it, where `adapt` says."""
+    names = set(adapted_layers(manifest, adapt).names)
+    return [Reader("peft", rule, {x.name: x.name in names for x in manifest.layers if not x.is_experts})]
 
 
 def lists(manifest: Manifest, readers: Sequence[Reader]) -> Iterable[list[str]]:
@@ -38,9 +31,9 @@ def lists(manifest: Manifest, readers: Sequence[Reader]) -> Iterable[list[str]]:
     yield [one_pattern(kept_names(readers))]
 
 
-def target_pattern(manifest: Manifest) -> str:
-    """One regular expression that peft matches to every linear layer but the output head and tied weights."""
-    found = readers(manifest)
+def target_pattern(manifest: Manifest, adapt: str = DEFAULT_ADAPT) -> str:
+    """One regular expression that peft matches to exactly the linear layers that `adapt` says."""
+    found = readers(manifest, adapt)
     (pattern,) = first_exact(lists(manifest, found), found)
     return pattern
 
@@ -63,6 +56,11 @@ def write(manifest: Manifest, entries: Sequence[str]) -> Written:
     )
 
 
+def adapting(adapt: str) -> Target:
+    """The target with adapters where `adapt` says, see `qprobe.models.adapting`."""
+    return replace(TARGET, readers=partial(readers, adapt=adapt))
+
+
 TARGET = Target(
     name="peft",
     summary="target_modules as one pattern, and which layers are 4-bit",
@@ -71,4 +69,5 @@ TARGET = Target(
     lists=lists,
     of_checkpoint=True,
     takes_experts=True,
+    adapting=adapting,
 )
