@@ -142,7 +142,7 @@ def training_plan(
 
 def adapted_linears(layers: Sequence[Linear], architecture: str, adapt: str) -> tuple[Linear, ...]:
     """The linears that adapters go on, as `lora_targets` chooses them."""
-    linears = [x for x in layers if not x.is_experts]
+    linears = [x for x in layers if x.experts is None]
     fixed = frozenset(x.name for x in linears if x.fixed in ("lm_head", "tied"))
     names = set(adapted([x.name for x in linears], fixed, architecture, adapt).names)
     return tuple(x for x in linears if x.name in names)
