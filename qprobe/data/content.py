@@ -79,7 +79,8 @@ def _of_part(part: Mapping[str, Any], turn: int, pictures: Pictures) -> list[Pie
             return [pictures.find(source)]
         index = given.get("index")
         return [Place(index if isinstance(index, int) and not isinstance(index, bool) else None)]
-    raise Refused(f"turn {turn} has a part of type {shown(repr(kind))}; known are text and image")
+    advice = "; give the frames of a video as images" if kind in ("video", "video_url") else ""
+    raise Refused(f"turn {turn} has a part of type {shown(repr(kind))}; known are text and image{advice}")
 
 
 def _only(given: Mapping[str, Any], known: Sequence[str], turn: int) -> None:

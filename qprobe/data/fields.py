@@ -73,7 +73,10 @@ class Fields:
             texts = [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, str)]
             holds = isinstance(value, str | bytes | list | tuple | Mapping)
             if (holds and _OF_MOVING.search(name)) or any(_VIDEO_FILE.search(x) for x in texts):
-                raise Refused(f"its field {shown(name)} names a video or a sound, and neither is read")
+                raise Refused(
+                    f"its field {shown(name)} names a video or a sound, and neither is read; give the frames "
+                    "of a video as images"
+                )
             strange = [x for x in texts if _IMAGE_FILE.search(x) and PurePosixPath(x).name not in known]
             if strange or isinstance(value, bytes) or hasattr(value, "__array_interface__"):
                 raise Refused(
