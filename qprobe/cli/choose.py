@@ -42,14 +42,13 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     and rank_high, the 90 % interval of the rank over other samples of the same kind.
     """
     from qprobe.cli.ranking import default_score, ranking, show_ranking
-    from qprobe.runs.folder import RunFolder
 
-    opened = RunFolder(run)
-    if not as_json:
-        show_ranking(opened, by, top)
-        return
-    score = by or default_score(opened)
-    ranked = ranking(opened, score, top).to_dict("records")
+    with shared.opened_run(run) as opened:
+        if not as_json:
+            show_ranking(opened, by, top)
+            return
+        score = by or default_score(opened)
+        ranked = ranking(opened, score, top).to_dict("records")
     shared.print_json({"by": score, "rows": [{"rank": i, **row} for i, row in enumerate(ranked, 1)]})
 
 
@@ -80,16 +79,15 @@ def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **a
     """
     require_a_limit({**asked, "max_kl": max_kl})
     from qprobe.manifest.write import manifest_to_json
-    from qprobe.runs.folder import RunFolder
     from qprobe.selection.replaced import select_into
 
     target = out if out is not None else run / "skiplist.json"
-    opened = RunFolder(run)
-    manifest, replaced = select_into(target, opened, max_kl=max_kl, **asked)
-    if as_json:
-        shared.print_json(manifest_to_json(manifest))
-    else:
-        _show(opened, manifest, target, is_bound=max_kl is not None)
+    with shared.opened_run(run) as opened:
+        manifest, replaced = select_into(target, opened, max_kl=max_kl, **asked)
+        if as_json:
+            shared.print_json(manifest_to_json(manifest))
+        else:
+            _show(opened, manifest, target, is_bound=max_kl is not None)
     if replaced is not None:
         say(replaced.sentence, err=as_json)
 
@@ -159,11 +157,10 @@ def report(run: Path, out: Path | None, against: Path | None, as_json: bool) -> 
     --json prints: files [path], missing [measures that were not taken].
     """
     from qprobe.report.write import missing_measures, write_report
-    from qprobe.runs.folder import RunFolder
 
-    opened = RunFolder(run)
-    files = write_report(opened, out, against)
-    missing = missing_measures(opened)
+    with shared.opened_run(run) as opened:
+        files = write_report(opened, out, against)
+        missing = missing_measures(opened)
     if as_json:
         shared.print_json({"files": files, "missing": missing})
         return

@@ -49,7 +49,7 @@ def compare(as_json: bool, **asked: Any) -> None:
     shared.refuse_two_sources(asked)
     from qprobe.checkpoint.compare import compare as run_compare
 
-    with shared.progress_bars() as progress:
+    with shared.opened_run(asked["manifest"].parent), shared.progress_bars() as progress:
         comparison = run_compare(**asked, progress=progress)
     if as_json:
         shared.print_json(comparison.to_json())

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ from qprobe.registry import metrics
 from qprobe.system.bars import progress_bars as bars
 from qprobe.system.log_filters import quiet
 from qprobe.system.wording import shortened
+
+if TYPE_CHECKING:
+    from qprobe.runs.folder import RunFolder
 
 Command = Callable[..., Any]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -235,6 +238,15 @@ def refuse_two_sources(asked: Mapping[str, Any]) -> None:
     """Raises UsageError where both --images and --data were passed."""
     if asked["images"] is not None and asked["data"] is not None:
         raise click.UsageError("--images and --data are two sources of samples; pass one of them.")
+
+
+@contextmanager
+def opened_run(path: Path) -> Iterator[RunFolder]:
+    """The run in the folder `path`; what was made again in it is said on stderr."""
+    from qprobe.selection.derived.again import opened
+
+    with opened(path, lambda sentence: say(sentence, err=True)) as run:
+        yield run
 
 
 @contextmanager

@@ -26,18 +26,14 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Inventory, Sample
 from qprobe.registry.measures import SENSITIVITY_KL
-from qprobe.runs.derived import csv_bytes
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.table import rank_table
 from qprobe.runs.units import ablation_stage
-from qprobe.selection.decide import Candidate, difference, on_common_samples
+from qprobe.selection.derived.ablated import ALONE, KEPT, write_ablation
 
 ALL: Literal["all"] = "all"
 Ablated = Literal["all"] | int | tuple[str, ...]
 """Which layers to ablate: all, so many from the head of the sensitivity ranking, or those named."""
-FILE = "ablation.csv"
-COLUMNS = ("layer", "kl_isolated", "kl_isolated_se", "kl_saved", "kl_saved_se", "samples")
-_ALONE, _KEPT = "alone ", "kept "  # candidates in the units: one layer in 4-bit, one layer in 16-bit
 
 
 def parse_ablated(text: str) -> Ablated:
@@ -104,8 +100,7 @@ def measure_ablation(
             frame = _unit(subject, batch, layers, partial(_tick, progress, done, len(groups)))
         run.write_unit(stage, unit, frame)
         done += 1
-    rows = ablation_rows(run.units(stage), layers)
-    run.files.write({FILE: (csv_bytes(rows), len(rows))})
+    write_ablation(run, run.units(stage), layers)
 
 
 def _tick(progress: Progress, batches_done: int, batches: int, layers_done: int, layers: int) -> None:
@@ -128,8 +123,8 @@ def _unit(
 
         frames = [rows(STANDARD, subject.quantized)]
         for count, name in enumerate(layers, start=1):
-            frames.append(rows(_ALONE + name, frozenset((name,))))
-            frames.append(rows(_KEPT + name, subject.quantized - {name}))
+            frames.append(rows(ALONE + name, frozenset((name,))))
+            frames.append(rows(KEPT + name, subject.quantized - {name}))
             tick(count, len(layers))
     return pd.concat(frames)
 
@@ -143,23 +138,3 @@ def _logits_with(subject: Subject, batch: Batch, four_bit: frozenset[str]) -> li
     chosen = {name: module for name, module in subject.modules.items() if name in four_bit}
     with replaced_forwards(chosen, forward):
         return read_out(subject.model, batch)
-
-
-def ablation_rows(units: pd.DataFrame, layers: tuple[str, ...]) -> pd.DataFrame:
-    """One row per layer, columns `COLUMNS`, in nats per answer token.
-
-    kl_isolated: KL with only this layer in 4-bit. kl_saved: KL of standard 4-bit - KL with only this layer
-    kept; paired by sample. Each with its standard error, over the samples where both are finite.
-    """
-    measured = {str(name): rows for name, rows in units.groupby("candidate")}
-    rows = []
-    for name in layers:
-        standard, alone, kept = on_common_samples(
-            [
-                Candidate(candidate, frozenset(), 0, measured.get(candidate, units.iloc[:0]))
-                for candidate in (STANDARD, _ALONE + name, _KEPT + name)
-            ]
-        )
-        saved, saved_se = difference(standard, kept)
-        rows.append((name, alone.kl, alone.kl_se, saved, saved_se, len(standard.measured)))
-    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))

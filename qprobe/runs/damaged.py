@@ -20,8 +20,8 @@ SUFFIX = ".damaged"
 _LOCK = ".lock-damaged"
 
 
-def set_aside_damaged(run: RunFolder) -> None:
-    """Rename every unit file of `run` that is not whole to NAME.damaged, and name them in the run's notes.
+def set_aside_damaged(run: RunFolder) -> list[str]:
+    """The unit files of `run` that are not whole, which are renamed to NAME.damaged, and named in its notes.
 
     Several processes may do so at once. Raises RunError, before anything is renamed, if a unit cannot be read
     or has other columns than this qprobe writes; and if the disk refuses.
@@ -39,6 +39,7 @@ def set_aside_damaged(run: RunFolder) -> None:
                 raise RunError(f"{path} is damaged and cannot be renamed ({error.strerror}).") from error
         if damaged:
             _note_damaged(run)
+        return damaged
 
 
 def lost_units(run: RunFolder, stage: str) -> list[int]:

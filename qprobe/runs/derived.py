@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,11 @@ class Derived:
 
     rows: int
     sha256: str
+
+    @classmethod
+    def of(cls, data: bytes, rows: int) -> Derived:
+        """The file that holds `data`."""
+        return cls(rows, _sha256(data))
 
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
@@ -76,6 +81,17 @@ class DerivedFiles:
         except RunError:
             return False
 
+    def lost(self, names: Iterable[str]) -> dict[str, Derived | None]:
+        """Those of `names` that are not as they were written, with what files.json says; or are gone.
+
+        Where files.json is damaged nobody can tell: all that are there, with None.
+        """
+        try:
+            listed = self._listed()
+        except RunError:
+            return {name: None for name in names if self.has(name)}
+        return {name: listed[name] for name in names if name in listed and not self.is_whole(name)}
+
     def write(self, files: Mapping[str, tuple[bytes, int]]) -> None:
         """Write files, (bytes, rows) by name, and put them into files.json."""
         with self._noting() as known:
@@ -90,7 +106,7 @@ class DerivedFiles:
                 self._write(known)
             for name, (data, rows) in files.items():
                 write_file(self.folder / name, data)
-                known[name] = Derived(rows, _sha256(data))
+                known[name] = Derived.of(data, rows)
                 self._read.pop(name, None)
 
     def record(self, name: str, rows: int) -> None:
@@ -98,7 +114,7 @@ class DerivedFiles:
         with self._noting() as known:
             data = read_file(self.folder / name)
             assert data is not None, name
-            known[name] = Derived(rows, _sha256(data))
+            known[name] = Derived.of(data, rows)
             self._read.pop(name, None)
 
     def remove(self, name: str) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FILE = "layers.csv"
 EXPERTS_FILE = "experts.csv"
+PEAKS = "peaks.csv"
 
 ROUNDING = "rounding"
 """Of calibrated weights: "calibrated", "nearest: " and why, or "" if fixed; empty in other runs."""
@@ -141,7 +142,7 @@ def write_table(run: RunFolder) -> Path:
 
     Numbers are written with the fewest digits that read back as the same number.
     """
-    frames = {"peaks.csv": peaks(run), FILE: derived_table(run)}
+    frames = {PEAKS: peaks(run), FILE: derived_table(run)}
     by_expert = experts(run)
     frames |= {EXPERTS_FILE: by_expert} if len(by_expert) else {}
     run.files.write({name: (csv_bytes(frame), len(frame)) for name, frame in frames.items()})

@@ -54,6 +54,11 @@ def ablation_stage(layers: frozenset[str]) -> str:
     return f"{_ABLATION}-{_digest(layers)}"
 
 
+def is_ablation(stage: str) -> bool:
+    """Whether `stage` is one of `ablation_stage`."""
+    return stage.startswith(f"{_ABLATION}-")
+
+
 def _digest(names: frozenset[str]) -> str:
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
 

@@ -9,8 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import pandas as pd
-
 from qprobe.formats.protocol import format_from
 from qprobe.inputs.metrics import Metric
 from qprobe.manifest.records import NEAREST, NOTHING, Manifest
@@ -20,7 +18,6 @@ from qprobe.measure.kl import in_four_bit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
-from qprobe.runs.derived import csv_bytes
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.scored import Scored, scored
 from qprobe.runs.shards import SKIPLIST
@@ -32,9 +29,10 @@ from qprobe.scanning.samples import Work
 from qprobe.selection.bound import Bound
 from qprobe.selection.candidates import candidates, frontier, nothing_kept
 from qprobe.selection.decide import Candidate, on_common_samples
+from qprobe.selection.derived.frontier import write_frontier
 from qprobe.selection.outcome import Outcome, by_score, within_bound, within_budget
 from qprobe.selection.request import ListRequest
-from qprobe.selection.scores import ISOLATED_KL, ScoredRun, predicted_kl
+from qprobe.selection.scores import ISOLATED_KL, ScoredRun
 from qprobe.selection.select import scored_run
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import manifest_of
@@ -147,21 +145,6 @@ def _left_out(held_out: HeldOut, compared: Sequence[Candidate]) -> tuple[str, ..
         f"{len(missing)} of {samples} left out of the selection, since "
         f"they have no finite KL under every list: {shown}.",
     )
-
-
-def write_frontier(run: RunFolder, table: pd.DataFrame, points: Sequence[Candidate]) -> None:
-    """RUN/frontier.csv: predicted and measured KL of the best score's lists at several budgets."""
-    rows = [
-        {
-            "budget_bytes": point.total_bytes,
-            "predicted_kl": predicted_kl(table, point.kept),
-            "measured_kl": point.kl,
-            "measured_kl_se": point.kl_se,
-            "candidate": point.name,
-        }
-        for point in points
-    ]
-    run.files.write({"frontier.csv": (csv_bytes(pd.DataFrame(rows)), len(rows))})
 
 
 @dataclass(frozen=True)

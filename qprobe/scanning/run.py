@@ -16,6 +16,7 @@ from qprobe.runs.folder import RunFolder, run_folder
 from qprobe.runs.scored import Scored
 from qprobe.runs.shards import SKIPLIST
 from qprobe.runs.table import attribution_residual, rank_table
+from qprobe.selection.derived.again import make_again
 from qprobe.selection.replaced import select_into
 from qprobe.selection.scores import default_measure
 from qprobe.selection.select import select
@@ -97,6 +98,7 @@ class Run:
 
     def __init__(self, run: Path | str | RunFolder, result: ScanResult | None = None) -> None:
         self.folder = run_folder(run)
+        self._made_again = make_again(self.folder) if result is None else ()
         self.result = result_of(self.folder) if result is None else result
 
     @property
@@ -123,7 +125,7 @@ class Run:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences a reader must see."""
-        return self.result.notes
+        return (*self._made_again, *self.result.notes)
 
     def plot(self) -> Figure:
         """The spikes: every measured error of each layer, as a figure of matplotlib."""

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from qprobe.errors import QprobeError
-from qprobe.measure.ablation import COLUMNS, ablation_rows, check_ablated, measure_ablation, parse_ablated
+from qprobe.measure.ablation import check_ablated, measure_ablation, parse_ablated
 from qprobe.measure.kl import ANSWERS, read_out
 from qprobe.options import no_progress
 from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.units import ablation_stage
+from qprobe.selection.derived.ablated import COLUMNS, ablation_rows
 from tests import reference
 from tests.measure.conftest import WITH_HEAD, Case
 from tests.runs.runs import inventory_of, linear, rows

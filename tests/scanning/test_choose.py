@@ -40,6 +40,7 @@ EVERY_OPTION: dict[str, Any] = {
     "bad_data": "skip",
     "allow_downloads": True,
     "trust_remote_code": True,
+    "experts": "16-bit",
 }
 NO_RESULT = {"model", "out", "device", "max_memory"}  # where it runs and is written, and a model's name
 
