@@ -204,10 +204,10 @@ def test_one_model_at_a_time(written, use_samples, monkeypatch):
     alive: list[weakref.ref] = []
 
     def watched(load, model_of):
-        def wrapper(*args):
+        def wrapper(*args, **named):
             gc.collect()
             assert [ref for ref in alive if ref() is not None] == []
-            loaded = load(*args)
+            loaded = load(*args, **named)
             alive.append(weakref.ref(model_of(loaded)))
             return loaded
 
@@ -232,9 +232,9 @@ def test_the_revision_of_the_manifest_is_the_one_that_is_compared(
         skeleton = check(*args)
         return replace(skeleton, source=replace(skeleton.source, revision="abc"))
 
-    def load(skeleton, device):
+    def load(skeleton, device, **named):
         asked.append(("16-bit", skeleton.source.revision))
-        return reference_of(skeleton, device)
+        return reference_of(skeleton, device, **named)
 
     def load_nf4(skeleton, spec, device, codes):
         asked.append(("nf4", skeleton.source.revision))

@@ -181,7 +181,7 @@ def test_the_full_size_model_on_cards():
         {"tiles": 8},
         {"rank": 32},
         {"optimizer": "adamw_torch"},
-        {"vision": True},
+        {"adapt": "all"},
     ],
 )
 def test_more_of_anything_takes_more(more: dict[str, Any], tiny_folder: Any):
