@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from qprobe.errors import QprobeError
 from qprobe.registry.precisions import NF4
@@ -30,26 +33,52 @@ Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total) whenever work moves on."""
 
 
+_ANY: tuple[Any, ...] = (Any, Path, Path | None, AskedMetric, AskedMetric | None)
+
+
 def no_progress(stage: str, done: int, total: int) -> None:
     """The silent `Progress`."""
 
 
-def check_words(options: Any) -> None:
-    """Raises QprobeError where a field of the dataclass `options` holds none of the words that it takes.
+def check_types(options: Any) -> None:
+    """Raises QprobeError where a field of the dataclass `options` holds no value of its type.
 
-    The command line lets no other word through; a caller from Python would get something else in silence.
+    The command line lets no other value through; a caller from Python would get something else in silence, or
+    a traceback. Fields of any type, and paths, are checked where they are read.
     """
     for name, kind in get_type_hints(type(options)).items():
-        kinds = get_args(kind) if get_origin(kind) is UnionType or type(None) in get_args(kind) else (kind,)
-        words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
         given = getattr(options, name)
-        if words and given not in words and not (given is None and type(None) in kinds):
-            raise QprobeError(f"{name}={given!r} is no choice. Pass one of {', '.join(map(repr, words))}.")
+        try:
+            if kind not in _ANY:
+                msgspec.convert(given, kind, strict=True)
+        except msgspec.ValidationError as error:
+            words = [
+                w for one in (kind, *get_args(kind)) if get_origin(one) is Literal for w in get_args(one)
+            ]
+            fix = (
+                f"Pass one of {', '.join(map(repr, words))}" if words else str(error).replace("null", "None")
+            )
+            raise QprobeError(f"{name}={reprlib.repr(given)} is not taken. {fix}.") from None
 
 
-def path_of(given: str | Path | None) -> Path | None:
-    """A path that was given as text or as a path."""
-    return None if given is None else Path(given)
+def path_of(given: Any) -> Path:
+    """A path that was given as text or as a path. Raises QprobeError for anything else."""
+    if isinstance(given, str | PathLike):
+        return Path(given)
+    fix = "Pass its skiplist, or its path." if hasattr(given, "skiplist") else "Pass a path."
+    raise QprobeError(f"A value of type {type(given).__name__} is given where a path is wanted. {fix}")
+
+
+def path_if_given(given: Any) -> Path | None:
+    """`path_of`, or None."""
+    return None if given is None else path_of(given)
+
+
+def names_of(given: Any) -> tuple[str, ...] | None:
+    """Names that were given as a sequence, or with commas between them as on the command line."""
+    if given is None or isinstance(given, str):
+        return None if given is None else tuple(name.strip() for name in given.split(","))
+    return tuple(given)
 
 
 def data_of(given: Any) -> Any:
@@ -93,7 +122,7 @@ class ScanOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -119,7 +148,7 @@ class CompareOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -154,4 +183,4 @@ class FinetuneOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_types(self)

@@ -42,6 +42,7 @@ from qprobe.options import (
     Turns,
     data_of,
     no_progress,
+    path_if_given,
     path_of,
 )
 from qprobe.records import Sample, Score
@@ -173,9 +174,9 @@ def compare(
     usable, QprobeError for a model without a language head, or for a sample that `metric` fails on.
     """
     options = CompareOptions(
-        manifest=Path(manifest),
+        manifest=path_of(manifest),
         model=model,
-        images=path_of(images),
+        images=path_if_given(images),
         data=data_of(data),
         prompt=prompt,
         samples=samples,

@@ -27,6 +27,7 @@ from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import Source, at_revision, resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
+from qprobe.options import path_of
 from qprobe.records import FormatSpec
 from qprobe.registry.precisions import SIXTEEN_BIT, measurable
 from qprobe.system.wording import counted, is_or_are
@@ -62,7 +63,7 @@ def load_dynamic_4bit(
     Raises ManifestError if the manifest was written for another model, or its calibrated weights are missing,
     changed, or of other weights; VerificationError if what was loaded is not what the manifest lists.
     """
-    if not isinstance(manifest, Manifest) and Path(manifest).is_dir():
+    if not isinstance(manifest, Manifest) and path_of(manifest).is_dir():
         packed, source = _packed(Path(manifest), model, device, dtype)
         return (ready_for_training(packed) if for_training else packed), load_processor(source)
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)

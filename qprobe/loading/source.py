@@ -35,6 +35,11 @@ def resolve(model: str, trusts_code: bool = False) -> Source:
     trusts_code: see `Source`. Raises ModelError if it is none of them, or an alias and the name of a
     checkpoint's folder here.
     """
+    if not isinstance(model, str):
+        raise ModelError(
+            f"The model is of type {type(model).__name__}, where weights are read from files. Save it with "
+            "save_pretrained, its processor too, and pass the folder."
+        )
     if not model.strip():
         raise ModelError("The model is an empty name. Pass a folder, a hub id (owner/name) or a known name.")
     folder = Path(model).expanduser()
@@ -58,6 +63,11 @@ def resolve(model: str, trusts_code: bool = False) -> Source:
         return Source(entry.alias, str(embedded[entry.alias]()))
     if entry is not None and entry.hub_id is not None:
         return Source(entry.hub_id, entry.hub_id, trusts_code=trusts_code)
+    if folder.parent.is_dir() and folder.parent.name and not folder.exists():
+        raise ModelError(
+            f"There is a folder {folder.parent} here, but none in it called {folder.name!r}. Pass the "
+            "checkpoint's folder; if a hub id is meant, run the command from another folder."
+        )
     if is_hub_id(model):
         return Source(model, model, trusts_code=trusts_code)
     near = nearest(model)

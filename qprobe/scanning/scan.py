@@ -19,7 +19,8 @@ from qprobe.options import (
     ScanOptions,
     Turns,
     data_of,
-    path_of,
+    names_of,
+    path_if_given,
 )
 from qprobe.registry.precisions import NF4
 from qprobe.runs.folder import RunFolder
@@ -60,7 +61,7 @@ def scan(
     max_new_tokens: int = 64,
     by: str | None = None,
     for_tool: str | None = None,
-    measures: Sequence[str] | None = None,
+    measures: str | Sequence[str] | None = None,
     nodes: int = 2,
     ablate: str | int | None = None,
     max_memory: str | int | None = None,
@@ -135,7 +136,7 @@ def scan(
             format=format,
             budget=budget,
             max_kl=max_kl,
-            out=path_of(out),
+            out=path_if_given(out),
             device=device,
             dtype=dtype,
             seed=seed,
@@ -143,7 +144,7 @@ def scan(
             max_new_tokens=max_new_tokens,
             by=by,
             for_tool=for_tool,
-            measures=None if measures is None else tuple(measures),
+            measures=names_of(measures),
             nodes=nodes,
             ablate=None if ablate is None else str(ablate),
             max_memory=None if max_memory is None else str(max_memory),

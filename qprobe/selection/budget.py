@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -88,9 +89,9 @@ def parse_budget(text: str) -> AskedBudget:
 
 def _budget_parts(text: str) -> tuple[bool, Fraction, str]:
     """(whether it is on top of standard 4-bit, number, unit in lower case) of a budget as typed."""
-    match = _PATTERN.fullmatch(text.strip())
+    match = _PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
-        raise BudgetError(f"Budget {text[:60]!r} cannot be read. Write {_FORMS}.")
+        raise BudgetError(f"Budget {reprlib.repr(text)} cannot be read. Write {_FORMS}.")
     plus, number, unit = match[1] != "", Fraction(match[2]), match[3].lower()
     if unit == "%" and not plus:
         raise BudgetError(

@@ -51,7 +51,7 @@ class Outcome:
 def by_score(run: ScoredRun, request: ListRequest) -> Outcome:
     """The outcome where nothing can be measured."""
     skiplist, budget = asked_skiplist(run, request)
-    said = f"No KL was measured; the list is chosen by {skiplist.by} alone."
+    said = f"No KL was measured on held-out samples; the list is chosen by {skiplist.by} alone."
     return Outcome(skiplist, budget, NO_PROOF, said)
 
 

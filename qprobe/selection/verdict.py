@@ -51,9 +51,9 @@ def verdict(
 def residual_verdict(residual: float) -> str:
     """How well the sensitivities add up to the damage; residual: see `attribution_residual`."""
     if not is_bent(residual):
-        return f"The sensitivities add up to it within {residual:+.1%}."
+        return f"The sensitivities add up to the damage within {abs(residual):.1%}."
     return (
-        f"The sensitivities miss it by {residual:+.1%}, as where blocks share their weights or a router "
+        f"The sensitivities miss the damage by {residual:+.1%}, as where blocks share weights or a router "
         "changes its mind: their ranking is rough. Isolated KL and measured candidates chose the list."
     )
 

@@ -32,6 +32,7 @@ from qprobe.options import (
     Turns,
     data_of,
     no_progress,
+    path_if_given,
     path_of,
 )
 from qprobe.training.bases import peft_library
@@ -94,7 +95,7 @@ def merge(
     options = CompareOptions(
         manifest=origin.path,
         model=origin.model,
-        images=path_of(images),
+        images=path_if_given(images),
         data=data_of(data),
         prompt=prompt,
         samples=samples,

@@ -155,7 +155,10 @@ def test_a_model_without_a_language_head_is_measured_on_its_own_output(scanned: 
 
 
 def test_the_verdict_says_how_well_the_sensitivities_add_up(scanned: Scanned):
-    assert re.search(r"The sensitivities add up to it within [+-]\d+\.\d%\.$", scanned("llama").verdict)
+    assert re.search(
+        r"The sensitivities add up to the damage within \d+\.\d%\.$",
+        scanned("llama").verdict,
+    )
 
 
 def test_the_result_is_the_documented_object(scanned: Scanned):

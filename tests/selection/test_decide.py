@@ -119,7 +119,7 @@ def test_values_have_the_digits_that_their_errors_leave(value: float, error: flo
 
 
 def test_sums_that_miss_the_damage_are_said_with_the_reason():
-    assert residual_verdict(-0.004) == "The sensitivities add up to it within -0.4%."
+    assert residual_verdict(-0.004) == "The sensitivities add up to the damage within 0.4%."
     assert not is_bent(None) and not is_bent(0.05) and is_bent(-0.051)
     said = residual_verdict(1.13)
-    assert "miss it by +113.0%" in said and "share their weights" in said and "Isolated KL" in said
+    assert "miss the damage by +113.0%" in said and "share weights" in said and "Isolated KL" in said
