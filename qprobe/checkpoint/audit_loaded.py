@@ -9,14 +9,17 @@ import torch
 from torch import nn
 
 from qprobe.checkpoint.audit_found import AuditedLayer
+from qprobe.checkpoint.load import keep_codes_as_stored
+from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import verify
-from qprobe.errors import VerificationError
+from qprobe.errors import ModelError, VerificationError
 from qprobe.loading.config import model_class
 from qprobe.loading.device import pick_device
 from qprobe.loading.experts.four_bit import as_bitsandbytes, four_bit_experts
 from qprobe.loading.experts.packed import load_packed
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.pretrained import REPORT, incomplete
+from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
 from qprobe.system.log_filters import without_remarks
@@ -37,17 +40,27 @@ def loaded_problems(
         if experts:
             model = load_packed(skeleton, experts, place)
             as_bitsandbytes(model)
-            yield from _wrong(model, fused, layers, manifest)
-            return
-        model, info = load_plainly(skeleton, place)
+            problems = []
+        else:
+            model, info = load_plainly(skeleton, place)
+            problems = [*incomplete(skeleton.source, model, info)]
     except (torch.OutOfMemoryError, MemoryError):
         raise  # says nothing of the checkpoint
     except Exception as error:  # a checkpoint can be wrong in as many ways as there are model classes
         first = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         yield f"transformers cannot load the checkpoint: {first}."
         return
-    yield from incomplete(skeleton.source, model, info)
-    yield from _wrong(model, fused, layers, manifest)
+    problems += _wrong(model, fused, layers, manifest)
+    yield from problems or _unproven(model, skeleton)
+
+
+def _unproven(model: Any, skeleton: Skeleton) -> Iterator[str]:
+    """What one forward of a sample says against the loaded `model`."""
+    keep_codes_as_stored(model)
+    try:
+        prove_read(model.eval(), load_processor(skeleton.source))
+    except (VerificationError, ModelError) as error:
+        yield str(error)
 
 
 def _wrong(

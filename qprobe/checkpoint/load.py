@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
+from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import ExpectedLayer, expected_layer, expected_layers, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.formats.codes_file import CodesReader, checked, open_codes
@@ -61,17 +62,24 @@ def load_dynamic_4bit(
     trust_remote_code: run Python code that the checkpoint brings, for models that exist only as such code; it
     can do on this machine whatever you can.
     Raises ManifestError if the manifest was written for another model, or its calibrated weights are missing,
-    changed, or of other weights; VerificationError if what was loaded is not what the manifest lists.
+    changed, or of other weights; VerificationError if what was loaded is not what the manifest lists, or one
+    forward of a small sample fails or reads a 4-bit weight without its layer.
     """
     if not isinstance(manifest, Manifest) and path_of(manifest).is_dir():
         packed, source = _packed(Path(manifest), model, device, dtype)
-        return (ready_for_training(packed) if for_training else packed), load_processor(source)
+        return _proven(packed, load_processor(source), for_training)
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     skeleton = check_model(written, model, trust_remote_code)
     wanted = replace(written, format=with_dtype(written.format, dtype))
     codes = codes_of(written, folder if isinstance(manifest, Manifest) else Path(manifest).parent)
     loaded = dynamic_4bit(wanted, skeleton, device, codes)
-    return (ready_for_training(loaded) if for_training else loaded), load_processor(skeleton.source)
+    return _proven(loaded, load_processor(skeleton.source), for_training)
+
+
+def _proven(model: Any, processor: Any, for_training: bool) -> tuple[Any, Any]:
+    """(model, processor) once a forward has shown that 4-bit weights are read by their layers alone."""
+    prove_read(model, processor)
+    return (ready_for_training(model) if for_training else model), processor
 
 
 def _packed(folder: Path, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Source]:

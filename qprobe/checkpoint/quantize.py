@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qprobe.checkpoint.audit import audit_files
+from qprobe.checkpoint.audit_loaded import loaded_problems
 from qprobe.checkpoint.card import model_card
 from qprobe.checkpoint.load import MANIFEST_FILE, check_model, codes_of, dynamic_4bit, with_dtype
 from qprobe.checkpoint.matching import check_keys
@@ -76,7 +78,8 @@ def quantize(
 
     The weights are read one by one and kept in 4-bit. On a GPU the peak is the 4-bit model; in host memory
     transformers reads ahead, on a fast disk most of the 16-bit model. The folder has its name only once it is
-    complete and audited; what a killed run leaves beside it, a hidden `.NAME.*.tmp`, the next one removes.
+    complete, audited, loaded as a user loads it, and run on a small sample; what a killed run leaves beside
+    it, a hidden `.NAME.*.tmp`, the next one removes.
     With experts in 4-bit the folder is one that `load_dynamic_4bit` alone loads, and others refuse;
     experts="16-bit" keeps them all in 16-bit instead.
     Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
@@ -104,15 +107,19 @@ def quantize(
         made_from = _made_from(written, model, skeleton.source)
         (place / "README.md").write_text(model_card(written, skeleton.architecture, made_from), "utf-8")
         progress("audit", 2, 3)
-        found = audit_files(place, skeleton.of_copy(resolve(str(place), trust_remote_code)), written, origin)
-        if not found.ok:
+        stored = stored_bytes(loaded)
+        del loaded  # makes room for the one that is loaded from the files
+        gc.collect()
+        copied = skeleton.of_copy(resolve(str(place), trust_remote_code))
+        found = audit_files(place, copied, written, origin)
+        for problem in found.problems or loaded_problems(copied, found.layers, written, device):
             raise VerificationError(
-                f"The checkpoint that was written is not what its manifest lists: {found.problems[0]} "
+                f"The checkpoint that was written is not what its manifest lists: {problem} "
                 f"Nothing was kept; report this with the versions that `qprobe doctor` prints."
             )
         files = {x.name: x.stat().st_size for x in sorted(place.iterdir())}
     progress("done", 3, 3)
-    kept, stored = len(written.skip_modules), stored_bytes(loaded)
+    kept = len(written.skip_modules)
     return Quantized(target, len(four_bit), kept, stored.parameter_bytes, stored.total_bytes, files)
 
 

@@ -1,0 +1,46 @@
+"""A small sample for a trial: a picture and a question through the model's processor, or else bare tokens."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from PIL import Image
+
+from qprobe.data.builtin import QUESTIONS
+from qprobe.errors import SampleError
+from qprobe.inputs.batch import TEXT, Batch, image_token_id, reads_images
+from qprobe.inputs.processed import ProcessedSamples
+from qprobe.records import Sample, asked
+
+TOKENS = 8  # bare ones, where there is no processor
+_SIDE = 56  # pixels: two tokens of Qwen2-VL, whose processor takes no less
+
+
+def trial_batch(model: Any, processor: Any) -> Batch | None:
+    """A batch of one sample on the device and in the dtype of `model`; None for a model that reads no text.
+
+    processor: None, or one that takes no such sample, gives bare tokens and no picture.
+    """
+    if processor is not None:
+        made = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
+        try:
+            return made.batch([_sample(reads_images(processor))]).to(model.device)
+        except SampleError:
+            pass
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if model.main_input_name != "input_ids" or size is None:
+        return None
+    ids = torch.arange(1, TOKENS + 1)[None] % size
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
+    return Batch((Sample("tokens", asked(QUESTIONS[0])),), inputs, kinds, ((0, 0),)).to(model.device)
+
+
+def _sample(has_picture: bool) -> Sample:
+    if not has_picture:
+        return Sample("question", asked(QUESTIONS[0]))
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((_SIDE, _SIDE)).convert("RGB").save(file, "PNG")
+    return Sample("picture", asked(QUESTIONS[0], file.getvalue()))

@@ -1,0 +1,71 @@
+"""One forward tells a 4-bit weight that its layer reads from one whose codes are taken for numbers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+from qprobe.checkpoint.trial.watch import prove_read, watching
+from qprobe.errors import VerificationError
+from qprobe.loading.skeleton import meta_model
+
+
+class Mixed(nn.Module):
+    """Two 4-bit layers; how the second one's weight is read is chosen, in words that no source code shows."""
+
+    main_input_name = "input_ids"
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=16))
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 64)
+        self.first, self.second = (
+            Linear4bit(64, 64, bias=False, compute_dtype=torch.float32).to("cpu") for _ in range(2)
+        )
+        self.reads = reads
+
+    def can_generate(self) -> bool:
+        return False
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.first(self.embed(input_ids))
+        weight = getattr(self.second, "weigh" + "t")
+        if self.reads == "asked":
+            x = x.to(weight.device)
+            return self.second(x) if weight.shape else x
+        codes = weight.data if self.reads == "data" else weight
+        return x * codes.float().mean() if self.reads != "failing" else x @ codes
+
+
+@pytest.mark.parametrize("reads", ["data", "bare", "failing"])
+def test_a_weight_that_is_read_without_its_layer_is_named(reads: str):
+    with pytest.raises(VerificationError, match=r"1 layer in 4-bit cannot be: second\. Mixed reads"):
+        prove_read(Mixed(reads), None)
+
+
+def test_layers_that_read_their_own_weights_pass_and_no_hook_is_left():
+    model = Mixed("asked")
+    assert prove_read(model, None).ran == {"first", "second"}
+    assert not model.first._forward_pre_hooks and not model.first._forward_hooks
+
+
+def test_a_failed_layer_leaves_the_watch_as_it_was():
+    model = Mixed("bare")
+    with watching(model) as reads, pytest.raises(RuntimeError):
+        model.first(torch.zeros(1, 3))
+    assert reads.ran == {"first"} and not reads.beside
+    with watching(model) as reads:
+        model(torch.arange(4)[None])
+    assert reads.beside == {"second"}
+
+
+def test_a_model_that_reads_no_text_is_not_tried():
+    config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.architectures = ["ViTModel"]
+    assert not prove_read(meta_model(config, "bfloat16"), None).ran
