@@ -58,7 +58,8 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
 @click.option(
     "--by",
     metavar="COLUMN",
-    help="Score of layers.csv that chooses.  [default: sensitivity_kl, or the best one measured]",
+    help="Score of layers.csv that chooses.  [default: sensitivity_kl, or the best one measured; isolated_kl "
+    "where sensitivities miss the damage by more than 5 %]",
 )
 @for_option
 @click.option(

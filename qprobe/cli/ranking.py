@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def default_score(run: RunFolder) -> str:
     """The score that chooses by default: of those measured the one that predicts best."""
-    from qprobe.selection.select import default_measure
+    from qprobe.selection.scores import default_measure
 
     return default_measure(run.table)
 

@@ -18,7 +18,13 @@ from qprobe.runs.statistics import ratio_se
 from qprobe.runs.table import finite_answers, measured
 from qprobe.runs.units import candidate_stage
 from qprobe.selection.budget import Budget
-from qprobe.selection.scores import ScoredRun, default_measure, predictor, skiplists_by
+from qprobe.selection.scores import (
+    ScoredRun,
+    choosing_measure,
+    predictor,
+    sensitivities_are_bent,
+    skiplists_by,
+)
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import Proof, held_out_quality, manifest_of
 
@@ -56,7 +62,7 @@ def points(run: RunFolder, scan: Scan, table: pd.DataFrame) -> list[Point]:
     """The best list by the default score at each budget of `SHARES`, each distinct list once."""
     if not {SENSITIVITY_KL.score, ACTIVATION.score} & set(measured(table)):
         return []
-    column, inventory = default_measure(table), scan.inventory
+    column, inventory = choosing_measure(table, sensitivities_are_bent(run)), scan.inventory
     standard = inventory.standard_4bit_bytes
     saved = inventory.total_bytes(frozenset(x.name for x in inventory.layers)) - standard
     chosen: dict[tuple[str, ...], tuple[SkipList, int]] = {}

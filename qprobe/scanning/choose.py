@@ -21,7 +21,7 @@ from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.scored import Scored, scored
 from qprobe.runs.shards import SKIPLIST
-from qprobe.runs.table import attribution_residual, measured
+from qprobe.runs.table import attribution_residual
 from qprobe.scanning.answers import AnsweredBy, own_answers
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import Batching
@@ -36,7 +36,7 @@ from qprobe.selection.scores import ISOLATED_KL, ScoredRun
 from qprobe.selection.select import scored_run
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import manifest_of
-from qprobe.selection.verdict import DYNAMIC, SIXTEEN_BIT, is_bent, residual_verdict
+from qprobe.selection.verdict import DYNAMIC, SIXTEEN_BIT, residual_verdict
 from qprobe.system.wording import counted
 
 METRIC_STAGE = "metric"  # of progress, and a kind of work
@@ -91,8 +91,8 @@ def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
     Also writes RUN/frontier.csv where KL was measured. command: what made it, for the manifest.
     Raises BudgetError for what no list fits.
     """
-    run, residual = scored_run(held_out.run, request), _residual(held_out.run)
-    outcome = _measured(run, held_out, request, residual) if held_out.has_kl else by_score(run, request)
+    run, residual = scored_run(held_out.run, request), attribution_residual(held_out.run)
+    outcome = _measured(run, held_out, request) if held_out.has_kl else by_score(run, request)
     if residual is not None:
         outcome = replace(outcome, verdict=f"{outcome.verdict} {residual_verdict(residual)}")
     manifest = manifest_of(run, outcome.skiplist, outcome.budget, command, outcome.proof)
@@ -101,20 +101,14 @@ def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
     return Selection(manifest, frozenset(outcome.skiplist.kept), outcome.verdict, outcome.notes)
 
 
-def _residual(run: RunFolder) -> float | None:
-    """By how much the sensitivities miss the KL, as a share; None where they were not measured."""
-    measures = run.key.spec.measures
-    return attribution_residual(run) if measures and measures.sensitivity else None
-
-
-def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest, residual: float | None) -> Outcome:
+def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest) -> Outcome:
     """The outcome of measuring; of the first score alone where no sample has a finite KL under every list.
 
     Where sensitivities do not add up, the lists of the frontier are by isolated KL, and one more candidate.
     """
     limit = request.limit
     budget = None if isinstance(limit, Bound) else limit.within(run.standard_bytes)
-    own = ISOLATED_KL if is_bent(residual) and ISOLATED_KL in measured(run.table) else None
+    own = ISOLATED_KL if run.is_bent and run.score == ISOLATED_KL else None
     proposed = {} if budget is None else candidates(run, request, budget, own)
     skiplists = {NOTHING: nothing_kept(run, request.by), **proposed}
     lines = frontier(run, request.by or own)

@@ -10,10 +10,12 @@ import pandas as pd
 
 from qprobe.records import Inventory, Scan
 from qprobe.registry import measures
-from qprobe.runs.table import check_measure, measured
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.table import attribution_residual, check_measure, measured
 from qprobe.selection.bound import SCORE, Prospect
 from qprobe.selection.damage import Damage, least_damages
 from qprobe.selection.skiplist import SkipList, best_skiplists
+from qprobe.selection.verdict import is_bent
 
 ISOLATED_KL = measures.ISOLATED_KL.score  # the column of each layer's isolated KL
 
@@ -22,11 +24,13 @@ ISOLATED_KL = measures.ISOLATED_KL.score  # the column of each layer's isolated 
 class ScoredRun:
     """A run as skip-lists are chosen from it.
 
-    scan: its inventory has the groups that every list keeps whole. table: its layer table.
+    scan: its inventory has the groups that every list keeps whole. table: its layer table. is_bent: whether
+    its sensitivities miss the damage, see `sensitivities_are_bent`.
     """
 
     scan: Scan
     table: pd.DataFrame
+    is_bent: bool = False
 
     @property
     def inventory(self) -> Inventory:
@@ -36,6 +40,11 @@ class ScoredRun:
     def standard_bytes(self) -> int:
         """Bytes of standard 4-bit."""
         return self.inventory.standard_4bit_bytes
+
+    @property
+    def score(self) -> str:
+        """The column that chooses where nothing is measured, unless the user says otherwise."""
+        return choosing_measure(self.table, self.is_bent)
 
 
 def prospect_of(run: ScoredRun) -> Prospect:
@@ -95,6 +104,16 @@ def default_measure(table: pd.DataFrame) -> str:
     """The column that chooses unless the user says otherwise: the measured one that predicts best."""
     found = measured(table)
     return next((c for c in measures.proposing() if c in found), measures.ACTIVATION.score)
+
+
+def choosing_measure(table: pd.DataFrame, is_bent: bool) -> str:
+    """`default_measure`, but isolated KL, if it was measured, where sensitivities miss the damage."""
+    return ISOLATED_KL if is_bent and ISOLATED_KL in measured(table) else default_measure(table)
+
+
+def sensitivities_are_bent(run: RunFolder) -> bool:
+    """True if the sensitivities of `run` miss the damage by more than they may to choose a list."""
+    return is_bent(attribution_residual(run))
 
 
 def layer_scores(table: pd.DataFrame, by: str) -> dict[str, float]:

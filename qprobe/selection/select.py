@@ -12,7 +12,7 @@ from qprobe.selection.bound import Bound, predicted_skiplist
 from qprobe.selection.budget import Budget
 from qprobe.selection.groups import grouped_for
 from qprobe.selection.request import ListRequest, parse_request
-from qprobe.selection.scores import ScoredRun, default_measure, prospect_of, skiplist_by
+from qprobe.selection.scores import ScoredRun, prospect_of, sensitivities_are_bent, skiplist_by
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import Proof, held_out_quality, manifest_of
 
@@ -28,9 +28,10 @@ def select(
     """The manifest of the best skip-list that `budget` allows, from scan.json and layers.csv.
 
     budget: as of `qprobe.scan`. by: a measured column other than decibels, which do not add up; None for
-    sensitivity_kl where measured, else activation_nmse. max_kl: in place of both, the fewest bytes with a
-    predicted KL of at most this. for_tool: see `qprobe.scan`. Writes nothing. quality holds what the scan
-    measured on held-out samples; kl_dynamic is None unless this very list was among its candidates.
+    sensitivity_kl where measured, else activation_nmse; for isolated_kl where sensitivities miss the KL by
+    more than 5 %. max_kl: in place of both, the fewest bytes with a predicted KL of at most this. for_tool:
+    see `qprobe.scan`. Writes nothing. quality holds what the scan measured on held-out samples; kl_dynamic is
+    None unless this very list was among its candidates.
     Raises RunError for a folder without a finished scan, BudgetError, or QprobeError for a wrong `by`.
     """
     folder, request = run_folder(run), parse_request(budget, max_kl, by, for_tool)
@@ -46,7 +47,7 @@ def scored_run(run: RunFolder, request: ListRequest) -> ScoredRun:
     """The finished `run`, with the groups that `request` keeps whole."""
     record, table = run.scan, run.table
     inventory = grouped_for(record.inventory, request.for_tool)
-    return ScoredRun(replace(record, inventory=inventory), table)
+    return ScoredRun(replace(record, inventory=inventory), table, sensitivities_are_bent(run))
 
 
 def asked_skiplist(run: ScoredRun, request: ListRequest) -> tuple[SkipList, Budget]:
@@ -55,5 +56,5 @@ def asked_skiplist(run: ScoredRun, request: ListRequest) -> tuple[SkipList, Budg
         skiplist = predicted_skiplist(prospect_of(run), request.limit)
         return skiplist, request.limit.budget_of(skiplist)
     limit = request.limit.within(run.standard_bytes)
-    column = request.by or default_measure(run.table)
+    column = request.by or run.score
     return skiplist_by(run.inventory, run.table, column, limit.limit_bytes), limit

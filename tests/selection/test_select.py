@@ -231,3 +231,19 @@ def test_a_bound_and_a_budget_predict_the_same_kl_where_isolated_kl_was_measured
     assert manifest.quality.kl_predicted == pytest.approx(0.02 + 0.26 / 0.86 * 0.24)
     assert manifest.layers[0].reason == "kept: sensitivity_kl 0.6, rank 1 of 3; isolated_kl 0.3, rank 1"
     assert select(run, "+6076B").quality.kl_predicted == manifest.quality.kl_predicted
+
+
+def test_where_sensitivities_miss_the_damage_isolated_kl_chooses(run: Path):
+    # Sensitivities sum to 1.04 of a measured KL of 2 (-48 %); in isolation q and k together are worse than a.
+    folder = RunFolder(with_sensitivity(run))
+    folder.write_unit("kl", 0, rows("kl", ("s", "standard", 2, 1.04, 1)))
+    isolated = (("s", "model.a", 2, 0.4), ("s", "model.q", 2, 0.3), ("s", "model.k", 2, 0.2))
+    folder.write_unit("isolated", 0, rows("isolated", *isolated))
+    write_table(folder)
+    assert "model.a" in select(run, "+14000B").skip_modules
+    folder.write_unit("kl", 0, rows("kl", ("s", "standard", 2, 2.0, 1)))
+    bent = select(run, "+14000B")
+    assert bent.skip_modules == ("model.q", "model.k", "lm_head")
+    assert "--by" not in bent.made_by.command
+    assert "isolated_kl" in bent.layers[1].reason
+    assert "model.a" in select(run, "+14000B", by="sensitivity_kl").skip_modules
