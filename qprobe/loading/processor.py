@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import __version__ as transformers_version
 
 from qprobe.errors import ModelError
 from qprobe.loading.config import load_config
-from qprobe.loading.source import Source
+from qprobe.loading.source import Source, explained
 
 # How transformers names what is missing: "`num2words` is required", "requires the torchvision library".
 _MISSING = re.compile(r"[Pp]ackage `([\w-]+)`|requires the (\S+) library|No module named '([\w-]+)'")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _ABSENT = (OSError, ValueError, KeyError)  # what transformers raises where files are missing or broken
 
 
@@ -22,8 +24,14 @@ def load_processor(source: Source) -> Any:
     """The processor of `source`, its tokenizer if it has no processor, None if it has neither.
 
     Raises ModelError, with what to install, where it needs a package that is not here; where it exists only
-    as code that may not run; and for a model that sees whose processor cannot be loaded.
+    as code that may not run; for files that are broken; and for a model that sees whose processor cannot be
+    loaded.
     """
+    with explained(source):
+        return _loaded(source)
+
+
+def _loaded(source: Source) -> Any:
     try:
         with _never_asking():
             found = _processor(source)
@@ -62,6 +70,7 @@ def _processor(source: Source) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
     except _ABSENT as error:
         if not _asks_for_code(error):
+            _refuse_broken(source, error)
             return None
         raise ModelError(
             f"The tokenizer of {source.id!r} exists only as code that its checkpoint brings, and qprobe runs "
@@ -94,6 +103,16 @@ def _refuse_blind(source: Source, full: Any, error: Exception) -> None:
             f"The processor of {source.id!r}, a {full.__name__}, cannot be loaded ({_first(error)}), and "
             "without it the model reads no images. Put preprocessor_config.json and the files of its "
             "tokenizer into the folder."
+        ) from error
+
+
+def _refuse_broken(source: Source, error: Exception) -> None:
+    """Raises ModelError if the folder of `source` holds files of a tokenizer, which `error` then is about."""
+    found = [x for x in _TOKENIZER_FILES if (Path(source.location) / x).exists()]
+    if found:
+        raise ModelError(
+            f"The tokenizer of {source.id!r} ({', '.join(found)}) cannot be loaded: {_first(error)}. Copy "
+            "its files again."
         ) from error
 
 

@@ -13,7 +13,7 @@ from qprobe.loading.mapped import return_freed_memory
 from qprobe.loading.pretrained import load_pretrained
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton, skeleton_of
-from qprobe.loading.source import Source, at_revision, explained, resolve
+from qprobe.loading.source import Source, at_revision, resolve
 from qprobe.loading.spread import (
     check_layout,
     devices_of,
@@ -94,8 +94,7 @@ def reference_of(
     layout = _layout(skeleton, device, torch.device("cpu") if on_host else place)
     loaded = load_pretrained(skeleton, dtype=DTYPES[skeleton.dtype], **layout)
     if processor is None:
-        with explained(source):
-            processor = load_processor(source)
+        processor = load_processor(source)
     check_layout(getattr(loaded, "hf_device_map", {}) if place.type == "cuda" and not on_host else {})
     loaded.eval().requires_grad_(False)
     revision = source.revision or getattr(loaded.config, "_commit_hash", None)

@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 from qprobe.errors import ModelError
 from qprobe.models.catalogue import entries, find, nearest
 from qprobe.models.entry import Entry
+from qprobe.system.foreign import check_foreign
 
 _FOR_EXAMPLE = ("demo", "llama-3.2-11b-vision", "qwen2.5-vl-7b")
+_READ = (".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -51,6 +53,7 @@ def resolve(model: str, trusts_code: bool = False) -> Source:
             f"the folder; for the known model {elsewhere}."
         )
     if folder.is_dir() and (entry is None or _is_checkpoint(folder)):
+        _refuse_irregular(folder)
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"Folder {model} holds no config.json, so it is no model. Pass the checkpoint's folder."
@@ -78,6 +81,13 @@ def resolve(model: str, trusts_code: bool = False) -> Source:
     )
 
 
+def _refuse_irregular(folder: Path) -> None:
+    """Raises ModelError for a pipe or a device where transformers looks for a file: it would wait forever."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ and path.exists() and not path.is_file() and not path.is_dir():
+            check_foreign(path, ModelError, "Copy the checkpoint again.", None)
+
+
 def is_hub_id(name: str) -> bool:
     """True if `name` is written as owner/name; a relative path of a folder may be, too."""
     return _HUB_ID.fullmatch(name) is not None and not name.startswith((".", "/"))
@@ -97,6 +107,15 @@ def known(model: str) -> Entry | None:
     return None if _is_checkpoint(Path(model).expanduser()) else find(model)
 
 
+# What transformers raises at files that are missing or broken, some of it far from where it reads them.
+_KINDS = (
+    OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, RecursionError, SafetensorError,
+)  # fmt: skip
+# tokenizers (Rust) raises bare Exceptions at what it does not read, and where it panics a BaseException of a
+# class that no module offers to import.
+_PANIC = "PanicException"
+
+
 class explained:
     """Turns what transformers raises for a model it cannot load into one sentence."""
 
@@ -107,7 +126,7 @@ class explained:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, SafetensorError)):
+        if isinstance(error, _KINDS) or type(error) is Exception or type(error).__name__ == _PANIC:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             advice = _advice(self.source)
             raise ModelError(f"Model {self.source.id!r} cannot be loaded: {first} {advice}") from error

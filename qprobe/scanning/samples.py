@@ -16,7 +16,6 @@ from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.device import DTYPES, one_device, pick_device
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
-from qprobe.loading.source import explained
 from qprobe.loading.spread import device_of
 from qprobe.measure.nonfinite import first_nonfinite
 from qprobe.measure.runner import isolated_half
@@ -104,8 +103,7 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
     Raises SampleError if none is usable, ModelError for a model without a tokenizer.
     """
     source, model_id = skeleton.source, skeleton.source.id
-    with explained(source):
-        processor = load_processor(source) if asked.loaded is None else deepcopy(asked.loaded.processor)
+    processor = load_processor(source) if asked.loaded is None else deepcopy(asked.loaded.processor)
     if processor is None:
         raise ModelError(
             f"{model_id} has no tokenizer beside its weights, so it reads no samples. Add its files."

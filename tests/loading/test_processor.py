@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -13,7 +14,7 @@ from transformers import BertConfig
 from qprobe.errors import ModelError
 from qprobe.loading.doctor import OPTIONAL_PACKAGES
 from qprobe.loading.processor import load_processor
-from qprobe.loading.source import Source, resolve
+from qprobe.loading.source import Source, explained, resolve
 
 TinyFolder = Callable[[str], Path]
 
@@ -62,3 +63,53 @@ def test_arguments_of_the_processor_survive_where_its_video_half_is_left_out(
     given = {"processor_class": "Qwen2VLProcessor", "chat_template": "{{ 'kept' }}"}
     (folder / "processor_config.json").write_text(json.dumps(given))
     assert load_processor(resolve(str(folder))).chat_template == "{{ 'kept' }}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "null",
+        "{}",
+        '{"version": "1.0", "model": 7}',
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}',
+        "[" * 100_000,
+        "\x00",
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_file_of_a_tokenizer_is_one_sentence(
+    file: str, content: str, tiny_folder: TinyFolder, tmp_path: Path
+):
+    folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
+    (folder / file).write_text(content)
+    try:
+        load_processor(resolve(str(folder)))  # some of them say nothing, and then nothing is broken
+    except ModelError as error:
+        assert "'llama'" in str(error) and "\n" not in str(error)
+    else:
+        assert file == "tokenizer_config.json"
+
+
+def test_a_panic_of_tokenizers_is_one_sentence_and_other_ends_pass():
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(ModelError, match=r"'model' cannot be loaded: called `Option::unwrap\(\)`"):
+        with explained(Source("model", "nowhere")):
+            raise panic("called `Option::unwrap()` on a `None` value")
+    with pytest.raises(KeyboardInterrupt), explained(Source("model", "nowhere")):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_pipe_or_a_device_in_a_models_folder_is_refused_before_it_is_opened(
+    file: str, tiny_folder: TinyFolder, tmp_path: Path
+):
+    folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    (folder / "socket").symlink_to("/dev/zero")  # no file that a model is read from
+    if file == "config.json":
+        (folder / "a.json").symlink_to("/dev/zero")
+    what = r"a\.json cannot be read \(it is a device" if file == "config.json" else r"\(it is a pipe"
+    with pytest.raises(ModelError, match=what):
+        resolve(str(folder))
