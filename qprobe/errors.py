@@ -35,3 +35,17 @@ class VerificationError(QprobeError):
 
 class MachineError(QprobeError):
     """This machine lacks a device, a library or the memory for what was asked."""
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the host or of a device did not suffice.
+
+    torch's OutOfMemoryError is known by its name, since torch need not be there; its allocator on a CPU, CUDA
+    and its libraries raise RuntimeErrors.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(x in str(error) for x in _OUT_OF_MEMORY)

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ from qprobe.models.headers import read_headers
 from qprobe.options import Progress, no_progress
 from qprobe.records import FormatSpec
 from qprobe.registry.precisions import SIXTEEN_BIT, sixteen_bit_bytes
-from qprobe.system.locks import try_lock
+from qprobe.system.locks import held_alone, try_lock
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
 MAX_SHARD = "2GB"
@@ -83,10 +83,27 @@ def quantize(
     With experts in 4-bit the folder is one that `load_dynamic_4bit` alone loads, and others refuse;
     experts="16-bit" keeps them all in 16-bit instead.
     Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
-    or cannot be written; ManifestError if no list of entries means the same to every transformers 5.
+    cannot be written, or another process writes it; ManifestError if no list of entries means the same to
+    every transformers 5.
     """
     target = Path(out)
     refuse_to_overwrite(target)
+    with alone_at(target):
+        return _quantize(manifest, target, model, device, dtype, folder, trust_remote_code, experts, progress)
+
+
+def _quantize(
+    manifest: Manifest | str | Path,
+    target: Path,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    folder: Path | str | None,
+    trust_remote_code: bool,
+    experts: Literal["16-bit"] | None,
+    progress: Progress,
+) -> Quantized:
+    """`quantize`, of what no other process writes."""
     given = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     given = given if experts is None else _with_experts_kept(given)
     skeleton = check_model(given, model, trust_remote_code)
@@ -237,6 +254,28 @@ def refuse_to_overwrite(target: Path) -> None:
         raise ModelError(f"{target} is a file, and the checkpoint is a folder. Pass a folder that is new.")
     if target.exists() and any(target.iterdir()):
         raise ModelError(f"{target} is there already and not empty. Pass another folder, or remove it first.")
+
+
+@contextmanager
+def alone_at(target: Path) -> Iterator[None]:
+    """While open, no other process writes the new folder `target`; beside it lies a lock, `.NAME.lock`.
+
+    Raises ModelError if another one does, or the lock cannot be made.
+    """
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            is_held = stack.enter_context(held_alone(target.with_name(f".{target.name}.lock")))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ModelError(
+                f"{target} cannot be written ({reason}). Make room, or pass another folder."
+            ) from error
+        if not is_held:
+            raise ModelError(
+                f"Another process is writing {target}. Wait for it to end, or pass another folder."
+            )
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import click
 from qprobe.cli.debug import debugged, stage_times
 from qprobe.cli.speaking import one_line, say, visible_json
 from qprobe.data.source import names_of_files
-from qprobe.errors import QprobeError
+from qprobe.errors import QprobeError, is_out_of_memory
 from qprobe.options import DEFAULT_ADAPT, Progress
 from qprobe.registry import metrics
 from qprobe.system.bars import progress_bars as bars
@@ -37,7 +37,7 @@ def command(
     """A click command with --json whose `QprobeError`s end as one sentence on stderr and exit code 1.
 
     interrupted: what is left after Ctrl-C, and what to do, with the command's arguments as {name}; the exit
-    code is `INTERRUPTED`. out_of_memory: what to do when the device's memory does not suffice.
+    code is `INTERRUPTED`. out_of_memory: what to do when memory does not suffice.
     """
 
     def decorate(function: Command) -> click.Command:
@@ -63,10 +63,12 @@ def _explained(function: Command, interrupted: str, out_of_memory: str) -> Comma
         except QprobeError as error:
             raise click.ClickException(one_line(error)) from error
         except Exception as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            if not is_out_of_memory(error):
                 raise
-            first = shortened(str(error).strip().splitlines()[0], 200)
-            raise click.ClickException(f"The device ran out of memory: {first} {out_of_memory}") from error
+            what = "This machine" if isinstance(error, MemoryError) else "The device"
+            first = shortened("".join(str(error).strip().splitlines()[:1]), 200)
+            said = f": {first}" if first else "."
+            raise click.ClickException(f"{what} ran out of memory{said} {out_of_memory}") from error
 
     return run
 

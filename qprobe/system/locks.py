@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,6 +53,32 @@ def wait_for_lock(file: BinaryIO) -> None:
         lock_descriptor(file.fileno())
     except OSError as error:
         _unknown(error)
+
+
+@contextmanager
+def held_alone(path: Path) -> Iterator[bool]:
+    """Whether this process alone holds the lock file `path` while open; it is removed by whoever held it.
+
+    True where locks are unknown. Raises OSError as `open_lock` does.
+    """
+    with open_lock(path) as file:
+        is_held = _is_ours(file, path)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                path.unlink(missing_ok=True)
+
+
+def _is_ours(file: BinaryIO, path: Path) -> bool:
+    """False if another process has the lock, or had it and removed the file since this one opened it."""
+    found = try_lock(file)
+    if not found:
+        return found is None
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def try_share(file: BinaryIO) -> bool | None:

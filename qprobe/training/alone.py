@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from qprobe.errors import RunError
-from qprobe.system.locks import open_lock, try_lock
+from qprobe.system.files import remove_left_behind
+from qprobe.system.locks import held_alone
 
 LOCK = ".lock"
 
@@ -18,34 +17,21 @@ LOCK = ".lock"
 def alone_in(folder: Path) -> Iterator[None]:
     """While open, no other process trains into `folder`; a folder that is empty afterwards is removed.
 
-    The system lets go of the lock when a process ends, however it ends. Raises RunError if another process
-    holds it, or the folder cannot be made.
+    The system lets go of the lock when a process ends, however it ends; temporary files that killed ones left
+    go before. Raises RunError if another process holds it, or the folder cannot be made.
     """
-    path = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open_lock(path)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}). Pass another folder.") from error
-    with file:
-        if not _locked(file, path):
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_held = stack.enter_context(held_alone(folder / LOCK))
+            if is_held:
+                remove_left_behind(folder)
+        except OSError as error:
+            raise RunError(f"{folder} cannot be written ({error.strerror}). Pass another folder.") from error
+        if not is_held:
             raise RunError(
                 f"Another process is training into {folder}. Wait for it to end, or pass another --out."
             )
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _locked(file: BinaryIO, path: Path) -> bool:
-    """False if another process has the lock, or had it and removed the file since this one opened it."""
-    found = try_lock(file)
-    if not found:
-        return found is None  # a file system without locks
-    try:
-        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
+        yield
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
@@ -54,12 +51,13 @@ from qprobe.training.bases import (
     model_folder,
     peft_library,
 )
+from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
 from qprobe.training.record import Record, read_record, write_record
 from qprobe.training.refused import check_options, refuse_several_processes, refuse_without_answers
 from qprobe.training.result import Finetuned, card
 from qprobe.training.rows import check_batches, encodable, learnable
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
-from qprobe.training.trainer import LossError, Watch, check_adapter, make_trainer
+from qprobe.training.trainer import Watch, check_adapter, make_trainer
 
 # Of tokenizers whose files name a length; lines that --max-length refuses are named one by one.
 TOO_LONG = Remark(
@@ -69,7 +67,6 @@ TOO_LONG = Remark(
 )
 CHECKPOINTS = "checkpoints"
 MAX_STATE_BYTES = 2**30  # it has a few hundred bytes per logged step
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @quiet_models(TOO_LONG)
@@ -214,8 +211,12 @@ def _finetune(
     folder = model_folder(manifest, options.model)
     record = Record("running", manifest.model.fingerprint, spec, model=folder)
     _start(options.out, record)
-    with _disk_explained(options.out), _loss_explained(options.out):
-        result = _train(options, spec["optimizer"], tuned, processor, train, held_out, progress)
+    with disk_explained(options.out), loss_explained(options.out):
+        result, smaller = in_smaller_batches(
+            options,
+            tuned,
+            lambda asked: _train(asked, spec["optimizer"], tuned, processor, train, held_out, progress),
+        )
     skipped = tuple(sentence for one in checked for sentence in one.sentences())
     done = Finetuned(
         out=options.out,
@@ -223,26 +224,12 @@ def _finetune(
         fingerprint=manifest.model.fingerprint,
         skipped=skipped,
         left_out=targets.notes(),
+        smaller_batches=smaller,
         **result,
     )
-    with _disk_explained(options.out):
+    with disk_explained(options.out):
         _finish(options, tuned, processor, manifest, record, done)
     return done
-
-
-@contextmanager
-def _disk_explained(out: Path) -> Iterator[None]:
-    """Turns what a full disk raises into one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK:
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"{out} cannot be written ({reason}). Make room; the same command goes on from the last "
-            "checkpoint."
-        ) from error
 
 
 def _check_out(out: Path, spec: dict[str, Any]) -> None:
@@ -358,18 +345,6 @@ def _start(out: Path, record: Record) -> None:
     if before is not None and (before.status == "diverged" or before.spec != record.spec):
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     write_record(out, record)
-
-
-@contextmanager
-def _loss_explained(out: Path) -> Iterator[None]:
-    """Notes in the record where the loss became no number, so that the folder serves for another try."""
-    try:
-        yield
-    except LossError:
-        record = read_record(out)
-        assert record is not None
-        write_record(out, replace(record, status="diverged"))
-        raise
 
 
 def _finish(

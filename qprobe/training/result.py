@@ -19,7 +19,8 @@ class Finetuned:
     eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
     base's; both are None without held-out lines. history: (step, loss), over the step
     peak_bytes: of device memory, None on a CPU. skipped: one sentence per row that was left out;
-    left_out: one per reason for which layers have to do without an adapter.
+    left_out: one per reason for which layers have to do without an adapter. smaller_batches: one where memory
+    did not suffice for the batches that were asked for.
     """
 
     out: Path
@@ -31,6 +32,7 @@ class Finetuned:
     held_out_lines: int
     skipped: tuple[str, ...]
     left_out: tuple[str, ...]
+    smaller_batches: tuple[str, ...]
     trainable_parameters: int
     optimizer: str
     eval_loss_before: float | None
@@ -51,6 +53,7 @@ class Finetuned:
             "out": str(self.out),
             "skipped": list(self.skipped),
             "left_out": list(self.left_out),
+            "smaller_batches": list(self.smaller_batches),
             **curves,
         }
 

@@ -208,6 +208,18 @@ def test_what_a_killed_run_left_is_removed_and_what_another_one_writes_is_not(ti
     assert (tmp_path / "out").is_dir()
 
 
+def test_a_second_process_does_not_write_the_same_folder_and_is_told_before_anything_is_read(tmp_path):
+    with (
+        quantize_module.alone_at(tmp_path / "out"),
+        pytest.raises(ModelError, match=r"Another process is writing .*out\. Wait for it to end"),
+    ):
+        quantize(tmp_path / "none.json", tmp_path / "out")
+    (tmp_path / ".out.lock").write_bytes(b"")  # of a process that was killed
+    with pytest.raises(ManifestError, match=r"none\.json"):
+        quantize(tmp_path / "none.json", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 PEAK = """
 import sys, threading, time
 from pathlib import Path

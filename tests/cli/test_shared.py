@@ -101,6 +101,8 @@ def test_running_out_of_memory_is_a_mistake_to_mend_with_options_that_the_comman
     assert set(re.findall(r"--[a-z-]+(?: auto)?", said)) == advised
     options = {name for option in main.commands[command].params for name in option.opts}
     assert {name.removesuffix(" auto") for name in advised} <= options
+    fake(module, **{command: raising(MemoryError())})
+    assert qprobe(*line.split()).stderr == f"Error: This machine ran out of memory. Pass {said}"
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,22 @@ def test_numbers_that_make_no_run_are_refused_before_a_model_loads(option, value
     assert not asked.out.exists()
 
 
+def test_a_batch_that_memory_does_not_hold_is_halved_and_learns_the_same(asked, tmp_path, monkeypatch):
+    small = finetune(replace(asked, out=tmp_path / "small", batch_size=1, accumulation=2, steps=2))
+    real = library.encode_conversations
+
+    def short(processor: Any, rows: Any, dtype: Any) -> Any:
+        if len(rows) > 1:
+            raise MemoryError
+        return real(processor, rows, dtype)
+
+    monkeypatch.setattr(library, "encode_conversations", short)
+    done = finetune(replace(asked, batch_size=2, accumulation=1, steps=2))
+    assert done.history == small.history and done.smaller_batches[0].startswith("Memory did not suffice")
+    one, other = (load_file(x / "adapter_model.safetensors") for x in (asked.out, tmp_path / "small"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def test_a_second_process_does_not_train_into_the_same_folder(asked):
     def second(stage: str, _done: int, _total: int) -> None:
         if stage == "train":
