@@ -13,6 +13,13 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qprobe.loading.experts.four_bit import METHOD, put_state, quantized
+from qprobe.system.log_filters import Remark, without_remarks
+
+_NO_LINEARS = Remark(
+    "transformers.integrations.bitsandbytes",
+    "no linear modules were found",
+    "linears may all stay in 16-bit where experts are in 4-bit",
+)
 
 
 @register_quantization_config(METHOD)
@@ -41,7 +48,8 @@ class Experts4Bit(Bnb4BitHfQuantizer):
         return _Quantize(self, super().get_quantize_ops())
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
-        super()._process_model_before_weight_loading(model, device_map, **options)
+        with without_remarks(*((_NO_LINEARS,) if self.experts else ())):
+            super()._process_model_before_weight_loading(model, device_map, **options)
         for name in self.experts if self.pre_quantized else ():
             parent, _, leaf = name.rpartition(".")  # files hold codes, which are taken as they are
             codes = torch.empty(0, dtype=torch.uint8, device="meta")

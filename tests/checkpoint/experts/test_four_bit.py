@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,19 @@ def test_plain_transformers_refuses_a_folder_of_4_bit_experts_and_names_who_read
 ):
     with pytest.raises(AttributeError, match=r"load it with qprobe\.load_dynamic_4bit"):
         AutoModelForCausalLM.from_pretrained(packed("mixtral").out)
+
+
+def test_a_list_that_keeps_all_linears_is_loaded_without_a_word(
+    packed: Callable[[str], Packed],
+):
+    source, manifest, _ = packed("mixtral")
+    kept = manifest_for(source, [x.name for x in manifest.layers if len(x.shape) == 2])
+    said = StringIO()
+    handler, logger = logging.StreamHandler(said), logging.getLogger("transformers.integrations.bitsandbytes")
+    logger.addHandler(handler)
+    model, _ = load_dynamic_4bit(kept, str(source), "cpu")
+    logger.removeHandler(handler)
+    assert len(four_bit_experts(model)) == 4 and not said.getvalue()
 
 
 def test_a_folder_is_loaded_as_it_is(packed: Callable[[str], Packed]):
