@@ -27,6 +27,8 @@ Turns = Literal["first", "last", "each"]
 Experts = Literal["4-bit", "16-bit"]
 """What fused weights of experts may be in; in 4-bit only qprobe's own loader reads them."""
 Optimizer = Literal["adamw_8bit", "adamw_torch"]
+Start = Literal["zero", "corrected"]
+"""Where an adapter begins, see `qprobe.training.start`."""
 AskedMetric = str | Callable[[Any, str], Any]
 """A declared name (`qprobe.registry.metrics`), or a function of (sample, answer) to a number."""
 Progress = Callable[[str, int, int], None]
@@ -178,6 +180,7 @@ class FinetuneOptions:
     optimizer: Optimizer | None = None
     adapt: str = DEFAULT_ADAPT
     for_tool: str | None = None
+    start: Start = "zero"
     save_every: int = 50
     seed: int = 0
     trust_remote_code: bool = False

@@ -94,6 +94,13 @@ _OPTIONS = (
     ),
     shared.adapt_option("Where adapters go"),
     click.option(
+        "--start",
+        type=click.Choice(["zero", "corrected"]),
+        default="zero",
+        show_default=True,
+        help="Begin at nothing, or at what calibrated 4-bit leaves of each weight (scan --keep-correction).",
+    ),
+    click.option(
         "--for",
         "for_tool",
         type=click.Choice(FOR),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qprobe.errors import RunError
 from qprobe.system.files import remove_left_behind
+from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.locks import held_alone
 
 LOCK = ".lock"
+MAX_STATE_BYTES = 2**30  # it has a few hundred bytes per logged step
 
 
 @contextmanager
@@ -35,3 +39,19 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`; what a killed run left half written is removed.
+
+    The Trainer writes the state last, so a checkpoint with a readable state is whole.
+    """
+    whole: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            state = read_foreign_if_there(path / "trainer_state.json", RunError, "", MAX_STATE_BYTES)
+            json.loads((state or b"").decode("utf-8"))
+            whole[int(path.name.rpartition("-")[2])] = path
+        except (RunError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+    return whole[max(whole)] if whole else None

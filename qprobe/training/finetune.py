@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -35,14 +34,14 @@ from qprobe.options import (
     FinetuneOptions,
     Optimizer,
     Progress,
+    Start,
     Turns,
     data_of,
     no_progress,
 )
 from qprobe.system.files import write_atomic
-from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.log_filters import Remark
-from qprobe.training.alone import LOCK, alone_in
+from qprobe.training.alone import LOCK, alone_in, last_checkpoint
 from qprobe.training.bases import (
     BASE_WEIGHTS,
     MANIFEST_FILE,
@@ -57,6 +56,7 @@ from qprobe.training.refused import check_options, refuse_several_processes, ref
 from qprobe.training.result import Finetuned, card
 from qprobe.training.rows import check_batches, encodable, learnable
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
+from qprobe.training.start import correction_of, start_corrected
 from qprobe.training.trainer import Watch, check_adapter, make_trainer
 
 # Of tokenizers whose files name a length; lines that --max-length refuses are named one by one.
@@ -66,7 +66,6 @@ TOO_LONG = Remark(
     "length is checked against --max-length, and a longer line is named",
 )
 CHECKPOINTS = "checkpoints"
-MAX_STATE_BYTES = 2**30  # it has a few hundred bytes per logged step
 
 
 @quiet_models(TOO_LONG)
@@ -95,6 +94,7 @@ def finetune(
     optimizer: Optimizer | None = None,
     adapt: str = DEFAULT_ADAPT,
     for_tool: str | None = None,
+    start: Start = "zero",
     save_every: int = 50,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -114,6 +114,7 @@ def finetune(
     learning_rate: the highest one. batch_size: conversations that run at once; accumulation: batches per
     step. max_length: tokens of a line. optimizer: None for adamw_8bit on CUDA, and adamw_torch on a CPU, for
     which there is no 8-bit one. adapt, for_tool: where adapters go, as of `qprobe.lora_targets`.
+    start: at nothing, or at the correction of calibrated weights that `scan --keep-correction` left.
     save_every: steps between checkpoints and evaluations. seed: of the adapters, the order of the lines and
     the held-out ones. trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     progress: called as work moves on, see `qprobe.options.Progress`.
@@ -145,6 +146,7 @@ def finetune(
         optimizer=optimizer,
         adapt=adapt,
         for_tool=for_tool,
+        start=start,
         save_every=save_every,
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -208,6 +210,9 @@ def _finetune(
         target_modules=one_pattern(targets.names),
     )
     tuned = peft.get_peft_model(model, config)
+    if options.start == "corrected":
+        with correction_of(manifest, options.manifest.parent) as factors:
+            start_corrected(tuned, factors)
     folder = model_folder(manifest, options.model)
     record = Record("running", manifest.model.fingerprint, spec, model=folder)
     _start(options.out, record)
@@ -321,22 +326,6 @@ def _train(
         "seconds": time.perf_counter() - start,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; what a killed run left half written is removed.
-
-    The Trainer writes the state last, so a checkpoint with a readable state is whole.
-    """
-    whole: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = read_foreign_if_there(path / "trainer_state.json", RunError, "", MAX_STATE_BYTES)
-            json.loads((state or b"").decode("utf-8"))
-            whole[int(path.name.rpartition("-")[2])] = path
-        except (RunError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
-    return whole[max(whole)] if whole else None
 
 
 def _start(out: Path, record: Record) -> None:

@@ -11,6 +11,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread
 from qprobe.models.adapting import adapted_layers
 from qprobe.options import FinetuneOptions
+from qprobe.training.start import correction_of
 
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun sets, and Trainer acts upon
 
@@ -33,6 +34,16 @@ def check_options(options: FinetuneOptions, manifest: Manifest) -> None:
     for name, count in counts.items():
         if count < 1:
             raise QprobeError(f"--{name} {count} makes no training. Pass 1 or more.")
+    if options.start not in ("zero", "corrected"):
+        raise QprobeError(f"--start {options.start!r} is no start. Pass zero or corrected.")
+    if options.start == "corrected":
+        if options.base != "dynamic":
+            raise QprobeError(
+                f"--start corrected repairs what calibrated 4-bit leaves, and --base is {options.base}. "
+                "Leave one of them out."
+            )
+        with correction_of(manifest, options.manifest.parent):
+            pass
     most = _highest_rank(manifest, options)
     if options.rank > most:
         raise QprobeError(

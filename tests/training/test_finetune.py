@@ -22,7 +22,7 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.options import FinetuneOptions, Progress, no_progress
 from qprobe.training import finetune as library
-from qprobe.training.finetune import last_checkpoint
+from qprobe.training.alone import last_checkpoint
 from qprobe.training.origin import load_finetuned
 from qprobe.training.result import Finetuned
 from tests import tiny

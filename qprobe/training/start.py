@@ -1,0 +1,80 @@
+"""Where an adapter begins: at nothing, or at what calibrated 4-bit leaves of each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qprobe.calibration.correction import FILE_NAME
+from qprobe.checkpoint.adapters.effect import is_four_bit
+from qprobe.errors import ManifestError, RunError
+from qprobe.formats.codes_file import sha256_of
+from qprobe.manifest.records import Manifest
+from qprobe.runs.folder import RunFolder
+
+
+class Factors:
+    """The open file of corrections: for a layer the factors whose product is to be added to its weight."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.layers = frozenset(x.removesuffix(".left") for x in file.keys() if x.endswith(".left"))
+
+    def of(self, layer: str, rank: int) -> tuple[Tensor, Tensor]:
+        """((out_features, r), (r, in_features)), float32, of the largest directions, at most `rank`."""
+        left, right = (self._file.get_tensor(f"{layer}.{side}") for side in ("left", "right"))
+        return left[:, :rank].float(), right[:rank].float()
+
+
+@contextmanager
+def correction_of(manifest: Manifest, folder: Path) -> Iterator[Factors]:
+    """The corrections that belong to the calibrated weights of `manifest`, which lies in `folder`.
+
+    Raises ManifestError if there are none, or they are of other weights or damaged.
+    """
+    fix = "Scan with --format nf4-calibrated --keep-correction RANK, or pass --start zero."
+    if manifest.codes is None:
+        raise ManifestError(f"--start corrected needs calibrated weights, which the manifest has not. {fix}")
+    run = (folder / manifest.codes.file).parent
+    path = run / FILE_NAME
+    noted = RunFolder(run).notes.get("correction")
+    if noted is None or not path.is_file():
+        raise ManifestError(f"{run} keeps no correction of its calibrated weights. {fix}")
+    if noted.codes != manifest.codes.sha256 or sha256_of(path) != noted.sha256:
+        raise ManifestError(f"{path} is damaged, or of other calibrated weights than the manifest. {fix}")
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} cannot be read ({error}). {fix}") from None
+        yield Factors(file)
+
+
+def start_corrected(tuned: Any, factors: Factors) -> tuple[str, ...]:
+    """Puts the corrections into the adapters of `tuned`, a peft model; the layers that have one.
+
+    An adapter of a higher rank than the kept factors has zeros behind them, in lora_B, as at a zero start; so
+    has the whole adapter of a layer in 16-bit, of which nothing is missing.
+    """
+    started = []
+    for name, layer in _adapters(tuned).items():
+        if name not in factors.layers or not is_four_bit(layer.get_base_layer()):
+            continue
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        left, right = factors.of(name, a.shape[0])
+        scaling = layer.scaling["default"]
+        a.data[: len(right)] = right.to(a)
+        b.data[:, : left.shape[1]] = (left / scaling).to(b)
+        started.append(name)
+    return tuple(started)
+
+
+def _adapters(tuned: Any) -> Mapping[str, Any]:
+    """By module name of the base, the layers with a LoRA adapter."""
+    base = tuned.get_base_model()
+    return {name: x for name, x in base.named_modules() if hasattr(x, "lora_A")}

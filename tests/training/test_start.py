@@ -1,0 +1,107 @@
+"""An adapter may begin at the correction that calibration left, and at no other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qprobe.calibration import correction
+from qprobe.errors import ManifestError, QprobeError
+from qprobe.formats.codes_file import FILE_NAME, sha256_of, write_codes
+from qprobe.formats.nf4 import Nf4
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.write import write_manifest
+from qprobe.options import FinetuneOptions
+from qprobe.records import CodesFile
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.notes import CorrectionFile
+from qprobe.training.refused import check_options
+from qprobe.training.start import correction_of, start_corrected
+from tests.checkpoint.manifests import every_third, manifest_for
+
+pytestmark = [
+    pytest.mark.slow,
+    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of the tiny Llama with 4-bit weights in a file of their own and corrections of rank 4."""
+    folder, run = tiny_folder("llama"), tmp_path_factory.mktemp("run")
+    plain = manifest_for(folder, every_third(folder))
+    weights = load_file(folder / "model.safetensors")
+    write_codes(
+        run / FILE_NAME,
+        {x.name: Nf4().stored(weights[f"{x.name}.weight"]) for x in plain.layers if x.is_four_bit},
+    )
+    codes = CodesFile(FILE_NAME, sha256_of(run / FILE_NAME))
+    spec = replace(plain.format, name="nf4-calibrated")
+    write_manifest(run / "skiplist.json", replace(plain, format=spec, codes=codes))
+    torch.manual_seed(0)
+    kept = {}
+    for x in plain.layers:  # those that the list keeps in 16-bit as well, as a scan does
+        kept |= {f"{x.name}.left": torch.randn(x.shape[0], 4), f"{x.name}.right": torch.randn(4, x.shape[1])}
+    save_file({k: t.bfloat16() for k, t in kept.items()}, run / correction.FILE_NAME)
+    noted = CorrectionFile(correction.FILE_NAME, sha256_of(run / correction.FILE_NAME), codes.sha256, rank=4)
+    (run / "notes").mkdir()
+    RunFolder(run).notes.put("correction", noted)
+    return run
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_the_adapter_starts_at_the_kept_factors(rank: int, run: Path, tiny_folder: Any):
+    import peft
+
+    from qprobe.checkpoint.ready import lora_targets
+    from qprobe.training.bases import load_base
+
+    model, _ = load_base(run / "skiplist.json", "dynamic", str(tiny_folder("llama")), "cpu")
+    config = peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=lora_targets(model))
+    tuned = peft.get_peft_model(model, config)
+    with correction_of(read_manifest(run / "skiplist.json"), run) as factors:
+        started = start_corrected(tuned, factors)
+    kept = {k: t.float() for k, t in load_file(run / "correction.safetensors").items()}
+    manifest = read_manifest(run / "skiplist.json")
+    four_bit = {x.name for x in manifest.layers if x.is_four_bit}
+    assert started and set(started) <= four_bit
+    for name in four_bit:
+        layer = tuned.get_base_model().get_submodule(name)
+        added = layer.get_delta_weight("default")
+        r = min(rank, 4)
+        wanted = kept[f"{name}.left"][:, :r] @ kept[f"{name}.right"][:r]
+        assert torch.allclose(added, wanted, rtol=1e-5, atol=1e-5) and added.any()
+    for name in {x.name for x in manifest.layers if not x.is_four_bit and x.name != "lm_head"}:
+        assert not tuned.get_base_model().get_submodule(name).get_delta_weight("default").any()
+
+
+def test_what_is_no_correction_of_these_weights_is_one_sentence(run: Path, tmp_path: Path):
+    manifest = read_manifest(run / "skiplist.json")
+    assert manifest.codes is not None
+    asked = FinetuneOptions(run / "skiplist.json", None, tmp_path / "out", start="corrected", rank=2)
+    check_options(asked, manifest)
+    with pytest.raises(QprobeError, match="--base is nf4"):
+        check_options(replace(asked, base="nf4"), manifest)
+    with pytest.raises(ManifestError, match="needs calibrated weights"):
+        check_options(asked, replace(manifest, codes=None))
+    other = replace(manifest, codes=replace(manifest.codes, sha256="0" * 64))
+    with pytest.raises(ManifestError, match="of other calibrated weights"):
+        check_options(asked, other)
+    path = run / "correction.safetensors"
+    before, data = sha256_of(path), path.read_bytes()
+    try:
+        path.write_bytes(data[:-1])
+        with pytest.raises(ManifestError, match="is damaged"):
+            check_options(asked, manifest)
+        path.unlink()
+        with pytest.raises(ManifestError, match="keeps no correction"):
+            check_options(asked, manifest)
+    finally:
+        path.write_bytes(data)
+    assert sha256_of(path) == before
