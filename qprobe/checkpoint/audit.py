@@ -13,7 +13,7 @@ from qprobe.checkpoint.audit_loaded import loaded_problems
 from qprobe.checkpoint.audit_weights import uncalibrated, wrong_states
 from qprobe.errors import ModelError
 from qprobe.exports.config_format import four_bit_format, has_four_bit_experts, is_four_bit, model_dtype
-from qprobe.exports.lists import LIST_KEYS
+from qprobe.exports.languages import LIST_KEYS
 from qprobe.exports.matchers import all_hits, hits, running_rule
 from qprobe.loading.pretrained import incomplete, loading_info
 from qprobe.loading.skeleton import Skeleton, skeleton_of

@@ -12,7 +12,6 @@ from typing import Any
 from qprobe import __version__
 from qprobe.errors import ManifestError
 from qprobe.exports.lists import Matched, match_list, read_list, remarks
-from qprobe.exports.matchers import transformers_rule
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import known, resolve
 from qprobe.manifest.records import MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
@@ -50,11 +49,12 @@ def import_list(
 ) -> Imported:
     """The list in the file `path` as a manifest for `model` (alias, hub id or folder).
 
-    path: a config.json with a quantization_config, or a plain JSON list of names. An entry may use today's
-    names or those of the files on the hub, and is read by the rule of the transformers that the config names,
-    today's for a plain list, which is taken to be for NF4 with double quantization. The output head and tied
-    weights stay in 16-bit, as they always do here. out: where the manifest goes, for its record of the
-    command. trust_remote_code: as of `qprobe.load_dynamic_4bit`.
+    path: a config.json with a quantization_config (of bitsandbytes, compressed-tensors, ModelOpt, GPTQModel,
+    AutoRound or AWQ), what `export` wrote as JSON, YAML or Python, or a plain JSON list of names. An entry
+    may use today's names or those of the files on the hub, and is read by its tool's rule, or that of the
+    transformers that the config names, today's for a plain list, which is taken to be for NF4 with double
+    quantization. The output head and tied weights stay in 16-bit, as they always do here. out: where the
+    manifest goes, for its record of the command. trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     Raises ManifestError for a file without a list, one for FP4, or a list of which no entry matches the
     model.
     """
@@ -63,8 +63,7 @@ def import_list(
     spec = published.format
     skeleton = skeleton_of(resolve(model, trust_remote_code), spec.compute_dtype, known(model))
     inventory = skeleton.inventory(spec)
-    label, rule = transformers_rule(published.transformers)
-    matched = match_list(published.entries or (), inventory, rule, skeleton.architecture)
+    matched = match_list(published.entries or (), inventory, published.language, skeleton.architecture)
     if matched and not any(x.layers for x in matched):
         raise ManifestError(
             f"None of the {len(matched)} entries of {file} matches a layer of {skeleton.source.id}, first "
@@ -76,7 +75,7 @@ def import_list(
     fixed = tuple(x.name for x in inventory.layers if x.fixed)
     notes = (*published.notes, *remarks(published, matched, inventory, kept))
     made = _manifest(skeleton, spec, inventory, kept, matched, command)
-    return Imported(made, label, matched, notes, fixed)
+    return Imported(made, published.language.label, matched, notes, fixed)
 
 
 def _manifest(

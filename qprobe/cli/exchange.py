@@ -86,9 +86,11 @@ def export(manifest: Path, tool: str, out: Path | None, adapt: str | None, as_js
 def import_(config: Path, model: str, out: Path, trust_remote_code: bool, as_json: bool) -> None:
     """Turn the skip-list in CONFIG into a manifest for a model, so that `qprobe compare` can measure it.
 
-    CONFIG is the config.json of a quantized checkpoint, or a JSON list of module names. Names may be those of
-    today's transformers or those of the files on the hub; entries are read by the rule of the transformers
-    version that the config names. Only the model's config is needed, no weights.
+    CONFIG is the config.json of a quantized checkpoint (of bitsandbytes, compressed-tensors, ModelOpt,
+    GPTQModel, AutoRound or AWQ), what `qprobe export` wrote as JSON, YAML or Python, or a JSON list of module
+    names. Names may be those of today's transformers or those of the files on the hub; entries are read by
+    the rule of their tool, or of the transformers version that the config names. Only the model's config is
+    needed, no weights.
 
     \b
     --json prints: out, rule, matched [{entry, layers}], dead [entry], layers_16bit [name], total_bytes,

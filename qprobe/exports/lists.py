@@ -11,15 +11,21 @@ from typing import Any
 
 from qprobe.errors import ManifestError
 from qprobe.exports.config_format import four_bit_format, is_four_bit, model_dtype
-from qprobe.exports.matchers import Rule, all_hits, hits, running_rule
+from qprobe.exports.languages import (
+    LIST_KEYS,
+    Language,
+    from_text,
+    language_of,
+    transformers_language,
+)
+from qprobe.exports.matchers import all_hits, hits, running_rule
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory
 from qprobe.registry.precisions import measurable
 from qprobe.system.foreign import read_foreign
 from qprobe.system.wording import counted, named, shortened
 
-# The two keys under which transformers configs keep such a list; the first is bitsandbytes'.
-LIST_KEYS = ("llm_int8_skip_modules", "modules_to_not_convert")
+_OTHER_KEYS = ("dynamic", "extra_config", "layer_config", "ignore", "exclude_modules", "layers_16bit")
 MAX_FILE_BYTES = 32 * 2**20  # which JSON can make a GiB of
 MOST_ENTRIES = 50_000  # a model with unstacked experts has some 20,000 linears
 LONGEST_ENTRY = 10_000
@@ -39,7 +45,7 @@ class GivenList:
     """A list as its file gives it. entries: None where the file leaves that to transformers."""
 
     entries: tuple[str, ...] | None
-    transformers: str | None
+    language: Language
     format: FormatSpec
     notes: tuple[str, ...] = ()
 
@@ -48,21 +54,32 @@ def read_list(path: Path) -> GivenList:
     """The list that the file `path` holds. Raises ManifestError if it holds none."""
     data = _json(path)
     if isinstance(data, list):
-        return GivenList(_names(data, path), None, FormatSpec())
+        return GivenList(_names(data, path), transformers_language(None), FormatSpec())
     config = data.get("quantization_config", data) if isinstance(data, dict) else None
+    if isinstance(data, dict) and isinstance(data.get("quantization"), dict):
+        config = data["quantization"]  # ModelOpt's hf_quant_config.json
     is_config = isinstance(config, dict) and (
-        "quantization_config" in data or any(key in config for key in LIST_KEYS)
+        "quantization_config" in data or any(key in config for key in (*LIST_KEYS, *_OTHER_KEYS))
     )
     if not isinstance(config, dict) or not is_config:
         raise ManifestError(
             f"{path} holds neither a quantization_config nor a JSON list of names, so there is no skip-list "
             f"in it; pass the config.json of a quantized checkpoint."
         )
-    key = next((key for key in LIST_KEYS if config.get(key) is not None), None)
-    entries = None if key is None else _names(config[key], path)
     version = data.get("transformers_version")
+    language = language_of(config, version if isinstance(version, str) else None)
+    key = next((key for key in language.keys if config.get(key) is not None), None)
     spec, notes = _format(config, data, path)
-    return GivenList(entries, version if isinstance(version, str) else None, spec, notes)
+    if key is None:
+        return GivenList(None, language, spec, notes)
+    entries, others = language.entries(config[key])
+    if others:
+        which = named([shortened(repr(x), 80) for x in others])
+        notes += (
+            f"Entries of {key} say something else than 16-bit: {which}. "
+            "A manifest cannot, so what they match is in 4-bit, as all that is not listed.",
+        )
+    return GivenList(_names(entries, path), language, spec, notes)
 
 
 def _json(path: Path) -> Any:
@@ -70,8 +87,12 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(data.decode("utf-8"))  # not strictly: configs of some models hold Infinity
     except (ValueError, RecursionError) as error:
+        written = from_text(data.decode("utf-8", "replace"))
+        if written is not None:
+            return written
         raise ManifestError(
-            f"{path} is no valid JSON ({error}); pass a config.json or a JSON list."
+            f"{path} is no valid JSON ({error}); pass a config.json, a JSON list, or what qprobe export "
+            "wrote as YAML or Python."
         ) from error
 
 
@@ -115,11 +136,12 @@ def _format(
 
 
 def match_list(
-    entries: Sequence[str], inventory: Inventory, rule: Rule, architecture: str
+    entries: Sequence[str], inventory: Inventory, language: Language, architecture: str
 ) -> tuple[Matched, ...]:
     """What each entry keeps, whichever of a layer's names it was written for."""
     names = {x.name: spellings(x.name, x.checkpoint_name, architecture).all for x in inventory.layers}
     every = list(dict.fromkeys(spelling for known in names.values() for spelling in known))
+    rule = language.rule_for(frozenset(every))
     return tuple(
         Matched(entry, tuple(name for name, known in names.items() if not found.isdisjoint(known)))
         for entry, found in zip(entries, map(frozenset, all_hits(rule, entries, every)), strict=True)
@@ -135,14 +157,14 @@ def remarks(
     """
     said = []
     if published.entries is None:
-        said.append("The config holds no list, so transformers keeps its default: head and tied weights.")
+        said.append("The config holds no list, so its reader keeps its default: head and tied weights.")
     dead = [repr(x.entry) for x in matched if not x.layers]
     if dead:
         said.append(
             f"{len(dead)} of {len(matched)} entries {'matches' if len(dead) == 1 else 'match'} nothing in "
             f"this model: {', '.join(dead)}."
         )
-    today, unread = _read_today(matched, inventory)
+    today, unread = _read_today(matched, inventory) if published.language.is_transformers else (kept, [])
     if unread:
         said.append(
             f"Today's transformers reads an entry as a regular expression, and cannot read "
@@ -158,7 +180,7 @@ def remarks(
     dropped = [x.name for x in inventory.layers if x.fixed and x.name not in kept]
     if dropped and published.entries is not None:
         said.append(
-            f"The list does not name {', '.join(dropped)}, so transformers would put it into 4-bit; the "
+            f"The list does not name {', '.join(dropped)}, so its reader would put it into 4-bit; the "
             f"manifest keeps it in 16-bit."
         )
     return said

@@ -12,8 +12,8 @@ import pandas as pd
 from safetensors.numpy import save
 
 from qprobe.errors import ManifestError, ModelError, RunError
+from qprobe.exports.languages import Language
 from qprobe.exports.lists import match_list, read_list
-from qprobe.exports.matchers import transformers_rule
 from qprobe.exports.targets import autoround, gptqmodel, llama_cpp, llm_compressor, peft
 from qprobe.manifest.read import read_manifest
 from qprobe.models.headers import INDEX, SINGLE, read_config, read_headers
@@ -26,6 +26,7 @@ from qprobe.system.tensor_headers import read_tensor_header
 from tests.runs.runs import four_layers, make_run, output
 
 RULES = (peft.rule, autoround.rule, gptqmodel.rule, llm_compressor.rule, llama_cpp.rule)
+LANGUAGES = tuple(Language("a rule", (), lambda _, rule=rule: rule) for rule in RULES)
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ def _within(run: Path, name: str, read: Callable[[RunFolder], object]) -> Callab
 def _matched(path: Path) -> object:
     """The list under every tool's rule."""
     given = read_list(path)
-    _, rule = transformers_rule(given.transformers)
-    for one in (rule, *RULES):
+    for one in (given.language, *LANGUAGES):
         match_list(given.entries or (), four_layers(), one, "LlamaForCausalLM")
     return given
 
