@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qprobe.manifest.records import Manifest
+from qprobe.system.markdown import code, plain
 from qprobe.system.wording import counted
 
 _TASKS = {"ImageTextToText": "image-text-to-text", "CausalLM": "text-generation"}
@@ -18,7 +19,7 @@ def model_card(manifest: Manifest, architecture: str, made_from: str | None = No
     name = made_from or manifest.model.id
     parts = [
         f"---\n{_head(manifest, name, auto)}---",
-        f"# {name.rpartition('/')[2]}, dynamic 4-bit",
+        f"# {plain(name.rpartition('/')[2])}, dynamic 4-bit",
         _summary(manifest, made_from),
         "## Measured",
         *([_elsewhere(manifest, made_from)] if made_from and _has_figures(manifest) else []),
@@ -30,7 +31,8 @@ def model_card(manifest: Manifest, architecture: str, made_from: str | None = No
         else plain_usage(auto, is_four_bit=True),
         "## Layers in 16-bit",
         _kept(manifest),
-        f"Made by qprobe {manifest.made_by.qprobe} (`{manifest.made_by.command}`, {manifest.made_by.time}). "
+        f"Made by qprobe {plain(manifest.made_by.qprobe)} ({code(manifest.made_by.command)}, "
+        f"{plain(manifest.made_by.time)}). "
         f"`skiplist.json` in this folder is the manifest: every layer, its precision and its bytes. "
         f"The licence is that of the model it was made from.",
     ]
@@ -79,11 +81,11 @@ def card_head(library: str, base: str, tags: list[str], pipeline_tag: str | None
 
 def _summary(manifest: Manifest, made_from: str | None) -> str:
     kept, total = len(manifest.skip_modules), len(manifest.layers)
-    at = f" at revision `{manifest.model.revision}`" if manifest.model.revision and not made_from else ""
+    at = f" at revision {code(manifest.model.revision)}" if manifest.model.revision and not made_from else ""
     double = "with" if manifest.format.double_quant else "without"
     return (
-        f"`{made_from or manifest.model.id}`{at} in bitsandbytes {manifest.format.name.upper()} (blocks of "
-        f"{manifest.format.blocksize}, {double} double quantization, computing in "
+        f"{code(made_from or manifest.model.id)}{at} in bitsandbytes {manifest.format.name.upper()} (blocks "
+        f"of {manifest.format.blocksize}, {double} double quantization, computing in "
         f"{manifest.format.compute_dtype}): {total - kept} of {counted(total, 'linear layer')} in 4-bit, "
         f"{kept} in 16-bit."
     )
@@ -98,11 +100,11 @@ def _has_figures(manifest: Manifest) -> bool:
 
 def _elsewhere(manifest: Manifest, made_from: str) -> str:
     """That the figures need not be those of this checkpoint."""
-    what = f"`{made_from}`" if made_from != manifest.model.id else "a folder of that name"
+    what = code(made_from) if made_from != manifest.model.id else "a folder of that name"
     return (
-        f"**These figures were measured on the weights of `{manifest.model.id}` that were scanned.** This "
-        f"checkpoint was made from {what}, passed as --model; that the weights are the same was not checked. "
-        "`qprobe compare` with the same --model measures them."
+        f"**These figures were measured on the weights of {code(manifest.model.id)} that were scanned.** "
+        f"This checkpoint was made from {what}, passed as --model; that the weights are the same was not "
+        "checked. `qprobe compare` with the same --model measures them."
     )
 
 
@@ -125,7 +127,7 @@ def _quality(manifest: Manifest, made_from: str | None) -> str:
 
 def _compared(manifest: Manifest) -> str:
     lines = [
-        f"| {x.name}{' (chosen)' if x.chosen else ''} | {x.total_bytes:,} | {_number(x.kl, x.kl_se)} |"
+        f"| {plain(x.name)}{' (chosen)' if x.chosen else ''} | {x.total_bytes:,} | {_number(x.kl, x.kl_se)} |"
         for x in manifest.compared
     ]
     head = "Lists that were measured on the same samples:"
@@ -171,5 +173,5 @@ def _kept(manifest: Manifest) -> str:
     reasons = {x.name: x.reason for x in manifest.layers}
     if not manifest.skip_modules:
         return "None."
-    lines = [f"- `{name}`: {reasons[name]}" for name in manifest.skip_modules]
+    lines = [f"- {code(name)}: {plain(reasons[name])}" for name in manifest.skip_modules]
     return "\n".join(lines)

@@ -19,17 +19,22 @@ from qprobe.cli.plan import plan
 from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
 from qprobe.cli.shared import interruptible
+from qprobe.cli.speaking import visible_usage
 
 
 class Commands(click.Group):
-    """The group of all commands. Ctrl-C outside of them, too, ends with `INTERRUPTED` and one line."""
+    """The group of all commands.
+
+    Ctrl-C outside of them, too, ends with `INTERRUPTED` and one line; what is said of wrong usage repeats
+    words of the command line as a terminal may be shown them.
+    """
 
     def make_context(self, *arguments: Any, **named: Any) -> click.Context:
-        with interruptible():
+        with interruptible(), visible_usage():
             return super().make_context(*arguments, **named)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with interruptible():
+        with interruptible(), visible_usage():
             return super().invoke(ctx)
 
 

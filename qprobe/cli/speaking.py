@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -41,6 +43,17 @@ def say(text: str = "", err: bool = False, nl: bool = True) -> None:
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line that a terminal shows as it stands, not longer than `LONGEST`."""
     return shortened(visible(" ".join(str(error).splitlines())), LONGEST)
+
+
+@contextmanager
+def visible_usage() -> Iterator[None]:
+    """Errors of wrong usage that leave the block repeat a user's words without what a terminal would obey."""
+    try:
+        yield
+    except click.UsageError as error:
+        said = shortened(visible(error.format_message(), kept="\n"), LONGEST)
+        error.format_message = lambda: said
+        raise
 
 
 def visible_json(text: str) -> str:

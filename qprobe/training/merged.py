@@ -13,6 +13,7 @@ from qprobe.checkpoint.compare import Comparison, ModelResult, Row
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
 from qprobe.runs.statistics import ratio
+from qprobe.system.markdown import plain
 from qprobe.system.wording import counted
 
 Form = Literal["16-bit", "4-bit"]
@@ -113,7 +114,7 @@ def card(made: Merged, manifest: Manifest, skeleton: Skeleton) -> str:
     unchanged = f"; {len(made.unchanged)} of them it leaves as they are" if made.unchanged else ""
     parts = [
         f"---\n{head}---",
-        f"# {manifest.model.id.rpartition('/')[2]}, merged with an adapter, {made.form}",
+        f"# {plain(manifest.model.id.rpartition('/')[2])}, merged with an adapter, {made.form}",
         f"{_WEIGHTS[made.form]} The adapter is on {counted(made.layers, 'linear layer')} of the {made.base} "
         f"base{unchanged}.",
         "## Measured",
@@ -123,7 +124,7 @@ def card(made: Merged, manifest: Manifest, skeleton: Skeleton) -> str:
         "error. Each merged model was loaded as below. Bytes include the quantization state.",
         "## Use",
         plain_usage(auto, is_four_bit),
-        f"Made by `qprobe merge` {__version__} from {manifest.model.id} (fingerprint "
+        f"Made by `qprobe merge` {__version__} from {plain(manifest.model.id)} (fingerprint "
         f"`{manifest.model.fingerprint}`). The licence is that of the model it was made from.",
     ]
     return "\n\n".join(parts) + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 from qprobe import __version__
 from qprobe.checkpoint.card import card_head
 from qprobe.manifest.records import Manifest
+from qprobe.system.markdown import plain
 from qprobe.training.record import RECORD
 
 
@@ -68,7 +69,7 @@ def card(manifest: Manifest, done: Finetuned) -> str:
         else "Nothing was held out, so nothing was evaluated."
     )
     return (
-        f"---\n{head}---\n\n# Adapter for {manifest.model.id}\n\n"
+        f"---\n{head}---\n\n# Adapter for {plain(manifest.model.id)}\n\n"
         f"LoRA of {done.trainable_parameters:,} parameters, trained for {done.steps} steps of "
         f"{done.optimizer} on the {done.base} base by qprobe {__version__}. {losses}\n\n"
         f"Fingerprint of the model: `{done.fingerprint}`. Every option is in `{RECORD}`.\n\n"

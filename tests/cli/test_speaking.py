@@ -46,6 +46,15 @@ def test_an_error_keeps_its_beginning_and_its_advice_when_foreign_text_is_long(
     assert len(said) == len("Error: \n") + LONGEST
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("\x1b[2J",), ("rank", "run", "\x1b[2J"), ("rank", "--\x1b[2J"), ("rank", "run", "--top", "\x1b[2J")],
+)
+def test_wrong_usage_repeats_no_control_characters(qprobe: Run, words: tuple[str, ...]):
+    done = qprobe(*words)
+    assert done.exit_code == 2 and "\x1b" not in done.stderr and "x1b[2J" in done.stderr
+
+
 def test_text_is_escaped_and_its_lines_stay(capsys: pytest.CaptureFixture[str]):
     say(HOSTILE)
     assert capsys.readouterr().out == "a\\x1b[2J\\u202eb\nError: c\n"

@@ -23,6 +23,7 @@ from qprobe.runs.ranks import parse_ranks
 from qprobe.runs.shown import parse_shown
 from qprobe.runs.table import write_table
 from qprobe.system.tensor_headers import read_tensor_header
+from tests.fuzz.loading import checkpoint_files, rows_and_images
 from tests.runs.runs import four_layers, make_run, output
 
 RULES = (peft.rule, autoround.rule, gptqmodel.rule, llm_compressor.rule, llama_cpp.rule)
@@ -58,6 +59,11 @@ def readers(folder: Path) -> Mapping[str, Reader]:
     }
     for name, read in (("scan.json", _key), ("files.json", _derived), ("layers.csv", _table)):
         found[name] = Reader(_within(run, name, read), ((run / name).read_bytes(),), (RunError,))
+    for name, (read, seeds, error) in {
+        **rows_and_images(folder / "data"),
+        **checkpoint_files(folder / "model"),
+    }.items():
+        found[name] = Reader(read, seeds, (error,))
     return found
 
 

@@ -63,7 +63,9 @@ def problem(reader: Reader, data: bytes) -> str | None:
         except reader.errors as error:
             if len(str(error)) > LONGEST_MESSAGE:
                 return f"a message of {len(str(error)):,} characters"
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the panics of libraries in Rust are no Exception
             return f"{type(error).__name__}: {str(error)[:200]}"
     spent = time.process_time() - start
     return f"{spent:.1f} s" if spent > LONGEST_SECONDS else None

@@ -11,6 +11,7 @@ from qprobe.exports.keys import transformers_readers
 from qprobe.exports.target import Target, Written
 from qprobe.exports.writing import yaml_text
 from qprobe.manifest.records import Manifest
+from qprobe.system.wording import visible
 
 _HEAD = """\
 # LLaMA-Factory's quantization_bit has no option for layers that stay in 16-bit, so the list
@@ -22,7 +23,7 @@ _HEAD = """\
 
 def write(manifest: Manifest, entries: Sequence[str]) -> Written:
     """YAML that names a checkpoint; `entries` are those that its config will have."""
-    kept = "".join(f"#   {name}\n" for name in manifest.skip_modules)
+    kept = "".join(f"#   {visible(name)}\n" for name in manifest.skip_modules)
     values = {
         "model_name_or_path": "path/to/the/quantized/checkpoint",
         "finetuning_type": "lora",
