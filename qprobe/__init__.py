@@ -28,7 +28,7 @@ _HOMES = {
     "load_finetuned": "qprobe.training.origin",
     "load_standard_4bit": "qprobe.checkpoint.load",
     "lora_targets": "qprobe.checkpoint.ready",
-    "merge": "qprobe.training.merge",
+    "merge": "qprobe.training.merging.merge",
     "open_run": "qprobe.scanning.run",
     "plan": "qprobe.checkpoint.plan",
     "quantize": "qprobe.checkpoint.quantize",
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from qprobe.scanning.scan import scan
     from qprobe.selection.select import select
     from qprobe.training.finetune import finetune
-    from qprobe.training.merge import merge
+    from qprobe.training.merging.merge import merge
     from qprobe.training.origin import load_finetuned
 
 __all__ = [

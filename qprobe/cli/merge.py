@@ -69,8 +69,8 @@ def merge(as_json: bool, **asked: Any) -> None:
     if asked["manifest"] is None and asked["base"] is not None:
         raise click.UsageError("--base says what an adapter was trained on with --manifest; pass both.")
     from qprobe.report.terminal import compare_text, paragraphs, terminal_width
-    from qprobe.training.merge import merge as run_merge
-    from qprobe.training.merged import lost
+    from qprobe.training.merging.merge import merge as run_merge
+    from qprobe.training.merging.merged import lost
 
     with shared.progress_bars() as progress:
         made = run_merge(**asked, progress=progress)

@@ -28,8 +28,8 @@ from qprobe.loading.skeleton import skeleton_of
 from qprobe.loading.source import resolve
 from qprobe.manifest.write import write_manifest
 from qprobe.options import CompareOptions
-from qprobe.training.forms import WRITERS, Job
-from qprobe.training.merge import merge
+from qprobe.training.merging.forms import WRITERS, Job
+from qprobe.training.merging.merge import merge
 from qprobe.training.origin import origin_of
 from tests import tiny
 from tests.checkpoint import reference

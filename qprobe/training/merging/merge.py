@@ -36,8 +36,8 @@ from qprobe.options import (
     path_of,
 )
 from qprobe.training.bases import peft_library
-from qprobe.training.forms import WRITERS, Arrived, Job
-from qprobe.training.merged import Form, Merged, card, chosen_form
+from qprobe.training.merging.forms import WRITERS, Arrived, Job
+from qprobe.training.merging.merged import Form, Merged, card, chosen_form
 from qprobe.training.origin import origin_of
 
 REFERENCE = "base + adapter"

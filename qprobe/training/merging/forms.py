@@ -24,7 +24,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.options import Base, CompareOptions
 from qprobe.records import FormatSpec
 from qprobe.training.bases import open_base, peft_library
-from qprobe.training.merged import Form
+from qprobe.training.merging.merged import Form
 from qprobe.training.origin import Origin, as_merged
 
 

@@ -24,7 +24,7 @@ class Merged:
     """A merged checkpoint. form: of its weights; why: a sentence on why this one; base: of the adapter.
 
     layers: that the adapter is on; unchanged: those of them whose lora_B is zero. arrived: the share of what
-    the adapter adds that is in the stored weights, 1 for all (`qprobe.training.folding.Arrived`).
+    the adapter adds that is in the stored weights, 1 for all (`qprobe.checkpoint.adapters.effect.Arrived`).
     comparison: of base + adapter, its first row, with each form that was made. files: name -> bytes.
     """
 
