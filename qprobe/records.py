@@ -62,7 +62,6 @@ class Sample:
     turns: all that stands before the answer; the last one is the user's. Images are the bytes of image files.
     answer: None until it is known; then the reference's own greedy answer is used.
     ends: True if the end-of-answer token belongs to the answer (False for one cut at a length limit).
-    conversation: names the one that several samples were made of; None where it is the only one.
     """
 
     id: str
@@ -71,7 +70,6 @@ class Sample:
     ends: bool = True
     facts: tuple[Fact, ...] = ()
     kind: str | None = None
-    conversation: str | None = None
 
     @property
     def prompt(self) -> str:

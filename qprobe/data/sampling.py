@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -230,26 +230,28 @@ def scan_count(model_id: str, wanted: Wanted) -> int:
 
 
 def independent_of(samples: tuple[Sample, ...], held_out: tuple[Sample, ...]) -> tuple[Sample, ...]:
-    """Those of `samples` that are of no conversation of `held_out`, nor have the turns and answer of one."""
-    held = {_own(sample) for sample in held_out}
-    return tuple(sample for sample in samples if _own(sample) not in held)
+    """Those of `samples` that do not begin with the first question of one of `held_out`."""
+    held = {_beginning(sample) for sample in held_out}
+    return tuple(sample for sample in samples if _beginning(sample) not in held)
 
 
 def split_held_out(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """(calibration, held out): every third sample is held out for the selection of the skip-list.
 
-    Samples of one conversation, or of the same turns and answer, are on one side together. With
-    fewer than three different ones there is nothing to hold out, and the second part is empty.
+    Samples that begin with the same question are on one side together, as those of one conversation do,
+    however often a row repeats it. With fewer than three different ones there is nothing to hold out, and
+    the second part is empty.
     """
-    own = [_own(sample) for sample in samples]
-    order = {x: i for i, x in enumerate(dict.fromkeys(own))}
-    is_held_out = [order[x] % 3 == 2 for x in own]
+    beginnings = [_beginning(sample) for sample in samples]
+    order = {x: i for i, x in enumerate(dict.fromkeys(beginnings))}
+    is_held_out = [order[x] % 3 == 2 for x in beginnings]
     return (
         tuple(s for s, held in zip(samples, is_held_out, strict=True) if not held),
         tuple(s for s, held in zip(samples, is_held_out, strict=True) if held),
     )
 
 
-def _own(sample: Sample) -> str:
-    """What samples on one side of a split share."""
-    return sample.conversation or sample.digest
+def _beginning(sample: Sample) -> str:
+    """What samples on one side of a split share: the digest of all up to the first question."""
+    first = next(i for i, turn in enumerate(sample.turns) if turn.role == "user")
+    return replace(sample, turns=sample.turns[: first + 1], answer=None).digest

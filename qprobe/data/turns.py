@@ -53,7 +53,6 @@ def samples_of(conversation: Conversation, which: Turns) -> tuple[Sample, ...]:
             conversation.name if alone else f"{conversation.name} turn {place + 1}",
             turns[:place],
             turns[place].text if place < len(turns) else None,
-            conversation=None if alone else conversation.name,
         )
         for place in places
     )

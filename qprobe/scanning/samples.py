@@ -149,8 +149,8 @@ def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, proces
         )
     calibration, held_out = split_held_out(samples)
     if subject.readout is not None and not held_out:
-        few = "1 sample is" if len(samples) == 1 else f"{len(samples)} samples are"
-        notes.append(f"{few} too few to hold any out; the list is chosen by its score.")
+        few = "No sample is held out: that takes three with different first questions"
+        notes.append(f"{few}. The list is chosen by its score.")
     work = cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
     codes = subject.groups(independent_of(more, held_out), batching.size)
     return replace(work, codes=codes, answered=chosen.unanswered)

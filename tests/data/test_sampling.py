@@ -15,6 +15,7 @@ from qprobe.data.sampling import (
     choose_samples,
     from_data,
     from_folder,
+    independent_of,
     split_held_out,
 )
 from qprobe.errors import SampleError
@@ -163,7 +164,25 @@ def test_samples_of_one_conversation_are_on_one_side(pictures: Path) -> None:
     samples = from_data(Wanted(data=rows), 99).samples
     calibration, held_out = split_held_out(samples)
     assert len(samples) == 12 and len(held_out) == 4
-    assert not {s.conversation for s in calibration} & {s.conversation for s in held_out}
+    assert not {s.turns[0] for s in calibration} & {s.turns[0] for s in held_out}
+
+
+def spoken(*texts: str) -> dict[str, list[dict[str, str]]]:
+    turns = enumerate(texts)
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in turns]}
+
+
+def test_a_repeated_conversation_and_its_beginning_are_never_on_both_sides() -> None:
+    # the third row begins as the first and second do, the fifth is only their first turn
+    two = spoken("who?", "me", "why?", "so")
+    other = spoken("who?", "you", "how?", "well")
+    rows = [two, two, other, spoken("when?", "now"), spoken("who?", "me"), spoken("where?", "here"), two]
+    samples = from_data(Wanted(data=rows), 99).samples
+    calibration, held_out = split_held_out(samples)
+    assert {s.turns[0].text for s in held_out} == {"where?"}
+    assert {s.turns[0].text for s in calibration} == {"who?", "when?"}
+    asking_who = tuple(s for s in samples if s.turns[0].text == "who?")
+    assert independent_of(samples, asking_who[-1:]) == tuple(s for s in samples if s not in asking_who)
 
 
 def test_photographs_need_no_download_and_those_to_compare_on_were_not_scanned() -> None:
