@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,21 +23,37 @@ _SIDE = 56  # pixels: two tokens of Qwen2-VL, whose processor takes no less
 def trial_batch(model: Any, processor: Any) -> Batch | None:
     """A batch of one sample on the device and in the dtype of `model`; None for a model that reads no text.
 
-    processor: None, or one that takes no such sample, gives bare tokens and no picture.
+    processor: None, or one that takes no such sample, gives bare tokens and no picture. The decoder behind an
+    encoder begins its answer.
     """
-    if processor is not None:
-        made = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
-        try:
-            return made.batch([_sample(reads_images(processor))]).to(model.device)
-        except SampleError:
-            pass
+    takes = inspect.signature(model.forward).parameters
+    if "input_ids" not in takes:
+        return None
+    batch = _processed(model, processor) or _bare(model)
+    if batch is not None and "decoder_input_ids" in takes:
+        begin = getattr(model.config, "decoder_start_token_id", None) or 0
+        batch = replace(batch, inputs={**batch.inputs, "decoder_input_ids": torch.tensor([[begin]])})
+    return None if batch is None else batch.to(model.device)
+
+
+def _processed(model: Any, processor: Any) -> Batch | None:
+    if processor is None:
+        return None
+    made = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
+    try:
+        return made.batch([_sample(reads_images(processor))])
+    except SampleError:
+        return None
+
+
+def _bare(model: Any) -> Batch | None:
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if model.main_input_name != "input_ids" or size is None:
         return None
     ids = torch.arange(1, TOKENS + 1)[None] % size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
-    return Batch((Sample("tokens", asked(QUESTIONS[0])),), inputs, kinds, ((0, 0),)).to(model.device)
+    return Batch((Sample("tokens", asked(QUESTIONS[0])),), inputs, kinds, ((0, 0),))
 
 
 def _sample(has_picture: bool) -> Sample:

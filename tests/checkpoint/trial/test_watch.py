@@ -10,9 +10,13 @@ import transformers
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from qprobe.checkpoint.trial.sample import trial_batch
 from qprobe.checkpoint.trial.watch import prove_read, watching
 from qprobe.errors import VerificationError
+from qprobe.loading.config import build
 from qprobe.loading.skeleton import meta_model
+from qprobe.measure.outputs import run_model
+from tests.tiny import VOCAB, text_tokenizer
 
 
 class Mixed(nn.Module):
@@ -68,4 +72,13 @@ def test_a_failed_layer_leaves_the_watch_as_it_was():
 def test_a_model_that_reads_no_text_is_not_tried():
     config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     config.architectures = ["ViTModel"]
-    assert not prove_read(meta_model(config, "bfloat16"), None).ran
+    assert trial_batch(meta_model(config, "bfloat16"), transformers.ViTImageProcessorPil()) is None
+
+
+def test_the_decoder_behind_an_encoder_is_begun():
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=1)
+    config.architectures, config.decoder_start_token_id = ["T5ForConditionalGeneration"], 3
+    model = build(config, torch.float32)
+    batch = trial_batch(model, text_tokenizer()[0])
+    assert batch is not None and batch.samples[0].id == "question"
+    assert run_model(model, batch).logits.shape == (1, 1, VOCAB)
