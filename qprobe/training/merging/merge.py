@@ -87,11 +87,11 @@ def merge(
     """
     if as_ is not None and as_ not in WRITERS:
         raise QprobeError(f"--as {as_!r} is no form. Pass {' or '.join(WRITERS)}, or neither.")
-    target = Path(out)
+    target = path_of(out)
     refuse_to_overwrite(target)
     peft_library()
-    found = read_adapter(Path(adapter))
-    origin = origin_of(found, path_of(manifest), base, model, dtype)
+    found = read_adapter(path_of(adapter))
+    origin = origin_of(found, path_if_given(manifest), base, model, dtype)
     options = CompareOptions(
         manifest=origin.path,
         model=origin.model,
