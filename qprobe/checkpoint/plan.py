@@ -237,6 +237,12 @@ def _notes(skeleton: Skeleton, layouts: list[Layout], inventory: Inventory) -> t
     if getattr(skeleton.config, "quantization_config", None) is not None:
         notes.append("Its config.json says it is quantized already; these sizes are of its 16-bit model.")
     fixed = [x for x in inventory.layers if x.fixed]
+    if len(fixed) == len(inventory.layers):
+        beside = inventory.uncovered[0] if inventory.uncovered else None
+        why = "" if beside is None else f" ({beside.name}: {beside.why})"
+        notes.append(
+            f"No layer of {skeleton.architecture} is ever in 4-bit{why}: every layout is the 16-bit one."
+        )
     if fixed:
         names_of = ", ".join(x.name if x.name == x.fixed else f"{x.name} ({x.fixed})" for x in fixed[:3])
         more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""

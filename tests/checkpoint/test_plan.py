@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig, GPT2Config
 
 from qprobe import plan as exported
 from qprobe.checkpoint.audit import audit
@@ -328,3 +329,12 @@ def test_the_json_object_has_the_keys_of_its_contract(llama_11b: SizePlan) -> No
     assert keys(data["outside"]) == {"name", "tower", "bytes", "why"}
     assert all(x["why"] for x in data["outside"])
     assert [t["name"] for t in data["towers"]] == ["vision", "projector", "cross_attention", "language"]
+
+
+def test_a_model_of_which_nothing_is_converted_is_told_so(tmp_path: Path):
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path)
+    found = plan(str(tmp_path))
+    assert any(re.search(r"No layer of GPT2LMHeadModel is ever in 4-bit .*c_attn", x) for x in found.notes)
+    assert {x.total_bytes for x in found.layouts} == {layout(found, "16-bit").total_bytes}
