@@ -34,7 +34,12 @@ def load_config(source: Source) -> Any:
 def _given_config(source: Source, revision: str) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
-    return PreTrainedConfig.get_config_dict(source.location, revision=revision)[0]
+    found = PreTrainedConfig.get_config_dict(source.location, revision=revision)[0]
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"The config.json of {source.id!r} is no JSON object with a model_type. Copy the file again."
+        )
+    return found
 
 
 def _check_code(source: Source, given: dict[str, Any]) -> None:

@@ -247,7 +247,7 @@ def test_a_config_of_a_quantized_checkpoint_is_told(tiny_folder: TinyFolder, tmp
         ('{"model_type": "never-heard-of"}', "never-heard-of"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be built"),
         ('{"model_type": "llama", "num_hidden_layers": "abc"}', "num_hidden_layers.*expected int, got str"),
-        ('{"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}', "custom code"),
+        ('{"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}', "exists only as code"),
     ],
 )
 def test_a_config_that_builds_nothing_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
