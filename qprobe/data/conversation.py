@@ -38,7 +38,8 @@ class Conversations:
     """What a source holds.
 
     name: the source's, for messages. row: what one of its rows is called ("line"). notes: sentences on what
-    was not used, and on images that a rule changed.
+    was not used, and on rows and images that a rule changed. is_whole: False where further rows may follow
+    that were not read.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Conversations:
     good: tuple[Conversation, ...]
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
+    is_whole: bool = True
 
     def sentences(self) -> tuple[str, ...]:
         """One sentence per skipped row."""

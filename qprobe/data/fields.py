@@ -15,6 +15,7 @@ _OF_IMAGES = re.compile(
     re.IGNORECASE,
 )
 _OF_MOVING = re.compile(r"(?:^|_)(?:videos?|clips?|frames?|audios?|sounds?|speech)(?:$|_|\d)", re.IGNORECASE)
+_NO_TEXT = re.compile(r"(?:^|_)(?:ids?|urls?|hash|sha256|licen[sc]e)$", re.IGNORECASE)
 _IMAGE_FILE = re.compile(
     r"^data:image/|\.(?:png|jpe?g|jfif|gif|bmp|tiff?|webp|avif|jp2|heic|heif|ppm)$", re.IGNORECASE
 )
@@ -36,6 +37,10 @@ class Fields:
     def has(self, name: str) -> bool:
         """Whether the field is there, though it may hold an empty list."""
         return self._row.get(name) is not None
+
+    def value(self, name: str) -> Any:
+        """What the field holds, which stays unread; None if it is not there."""
+        return self._row.get(name)
 
     def names(self) -> list[str]:
         """Of the fields that hold something."""
@@ -66,8 +71,7 @@ class Fields:
 
         Raises Refused for one that seems to hold an image, a video or a sound.
         """
-        known = {PurePosixPath(x).name for x in images if isinstance(x, str)}
-        left = [x for x in self.names() if x not in self._taken]
+        known, left = _file_names(images), self._left()
         for name in left:
             value = self._row[name]
             texts = [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, str)]
@@ -83,6 +87,26 @@ class Fields:
                     f"its field {shown(name)} seems to hold an image; call it image or images to have it read"
                 )
         return frozenset(shown(x) for x in left)
+
+    def texts(self, images: Sequence[Any]) -> list[str]:
+        """Names of fields that were not read and hold a text, but for names of images and pages."""
+        known = _file_names(images)
+        return [x for x in self._left() if not _NO_TEXT.search(x) and _holds_text(self._row[x], known)]
+
+    def _left(self) -> list[str]:
+        return [x for x in self.names() if x not in self._taken]
+
+
+def _file_names(images: Sequence[Any]) -> set[str]:
+    return {PurePosixPath(x).name for x in images if isinstance(x, str)}
+
+
+def _holds_text(value: Any, known: set[str]) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip()) and PurePosixPath(value).name not in known
+    if isinstance(value, Mapping):
+        return any(_holds_text(x, known) for x in value.values())
+    return isinstance(value, list | tuple) and any(_holds_text(x, known) for x in value)
 
 
 def _names_nothing(value: Any) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qprobe.data.conversation import Conversation, Conversations, Skipped
 from qprobe.data.pictures import Pictures
 from qprobe.data.reasons import Refused, shown
-from qprobe.data.rows import parse_row
+from qprobe.data.rows import Asked, parse_row
 from qprobe.data.source import source_of
 from qprobe.errors import SampleError
 from qprobe.options import BadData, Progress, no_progress
@@ -20,9 +21,9 @@ SHARE, AT_LEAST = 0.1, 10
 """More than this share of the rows and at least so many left out is an error: a list or an adapter would be
 made of other data than was meant."""
 FORMS = (
-    'A row has "messages", "conversations", or "prompt" and, where it is known, "answer"; "image" or '
-    '"images" where '
-    "it shows any. Rows of text alone are fine."
+    'A row has "messages", "conversations", or "prompt" and, where it is known, "answer" (also question, '
+    'instruction, output, caption, chosen, texts); "image" or "images" where it shows any. Rows of text '
+    "alone are fine."
 )
 SHOWN = 5  # skipped rows that an error spells out
 
@@ -31,13 +32,13 @@ SHOWN = 5  # skipped rows that an error spells out
 class Reading:
     """How rows are read.
 
-    split: of a source that has several. downloads: whether addresses of images are fetched. prompt: what is
-    asked where a row has an image and no question; None leaves such a row out.
+    split: of a source that has several. downloads: whether addresses of images are fetched. asked: what is
+    asked where a row has an image and no question.
     """
 
     split: str | None = None
     downloads: bool = False
-    prompt: str | None = None
+    asked: Asked = field(default_factory=Asked)
 
 
 Use = Callable[[Conversation], object]
@@ -64,11 +65,13 @@ def read_conversations(
     good: list[Conversation] = []
     skipped: list[Skipped] = []
     unused: set[str] = set()
+    rules: Counter[str] = Counter()
+    is_whole = True
     names = _Names(source.row)
     name = source.name(data)
     for number, row in source.rows(data, how.split):
         try:
-            parsed = parse_row(row, pictures, how.prompt)
+            parsed = parse_row(row, pictures, how.asked)
             given = parsed.name or f"{Path(name).stem}-{number}"
             found = Conversation(number, names.free(given, number), parsed.turns)
             for image in found.images:
@@ -77,13 +80,18 @@ def read_conversations(
             names.take(given, found)
             good.append(found)
             unused |= parsed.unused
+            rules.update(parsed.rules)
         except Refused as problem:
             skipped.append(Skipped(number, str(problem)))
         progress("read data", number, number)
         if enough(len(skipped)):
+            is_whole = False
             break
-    notes = (*names.notes(), *_unused_note(unused), *pictures.notes())
-    return Conversations(name, source.row, tuple(good), tuple(skipped), tuple(f"{name}: {x}" for x in notes))
+    by_rule = (f"in {counted(rules[x], source.row)} {x}." for x in sorted(rules))
+    notes = tuple(
+        f"{name}: {x}" for x in (*names.notes(), *by_rule, *_unused_note(unused), *pictures.notes())
+    )
+    return Conversations(name, source.row, tuple(good), tuple(skipped), notes, is_whole)
 
 
 def check_left_out(found: Conversations, bad_data: BadData, doing: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from qprobe.data.builtin import DEFAULT_PROMPT
 from qprobe.data.content import IMAGE_MARK, Piece, Place, number_text, pieces_of
 from qprobe.data.fields import Fields
 from qprobe.data.pictures import Pictures
@@ -22,8 +23,17 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 _LISTS = ("conversations", "messages")
-_QUESTION = ("prompt", "question")
-_ANSWER = ("answer", "answers", "completion", "response")
+_PAIRS = "texts"  # of {"user", "assistant"}, as The Cauldron has them
+_QUESTION = ("prompt", "question", "query")
+_ALPACA = ("instruction", "input")  # which are one question together
+_CHOSEN, _REJECTED = "chosen", "rejected"  # of a preference
+_ONE_OF_SEVERAL = "multiple_choice_answer"  # VQA's, the answer that most of the people in "answers" gave
+_ANSWER = ("answer", "answers", "completion", "response", "output", _CHOSEN)
+_CAPTION = ("caption", "captions")
+CHOSEN_COUNTS = f"{_CHOSEN} is read as the answer, and {_REJECTED} is not used"
+NO_LAST_QUESTION = "a last question without an answer is left out"
+_SIDES = ("user", "assistant")  # of a pair
+_FIRST = ("system", "user", "human")  # who opens a conversation
 _TURN_KEYS = ("role", "from", "content", "value", "weight")
 
 
@@ -38,70 +48,195 @@ class Said:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a row says. name: its id, None without one; unused: names of the fields that were not read."""
+    """What a row says.
+
+    name: its id, None without one. unused: names of the fields that were not read. rules: what was done to
+    read it, each a clause that goes on from "In 8 rows ".
+    """
 
     name: str | None
     turns: tuple[Turn, ...]
     unused: frozenset[str]
+    rules: frozenset[str] = frozenset()
 
 
-def parse_row(row: Any, pictures: Pictures, prompt: str | None = None) -> Parsed:
+@dataclass(frozen=True)
+class Asked:
+    """What is asked where a row has an image and no question.
+
+    prompt: the user's. describe: whether without one `DEFAULT_PROMPT` is asked where the row brings no text
+    at all; of an image with a caption it always is. Else the row is left out.
+    """
+
+    prompt: str | None = None
+    describe: bool = False
+
+
+@dataclass
+class _Noted:
+    """What is found on the way through one row. is_silent: nothing but `DEFAULT_PROMPT` is said in it."""
+
+    unread: set[str] = field(default_factory=set)
+    rules: set[str] = field(default_factory=set)
+    is_silent: bool = False
+
+
+def parse_row(row: Any, pictures: Pictures, asked: Asked = Asked()) -> Parsed:
     """The conversation of a row; its images are found and not decoded yet.
 
-    row: or a Refused, as of `qprobe.data.source.Rows`, which is raised. prompt: what is asked where a row has
-    an image and no question. Raises Refused, a clause that says why the
-    row is left out.
+    row: or a Refused, as of `qprobe.data.source.Rows`, which is raised. A question behind the last answer is
+    dropped: what is answered counts. Raises Refused, a clause that says why the row is left out.
     """
     if isinstance(row, Refused):
         raise row
+    if isinstance(row, str):
+        raise Refused('it is a text by itself, and no row such as {"prompt": ..., "answer": ...}')
     if not isinstance(row, Mapping):
         raise Refused("it is no JSON object")
-    fields = Fields(row)
-    unread: set[str] = set()
+    fields, noted = Fields(row), _Noted()
     beside = fields.take_images()
-    said = _said(fields, pictures, prompt if beside else None, unread)
+    said = _said(fields, pictures, asked if beside else None, noted)
     system = fields.take("system", "system_prompt")
     if system is not None:
         said = _with_system(said, system, pictures)
     turns = _placed(said, [pictures.find(x) for x in beside])
     _check_turns(turns)
+    if turns[-1].role == "user" and any(x.role == "assistant" for x in turns):
+        turns = turns[:-1]
+        noted.rules.add(NO_LAST_QUESTION)
     name = fields.take("id")
     if isinstance(name, bool) or not isinstance(name, str | int):
-        unread |= set() if name is None else {"id"}
+        noted.unread |= set() if name is None else {"id"}
         name = None
-    return Parsed(
-        None if name is None else checked_text(str(name), "its id"), turns, fields.unused(beside) | unread
-    )
+    unused = fields.unused(beside)
+    if noted.is_silent:
+        _refuse_texts(fields.texts(beside))
+    given = None if name is None else checked_text(str(name), "its id")
+    return Parsed(given, turns, unused | noted.unread, frozenset(noted.rules))
 
 
-def _said(fields: Fields, pictures: Pictures, prompt: str | None, unread: set[str]) -> list[Said]:
-    lists = [x for x in _LISTS if fields.has(x)]
-    asked = [x for x in (*_QUESTION, *_ANSWER) if x in fields]
-    if len(lists) > 1 or (lists and asked):
-        one, other = (*lists, *asked)[:2]
+def _refuse_texts(names: Sequence[str]) -> None:
+    """Raises Refused for texts beside an image that are read neither as a question nor as an answer."""
+    if names:
+        raise Refused(
+            f"it has no question and no answer, and the text of {shown(', '.join(names))} is not read; call "
+            "it prompt or answer, or pass --prompt to ask every image the same"
+        )
+
+
+def _said(fields: Fields, pictures: Pictures, asked: Asked | None, noted: _Noted) -> list[Said]:
+    """asked: None for a row without an image beside."""
+    lists = [x for x in _LISTS if fields.has(x)] + [_PAIRS] * _is_pairs(fields.value(_PAIRS))
+    named = [x for x in (*_QUESTION, *_ANSWER) if x in fields]
+    if len(lists) > 1 or (lists and named not in ([], [_CHOSEN])):
+        one, other = (*lists, *named)[:2]
         raise Refused(f"it has both {one} and {other}; leave one of them out")
     if lists:
-        return _turns_of(fields.take(*_LISTS) or [], lists[0], pictures, unread)
-    question, answer = fields.take(*_QUESTION), fields.take(*_ANSWER)
-    if question is None and prompt is not None:
-        question = prompt
+        listed = fields.take(lists[0]) or []
+        turns = _turns_of_pairs(listed, noted) if lists[0] == _PAIRS else listed
+        said = _turns_of(turns, lists[0], pictures, noted)
+        return _answered(said, _answer(fields, noted) if named else None, pictures, noted)
+    question, answer = _question(fields), _answer(fields, noted)
+    if question is None and _is_turns(answer) and answer[0].get("role", answer[0].get("from")) in _FIRST:
+        return _turns_of(answer, "turns", pictures, noted)
     if question is None:
-        if asked:
-            raise Refused(f"it has no prompt beside its {asked[0]}")
-        there = shown(", ".join(sorted(fields.names()))) or "nothing"
-        raise Refused(f"it has none of conversations, messages, or prompt and answer, but {there}")
+        question, answer = _of_image(fields, answer, asked, noted)
     if _is_turns(question):
-        said = _turns_of(question, "prompt", pictures, unread)
+        said = _turns_of(question, "prompt", pictures, noted)
     elif isinstance(question, str) and question.strip():
         said = [Said("user", pieces_of(question, 1, pictures))]
     else:
         raise Refused(f"its prompt is {shown(repr(question))}, which is no text and no list of turns")
+    return _answered(said, answer, pictures, noted)
+
+
+def _question(fields: Fields) -> Any:
+    """What is asked, an instruction above its input; None if the row does not say."""
+    alpaca = [x for x in _ALPACA if x in fields]
+    named = [x for x in _QUESTION if x in fields]
+    if alpaca and named:
+        raise Refused(f"it has both {named[0]} and {alpaca[0]}; leave one of them out")
+    if not alpaca:
+        found = fields.take(*_QUESTION)
+        if found is None:
+            _refuse_blank(fields, (*_QUESTION, *_ALPACA))
+        return found
+    texts = [fields.take(x) for x in alpaca]
+    strange = next((i for i, x in enumerate(texts) if not isinstance(x, str)), None)
+    if strange is not None:
+        raise Refused(f"its {alpaca[strange]} is {shown(repr(texts[strange]))}, which is no text")
+    return "\n".join(x for x in texts if x.strip()) or _refuse_blank(fields, alpaca)
+
+
+def _answer(fields: Fields, noted: _Noted) -> Any:
+    """The answer, of several kinds the one that counts; None if the row does not bring one."""
+    if _ONE_OF_SEVERAL in fields:
+        fields.take("answers")
+        return fields.take(_ONE_OF_SEVERAL)
+    found = fields.take(*_ANSWER)
+    if found is None:
+        _refuse_blank(fields, _ANSWER)
+    if _CHOSEN in fields and fields.take(_REJECTED) is not None:
+        noted.rules.add(CHOSEN_COUNTS)
+    is_turn = isinstance(found, Mapping) and ("role" in found or "from" in found)
+    return [found] if is_turn else found
+
+
+def _of_image(fields: Fields, answer: Any, asked: Asked | None, noted: _Noted) -> tuple[str, Any]:
+    """(question, answer) of a row that asks nothing itself; raises Refused where nothing is asked."""
+    caption = None
+    if asked is not None and answer is None:
+        caption = fields.take(*_CAPTION)
+        if caption is None:
+            _refuse_blank(fields, _CAPTION)
+    found = answer if caption is None else caption
+    if asked is not None and asked.prompt is not None:
+        return asked.prompt, found
+    if caption is None and not (asked is not None and asked.describe):
+        named = [x for x in _ANSWER if x in fields]
+        if named:
+            raise Refused(f"it has no prompt beside its {named[0]}")
+        there = shown(", ".join(sorted(fields.names()))) or "nothing"
+        raise Refused(f"it has none of conversations, messages, or prompt and answer, but {there}")
+    noted.is_silent = found is None
+    if found is not None:
+        noted.rules.add(f'the question is "{DEFAULT_PROMPT}", since there is an answer alone')
+    return DEFAULT_PROMPT, found
+
+
+def _answered(said: list[Said], answer: Any, pictures: Pictures, noted: _Noted) -> list[Said]:
+    """`said` with its answer: turns, which may repeat the question, or a text."""
     if answer is None:
         return said
     if _is_turns(answer):
-        return [*said, *_turns_of(answer, "completion", pictures, unread, len(said))]
+        whole = _turns_of(answer, "turns", pictures, noted)
+        if [(x.role, x.pieces) for x in whole[: len(said)]] == [(x.role, x.pieces) for x in said]:
+            return whole
+        return [*said, *_turns_of(answer, "completion", pictures, noted, len(said))]
     text = _answer_text(answer)
-    return [*said, Said("assistant", pieces_of(text, len(said) + 1, pictures))] if text.strip() else said
+    if not text.strip():
+        raise Refused("its answer is empty; leave the field out where there is none")
+    return [*said, Said("assistant", pieces_of(text, len(said) + 1, pictures))]
+
+
+def _refuse_blank(fields: Fields, names: Sequence[str]) -> None:
+    """Raises Refused for an empty text under one of `names`, which null is not."""
+    blank = next((x for x in names if isinstance(fields.value(x), str)), None)
+    if blank is not None:
+        raise Refused(f"its {blank} is empty; leave the field out where there is none")
+
+
+def _is_pairs(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(x, Mapping) and {"user", "assistant"} <= {*x} for x in value)
+    )
+
+
+def _turns_of_pairs(pairs: Sequence[Mapping[str, Any]], noted: _Noted) -> list[dict[str, Any]]:
+    noted.unread |= {f"{_PAIRS}[].{shown(str(x))}" for pair in pairs for x in pair if x not in _SIDES}
+    return [{"role": side, "content": pair[side]} for pair in pairs for side in _SIDES]
 
 
 def _is_turns(value: Any) -> bool:
@@ -112,7 +247,7 @@ def _is_turns(value: Any) -> bool:
     )
 
 
-def _turns_of(listed: Any, name: str, pictures: Pictures, unread: set[str], before: int = 0) -> list[Said]:
+def _turns_of(listed: Any, name: str, pictures: Pictures, noted: _Noted, before: int = 0) -> list[Said]:
     """The turns of a list of {"role", "content"} or {"from", "value"}."""
     if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
         raise Refused(f"its {name} are not a list of objects")
@@ -130,7 +265,7 @@ def _turns_of(listed: Any, name: str, pictures: Pictures, unread: set[str], befo
                 continue
             if key in ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "image"):
                 raise Refused(f"turn {place} has {key}, which is not read there")
-            unread.add(f"{name}[].{shown(str(key))}")
+            noted.unread.add(f"{name}[].{shown(str(key))}")
         pieces = pieces_of(_one_of(turn, ("content", "value"), place), place, pictures)
         said.append(_checked(Said(ROLES[role], pieces, _is_learned(turn.get("weight"), place)), place))
     return said

@@ -21,6 +21,7 @@ from qprobe.data.conversation import Conversation
 from qprobe.data.images import decode, file_bytes, rule_notes
 from qprobe.data.reading import Reading, are_too_many, check_counts, check_left_out, read_conversations
 from qprobe.data.reasons import Refused, shown
+from qprobe.data.rows import Asked
 from qprobe.data.source import source_of
 from qprobe.data.turns import samples_of
 from qprobe.errors import SampleError
@@ -168,7 +169,7 @@ def from_data(
     def enough(skipped: int) -> bool:
         return len(samples) >= limit or are_too_many(limit, skipped, wanted.bad_data)
 
-    how = Reading(wanted.split, wanted.allow_downloads, wanted.prompt or DEFAULT_PROMPT)
+    how = Reading(wanted.split, wanted.allow_downloads, Asked(wanted.prompt, describe=True))
     found = read_conversations(wanted.data, how, use, enough, progress)
     check_left_out(found, wanted.bad_data, "measure")
     return Samples(tuple(samples[:limit]), found.sentences(), found.notes)

@@ -27,9 +27,9 @@ def counting(conversation: Conversation, which: Turns) -> tuple[int, ...]:
 
 def learning(conversation: Conversation, which: Turns) -> Conversation:
     """The conversation with only those answers to learn that count. Raises Refused if there is none."""
-    if conversation.turns[-1].role != "assistant":
-        raise Refused("its last turn is the user's, so there is no answer to learn")
     places = counting(conversation, which)
+    if not places:
+        raise Refused("its last turn is the user's, so there is no answer to learn")
     turns = tuple(
         replace(x, learned=i in places) if x.role == "assistant" else x
         for i, x in enumerate(conversation.turns)
@@ -40,13 +40,11 @@ def learning(conversation: Conversation, which: Turns) -> Conversation:
 def samples_of(conversation: Conversation, which: Turns) -> tuple[Sample, ...]:
     """A sample per answer that counts: all turns before it, and the answer.
 
-    A question at the end without an answer is a sample whose answer the reference gives, where the last one
-    or each counts. Raises Refused if no answer is to be learned or an image is gone.
+    A conversation without any is one sample, whose answer the reference gives. Raises Refused if no answer
+    is to be learned or an image is gone.
     """
-    places = list(counting(conversation, which))
     turns = held(conversation.turns)
-    if turns[-1].role == "user" and (which != "first" or not places):
-        places = [*places, len(turns)] if which == "each" else [len(turns)]
+    places = counting(conversation, which) or (len(turns),)
     alone = len(places) == 1
     return tuple(
         Sample(

@@ -17,11 +17,15 @@ TEXT = [("user", [QUESTION]), ("assistant", [ANSWER])]
 
 
 class Shape(NamedTuple):
-    """row: of the folder that a.png and b.png lie in. turns: (role, texts and bytes of images) each."""
+    """row: of the folder that a.png and b.png lie in. turns: (role, texts and bytes of images) each.
+
+    notes: what is told of it, behind the name of its source.
+    """
 
     name: str
     row: Callable[[Path], dict[str, Any]]
     turns: list[tuple[str, list[str | bytes]]]
+    notes: tuple[str, ...] = ()
 
 
 def files(folder: Path) -> Path:
@@ -52,10 +56,16 @@ def asked(**more: Any) -> dict[str, Any]:
     return {"prompt": QUESTION, "answer": ANSWER, **more}
 
 
-def plain(name: str, row: dict[str, Any], turns: list = ONE) -> Shape:
-    return Shape(name, lambda _: row, turns)
+def plain(name: str, row: dict[str, Any], turns: list = ONE, *notes: str) -> Shape:
+    return Shape(name, lambda _: row, turns, notes)
 
 
+DESCRIBE = "Describe this image in detail."
+DESCRIBED = [("user", [A, DESCRIBE]), ("assistant", [ANSWER])]
+ASKED_TO_DESCRIBE = f'in 1 line the question is "{DESCRIBE}", since there is an answer alone.'
+CHOSEN = "in 1 line chosen is read as the answer, and rejected is not used."
+LAST = "in 1 line a last question without an answer is left out."
+SAID = [{"role": "assistant", "content": ANSWER}]
 SYSTEM = ("system", ["Be short."])
 SHAPES = (
     # messages
@@ -151,6 +161,53 @@ SHAPES = (
         "answer": ANSWER,
     }, [SYSTEM, *TEXT]),
     plain("a prompt with a system column", asked(system="Be short."), [SYSTEM, *TEXT]),
+    plain("an empty answer that is null", {"prompt": QUESTION, "answers": None, "answer": ANSWER}, TEXT),
+    # other names of columns
+    plain("query and response", {"query": QUESTION, "response": ANSWER, "images": ["a.png"]}),
+    plain("an instruction", {"instruction": QUESTION, "output": ANSWER}, TEXT),
+    plain("an instruction with an empty input", {
+        "instruction": QUESTION, "input": "", "output": ANSWER, "images": ["a.png"]
+    }),
+    plain("an instruction with its input", {"instruction": QUESTION, "input": "Look.", "output": ANSWER},
+          [("user", [f"{QUESTION}\nLook."]), TEXT[1]]),
+    plain("an instruction with a mark and a system prompt", {
+        "instruction": f"<image>{QUESTION}", "input": "", "output": ANSWER, "images": ["a.png"],
+        "system": "Be short.",
+    }, [SYSTEM, *ONE]),
+    plain("an input alone", {"instruction": "", "input": QUESTION, "output": ANSWER}, TEXT),
+    plain("a pair of texts", {"images": ["a.png"], "texts": [{"user": QUESTION, "assistant": ANSWER}]}),
+    plain("several pairs of texts", {"images": ["a.png"], "texts": [
+        {"user": QUESTION, "assistant": ANSWER, "source": None}, {"user": "And?", "assistant": "A dial."}
+    ]}, [*ONE, ("user", ["And?"]), ("assistant", ["A dial."])], "not used are the fields texts[].source."),
+    plain("a caption", {"image": "a.png", "caption": ANSWER}, DESCRIBED, ASKED_TO_DESCRIBE),
+    plain("captions", {"image": "a.png", "captions": [ANSWER, "A dog."]}, DESCRIBED, ASKED_TO_DESCRIBE),
+    plain("a caption beside a question", asked(image="a.png", caption="A room."), ONE,
+          "not used are the fields caption."),
+    plain("the choice of most in VQA", {
+        "question": QUESTION, "multiple_choice_answer": ANSWER, "image": "a.png",
+        "answers": [{"answer": "a dog", "answer_id": 1}, {"answer": "a dog", "answer_id": 2}],
+    }),
+    plain("a preference", {"prompt": QUESTION, "chosen": ANSWER, "rejected": "A dog."}, TEXT, CHOSEN),
+    plain("a preference on an image", {
+        "question": QUESTION, "chosen": ANSWER, "rejected": "A dog.", "image": "a.png"
+    }, ONE, CHOSEN),
+    plain("a preference in turns", {
+        "prompt": messages(QUESTION)["messages"][:1], "chosen": SAID, "rejected": SAID, "images": ["a.png"]
+    }, ONE, CHOSEN),
+    plain("a preference whose turns repeat the question", {
+        "prompt": QUESTION, "chosen": messages(QUESTION)["messages"], "rejected": SAID
+    }, TEXT, CHOSEN),
+    plain("a preference of whole conversations", {
+        "chosen": messages(QUESTION)["messages"], "rejected": messages(QUESTION, "A dog.")["messages"]
+    }, TEXT, CHOSEN),
+    plain("a preference behind a conversation", {
+        "conversations": sharegpt(QUESTION)["conversations"][:1], "chosen": {"from": "gpt", "value": ANSWER},
+        "rejected": {"from": "gpt", "value": "A dog."}, "image": "a.png",
+    }, ONE, CHOSEN),
+    plain("a question behind the last answer", {
+        "messages": [*messages(QUESTION)["messages"], {"role": "user", "content": "<image>And here?"}],
+        "images": ["a.png"],
+    }, TEXT, LAST),
     plain("image_path", asked(image_path="a.png")),
     plain("img", asked(img="a.png")),
     plain("numbered images", asked(image_1="a.png", image_2="b.png", image_3=None),

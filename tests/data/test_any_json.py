@@ -21,9 +21,10 @@ WORDS = (
     "iVBORw0KGgo" + "A" * 80,
 )  # fmt: skip
 KEYS = (
-    "messages", "conversations", "prompt", "question", "answer", "answers", "completion", "response", "image",
-    "images", "image_path", "image_1", "system", "id", "video", "role", "content", "from", "value", "weight",
-    "type", "text", "path", "url", "bytes", "index", "image_url", "detail", "tool_calls", "",
+    "messages", "conversations", "prompt", "question", "answer", "answers", "completion", "response",
+    "instruction", "input", "output", "chosen", "rejected", "texts", "caption", "multiple_choice_answer",
+    "image", "images", "image_path", "image_1", "system", "id", "video", "role", "content", "from", "value",
+    "weight", "type", "text", "path", "url", "bytes", "index", "image_url", "detail", "tool_calls", "",
 )  # fmt: skip
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=5)

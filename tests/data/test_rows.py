@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from qprobe.data.conversation import Conversations
-from qprobe.data.reading import read_conversations
+from qprobe.data.reading import Reading, read_conversations
 from qprobe.data.reasons import Refused
+from qprobe.data.rows import Asked
 from qprobe.data.turns import learning, samples_of
 from tests import tiny
 
@@ -123,6 +124,21 @@ BAD = [
     ({"prompt": ["a"], "answer": "b"}, "its prompt is ['a']"),
     ({"prompt": "a", "question": "b"}, "both prompt and question"),
     ({"prompt": "a", "answer": "b", "answers": ["c"]}, "both answer and answers"),
+    ({"prompt": "", "answer": "b"}, "its prompt is empty; leave the field out where there is none"),
+    ({"prompt": " ", "answer": "b"}, "its prompt is ' '"),
+    ({"prompt": "a", "answer": ""}, "its answer is empty; leave the field out where there is none"),
+    ({"prompt": "a", "answer": " \n"}, "its answer is empty"),
+    ({"prompt": "a", "answers": ["", " "]}, "its answer is empty"),
+    ({"instruction": "", "input": "", "output": "b"}, "its instruction is empty"),
+    ({"instruction": "a", "input": "", "output": ""}, "its output is empty"),
+    ({"instruction": "a", "input": ["b"]}, "its input is ['b'], which is no text"),
+    ({"prompt": "a", "input": "b", "output": "c"}, "both prompt and input"),
+    ({"prompt": "a", "answer": "b", "chosen": "c"}, "both answer and chosen"),
+    ({"prompt": "a", "chosen": "", "rejected": "b"}, "its chosen is empty"),
+    ({"texts": [{"user": "a", "assistant": "b"}], "answer": "c"}, "both texts and answer"),
+    ({"texts": [{"user": "", "assistant": "b"}]}, "turn 1 of the user is empty"),
+    ({"chosen": "a", "rejected": "b"}, "no prompt beside its chosen"),
+    ('"a question"', 'it is a text by itself, and no row such as {"prompt": ..., "answer": ...}'),
     ({"prompt": "a", "answer": True}, "its answer is True"),
     ({"prompt": "a", "answer": [["b"]]}, "lists of lists"),
     ({"prompt": "a", "answer": {"score": 1}}, "holds no text"),
@@ -208,12 +224,40 @@ def test_the_answers_that_turns_name_count(which: Any, answers: list[str], tmp_p
     assert [x.id for x in samples] == names
 
 
-@pytest.mark.parametrize(("which", "answers"), [("first", ["b"]), ("last", [None]), ("each", ["b", None])])
-def test_a_question_at_the_end_is_measured_and_cannot_be_learned(which: Any, answers: list, tmp_path: Path):
-    (found,) = read(tmp_path, spoken("a", "b", "c")).good
-    assert [x.answer for x in samples_of(found, which)] == answers
+@pytest.mark.parametrize("which", ["first", "last", "each"])
+def test_a_question_at_the_end_counts_only_where_nothing_is_answered(which: Any, tmp_path: Path):
+    (answered, alone) = read(tmp_path, spoken("a", "b", "c"), spoken("a")).good
+    assert [x.answer for x in samples_of(answered, which)] == ["b"]
+    assert [x.text for x in learning(answered, which).turns] == ["a", "b"]
+    assert [x.answer for x in samples_of(alone, which)] == [None]
     with pytest.raises(Refused, match="no answer to learn"):
-        learning(found, which)
+        learning(alone, which)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"text": "A cat."}, "the text of text is not read; call it prompt or answer, or pass --prompt"),
+        ({"label": "cat", "words": [{"text": "a"}]}, "the text of label, words is not read"),
+        ({"texts": ["Which?", "A cat."]}, "the text of texts is not read"),
+        ({"caption": ""}, "its caption is empty"),
+        ({"caption": " "}, "its answer is empty"),
+        ({"prompt": ""}, "its prompt is empty"),
+        ({"prompt": "", "answer": "A cat."}, "its prompt is empty"),
+        ({"instruction": "", "input": ""}, "its instruction is empty"),
+        ({"answer": ""}, "its answer is empty"),
+    ],
+)
+def test_a_scan_puts_no_question_in_the_place_of_a_text(row: dict[str, Any], why: str, tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(tiny.picture(0))
+    rows = [{"image": "a.png", **row}, {"image": "a.png", "image_id": "x7", "file": "x/a.png", "label": 3}]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    found = read_conversations(path, Reading(asked=Asked(describe=True)))
+    assert [x.row for x in found.good] == [2] and why in found.skipped[0].why
+    if "is not read" in why:
+        found = read_conversations(path, Reading(asked=Asked("Why?")))
+        assert [x.turns[0].text for x in found.good] == ["Why?", "Why?"]
 
 
 def test_a_conversation_that_nothing_is_learned_of_is_named(tmp_path: Path):

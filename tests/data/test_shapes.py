@@ -20,15 +20,20 @@ def said(turns: tuple[Turn, ...]) -> list[tuple[str, list[str | bytes]]]:
     return [(x.role, [file_bytes(p) if isinstance(p, Path) else p for p in x.parts]) for x in turns]
 
 
-def turns_in(command: str, data: Any) -> list[tuple[str, list[str | bytes]]]:
-    """What the command reads of the one row of `data`: the last sample of a scan, or what is trained on."""
+Turns = list[tuple[str, list[str | bytes]]]
+
+
+def read_in(command: str, data: Any) -> tuple[Turns, list[str]]:
+    """(turns, notes) of the one row of `data`: of the last sample of a scan, or of what is trained on."""
     if command == "finetune":
-        (found,) = read_conversations(data).good
-        return said(learning(found, "each").turns)
-    samples = choose_samples("m", True, Wanted(data=data), "scan" if command == "scan" else "compare")
-    last = samples.samples[-1]
-    assert samples.notes == () and last.answer is not None
-    return [*said(last.turns), ("assistant", [last.answer])]
+        found = read_conversations(data)
+        turns, notes = said(learning(found.good[0], "each").turns), found.notes
+    else:
+        samples = choose_samples("m", True, Wanted(data=data), "scan" if command == "scan" else "compare")
+        last, notes = samples.samples[-1], samples.notes
+        assert last.answer is not None
+        turns = [*said(last.turns), ("assistant", [last.answer])]
+    return turns, [x.partition(": ")[2] for x in notes]
 
 
 @pytest.mark.parametrize("command", ["scan", "compare", "finetune"])
@@ -36,7 +41,7 @@ def turns_in(command: str, data: Any) -> list[tuple[str, list[str | bytes]]]:
 def test_a_shape_means_the_same_in_every_command(shape: Shape, command: str, tmp_path: Path):
     path = files(tmp_path) / "rows.jsonl"
     path.write_text(json.dumps(shape.row(tmp_path)))
-    assert turns_in(command, path) == shape.turns
+    assert read_in(command, path) == (shape.turns, [*shape.notes])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda x: x.name)
@@ -44,9 +49,10 @@ def test_a_row_in_memory_means_what_it_means_in_a_file(
     shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(files(tmp_path))
-    assert turns_in("scan", [shape.row(tmp_path)]) == turns_in("finetune", iter([shape.row(tmp_path)]))
-    assert turns_in("scan", [shape.row(tmp_path)]) == shape.turns
+    row = shape.row(tmp_path)
+    assert read_in("scan", [row]) == read_in("finetune", iter([row]))
+    assert read_in("scan", [row]) == (shape.turns, [x.replace("1 line", "1 row") for x in shape.notes])
 
 
-def test_there_are_forty_shapes_and_no_two_have_one_name():
-    assert len(SHAPES) == len({x.name for x in SHAPES}) >= 40
+def test_there_are_sixty_shapes_and_no_two_have_one_name():
+    assert len(SHAPES) == len({x.name for x in SHAPES}) >= 60
