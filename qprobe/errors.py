@@ -37,6 +37,10 @@ class MachineError(QprobeError):
     """This machine lacks a device, a library or the memory for what was asked."""
 
 
+class LeftOutWarning(UserWarning):
+    """Rows or images that were brought are not used."""
+
+
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, standard_4bit, with_dtype
 from qprobe.checkpoint.storage import StoredBytes, stored_bytes
-from qprobe.data.sampling import choose_samples, wanted_by
+from qprobe.data.sampling import choose_samples, unanswered_note, wanted_by
 from qprobe.errors import ModelError, QprobeError, RunError
 from qprobe.inputs.answers import answered
 from qprobe.inputs.batch import image_token_id, reads_images
@@ -345,7 +345,7 @@ def set_course(
     result = ModelResult(stored_bytes(model), answers, sums, scores)
     left_out = (note for metric in metrics for note in metric.left_out(chosen.samples))
     fewer = fewer_measured(len(samples), options.samples)
-    return course, result, (*chosen.notes, *left_out, *fewer)
+    return course, result, (*chosen.notes, *unanswered_note(chosen.samples, wanted), *left_out, *fewer)
 
 
 def run_course(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -15,7 +16,7 @@ import click
 from qprobe.cli.debug import debugged, stage_times
 from qprobe.cli.speaking import one_line, say, visible_json
 from qprobe.data.source import names_of_files
-from qprobe.errors import QprobeError, is_out_of_memory
+from qprobe.errors import LeftOutWarning, QprobeError, is_out_of_memory
 from qprobe.options import DEFAULT_ADAPT, Progress
 from qprobe.registry import metrics
 from qprobe.system.bars import progress_bars as bars
@@ -254,7 +255,8 @@ def opened_run(path: Path) -> Iterator[RunFolder]:
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
     """A `Progress` that draws bars, see `qprobe.system.bars`; under QPROBE_DEBUG stages are timed, too."""
-    with bars() as show, stage_times(show) as timed:
+    with bars() as show, stage_times(show) as timed, warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)  # commands print the notes themselves
         yield timed
 
 

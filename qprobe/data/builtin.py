@@ -55,12 +55,14 @@ QUESTIONS = (
 class Samples:
     """Usable samples, and sentences that a reader must know.
 
-    left_out: one for each row or file that is no sample.
+    left_out: one for each row or file that is no sample. share: how many of how many those are, in a
+    sentence; None without any.
     """
 
     samples: tuple[Sample, ...]
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    share: str | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:

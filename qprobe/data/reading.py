@@ -96,30 +96,44 @@ def read_conversations(
 
 def check_left_out(found: Conversations, bad_data: BadData, doing: str) -> None:
     """Raises SampleError as `check_counts` does, of conversations."""
-    check_counts(found.name, found.row, len(found.good), found.sentences(), bad_data, doing, FORMS)
+    check_counts(
+        found.name, found.row, len(found.good), found.sentences(), bad_data, doing, FORMS, found.is_whole
+    )
 
 
 def check_counts(
-    name: str, row: str, good: int, sentences: Sequence[str], bad_data: BadData, doing: str, forms: str
+    name: str,
+    row: str,
+    good: int,
+    sentences: Sequence[str],
+    bad_data: BadData,
+    doing: str,
+    forms: str,
+    is_whole: bool = True,
 ) -> None:
     """Raises SampleError if none is left, or, where --bad-data refuses it, too many were left out.
 
     good: how many are left of the rows that were read; sentences: one per row that was left out. doing: their
-    purpose ("train on"). forms: what can be used, in a sentence.
+    purpose ("train on"). forms: what can be used, in a sentence. is_whole: False where reading stopped early.
     """
     more = (f"And {len(sentences) - SHOWN} more.",) if len(sentences) > SHOWN else ()
     told = " ".join((*sentences[:SHOWN], *more))
     too_many = are_too_many(good, len(sentences), bad_data)
     if not good:
         none = f"No {row} of {name} is left to {doing}"
-        if too_many:  # so that no further one was read
+        if not is_whole:
             none = f"None of the first {counted(len(sentences), row)} of {name} can be used to {doing}"
         raise SampleError(f"{none}. {told} {forms}")
     if too_many:
         raise SampleError(
-            f"{len(sentences)} of {counted(good + len(sentences), row)} of {name} cannot be used to {doing}, "
+            f"{share_of(len(sentences), good, row, is_whole)} of {name} cannot be used to {doing}, "
             f"more than {SHARE:.0%}. {told} Fix them, or pass --bad-data skip to go on without them."
         )
+
+
+def share_of(left_out: int, good: int, row: str, is_whole: bool) -> str:
+    """ "2 of 11 lines"; "2 of the first 11 lines" where reading stopped early."""
+    return f"{left_out} of {'' if is_whole else 'the first '}{counted(left_out + good, row)}"
 
 
 def are_too_many(good: int, left_out: int, bad_data: BadData) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -19,14 +20,22 @@ from qprobe.data.builtin import (
 )
 from qprobe.data.conversation import Conversation
 from qprobe.data.images import decode, file_bytes, rule_notes
-from qprobe.data.reading import Reading, are_too_many, check_counts, check_left_out, read_conversations
+from qprobe.data.reading import (
+    Reading,
+    are_too_many,
+    check_counts,
+    check_left_out,
+    read_conversations,
+    share_of,
+)
 from qprobe.data.reasons import Refused, shown
 from qprobe.data.rows import Asked
 from qprobe.data.source import source_of
 from qprobe.data.turns import samples_of
-from qprobe.errors import SampleError
+from qprobe.errors import LeftOutWarning, SampleError
 from qprobe.options import BadData, CompareOptions, Progress, ScanOptions, Turns, no_progress
 from qprobe.records import Sample, asked
+from qprobe.system.wording import counted
 
 IMAGES = "Put PNG or JPEG files there."
 DEMO_MODELS = ("demo", "demo-outliers")
@@ -108,15 +117,15 @@ def choose_samples(
     """The samples of a scan, or held-out ones to compare on.
 
     Built-in samples of the two purposes never overlap; the user's own are used as given. One that cannot be
-    used makes way for a later one.
+    used makes way for a later one, and is warned of.
     Raises SampleError if none is usable, or for a seed that built-in scenes do not have.
     """
     check_wanted(model_id, wanted)
     limit = scan_count(model_id, wanted)
     if wanted.images is not None:
-        return from_folder(wanted.images, wanted, limit, refusal)
+        return _warned(from_folder(wanted.images, wanted, limit, refusal))
     if wanted.data is not None:
-        return from_data(wanted, limit, refusal, progress)
+        return _warned(from_data(wanted, limit, refusal, progress))
     if model_id in DEMO_MODELS:
         return _readable(_scenes(limit, wanted.seed, purpose), limit, refusal, wanted.bad_data)
     builtin, total = (photographs, len(PHOTOGRAPHS)) if reads_images else (questions, len(QUESTIONS))
@@ -124,6 +133,14 @@ def choose_samples(
     part = (0, first_held_out) if purpose == "scan" else (first_held_out, total)
     found = builtin(wanted.prompt, part[1] - part[0], part[0])
     return _readable(found, limit, refusal, wanted.bad_data)
+
+
+def _warned(found: Samples) -> Samples:
+    """`found`; warns where rows were left out, since a Python user may never look at the notes."""
+    if found.share is not None:
+        said = f"{found.share} The first: {found.left_out[0]} All are in the notes of the result."
+        warnings.warn(said, LeftOutWarning, stacklevel=2)
+    return found
 
 
 def _scenes(count: int, seed: int, purpose: Literal["scan", "compare"]) -> Samples:
@@ -172,7 +189,24 @@ def from_data(
     how = Reading(wanted.split, wanted.allow_downloads, Asked(wanted.prompt, describe=True))
     found = read_conversations(wanted.data, how, use, enough, progress)
     check_left_out(found, wanted.bad_data, "measure")
-    return Samples(tuple(samples[:limit]), found.sentences(), found.notes)
+    told = found.sentences()
+    share = _share(told, len(found.good), found.row, found.name, found.is_whole)
+    return Samples(tuple(samples[:limit]), told, found.notes, share)
+
+
+def _share(left_out: Sequence[str], good: int, row: str, name: str, is_whole: bool) -> str | None:
+    """The sentence on how many were left out; None if none was."""
+    return f"Left out: {share_of(len(left_out), good, row, is_whole)} of {name}." if left_out else None
+
+
+def unanswered_note(samples: Sequence[Sample], wanted: Wanted) -> tuple[str, ...]:
+    """A sentence where the model writes answers that the user's data does not bring."""
+    count = sum(x.answer is None for x in samples)
+    if wanted.data is None or not count:
+        return ()
+    if count == len(samples):
+        return (f"No row brings an answer; the model wrote all {count:,}.",)
+    return (f"{count:,} of {counted(len(samples), 'sample')} bring no answer; the model wrote them.",)
 
 
 def from_folder(
@@ -185,7 +219,8 @@ def from_folder(
     found: list[Sample] = []
     skipped: list[str] = []
     rules: Counter[str] = Counter()
-    for path in image_files(folder):
+    files = image_files(folder)
+    for path in files:
         full = limit is not None and len(found) >= limit
         if full or (limit is not None and are_too_many(limit, len(skipped), wanted.bad_data)):
             break
@@ -202,8 +237,10 @@ def from_folder(
             rules.update(decoded.rules)
         else:
             skipped.append(f"{shown(path.name)}: left out, {why}.")
-    check_counts(folder.name, "file", len(found), skipped, wanted.bad_data, "measure", IMAGES)
-    return Samples(tuple(found), tuple(skipped), rule_notes(rules))
+    is_whole = len(found) + len(skipped) == len(files)
+    check_counts(folder.name, "file", len(found), skipped, wanted.bad_data, "measure", IMAGES, is_whole)
+    share = _share(skipped, len(found), "file", folder.name, is_whole)
+    return Samples(tuple(found), tuple(skipped), rule_notes(rules), share)
 
 
 def image_files(folder: Path) -> list[Path]:

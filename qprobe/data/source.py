@@ -11,6 +11,8 @@ from typing import Any
 from qprobe.errors import SampleError
 from qprobe.system.discovery import declared
 
+TABLES = (".csv", ".tsv", ".xls", ".xlsx")
+"""Suffixes of files that are not read, and that would be so many bad lines of JSON."""
 Rows = Iterator[tuple[int, Any]]
 """(number from 1, row): a mapping, or a `Refused` that says why there is none."""
 
@@ -53,6 +55,12 @@ def source_of(data: Any) -> Source:
         if one.takes(data):
             return one
     is_file = isinstance(data, str | Path)
+    if is_file and Path(data).suffix.lower() in TABLES and Path(data).is_file():
+        raise SampleError(
+            f"{Path(data).name} is a table of text or a spreadsheet, which is not read. Save it as JSON "
+            "Lines: in pandas, table.to_json('rows.jsonl', orient='records', lines=True); from Python, pass "
+            "the DataFrame itself."
+        )
     shown = f"Data file {data}" if is_file else f"Data of type {type(data).__name__}"
     kinds = [names_of_files(), *(f"or, from Python, {x.what}" for x in sources() if x.in_memory)]
     state = "does not exist" if is_file and not Path(data).exists() else "is none of these"

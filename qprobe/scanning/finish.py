@@ -40,7 +40,8 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
             scored, unscored = scoring.measure(selection.kept)
         if scored is not None:
             verdict = f"{verdict} {metric_verdict(scored)}"
-    verdict = " ".join((verdict, *fewer_measured(work.samples, asked.samples.count)))
+    left_out = () if work.share is None else (work.share,)
+    verdict = " ".join((verdict, *left_out, *fewer_measured(work.samples, asked.samples.count)))
     report(process, lambda: ended(subject, clock, verdict, scored))
     quality = selection.manifest.quality
     return ScanResult(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qprobe.calibration.calibrate import samples_wanted
-from qprobe.data.sampling import choose_samples, independent_of, scan_count, split_held_out
+from qprobe.data.sampling import choose_samples, independent_of, scan_count, split_held_out, unanswered_note
 from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import cut, reads_images
 from qprobe.inputs.processed import ProcessedSamples
@@ -36,7 +36,8 @@ class Work:
     calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
     `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
     for the selection alone, maybe none. codes: more samples, to which calibrated
-    codes are fitted. answered: ids of the samples that brought no answer of their own.
+    codes are fitted. answered: ids of the samples that brought no answer of their own. share: of rows left
+    out, in a sentence.
     """
 
     calibration: Groups
@@ -45,6 +46,7 @@ class Work:
     notes: tuple[str, ...]
     answered: frozenset[str] = frozenset()
     codes: Groups = field(default_factory=list)
+    share: str | None = None
 
     def as_given(self, sample: Sample) -> Sample:
         """`sample` without the answer that the reference gave it."""
@@ -90,6 +92,7 @@ class Chosen:
     samples: tuple[Sample, ...]
     more: tuple[Sample, ...]
     notes: tuple[str, ...]
+    share: str | None = None
 
     @property
     def unanswered(self) -> frozenset[str]:
@@ -120,7 +123,7 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
     more = found.samples[count:]
     if asked.calibration_samples is None:  # generating answers would take longer than all of calibration
         more = tuple(s for s in more if s.answer is not None)
-    return Chosen(processed, found.samples[:count], more, found.notes)
+    return Chosen(processed, found.samples[:count], more, found.notes, found.share)
 
 
 def _device(asked: ScanRequest, process: Process) -> torch.device:
@@ -139,6 +142,7 @@ def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, proces
     batching, notes = asked.batching, list(chosen.notes)
     samples, more = chosen.samples, chosen.more
     if subject.answers:
+        notes += unanswered_note(samples, asked.samples)
         samples, more = (with_answers(subject, some, batching, process) for some in (samples, more))
         notes += why_silent(subject, tuple(s for s in (*samples, *more) if not s.answer))
         samples, more = (tuple(s for s in some if s.answer) for some in (samples, more))
@@ -153,7 +157,7 @@ def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, proces
         notes.append(f"{few}. The list is chosen by its score.")
     work = cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
     codes = subject.groups(independent_of(more, held_out), batching.size)
-    return replace(work, codes=codes, answered=chosen.unanswered)
+    return replace(work, codes=codes, answered=chosen.unanswered, share=chosen.share)
 
 
 def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:

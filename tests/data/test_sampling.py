@@ -17,8 +17,9 @@ from qprobe.data.sampling import (
     from_folder,
     independent_of,
     split_held_out,
+    unanswered_note,
 )
-from qprobe.errors import SampleError
+from qprobe.errors import LeftOutWarning, SampleError
 from qprobe.records import Sample, asked
 from tests import tiny
 
@@ -216,3 +217,29 @@ def test_the_mark_that_some_editors_put_first_is_no_part_of_a_line(tmp_path: Pat
     path.write_text('{"prompt": "what?", "answer": "a bag"}\n' * 2, encoding="utf-8-sig")
     found = from_data(Wanted(data=path), 9)
     assert [s.answer for s in found.samples] == ["a bag"] * 2 and found.notes == ()
+
+
+@pytest.mark.parametrize("purpose", ["scan", "compare"])
+def test_rows_that_are_left_out_are_warned_of_and_counted(purpose) -> None:
+    rows = [{"prompt": 5}, *({"prompt": x, "answer": x} for x in "abc")]
+    with pytest.warns(
+        LeftOutWarning, match=r"Left out: 1 of the first 3 rows of data\. The first: data row 1"
+    ):
+        found = choose_samples("m", True, Wanted(data=rows, count=2), purpose)
+    assert found.share == "Left out: 1 of the first 3 rows of data." and len(found.samples) == 2
+
+
+def test_a_refusal_says_where_reading_stopped() -> None:
+    rows = [*({"prompt": str(i)} for i in range(7)), *[{"prompt": 5}] * 20, *[{"prompt": "a"}] * 40]
+    with pytest.raises(SampleError, match=r"^10 of the first 17 rows of data cannot be used to measure"):
+        from_data(Wanted(data=rows), 32)
+
+
+def test_it_is_told_where_the_model_writes_the_answers() -> None:
+    with_answer, without = Sample("a", asked("a"), "b"), Sample("b", asked("b"))
+    wanted = Wanted(data=[])
+    assert unanswered_note([without] * 3, wanted) == ("No row brings an answer; the model wrote all 3.",)
+    assert unanswered_note([with_answer, without], wanted) == (
+        "1 of 2 samples bring no answer; the model wrote them.",
+    )
+    assert unanswered_note([with_answer], wanted) == unanswered_note([without], Wanted()) == ()

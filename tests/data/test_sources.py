@@ -175,6 +175,11 @@ def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        (
+            "x.csv",
+            b"prompt,answer\na,b\n",
+            r"x\.csv is a table of text .* Save it as JSON Lines: in pandas, ",
+        ),
         ("x.jsonl", None, r"x\.jsonl does not exist"),
         ("x.jsonl", b" \n", "is empty"),
         ("x.jsonl", '{"prompt": "a"}'.encode("utf-16"), "is UTF-16"),

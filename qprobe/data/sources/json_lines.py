@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qprobe.data.reasons import Refused, shown
-from qprobe.data.source import Rows, Source, refuse_split
+from qprobe.data.source import TABLES, Rows, Source, refuse_split
 from qprobe.errors import SampleError
 from qprobe.system.decoding import strict_json
 from qprobe.system.foreign import open_foreign
@@ -57,7 +57,9 @@ def _skip_line(file: BinaryIO) -> None:
 
 
 def _takes(data: Any) -> bool:
-    return isinstance(data, str | Path) and Path(data).exists() and not Path(data).is_dir()
+    if not isinstance(data, str | Path) or Path(data).suffix.lower() in TABLES:
+        return False
+    return Path(data).exists() and not Path(data).is_dir()
 
 
 SOURCE = Source(
