@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -13,7 +15,7 @@ from PIL import Image
 
 from qprobe.checkpoint.compare import compare
 from qprobe.data.sampling import Wanted, from_data
-from qprobe.errors import SampleError
+from qprobe.errors import LeftOutWarning, SampleError
 from qprobe.manifest.write import write_manifest
 from qprobe.records import Sample
 from qprobe.selection.verdict import fewer_measured
@@ -40,16 +42,29 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+@contextmanager
+def _told() -> Iterator[list[warnings.WarningMessage]]:
+    """Warnings of what was left out; those of other packages' imports do not count."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", LeftOutWarning)
+        yield told
+
+
 def _scan(folder: Path, tmp_path: Path, **more: Any) -> tuple[int, tuple[str, ...]]:
     """(samples measured, notes)."""
-    found = scan(**options(folder, tmp_path / "run", progress=lambda *_: None, **more))
+    with _told() as told:
+        found = scan(**options(folder, tmp_path / "run", progress=lambda *_: None, **more))
+    assert len(told) == 1 and str(told[0].message).partition(" The first: ")[0] in found.verdict
     return found.samples, found.notes
 
 
 def _compare(folder: Path, tmp_path: Path, **more: Any) -> tuple[int, tuple[str, ...]]:
     manifest = tmp_path / "skiplist.json"
     write_manifest(manifest, manifest_for(folder, every_third(folder)))
-    found = compare(manifest, model=str(folder), device="cpu", max_new_tokens=3, **more)
+    with _told() as told:
+        found = compare(manifest, model=str(folder), device="cpu", max_new_tokens=3, **more)
+    assert len(told) == 1 and str(told[0].message).startswith("Left out: ")
     return len(found.samples), found.notes
 
 
