@@ -197,7 +197,9 @@ def _of_image(fields: Fields, answer: Any, asked: Asked | None, noted: _Noted) -
         if named:
             raise Refused(f"it has no prompt beside its {named[0]}")
         there = shown(", ".join(sorted(fields.names()))) or "nothing"
-        raise Refused(f"it has none of conversations, messages, or prompt and answer, but {there}")
+        held = next((x for x in ("data", "rows", "train") if isinstance(fields.value(x), list)), None)
+        wrapped = "" if held is None else f"; where {held} holds the rows, make that array the whole file"
+        raise Refused(f"it has none of conversations, messages, or prompt and answer, but {there}{wrapped}")
     noted.is_silent = found is None
     if found is not None:
         noted.rules.add(f'the question is "{DEFAULT_PROMPT}", since there is an answer alone')

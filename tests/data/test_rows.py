@@ -99,6 +99,7 @@ BAD = [
     ({"image": "a.png", "conversations": ["hello"]}, "not a list of objects"),
     ({"image": "a.png"}, "none of conversations, messages, or prompt and answer, but image"),
     ({"foo": 1}, "none of conversations, messages, or prompt and answer, but foo"),
+    ({"data": [ASKED]}, "but data; where data holds the rows, make that array the whole file"),
     ({}, "none of conversations, messages, or prompt and answer, but nothing"),
     (talk(HUMAN, GPT, messages=[]), "both conversations and messages"),
     (talk(GPT, HUMAN, image="a.png"), "turn 1 is the assistant's, where the user"),
