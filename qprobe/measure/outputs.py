@@ -4,7 +4,7 @@ The batch runs twice side by side: its first half with the 16-bit weights, its s
 linear in 4-bit. At each linear
     activation error = D x on the first half's inputs (this layer alone),
     propagated error = second half's output - first half's output (everything before it in 4-bit too).
-`halves_are_independent` checks that an architecture allows it.
+`qprobe.measure.runner.halves_are_independent` checks that an architecture allows it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from qprobe.inputs.batch import KIND_NAMES, PAD, VISION, Batch
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.experts.outputs import ExpertNorms, expert_rows, run_both
 from qprobe.measure.experts.routing import Product, samples_apart, times
-from qprobe.measure.hooks import replaced_forwards
 from qprobe.records import Linear
 
 COUNTS = ("tokens", "activation_n", "activation_nonfinite", "propagated_n", "propagated_nonfinite")
@@ -239,36 +238,3 @@ def split_by_sample(x: Tensor, count: int) -> Tensor | None:
     if rows.shape[0] == 0 or rows.shape[0] % count:
         return None
     return rows.reshape(count, -1, x.shape[-1])
-
-
-def halves_are_independent(
-    model: Any,
-    batch: Batch,
-    layers: dict[str, Linear],
-    dequantized: DequantizedWeights,
-    quantized: frozenset[str],
-) -> bool:
-    """True if the second half of a doubled batch leaves the first half's output alone.
-
-    False means that samples of one batch see each other in this architecture, so that the propagated
-    error cannot be measured side by side. The first half is compared with the batch run alone: what
-    differs must be rounding (kernels may sum in another order; below eps / 4 in nmse over a whole model), or
-    a hundred times smaller than what 4-bit does to the second half.
-    """
-    errors = OutputErrors(batch, layers, dequantized, quantized, doubled=True)
-    with torch.inference_mode():
-        alone = _first_output(run_model(model, batch)).float()
-        with replaced_forwards(dequantized.modules, errors.forward):
-            both = _first_output(run_model(model, batch.repeated(2))).float()
-    mask = (batch.kinds != PAD).to(alone.device)[..., None]
-    energy = (alone * mask).square().sum()
-    leaked = ((both[: batch.size] - alone) * mask).square().sum() / energy
-    caused = ((both[batch.size :] - alone) * mask).square().sum() / energy
-    rounding = torch.finfo(model.dtype).eps / 4
-    return bool(leaked <= max(rounding, 0.01 * float(caused))) and not bool(torch.isnan(leaked))
-
-
-def _first_output(output: Any) -> Tensor:
-    """Logits, or the last hidden state of a model without a language head: (B, T, features)."""
-    logits = getattr(output, "logits", None)
-    return output.last_hidden_state if logits is None else logits

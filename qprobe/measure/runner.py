@@ -14,7 +14,7 @@ from qprobe.measure.attribution import Ends, Path, attribute, rows_by_sample, wa
 from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums, in_four_bit, read_out, rows_of
-from qprobe.measure.outputs import OutputErrors, halves_are_independent, run_model
+from qprobe.measure.outputs import OutputErrors, output_rows, run_model
 from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import Sample
@@ -54,13 +54,40 @@ def _lacking(need: Need, subject: Subject, batch: Batch | None, nodes: int) -> s
     if need == "independent samples":
         if batch is None:
             return "is not measured: on no sample is the 16-bit model finite."
-        if not halves_are_independent(
-            subject.model, batch, subject.layers, subject.dequantized, subject.quantized
-        ):
+        if not halves_are_independent(subject, batch):
             return "is not measured: in this architecture samples of one batch see each other."
     if need == "two nodes" and nodes < 2:
         return "is not measured: it takes two nodes or more."
     return None
+
+
+def halves_are_independent(subject: Subject, batch: Batch) -> bool:
+    """True if the second half of a doubled batch leaves the first half's output alone.
+
+    False means that samples of one batch see each other in this architecture, so that the propagated
+    error cannot be measured side by side. The first half is compared with the batch run alone: what
+    differs must be rounding (kernels may sum in another order; below eps / 4 in nmse over a whole model), or
+    a hundred times smaller than what 4-bit does to the second half.
+    """
+    errors = OutputErrors(batch, subject.layers, subject.dequantized, subject.quantized, doubled=True)
+    with torch.inference_mode():
+        alone = _rows(subject, batch)
+        with replaced_forwards(subject.modules, errors.forward):
+            both = _rows(subject, batch.repeated(2))
+    energy = sum(float(x.double().square().sum()) for x in alone)
+    leaked, caused = (
+        sum(float((y - x).double().square().sum()) for x, y in zip(alone, half, strict=True))
+        for half in (both[: batch.size], both[batch.size :])
+    )
+    rounding = torch.finfo(subject.model.dtype).eps / 4
+    return leaked <= max(rounding * energy, 0.01 * caused)
+
+
+def _rows(subject: Subject, batch: Batch) -> list[torch.Tensor]:
+    """The rows of the readout, or without one those of the output, in float32."""
+    if subject.readout is not None:
+        return rows_of(subject.model, run_model(subject.model, batch), batch)
+    return [rows.float() for rows in output_rows(subject.model, batch)]
 
 
 def observe_weights(subject: Subject) -> dict[str, pd.DataFrame]:

@@ -12,8 +12,8 @@ from torch import nn
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.measure.outputs import halves_are_independent, split_by_sample
-from qprobe.measure.runner import observe_outputs
+from qprobe.measure.outputs import split_by_sample
+from qprobe.measure.runner import halves_are_independent, observe_outputs
 from qprobe.measure.subject import subject_of
 from qprobe.measure.weights import error_sums, weight_rows
 from qprobe.records import FormatSpec
@@ -91,9 +91,7 @@ def test_samples_of_a_batch_do_not_see_each_other(case: CaseOf, name: str) -> No
     found = case(name)
     subject = found.subject
     batch = subject.encode(found.samples[:1])
-    assert halves_are_independent(
-        subject.model, batch, subject.layers, subject.dequantized, subject.quantized
-    )
+    assert halves_are_independent(subject, batch)
 
 
 def test_a_model_whose_samples_see_each_other_is_noticed(case: CaseOf) -> None:
@@ -107,9 +105,7 @@ def test_a_model_whose_samples_see_each_other_is_noticed(case: CaseOf) -> None:
     handle = first.register_forward_hook(leak)
     try:
         batch = subject.encode(found.samples[:1])
-        assert not halves_are_independent(
-            subject.model, batch, subject.layers, subject.dequantized, subject.quantized
-        )
+        assert not halves_are_independent(subject, batch)
     finally:
         handle.remove()
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import BertConfig, CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, LlamaConfig
 
+import qprobe
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import attribute, direction
 from qprobe.measure.kl import OUTPUTS, in_four_bit, read_out, readout_of
-from qprobe.measure.runner import observe, observe_isolated
+from qprobe.measure.runner import observe_isolated
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
 from qprobe.runs.key import Measures
@@ -171,11 +172,20 @@ def test_a_random_direction_of_an_output_has_the_curvature_of_its_damage():
     assert torch.allclose(found.square(), torch.tensor([[2 / 25] * 2, [2 / 4] * 2]))
 
 
-def test_a_scan_of_a_classifier_has_every_frame(subject: Callable[[str], Subject]):
-    model = subject("classes")
-    frames = observe(model, Measures(True, True), model.encode(samples("classes")))
-    assert frames["kl"]["answer_tokens"].tolist() == [1, 1, 1]
-    assert frames["sensitivity"]["sample"].nunique() == 3
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_scan_measures_all_that_there_is(name: str, tmp_path: Path):
+    folder = tiny.write_recipe(tiny.Recipe(*RECIPES[name]), name, tmp_path / "model")
+    texts = ("a red bag", "name the unit of the dial", "which one")
+    rows: list[dict[str, str]] = [{"prompt": text} for text in texts]
+    if name == "clip":
+        for i, row in enumerate(rows):
+            (tmp_path / f"{i}.png").write_bytes(tiny.picture(i))
+            row["image"] = str(tmp_path / f"{i}.png")
+    run = qprobe.scan(str(folder), data=rows, out=tmp_path / "run", device="cpu")
+    used = run.layers[run.layers["activation_nmse"].notna()]
+    assert len(used) > 5 and used["propagated_nmse"].notna().all()
+    assert used["sensitivity_kl"].notna().sum() > 5 and used["isolated_kl"].notna().sum() > 5
 
 
 def test_what_is_no_known_output_has_no_readout(tmp_path: Path):
