@@ -18,6 +18,7 @@ from qprobe.data.reasons import Refused, shown
 from qprobe.data.rendering import Template
 from qprobe.errors import SampleError
 from qprobe.inputs.counting import counting_each
+from qprobe.loading.processor import pad_tokenizer
 from qprobe.records import Sample
 
 PAD, VISION, TEXT, ANSWER = 0, 1, 2, 3
@@ -174,8 +175,7 @@ def _processed(
     processor: Any, samples: Sequence[Sample], texts: list[str], side: Literal["left", "right"]
 ) -> dict:
     tokenizer = tokenizer_of(processor)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    pad_tokenizer(tokenizer)
     bos = tokenizer.bos_token
     options = dict(return_tensors="pt", padding=True, padding_side=side)
     options["add_special_tokens"] = not (bos and all(t.startswith(bos) for t in texts))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qprobe.errors import ModelError
 from qprobe.loading.device import SPREAD, pick_device
 from qprobe.loading.inventory import fingerprint
+from qprobe.loading.processor import name_padding
 from qprobe.loading.reference import Reference
 from qprobe.loading.skeleton import Skeleton, meta_model
 from qprobe.loading.source import Source, is_hub_id
@@ -165,7 +166,9 @@ def loaded_reference(
     shell.eval().requires_grad_(False)
     source = skeleton.source
     identity = ModelIdentity(source.id, source.revision, type(shell).__name__, fingerprint(shell))
-    return Reference(shell, processor or copy.deepcopy(loaded.processor), identity, skeleton)
+    own = processor or copy.deepcopy(loaded.processor)
+    name_padding(shell, own)
+    return Reference(shell, own, identity, skeleton)
 
 
 def _share_parameters(shell: nn.Module, model: nn.Module, device: torch.device) -> None:

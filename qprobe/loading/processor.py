@@ -31,6 +31,26 @@ def load_processor(source: Source) -> Any:
         return _loaded(source)
 
 
+def pad_tokenizer(tokenizer: Any) -> None:
+    """Give `tokenizer` a token to pad with where it has none: the end's, or else the unknown one."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+
+
+def name_padding(model: Any, processor: Any) -> None:
+    """Let the config of a classifier of texts name what its tokenizer pads with, where it names nothing.
+
+    It reads the last token that is no padding, and takes no batch without knowing which that is.
+    """
+    config = model.config.get_text_config()
+    if processor is None or getattr(config, "pad_token_id", None) is not None:
+        return
+    if type(model).__name__.endswith(("ForSequenceClassification", "ForRewardModel")):
+        tokenizer = getattr(processor, "tokenizer", processor)
+        pad_tokenizer(tokenizer)
+        config.pad_token_id = tokenizer.pad_token_id
+
+
 def _loaded(source: Source) -> Any:
     try:
         with _never_asking():

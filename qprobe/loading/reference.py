@@ -11,7 +11,7 @@ from qprobe.loading.device import DTYPES, SPREAD, one_device, pick_device
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.mapped import return_freed_memory
 from qprobe.loading.pretrained import load_pretrained
-from qprobe.loading.processor import load_processor
+from qprobe.loading.processor import load_processor, name_padding
 from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import Source, at_revision, resolve
 from qprobe.loading.spread import (
@@ -97,6 +97,7 @@ def reference_of(
         processor = load_processor(source)
     check_layout(getattr(loaded, "hf_device_map", {}) if place.type == "cuda" and not on_host else {})
     loaded.eval().requires_grad_(False)
+    name_padding(loaded, processor)
     revision = source.revision or getattr(loaded.config, "_commit_hash", None)
     identity = ModelIdentity(source.id, revision, type(loaded).__name__, fingerprint(loaded))
     return Reference(loaded, processor, identity, skeleton, place if on_host else None)

@@ -17,6 +17,7 @@ from qprobe.loading.device import DTYPES, one_device, pick_device
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.spread import device_of
+from qprobe.measure.kl import EMBEDDINGS, readout_of
 from qprobe.measure.nonfinite import first_nonfinite
 from qprobe.measure.runner import isolated_half
 from qprobe.measure.subject import Subject, processed_samples
@@ -119,7 +120,14 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
     if asked.format.is_calibrated and model is not None:
         fit_to = samples_wanted(model, _device(asked, process), asked.calibration_samples)
     wanted = replace(asked.samples, count=count + max(0, fit_to - (count - count // 3)))
-    found = choose_samples(model_id, reads_images(processor), wanted, "scan", processed.refusal)
+    pairs = model is not None and readout_of(model) is EMBEDDINGS
+
+    def refusal(sample: Sample) -> str | None:
+        if pairs and not sample.images:
+            return f"it has no image, and a {type(model).__name__} reads each text with one"
+        return processed.refusal(sample)
+
+    found = choose_samples(model_id, reads_images(processor), wanted, "scan", refusal)
     more = found.samples[count:]
     if asked.calibration_samples is None:  # generating answers would take longer than all of calibration
         more = tuple(s for s in more if s.answer is not None)
