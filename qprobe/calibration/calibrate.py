@@ -46,10 +46,11 @@ from qprobe.runs.table import EXPERTS
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
-VERSION = 5
+VERSION = 6
 """Of what decides the codes, beside weights and samples.
 
-Version 5 decides on samples kept back whether tokens are weighed. Version 4 counts tokens half by how much
+Version 6 holds outputs of encoders to the damage that the scan measures, row by row. Version 5 decides
+on samples kept back whether tokens are weighed. Version 4 counts tokens half by how much
 the answers depend on them, gathers in the dtype of the path, and tunes scales where that is asked for.
 Version 3 leaves out image tiles that no text attends to. Version 2 shrinks the Gram matrices by how few
 tokens they saw; version 1 did not.

@@ -1,6 +1,6 @@
 """Damage of a model whose linears compute something else: what decisions on kept-back samples compare.
 
-In nats per answer token; without a language head the squared error of the output over its energy.
+As the scan measures it; of an output of no known kind the squared error over its energy.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def split_batches(batches: Sequence[Any]) -> tuple[list[int], list[int]]:
 
 
 def outputs(subject: Subject, batch: Batch) -> list[Tensor]:
-    """Answer logits of each sample; without a language head the rows of its output that are no padding."""
-    if subject.readout is not None and not subject.readout.by_distance:
+    """The rows of each sample that the scan reads; of an output of no known kind all that is no padding."""
+    if subject.readout is not None:
         return read_out(subject.model, batch)
     return [rows.float() for rows in output_rows(subject.model, batch)]
 
@@ -50,9 +50,8 @@ def reference_outputs(subject: Subject, batch: Batch) -> list[Tensor]:
 def damage_of(subject: Subject, batch: Batch, wanted: list[Tensor]) -> tuple[Tensor, float]:
     """(sum, what it is a sum over) of the damage of the model as it is; differentiable."""
     got = outputs(subject, batch)
-    readout = subject.readout
-    if readout is not None and not readout.by_distance:
-        return readout.damage(wanted, got).sum(), max(1, sum(readout.counts(batch)))
+    if subject.readout is not None:
+        return subject.readout.damage(wanted, got).sum(), max(1, sum(subject.readout.counts(batch)))
     errors = [(y - y_hat).square().double().sum() for y, y_hat in zip(wanted, got, strict=True)]
     return torch.stack(errors).sum(), float(sum(y.square().double().sum() for y in wanted))
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qprobe.calibration.gram import SharedInput, counted_tokens, tiles_that_count
 from qprobe.inputs.batch import Batch
-from qprobe.measure.attribution import FLOAT16_SCALE, fisher_direction, random_signs
+from qprobe.measure.attribution import FLOAT16_SCALE, direction, random_signs
 from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import read_out
@@ -148,10 +148,10 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
 
 def _loss(subject: Subject, batch: Batch, draw: int) -> Tensor:
     """A scalar whose gradient at the model's output is random direction number `draw` of each sample."""
-    if subject.readout is not None and not subject.readout.by_distance:
+    if subject.readout is not None:
         rows = read_out(subject.model, batch)
         directions = [
-            fisher_direction(z.detach(), f"{draw}{s.digest}")
+            direction(subject.readout, z.detach(), f"{draw}{s.digest}")
             for z, s in zip(rows, batch.samples, strict=True)
         ]
     else:

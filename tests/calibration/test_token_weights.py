@@ -66,7 +66,9 @@ def slow_gradients(subject: Subject, samples: tuple) -> dict[str, list[torch.Ten
                 loss = (direction * logits).sum()
             else:
                 hidden = output[0][0]
-                loss = (random_signs(hidden, f"{draw}{sample.digest}") * hidden).sum()
+                signs = random_signs(hidden, f"{draw}{sample.digest}")
+                # of each row's squared error over its square, whose Hessian is 2 / |h|^2
+                loss = (signs * hidden * (2 / hidden.detach().square().sum(-1, True)).sqrt()).sum()
             names = list(outputs)
             gradients = torch.autograd.grad(loss, [outputs[n] for n in names], allow_unused=True)
             for name, gradient in zip(names, gradients, strict=True):

@@ -14,6 +14,7 @@ import torch
 from transformers import BertConfig, CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, LlamaConfig
 
 import qprobe
+from qprobe.calibration.damage import damage_of, reference_outputs
 from qprobe.errors import QprobeError
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import attribute, direction
@@ -170,6 +171,20 @@ def test_isolated_damage_is_half_the_curvature(name: str, subject: Callable[[str
         path = replace(model.path, modules={layer: model.modules[layer]})
         damage = path.readout.damage(path.logits(one, 0.0), path.logits(one, step))
         assert means[layer] == pytest.approx(float(damage) / step**2, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["classes", "encoder", "clip"])
+def test_calibration_is_held_to_the_damage_of_each_sample_alone(name: str, subject: Callable[[str], Subject]):
+    model = subject(name)
+    totals, rows = [], []
+    for group in (samples(name), *((s,) for s in samples(name))):
+        batch = model.encode(group)
+        wanted = reference_outputs(model, batch)
+        with torch.no_grad(), in_four_bit(model.modules, model.dequantized, model.quantized):
+            damage, count = damage_of(model, batch, wanted)
+        totals.append(float(damage))
+        rows.append(count)
+    assert totals[0] == pytest.approx(sum(totals[1:]), rel=2e-3) and rows[0] == sum(rows[1:])
 
 
 def test_a_random_direction_of_an_output_has_the_curvature_of_its_damage():
