@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qprobe.calibration.codes import Rounded
-from qprobe.calibration.damage import FEWEST, split_batches
+from qprobe.calibration.damage import FEWEST, can_keep_back, split_batches
 from qprobe.calibration.decide import decided
 from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, shared_inputs
@@ -232,7 +232,7 @@ def _weights(
     noted: TokensCount | None = notes.get("tokens")
     if noted is not None and not noted.is_weighted:
         return None
-    is_open = noted is None and sum(map(len, work.samples)) >= FEWEST
+    is_open = noted is None and can_keep_back(work.samples)
     with walking(subject.path):
         found = token_weights(subject, inputs if is_open else chosen, work.widened)
     if is_open:
@@ -254,9 +254,12 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     Leaves a sentence on what came of it in the run's notes.
     """
     subject = work.subject
-    if sum(len(group) for group in work.samples) < FEWEST:
+    if not can_keep_back(work.samples):
         work.run.notes.put(
-            "tuning", Remarks((f"Scales are not tuned: that takes {FEWEST} calibration samples or more.",))
+            "tuning",
+            Remarks(
+                (f"Scales are not tuned: that takes {FEWEST} calibration samples in two batches or more.",)
+            ),
         )
         return codes
     path = work.run.path / codes.file

@@ -23,6 +23,11 @@ KEPT_BACK = 8  # one sample of so many is kept back
 FEWEST = 16  # samples; of fewer, those kept back would decide nothing
 
 
+def can_keep_back(groups: Sequence[Sequence[Any]]) -> bool:
+    """True if some of the batches of samples can be kept back, and decide something."""
+    return len(groups) > 1 and sum(map(len, groups)) >= FEWEST
+
+
 def split_batches(batches: Sequence[Any]) -> tuple[list[int], list[int]]:
     """(for fitting, kept back) numbers of `batches`: every `KEPT_BACK`-th is kept back, one at least."""
     numbers = list(range(len(batches)))

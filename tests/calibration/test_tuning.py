@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from qprobe.calibration import tuning
 from qprobe.calibration.codes import unpacked_codes
 from qprobe.calibration.columns import nf4_grid
-from qprobe.calibration.damage import split_batches
+from qprobe.calibration.damage import can_keep_back, split_batches
 from qprobe.calibration.tuned_linear import TunedLinear, nearest_codes, units_of
 from qprobe.calibration.tuning import tune
 from qprobe.formats.nf4 import Nf4, PackedNf4
@@ -188,3 +188,8 @@ def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
 def test_one_batch_of_eight_is_kept_back_and_one_at_least(count: int, kept: list[int]):
     training, held = split_batches(["a batch"] * count)
     assert held == kept and training == [i for i in range(count) if i not in kept]
+
+
+def test_one_batch_however_large_leaves_nothing_to_decide_on():
+    assert not can_keep_back(["a" * 30]) and not can_keep_back(["a" * 8, "a" * 7])
+    assert can_keep_back(["a" * 8, "a" * 8])
