@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from qprobe.data.source import source_of
 from qprobe.data.turns import samples_of
 from qprobe.errors import LeftOutWarning, SampleError
 from qprobe.options import BadData, CompareOptions, Progress, ScanOptions, Turns, no_progress
-from qprobe.records import Sample, asked
+from qprobe.records import Sample, Turn, asked
 from qprobe.system.wording import counted
 
 IMAGES = "Put PNG or JPEG files there."
@@ -268,7 +268,7 @@ def scan_count(model_id: str, wanted: Wanted) -> int:
 
 
 def independent_of(samples: tuple[Sample, ...], held_out: tuple[Sample, ...]) -> tuple[Sample, ...]:
-    """Those of `samples` that do not begin with the first question of one of `held_out`."""
+    """Those of `samples` that do not begin as one of `held_out` does."""
     held = {_beginning(sample) for sample in held_out}
     return tuple(sample for sample in samples if _beginning(sample) not in held)
 
@@ -276,8 +276,8 @@ def independent_of(samples: tuple[Sample, ...], held_out: tuple[Sample, ...]) ->
 def split_held_out(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """(calibration, held out): every third sample is held out for the selection of the skip-list.
 
-    Samples that begin with the same question are on one side together, as those of one conversation do,
-    however often a row repeats it. With fewer than three different ones there is nothing to hold out, and
+    Samples that begin alike are on one side together, as those of one conversation do, however often a row
+    repeats it. With fewer than three different ones there is nothing to hold out, and
     the second part is empty.
     """
     beginnings = [_beginning(sample) for sample in samples]
@@ -289,7 +289,13 @@ def split_held_out(samples: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], tup
     )
 
 
-def _beginning(sample: Sample) -> str:
-    """What samples on one side of a split share: the digest of all up to the first question."""
+def _beginning(sample: Sample) -> tuple[tuple[Turn, ...], str]:
+    """What samples on one side share: all up to the first question, and its answer where there is no image.
+
+    A text alone would not do: where every row asks the same, all would be on one side.
+    """
     first = next(i for i, turn in enumerate(sample.turns) if turn.role == "user")
-    return replace(sample, turns=sample.turns[: first + 1], answer=None).digest
+    begun, later = sample.turns[: first + 1], sample.turns[first + 1 :]
+    answer = later[0].text if later else sample.answer or ""
+    has_image = any(turn.images for turn in begun)
+    return tuple(Turn(turn.role, turn.parts) for turn in begun), "" if has_image else answer.strip()

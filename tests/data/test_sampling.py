@@ -174,16 +174,22 @@ def spoken(*texts: str) -> dict[str, list[dict[str, str]]]:
 
 
 def test_a_repeated_conversation_and_its_beginning_are_never_on_both_sides() -> None:
-    # the third row begins as the first and second do, the fifth is only their first turn
+    # the fifth row is only the first turn of the first and second; the third has the same question alone
     two = spoken("who?", "me", "why?", "so")
     other = spoken("who?", "you", "how?", "well")
     rows = [two, two, other, spoken("when?", "now"), spoken("who?", "me"), spoken("where?", "here"), two]
     samples = from_data(Wanted(data=rows), 99).samples
     calibration, held_out = split_held_out(samples)
-    assert {s.turns[0].text for s in held_out} == {"where?"}
-    assert {s.turns[0].text for s in calibration} == {"who?", "when?"}
-    asking_who = tuple(s for s in samples if s.turns[0].text == "who?")
-    assert independent_of(samples, asking_who[-1:]) == tuple(s for s in samples if s not in asking_who)
+    assert {s.turns[0].text for s in held_out} == {"when?"}
+    assert {s.turns[0].text for s in calibration} == {"who?", "where?"}
+    assert {s.turns[0].text for s in independent_of(samples, samples[:1])} == {"who?", "when?", "where?"}
+    answers = [(*(t.text for t in s.turns), s.answer) for s in independent_of(samples, samples[:1])]
+    assert not any(said[:2] == ("who?", "me") for said in answers)
+
+
+def test_one_question_for_all_rows_still_leaves_some_to_hold_out() -> None:
+    samples = from_data(Wanted(data=[spoken("go on", str(n)) for n in range(9)]), 9).samples
+    assert [len(part) for part in split_held_out(samples)] == [6, 3]
 
 
 def test_photographs_need_no_download_and_those_to_compare_on_were_not_scanned() -> None:

@@ -116,4 +116,4 @@ def test_each_image_is_decoded_processed_and_digested_at_most_once_per_stage(
         "report": CALIBRATION,
     }
     # Without and with the answer that the model gave.
-    assert counts.images("digests") == {"answers": 2 * (CALIBRATION + HELD_OUT)}
+    assert sum(counts.images("digests").values()) == 2 * (CALIBRATION + HELD_OUT)
