@@ -18,7 +18,7 @@ from qprobe.selection.scores import ScoredRun, prospect_of
 from qprobe.selection.select import asked_skiplist
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import NO_PROOF, Proof
-from qprobe.selection.verdict import verdict
+from qprobe.selection.verdict import calibration_verdict, verdict
 
 
 class Measuring(Protocol):
@@ -62,14 +62,10 @@ def within_budget(
     lists, nearest = _apart(candidates)
     decision = decide(lists[1:], lists[0])
     won = decision.chosen
-    said = verdict(lists[0], won, run.standard_bytes, nearest=nearest, readout=run.scan.readout)
+    said = _said(run, lists, won, nearest)
     is_tied = any(c.kept != won.kept for c in (decision.best, *decision.tied))
     roomy = all_fit(budget, run.inventory)
-    notes = (
-        *([decision.why] if is_tied else []),
-        *([roomy] if roomy else []),
-        *_no_better(run, won, nearest),
-    )
+    notes = (*([decision.why] if is_tied else []), *([roomy] if roomy else []))
     proof = _proof(candidates, won)
     return Outcome(skiplists[won.name], budget, proof, said, notes, tuple(candidates))
 
@@ -98,9 +94,8 @@ def within_bound(run: ScoredRun, bound: Bound, standard: Candidate, held_out: Me
             f"Pass --max-kl {rounded_up(least.kl)} or more, or use the 16-bit model."
         )
     won = next(c for c in lists if skiplists[c.name] == best)
-    said = verdict(lists[0], won, run.standard_bytes, bound.max_kl, nearest, run.scan.readout)
-    notes, proof = _no_better(run, won, nearest), _proof(candidates, won)
-    return Outcome(best, bound.budget_of(best), proof, said, notes, tuple(candidates))
+    said = _said(run, lists, won, nearest, bound.max_kl)
+    return Outcome(best, bound.budget_of(best), _proof(candidates, won), said, (), tuple(candidates))
 
 
 def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], Candidate | None]:
@@ -109,16 +104,19 @@ def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], Candidate 
     return [c for c in candidates if c.name != NEAREST], nearest[0] if nearest else None
 
 
-def _no_better(run: ScoredRun, won: Candidate, nearest: Candidate | None) -> tuple[str, ...]:
-    """A note where what was chosen of calibrated weights did not measure better than standard 4-bit."""
-    if nearest is None or won.kl < nearest.kl:
-        return ()
-    stored = run.scan.format.precision.stored.name
-    return (
-        f"Calibration does not pay here: on the held-out samples the selection leaves a KL of {won.kl:.3g}, "
-        f"and rounding to nearest with nothing kept {nearest.kl:.3g}. Scan with --format {stored}, or "
-        "calibrate on more samples.",
-    )
+def _said(
+    run: ScoredRun,
+    lists: Sequence[Candidate],
+    won: Candidate,
+    nearest: Candidate | None,
+    max_kl: float | None = None,
+) -> str:
+    """The verdict on `won`, one of `lists`, of which the first keeps nothing."""
+    said = verdict(lists[0], won, run.standard_bytes, max_kl, nearest, run.scan.readout)
+    if nearest is None:
+        return said
+    unpaid = calibration_verdict(lists[0], nearest, run.scan.format.precision.stored.name)
+    return f"{said} {unpaid}".strip()
 
 
 def _proof(candidates: Sequence[Candidate], won: Candidate) -> Proof:

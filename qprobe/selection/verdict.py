@@ -48,6 +48,22 @@ def verdict(
     )
 
 
+def calibration_verdict(calibrated: Candidate, nearest: Candidate, stored: str) -> str:
+    """What is said where calibrated weights measure no better than standard 4-bit; empty where they do.
+
+    calibrated, nearest: with nothing kept, so of equal bytes. stored: the format that rounds to nearest.
+    """
+    if calibrated.kl < nearest.kl:
+        return ""
+    more, error = difference(calibrated, nearest)
+    unsure = ", a difference within twice its error" if isfinite(error) and more <= 2 * error else ""
+    return (
+        f"Calibration does not pay here: on the held-out samples it leaves {with_error(more, error)} more "
+        f"than rounding to nearest at equal bytes{unsure}. Scan with --format {stored}, or calibrate on more "
+        "samples."
+    )
+
+
 def residual_verdict(residual: float) -> str:
     """How well the sensitivities add up to the damage; residual: see `attribution_residual`."""
     if not is_bent(residual):

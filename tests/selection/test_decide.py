@@ -7,7 +7,7 @@ import pytest
 
 from qprobe.runs.statistics import ratio_se
 from qprobe.selection.decide import Candidate, decide, difference, on_common_samples
-from qprobe.selection.verdict import is_bent, residual_verdict, verdict, with_error
+from qprobe.selection.verdict import calibration_verdict, is_bent, residual_verdict, verdict, with_error
 
 
 def candidate(name: str, total_bytes: int, *kl: float, kept: tuple[str, ...] | None = None) -> Candidate:
@@ -89,6 +89,19 @@ def test_the_verdict_says_when_a_gain_is_within_its_error():
     assert "within its error" not in verdict(STANDARD, sure, 100)
     assert verdict(STANDARD, unsure, 100).endswith("less, a difference within twice its error.")
     assert "no list within the budget measured better" in verdict(STANDARD, STANDARD, 100)
+
+
+def test_calibrated_weights_that_measure_worse_than_nearest_ones_are_named_as_such():
+    # Against 1.0, 1.2, 0.8, 1.0: 0.5 more on every sample; 0.125 more on average, on one sample alone; less.
+    worse = candidate("nothing kept", 100, 1.5, 1.7, 1.3, 1.5, kept=())
+    unsure = candidate("nothing kept", 100, 1.5, 1.2, 0.8, 1.0, kept=())
+    better = candidate("nothing kept", 100, 0.5, 1.2, 0.8, 1.0, kept=())
+    said = calibration_verdict(worse, STANDARD, "nf4")
+    assert said.startswith("Calibration does not pay here: on the held-out samples it leaves 0.5")
+    assert "Scan with --format nf4, or" in said and "within twice its error" not in said
+    assert "0.12 ± 0.12 more" in calibration_verdict(unsure, STANDARD, "nf4")
+    assert "a difference within twice its error" in calibration_verdict(unsure, STANDARD, "nf4")
+    assert calibration_verdict(better, STANDARD, "nf4") == ""
 
 
 def test_the_verdict_on_a_bound_names_it():

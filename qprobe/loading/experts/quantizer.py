@@ -12,8 +12,10 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from qprobe.errors import ModelError
 from qprobe.loading.experts.four_bit import METHOD, put_state, quantized
 from qprobe.system.log_filters import Remark, without_remarks
+from qprobe.system.wording import named
 
 _NO_LINEARS = Remark(
     "transformers.integrations.bitsandbytes",
@@ -34,12 +36,17 @@ class ExpertsConfig(BitsAndBytesConfig):
 
 @register_quantizer(METHOD)
 class Experts4Bit(Bnb4BitHfQuantizer):
-    """Quantizes experts while a 16-bit checkpoint is read; of a quantized one it reads their codes alone."""
+    """Quantizes experts while a 16-bit checkpoint is read; of a quantized one it reads their codes alone.
+
+    Raises ModelError, once all is read, for experts with NaN or infinity: 4-bit would spoil their blocks, in
+    silence. (What `convert` raises, transformers turns into a report.)
+    """
 
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.experts: tuple[str, ...] = quantization_config.experts
         self.packed: dict[str, dict[str, Any]] = {}
+        self.nonfinite: dict[str, list[int]] = {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         return param_name in self.experts or super().param_needs_quantization(model, param_name, **options)
@@ -62,6 +69,12 @@ class Experts4Bit(Bnb4BitHfQuantizer):
         return super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        for name, experts in self.nonfinite.items():
+            which = "expert" if len(experts) == 1 else "experts"
+            raise ModelError(
+                f"{name} has NaN or infinity in {which} {named([str(x) for x in experts])}, which 4-bit "
+                "cannot hold. Repair the checkpoint, or keep this layer in 16-bit."
+            )
         for name, state in self.packed.items():
             put_state(model, name, state)
         self.packed.clear()
@@ -82,8 +95,15 @@ class _Quantize(ConversionOps):
                 rest[name] = value
                 continue
             weight: Tensor = value[0] if isinstance(value, list) else value
+            if not bool(torch.isfinite(weight.sum())) and (hurt := _nonfinite(weight)):
+                self.quantizer.nonfinite[name] = hurt
             codes, self.quantizer.packed[name] = quantized(
                 weight, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
             )
             result[name] = nn.Parameter(codes, requires_grad=False)
         return result | (self.other.convert(rest, *args, **options) if rest else {})
+
+
+def _nonfinite(weight: Tensor) -> list[int]:
+    """The experts of `weight` that have NaN or infinity, from 0."""
+    return [i for i, one in enumerate(weight) if not bool(torch.isfinite(one).all())]

@@ -16,13 +16,14 @@ function showHead() {
 
 // What the model costs with no layer kept; of calibrated weights, standard 4-bit is another list.
 function costOfNothing(manifest) {
-  const said = (name) => {
-    const row = manifest.compared.find((one) => one.name === name);
-    return row && row.kl !== null ? withError({ value: row.kl, error: row.kl_se }) : null;
-  };
-  const nearest = said(NAMES.nearest);
-  if (nearest !== null) return `Calibrated 4-bit costs a KL of ${said(NAMES.nothing)} nats per answer token (standard 4-bit ${nearest})`;
-  return `Standard 4-bit costs a KL of ${said(NAMES.nothing) || number(manifest.quality.kl_standard_4bit)} nats per answer token`;
+  const row = (name) => manifest.compared.find((one) => one.name === name && one.kl !== null);
+  const said = (one) => withError({ value: one.kl, error: one.kl_se });
+  const [nearest, nothing] = [row(NAMES.nearest), row(NAMES.nothing)];
+  if (nearest && nothing) {
+    const unpaid = nothing.kl >= nearest.kl ? ": calibration does not pay here" : "";
+    return `Calibrated 4-bit costs a KL of ${said(nothing)} nats per answer token (standard 4-bit ${said(nearest)}${unpaid})`;
+  }
+  return `Standard 4-bit costs a KL of ${nothing ? said(nothing) : number(manifest.quality.kl_standard_4bit)} nats per answer token`;
 }
 
 function showAnswers() {

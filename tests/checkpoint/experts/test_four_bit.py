@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qprobe.checkpoint.audit import audit
@@ -19,7 +22,7 @@ from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.ready import ready_for_training
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.checkpoint.verify import verify
-from qprobe.errors import QprobeError, VerificationError
+from qprobe.errors import ModelError, QprobeError, VerificationError
 from qprobe.loading.experts.four_bit import codes_of_experts, four_bit_experts
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.reference import load_reference
@@ -112,6 +115,25 @@ def test_a_list_that_keeps_all_linears_is_loaded_without_a_word(
 def test_a_folder_is_loaded_as_it_is(packed: Callable[[str], Packed]):
     with pytest.raises(QprobeError, match="is loaded as it is"):
         load_dynamic_4bit(packed("mixtral").out, device="cpu", dtype="float16")
+
+
+@pytest.mark.parametrize(("name", "value"), [("mixtral", float("nan")), ("gpt_oss", float("inf"))])
+def test_experts_that_4_bit_cannot_hold_are_refused_by_name(
+    name: str, value: float, mixture: Callable[[str], Path], tmp_path: Path
+):
+    source = shutil.copytree(mixture(name), tmp_path / "source")
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    where = [x for x in tensors if "layers.1." in x and (".experts.2.w2" in x or x.endswith("down_proj"))]
+    (hurt,) = (tensors[x] if "w2" in x else tensors[x][2] for x in where)
+    hurt[3, 5] = value
+    save_file(tensors, path, {"format": "pt"})
+    layer = "model.layers.1.mlp.experts.down_proj"
+    with pytest.raises(
+        ModelError, match=rf"^{re.escape(layer)} has NaN or infinity in expert 2, which 4-bit"
+    ):
+        quantize(manifest_for(source), tmp_path / "out", str(source), "cpu")
+    quantize(manifest_for(source, [layer]), tmp_path / "out", str(source), "cpu")
 
 
 def test_a_model_with_other_experts_in_4_bit_than_listed_is_refused(packed: Callable[[str], Packed]):
