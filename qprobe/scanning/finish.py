@@ -41,7 +41,8 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
         if scored is not None:
             verdict = f"{verdict} {metric_verdict(scored)}"
     left_out = () if work.share is None else (work.share,)
-    verdict = " ".join((verdict, *left_out, *fewer_measured(work.samples, asked.samples.count)))
+    fewer = fewer_measured(work.samples, work.silent, asked.samples.count)
+    verdict = " ".join((verdict, *left_out, *fewer))
     report(process, lambda: ended(subject, clock, verdict, scored))
     quality = selection.manifest.quality
     return ScanResult(

@@ -38,7 +38,7 @@ class Work:
     `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
     for the selection alone, maybe none. codes: more samples, to which calibrated
     codes are fitted. answered: ids of the samples that brought no answer of their own. share: of rows left
-    out, in a sentence.
+    out, in a sentence. silent: how many samples are left out since the model answers nothing to them.
     """
 
     calibration: Groups
@@ -48,6 +48,7 @@ class Work:
     answered: frozenset[str] = frozenset()
     codes: Groups = field(default_factory=list)
     share: str | None = None
+    silent: int = 0
 
     def as_given(self, sample: Sample) -> Sample:
         """`sample` without the answer that the reference gave it."""
@@ -165,7 +166,8 @@ def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, proces
         notes.append(f"{few}. The list is chosen by its score.")
     work = cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
     codes = subject.groups(independent_of(more, held_out), batching.size)
-    return replace(work, codes=codes, answered=chosen.unanswered, share=chosen.share)
+    silent = len(chosen.samples) - len(samples)
+    return replace(work, codes=codes, answered=chosen.unanswered, share=chosen.share, silent=silent)
 
 
 def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from math import fsum, isfinite
-
-import pandas as pd
+from math import isfinite
 
 from qprobe import __version__
 from qprobe.manifest.records import Compared, MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
@@ -18,6 +16,7 @@ from qprobe.runs.table import finite_answers, measured
 from qprobe.runs.units import NEAREST_STAGE, candidate_stage
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
+from qprobe.selection.decide import Candidate, on_common_samples
 from qprobe.selection.scores import ISOLATED_KL, ScoredRun, column_of, predicted_kl
 from qprobe.selection.skiplist import SkipList, is_scored
 
@@ -84,17 +83,12 @@ def manifest_of(
 def held_out_quality(run: RunFolder, scan: Scan, skiplist: SkipList) -> Quality:
     """What `scan` measured on held-out samples: standard 4-bit and, if it was a candidate, this skip-list."""
     standard_stage = NEAREST_STAGE if scan.format.is_calibrated else candidate_stage(frozenset())
-    standard, dynamic = (
-        finite_answers(run.units(stage))
-        for stage in (standard_stage, candidate_stage(frozenset(skiplist.kept)))
-    )
-    return Quality(
-        samples=len(standard) or None, kl_standard_4bit=_mean_kl(standard), kl_dynamic=_mean_kl(dynamic)
-    )
-
-
-def _mean_kl(rows: pd.DataFrame) -> float | None:
-    return fsum(rows["kl_sum"].tolist()) / sum(rows["answer_tokens"].tolist()) if len(rows) else None
+    stages = (standard_stage, candidate_stage(frozenset(skiplist.kept)))
+    measured = [Candidate(x, frozenset(), 0, finite_answers(run.units(x))) for x in stages]
+    common = on_common_samples([c for c in measured if len(c.measured)])
+    kl = {c.name: c.kl for c in common if len(c.measured)}
+    samples = max((len(c.measured) for c in common), default=0)
+    return Quality(samples or None, *(kl.get(stage) for stage in stages))
 
 
 def kept_and_fixed(manifest: Manifest, inventory: Inventory) -> tuple[tuple[str, ...], tuple[str, ...]]:

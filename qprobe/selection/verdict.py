@@ -94,14 +94,17 @@ def metric_verdict(scored: Scored) -> str:
     return f"By {scored.name} on {count}: {', '.join(said)}; {names[models[-1]]} {' and '.join(differences)}."
 
 
-def fewer_measured(measured: int, asked: int | None) -> tuple[str, ...]:
-    """A sentence where fewer samples were measured than asked for; asked: None for as many as there are."""
+def fewer_measured(measured: int, silent: int, asked: int | None) -> tuple[str, ...]:
+    """A sentence where fewer samples were measured than asked for.
+
+    silent: how many more there were that the model answers nothing to; asked: None for as many as there are.
+    """
     if asked is None or measured >= asked:
         return ()
     verb = "was" if measured == 1 else "were"
-    return (
-        f"Of the {counted(asked, 'sample')} asked for, {measured:,} {verb} measured: no other was usable.",
-    )
+    why = [f"{silent:,} got no answer"] if silent else []
+    why += ["no other was usable"] if measured + silent < asked else []
+    return (f"Of the {counted(asked, 'sample')} asked for, {measured:,} {verb} measured: {', '.join(why)}.",)
 
 
 def difference_text(value: float | None, se: float | None, is_share: bool, is_found: bool | None) -> str:
@@ -115,7 +118,7 @@ def difference_text(value: float | None, se: float | None, is_share: bool, is_fo
     unsure = "" if is_found else " (no difference found)"
     if is_share:
         return f"{sign}{100 * value:.1f} ± {100 * se:.1f} points{unsure}"
-    return f"{sign}{with_error(value, se) if se else f'{value:.4g} ± 0'}{unsure}"
+    return f"{sign}{with_error(value, se)}{unsure}"
 
 
 def mean_text(value: float | None, is_share: bool) -> str:
@@ -126,9 +129,14 @@ def mean_text(value: float | None, is_share: bool) -> str:
 
 
 def with_error(value: float, error: float) -> str:
-    """A value with its standard error, to the digits that the error leaves: "0.0063 +- 0.0004"."""
-    if not isfinite(error) or error <= 0:
+    """A value with its standard error, to the digits that the error leaves: "0.0063 ± 0.0004".
+
+    error: NaN where it is unknown; of 0, as where all samples agree, it is said.
+    """
+    if not isfinite(error):
         return f"{value:.4g} (error unknown)"
+    if error == 0:
+        return f"{value:.4g} ± 0"
     digits = max(0, 1 - _exponent(error))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 

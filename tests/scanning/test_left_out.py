@@ -164,5 +164,8 @@ def test_a_conversation_is_left_out_whole() -> None:
 
 
 def test_fewer_than_were_asked_for_is_said() -> None:
-    assert fewer_measured(3, 3) == fewer_measured(3, None) == ()
-    assert fewer_measured(1, 8) == ("Of the 8 samples asked for, 1 was measured: no other was usable.",)
+    assert fewer_measured(3, 0, 3) == fewer_measured(3, 1, None) == ()
+    said = "Of the 8 samples asked for,"
+    assert fewer_measured(1, 0, 8) == (f"{said} 1 was measured: no other was usable.",)
+    assert fewer_measured(7, 1, 8) == (f"{said} 7 were measured: 1 got no answer.",)
+    assert fewer_measured(5, 2, 8) == (f"{said} 5 were measured: 2 got no answer, no other was usable.",)

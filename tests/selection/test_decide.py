@@ -124,7 +124,7 @@ def test_candidates_are_compared_where_the_kl_of_all_is_finite():
         (0.00632, 0.00041, "0.00632 ± 0.00041"),
         (1.2345, 0.12, "1.23 ± 0.12"),
         (12.0, nan, "12 (error unknown)"),
-        (0.5, 0.0, "0.5 (error unknown)"),
+        (0.5, 0.0, "0.5 ± 0"),
     ],
 )
 def test_values_have_the_digits_that_their_errors_leave(value: float, error: float, shown: str):

@@ -23,7 +23,7 @@ from qprobe.selection.budget import Budget
 from qprobe.selection.scores import ScoredRun, damage_of
 from qprobe.selection.select import select
 from qprobe.selection.skiplist import SkipList
-from qprobe.selection.to_manifest import manifest_of
+from qprobe.selection.to_manifest import held_out_quality, manifest_of
 from tests.runs.runs import four_layers, inventory_of, linear, make_run, output, rows, scan_of
 
 NOISE = {"model.a": 0.031, "model.q": 0.5, "model.k": 0.001}  # model.b never ran
@@ -247,3 +247,14 @@ def test_where_sensitivities_miss_the_damage_isolated_kl_chooses(run: Path):
     assert "--by" not in bent.made_by.command
     assert "isolated_kl" in bent.layers[1].reason
     assert "model.a" in select(run, "+14000B", by="sensitivity_kl").skip_modules
+
+
+def test_held_out_kls_are_of_the_samples_on_which_both_are_finite(run: Path):
+    # on "b" the list is not finite: 1.0 / 10 and 0.9 / 10, where all of standard's would be 51 / 20
+    folder, kept = RunFolder(run), frozenset({"model.a"})
+    for stage, second in ((candidate_stage(frozenset()), 50.0), (candidate_stage(kept), nan)):
+        first = 1.0 if stage == candidate_stage(frozenset()) else 0.9
+        values = (("a", stage, 10, first, 5), ("b", stage, 10, second, 5))
+        folder.write_unit(stage, 0, rows(stage, *values))
+    found = held_out_quality(folder, folder.scan, SkipList(("model.a",), 0, 0.0, "x"))
+    assert found == Quality(1, 0.1, 0.09)
