@@ -344,7 +344,7 @@ def set_course(
     sums = [KlSums(0.0, len(x), len(x)) for x in ordered]
     result = ModelResult(stored_bytes(model), answers, sums, scores)
     left_out = (note for metric in metrics for note in metric.left_out(chosen.samples))
-    fewer = fewer_measured(len(samples), options.samples)
+    fewer = fewer_measured(len(samples), 0, options.samples)
     return course, result, (*chosen.notes, *unanswered_note(chosen.samples, wanted), *left_out, *fewer)
 
 
