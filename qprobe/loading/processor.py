@@ -13,6 +13,7 @@ from transformers import __version__ as transformers_version
 from qprobe.errors import ModelError
 from qprobe.loading.config import load_config
 from qprobe.loading.source import Source, explained
+from qprobe.system.wording import SAID, shortened
 
 # How transformers names what is missing: "`num2words` is required", "requires the torchvision library".
 _MISSING = re.compile(r"[Pp]ackage `([\w-]+)`|requires the (\S+) library|No module named '([\w-]+)'")
@@ -147,7 +148,8 @@ def _processor_class(source: Source) -> Any:
 
 
 def _first(error: Exception) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    return shortened(said, SAID).rstrip(".")
 
 
 def _without_video(source: Source, options: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.source import Source
 from qprobe.models.entry import Entry
 from qprobe.records import FormatSpec, Inventory
+from qprobe.system.wording import SAID, shortened
 
 _OF_STORAGE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 
@@ -112,7 +113,7 @@ def _meaning(config: Any) -> Any:
 
 
 def _unbuildable(source: Source, error: Exception) -> ModelError:
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = shortened(" ".join(str(error).split()) or type(error).__name__, SAID)
     return ModelError(
         f"Model {source.id!r} cannot be built from its config.json: {said.rstrip('.')}. "
         f"Check that this transformers knows its architecture and that the file is as published."

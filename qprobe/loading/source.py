@@ -12,6 +12,7 @@ from qprobe.errors import ModelError
 from qprobe.models.catalogue import entries, find, nearest
 from qprobe.models.entry import Entry
 from qprobe.system.foreign import check_foreign
+from qprobe.system.wording import SAID, shortened
 
 _FOR_EXAMPLE = ("demo", "llama-3.2-11b-vision", "qwen2.5-vl-7b")
 _READ = (".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt")
@@ -129,7 +130,9 @@ class explained:
         if isinstance(error, _KINDS) or type(error) is Exception or type(error).__name__ == _PANIC:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             advice = _advice(self.source)
-            raise ModelError(f"Model {self.source.id!r} cannot be loaded: {first} {advice}") from error
+            raise ModelError(
+                f"Model {self.source.id!r} cannot be loaded: {shortened(first, SAID)} {advice}"
+            ) from error
 
 
 def _advice(source: Source) -> str:

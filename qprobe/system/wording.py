@@ -23,6 +23,9 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
+SAID = 600  # characters of what another library said, within a message of ours
+
+
 def shortened(text: str, width: int) -> str:
     """`text`, with its middle left out where it is longer than `width`."""
     if len(text) <= width:
