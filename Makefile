@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 DEMO := runs/demo-outliers
 QUICK ?=
 
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 FUZZ := 600
@@ -40,7 +40,8 @@ quick: $(STAMP)  ## after each edit, within a minute: lint, types of changed fil
 		test -z "$$changed" || $(BIN)/pyright $$changed
 	$(PYTEST) -m "not slow" $(QUICK)
 
-# Two workers of one thread each: the models are tiny, and threads would only get in each other's way.
+# Three workers of one thread each, since some wait for processes that they started; the models are tiny, and
+# threads would only get in each other's way.
 test: lint browser  ## lint and all tests
 	$(PYTEST)
 

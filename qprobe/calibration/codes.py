@@ -127,7 +127,8 @@ def workspace_bytes(out_features: int, in_features: int, matrices: int = 1) -> i
     if in_features % 64:  # each weight has its scale beside it
         weights += 4 * out_features * in_features
     on_the_way = 8 * 4 * max(WIDTH * out_features, BLOCKS * 64)
-    return max((2 * matrices + 1) * matrix, 2 * matrices * matrix + weights + on_the_way)
+    beside = out_features // matrices * in_features if matrices > 1 else 0  # codes of one weight once more
+    return max((2 * matrices + 1) * matrix, 2 * matrices * matrix + weights + on_the_way + beside)
 
 
 def _why_no_metric(gram: Tensor) -> str:

@@ -19,7 +19,8 @@ MAX_STATE_BYTES = 2**30  # it has a few hundred bytes per logged step
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """While open, no other process trains into `folder`; a folder that is empty afterwards is removed.
+    """While open, no other process trains into `folder`; a folder that is empty afterwards, also
+    after an error, is removed.
 
     The system lets go of the lock when a process ends, however it ends; temporary files that killed ones left
     go before. Raises RunError if another process holds it, or the folder cannot be made.
@@ -36,9 +37,12 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise RunError(
                 f"Another process is training into {folder}. Wait for it to end, or pass another --out."
             )
-        yield
-    if not any(folder.iterdir()):
-        folder.rmdir()
+        try:
+            yield
+        finally:
+            if {path.name for path in folder.iterdir()} <= {LOCK}:
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -12,6 +12,7 @@ from qprobe.errors import MachineError
 from qprobe.loading.device import pick_device
 from qprobe.loading.processor import load_processor
 from qprobe.loading.reference import reference_of
+from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import known
 from qprobe.loading.stored import checkpoint_folder
 from qprobe.manifest.read import read_manifest
@@ -31,12 +32,14 @@ def load_base(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    skeleton: Skeleton | None = None,
 ) -> tuple[Any, Any]:
     """(model, processor): the manifest's model in 16-bit, in standard 4-bit or dynamic, ready for adapters.
 
-    Errors as of `load_dynamic_4bit`; a model other than the manifest's is refused for each base.
+    skeleton: of the model, where it was checked before. Errors as of `load_dynamic_4bit`; a model other than
+    the manifest's is refused for each base.
     """
-    loaded, processor = open_base(manifest, base, model, device, dtype, trust_remote_code)
+    loaded, processor = open_base(manifest, base, model, device, dtype, trust_remote_code, skeleton)
     return ready_for_training(loaded), processor
 
 
@@ -47,13 +50,15 @@ def open_base(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    skeleton: Skeleton | None = None,
 ) -> tuple[Any, Any]:
     """`load_base` without what training needs: the model computes as it will be served."""
     if base == "dynamic":
         return load_dynamic_4bit(manifest, model, device, dtype, trust_remote_code=trust_remote_code)
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     spec = with_dtype(written.format, dtype)
-    skeleton = check_model(written, model, trust_remote_code).in_dtype(spec.compute_dtype)
+    checked = check_model(written, model, trust_remote_code) if skeleton is None else skeleton
+    skeleton = checked.in_dtype(spec.compute_dtype)
     if base == "nf4":
         loaded = standard_4bit(skeleton, replace(spec, name=spec.four_bit_name), device, None)
         return loaded, load_processor(skeleton.source)

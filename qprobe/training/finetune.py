@@ -23,6 +23,7 @@ from qprobe.exports.keys import one_pattern
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
+from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, moved
 from qprobe.manifest.write import write_manifest
@@ -159,7 +160,8 @@ def run_finetuning(options: FinetuneOptions, progress: Progress) -> Finetuned:
     manifest = read_manifest(options.manifest)
     refuse_several_processes(os.environ)
     check_options(options, manifest)
-    refuse_without_answers(check_model(manifest, options.model, options.trust_remote_code).model)
+    skeleton = check_model(manifest, options.model, options.trust_remote_code)
+    refuse_without_answers(skeleton.model)
     peft = peft_library()
     spec = asked_spec(options, manifest)
     _check_out(options.out, spec)
@@ -168,11 +170,12 @@ def run_finetuning(options: FinetuneOptions, progress: Progress) -> Finetuned:
     if len(found) > 1:
         spec["eval_data"] = texts_digest(found[1])
     with alone_in(options.out):
-        return _finetune(options, manifest, spec, found, peft, progress)
+        return _finetune(options, skeleton, manifest, spec, found, peft, progress)
 
 
 def _finetune(
     options: FinetuneOptions,
+    skeleton: Skeleton,
     manifest: Manifest,
     spec: dict[str, Any],
     found: Sequence[Conversations],
@@ -197,6 +200,7 @@ def _finetune(
         options.device,
         options.dtype,
         options.trust_remote_code,
+        skeleton,
     )
     # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
     spec = {**spec, BASE_WEIGHTS: base_digest(manifest, options.model)}

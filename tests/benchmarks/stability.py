@@ -37,8 +37,9 @@ from qprobe.records import Sample, asked
 from qprobe.scanning.scan import scan
 from qprobe.system.files import write_atomic
 from qprobe.system.versions import library_versions
-from qprobe.training.bases import load_base, load_finetuned
+from qprobe.training.bases import load_base
 from qprobe.training.finetune import finetune
+from qprobe.training.origin import load_finetuned
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.stability_report import write_report
 

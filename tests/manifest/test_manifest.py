@@ -128,7 +128,7 @@ def test_the_file_has_the_published_keys():
         "skip_modules", "made_by",
     ]  # fmt: skip
     assert list(data["model"]) == ["id", "revision", "architecture", "fingerprint"]
-    assert list(data["format"]) == ["name", "blocksize", "double_quant", "compute_dtype"]
+    assert list(data["format"]) == ["name", "blocksize", "double_quant", "compute_dtype", "experts"]
     assert list(data["budget"]) == ["requested", "limit_bytes", "total_bytes", "standard_4bit_bytes"]
     assert list(data["quality"]) == ["samples", "kl_standard_4bit", "kl_dynamic", "kl_predicted"]
     assert list(data["compared"][0]) == ["name", "total_bytes", "kl", "kl_se", "chosen"]

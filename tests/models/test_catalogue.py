@@ -55,7 +55,7 @@ def test_a_geometry_has_the_parameters_stated_elsewhere_and_the_stored_sizes(nam
     assert parameters == geometry.parameters
     everything = frozenset(x.name for x in inventory.layers)
     quantized = [x for x in inventory.layers if not x.fixed]
-    scales = [-(-x.in_features * x.out_features // 64) for x in quantized]
+    scales = [-(-(x.experts or 1) * x.in_features * x.out_features // 64) for x in quantized]
     assert geometry.sizes == Sizes(
         linear_layers=len(inventory.layers),
         bytes_16bit=inventory.total_bytes(everything),

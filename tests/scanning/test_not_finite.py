@@ -39,10 +39,10 @@ def assert_no_nan_sums(run: Path) -> None:
 
 
 def test_a_nan_weight_is_named_and_left_out(tiny_folder: TinyFolder, tmp_path: Path):
-    # A BERT answers nothing, so that its samples stay although all behind the weight is NaN.
+    # Without a damage that would be NaN its samples stay, although all behind the weight is NaN.
     layer = "encoder.layer.1.intermediate.dense"
     folder = broken_copy(tiny_folder("bert"), tmp_path / "model", f"{layer}.weight", float("nan"))
-    result = scan(**options(folder, tmp_path / "run"))
+    result = scan(**options(folder, tmp_path / "run", measures=("weight", "activation", "propagated")))
     assert any("weights that are not finite" in note and f"{layer} (" in note for note in result.notes)
     assert any(f"first {layer} on question-0" in note for note in result.notes)
     assert any("Propagated error is not measured" in note and "finite" in note for note in result.notes)

@@ -113,7 +113,7 @@ JOBS: Mapping[str, tuple[Callable[[Path], None], Callable[[Path, Path], None]]] 
 """What each needs, which is made once, and the work: from the folder with what it needs, into another one."""
 
 
-QUIET = {"quantize": 0.4}
+QUIET = {"quantize": 0.1}
 """The share of a job that reads only, and is not worth many kills; 0 where it is not named."""
 
 

@@ -23,9 +23,9 @@ from tests.scanning.resume.runs import options, table
 IN_THE_SPECIFICATION = {
     "model", "images", "data", "prompt", "samples", "format", "device", "dtype", "seed", "batch_size",
     "max_new_tokens", "measures", "nodes", "tune", "calibration_samples", "turns", "split", "bad_data",
-    "allow_downloads",
+    "allow_downloads", "experts",
 }  # fmt: skip
-NO_PART = {"out", "max_memory", "keep_correction"}
+NO_PART = {"out", "max_memory", "keep_correction", "trust_remote_code"}
 
 
 class Stopped(Exception):

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-JOBS = {"demo": 10, "scan": 4, "calibrated": 4, "limited": 4, "weights": 5, "join": 5, "quantize": 6}
+JOBS = {"demo": 4, "scan": 3, "calibrated": 3, "limited": 3, "weights": 4, "join": 4, "quantize": 5}
 
 
 @pytest.fixture(scope="module")
