@@ -49,7 +49,7 @@ fuzz: $(STAMP)  ## damaged and hostile inputs for every reader; FUZZ=60 for a mi
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 versions: $(STAMP)  ## all tests on the lowest and the newest transformers, peft and bitsandbytes that are allowed
-	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m tests.versions -n 2 --dist loadfile --no-loadscope-reorder --no-loadscope-reorder
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m tests.versions -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## format, lint, types, and who imports whom
 	$(BIN)/ruff format --check .
