@@ -178,6 +178,7 @@ class Gathering:
         tiles = tiles_that_count(batch) if batch.inputs else tiles
 
         def forward(name: str, product: Product, x: Tensor) -> Tensor:
+            """What layer `name` puts out for `x` in 16-bit; the first to read `x` adds it to its matrix."""
             leader = self._leaders.get(name)
             if leader == name:
                 layer, tokens = self.subject.layers[name], x.numel() // x.shape[-1]

@@ -86,6 +86,7 @@ class TunedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of x, scales and units (None where it has none), by `grad` (..., out_features)."""
         x, scales = ctx.saved_tensors
         tunable: Tunable = ctx.tunable
         towards_weight = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).float().reshape(-1)

@@ -157,6 +157,7 @@ class _Recorder:
         self._known: dict[int, tuple[Any, int, Any]] = {}
 
     def wrapped(self, number: int, block: nn.Module) -> Callable[..., Any]:
+        """The forward of block number `number`; it notes its arguments and what its first call puts out."""
         forward = block.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:

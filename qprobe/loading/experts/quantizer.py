@@ -88,6 +88,7 @@ class _Quantize(ConversionOps):
         self.quantizer, self.other = quantizer, other
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **options: Any) -> dict[str, Any]:
+        """`input_dict` with 4-bit codes in place of experts' weights, and what `other` makes of the rest."""
         config = self.quantizer.quantization_config
         result, rest = {}, {}
         for name, value in input_dict.items():
