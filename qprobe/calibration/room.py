@@ -14,6 +14,7 @@ from qprobe.calibration.gram import SharedInput, gram_bytes
 from qprobe.measure.subject import Subject
 
 MOST_MEMORY = 4 * 2**30  # by default: more saves few passes, and rounding needs room beside it
+MOST_RECORDED = 6 * 2**30  # what blocks of an 11B are called with for 32 images; to fetch it takes longer
 
 
 def check_limit(subject: Subject) -> None:
@@ -62,7 +63,7 @@ def record_room(subject: Subject) -> int:
     """Bytes that what blocks are called with may take on the devices (see `qprobe.calibration.walk`)."""
     if subject.limit is not None:
         return 0
-    return min(MOST_MEMORY, min(free_memory(place) for place in subject.reference.devices) // 4)
+    return min(MOST_RECORDED, min(free_memory(place) for place in subject.reference.devices) // 4)
 
 
 def widest_rounding(subject: Subject, inputs: Iterable[SharedInput]) -> int:

@@ -81,8 +81,9 @@ def token_weights(
         with subject.running("weights of tokens", batch.elements):
             _run(subject, batch, notes)
         tiles = tiles_that_count(batch)
+        found_here = notes.on_host()
         for leader, found in raw.items():
-            weights = notes.weights.get(leader, torch.zeros(0))
+            weights = found_here.get(leader, torch.zeros(0))
             layer = subject.layers[leader]
             mask = counted_tokens(layer, len(weights), batch, tiles)
             counts[leader] += len(weights) if mask is None else int(mask.sum())
@@ -113,14 +114,23 @@ class _Notes:
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add the gradient (..., out_features) at the output of `name`."""
-        squares = gradient.float().square().sum(dim=-1).reshape(-1).cpu()
+        squares = gradient.float().square().sum(dim=-1).reshape(-1)  # on its device: to wait would cost most
         leader = self.leaders[name]
         if name in self._runs:
             self.repeated.add(leader)
             return
         self._runs.add(name)
         so_far = self.weights.get(leader)
-        self.weights[leader] = squares if so_far is None else so_far + squares
+        self.weights[leader] = squares if so_far is None else so_far + squares.to(so_far.device)
+
+    def on_host(self) -> dict[str, Tensor]:
+        """The weights on the CPU; one copy from each device."""
+        found: dict[str, Tensor] = {}
+        for device in {x.device for x in self.weights.values()}:
+            here = {leader: x for leader, x in self.weights.items() if x.device == device}
+            sizes = [len(x) for x in here.values()]
+            found |= zip(here, torch.cat(list(here.values())).cpu().split(sizes), strict=True)
+        return found
 
 
 def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
@@ -130,8 +140,8 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
     def forward(name: str, product: Product, x: Tensor) -> Tensor:
         x = x.to(path.dtype)
 
-        def weight() -> Tensor:
-            return subject.dequantized.own(name).to(x.dtype)
+        def weight() -> Tensor:  # must not refer to x, which would live until the backward pass
+            return subject.dequantized.own(name).to(path.dtype)
 
         if name not in notes.leaders:
             return times(product, x, weight())

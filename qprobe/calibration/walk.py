@@ -181,14 +181,15 @@ class _Recorder:
         if not isinstance(value, Tensor):
             return value
         found, version, known = self._known.get(id(value), (lambda: None, 0, None))
-        if found() is value and version == value._version:
-            if isinstance(known, _Kept):
-                return known
-            if known.block < block:
-                self._into.last_use[known] = max(block, self._into.last_use.get(known, 0))
-                return known
+        if found() is not value or version != value._version:
+            known = None  # of a tensor that had this id before, or of what this one held then
+        if isinstance(known, _Kept):
+            return known
+        if isinstance(known, _PutOut) and known.block < block:
+            self._into.last_use[known] = max(block, self._into.last_use.get(known, 0))
+            return known
         kept = self._keep(value)
-        if not isinstance(known, _PutOut):
+        if known is None:
             self._known[id(value)] = (ref(value), value._version, kept)
         return kept
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 
 from qprobe.calibration.gram import Gram, gathered, shared_inputs, weighted_parts
-from qprobe.calibration.token_weights import DRAWS, MIX, TokenWeights, draws, token_weights
+from qprobe.calibration.token_weights import DRAWS, MIX, TokenWeights, _Weighed, draws, token_weights
 from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import fisher_direction, random_signs
@@ -234,3 +235,30 @@ def test_blocks_that_run_again_weigh_the_same(tiny_folder: TinyFolder):
     kept, again = (token_weights(one, inputs, [batch]) for one in (subject, tight))
     for one in inputs:
         torch.testing.assert_close(again.raw[one.leader][0], kept.raw[one.leader][0])
+
+
+def test_what_linears_read_does_not_live_until_the_backward_pass(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+):
+    # At full size it would be 15 GiB: the blocks run again for it.
+    subject = subject_for(tiny_folder("llama"))
+    batch = subject.encode(samples_of("llama"))
+    inputs = shared_inputs(subject, [batch])
+    vars(subject)["path"] = replace(subject.path, room_bytes=0)
+    read: dict[str, Any] = {}
+    alive: list[str] = []
+    weighed, gradients = _Weighed.apply, torch.autograd.grad
+
+    def noting(x: torch.Tensor, *rest: Any) -> Any:
+        read[rest[-1]] = ref(x)
+        return weighed(x, *rest)
+
+    def looking(*given: Any, **options: Any) -> Any:
+        alive.extend(name for name, x in read.items() if x() is not None)
+        return gradients(*given, **options)
+
+    monkeypatch.setattr(_Weighed, "apply", noting)
+    monkeypatch.setattr(torch.autograd, "grad", looking)
+    token_weights(subject, inputs, [batch])
+    assert len(read) == len(subject.quantized)
+    assert not [name for name in alive if "down_proj" in name or "o_proj" in name]

@@ -86,6 +86,20 @@ def test_what_a_block_put_out_is_handed_on_and_not_kept(tiny_folder: TinyFolder)
         assert second and second < first
 
 
+def test_a_tensor_that_many_blocks_read_is_kept_once(tiny_folder: TinyFolder):
+    # Python gives the ids of tensors that are gone to others.
+    subject = subject_for(tiny_folder("mllama"))
+    batches = batches_of(subject, "mllama")
+    walk = Walk(subject, 2**30)
+    walk.record(Gathering(subject, []), batches, len(batches), lambda: None)
+    for one in walk.recorded:
+        kept = {id(x): x.tensor for calls in one.calls.values() for x in _kept(calls)}
+        wide = [x for x in kept.values() if x.numel() > 1000]
+        assert wide
+        for number, x in enumerate(wide):
+            assert not [y for y in wide[:number] if torch.equal(x, y)], x.shape
+
+
 def _kept(calls: list) -> list:
     flat = tree_flatten(calls)[0]
     return [x for x in flat if hasattr(x, "tensor")]
