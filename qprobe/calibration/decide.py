@@ -23,8 +23,10 @@ from qprobe.measure.hooks import LayerForward
 from qprobe.measure.subject import Subject
 from qprobe.runs.notes import TokensCount
 
-TRIAL = 4  # one shared input of so many is rounded for the decision
-TRIAL_LARGE = 16  # above `FLOAT32_UP_TO` parameters, where rounding takes longest
+TRIAL = (
+    5  # one shared input of so many is rounded for the decision; most blocks have 4, so that all kinds are
+)
+TRIAL_LARGE = 17  # above `FLOAT32_UP_TO` parameters, where rounding takes longest
 
 
 def decided(

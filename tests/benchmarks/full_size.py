@@ -7,10 +7,10 @@ images of 4 tiles with prompts of 256 tokens and answers of 64, and runs `python
 command in a process of its own. The bare forward of the same samples runs warm and for `--bare-seconds`, so
 that both see the same clocks. Prints Markdown, a row as soon as it is known, so that a killed run leaves a
 table. Parts: write, bare, activation (weight + activation error only), scan, select, load4, quantize, and,
-on request, streamed (the default scan within --max-memory, its table beside that of the part scan, and its
-copies), spread and shards (the default scan with the model over two GPUs, and by two processes of torchrun,
-with their tables beside that of the part scan) and weight (the weight-only scan on the CPU beside the bare
-read of the files and the quantizer's own speed).
+on request, calibrated (the scan with calibrated weights), streamed (the default scan within --max-memory,
+its table beside that of the part scan, and its copies), spread and shards (the default scan with the model
+over two GPUs, and by two processes of torchrun, with their tables beside that of the part scan) and weight
+(the weight-only scan on the CPU beside the bare read of the files and the quantizer's own speed).
 With --images or --layers it prints how scan time grows instead. `--tiny` checks all of it on a CPU.
 """
 
@@ -32,7 +32,7 @@ from tests.benchmarks.full_size_parts import CHILDREN, Bench, Ran
 from tests.benchmarks.full_size_streamed import column_differences, largest_difference
 
 PARTS = ("write", "bare", "activation", "scan", "select", "load4", "quantize")
-ON_REQUEST = ("streamed", "spread", "shards", "weight")
+ON_REQUEST = ("calibrated", "streamed", "spread", "shards", "weight")
 GIB = 2**30
 
 
@@ -104,6 +104,9 @@ def stages(bench: Bench) -> None:
     if "scan" in parts:
         scanned(bench.scan(bench.most_images, "scan"), "default scan", bare)
         steady(bench, "scan", bare)
+    if "calibrated" in parts:
+        scanned(bench.calibrated(), "calibrated scan without tuning", bare)
+        steady(bench, "calibrated", bare)
     if "streamed" in parts:
         streamed(bench, bare)
     if "spread" in parts:

@@ -113,6 +113,11 @@ class Bench:
         """The default scan within a memory limit."""
         return self.scan(self.most_images, "streamed", "--max-memory", self.options.max_memory)
 
+    def calibrated(self) -> Ran:
+        """The scan with calibrated weights, without tuning."""
+        more = ("--format", "nf4-calibrated", "--tune", "0")
+        return self.scan(self.most_images, "calibrated", *more)
+
     def spread(self) -> Ran:
         """The default scan with the model over all GPUs."""
         return self.scan(self.most_images, "spread", "--device", "auto")
