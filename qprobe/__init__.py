@@ -10,13 +10,13 @@ __version__ = "0.1.0"
 # Where each public name lives. It is imported on first use, so that `import qprobe` costs no torch. No module
 # of the package may have one of these names: importing it would put the module in the function's place.
 _HOMES = {
-    "Audit": "qprobe.checkpoint.audit_found",
+    "Audit": "qprobe.checkpoint.auditing.found",
     "Manifest": "qprobe.manifest.records",
     "QprobeError": "qprobe.errors",
     "Run": "qprobe.scanning.run",
     "answer_collator": "qprobe.inputs.encoding",
-    "audit": "qprobe.checkpoint.audit",
-    "compare": "qprobe.checkpoint.compare",
+    "audit": "qprobe.checkpoint.auditing.audit",
+    "compare": "qprobe.checkpoint.comparing.compare",
     "doctor": "qprobe.loading.doctor",
     "export_manifest": "qprobe.exports",
     "finetune": "qprobe.training.finetune",
@@ -32,7 +32,7 @@ _HOMES = {
     "open_run": "qprobe.scanning.run",
     "plan": "qprobe.checkpoint.plan",
     "quantize": "qprobe.checkpoint.quantize",
-    "rank_table": "qprobe.runs.table",
+    "rank_table": "qprobe.runs.layers.table",
     "read_manifest": "qprobe.manifest.read",
     "scan": "qprobe.scanning.scan",
     "select": "qprobe.selection.select",
@@ -42,9 +42,9 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from qprobe.checkpoint.audit import audit
-    from qprobe.checkpoint.audit_found import Audit
-    from qprobe.checkpoint.compare import compare
+    from qprobe.checkpoint.auditing.audit import audit
+    from qprobe.checkpoint.auditing.found import Audit
+    from qprobe.checkpoint.comparing.compare import compare
     from qprobe.checkpoint.import_list import import_list
     from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
     from qprobe.checkpoint.plan import plan
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from qprobe.manifest.write import write_manifest
     from qprobe.report.write import write_report
     from qprobe.runs.folder import layer_table
-    from qprobe.runs.table import rank_table
+    from qprobe.runs.layers.table import rank_table
     from qprobe.scanning.join import join
     from qprobe.scanning.run import Run, open_run
     from qprobe.scanning.scan import scan

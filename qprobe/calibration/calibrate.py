@@ -40,9 +40,9 @@ from qprobe.registry.measures import CALIBRATION
 from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Rounding
+from qprobe.runs.layers.table import EXPERTS
 from qprobe.runs.notes import Remarks, TokensCount
 from qprobe.runs.shards import waiting
-from qprobe.runs.table import EXPERTS
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qprobe.checkpoint.audit import audit_files
-from qprobe.checkpoint.audit_loaded import loaded_problems
+from qprobe.checkpoint.auditing.audit import audit_files
+from qprobe.checkpoint.auditing.loaded import loaded_problems
 from qprobe.checkpoint.card import model_card
 from qprobe.checkpoint.load import MANIFEST_FILE, check_model, codes_of, dynamic_4bit, with_dtype
 from qprobe.checkpoint.matching import check_keys

@@ -15,11 +15,11 @@ from qprobe.cli.finetune import finetune
 from qprobe.cli.join import join
 from qprobe.cli.machine import doctor, models
 from qprobe.cli.merge import merge
+from qprobe.cli.output.speaking import visible_usage
 from qprobe.cli.plan import plan
 from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
 from qprobe.cli.shared import interruptible
-from qprobe.cli.speaking import visible_usage
 
 
 class Commands(click.Group):

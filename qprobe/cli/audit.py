@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 from qprobe.system.wording import counted
 
 
@@ -63,7 +63,7 @@ def audit(
         raise click.UsageError("--device says where to load the model; pass --load or --adapter with it.")
     if model is not None and adapter is None:
         raise click.UsageError("--model says what an adapter was trained on; pass --adapter with it.")
-    from qprobe.checkpoint.audit import audit as run_audit
+    from qprobe.checkpoint.auditing.audit import audit as run_audit
 
     found = run_audit(
         folder,

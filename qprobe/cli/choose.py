@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.limits import for_option, limit_options, require_a_limit
-from qprobe.cli.speaking import say
+from qprobe.cli.options.limits import for_option, limit_options, require_a_limit
+from qprobe.cli.output.speaking import say
 from qprobe.system.wording import counted, named
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     --json prints: by, and rows [{rank, and the columns of layers.csv}]; by sensitivity_kl also rank_low
     and rank_high, the 90 % interval of the rank over other samples of the same kind.
     """
-    from qprobe.cli.ranking import default_score, ranking, show_ranking
+    from qprobe.cli.output.ranking import default_score, ranking, show_ranking
 
     with shared.opened_run(run) as opened:
         if not as_json:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 
 
 @shared.command(
@@ -47,7 +47,7 @@ def compare(as_json: bool, **asked: Any) -> None:
     not apply.
     """
     shared.refuse_two_sources(asked)
-    from qprobe.checkpoint.compare import compare as run_compare
+    from qprobe.checkpoint.comparing.compare import compare as run_compare
 
     with shared.opened_run(asked["manifest"].parent), shared.progress_bars() as progress:
         comparison = run_compare(**asked, progress=progress)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 from qprobe.options import FOR, Base, Optimizer
 from qprobe.system.wording import counted
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 
 if TYPE_CHECKING:
     from qprobe.models.entry import Entry

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 
 
 @shared.command(

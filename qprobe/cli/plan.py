@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 from qprobe.options import Experts
 
 _POSITIVE = click.IntRange(min=1)

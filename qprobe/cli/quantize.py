@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 from qprobe.system.wording import counted
 
 

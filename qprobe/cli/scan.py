@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.limits import for_option, limit_options, refuse_two_limits
-from qprobe.cli.speaking import say
+from qprobe.cli.options.limits import for_option, limit_options, refuse_two_limits
+from qprobe.cli.output.speaking import say
 from qprobe.options import DEFAULT_BUDGET
 from qprobe.registry import measures, precisions
 from qprobe.system.wording import counted
@@ -152,7 +152,7 @@ def _names(value: str | None) -> tuple[str, ...] | None:
 
 
 def _show(run: Run, asked: Mapping[str, Any]) -> None:
-    from qprobe.cli.ranking import show_ranking
+    from qprobe.cli.output.ranking import show_ranking
     from qprobe.report.terminal import paragraphs, readable_bytes, terminal_width
 
     result, width = run.result, terminal_width()

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qprobe.cli.debug import debugged, stage_times
-from qprobe.cli.speaking import one_line, say, visible_json
+from qprobe.cli.output.debug import debugged, stage_times
+from qprobe.cli.output.speaking import one_line, say, visible_json
 from qprobe.data.source import names_of_files
 from qprobe.errors import LeftOutWarning, QprobeError, is_out_of_memory
 from qprobe.options import DEFAULT_ADAPT, Progress

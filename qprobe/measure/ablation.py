@@ -27,7 +27,7 @@ from qprobe.options import Progress
 from qprobe.records import Inventory, Sample
 from qprobe.registry.measures import SENSITIVITY_KL
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.table import rank_table
+from qprobe.runs.layers.table import rank_table
 from qprobe.runs.units import ablation_stage
 from qprobe.selection.derived.ablated import ALONE, KEPT, write_ablation
 

@@ -20,7 +20,7 @@ Unit = Literal["weights", "batch", "half batch"]
 of the half of them that costly measures take (`qprobe.measure.runner.isolated_half`)."""
 Need = Literal["samples", "head", "independent samples", "two nodes"]
 Aggregate = Literal["nmse", "sqnr_db", "peak", "kl_share"]
-"""How a layer's value follows from its rows; `qprobe.runs.aggregates` has the functions."""
+"""How a layer's value follows from its rows; `qprobe.runs.layers.aggregates` has the functions."""
 
 
 @dataclass(frozen=True)

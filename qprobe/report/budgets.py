@@ -14,8 +14,8 @@ from qprobe.manifest.records import Manifest, Quality
 from qprobe.records import Scan
 from qprobe.registry.measures import ACTIVATION, SENSITIVITY_KL
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.table import finite_answers, measured
 from qprobe.runs.statistics import ratio_se
-from qprobe.runs.table import finite_answers, measured
 from qprobe.runs.units import candidate_stage
 from qprobe.selection.budget import Budget
 from qprobe.selection.scores import (
@@ -99,7 +99,7 @@ class Prediction:
         """The KL that `kept` in 16-bit leaves; None where no sensitivity was measured.
 
         The KL is isolated KL and path's share of the layers left, weighted by how much of the damage is left
-        (see `qprobe.selection.damage`); that weight is taken as known, and the two as independent.
+        (see `qprobe.selection.search.damage`); that weight is taken as known, and the two as independent.
         """
         value = self.predicted_kl(kept | self.fixed)
         if value is None or self.path.empty:

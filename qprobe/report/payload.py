@@ -23,8 +23,8 @@ from qprobe.report.names import kind_of, short_names
 from qprobe.report.panels import panel_columns, spike_indices, taken
 from qprobe.report.worst import Worst, worst_tokens
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.shown import ShownSample
-from qprobe.runs.table import attribution_residual
 
 _OF_A_SCAN = ("qprobe scan ", "qprobe.scan(")  # how the record of a list begins that a scan chose
 

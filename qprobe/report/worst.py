@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from qprobe.models.grid import Grid
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.table import peaks
 from qprobe.runs.shown import ShownSample
-from qprobe.runs.table import peaks
 
 _CONTEXT = 6  # tokens shown on either side
 _SAME_SHAPE = 1.03  # an image and its patches are one shape up to this ratio; the processor rounds to patches

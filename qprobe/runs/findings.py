@@ -12,9 +12,9 @@ from qprobe.errors import SampleError
 from qprobe.registry.measures import OUTPUTS
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.ranks import write_ranks
+from qprobe.runs.layers.table import STANDARD, finite_answers, left_out, write_table
 from qprobe.runs.notes import Ran, Remarks
-from qprobe.runs.ranks import write_ranks
-from qprobe.runs.table import STANDARD, finite_answers, left_out, write_table
 from qprobe.system.wording import counted, named
 
 

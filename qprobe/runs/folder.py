@@ -3,7 +3,7 @@
 RUN/scan.json     the key: everything that decides a number        `qprobe.runs.key`
 RUN/notes/        what processes remarked on the way               `qprobe.runs.notes`
 RUN/units/        the finished units                               `qprobe.runs.units`
-RUN/layers.csv    and others, derived from the units               `qprobe.runs.table`, `ranks`, `shown`
+RUN/layers.csv    and others, derived from the units               `qprobe.runs.layers`, `qprobe.runs.shown`
 RUN/files.json    row count and SHA-256 of what was derived        `qprobe.runs.derived`
 """
 
@@ -27,14 +27,14 @@ from qprobe.runs.derived import DerivedFiles
 from qprobe.runs.key import ANSWERS as OF_ANSWERS
 from qprobe.runs.key import FILE as KEY_FILE
 from qprobe.runs.key import Key, differences, key_bytes, parse_key
+from qprobe.runs.layers.ranks import FILE as RANKS
+from qprobe.runs.layers.ranks import parse_ranks
+from qprobe.runs.layers.table import FILE as TABLE
+from qprobe.runs.layers.table import derived_table, parse_table
 from qprobe.runs.notes import FOLDER as NOTES
 from qprobe.runs.notes import Notes
-from qprobe.runs.ranks import FILE as RANKS
-from qprobe.runs.ranks import parse_ranks
 from qprobe.runs.shown import FILE as SAMPLES
 from qprobe.runs.shown import ShownSample, parse_shown
-from qprobe.runs.table import FILE as TABLE
-from qprobe.runs.table import derived_table, parse_table
 from qprobe.runs.units import decode_unit, encode_unit, number_of, rows_of, stage_of, unit_name
 from qprobe.system.files import make_folder, remove_left_behind, write_first
 from qprobe.system.foreign import is_plain_name
@@ -283,7 +283,7 @@ def run_folder(run: Path | str | RunFolder) -> RunFolder:
 
 
 def layer_table(run: Path | str | RunFolder) -> pd.DataFrame:
-    """The layer table of a run, from its units, see `qprobe.runs.table.derived_table`.
+    """The layer table of a run, from its units, see `qprobe.runs.layers.table.derived_table`.
 
     Raises RunError if it is no run or a file of it is damaged.
     """

@@ -3,7 +3,7 @@
 A unit is one piece of work of one stage, numbered from 0: the rows of one batch of samples, or all weights.
 Each is one parquet file with a fixed schema, written whole or not at all, so that resuming a scan is running
 its missing units and joining two scans of one specification is putting their unit files in one folder.
-Units hold sums and counts only; `qprobe.runs.table` turns them into the layer table.
+Units hold sums and counts only; `qprobe.runs.layers.table` turns them into the layer table.
 
 The schema of each stage is declared in `qprobe.registry.measures`, with the columns that name a row. The
 experts of a fused weight are rows of one layer, told apart by the column "expert" (null for a plain linear).

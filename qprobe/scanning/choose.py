@@ -19,9 +19,9 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.scored import Scored, scored
 from qprobe.runs.shards import SKIPLIST
-from qprobe.runs.table import attribution_residual
 from qprobe.scanning.answers import AnsweredBy, own_answers
 from qprobe.scanning.process import Process
 from qprobe.scanning.request import Batching

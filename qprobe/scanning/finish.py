@@ -9,10 +9,10 @@ from qprobe.measure.memory import peak_bytes
 from qprobe.measure.subject import Subject
 from qprobe.report.write import write_report
 from qprobe.runs.findings import write_findings
+from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.notes import Ended
 from qprobe.runs.scored import Scored
 from qprobe.runs.shards import SKIPLIST
-from qprobe.runs.table import attribution_residual
 from qprobe.scanning.choose import HeldOut, Scoring, choose
 from qprobe.scanning.process import Clock, Process
 from qprobe.scanning.request import ScanRequest

@@ -13,9 +13,9 @@ import pandas as pd
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, Quality, moved
 from qprobe.runs.folder import RunFolder, run_folder
+from qprobe.runs.layers.table import attribution_residual, rank_table
 from qprobe.runs.scored import Scored
 from qprobe.runs.shards import SKIPLIST
-from qprobe.runs.table import attribution_residual, rank_table
 from qprobe.selection.derived.again import make_again
 from qprobe.selection.replaced import select_into
 from qprobe.selection.scores import default_measure

@@ -11,7 +11,7 @@ from qprobe.errors import BudgetError
 from qprobe.records import Inventory
 from qprobe.registry.measures import SENSITIVITY_KL
 from qprobe.selection.budget import Budget
-from qprobe.selection.damage import Damage, fewest_bytes, least_damage
+from qprobe.selection.search.damage import Damage, fewest_bytes, least_damage
 from qprobe.selection.skiplist import SkipList
 
 SCORE = SENSITIVITY_KL.score  # the one column that predicts a KL
@@ -45,7 +45,7 @@ def parse_bound(max_kl: float) -> Bound:
 
 @dataclass(frozen=True)
 class Prospect:
-    """What is predicted of the lists of one model, nats per answer token (see `qprobe.selection.damage`).
+    """What is predicted of the lists of one model, nats per answer token (`qprobe.selection.search.damage`).
 
     most: predicted KL with nothing kept. least: with everything kept that is predicted to pay.
     """

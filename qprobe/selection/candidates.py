@@ -6,12 +6,12 @@ from math import nan
 
 from qprobe.models.catalogue import find
 from qprobe.registry.measures import proposing
-from qprobe.runs.table import measured
+from qprobe.runs.layers.table import measured
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
-from qprobe.selection.groups import keeps_groups_whole
 from qprobe.selection.request import ListRequest
 from qprobe.selection.scores import ScoredRun, damage_of, default_measure, layer_scores, skiplist_by
+from qprobe.selection.search.groups import keeps_groups_whole
 from qprobe.selection.skiplist import SkipList, best_skiplist
 
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves

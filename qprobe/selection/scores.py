@@ -11,9 +11,9 @@ import pandas as pd
 from qprobe.records import Inventory, Scan
 from qprobe.registry import measures
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.table import attribution_residual, check_measure, measured
+from qprobe.runs.layers.table import attribution_residual, check_measure, measured
 from qprobe.selection.bound import SCORE, Prospect
-from qprobe.selection.damage import Damage, least_damages
+from qprobe.selection.search.damage import Damage, least_damages
 from qprobe.selection.skiplist import SkipList, best_skiplists
 from qprobe.selection.verdict import is_bent
 

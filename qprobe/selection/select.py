@@ -10,9 +10,9 @@ from qprobe.manifest.records import Manifest
 from qprobe.runs.folder import RunFolder, run_folder
 from qprobe.selection.bound import Bound, predicted_skiplist
 from qprobe.selection.budget import Budget
-from qprobe.selection.groups import grouped_for
 from qprobe.selection.request import ListRequest, parse_request
 from qprobe.selection.scores import ScoredRun, prospect_of, sensitivities_are_bent, skiplist_by
+from qprobe.selection.search.groups import grouped_for
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import Proof, held_out_quality, manifest_of
 

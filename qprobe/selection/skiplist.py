@@ -9,7 +9,7 @@ from math import fsum, isfinite
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory, Linear
 from qprobe.selection.budget import below_standard
-from qprobe.selection.solver import Item, Option, fewest_bytes, least_damage, most_spared
+from qprobe.selection.search.solver import Item, Option, fewest_bytes, least_damage, most_spared
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from qprobe.manifest.records import Compared, MadeBy, Manifest, ManifestBudget, 
 from qprobe.records import Inventory, Linear, Scan
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.table import finite_answers, measured
+from qprobe.runs.layers.table import finite_answers, measured
 from qprobe.runs.units import NEAREST_STAGE, candidate_stage
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget

@@ -15,7 +15,7 @@ What each ranking maximises over the layers kept in 16-bit:
     Fisher              the sum of the mean of (d log p(labels) / d step)^2 / 2 at the 16-bit model
     path                the sum of the path attributions
     isolated KL          the sum of the curvatures at the 16-bit model, one random direction a sample
-    isolated KL and path the default of `qprobe scan`: see `qprobe.selection.damage`
+    isolated KL and path the default of `qprobe scan`: see `qprobe.selection.search.damage`
     brute force         the sum of the KL measured with that layer alone in 4-bit
 """
 
@@ -35,7 +35,7 @@ import torch
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.outputs import run_model
-from qprobe.selection.damage import Damage
+from qprobe.selection.search.damage import Damage
 from tests.benchmarks.models import NAMES, Case, load_case
 from tests.benchmarks.rankings import additive, beyond, calibrated
 from tests.benchmarks.rankings.additive import Scores

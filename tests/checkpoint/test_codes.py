@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from qprobe.checkpoint import compare as compare_module
-from qprobe.checkpoint.audit import audit
-from qprobe.checkpoint.compare import compare
+from qprobe.checkpoint.auditing.audit import audit
+from qprobe.checkpoint.comparing.compare import compare
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.storage import stored_bytes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.verify import verify
 from qprobe.exports import export_manifest
 from qprobe.loading.config import load_config, model_class

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, BitsAndBytesConfig, GPT2Config
 
 from qprobe import plan as exported
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.import_list import import_list
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.checkpoint.plan import LayoutSize, SizePlan, plan

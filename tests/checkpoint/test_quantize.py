@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from qprobe.checkpoint import quantize as quantize_module
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.card import model_card
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize

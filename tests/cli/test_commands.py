@@ -290,7 +290,7 @@ def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
 
 def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
     found = SimpleNamespace(to_json=lambda: COMPARISON, notes=("b.png was left out.",))
-    fake("qprobe.checkpoint.compare", compare=lambda **_asked: found)
+    fake("qprobe.checkpoint.comparing.compare", compare=lambda **_asked: found)
     text = qprobe("compare", "--manifest", "f").stdout
     assert (
         "█" not in text

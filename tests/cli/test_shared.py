@@ -78,7 +78,7 @@ def test_a_mistake_is_one_sentence_and_exit_1(qprobe: Run, fake: Fake):
             "qprobe.scanning.scan",
             {"--batch-size", "--max-memory", "--device auto", "--out"},
         ),
-        ("compare --manifest f", "qprobe.checkpoint.compare", {"--batch-size", "--device auto"}),
+        ("compare --manifest f", "qprobe.checkpoint.comparing.compare", {"--batch-size", "--device auto"}),
         ("quantize f --out d", "qprobe.checkpoint.quantize", {"--device"}),
         (
             "finetune f --data d --out o",
@@ -199,7 +199,9 @@ def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
 
 
 def test_compare_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
-    asked = asked_of(fake, "qprobe.checkpoint.compare", "compare", qprobe, "compare", "--manifest", "f")
+    asked = asked_of(
+        fake, "qprobe.checkpoint.comparing.compare", "compare", qprobe, "compare", "--manifest", "f"
+    )
     assert asked == vars(CompareOptions(Path("f")))
 
 
@@ -208,7 +210,7 @@ def test_every_compare_option_arrives(qprobe: Run, fake: Fake):
         "compare --manifest f --model m --data d --prompt p --samples 3 --device cuda:1 --dtype bf16 "
         "--seed 5 --batch-size 2 --max-new-tokens 7"
     )
-    asked = asked_of(fake, "qprobe.checkpoint.compare", "compare", qprobe, *line.split())
+    asked = asked_of(fake, "qprobe.checkpoint.comparing.compare", "compare", qprobe, *line.split())
     wanted = CompareOptions(
         Path("f"), "m", None, Path("d"), "p", 3, "cuda:1", "bfloat16", seed=5, batch_size=2, max_new_tokens=7
     )

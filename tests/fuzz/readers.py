@@ -18,10 +18,10 @@ from qprobe.exports.targets import autoround, gptqmodel, llama_cpp, llm_compress
 from qprobe.manifest.read import read_manifest
 from qprobe.models.headers import INDEX, SINGLE, read_config, read_headers
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.ranks import parse_ranks
+from qprobe.runs.layers.table import write_table
 from qprobe.runs.notes import TOPICS
-from qprobe.runs.ranks import parse_ranks
 from qprobe.runs.shown import parse_shown
-from qprobe.runs.table import write_table
 from qprobe.system.tensor_headers import read_tensor_header
 from tests.fuzz.loading import checkpoint_files, rows_and_images
 from tests.runs.runs import four_layers, make_run, output

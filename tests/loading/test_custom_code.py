@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.plan import plan
 from qprobe.cli import main
 from qprobe.errors import ModelError

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qprobe
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.quantize import quantize
 from qprobe.errors import ModelError
 from qprobe.loading.pretrained import check_files, load_pretrained, loading_info

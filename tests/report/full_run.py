@@ -27,11 +27,11 @@ from qprobe.models.grid import Grid
 from qprobe.records import CodesFile, FormatSpec, Inventory, Linear, ModelIdentity, Score
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import VERSION, Key, Measures, SampleKey, Spec
+from qprobe.runs.layers.ranks import write_ranks
+from qprobe.runs.layers.table import write_table
 from qprobe.runs.notes import Ended, Remarks
-from qprobe.runs.ranks import write_ranks
 from qprobe.runs.scored import scored
 from qprobe.runs.shown import ShownSample, write_shown
-from qprobe.runs.table import write_table
 from qprobe.runs.units import candidate_stage
 from qprobe.selection.select import select
 from tests.report.tables import layer_names

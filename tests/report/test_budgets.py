@@ -9,8 +9,8 @@ import pytest
 
 from qprobe.report.budgets import Prediction, points
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.table import write_table
 from qprobe.runs.statistics import ratio_se
-from qprobe.runs.table import write_table
 from qprobe.selection.select import select
 from tests.report.full_run import write_full_run
 from tests.runs.runs import make_run, rows

@@ -15,9 +15,9 @@ from qprobe.records import CodesFile, Score
 from qprobe.report.figures import spike_plot
 from qprobe.report.write import kept_layers
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.table import write_table
 from qprobe.runs.notes import Ended
 from qprobe.runs.scored import scored
-from qprobe.runs.table import write_table
 from qprobe.selection.select import select
 from tests.report.full_run import write_comparison, write_full_run
 from tests.report.pages import (

@@ -11,8 +11,8 @@ from qprobe.errors import RunError
 from qprobe.models.grid import Grid
 from qprobe.report.worst import patch_at, worst_tokens
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.table import peaks
 from qprobe.runs.shown import FILE, ShownSample, write_shown
-from qprobe.runs.table import peaks
 from tests.report.full_run import ANSWER, write_full_run
 
 SQUARE = Grid(1, 10, 10)

@@ -14,7 +14,7 @@ import pytest
 from qprobe.errors import RunError
 from qprobe.runs.derived import Derived, DerivedFiles, csv_bytes
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.table import write_table
+from qprobe.runs.layers.table import write_table
 from tests.runs.runs import make_run
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from qprobe.checkpoint.compare import compare
+from qprobe.checkpoint.comparing.compare import compare
 from qprobe.data.sampling import Wanted, from_data
 from qprobe.errors import LeftOutWarning, SampleError
 from qprobe.manifest.write import write_manifest

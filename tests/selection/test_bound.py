@@ -17,7 +17,7 @@ from qprobe.selection.bound import (
     predicted_skiplist,
     rounded_up,
 )
-from qprobe.selection.damage import Damage
+from qprobe.selection.search.damage import Damage
 from qprobe.selection.skiplist import SkipList
 from tests.runs.runs import inventory_of, linear
 from tests.selection.reference import all_skiplists

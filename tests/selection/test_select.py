@@ -17,7 +17,7 @@ from qprobe.manifest.records import Quality
 from qprobe.manifest.write import write_manifest
 from qprobe.records import Inventory
 from qprobe.runs.folder import RunFolder, layer_table
-from qprobe.runs.table import write_table
+from qprobe.runs.layers.table import write_table
 from qprobe.runs.units import candidate_stage
 from qprobe.selection.budget import Budget
 from qprobe.selection.scores import ScoredRun, damage_of

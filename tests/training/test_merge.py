@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qprobe.checkpoint.adapters.effect import Arrived
 from qprobe.checkpoint.adapters.lora import read_adapter
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.cli import main
 from qprobe.errors import ManifestError, ModelError, QprobeError, RunError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qprobe.checkpoint.adapters.lora import Adapter, Fit, Pair, read_adapter
-from qprobe.checkpoint.audit_found import AdaptedLayer
-from qprobe.checkpoint.audit_loaded import load_plainly
+from qprobe.checkpoint.auditing.found import AdaptedLayer
+from qprobe.checkpoint.auditing.loaded import load_plainly
 from qprobe.checkpoint.load import codes_of
 from qprobe.errors import ModelError
 from qprobe.formats.codes_file import CodesReader, open_codes

@@ -6,7 +6,7 @@ import pandas as pd
 
 from qprobe.runs.derived import Derived, csv_bytes
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.table import STANDARD
+from qprobe.runs.layers.table import STANDARD
 from qprobe.runs.units import is_ablation, stage_of
 from qprobe.selection.decide import Candidate, difference, on_common_samples
 

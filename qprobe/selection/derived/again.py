@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qprobe.errors import RunError
-from qprobe.runs import findings, ranks, table
+from qprobe.runs import findings
 from qprobe.runs.damaged import SUFFIX, set_aside_damaged
 from qprobe.runs.derived import Derived
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers import ranks, table
 from qprobe.runs.units import DamagedUnitError
 from qprobe.selection.derived import ablated, frontier
 from qprobe.system.files import remove_left_behind

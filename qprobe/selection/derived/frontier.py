@@ -9,7 +9,7 @@ import pandas as pd
 from qprobe.options import FOR
 from qprobe.runs.derived import Derived, csv_bytes
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.table import measured
+from qprobe.runs.layers.table import measured
 from qprobe.runs.units import candidate_stage
 from qprobe.selection.candidates import frontier
 from qprobe.selection.decide import Candidate, on_common_samples

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
-from qprobe.checkpoint.audit_loaded import load_plainly
-from qprobe.checkpoint.compare import compared, run_course, set_course, staged
+from qprobe.checkpoint.auditing.loaded import load_plainly
+from qprobe.checkpoint.comparing.compare import compared, run_course, set_course, staged
 from qprobe.checkpoint.load import check_model, keep_codes_as_stored
 from qprobe.checkpoint.quantize import (
     refuse_to_overwrite,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from qprobe import __version__
 from qprobe.checkpoint.card import auto_class, card_head, plain_usage, task_of
-from qprobe.checkpoint.compare import Comparison, ModelResult, Row
+from qprobe.checkpoint.comparing.compare import Comparison, ModelResult, Row
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
 from qprobe.runs.statistics import ratio

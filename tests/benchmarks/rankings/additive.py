@@ -20,7 +20,7 @@ from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums
 from qprobe.runs.key import RESIDUAL, Measures
-from qprobe.selection.damage import Damage
+from qprobe.selection.search.damage import Damage
 from tests.benchmarks.rankings.measured import Measured
 
 Scores = dict[str, float]

@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from qprobe.inputs.batch import Batch
 from qprobe.measure.subject import Subject
-from qprobe.selection.damage import Damage
+from qprobe.selection.search.damage import Damage
 from tests.benchmarks.rankings.additive import Scores, attributed, mean_scores, path_rows
 from tests.benchmarks.rankings.lists import Chooser
 from tests.benchmarks.rankings.measured import Measured, path_without

@@ -19,7 +19,7 @@ from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
 from qprobe.runs.statistics import ratio_se
-from qprobe.selection.damage import Damage
+from qprobe.selection.search.damage import Damage
 from tests.benchmarks.models import NAMES, Case, load_case
 from tests.benchmarks.rankings import additive
 from tests.benchmarks.rankings.lists import Chooser, Lists

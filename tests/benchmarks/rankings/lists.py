@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from qprobe.records import Inventory
-from qprobe.selection.damage import Damage, least_damage
+from qprobe.selection.search.damage import Damage, least_damage
 from qprobe.selection.skiplist import best_skiplist
 from tests.benchmarks.rankings.cost import Cost
 

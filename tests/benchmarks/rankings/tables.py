@@ -10,8 +10,8 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from qprobe.measure.attribution import Attribution
-from qprobe.selection.damage import Damage
 from qprobe.selection.decide import Candidate, difference
+from qprobe.selection.search.damage import Damage
 from tests.benchmarks.rankings import additive
 from tests.benchmarks.rankings.additive import Scores
 from tests.benchmarks.rankings.cost import Cost

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.ready import ready_for_training

@@ -13,8 +13,8 @@ from qprobe.records import Inventory
 from qprobe.runs.folder import RunFolder
 from qprobe.selection.budget import Budget
 from qprobe.selection.candidates import candidates
-from qprobe.selection.groups import grouped_for, keeps_groups_whole
 from qprobe.selection.request import parse_request
+from qprobe.selection.search.groups import grouped_for, keeps_groups_whole
 from qprobe.selection.select import scored_run
 from qprobe.selection.skiplist import best_skiplists
 from tests.exports.manifests import of_tree

@@ -10,8 +10,8 @@ import pytest
 
 from qprobe.errors import RunError
 from qprobe.runs.folder import RunFolder, layer_table
-from qprobe.runs.ranks import rank_intervals, write_ranks
-from qprobe.runs.table import rank_table
+from qprobe.runs.layers.ranks import rank_intervals, write_ranks
+from qprobe.runs.layers.table import rank_table
 from tests.runs.runs import inventory_of, linear, make_run, rows
 
 NAMES = [f"l{i}" for i in range(6)]

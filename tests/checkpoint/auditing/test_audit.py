@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qprobe.checkpoint.audit import audit
+from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ModelError

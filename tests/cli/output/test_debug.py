@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from qprobe.cli import debug, shared
+from qprobe.cli import shared
+from qprobe.cli.output import debug
 from qprobe.errors import ModelError
 
 Run = Callable[..., Result]

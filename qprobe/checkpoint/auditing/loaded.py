@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qprobe.checkpoint.audit_found import AuditedLayer
+from qprobe.checkpoint.auditing.found import AuditedLayer
 from qprobe.checkpoint.load import keep_codes_as_stored
 from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import verify

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import click
 
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 from qprobe.options import Progress
 
 VARIABLE = "QPROBE_DEBUG"

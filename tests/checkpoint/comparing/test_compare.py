@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from qprobe.checkpoint import compare as compare_module
-from qprobe.checkpoint.compare import Comparison
+from qprobe.checkpoint.comparing.compare import Comparison
 from qprobe.checkpoint.load import dynamic_4bit, load_dynamic_4bit, load_standard_4bit, standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.data.builtin import Samples
@@ -261,7 +261,7 @@ def test_another_model_is_refused(written, tiny_folder):
 
 def test_samples_that_the_processor_refuses_are_named_before_a_model_is_loaded(written, monkeypatch):
     monkeypatch.setattr(
-        "qprobe.checkpoint.compare.reference_of", lambda *_: pytest.fail("a model was loaded")
+        "qprobe.checkpoint.comparing.compare.reference_of", lambda *_: pytest.fail("a model was loaded")
     )
     rows = [{"prompt": "<|image_pad|> what is it?", "answer": "a cat"}]
     with pytest.raises(SampleError, match="stands for an image in this model"):

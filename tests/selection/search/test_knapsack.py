@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qprobe.selection import knapsack as module
-from qprobe.selection.knapsack import knapsack
+from qprobe.selection.search import knapsack as module
+from qprobe.selection.search.knapsack import knapsack
 from tests.selection.reference import best_value
 
 # Multiples of a block make equal sums likely, odd bytes make them rare, and zero costs nothing.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qprobe.errors import QprobeError, RunError
 from qprobe.runs.folder import RunFolder, layer_table
 from qprobe.runs.key import key_bytes
-from qprobe.runs.table import attribution_residual, dtypes, left_out, peaks, rank_table, write_table
+from qprobe.runs.layers.table import attribution_residual, dtypes, left_out, peaks, rank_table, write_table
 from tests.runs.runs import inventory_of, key_of, linear, make_run, output, rows
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from qprobe.records import ErrorSums
 from qprobe.registry.measures import Aggregate, Column
-from qprobe.runs.layer_rows import Rows
+from qprobe.runs.layers.rows import Rows
 from qprobe.runs.statistics import ratio_se
 
 

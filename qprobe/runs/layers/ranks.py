@@ -11,7 +11,7 @@ import pandas as pd
 
 from qprobe.errors import RunError
 from qprobe.runs.derived import csv_bytes
-from qprobe.runs.table import answer_tokens
+from qprobe.runs.layers.table import answer_tokens
 from qprobe.system.wording import shortened
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qprobe.cli.speaking import say
+from qprobe.cli.output.speaking import say
 from qprobe.registry import measures
 from qprobe.system.wording import counted, named
 
@@ -26,7 +26,7 @@ def ranking(run: RunFolder, by: str, top: int) -> pd.DataFrame:
 
     By sensitivity_kl they also have rank_low and rank_high, where the run knows them.
     """
-    from qprobe.runs.table import rank_table
+    from qprobe.runs.layers.table import rank_table
 
     ranked = rank_table(run.table, by, top)
     intervals = run.ranks if by == measures.SENSITIVITY_KL.score else None

@@ -1,8 +1,8 @@
 """The layer table: what was measured, one row per linear, from the finished units of a run.
 
 Its columns are those that `qprobe.registry.measures` declares, between what a layer is and what it saw; how
-each follows from the rows is in `qprobe.runs.aggregates`. What was not measured is empty (NaN or NA), and
-never 0.
+each follows from the rows is in `qprobe.runs.layers.aggregates`. What was not measured is empty (NaN or
+NA), and never 0.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pandas as pd
 from qprobe.errors import QprobeError, RunError
 from qprobe.records import Inventory, Linear
 from qprobe.registry import measures
-from qprobe.runs.aggregates import LayerRows, aggregated, pooled
 from qprobe.runs.derived import csv_bytes
-from qprobe.runs.layer_rows import Rows, numbers, rows_by_layer
+from qprobe.runs.layers.aggregates import LayerRows, aggregated, pooled
+from qprobe.runs.layers.rows import Rows, numbers, rows_by_layer
 from qprobe.system.wording import shortened
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
 
-from qprobe.selection.knapsack import knapsack
+from qprobe.selection.search.knapsack import knapsack
 
 # `fewest_bytes` counts damages as integers: the largest becomes 2**44, so that 2**18 of them add up below
 # 2**62.
@@ -33,8 +33,8 @@ def least_damage(items: Sequence[Item], limit_bytes: int) -> tuple[int, ...]:
     """For each item the number of the option it takes, so that damages sum to the least within `limit_bytes`.
 
     Required: damages are finite and add up over items. Exactly two options per item, since the search
-    (`qprobe.selection.knapsack`) decides yes or no for each; more options need another search behind this
-    signature, a knapsack that takes one of several from each item. The first option of every item fits
+    (`qprobe.selection.search.knapsack`) decides yes or no for each; more options need another search behind
+    this signature, a knapsack that takes one of several from each item. The first option of every item fits
     `limit_bytes` together. An item takes its second option only where that does less damage.
     """
     free, paid = _free_and_paid(items)

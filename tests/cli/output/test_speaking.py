@@ -15,9 +15,10 @@ import pytest
 from click import ClickException
 from click.testing import Result
 
-from qprobe.cli import main, speaking
+from qprobe.cli import main
+from qprobe.cli.output import speaking
+from qprobe.cli.output.speaking import LONGEST, say
 from qprobe.cli.shared import print_json
-from qprobe.cli.speaking import LONGEST, say
 from qprobe.errors import ModelError
 
 Run = Callable[..., Result]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.checkpoint.adapters.effect import adapter_effect, effect_problems
-from qprobe.checkpoint.audit_found import BROKEN, Audit, AuditedLayer, ReadEntry, State
-from qprobe.checkpoint.audit_loaded import loaded_problems
-from qprobe.checkpoint.audit_weights import uncalibrated, wrong_states
+from qprobe.checkpoint.auditing.found import BROKEN, Audit, AuditedLayer, ReadEntry, State
+from qprobe.checkpoint.auditing.loaded import loaded_problems
+from qprobe.checkpoint.auditing.weights import uncalibrated, wrong_states
 from qprobe.errors import ModelError
 from qprobe.exports.config_format import four_bit_format, has_four_bit_experts, is_four_bit, model_dtype
 from qprobe.exports.languages import LIST_KEYS

@@ -1,0 +1,1 @@
+"""The layer table and what follows from the same units: rows by layer, aggregates, ranks; no torch."""
