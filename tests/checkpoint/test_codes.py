@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from qprobe.checkpoint import compare as compare_module
 from qprobe.checkpoint.auditing.audit import audit
+from qprobe.checkpoint.comparing import compare as compare_module
 from qprobe.checkpoint.comparing.compare import compare
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from qprobe.checkpoint import compare as compare_module
+from qprobe.checkpoint.comparing import compare as compare_module
 from qprobe.checkpoint.comparing.compare import Comparison
 from qprobe.checkpoint.load import dynamic_4bit, load_dynamic_4bit, load_standard_4bit, standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
