@@ -24,8 +24,12 @@ from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.experts.outputs import ExpertNorms, expert_rows, run_both
 from qprobe.measure.experts.routing import Product, samples_apart, times
 from qprobe.records import Linear
+from qprobe.registry.measures import OUTPUTS
 
-COUNTS = ("tokens", "activation_n", "activation_nonfinite", "propagated_n", "propagated_nonfinite")
+COUNTS = (
+    "tokens", "activation_n", "activation_nonfinite",
+    "propagated_n", "propagated_nonfinite", "propagated_rerouted",
+)  # fmt: skip
 
 
 def run_model(model: Any, batch: Batch, **options: Any) -> Any:
@@ -66,6 +70,7 @@ class OutputErrors:
 
     doubled: the inputs hold the samples twice (see the module's first lines).
     quantized: names of the linears that run in 4-bit in the second half (not the fixed ones).
+    ran: the layers in execution order. apart: those of them that read rows which belong to no sample.
     """
 
     batch: Batch
@@ -76,16 +81,16 @@ class OutputErrors:
     norms: dict[str, list[Norms]] = field(default_factory=dict)
     experts: dict[str, list[ExpertNorms]] = field(default_factory=dict)
     ran: dict[str, None] = field(default_factory=dict)
-    skipped: set[str] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
 
     def forward(self, name: str, product: Product, x: Tensor) -> Tensor:
         """The layer's output; the norms of its errors are noted on the way."""
+        self.ran[name] = None
         if not samples_apart(product, x, self.batch.size * (2 if self.doubled else 1)):
-            self.skipped.add(name)
+            self.apart.add(name)
             return times(product, x, self.dequantized.own(name).to(x.dtype))
         own = self.dequantized.own(name).to(x.dtype)
         weight_hat = self.dequantized.weight(name).to(x.dtype)
-        self.ran[name] = None
         if isinstance(product, nn.Linear):
             return self._linear(name, product, x, own, weight_hat)
         second = (weight_hat if name in self.quantized else own) if self.doubled else None
@@ -114,14 +119,23 @@ class OutputErrors:
     def rows(self) -> pd.DataFrame:
         """One row for each sample and layer that ran, columns of the unit stage "outputs", as layers ran.
 
-        Of fused experts one row for each expert that read a token of the sample.
+        Of fused experts one row for each expert that read a token of the sample. Of a layer in `apart` a row
+        of nulls.
 
         Tokens with a non-finite value are left out and their output features counted as non-finite.
         """
+        for name in self.apart:  # also where it ran more than once, and was told apart in another call
+            self.norms.pop(name, None)
+            self.experts.pop(name, None)
         frames = [x for x in (self._linear_rows(), self._expert_rows()) if len(x)]
-        if not self.experts or len(frames) < 2:
-            return frames[0] if frames else pd.DataFrame()
-        both = pd.concat(frames, ignore_index=True)
+        if len(frames) == 1 and not self.apart:
+            return frames[0]
+        both = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*OUTPUTS.schema])
+        keys = [(sample.id, name) for name in self.ran if name in self.apart for sample in self.batch.samples]
+        count = len(both)
+        both = both.reindex(range(count + len(keys)))
+        both.loc[count:, "sample"] = [sample for sample, _ in keys]
+        both.loc[count:, "layer"] = [name for _, name in keys]
         place = {name: i for i, name in enumerate(self.ran)}
         return both.iloc[both["layer"].map(place).argsort(kind="stable")]
 
@@ -177,6 +191,7 @@ class OutputErrors:
         if self.doubled:
             gap = torch.stack([call.gap for _, call in calls if call.gap is not None])
             reduced |= _sums("propagated", mask, y, gap, features)
+            reduced["propagated_rerouted"] = torch.zeros_like(reduced["propagated_n"])
         else:
             reduced |= {key: torch.full(y.shape[:2], float("nan")) for key in PROPAGATED}
         top = torch.where(mask & torch.isfinite(peak), peak, -1.0).max(dim=2)
@@ -188,7 +203,9 @@ class OutputErrors:
         return self.layers[name].reads == "text" and call.y.shape[1] == self.batch.kinds.shape[1]
 
 
-PROPAGATED = ("propagated_n", "propagated_signal", "propagated_noise", "propagated_nonfinite")
+PROPAGATED = (
+    "propagated_n", "propagated_signal", "propagated_noise", "propagated_nonfinite", "propagated_rerouted"
+)  # fmt: skip
 
 
 def _noise(own: Tensor, weight_hat: Tensor, x: Tensor) -> Tensor:

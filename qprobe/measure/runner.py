@@ -116,7 +116,8 @@ def _observe_damage(
 ) -> dict[str, pd.DataFrame]:
     """The frames "kl" and "sensitivity"; without rows if there is no answer."""
     if not any(path.readout.counts(batch)):
-        return {"kl": kl_rows(batch, STANDARD, []), "sensitivity": rows_by_sample(path.readout, batch, {})}
+        none = [KlSums(0.0, 0, 0)] * batch.size
+        return {"kl": kl_rows(batch, STANDARD, none), "sensitivity": rows_by_sample(path.readout, batch, {})}
     ends = ends or (path.logits(batch, 0.0), path.logits(batch, 1.0))
     found = attribute(path, batch, max(1, measures.nodes - 1), measures.tolerance, ends)
     return {"kl": kl_rows(batch, STANDARD, found.kl), "sensitivity": found.rows}
@@ -160,10 +161,10 @@ def observe_outputs(
 
 
 def kl_rows(batch: Batch, candidate: str, sums: list[KlSums]) -> pd.DataFrame:
-    """One row for each sample with an answer, columns of the unit stage "kl"."""
+    """One row for each sample with an answer, columns of the unit stage "kl". sums: of every sample."""
     rows = [
         (sample.id, candidate, s.tokens, s.kl, s.top1_agree)
-        for sample, s in zip(batch.samples, sums, strict=False)
+        for sample, s in zip(batch.samples, sums, strict=True)
         if s.tokens
     ]
     return pd.DataFrame(rows, columns=["sample", "candidate", "answer_tokens", "kl_sum", "top1_agree"])

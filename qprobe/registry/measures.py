@@ -28,6 +28,7 @@ class Stage:
     """The unit files that one kind of work leaves, one per unit.
 
     schema: columns of each file; sums are over a sample's tokens, kl_sum is in nats, null means not measured.
+        propagated_rerouted: tokens that an expert reads in 16-bit alone, which its propagated sums leave out.
     key: the columns that name a row, which may stand in one unit only, or its sums would count twice.
     """
 
@@ -122,7 +123,7 @@ OUTPUTS = Stage(
      "activation_n": "count", "activation_signal": "number", "activation_noise": "number",
      "activation_nonfinite": "count", "activation_peak": "number", "peak_token": "count", "peak_kind": "text",
      "propagated_n": "count", "propagated_signal": "number", "propagated_noise": "number",
-     "propagated_nonfinite": "count"},
+     "propagated_nonfinite": "count", "propagated_rerouted": "count"},
     ("sample", "layer", "expert"),
 )  # fmt: skip
 KL = Stage(

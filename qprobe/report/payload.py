@@ -15,13 +15,14 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import NEAREST, NOTHING, Manifest
 from qprobe.manifest.write import manifest_to_json
 from qprobe.records import Scan
-from qprobe.registry.measures import columns
+from qprobe.registry.measures import PROPAGATED, Column, columns
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.report.budgets import KL, Point, Prediction, command_at, manifest_at, points, quality_at, reasons
 from qprobe.report.comparison import read_comparison
 from qprobe.report.names import kind_of, short_names
 from qprobe.report.panels import panel_columns, spike_indices, taken
 from qprobe.report.worst import Worst, worst_tokens
+from qprobe.runs.findings import rerouted_note
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.shown import ShownSample
@@ -52,7 +53,13 @@ def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifes
                 "full": scan.inventory.total_bytes(frozenset(x.name for x in scan.inventory.layers)),
             },
             "measures": [
-                {"column": x.name, "error": x.error_name, "name": x.label, "unit": x.unit, "what": x.what}
+                {
+                    "column": x.name,
+                    "error": x.error_name,
+                    "name": x.label,
+                    "unit": x.unit,
+                    "what": _what(run, x),
+                }
                 for x in columns()
                 if x.is_shown and table[x.name].notna().any()
             ],
@@ -81,6 +88,12 @@ def plain(value: Any) -> Any:
         return None
     scalar = value.item() if hasattr(value, "item") else value
     return None if isinstance(scalar, float) and not isfinite(scalar) else scalar
+
+
+def _what(run: RunFolder, column: Column) -> str:
+    """What the column is, and what it leaves out in this run."""
+    rerouted = rerouted_note(run) if column in PROPAGATED.columns else None
+    return f"{column.what}. {rerouted}" if rerouted else column.what
 
 
 def _panels(table: pd.DataFrame) -> list[dict[str, Any]]:

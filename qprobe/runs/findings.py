@@ -13,7 +13,7 @@ from qprobe.registry.measures import OUTPUTS
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.ranks import write_ranks
-from qprobe.runs.layers.table import STANDARD, finite_answers, left_out, write_table
+from qprobe.runs.layers.table import EXPERTS_FILE, STANDARD, finite_answers, left_out, write_table
 from qprobe.runs.notes import Ran, Remarks
 from qprobe.system.wording import counted, named
 
@@ -29,18 +29,44 @@ def write_findings(run: RunFolder) -> None:
     write_ranks(run)
     missing = left_out(run)
     write_left_out(run, missing)
-    run.notes.put("non-finite", Remarks(left_out_notes(run, missing)))
+    rerouted = rerouted_note(run)
+    told = (*left_out_notes(run, missing), *([rerouted] if rerouted else []))
+    run.notes.put("left-out", Remarks(told))
     check_answers(run)
 
 
 def which_ran(run: RunFolder) -> Ran:
-    """Which linears never ran on the samples, by the finished units."""
-    ran = set(run.units(OUTPUTS.name)["layer"])
+    """Which linears never ran on the samples, by the finished units, and which read rows of no sample."""
+    rows = run.units(OUTPUTS.name)
+    ran, apart = set(rows["layer"]), set(rows.loc[rows["tokens"].isna(), "layer"])
     unmeasured = tuple(x.name for x in run.key.inventory.layers if x.name not in ran)
-    if not unmeasured:
-        return Ran((), ())
-    count = counted(len(unmeasured), "linear")
-    return Ran(unmeasured, (f"{count} never ran on these samples, so not measured: {named(unmeasured)}.",))
+    notes = []
+    if unmeasured:
+        count = counted(len(unmeasured), "linear")
+        notes.append(f"{count} never ran on these samples, so not measured: {named(unmeasured)}.")
+    if apart:
+        names = [x.name for x in run.key.inventory.layers if x.name in apart]
+        samples = counted(rows.loc[rows["tokens"].isna(), "sample"].nunique(), "sample")
+        notes.append(
+            f"{counted(len(names), 'linear')} read rows that belong to no sample, so on {samples} activation "
+            f"and propagated error are not measured: {named(names)}."
+        )
+    return Ran(unmeasured, tuple(notes))
+
+
+def rerouted_note(run: RunFolder) -> str | None:
+    """How many tokens the propagated error of experts leaves out, in a sentence; None if none."""
+    rows = run.units(OUTPUTS.name)
+    rows = rows.loc[rows["expert"].notna() & rows["propagated_rerouted"].notna()]
+    some = rows.loc[rows["propagated_rerouted"] > 0]
+    if some.empty:
+        return None
+    gone, all_of_them = int(some["propagated_rerouted"].sum()), int(rows["tokens"].sum())
+    return (
+        f"Propagated error of {counted(some['layer'].nunique(), 'layer')} of experts leaves out {gone:,} of "
+        f"{all_of_them:,} tokens ({gone / all_of_them:.1%}), which go to other experts with every layer in "
+        f"4-bit; {EXPERTS_FILE} counts them."
+    )
 
 
 if TYPE_CHECKING:

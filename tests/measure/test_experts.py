@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,62 @@ def test_activation_error_of_each_expert_equals_a_loop_over_its_tokens(case: Cal
         assert row["activation_noise"] == pytest.approx(noise, rel=1e-4)
         assert row["activation_peak"] == pytest.approx(peak, rel=1e-4)
     assert rows["expert"].notna().equals(rows["layer"].isin(experts_of(subject)))
+
+
+def routes(subject: Subject, batch: Batch, layer: str) -> set[tuple[int, int]]:
+    """(expert, token) that the module of `layer` is handed when the model runs as it is."""
+    seen: list[tuple[Tensor, ...]] = []
+    handle = subject.modules[layer].module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.no_grad():
+        read_out(subject.model, batch)
+    handle.remove()
+    return {(int(e), t) for t, chosen in enumerate(seen[0][1].reshape(-1, 2)) for e in chosen}
+
+
+def test_tokens_that_4_bit_routes_elsewhere_are_counted_for_the_expert_that_loses_them(
+    case: Callable[..., Case],
+):
+    subject, batch = case("qwen3_moe")
+    layer = "model.layers.1.mlp.experts.down_proj"
+    before = routes(subject, batch, layer)
+    with in_four_bit(subject.modules, subject.dequantized, subject.quantized):
+        gone = before - routes(subject, batch, layer)
+    kinds = batch.kinds.reshape(-1)
+    wanted = Counter(
+        (batch.samples[t // batch.kinds.shape[1]].id, e) for e, t in gone if int(kinds[t]) != PAD
+    )
+    assert wanted.total() > 0  # or this test would show nothing
+    rows, _ = observe_outputs(subject, batch, MEASURES)
+    rows = rows[rows["layer"] == layer].set_index(["sample", "expert"])
+    found = rows["propagated_rerouted"]
+    assert found[found > 0].to_dict() == dict(wanted)
+    features = subject.layers[layer].out_features
+    assert (rows["propagated_n"] // features + found == rows["tokens"]).all()
+
+
+def test_an_output_that_4_bit_makes_nan_counts_as_non_finite_and_not_as_rerouted(
+    case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+):
+    subject, batch = case("qwen3_moe")
+    own, layer = (
+        subject.dequantized.weight,
+        "model.layers.1.mlp.experts.down_proj",
+    )  # nothing routes behind it
+    clean, _ = observe_outputs(subject, batch, MEASURES)
+
+    def poisoned(name: str) -> Tensor:
+        weight = own(name).clone()
+        if name == layer:
+            weight[PLANTED, 0, 0] = float("nan")
+        return weight
+
+    monkeypatch.setattr(subject.dequantized, "weight", poisoned)
+    rows, _ = observe_outputs(subject, batch, MEASURES)
+    of_layer = [x[x["layer"] == layer].set_index(["sample", "expert"]) for x in (clean, rows)]
+    was, now = (x.xs(PLANTED, level="expert") for x in of_layer)
+    assert (was["propagated_n"] > 0).any() and (now["propagated_n"] == 0).all()
+    assert now["propagated_nonfinite"].equals(was["propagated_n"])
+    assert now["propagated_rerouted"].equals(was["propagated_rerouted"])
 
 
 def test_weight_error_of_a_fused_weight_is_that_of_its_experts(case: Callable[..., Case]):

@@ -12,8 +12,9 @@ from torch import nn
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
+from qprobe.measure.kl import KlSums
 from qprobe.measure.outputs import split_by_sample
-from qprobe.measure.runner import halves_are_independent, observe_outputs
+from qprobe.measure.runner import halves_are_independent, kl_rows, observe_outputs
 from qprobe.measure.subject import subject_of
 from qprobe.measure.weights import error_sums, weight_rows
 from qprobe.records import FormatSpec
@@ -150,6 +151,37 @@ def test_rows_that_no_sample_count_divides_are_not_split() -> None:
     assert split_by_sample(torch.zeros(5, 3), 2) is None
     parts = split_by_sample(torch.arange(12.0).reshape(2, 2, 3), 2)
     assert parts is not None and parts.shape == (2, 2, 3)
+
+
+def test_a_layer_whose_rows_belong_to_no_sample_has_a_row_of_nulls_in_its_place(case: CaseOf) -> None:
+    found, name = case("llama"), "model.layers.0.mlp.up_proj"
+    subject, batch = found.subject, found.subject.encode(found.samples[:2])
+    up = subject.modules[name]
+    clean = observe_outputs(subject, batch, MEASURES)[0]
+
+    # Besides what it reads, it is run on three rows, which two samples (and twice two) cannot share.
+    def three_rows(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        module.forward(args[0].reshape(-1, args[0].shape[-1])[:3])
+
+    handle = up.register_forward_pre_hook(three_rows)
+    try:
+        rows = observe_outputs(subject, batch, MEASURES)[0]
+    finally:
+        handle.remove()
+    assert rows["layer"].tolist() == clean["layer"].tolist()
+    of_up = rows["layer"] == name
+    assert rows.loc[of_up, "sample"].tolist() == [s.id for s in batch.samples]
+    assert rows.loc[of_up].drop(columns=["sample", "layer"]).isna().all(axis=None)
+    others = [x[x["layer"] != name].reset_index(drop=True) for x in (rows, clean)]
+    pd.testing.assert_frame_equal(*others, check_dtype=False)  # counts beside nulls come as floats
+
+
+def test_a_batch_with_fewer_sums_than_samples_is_no_batch_of_them(case: CaseOf) -> None:
+    found = case("llama")
+    batch = found.subject.encode(found.samples[:2])
+    assert kl_rows(batch, "x", [KlSums(1.0, 2, 1), KlSums(0.0, 0, 0)])["sample"].tolist() == ["text-0"]
+    with pytest.raises(ValueError, match="shorter"):
+        kl_rows(batch, "x", [KlSums(1.0, 2, 1)])
 
 
 def test_inputs_are_those_of_the_loaded_model_while_the_path_is_walked(tiny_folder) -> None:

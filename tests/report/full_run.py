@@ -188,14 +188,14 @@ def _write_units(folder: Path, linears: tuple[Linear, ...], ids: list[str], spik
             peak = 0.2 * f * (1 + 0.1 * rng.random())
             at, kind = (int(rng.integers(101)), "vision") if is_vision else (6, "answer")  # " 7"
             outputs.append(
-                (sample, x.name, tokens, 64, 1.0, 5e-3 * f, 0, peak, at, kind, 64, 1.0, 2e-2 * f, 0)
+                (sample, x.name, tokens, 64, 1.0, 5e-3 * f, 0, peak, at, kind, 64, 1.0, 2e-2 * f, 0, 0)
             )
             if not x.fixed:
                 parts.append((sample, x.name, 5, 1e-3 * f * (0.8 + 0.4 * rng.random()) - 4e-4 * (f < 0.8)))
     columns = (
         "sample layer tokens activation_n activation_signal activation_noise activation_nonfinite "
         "activation_peak peak_token peak_kind propagated_n propagated_signal propagated_noise "
-        "propagated_nonfinite"
+        "propagated_nonfinite propagated_rerouted"
     ).split()
     RunFolder(folder).write_unit("outputs", 0, pd.DataFrame(outputs, columns=columns).assign(expert=None))
     sensitivity = pd.DataFrame(parts, columns=["sample", "layer", "answer_tokens", "kl_sum"])

@@ -71,7 +71,8 @@ def output(sample: str, layer: str, signal: float, noise: float, peak: float = 1
         "sample": sample, "layer": layer, "expert": None, "tokens": 2, "activation_n": 8,
         "activation_signal": signal, "activation_noise": noise, "activation_nonfinite": 0,
         "activation_peak": peak, "peak_token": 0, "peak_kind": "text", "propagated_n": None,
-        "propagated_signal": None, "propagated_noise": None, "propagated_nonfinite": None, **changes,
+        "propagated_signal": None, "propagated_noise": None, "propagated_nonfinite": None,
+        "propagated_rerouted": None, **changes,
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def ranking(run: RunFolder, by: str, top: int) -> pd.DataFrame:
 def show_ranking(run: RunFolder, by: str | None, top: int) -> None:
     """Print the `top` layers of the ranking; in a terminal also a spark line of all layers."""
     from qprobe.report.terminal import is_terminal, rank_text, spark_line, table_width
+    from qprobe.runs.findings import rerouted_note
 
     score, table, width = by or default_score(run), run.table, table_width()
     ranked = ranking(run, score, top)
@@ -48,6 +49,8 @@ def show_ranking(run: RunFolder, by: str | None, top: int) -> None:
         say(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
     say(rank_text(ranked, score, frozenset((*kept, *fixed)), width))
     say("16-bit costs: what keeping a layer adds to its bytes in 4-bit")
+    if score == measures.PROPAGATED.score and (rerouted := rerouted_note(run)):
+        say(rerouted)
     if "rank_low" in ranked:
         say("ranks: 90 % interval over other samples of the same kind (bootstrap)")
     if any(name in (*kept, *fixed) for name in ranked["layer"]):

@@ -1,7 +1,8 @@
 """Activation and propagated error of fused experts, for each sample and expert the tokens that it read.
 
 The same sums as of a linear (`qprobe.measure.outputs`). A token of the second half of a doubled batch may be
-routed elsewhere than in the first: the propagated error is over the (expert, token) pairs of both.
+routed elsewhere than in the first: the propagated error is over the (expert, token) pairs of both halves, and
+the pairs of the first alone are counted as rerouted.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def half(product: Routed, is_in: Tensor) -> Half:
 class ExpertNorms:
     """Norms over the output features of one call, of each row of the first half: (rows,) float32 each.
 
-    expert, token: of each row. tokens: of one sample. gap: of the propagated error, NaN where only one half
-    has the pair; None where it is not measured. peak: max |D x|.
+    expert, token: of each row. tokens: of one sample. peak: max |D x|. gap: of the propagated error; None
+    where it is not measured.
     """
 
     expert: Tensor
@@ -49,7 +50,18 @@ class ExpertNorms:
     y: Tensor
     noise: Tensor
     peak: Tensor
-    gap: Tensor | None
+    gap: Gap | None
+
+
+@dataclass(frozen=True, eq=False)
+class Gap:
+    """Propagated errors of the rows of the first half: (rows,) each.
+
+    norms: float32, 0 where the second half has no such row. is_common: True where it has.
+    """
+
+    norms: Tensor
+    is_common: Tensor
 
 
 def run_both(
@@ -86,16 +98,17 @@ def run_both(
     return outputs, found
 
 
-def _gap(first: Routing, y: Tensor, other: Routing, y_other: Tensor, tokens: int) -> Tensor:
-    """(rows of the first half,) norms of what differs in the second, NaN where it has no such row."""
-    gap = torch.full((len(y),), float("nan"), device=y.device)
+def _gap(first: Routing, y: Tensor, other: Routing, y_other: Tensor, tokens: int) -> Gap:
+    """What differs in the second half, for the rows of the first."""
+    gap = Gap(torch.zeros(len(y), device=y.device), torch.zeros(len(y), dtype=torch.bool, device=y.device))
     key = first.expert * tokens + first.token  # in ascending order in both halves
     other_key = other.expert * tokens + other.token - tokens
     if not len(key) or not len(other_key):
         return gap
     place = torch.searchsorted(key, other_key).clamp(max=len(key) - 1)
     both = (key[place] == other_key).nonzero()[:, 0]
-    gap[place[both]] = _norm(y_other[both] - y[place[both]])
+    gap.norms[place[both]] = _norm(y_other[both] - y[place[both]])
+    gap.is_common[place[both]] = True
     return gap
 
 
@@ -115,11 +128,11 @@ def expert_rows(name: str, call: ExpertNorms, samples: list[str], kinds: Tensor 
     sums = _Sums(sample * experts + call.expert, len(samples) * experts)
     columns: dict[str, Any] = {"tokens": sums.of(is_there)}
     columns |= _errors("activation", sums, is_there, call, call.noise)
-    gap = torch.full_like(call.y, float("nan")) if call.gap is None else call.gap
     if call.gap is None:
-        columns |= {f"propagated_{x}": sums.of(is_there) * float("nan") for x in _PARTS}
+        columns |= {f"propagated_{x}": sums.of(is_there) * float("nan") for x in (*_PARTS, "rerouted")}
     else:
-        columns |= _errors("propagated", sums, is_there & ~_unmatched(gap, call.y), call, gap)
+        columns |= _errors("propagated", sums, is_there & call.gap.is_common, call, call.gap.norms)
+        columns["propagated_rerouted"] = sums.of(is_there & ~call.gap.is_common)
     peak = torch.where(is_there & torch.isfinite(call.peak), call.peak, -1.0)
     top, row = sums.largest(peak)
     columns |= {"activation_peak": top.double(), "peak_token": place[row], "peak_kind": kind[row]}
@@ -134,11 +147,6 @@ def expert_rows(name: str, call: ExpertNorms, samples: list[str], kinds: Tensor 
 
 
 _PARTS = ("n", "signal", "noise", "nonfinite")
-
-
-def _unmatched(gap: Tensor, y: Tensor) -> Tensor:
-    """Pairs of the first half only; an output that is NaN itself is left to count as non-finite."""
-    return torch.isnan(gap) & torch.isfinite(y)
 
 
 def _errors(

@@ -108,8 +108,10 @@ def peaks(run: RunFolder) -> pd.DataFrame:
 def experts(run: RunFolder) -> pd.DataFrame:
     """Each expert of each fused weight, in execution order; no rows for a model without.
 
-    Columns: layer, expert (from 0), weight_nmse, activation_nmse on the tokens that were routed to it, and
-    tokens: how many those are. What was not measured is empty, as is the activation_nmse of 0 tokens.
+    Columns: layer, expert (from 0), weight_nmse, activation_nmse on the tokens that were routed to it,
+    tokens: how many those are, and rerouted: how many of them go elsewhere with every layer in 4-bit, so that
+    the propagated error of the layer leaves them out. What was not measured is empty, as is the
+    activation_nmse of 0 tokens.
     """
     weights, outputs = rows_by_layer(run, "weights"), rows_by_layer(run, "outputs")
     rows = []
@@ -123,11 +125,18 @@ def experts(run: RunFolder) -> pd.DataFrame:
                     "weight_nmse": nan if weight is None else pooled(weight, "").nmse,
                     "activation_nmse": nan if output is None else pooled(output, "activation_").nmse,
                     "tokens": None if output is None else int(output["tokens"].sum()),
+                    "rerouted": None if output is None else rerouted(output),
                 }
             )
     kinds = {"layer": "str", "expert": "int64", "weight_nmse": "float64"}
-    kinds |= {"activation_nmse": "float64", "tokens": "Int64"}
+    kinds |= {"activation_nmse": "float64", "tokens": "Int64", "rerouted": "Int64"}
     return pd.DataFrame(rows, columns=pd.Index(list(kinds))).astype(kinds)
+
+
+def rerouted(rows: Rows) -> int | None:
+    """How many tokens the propagated error of `rows` leaves out; None where it is not measured."""
+    counts = rows["propagated_rerouted"]
+    return None if np.isnan(counts).all() else int(np.nansum(counts))
 
 
 def _of_expert(rows: Rows | None, expert: int) -> Rows | None:
@@ -301,7 +310,7 @@ def _counts(outputs: Rows | None) -> dict[str, int | None]:
     tokens = outputs["tokens"]
     return {
         "samples": len(set(outputs["sample"][tokens > 0])) or None,
-        "tokens": int(tokens.sum()) or None,
+        "tokens": int(np.nansum(tokens)) or None,
     }
 
 

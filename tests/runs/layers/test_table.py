@@ -10,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qprobe.errors import QprobeError, RunError
+from qprobe.runs.findings import rerouted_note, write_findings
 from qprobe.runs.folder import RunFolder, layer_table
 from qprobe.runs.key import key_bytes
-from qprobe.runs.layers.table import attribution_residual, dtypes, left_out, peaks, rank_table, write_table
+from qprobe.runs.layers.table import (
+    attribution_residual,
+    dtypes,
+    experts,
+    left_out,
+    peaks,
+    rank_table,
+    write_table,
+)
 from tests.runs.runs import inventory_of, key_of, linear, make_run, output, rows
 
 
@@ -254,6 +263,51 @@ def test_a_missing_damaged_or_foreign_table_is_explained(tmp_path: Path):
     (run / "scan.json").write_bytes(key_bytes(key_of(inventory_of(linear("another")))))
     with pytest.raises(RunError, match="does not list the 1 layers"):
         _ = RunFolder(run).table
+
+
+EXPERTS = replace(linear("model.experts"), shape=(2, 64, 64))
+
+
+def of_expert(sample: str, expert: int, tokens: int, rerouted: int | None) -> dict:
+    return output(sample, EXPERTS.name, 1.0, 0.1, expert=expert, tokens=tokens, propagated_rerouted=rerouted)
+
+
+def test_tokens_that_propagated_error_leaves_out_are_counted_and_told(tmp_path: Path):
+    frame = pd.DataFrame([of_expert("a", 0, 5, 1), of_expert("a", 1, 3, 0), of_expert("b", 0, 12, 2)])
+    run = RunFolder(make_run(tmp_path / "run", inventory_of(EXPERTS), outputs=[frame]))
+    assert experts(run)["rerouted"].tolist() == [3, 0]
+    write_findings(run)
+    told = (
+        "Propagated error of 1 layer of experts leaves out 3 of 20 tokens (15.0%), which go to other experts"
+    )
+    assert any(note.startswith(told) for note in run.notes.sentences)
+
+
+def test_tokens_rerouted_are_empty_where_propagated_error_is_not_measured(tmp_path: Path):
+    frame = pd.DataFrame([of_expert("a", 0, 5, None), of_expert("a", 1, 3, None)])
+    run = RunFolder(make_run(tmp_path / "run", inventory_of(EXPERTS), outputs=[frame]))
+    assert experts(run)["rerouted"].isna().all() and rerouted_note(run) is None
+
+
+def test_a_layer_whose_rows_belong_to_no_sample_is_not_said_to_have_never_run(tmp_path: Path):
+    nothing = dict.fromkeys(output("a", "model.a", 0.0, 0.0))
+    frames = [
+        pd.DataFrame([{**nothing, "sample": s, "layer": "model.q"}, output(s, "model.a", 2.0, 1.0)])
+        for s in "ab"
+    ]
+    run = RunFolder(make_run(tmp_path / "run", outputs=frames))
+    write_findings(run)
+    ran = run.notes.get("layers")
+    assert "model.q" not in ran.unmeasured and "model.b" in ran.unmeasured
+    assert any(
+        note
+        == "1 linear read rows that belong to no sample, so on 2 samples activation and propagated error "
+        "are not measured: model.q."
+        for note in ran.notes
+    )
+    table = run.table.set_index("layer")
+    assert pd.isna(table.loc["model.q", "activation_nmse"]) and pd.isna(table.loc["model.q", "tokens"])
+    assert table.loc["model.a", "activation_nmse"] == 0.5
 
 
 def test_units_of_a_layer_that_the_scan_does_not_list_are_refused(tmp_path: Path):
