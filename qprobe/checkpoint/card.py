@@ -130,7 +130,7 @@ def _compared(manifest: Manifest) -> str:
         f"| {plain(x.name)}{' (chosen)' if x.chosen else ''} | {x.total_bytes:,} | {_number(x.kl, x.kl_se)} |"
         for x in manifest.compared
     ]
-    head = "Lists that were measured on the same samples:"
+    head = "Lists that were measured on the same samples, which chose among them:"
     return "\n".join([head, "", "| list | bytes | KL ± standard error |", "|---|---|---|", *lines])
 
 

@@ -26,7 +26,10 @@ class ManifestBudget:
 
 @dataclass(frozen=True)
 class Quality:
-    """KL divergence to the 16-bit model in nats per answer token; None where not measured."""
+    """KL divergence to the 16-bit model in nats per answer token; None where not measured.
+
+    kl_dynamic: on the samples that chose the list, where it was chosen among several.
+    """
 
     samples: int | None = None
     kl_standard_4bit: float | None = None

@@ -20,6 +20,11 @@ from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import NO_PROOF, Proof
 from qprobe.selection.verdict import calibration_verdict, verdict
 
+CHOSEN_HERE = (
+    "The list was chosen on these samples, which flatters it; `qprobe compare` measures it on others."
+)
+"""What goes with the KL of a list: the lowest of several measured ones lies below what it is on average."""
+
 
 class Measuring(Protocol):
     """What measures skip-lists on held-out samples."""
@@ -113,6 +118,8 @@ def _said(
 ) -> str:
     """The verdict on `won`, one of `lists`, of which the first keeps nothing."""
     said = verdict(lists[0], won, run.standard_bytes, max_kl, nearest, run.scan.readout)
+    if won.kept and len(lists) > 1:
+        said += f" {CHOSEN_HERE}"
     if nearest is None:
         return said
     unpaid = calibration_verdict(lists[0], nearest, run.scan.format.precision.stored.name)
