@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from qprobe.calibration.codes import Rounded
-from qprobe.calibration.damage import FEWEST, can_keep_back, split_batches
+from qprobe.calibration.damage import FEWEST, split_samples
 from qprobe.calibration.decide import decided
 from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, shared_inputs
@@ -46,11 +47,12 @@ from qprobe.runs.shards import waiting
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
-VERSION = 6
+VERSION = 7
 """Of what decides the codes, beside weights and samples.
 
-Version 6 holds outputs of encoders to the damage that the scan measures, row by row. Version 5 decides
-on samples kept back whether tokens are weighed. Version 4 counts tokens half by how much
+Version 7 keeps back every eighth sample, however they are batched, and lets tokens that no gradient comes
+back to weigh nothing. Version 6 holds outputs of encoders to the damage that the scan measures, row by row.
+Version 5 decides on samples kept back whether tokens are weighed. Version 4 counts tokens half by how much
 the answers depend on them, gathers in the dtype of the path, and tunes scales where that is asked for.
 Version 3 leaves out image tiles that no text attends to. Version 2 shrinks the Gram matrices by how few
 tokens they saw; version 1 did not.
@@ -73,7 +75,7 @@ def fitted(measured: Groups, more: Groups) -> str:
     also = f", which are {own} of the {counted(own + others, 'sample')} that" if others else " that"
     return (
         f"Sensitivities and activation errors are measured on samples{also} the codes were fitted to, so "
-        "they are lower than on others; the held-out KL is not."
+        "they are lower than on others. No code was fitted to the held-out samples."
     )
 
 
@@ -92,7 +94,7 @@ Groups = Sequence[Sequence[Sample]]
 
 @dataclass(frozen=True)
 class Work:
-    """What calibration needs. samples: in batches.
+    """What calibration needs. samples: in batches, as they are measured.
 
     limit_bytes: for the Gram matrices held at once; None for `gram_room`. tune_steps: see `tuned`.
     """
@@ -104,10 +106,28 @@ class Work:
     tune_steps: int = 0
     progress: Progress = no_progress
 
+    @cached_property
+    def split(self) -> tuple[list[tuple[Sample, ...]], list[tuple[Sample, ...]]]:
+        """(for fitting, kept back): the samples, cut into batches again; see `split_samples`.
+
+        Those kept back are fitted to as well once they have decided.
+        """
+        training, kept_back = split_samples([s for group in self.samples for s in group])
+        if not kept_back:
+            return list(self.samples), []
+        size = max(map(len, self.samples))
+        return self.subject.groups(tuple(training), size), self.subject.groups(tuple(kept_back), size)
+
+    @property
+    def groups(self) -> list[tuple[Sample, ...]]:
+        """All samples: the batches for fitting, then those kept back."""
+        training, kept_back = self.split
+        return [*training, *kept_back]
+
     @property
     def batches(self) -> Iterator[Batch]:
-        """The samples as the model reads them, on its device, one batch at a time."""
-        return (self.subject.encode(group) for group in self.samples)
+        """The samples as the model reads them, on its device, one batch of `groups` at a time."""
+        return (self.subject.encode(group) for group in self.groups)
 
     @property
     def widened(self) -> Iterator[Batch]:
@@ -205,7 +225,7 @@ def gathering_turns(
 
     inputs: all there are, of which `chosen` are some.
     """
-    subject, limit, count = work.subject, _limit(work, inputs), len(work.samples)
+    subject, limit, count = work.subject, _limit(work, inputs), len(work.groups)
     weights = _weights(work, chosen, inputs, limit)
     walk = Walk(subject, record_room(subject)) if can_walk(subject) else None
     plan = planned(walk, chosen, limit // 2, subject.reference.device)  # half is for rounding at once
@@ -232,20 +252,23 @@ def _weights(
     noted: TokensCount | None = notes.get("tokens")
     if noted is not None and not noted.is_weighted:
         return None
-    is_open = noted is None and can_keep_back(work.samples)
+    training, kept_back = work.split
+    if noted is None and not kept_back:
+        noted = TokensCount.undecided(sum(map(len, training)), FEWEST)
+        notes.put("tokens", noted)
+    is_open = noted is None
     with walking(subject.path):
         found = token_weights(subject, inputs if is_open else chosen, work.widened)
     if is_open:
-        count = len(work.samples)
         with waiting(work.run.path, "tokens"):
             notes.reread()
             noted = notes.get("tokens")
             if noted is None:
                 noted = decided(
-                    subject, inputs, lambda: work.widened, count, found.of, work.format, limit_bytes
+                    subject, inputs, lambda: work.widened, len(training), found.of, work.format, limit_bytes
                 )
                 notes.put("tokens", noted)
-    return found.of if noted is None or noted.is_weighted else None
+    return found.of if noted is not None and noted.is_weighted else None
 
 
 def _tuned(work: Work, codes: CodesFile) -> CodesFile:
@@ -254,19 +277,14 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     Leaves a sentence on what came of it in the run's notes.
     """
     subject = work.subject
-    if not can_keep_back(work.samples):
-        work.run.notes.put(
-            "tuning",
-            Remarks(
-                (f"Scales are not tuned: that takes {FEWEST} calibration samples in two batches or more.",)
-            ),
-        )
+    training, kept_back = ([subject.encode(group) for group in part] for part in work.split)
+    if not kept_back:
+        told = f"Scales are not tuned: that takes {FEWEST} calibration samples."
+        work.run.notes.put("tuning", Remarks((told,)))
         return codes
     path = work.run.path / codes.file
     with open_codes(path) as file:
         stored = {name: file.stored(name, subject.device_of(name)) for name in sorted(file.layers)}
-    batches = [subject.encode(group) for group in work.samples]
-    training, kept_back = ([batches[i] for i in part] for part in split_batches(batches))
     step = iter(range(1, work.tune_steps + 1))
     found = tune(
         subject, stored, training, kept_back, work.tune_steps, work.format,

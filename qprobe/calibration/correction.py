@@ -51,7 +51,7 @@ def keep_correction(work: Work, rank: int) -> None:
         for one in gathering.inputs:
             gram = gathering.grams.pop(one.leader)
             with subject.running(f"correct {one.leader}"), torch.no_grad():
-                found |= _corrections(subject, set(one.names) - gathering.apart, gram, rank)
+                found |= _corrections(subject, set(one.names) - gathering.apart.keys(), gram, rank)
     try:
         from safetensors.torch import save
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import fsum
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +17,24 @@ from qprobe.measure.hooks import LayerForward, replaced_forwards
 from qprobe.measure.kl import read_out
 from qprobe.measure.outputs import output_rows
 from qprobe.measure.subject import Subject
+from qprobe.records import Sample
+from qprobe.runs.key import DAMAGE
 
 KEPT_BACK = 8  # one sample of so many is kept back
 FEWEST = 16  # samples; of fewer, those kept back would decide nothing
 
 
-def can_keep_back(groups: Sequence[Sequence[Any]]) -> bool:
-    """True if some of the batches of samples can be kept back, and decide something."""
-    return len(groups) > 1 and sum(map(len, groups)) >= FEWEST
+def split_samples(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """(for fitting, kept back): every `KEPT_BACK`-th of `samples`; none of fewer than `FEWEST`."""
+    if len(samples) < FEWEST:
+        return list(samples), []
+    kept = set(range(KEPT_BACK - 1, len(samples), KEPT_BACK))
+    return [s for i, s in enumerate(samples) if i not in kept], [samples[i] for i in sorted(kept)]
 
 
-def split_batches(batches: Sequence[Any]) -> tuple[list[int], list[int]]:
-    """(for fitting, kept back) numbers of `batches`: every `KEPT_BACK`-th is kept back, one at least."""
-    numbers = list(range(len(batches)))
-    kept = numbers[KEPT_BACK - 1 :: KEPT_BACK] or numbers[-1:]
-    return [i for i in numbers if i not in kept], kept
+def unit_of(subject: Subject) -> str:
+    """What damage is counted in, in words."""
+    return "of the output's squares" if subject.readout is None else DAMAGE[subject.readout.name][1]
 
 
 def outputs(subject: Subject, batch: Batch) -> list[Tensor]:

@@ -7,11 +7,12 @@ A few layers are rounded both ways for most of the samples, and the damage of bo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from qprobe.calibration.damage import mean_damage, split_batches
+from qprobe.calibration.damage import mean_damage, unit_of
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, passes
 from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.room import rounded_together
@@ -33,33 +34,29 @@ def decided(
     subject: Subject,
     inputs: Sequence[SharedInput],
     batches: Callable[[], Iterable[Batch]],
-    count: int,
+    training: int,
     weights: Weights,
     fmt: Nf4,
     limit_bytes: int,
 ) -> TokensCount:
     """The decision, on every `TRIAL`-th of `inputs`.
 
-    batches: gives the samples in `count` batches, each time from the first; weights: of their tokens.
-    limit_bytes: for Gram matrices at once.
+    batches: gives the samples, each time from the first; the first `training` of them are fitted to, the
+    others kept back. weights: of their tokens. limit_bytes: for Gram matrices at once.
     """
-    training, kept_back = split_batches(range(count))
     trial = trial_inputs(subject, inputs)
-
-    def own_weights(leader: str, batch: int) -> Tensor | None:
-        return weights(leader, training[batch])
 
     def damage(counts: Weights | None) -> float:
         packed: dict[str, PackedNf4] = {}
         for part in passes(trial, limit_bytes // 2, subject.reference.device):
             gathering = Gathering(subject, part, counts)
             with walking(subject.path):
-                gathering.add_all(_of(batches(), training))
+                gathering.add_all(islice(batches(), training))
             packed |= _rounded(subject, gathering, fmt, limit_bytes)
         with walking(subject.path):
-            return mean_damage(subject, _of(batches(), kept_back), _reading(subject, packed))
+            return mean_damage(subject, islice(batches(), training, None), _reading(subject, packed))
 
-    return TokensCount.of(plain=damage(None), weighted=damage(own_weights))
+    return TokensCount.of(plain=damage(None), weighted=damage(weights), unit=unit_of(subject))
 
 
 def trial_inputs(subject: Subject, inputs: Sequence[SharedInput]) -> list[SharedInput]:
@@ -88,7 +85,3 @@ def _reading(subject: Subject, packed: Mapping[str, PackedNf4]) -> LayerForward:
         return times(product, x, weight.to(x.dtype))
 
     return forward
-
-
-def _of(batches: Iterable[Batch], numbers: Sequence[int]) -> Iterable[Batch]:
-    return (batch for number, batch in enumerate(batches) if number in numbers)

@@ -25,6 +25,10 @@ from qprobe.records import Linear
 
 Weights = Callable[[str, int], Tensor | None]
 
+# Why the sum that was gathered for a linear is not its own, where that is so on any batch.
+APART = "it does not read the same tensor as its neighbours on every batch"
+UNLIKE = "it read other tokens when they were weighed than when they were summed"
+
 
 @dataclass(frozen=True)
 class SharedInput:
@@ -131,7 +135,7 @@ class Gathering:
     """Sums the Gram matrices of some shared inputs over batches.
 
     weights: what tokens count, by leader and number of the batch, (tokens,) or None for once each.
-    apart: linears that on some batch did not read what their leader reads, so that its sum is not theirs.
+    apart: linears whose sum is not theirs, with the reason.
     batches: how many were added.
     """
 
@@ -139,7 +143,7 @@ class Gathering:
     inputs: Sequence[SharedInput]
     weights: Weights | None = None
     grams: dict[str, Gram] = field(default_factory=dict)
-    apart: set[str] = field(default_factory=set)
+    apart: dict[str, str] = field(default_factory=dict)
     batches: int = 0
 
     def __post_init__(self) -> None:
@@ -183,14 +187,15 @@ class Gathering:
             if leader == name:
                 layer, tokens = self.subject.layers[name], x.numel() // x.shape[-1]
                 weights = None if self.weights is None else self.weights(name, number)
-                fits = weights is not None and len(weights) == tokens
-                mask = counted_tokens(layer, tokens, batch, tiles)
-                self.grams[name].add(x, mask, weights if fits else None)
+                if weights is not None and len(weights) != tokens:
+                    self.apart |= {n: UNLIKE for n, of in self._leaders.items() if of == name}
+                else:
+                    self.grams[name].add(x, counted_tokens(layer, tokens, batch, tiles), weights)
                 self._read[name] = ref(x)
             elif leader is not None:
                 read = self._read.get(leader)
                 if read is None or read() is not x:
-                    self.apart.add(name)
+                    self.apart[name] = APART
             return times(product, x, self.subject.dequantized.own(name).to(x.dtype))
 
         return forward

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,24 +11,24 @@ from qprobe.calibration.gram import Gram, SharedInput
 from qprobe.formats.nf4 import Nf4
 from qprobe.measure.subject import Subject
 
-APART = "it does not read the same tensor as its neighbours on every batch"
-
 
 def rounded_layers(
-    subject: Subject, group: Sequence[SharedInput], grams: Sequence[Gram], apart: AbstractSet[str], fmt: Nf4
+    subject: Subject, group: Sequence[SharedInput], grams: Sequence[Gram], apart: Mapping[str, str], fmt: Nf4
 ) -> list[dict[str, Rounded]]:
     """The weights of each shared input of `group`, by layer; those `apart` are left to nearest.
 
-    group: as of `qprobe.calibration.room.rounded_together`; grams: of each.
+    group: as of `qprobe.calibration.room.rounded_together`; grams: of each. apart: why, by name.
     """
     names = [[name for name in one.names if name not in apart] for one in group]
     readers = [
         Readers([subject.dequantized.own(name) for name in some], gram.total, gram.tokens)
         for some, gram in zip(names, grams, strict=True)
+        if some
     ]
     with torch.no_grad():
-        found = calibrate_together(readers, fmt)
+        found = iter(calibrate_together(readers, fmt) if readers else [])
     return [
-        dict.fromkeys(one.names, Rounded(None, why=APART)) | dict(zip(some, rounded, strict=True))
-        for one, some, rounded in zip(group, names, found, strict=True)
+        {name: Rounded(None, why=apart.get(name, "")) for name in one.names}
+        | (dict(zip(some, next(found), strict=True)) if some else {})
+        for one, some in zip(group, names, strict=True)
     ]

@@ -69,8 +69,8 @@ def token_weights(
 
     batches: in the dtype of the subject's path, which is open (`qprobe.measure.attribution.walking`).
     Costs `draws` forward and backward passes per batch. Tokens that reach no answer (padding, tiles that
-    nothing attends to) weigh 0. In a model without a language head the gradient is that of a random
-    direction of its output.
+    nothing attends to, a whole batch that no gradient comes back to) weigh 0. In a model without a language
+    head the gradient is that of a random direction of its output.
     """
     leaders = {name: one.leader for one in inputs for name in one.names}
     raw: dict[str, list[Tensor]] = {one.leader: [] for one in inputs}
@@ -83,7 +83,7 @@ def token_weights(
         tiles = tiles_that_count(batch)
         found_here = notes.on_host()
         for leader, found in raw.items():
-            weights = found_here.get(leader, torch.zeros(0))
+            weights = found_here.get(leader, torch.zeros(notes.tokens.get(leader, 0)))
             layer = subject.layers[leader]
             mask = counted_tokens(layer, len(weights), batch, tiles)
             counts[leader] += len(weights) if mask is None else int(mask.sum())
@@ -100,11 +100,15 @@ def token_weights(
 
 
 class _Notes:
-    """Squared gradient norms of one batch, by leader; `repeated`: leaders of linears that ran twice in it."""
+    """Squared gradient norms of one batch, by leader.
+
+    tokens: how many each leader's linears read. repeated: leaders of linears that ran twice in it.
+    """
 
     def __init__(self, leaders: Mapping[str, str]) -> None:
         self.leaders = leaders
         self.weights: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
         self.repeated: set[str] = set()
         self._runs: set[str] = set()
 
@@ -145,6 +149,7 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
 
         if name not in notes.leaders:
             return times(product, x, weight())
+        notes.tokens[notes.leaders[name]] = x.numel() // x.shape[-1]
         return _Weighed.apply(x, leaf.to(x.device), weight, product.bias, notes, name)
 
     scale = FLOAT16_SCALE if path.dtype == torch.float16 else 1.0

@@ -33,8 +33,9 @@ class Remarks:
 class TokensCount:
     """Whether tokens are weighed while codes are chosen.
 
-    plain, weighted: the damage on samples kept back with a few layers rounded without and with weights, nats
-    per answer token; None where there were too few samples to decide.
+    plain, weighted: the damage on samples kept back with a few layers rounded without and with weights, in
+    the unit of the model's damage (`qprobe.runs.key.DAMAGE`; nats per answer token where it answers); None
+    where it is not finite, or where there were too few samples to decide.
     """
 
     is_weighted: bool
@@ -43,16 +44,26 @@ class TokensCount:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, plain: float, weighted: float) -> TokensCount:
-        """Weighted unless that costs more."""
+    def of(cls, plain: float, weighted: float, unit: str) -> TokensCount:
+        """Weighted unless that costs more. unit: of both, in words."""
         is_weighted = not plain < weighted
         known = {name: x if isfinite(x) else None for name, x in (("plain", plain), ("weighted", weighted))}
         how = "half by how much the answers depend on them" if is_weighted else "once each"
         told = (
             f"Tokens count {how} when codes are chosen: on calibration samples kept back, a few layers in "
-            f"4-bit cost {weighted:.4g} so weighed and {plain:.4g} where each token counts once."
+            f"4-bit cost {weighted:.4g} {unit} with tokens weighed and {plain:.4g} where each counts once."
         )
         return cls(is_weighted, **known, notes=(told,))
+
+    @classmethod
+    def undecided(cls, samples: int, least: int) -> TokensCount:
+        """Weighted, for want of samples to compare on: there are `samples`, and it takes `least`."""
+        told = (
+            "Tokens count half by how much the answers depend on them when codes are chosen. Whether that "
+            f"pays on this model is not known: comparing takes {least} calibration samples, and there are "
+            f"{samples}."
+        )
+        return cls(True, None, None, (told,))
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ TOPICS: Mapping[str, type[Any]] = {
     "correction": CorrectionFile,  # of these weights
     "tuning": Remarks,  # on whether their scales were tuned
     "layers": Ran,
-    "non-finite": Remarks,  # on what is left out
+    "left-out": Remarks,  # what is not finite, and tokens of experts that cannot be compared
     "damaged": Remarks,  # on unit files that were set aside
     "end": Ended,
 }

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qprobe.calibration.codes import Readers, Rounded, calibrate_together
-from qprobe.calibration.damage import split_batches
+from qprobe.calibration.damage import split_samples
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, gathered, shared_inputs
 from qprobe.calibration.room import record_room, rounded_together
 from qprobe.calibration.token_weights import token_weights
@@ -238,9 +238,10 @@ def table(name: str, counts: Sequence[int], device: str, steps: int, codes: Sequ
             weights = token_weights(subject, inputs, part)
         weighted = stored(subject, all_rounded(subject, inputs, part, weights.of))
         measured.add("weighted", count, weighted, f"{time.perf_counter() - start:.0f}")
-        for codes_from in codes if steps and len(part) > 1 else ():
+        split = split_samples([s for batch in part for s in batch.samples])
+        for codes_from in codes if steps and split[1] else ():
             start = time.perf_counter()
-            training, kept_back = ([part[i] for i in numbers] for numbers in split_batches(part))
+            training, kept_back = (_batches(subject, some) for some in split)
             tuned = tune(subject, weighted, training, kept_back, steps, Nf4(), codes_from=codes_from)
             moved = f", codes from {codes_from:g} of them on" if codes_from < 1 else ""
             what = f"weighted, {steps} steps{moved} (kept back: {tuned.before:.4g} to {tuned.after:.4g})"

@@ -13,7 +13,7 @@ from qprobe.calibration import calibrate as calibration
 from qprobe.calibration.calibrate import Work, calibrate_model, calibrate_units, codes_unit
 from qprobe.calibration.codes import Readers, calibrate, workspace_bytes
 from qprobe.calibration.gptq import shrunk
-from qprobe.calibration.gram import Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
+from qprobe.calibration.gram import APART, Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
 from qprobe.calibration.room import gram_room, rounded_together
 from qprobe.calibration.token_weights import DRAWS, token_weights
 from qprobe.errors import MachineError, ManifestError
@@ -138,7 +138,7 @@ def test_a_linear_that_reads_something_else_on_a_later_batch_is_found_out(tiny_f
     first, second = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
     gathering = Gathering(subject, [SharedInput((first, second), 64)])
     gathering.add(batch)
-    assert gathering.apart == {second}
+    assert gathering.apart == {second: APART}
 
 
 @pytest.mark.slow

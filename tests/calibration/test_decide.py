@@ -31,19 +31,33 @@ def work_of(folder: Path, subject: Subject, count: int) -> calibration.Work:
 
 
 def test_weights_stay_unless_they_cost_more():
-    worse, same, better = (TokensCount.of(plain=0.2, weighted=w) for w in (0.3, 0.2, 0.1))
+    worse, same, better = (TokensCount.of(plain=0.2, weighted=w, unit="per score") for w in (0.3, 0.2, 0.1))
     assert (worse.is_weighted, same.is_weighted, better.is_weighted) == (False, True, True)
-    assert "cost 0.3 so weighed and 0.2 where each token counts once" in worse.notes[0]
-    assert not TokensCount.of(plain=0.2, weighted=float("inf")).is_weighted
+    assert "cost 0.3 per score with tokens weighed and 0.2 where each counts once" in worse.notes[0]
+    assert not TokensCount.of(plain=0.2, weighted=float("inf"), unit="per score").is_weighted
+
+
+@pytest.mark.parametrize("size", [2, 3, 32])
+def test_every_eighth_sample_is_kept_back_however_they_are_batched(
+    size: int, tiny_folder: TinyFolder, tmp_path: Path
+):
+    work = work_of(tmp_path, subject_for(tiny_folder("llama")), 32)
+    samples = [s for group in work.samples for s in group]
+    work = replace(work, samples=work.subject.groups(tuple(samples), size))
+    training, kept_back = ([s.id for group in part for s in group] for part in work.split)
+    assert kept_back == [s.id for s in samples[7::8]]
+    assert sorted([*training, *kept_back]) == sorted(s.id for s in samples)
+    assert max(map(len, work.groups)) <= size
 
 
 def test_layers_are_fitted_to_most_samples_and_compared_on_the_others(
     tiny_folder: TinyFolder, tmp_path: Path
 ):
-    # Batches 7 and 15 of 16 are kept back: no matrix may hold them, and only they are compared.
+    # 28 of 32 samples in 14 batches; no matrix may hold the last two, and only they are compared.
     subject = subject_for(tiny_folder("llama"))
     work = work_of(tmp_path, subject, 32)
-    assert len(work.samples) == 16
+    training, kept_back = work.split
+    assert (len(training), len(kept_back)) == (14, 2)
     inputs = shared_inputs(subject, work.batches)
     asked: set[int] = set()
 
@@ -51,10 +65,25 @@ def test_layers_are_fitted_to_most_samples_and_compared_on_the_others(
         asked.add(batch)
         return None
 
-    found = decide.decided(subject, inputs, lambda: work.widened, 16, weights, work.format, 2**30)
-    assert asked == set(range(16)) - {7, 15}
+    found = decide.decided(subject, inputs, lambda: work.widened, 14, weights, work.format, 2**30)
+    assert asked == set(range(14))
     # Without weights both ways are the same.
     assert found.plain == found.weighted and found.plain is not None and found.plain > 0
+    # Of what is kept back alone: the matrices are of the same samples, so the damage is another one.
+    again = [*training, kept_back[0]]
+    batches = [subject.encode(group).in_dtype(subject.path.dtype) for group in again]
+    other = decide.decided(subject, inputs, lambda: batches, 14, weights, work.format, 2**30)
+    assert other.plain is not None and other.plain > 0 and other.plain != found.plain
+
+
+def test_too_few_samples_to_decide_are_noted_with_their_number(tiny_folder: TinyFolder, tmp_path: Path):
+    work = work_of(tmp_path, subject_for(tiny_folder("llama")), 6)
+    assert work.split == (work.samples, [])
+    inputs = shared_inputs(work.subject, work.batches)
+    calibrate_units(work, inputs, [0])
+    noted = RunFolder(work.run.path).notes.get("tokens")
+    assert (noted.is_weighted, noted.plain, noted.weighted) == (True, None, None)
+    assert "comparing takes 16 calibration samples, and there are 6." in noted.notes[0]
 
 
 @pytest.mark.slow

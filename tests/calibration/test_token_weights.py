@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,11 @@ from weakref import ref
 import pytest
 import torch
 
-from qprobe.calibration.gram import Gram, gathered, shared_inputs, weighted_parts
+from qprobe.calibration.gram import UNLIKE, Gram, gathered, shared_inputs, weighted_parts
+from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.token_weights import DRAWS, MIX, TokenWeights, _Weighed, draws, token_weights
-from qprobe.inputs.batch import PAD
+from qprobe.formats.nf4 import Nf4
+from qprobe.inputs.batch import PAD, Batch
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import fisher_direction, random_signs
 from qprobe.measure.subject import Subject, subject_of
@@ -224,6 +226,61 @@ def test_a_linear_that_runs_twice_in_a_batch_counts_its_tokens_once_each(tiny_fo
     assert type(first).forward is plain
     assert found.of(twice, 0) is None
     assert all(found.of(one.leader, 0) is not None for one in inputs[1:2])
+
+
+def test_tokens_of_a_batch_that_no_gradient_comes_back_to_weigh_nothing_and_enter_the_mean(
+    tiny_folder: TinyFolder,
+):
+    subject, samples = subject_for(tiny_folder("llama")), samples_of("llama")
+    first, second = subject.encode(samples), subject.encode(samples[:2])
+    inputs = shared_inputs(subject, [first])
+    early = [one for one in inputs if ".layers.0." in one.leader]
+    alone = token_weights(subject, inputs, [first])
+
+    def cut_off_in_the_second() -> Iterator[Batch]:
+        yield first
+        block = subject.model.model.layers[0]
+        handle = block.register_forward_hook(lambda _module, _given, output: output.detach())
+        yield second
+        handle.remove()
+
+    found = token_weights(subject, inputs, cut_off_in_the_second())
+    tokens = [int((batch.kinds != PAD).sum()) for batch in (first, second)]
+    for one in early:
+        weights = found.of(one.leader, 1)
+        assert weights is not None and len(weights) == second.kinds.numel()
+        assert torch.equal(weights, torch.full_like(weights, 1 - MIX))
+        share = tokens[0] / sum(tokens)
+        assert found.means[one.leader] == pytest.approx(share * alone.means[one.leader], rel=1e-6)
+    weighed = gathered(subject, early, [first, second], weights=found.of)
+    parts = gathered(subject, early, [first], weights=found.of), gathered(subject, early, [second])
+    for one in early:
+        weighted, plain = (part.grams[one.leader].total for part in parts)
+        wanted = weighted + (1 - MIX) * plain
+        torch.testing.assert_close(weighed.grams[one.leader].total, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_linear_that_read_other_tokens_when_they_were_weighed_is_left_to_nearest_for_that(
+    tiny_folder: TinyFolder,
+):
+    subject = subject_for(tiny_folder("llama"))
+    batches = [subject.encode(group) for group in subject.groups(samples_of("llama", 4), 2)]
+    inputs = shared_inputs(subject, batches)[:2]
+    first = inputs[0]
+
+    def counts(leader: str, batch: int) -> torch.Tensor:
+        rows = batches[batch].kinds.numel()
+        return torch.ones(rows - 1 if leader == first.leader and batch == 1 else rows)
+
+    found = gathered(subject, inputs, batches, weights=counts)
+    assert found.apart == dict.fromkeys(first.names, UNLIKE)
+    grams = [found.grams[one.leader] for one in inputs]
+    groups = zip(inputs, grams, strict=True)
+    rounded, other = (rounded_layers(subject, [i], [g], found.apart, Nf4())[0] for i, g in groups)
+    assert {name: (x.stored, x.why) for name, x in rounded.items()} == dict.fromkeys(
+        first.names, (None, UNLIKE)
+    )
+    assert all(x.why != UNLIKE for x in other.values())
 
 
 def test_blocks_that_run_again_weigh_the_same(tiny_folder: TinyFolder):

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from qprobe.calibration import tuning
 from qprobe.calibration.codes import unpacked_codes
 from qprobe.calibration.columns import nf4_grid
-from qprobe.calibration.damage import can_keep_back, split_batches
+from qprobe.calibration.damage import split_samples
 from qprobe.calibration.tuned_linear import TunedLinear, nearest_codes, units_of
 from qprobe.calibration.tuning import tune
 from qprobe.formats.nf4 import Nf4, PackedNf4
 from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of
-from qprobe.records import FormatSpec
+from qprobe.records import FormatSpec, Sample, asked
 from tests import tiny
 
 TinyFolder = Callable[[str], Path]
@@ -184,12 +184,9 @@ def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
         assert torch.equal(one.state.absmax, again.stored[layer].state.absmax)
 
 
-@pytest.mark.parametrize(("count", "kept"), [(1, [0]), (7, [6]), (8, [7]), (20, [7, 15])])
-def test_one_batch_of_eight_is_kept_back_and_one_at_least(count: int, kept: list[int]):
-    training, held = split_batches(["a batch"] * count)
-    assert held == kept and training == [i for i in range(count) if i not in kept]
-
-
-def test_one_batch_however_large_leaves_nothing_to_decide_on():
-    assert not can_keep_back(["a" * 30]) and not can_keep_back(["a" * 8, "a" * 7])
-    assert can_keep_back(["a" * 8, "a" * 8])
+@pytest.mark.parametrize(("count", "kept"), [(15, []), (16, [7, 15]), (30, [7, 15, 23])])
+def test_every_eighth_sample_is_kept_back_and_none_of_too_few_to_decide(count: int, kept: list[int]):
+    samples = [Sample(str(i), asked("a red bag")) for i in range(count)]
+    training, held = split_samples(samples)
+    assert [int(s.id) for s in held] == kept
+    assert [int(s.id) for s in training] == [i for i in range(count) if i not in kept]
