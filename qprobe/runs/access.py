@@ -11,13 +11,17 @@ from qprobe.system.files import write_atomic
 from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.locks import open_lock, wait_for_lock
 
-MOST_BYTES = 2**31
-"""A file of a run folder that is larger is none of ours: a unit has a row per layer and sample."""
+MOST_BYTES = 48 * 2**20
+"""Of a JSON or CSV file: Python takes up to 21 times as much for the values in it, which is 1 GiB; `[],` is 3
+bytes there and 64 here. Ours have some 400 bytes per layer, or 40 kB per sample that is shown."""
 
 
-def read_file(path: Path) -> bytes | None:
-    """What a file of a run folder holds, None if there is none; RunError if it cannot be read."""
-    return read_foreign_if_there(path, RunError, "Make it a readable file.", MOST_BYTES)
+def read_file(path: Path, limit: int = MOST_BYTES) -> bytes | None:
+    """What a file of a run folder holds, None if there is none; RunError if it cannot be read.
+
+    limit: largest size in bytes.
+    """
+    return read_foreign_if_there(path, RunError, "Make it a readable file.", limit)
 
 
 def write_file(path: Path, data: bytes, how: Callable[[Path, bytes], object] = write_atomic) -> None:

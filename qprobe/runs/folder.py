@@ -35,7 +35,7 @@ from qprobe.runs.notes import FOLDER as NOTES
 from qprobe.runs.notes import Notes
 from qprobe.runs.shown import FILE as SAMPLES
 from qprobe.runs.shown import ShownSample, parse_shown
-from qprobe.runs.units import decode_unit, encode_unit, number_of, rows_of, stage_of, unit_name
+from qprobe.runs.units import UNIT_BYTES, decode_unit, encode_unit, number_of, rows_of, stage_of, unit_name
 from qprobe.system.files import make_folder, remove_left_behind, write_first
 from qprobe.system.foreign import is_plain_name
 from qprobe.system.wording import shortened
@@ -195,7 +195,7 @@ class RunFolder:
     def load_unit(self, name: str) -> bytes:
         """The bytes of the unit file `name`, of which only the rows are kept; errors as of `unit`."""
         path = self.path / "units" / name
-        data = read_file(path)
+        data = read_file(path, UNIT_BYTES)
         if data is None:
             raise RunError(f"{path} is gone although it was there a moment ago. Run the same command again.")
         self._units[name] = decode_unit(path, data)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qprobe.errors import RunError
 from qprobe.models.grid import Grid
+from qprobe.runs.access import MOST_BYTES
 from qprobe.system.decoding import strict_json
 
 if TYPE_CHECKING:
@@ -41,9 +42,18 @@ class ShownSample:
 
 
 def write_shown(run: RunFolder, samples: Sequence[ShownSample]) -> None:
-    """Write RUN/samples.json whole or not at all; raises RunError if the disk refuses."""
-    text = json.dumps([asdict(s) for s in samples], ensure_ascii=False) + "\n"
-    run.files.write({FILE: (text.encode("utf-8", "replace"), len(samples))})
+    """Write RUN/samples.json whole or not at all; raises RunError if the disk refuses.
+
+    The last of very many samples are left out, so that a reader can hold the others.
+    """
+    shown = list(samples)
+    while len(data := _encoded(shown)) > MOST_BYTES:
+        del shown[len(shown) * 3 // 4 :]
+    run.files.write({FILE: (data, len(shown))})
+
+
+def _encoded(samples: Sequence[ShownSample]) -> bytes:
+    return (json.dumps([asdict(s) for s in samples], ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 def parse_shown(path: Path, data: bytes) -> dict[str, ShownSample]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qprobe.errors import RunError
@@ -31,6 +32,13 @@ _KINDS = {"text": pa.string(), "count": pa.int64(), "number": pa.float64()}
 _CANDIDATE, _ABLATION = "heldout", "ablation"
 
 _UNIT_NAME = re.compile(r"([a-z0-9-]+)-([0-9]{5,})\.parquet")
+
+
+UNIT_CELLS = 2**26
+UNIT_BYTES = 8 * UNIT_CELLS
+"""Of a unit, which has a row per layer (or expert) and sample of a batch, a million cells at most; of its
+file, and of its texts. A few bytes of Parquet can stand for any number of rows, or copies of a long text."""
+_ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}  # those that pyarrow writes
 
 
 class DamagedUnitError(RunError):
@@ -106,7 +114,10 @@ def decode_unit(path: Path, data: bytes) -> pa.Table:
     stage = stage_of(path.name)
     assert stage is not None, path
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            _check_size(file.metadata)
+            found = file.schema_arrow
+        table = _read(data, found) if found.equals(_schema(stage)) else found.empty_table()
         table.validate(full=True)  # of texts, too, that they are UTF-8
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0][:120]
@@ -120,6 +131,31 @@ def decode_unit(path: Path, data: bytes) -> pa.Table:
             f"({shortened(', '.join(table.schema.names), 300)}). Scan again with another --out."
         )
     return table
+
+
+def _check_size(found: pq.FileMetaData) -> None:
+    """Raises ArrowException if a file that says this of itself is none of ours: reading it could take all."""
+    if found.num_rows * found.num_columns > UNIT_CELLS:
+        raise pa.ArrowException(f"it claims {found.num_rows:,} rows of {found.num_columns:,} columns")
+    for group in map(found.row_group, range(found.num_row_groups)):
+        if group.total_byte_size > UNIT_BYTES:
+            raise pa.ArrowException(f"it claims {group.total_byte_size:,} bytes")
+        for column in map(group.column, range(group.num_columns)):
+            if not _ENCODINGS >= set(column.encodings) or column.num_values > UNIT_CELLS:
+                raise pa.ArrowException(f"{column.path_in_schema} is stored otherwise")
+
+
+def _read(data: bytes, schema: pa.Schema) -> pa.Table:
+    """The rows, once it is known how long their texts are together."""
+    texts = [x.name for x in schema if x.type == pa.string()]
+    table = pq.read_table(pa.BufferReader(data), read_dictionary=texts)
+    size = 0
+    for chunk in (chunk for name in texts for chunk in table[name].chunks):
+        lengths = pc.call_function("binary_length", [chunk.dictionary]).take(chunk.indices)
+        size += pc.call_function("sum", [lengths]).as_py() or 0
+    if size > UNIT_BYTES:
+        raise pa.ArrowException(f"its texts would take {size:,} bytes")
+    return table.cast(schema)
 
 
 def rows_of(folder: Path, stage: str, tables: Iterable[pa.Table]) -> pd.DataFrame:

@@ -11,6 +11,9 @@ from qprobe.system.foreign import check_foreign
 
 _FIX = "Pass a .parquet file to --data."
 _ROWS_AT_ONCE = 64  # with the bytes of their images
+_AT_ONCE_BYTES = 2**30  # that they may take; a dictionary lets every row be as long as all of its column
+_GROUP_BYTES = 2**32  # of a row group unpacked; those of the hub's data sets have some hundred MB
+_GROUP_VALUES = 2**26
 
 
 def _files(path: Path) -> list[Path]:
@@ -33,7 +36,7 @@ def _rows(data: Any, split: str | None) -> Rows:
         check_foreign(path, SampleError, _FIX, None)
         try:
             with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
                     for row in rows_of_arrow(batch):
                         number += 1
                         yield number, row
@@ -41,6 +44,23 @@ def _rows(data: Any, split: str | None) -> Rows:
             raise SampleError(f"{path} is not a complete Parquet file ({error}). {_FIX}") from None
     if number == 0:
         raise SampleError(f"{data} has no rows. {_FIX}")
+
+
+def _rows_at_once(found: Any) -> int:
+    """How many rows of a file that says this (pyarrow's FileMetaData) of itself can be held at once.
+
+    Raises ValueError where a row group is too large: a few bytes of Parquet can claim any number of rows.
+    """
+    groups = [found.row_group(i) for i in range(found.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    largest = max((x.total_uncompressed_size for x in columns), default=0)
+    values = max((x.num_values for x in columns), default=0)
+    if largest > _GROUP_BYTES or values > _GROUP_VALUES:
+        raise ValueError(
+            f"a row group claims {largest:,} bytes and {values:,} values of one column, more than can be "
+            "read; write it with smaller row groups"
+        )
+    return max(1, min(_ROWS_AT_ONCE, _AT_ONCE_BYTES // max(largest, 1)))
 
 
 def _of_split(path: Path, split: str | None) -> list[Path]:

@@ -1,0 +1,89 @@
+"""A few bytes that stand for gigabytes are refused by what reading them would take."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qprobe.data.reading import read_conversations
+from qprobe.data.sources import parquet
+from qprobe.errors import RunError, SampleError
+from qprobe.runs import access, shown, units
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.shown import ShownSample, write_shown
+from qprobe.runs.units import DamagedUnitError, decode_unit, encode_unit
+from tests.runs.runs import make_run, rows
+
+UNIT = Path("kl-00000.parquet")
+
+
+def unit(count: int, text: str = "standard", **how: Any) -> bytes:
+    frame = rows("kl", *((f"s{i}", text, 3, 0.5, 2) for i in range(count)))
+    file = io.BytesIO()
+    pq.write_table(encode_unit("kl", frame)[1], file, **how)
+    return file.getvalue()
+
+
+def test_a_unit_that_claims_too_many_rows_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(units, "UNIT_CELLS", 40)
+    assert decode_unit(UNIT, unit(8)).num_rows == 8
+    with pytest.raises(DamagedUnitError, match="claims 9 rows of 5 columns"):
+        decode_unit(UNIT, unit(9))
+
+
+def test_a_long_text_that_many_rows_share_is_refused_before_it_is_copied():
+    table = encode_unit("kl", rows("kl", *((f"s{i}", "a", 3, 0.5, 2) for i in range(3000))))[1]
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), ["x" * 2**20])
+    file = io.BytesIO()  # 3 GB of text
+    pq.write_table(table.set_column(1, "candidate", shared), file, store_schema=False)
+    assert table.column_names[1] == "candidate" and len(file.getvalue()) < 2**20
+    with pytest.raises(DamagedUnitError, match="its texts would take 3,145,"):
+        decode_unit(UNIT, file.getvalue())
+
+
+def test_encodings_that_are_not_ours_are_refused():
+    data = unit(3, use_dictionary=False, column_encoding={"sample": "DELTA_BYTE_ARRAY"})
+    with pytest.raises(DamagedUnitError, match="sample is stored otherwise"):
+        decode_unit(UNIT, data)
+
+
+def test_rows_that_share_a_long_text_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    frame = pd.DataFrame({"prompt": ["x" * 2**12] * 100, "answer": [f"{i}" for i in range(100)]})
+    frame.to_parquet(tmp_path / "a.parquet", compression=None)
+    monkeypatch.setattr(parquet, "_AT_ONCE_BYTES", 2**15)
+    with pq.ParquetFile(tmp_path / "a.parquet") as file:
+        assert parquet._rows_at_once(file.metadata) in range(2, 9)
+    assert len(read_conversations(tmp_path / "a.parquet").good) == 100
+    monkeypatch.setattr(parquet, "_GROUP_VALUES", 99)
+    with pytest.raises(SampleError, match="100 values of one column, more than can be read; write it with"):
+        read_conversations(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["scan.json", "samples.json", "files.json", "notes/end.json"])
+def test_a_file_that_parsing_would_blow_up_is_refused_by_its_size(tmp_path: Path, name: str):
+    run = make_run(tmp_path / "run")
+    with open(run / name, "wb") as file:
+        file.truncate(access.MOST_BYTES + 1)
+    found = RunFolder(run)
+    reads = {
+        "scan.json": lambda: found.key,
+        "samples.json": lambda: found.samples,
+        "files.json": lambda: found.files.read("layers.csv"),
+        "notes/end.json": lambda: found.notes.get("end"),
+    }
+    (run / "layers.csv").write_bytes(b"")
+    with pytest.raises(RunError, match=r"cannot be read \(it is larger than 48 MiB\)"):
+        reads[name]()
+
+
+def test_very_many_samples_are_not_all_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = RunFolder(make_run(tmp_path / "run"))
+    monkeypatch.setattr(shown, "MOST_BYTES", 2000)
+    write_shown(run, [ShownSample(str(i), "p", None, None, None, (), None) for i in range(100)])
+    assert list(run.samples) == [str(i) for i in range(len(run.samples))] and 5 < len(run.samples) < 30
