@@ -121,6 +121,7 @@ class ScanOptions:
     bad_data: BadData = "refuse"
     allow_downloads: bool = False
     metric: AskedMetric | None = None
+    check: Path | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -158,21 +158,23 @@ def calibrate_model(work: Work, shard: Shard = ALONE) -> None:
             run.notes.reread()
             if run.codes is None:
                 codes = _joined(run.path, count)
-                _put_in_place(work, codes)
+                put_in_place(work.subject, codes, run.path)
                 # Only now that the joined file was read whole is it named.
                 run.notes.put("codes", _tuned(work, codes) if work.tune_steps else codes)
     assert run.codes is not None
-    _put_in_place(work, run.codes)
+    put_in_place(work.subject, run.codes, run.path)
     for left in (run.path / "units").glob(f"{CALIBRATION.name}-*.safetensors"):
         left.unlink(missing_ok=True)
 
 
-def _put_in_place(work: Work, codes: CodesFile) -> None:
-    """Let the model's 4-bit weights be those of the file `codes`. Raises ManifestError if it is not whole."""
-    with open_codes(checked(codes, work.run.path)) as file:
+def put_in_place(subject: Subject, codes: CodesFile, folder: Path) -> None:
+    """Let the model's 4-bit weights be those of the file `codes` in `folder`.
+
+    Raises ManifestError if it is not whole.
+    """
+    with open_codes(checked(codes, folder)) as file:
         for name in sorted(file.layers):
-            packed = file.stored(name, work.subject.device_of(name)).packed()
-            work.subject.dequantized.put(name, packed)
+            subject.dequantized.put(name, file.stored(name, subject.device_of(name)).packed())
 
 
 def _calibrated(work: Work, shard: Shard) -> int:

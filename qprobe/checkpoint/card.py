@@ -31,8 +31,7 @@ def model_card(manifest: Manifest, architecture: str, made_from: str | None = No
         else plain_usage(auto, is_four_bit=True),
         "## Layers in 16-bit",
         _kept(manifest),
-        f"Made by qprobe {plain(manifest.made_by.qprobe)} ({code(manifest.made_by.command)}, "
-        f"{plain(manifest.made_by.time)}). "
+        f"Made by qprobe {plain(manifest.made_by.qprobe)} ({code(manifest.made_by.command)}). "
         f"`skiplist.json` in this folder is the manifest: every layer, its precision and its bytes. "
         f"The licence is that of the model it was made from.",
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ def _manifest(
         layers=layers,
         uncovered=inventory.uncovered,
         skip_modules=tuple(x.name for x in layers if x.precision == SIXTEEN_BIT.name),
-        made_by=MadeBy(__version__, command, datetime.now(UTC).isoformat(timespec="seconds")),
+        made_by=MadeBy(__version__, command),
     )
 
 

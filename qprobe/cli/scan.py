@@ -107,6 +107,13 @@ TOP = 10  # layers of the ranking that are shown
     metavar="RUN",
     help="Run folder; an interrupted scan continues in it.  [default: runs/MODEL]",
 )
+@click.option(
+    "--check",
+    type=shared.PATH,
+    metavar="RUN",
+    help="In the place of --out: measure a few units of RUN again, the run of this same command, and compare "
+    "them, to the bit on a CPU, on a GPU with what two runs differ there. Nothing is written.",
+)
 @shared.devices_option
 @shared.dtype_option(None, "bf16")
 @shared.trust_option
@@ -132,7 +139,9 @@ def scan(as_json: bool, **asked: Any) -> None:
 
     with shared.progress_bars() as progress:
         run = run_scan(**asked, progress=progress)
-    if run.skiplist is None:  # stdout belongs to the process that chooses
+    if asked["check"] is not None and not as_json:
+        say(run.verdict)
+    elif run.skiplist is None and not asked["check"]:  # stdout belongs to the process that chooses
         say(run.verdict, err=True)
     elif as_json:
         shared.print_json(run.to_json())

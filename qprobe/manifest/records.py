@@ -76,11 +76,10 @@ class ManifestLayer:
 
 @dataclass(frozen=True)
 class MadeBy:
-    """qprobe: its version; time: ISO 8601 with offset."""
+    """qprobe: its version. No time: equal inputs give equal manifests, to the byte."""
 
     qprobe: str
     command: str
-    time: str
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,6 @@ def _method(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest 
     residual, end = attribution_residual(run), run.notes.get("end")
     return {
         "command": _command(run, scan, manifest),
-        "made": None if manifest is None else manifest.made_by.time,
         "versions": spec.versions or {},
         "device": spec.device,
         "seed": spec.seed,

@@ -12,10 +12,12 @@ experts of a fused weight are rows of one layer, told apart by the column "exper
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -174,6 +176,25 @@ def rows_of(folder: Path, stage: str, tables: Iterable[pa.Table]) -> pd.DataFram
             "cut scans were put together. Join only scans with the same batch size, or scan again."
         )
     return frame
+
+
+def largest_difference(one: pa.Table, other: pa.Table) -> float:
+    """How far two units of one stage are from each other, as a share of the largest value of the column.
+
+    Counts, such as positions of peaks, are not compared. Infinite where texts, rows or nulls differ.
+    """
+    most = 0.0
+    for name in one.column_names:
+        a, b = one[name], other[name]
+        if pa.types.is_string(a.type) and not a.equals(b):
+            return math.inf
+        if pa.types.is_floating(a.type):
+            if len(a) != len(b) or not a.is_null().equals(b.is_null()):
+                return math.inf
+            mine, others = (x.drop_null().to_numpy() for x in (a, b))
+            far = np.abs(mine - others).max(initial=0.0)
+            most = max(most, float(far / np.abs(mine).max(initial=0.0)) if far else 0.0)
+    return most
 
 
 def unit_columns(stage: str) -> list[str]:

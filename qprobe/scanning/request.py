@@ -24,7 +24,7 @@ from qprobe.selection.request import ListRequest, parse_request
 
 DEFAULT_DTYPE: Dtype = "bfloat16"
 APPLIES_TO_WEIGHTS = frozenset(
-    ("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures", "trust_remote_code")
+    ("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures", "check", "trust_remote_code")
 )
 """The fields of `ScanOptions` that bear on weights alone; any other is refused, new ones as well."""
 _DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}
@@ -59,7 +59,8 @@ class ScanRequest:
     format: its compute_dtype is the reference's dtype. device: as `pick_device` and `device_of` take it.
     max_memory_bytes: None for no limit. tune: steps, None for the default of the device;
     calibration_samples: for the codes, None likewise. keep_correction: its rank, None to keep none.
-    ablate: None for no ablation. metric: of answers, beside KL. command: what a reader of the results types.
+    ablate: None for no ablation. metric: of answers, beside KL. is_check: of the run that is there, see
+    `qprobe.scanning.repeat`. command: what a reader of the results types.
     """
 
     source: Source
@@ -77,6 +78,7 @@ class ScanRequest:
     ablate: Ablated | None
     skiplist: ListRequest
     metric: Metric | None
+    is_check: bool
     command: str
 
     @property
@@ -115,6 +117,10 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
             f"{options.format}. Leave it out, or pass --format nf4-calibrated."
         )
     _check_correction(options)
+    if options.check is not None and options.out is not None:
+        raise QprobeError(
+            "--check measures a run again and writes nothing, so --out does not apply. Leave it out."
+        )
     ablate = None if options.ablate is None else parse_ablated(options.ablate)
     _check_ablate(ablate, measures)
     pick_device(one_device(options.device))
@@ -126,7 +132,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
     return ScanRequest(
         source=source,
         loaded=loaded,
-        folder=options.out or Path("runs") / source.id.replace("/", "--"),
+        folder=options.check or options.out or Path("runs") / source.id.replace("/", "--"),
         format=FormatSpec(options.format, compute_dtype=dtype, experts=options.experts),
         device=options.device,
         max_memory_bytes=limit,
@@ -139,6 +145,7 @@ def parse_options(options: ScanOptions, loaded: LoadedModel | None = None) -> Sc
         ablate=ablate,
         skiplist=skiplist,
         metric=None if options.metric is None else metric_of(options.metric),
+        is_check=options.check is not None,
         command=_command(replace(options, dtype=dtype), source, loaded),
     )
 
@@ -241,7 +248,7 @@ def scan_call(asked: ScanOptions, model_id: str | None, kind: str) -> str:
     words = [
         f"{name}={_in_python(value)}"
         for name, value in options.items()
-        if value != _DEFAULTS.get(name) and name not in ("model", "out", "device", "max_memory")
+        if value != _DEFAULTS.get(name) and name not in ("model", "out", "check", "device", "max_memory")
     ]
     return f"qprobe.scan({', '.join([model, *words])})" + (f"  # model: a loaded {kind}" if kind else "")
 

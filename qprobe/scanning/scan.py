@@ -31,6 +31,7 @@ from qprobe.scanning.given import given_model, images_or_rows, named_options
 from qprobe.scanning.measure import calibrate, measure_units
 from qprobe.scanning.opening import open_model, open_units
 from qprobe.scanning.process import Process
+from qprobe.scanning.repeat import repeat_units
 from qprobe.scanning.request import ScanRequest, parse_options
 from qprobe.scanning.run import Run, ScanResult
 from qprobe.scanning.samples import prepare_samples, read_samples
@@ -74,6 +75,7 @@ def scan(
     bad_data: BadData = "refuse",
     allow_downloads: bool = False,
     metric: AskedMetric | None = None,
+    check: str | Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Run:
@@ -118,6 +120,8 @@ def scan(
     metric: of greedy answers to the held-out samples, beside KL, for the verdict: one of
         `qprobe.registry.metrics.names()`, or any function of (sample, answer) to a number; the answer of the
         sample is None where none was given. Costs the answers of 16-bit, standard 4-bit and the chosen list.
+    check: the folder of this same scan, in the place of `out`: a few of its units are measured again and
+        compared, to the bit on a CPU; nothing in it changes. RunError where they are not what it holds.
     trust_remote_code: run Python code that the checkpoint brings, for models that exist only as such code; it
         can do on this machine whatever you can.
     progress: called as work moves on, see `qprobe.options.Progress`; None for bars, see `qprobe.system.bars`.
@@ -157,6 +161,7 @@ def scan(
             bad_data=bad_data,
             allow_downloads=allow_downloads,
             metric=metric,
+            check=path_if_given(check),
             trust_remote_code=trust_remote_code,
         ),
         loaded,
@@ -164,6 +169,8 @@ def scan(
     with progress_bars() if progress is None else nullcontext(progress) as show:
         process = Process(RunFolder(asked.folder), shard_from(os.environ), show)
         steps = scan_weights if asked.measures.is_weight_alone else scan_model
+        if asked.is_check:
+            steps = repeat_units
         return Run(process.run, steps(asked, process))
 
 

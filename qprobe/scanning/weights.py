@@ -77,11 +77,7 @@ def scan_weights(asked: ScanRequest, process: Process) -> ScanResult:
     return_freed_memory()
     run, shard, clock = process.run, process.shard, process.clock
     device = pick_device(device_of(shard, asked.device))
-    with clock.stage("load"):
-        skeleton = check_model(asked, process)  # before a checkpoint is fetched
-        checkpoint = open_checkpoint(skeleton, asked.format)
-        check_inventory(checkpoint.inventory, skeleton.model, asked.skiplist, asked.ablate)
-        key = _run_key(checkpoint, device)
+    checkpoint, key = open_weights(asked, process, device)
     with entered(run.path, shard):
         run.open(key)
         run.notes.put("layers", _unmeasured(checkpoint.missing))
@@ -94,6 +90,15 @@ def scan_weights(asked: ScanRequest, process: Process) -> ScanResult:
                 return _finish(asked, process, device)
             verdict = left_to_others(shard, turn, run)
     return _result(process, peak_bytes(device), verdict)
+
+
+def open_weights(asked: ScanRequest, process: Process, device: torch.device) -> tuple[Checkpoint, Key]:
+    """The files that the scan reads, and the key of its run; raises QprobeError for what cannot be asked."""
+    with process.clock.stage("load"):
+        skeleton = check_model(asked, process)  # before a checkpoint is fetched
+        checkpoint = open_checkpoint(skeleton, asked.format)
+        check_inventory(checkpoint.inventory, skeleton.model, asked.skiplist, asked.ablate)
+        return checkpoint, _run_key(checkpoint, device)
 
 
 def open_checkpoint(skeleton: Skeleton, fmt: FormatSpec) -> Checkpoint:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from math import isfinite
 
 from qprobe import __version__
@@ -75,7 +74,7 @@ def manifest_of(
         layers=layers,
         uncovered=scan.inventory.uncovered,
         skip_modules=tuple(x.name for x in layers if not x.is_four_bit),
-        made_by=MadeBy(__version__, command, datetime.now(UTC).isoformat(timespec="seconds")),
+        made_by=MadeBy(__version__, command),
         codes=scan.codes,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def as_merged(origin: Origin, skeleton: Skeleton) -> Manifest:
         compared=(),
         layers=layers,
         skip_modules=tuple(x.name for x in layers if x.precision == SIXTEEN_BIT.name),
-        made_by=MadeBy(__version__, "qprobe merge", datetime.now(UTC).isoformat(timespec="seconds")),
+        made_by=MadeBy(__version__, "qprobe merge"),
         codes=None,
     )
 

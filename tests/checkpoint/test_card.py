@@ -17,7 +17,7 @@ def test_what_a_manifest_brings_begins_no_line_no_cell_no_link_and_no_tag():
     manifest = manifest_of({"model.a": False, "lm_head": True})
     compared = (Compared(HOSTILE, 9, 0.1, 0.01, True),)
     layers = tuple(replace(x, reason=HOSTILE) for x in manifest.layers)
-    made = replace(manifest.made_by, command=HOSTILE, qprobe=HOSTILE, time=HOSTILE)
+    made = replace(manifest.made_by, command=HOSTILE, qprobe=HOSTILE)
     hostile = replace(manifest, compared=compared, layers=layers, made_by=made)
     reader = MarkdownIt("commonmark").enable("table")
     kinds = [

@@ -151,7 +151,7 @@ def test_the_command_that_makes_a_list_again_does_it_and_other_lists_are_kept(
     command = said.rpartition("; `")[2].partition("` makes it again")[0]
     assert read_manifest(out) != first
     assert qprobe(*shlex.split(command)[1:]).exit_code == 0
-    assert replace(read_manifest(out), made_by=first.made_by) == first
+    assert read_manifest(out) == first
     # A list of this command, and one layer changed by hand: nothing makes it again, so it is kept.
     hand = keep_too(first, next(x.name for x in first.layers if x.precision == "nf4"))
     write_manifest(out, hand)

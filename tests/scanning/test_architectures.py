@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
@@ -129,8 +128,7 @@ def test_a_resumed_run_gives_the_same_table(
     assert sorted((run / "units").iterdir()) == units
     assert {unit: unit.stat().st_mtime_ns for unit in kept} == kept  # what was finished is not measured again
     assert result.notes == scanned(name).notes
-    first, again = (read_manifest(folder / "skiplist.json") for folder in (whole, run))
-    assert replace(again, made_by=first.made_by) == first
+    assert (run / "skiplist.json").read_bytes() == (whole / "skiplist.json").read_bytes()
 
 
 def test_ranks_come_with_their_intervals(scanned: Scanned):

@@ -112,7 +112,6 @@ function showMethod() {
     ["versions", Object.entries(m.versions).map(([name, version]) => `${name} ${version}`).join(", ") || "not noted"],
     Object.keys(m.seconds).length ? ["time", Object.entries(m.seconds).map(([stage, s]) => `${stage} ${s.toFixed(1)} s`).join(", ")] : null,
     m.peak_bytes ? ["peak memory", bytes(m.peak_bytes)] : null,
-    m.made ? ["chosen at", m.made] : null,
     ["report by", `qprobe ${DATA.qprobe}`],
   ]);
   // A scan writes its page last of all, its list chosen, and only then calls itself finished.

@@ -59,10 +59,7 @@ function manifestHere() {
     quality: base.qualities[point.index],
     layers,
     skip_modules: LAYERS.filter(isKept).map((layer) => layer.name),
-    made_by: {
-      qprobe: DATA.qprobe, command: commandHere(),
-      time: `${new Date().toISOString().slice(0, 19)}+00:00`,
-    },
+    made_by: { qprobe: DATA.qprobe, command: commandHere() },
     compared: [],
   };
 }

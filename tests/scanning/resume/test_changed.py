@@ -25,7 +25,7 @@ IN_THE_SPECIFICATION = {
     "max_new_tokens", "measures", "nodes", "tune", "calibration_samples", "turns", "split", "bad_data",
     "allow_downloads", "experts",
 }  # fmt: skip
-NO_PART = {"out", "max_memory", "keep_correction", "trust_remote_code"}
+NO_PART = {"out", "check", "max_memory", "keep_correction", "trust_remote_code"}
 
 
 class Stopped(Exception):
