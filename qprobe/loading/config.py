@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from qprobe.errors import ModelError
 from qprobe.loading.source import Source, explained
 from qprobe.models.entry import Entry
 from qprobe.models.geometry import read_geometry
+from qprobe.system.wording import shortened
 
 
 def load_config(source: Source) -> Any:
@@ -25,6 +27,7 @@ def load_config(source: Source) -> Any:
     with explained(source):
         given = _given_config(source, revision)
         _check_code(source, given)
+        _check_kernels(source, given)
         # Said in full: left out, transformers would ask on the terminal whether to run the code.
         return AutoConfig.from_pretrained(
             source.location, revision=revision, trust_remote_code=source.trusts_code
@@ -60,6 +63,30 @@ def _check_code(source: Source, given: dict[str, Any]) -> None:
         f"{given.get('model_type')!r}), and qprobe runs no such code unasked. Read it, and pass "
         "--trust-remote-code if you trust it: it can do on this machine whatever you can."
     )
+
+
+def _check_kernels(source: Source, given: Any) -> None:
+    """Raises ModelError for a config that has transformers fetch kernels from the hub, which run as code."""
+    if source.trusts_code:
+        return
+    asked = next(_kernels(given), None)
+    if asked is not None:
+        raise ModelError(
+            f"The config.json of {source.id!r} wants a kernel of the hub ({shortened(asked, 100)!r}), which "
+            "is code, and qprobe runs none unasked. Take the entry out, or pass --trust-remote-code if you "
+            "trust it."
+        )
+
+
+def _kernels(given: Any) -> Iterator[str]:
+    """Names of kernels (owner/name) in a config, of all its parts."""
+    if not isinstance(given, dict):
+        return
+    for key, value in given.items():
+        if key.endswith(("attn_implementation", "experts_implementation")):
+            values = value.values() if isinstance(value, dict) else (value,)
+            yield from (x for x in values if isinstance(x, str) and "/" in x)
+        yield from _kernels(value)
 
 
 @cache

@@ -84,6 +84,8 @@ def _processor(source: Source) -> Any:
         return _without_video(source, options)
     except _ABSENT as error:
         full = _processor_class(source)
+        if full is not None and "torchvision" in str(error) and "video_processor" in full.get_attributes():
+            return _without_video(source, options)  # of a video_preprocessor_config.json that names no class
         if full is not None and _asks_for_code(error):
             return full.from_pretrained(source.location, **options)  # transformers has a class of its own
         why = error

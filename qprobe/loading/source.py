@@ -16,6 +16,7 @@ from qprobe.system.wording import SAID, shortened
 
 _FOR_EXAMPLE = ("demo", "llama-3.2-11b-vision", "qwen2.5-vl-7b")
 _READ = (".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt")
+_ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -58,6 +59,11 @@ def resolve(model: str, trusts_code: bool = False) -> Source:
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"Folder {model} holds no config.json, so it is no model. Pass the checkpoint's folder."
+            )
+        if (folder / _ADAPTER).exists():
+            raise ModelError(
+                f"Folder {model} holds an adapter ({_ADAPTER}) beside its model, which transformers would "
+                "put into it. Merge it first, or move its files into a folder of their own."
             )
         return Source(folder.resolve().name, str(folder), trusts_code=trusts_code)
     if entry is not None and entry.hub_id is None:

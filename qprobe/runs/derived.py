@@ -75,9 +75,12 @@ class DerivedFiles:
         return self._read[name]
 
     def is_whole(self, name: str) -> bool:
-        """Whether the file `name` is there as it was written."""
+        """Whether the file `name` is there as it was written, by files.json.
+
+        False for one that it does not list: its writer was killed in between, or another program wrote it.
+        """
         try:
-            return self.read(name) is not None
+            return name in self._listed() and self.read(name) is not None
         except RunError:
             return False
 

@@ -112,7 +112,7 @@ def _join_answers(runs: Sequence[RunFolder], target: RunFolder) -> None:
             there = target.path / path.relative_to(run.path)
             if not there.exists():
                 _copy(path, there)
-        if not target.files.has(SHOWN) and run.files.has(SHOWN):
+        if not target.files.is_whole(SHOWN) and run.files.has(SHOWN):
             target.files.write({SHOWN: (run.files.read(SHOWN) or b"", len(run.samples))})
 
 

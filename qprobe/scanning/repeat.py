@@ -37,8 +37,8 @@ UNITS = 3
 """So many units of each kind, or a few more, are measured again: the first, and others at equal distances."""
 
 TIMES, LEAST = 10, 2.0**-20
-"""On a GPU a unit may differ from the recorded one by so many times what two runs differ now, or by so much of
-a column's largest value, which is eight units in the last place of float32."""
+"""On a GPU a unit may differ from the recorded one by so many times what two runs differ now, or by so much
+of a column's largest value, which is eight units in the last place of float32."""
 
 
 def repeat_units(asked: ScanRequest, process: Process) -> ScanResult:
@@ -74,9 +74,7 @@ Measure = Callable[[Process], None]
 
 
 @contextmanager
-def _of_model(
-    asked: ScanRequest, run: RunFolder, again: Process
-) -> Iterator[tuple[torch.device, Measure]]:
+def _of_model(asked: ScanRequest, run: RunFolder, again: Process) -> Iterator[tuple[torch.device, Measure]]:
     """(the device, what measures a process's share of the units) of a scan that loads the model."""
     skeleton = check_model(asked, again)
     chosen = read_samples(skeleton, asked, again)
@@ -90,9 +88,7 @@ def _of_model(
 
 
 @contextmanager
-def _of_weights(
-    asked: ScanRequest, run: RunFolder, again: Process
-) -> Iterator[tuple[torch.device, Measure]]:
+def _of_weights(asked: ScanRequest, run: RunFolder, again: Process) -> Iterator[tuple[torch.device, Measure]]:
     """The same of a scan of the weights alone."""
     device = pick_device(device_of(again.shard, asked.device))
     checkpoint, key = open_weights(asked, again, device)
@@ -161,11 +157,9 @@ class _Differing:
 def _near(
     run: RunFolder, first: dict[str, pa.Table], second: dict[str, pa.Table], device: torch.device
 ) -> str:
-    """What is said of units that are as near to the recorded ones as two of now; raises RunError otherwise."""
+    """What is said of units as near to the recorded ones as two of now are; raises RunError otherwise."""
     found = [
-        _Differing(
-            name, largest_difference(run.unit(name), table), largest_difference(second[name], table)
-        )
+        _Differing(name, largest_difference(run.unit(name), table), largest_difference(second[name], table))
         for name, table in first.items()
     ]
     most, now = max(x.recorded for x in found), max(x.now for x in found)
@@ -183,6 +177,6 @@ def _counted(run: RunFolder, again: dict[str, pa.Table]) -> str:
 def _refuse(run: RunFolder, other: list[str], count: int, how: str) -> None:
     raise RunError(
         f"{len(other)} of {counted(count, 'unit')} of {run.path}, measured again, are not the recorded ones "
-        f"{how}: {named(other)}. Its numbers are of another machine, or were changed; scan again with another "
-        "--out."
+        f"{how}: {named(other)}. Its numbers are of another machine, or were changed; scan again with "
+        "another --out."
     )

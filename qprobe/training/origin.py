@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import __version__
-from qprobe.checkpoint.adapters.lora import Adapter
+from qprobe.checkpoint.adapters.lora import Adapter, check_adapter
 from qprobe.checkpoint.load import with_dtype
 from qprobe.errors import ManifestError, RunError
 from qprobe.loading.log_filters import quiet_models
@@ -161,6 +161,7 @@ def load_finetuned(
     if record is None or record.status != "finished":
         raise RunError(f"{where} holds no finished adapter. Run qprobe finetune to its end first.")
     origin = _as_recorded(where, record, model)
+    check_adapter(where)
     origin.refuse_other_weights()
     base, processor = load_base(
         origin.path, origin.base, origin.model, device, origin.dtype, trust_remote_code

@@ -57,6 +57,12 @@ def test_what_was_cut_is_made_again_from_the_units(run: Path):
     assert len(found.table) == 5
 
 
+def test_a_file_whose_writer_was_killed_before_it_was_listed_is_not_taken_for_whole(run: Path):
+    listed = json.loads((run / "files.json").read_text())
+    (run / "files.json").write_text(json.dumps({"layers.csv": listed["layers.csv"]}))
+    assert [RunFolder(run).files.is_whole(x) for x in ("layers.csv", "peaks.csv")] == [True, False]
+
+
 def test_a_writer_that_is_killed_between_two_files_leaves_no_false_alarm(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -17,10 +17,11 @@ from qprobe.errors import RunError
 from qprobe.loading.inventory import linear_modules
 from qprobe.system.decoding import strict_json
 from qprobe.system.foreign import check_foreign, read_foreign_if_there
-from qprobe.system.wording import counted, is_or_are, named
+from qprobe.system.wording import counted, is_or_are, named, shortened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 64 * 2**20  # a target_modules of every layer has about 60 bytes per layer
+_MEGATRON = "megatron.core"  # what peft takes for the module that it imports
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 _BEYOND = {  # peft 0.21, tuners/lora/config.py: what changes more than linear layers by B A
     "use_dora": "DoRA",
@@ -81,11 +82,23 @@ def _fit(pair: Pair, module: nn.Linear | None, times: Mapping[int, int]) -> Fit:
     return "zero" if pair.is_zero else "fits"
 
 
+def check_adapter(folder: Path) -> None:
+    """Raises RunError where peft would take more of the adapter in `folder` than numbers."""
+    _config(folder)
+    check_foreign(folder / WEIGHTS, RunError, "Copy the adapter again; pickles are not read.", None)
+
+
 def read_adapter(folder: Path) -> Adapter:
     """The adapter that peft or `qprobe finetune` wrote to `folder`.
 
     Raises RunError if there is none, or it changes more than linear layers, or files and config disagree.
     """
+    config = _config(folder)
+    _refuse_beyond(folder, config)
+    return Adapter(folder, config, dict(_pairs(folder, config, _tensors(folder))))
+
+
+def _config(folder: Path) -> dict[str, Any]:
     fix = "Copy the adapter again."
     data = (
         read_foreign_if_there(folder / CONFIG, RunError, fix, MAX_CONFIG_BYTES) if folder.is_dir() else None
@@ -101,8 +114,13 @@ def read_adapter(folder: Path) -> Adapter:
         raise RunError(f"{folder / CONFIG} is damaged ({error}). {fix}") from None
     if not isinstance(config, dict):
         raise RunError(f"{folder / CONFIG} holds no JSON object. {fix}")
-    _refuse_beyond(folder, config)
-    return Adapter(folder, config, dict(_pairs(folder, config, _tensors(folder))))
+    module = config.get("megatron_core", _MEGATRON)
+    if config.get("megatron_config") and module != _MEGATRON:
+        raise RunError(
+            f"{folder / CONFIG} names the Python module {shortened(repr(module), 80)} (megatron_core), which "
+            "would be imported, and so run. Take megatron_core and megatron_config out."
+        )
+    return config
 
 
 def _refuse_beyond(folder: Path, config: Mapping[str, Any]) -> None:

@@ -6,9 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+import qprobe
+from tests.emulation import compute_bf16_by_float32
+from tests.scanning.resume import kills
 
 pytestmark = pytest.mark.slow
 
@@ -55,3 +61,14 @@ def test_work_killed_at_any_moment_ends_with_the_same_files_and_no_other(job: st
 def test_a_limit_changes_no_file_but_what_names_it(found: dict[str, Any]):
     plain, limited = found["scan"]["wanted"], found["limited"]["wanted"]
     assert {name for name in plain if plain[name] != limited.get(name)} <= {"out/notes/end.json"}
+
+
+def test_scans_in_other_folders_and_processes_leave_the_same_files(
+    found: dict[str, Any], tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
+    monkeypatch.setattr("qprobe.scanning.samples.choose_samples", kills.without_answers)
+    compute_bf16_by_float32(monkeypatch.setattr)
+    qprobe.scan(**kills.options(tiny_folder("llama").parent, tmp_path / "out"))
+    got = kills.files(tmp_path)
+    assert "out/skiplist.json" in got and got == found["scan"]["wanted"]
