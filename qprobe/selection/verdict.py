@@ -69,8 +69,9 @@ def residual_verdict(residual: float) -> str:
     if not is_bent(residual):
         return f"The sensitivities add up to the damage within {abs(residual):.1%}."
     return (
-        f"The sensitivities miss the damage by {residual:+.1%}, as where blocks share weights or a router "
-        "changes its mind: their ranking is rough. Isolated KL and measured candidates chose the list."
+        f"The sensitivities miss the damage by {residual:+.1%}, as where blocks share weights, a router "
+        "changes its mind or 16-bit rounding adds to a small damage: their ranking is rough. Isolated KL and "
+        "measured candidates chose the list."
     )
 
 

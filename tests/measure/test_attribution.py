@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qprobe.loading.reference import load_reference
+from qprobe.measure.attribution import Path as WalkedPath
 from qprobe.measure.attribution import (
     _fisher_root,
     attribute,
@@ -17,7 +20,7 @@ from qprobe.measure.attribution import (
     random_signs,
     walking,
 )
-from qprobe.measure.kl import ANSWERS, in_four_bit, read_out
+from qprobe.measure.kl import ANSWERS, KlSums, in_four_bit, read_out
 from qprobe.measure.subject import subject_of
 from qprobe.records import FormatSpec
 from tests import reference
@@ -152,6 +155,32 @@ def test_of_several_walks_the_one_that_misses_least_is_kept(
     result = attribute(found.subject.path, batch, nodes=1, tolerance=0.02)
     assert result.nodes == 1
     assert result.rows.kl_sum.sum() == pytest.approx(1.05 * total)
+
+
+@pytest.mark.parametrize(("missed", "walks"), [(0.10, [1]), (0.15, [1, 4, 8])])
+def test_what_16_bit_rounding_adds_to_the_kl_calls_for_no_more_nodes(
+    case: CaseOf, monkeypatch: pytest.MonkeyPatch, missed: float, walks: list[int]
+) -> None:
+    # A path whose KL is 10 % rounding, of which sums over layers see nothing.
+    found = case("llama")
+    path = replace(found.subject.path, dtype=torch.bfloat16)
+    batch = found.subject.encode(found.samples[:1])
+
+    def sums(reference: list[torch.Tensor], logits: list[torch.Tensor]) -> list[KlSums]:
+        alpha = float(logits[0])
+        return [KlSums(0.9 * alpha**2 + (0.1 if alpha else 0.0), 10, 10)]
+
+    vars(path)["readout"] = SimpleNamespace(sums=sums, by_distance=False, counts=lambda batch: [10])
+    monkeypatch.setattr(WalkedPath, "logits", lambda self, batch, alpha: [torch.tensor(alpha)])
+    asked: list[int] = []
+
+    def integrals(_: object, batch: object, reference: object, nodes: int) -> dict[str, torch.Tensor]:
+        asked.append(nodes)
+        return {"layer": torch.tensor([1 - missed], dtype=torch.float64)}
+
+    monkeypatch.setattr(WalkedPath, "integrals", integrals)
+    attribute(path, batch, nodes=1, tolerance=0.02)
+    assert asked == walks
 
 
 @pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "llava_pixtral", "llama_tied"])
