@@ -15,19 +15,25 @@ from qprobe.records import Part
 IMAGE_MARK = "<image>"  # where an image stands in the text, as LLaVA's data has it
 _TAGS = re.compile(
     r"<img>(?P<file>[^<>]{1,4096})</img>|"
+    r"<(?:image|picture)[ _-]?(?P<number>[1-9]\d?)>|"
     r"<(?P<tag>/?(?:image|img|picture|video|audio)(?:[ _-]?\d+)?(?:\s[^<>]{0,4096})?/?)>",
     re.IGNORECASE,
 )
 _TEXT = ("text", "input_text", "output_text")
 _IMAGE = ("image", "image_url", "input_image")
-_SOURCES = ("image", "image_url", "path", "url", "bytes", "data", "base64", "file")
+_SOURCES = ("image", "image_url", "path", "url", "bytes", "data", "base64", "file", "source")
+_SILENT = ("type", "cache_control")  # what says nothing of what is read
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image stands that the row names elsewhere. index: which of them; None for the next one."""
+    """Where an image stands that the row names elsewhere.
+
+    index: which of them, from 0; None for the next one. tag: how the text marks it.
+    """
 
     index: int | None = None
+    tag: str = IMAGE_MARK
 
 
 Piece = Part | Place
@@ -59,7 +65,10 @@ def number_text(value: Any) -> str | None:
         return None
     if isinstance(value, float) and not math.isfinite(value):
         raise Refused(f"it holds the number {value}, which is no answer")
-    return str(value)
+    try:
+        return str(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        raise Refused("it holds a number of thousands of digits") from None
 
 
 def _of_part(part: Mapping[str, Any], turn: int, pictures: Pictures) -> list[Piece]:
@@ -67,13 +76,13 @@ def _of_part(part: Mapping[str, Any], turn: int, pictures: Pictures) -> list[Pie
     given = {key: value for key, value in part.items() if value is not None and value != ""}
     kind = part.get("type")
     if kind in _TEXT or (kind is None and isinstance(given.get("text"), str)):
-        _only(given, ("type", "text"), turn)
+        _only(given, (*_SILENT, "text"), turn)
         text = given.get("text", "")
         if not isinstance(text, str):
             raise Refused(f"turn {turn} has a part of type text without text")
         return _of_text(text, turn, pictures)
     if kind in _IMAGE or (kind is None and any(x in given for x in _SOURCES)):
-        _only(given, ("type", "detail", "index", *_SOURCES), turn)
+        _only(given, (*_SILENT, "detail", "index", *_SOURCES), turn)
         source = next((given[x] for x in _SOURCES if x in given), None)
         if source is not None:
             return [pictures.find(source)]
@@ -101,6 +110,8 @@ def _of_text(text: str, turn: int, pictures: Pictures) -> list[Piece]:
             found.append(pictures.find(tag["file"]))
         elif tag[0] == IMAGE_MARK:
             found.append(Place())
+        elif tag["number"] is not None:
+            found.append(Place(int(tag["number"]) - 1, tag[0]))
         else:
             raise Refused(f"turn {turn} has {shown(tag[0])}, which is not read; {IMAGE_MARK} marks an image")
     return [x for x in (*found, text[end:]) if x != ""]

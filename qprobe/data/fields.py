@@ -14,6 +14,11 @@ _OF_IMAGES = re.compile(
     rf"^{_NOUN}(?:_?(?:path|paths|file|files|filename|filenames|file_name|file_names|url|urls|bytes))?(?:_?\d+)?$",
     re.IGNORECASE,
 )
+_NAMES = re.compile(r"(?:path|file|filename|file_name|url)s?(?:_?\d+)?$", re.IGNORECASE)
+_OF_FILES = re.compile(r"^file_names?$", re.IGNORECASE)  # as in metadata.jsonl of a folder of images
+_ORIGIN = re.compile(r"^(?:file|filename|file_name|filepath|file_path|path)$", re.IGNORECASE)
+_OF_ID = re.compile(r"^(?:image|img)_?id$", re.IGNORECASE)
+_ADDRESS = re.compile(r"^https?://", re.IGNORECASE)
 _OF_MOVING = re.compile(r"(?:^|_)(?:videos?|clips?|frames?|audios?|sounds?|speech)(?:$|_|\d)", re.IGNORECASE)
 _NO_TEXT = re.compile(r"(?:^|_)(?:ids?|urls?|hash|sha256|licen[sc]e)$", re.IGNORECASE)
 _IMAGE_FILE = re.compile(
@@ -42,6 +47,10 @@ class Fields:
         """What the field holds, which stays unread; None if it is not there."""
         return self._row.get(name)
 
+    def is_taken(self, name: str) -> bool:
+        """Whether the field is read already."""
+        return name in self._taken
+
     def names(self) -> list[str]:
         """Of the fields that hold something."""
         return [x for x in self._row if x in self]
@@ -55,23 +64,38 @@ class Fields:
         return self._row[there[0]] if there else None
 
     def take_images(self) -> list[Any]:
-        """What the fields with names of images hold, one item per image."""
+        """What the fields with names of images hold, one item per image.
+
+        Where one holds images themselves, another that names files or addresses says where they came from.
+        """
+        there = [x for x in self._row if _OF_IMAGES.match(x)]
+        is_held = any(_is_image(self._row[x]) for x in there)
         found: list[Any] = []
-        for name in [x for x in self._row if _OF_IMAGES.match(x)]:
-            self._taken.add(name)
+        for name in there:
             value = self._row[name]
-            if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
-                found += [x for x in value if not _names_nothing(x)]
-            elif not _names_nothing(value):
-                found.append(value)
+            if is_held and _NAMES.search(name) and not _is_image(value):
+                continue
+            self._taken.add(name)
+            found += _images_in(value)
+        return found or self._take_files()
+
+    def _take_files(self) -> list[Any]:
+        """What a field of file names holds, where these are of images."""
+        name = next((x for x in self._row if _OF_FILES.match(x)), None)
+        found = [] if name is None else _images_in(self._row[name])
+        if name is None or not all(isinstance(x, str) and _IMAGE_FILE.search(x) for x in found):
+            return []
+        self._taken.add(name)
         return found
 
-    def unused(self, images: Sequence[Any]) -> frozenset[str]:
+    def unused(self, images: Sequence[Any], shows_image: bool) -> frozenset[str]:
         """Names of fields that hold something and were not read, but for what repeats a name in `images`.
 
-        Raises Refused for one that seems to hold an image, a video or a sound.
+        shows_image: whether a turn shows an image. Raises Refused for a field that seems to hold or name an
+        image, a video or a sound, unless it says where the images came from.
         """
         known, left = _file_names(images), self._left()
+        is_held = any(map(_is_image, images))
         for name in left:
             value = self._row[name]
             texts = [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, str)]
@@ -81,8 +105,13 @@ class Fields:
                     f"its field {shown(name)} names a video or a sound, and neither is read; give the frames "
                     "of a video as images"
                 )
+            if _OF_ID.match(name) and not shows_image:
+                raise Refused(f"its field {shown(name)} names an image, and the row shows none")
+            is_origin = is_held and bool(_ORIGIN.match(name) or _OF_IMAGES.match(name))
             strange = [x for x in texts if _IMAGE_FILE.search(x) and PurePosixPath(x).name not in known]
-            if strange or isinstance(value, bytes) or hasattr(value, "__array_interface__"):
+            if shows_image:
+                strange = [] if is_origin else [x for x in strange if not _ADDRESS.match(x)]
+            if strange or _is_image(value):
                 raise Refused(
                     f"its field {shown(name)} seems to hold an image; call it image or images to have it read"
                 )
@@ -97,8 +126,24 @@ class Fields:
         return [x for x in self.names() if x not in self._taken]
 
 
+def _images_in(value: Any) -> list[Any]:
+    """The images of a field, of which those that stand for none are left out."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+    return [x for x in (value if is_list else [value]) if not _names_nothing(x)]
+
+
+def _is_image(value: Any) -> bool:
+    """Whether `value` is an image itself or bytes, a record or a list of them, and not the name of one."""
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes)
+    if isinstance(value, list | tuple):
+        return any(map(_is_image, value))
+    return isinstance(value, bytes) or hasattr(value, "__array_interface__")
+
+
 def _file_names(images: Sequence[Any]) -> set[str]:
-    return {PurePosixPath(x).name for x in images if isinstance(x, str)}
+    paths = (x.get("path") if isinstance(x, Mapping) else x for x in images)
+    return {PurePosixPath(x).name for x in paths if isinstance(x, str)}
 
 
 def _holds_text(value: Any, known: set[str]) -> bool:

@@ -18,7 +18,7 @@ from qprobe.data.reasons import Refused, checked_text, shown
 # How base64 of image files begins: PNG, JPEG, GIF, WebP, BMP, TIFF of both byte orders.
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 _SHORTEST_BASE64 = 60  # characters: no image file is smaller, and such names of files are rare
-_KEYS = ("bytes", "image", "path", "url", "image_url", "data", "base64", "file")
+_KEYS = ("bytes", "image", "path", "url", "image_url", "data", "base64", "file", "source")
 
 
 @dataclass

@@ -4,46 +4,43 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qprobe.data.builtin import DEFAULT_PROMPT
-from qprobe.data.content import IMAGE_MARK, Piece, Place, number_text, pieces_of
+from qprobe.data.content import IMAGE_MARK, Place, number_text, pieces_of
 from qprobe.data.fields import Fields
 from qprobe.data.pictures import Pictures
 from qprobe.data.reasons import Refused, checked_text, shown
-from qprobe.records import Part, Role, Turn
+from qprobe.data.shapes.choices import CHOICES_LISTED, NUMBER_IS_LETTER, asked_with, choices_of, chosen
+from qprobe.data.shapes.spoken import (
+    PAIRS,
+    Noted,
+    Said,
+    checked,
+    is_pairs,
+    is_turns,
+    turns_of,
+    turns_of_history,
+    turns_of_pairs,
+)
+from qprobe.records import Part, Turn
 from qprobe.system.wording import counted
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-_LISTS = ("conversations", "messages")
-_PAIRS = "texts"  # of {"user", "assistant"}, as The Cauldron has them
+_LISTS = ("conversations", "messages", "conversation")
 _QUESTION = ("prompt", "question", "query")
 _ALPACA = ("instruction", "input")  # which are one question together
 _CHOSEN, _REJECTED = "chosen", "rejected"  # of a preference
 _ONE_OF_SEVERAL = "multiple_choice_answer"  # VQA's, the answer that most of the people in "answers" gave
 _ANSWER = ("answer", "answers", "completion", "response", "output", _CHOSEN)
+_LABEL = "label"  # ChartQA's answer; beside an image alone it is a class
 _CAPTION = ("caption", "captions")
+OPENING = (*_LISTS, *_QUESTION, *_ALPACA, *_ANSWER)
+"""Fields of which a row has one: an object with one is a row, whatever else it holds."""
 CHOSEN_COUNTS = f"{_CHOSEN} is read as the answer, and {_REJECTED} is not used"
 NO_LAST_QUESTION = "a last question without an answer is left out"
-_SIDES = ("user", "assistant")  # of a pair
+TURNS_JOINED = "turns of the user that follow one another, with an image between, are read as one"
 _FIRST = ("system", "user", "human")  # who opens a conversation
-_TURN_KEYS = ("role", "from", "content", "value", "weight")
-
-
-@dataclass(frozen=True)
-class Said:
-    """A turn whose images may still stand elsewhere in the row."""
-
-    role: Role
-    pieces: tuple[Piece, ...]
-    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,15 +69,6 @@ class Asked:
     describe: bool = False
 
 
-@dataclass
-class _Noted:
-    """What is found on the way through one row. is_silent: nothing but `DEFAULT_PROMPT` is said in it."""
-
-    unread: set[str] = field(default_factory=set)
-    rules: set[str] = field(default_factory=set)
-    is_silent: bool = False
-
-
 def parse_row(row: Any, pictures: Pictures, asked: Asked = Asked()) -> Parsed:
     """The conversation of a row; its images are found and not decoded yet.
 
@@ -93,13 +81,14 @@ def parse_row(row: Any, pictures: Pictures, asked: Asked = Asked()) -> Parsed:
         raise Refused('it is a text by itself, and no row such as {"prompt": ..., "answer": ...}')
     if not isinstance(row, Mapping):
         raise Refused("it is no JSON object")
-    fields, noted = Fields(row), _Noted()
+    fields, noted = Fields(row), Noted()
     beside = fields.take_images()
     said = _said(fields, pictures, asked if beside else None, noted)
     system = fields.take("system", "system_prompt")
     if system is not None:
         said = _with_system(said, system, pictures)
     turns = _placed(said, [pictures.find(x) for x in beside])
+    turns = _joined(turns, noted)
     _check_turns(turns)
     if turns[-1].role == "user" and any(x.role == "assistant" for x in turns):
         turns = turns[:-1]
@@ -108,10 +97,10 @@ def parse_row(row: Any, pictures: Pictures, asked: Asked = Asked()) -> Parsed:
     if isinstance(name, bool) or not isinstance(name, str | int):
         noted.unread |= set() if name is None else {"id"}
         name = None
-    unused = fields.unused(beside)
+    unused = fields.unused(beside, any(x.images for x in turns))
     if noted.is_silent:
         _refuse_texts(fields.texts(beside))
-    given = None if name is None else checked_text(str(name), "its id")
+    given = None if name is None else checked_text(number_text(name) or str(name), "its id")
     return Parsed(given, turns, unused | noted.unread, frozenset(noted.rules))
 
 
@@ -124,30 +113,70 @@ def _refuse_texts(names: Sequence[str]) -> None:
         )
 
 
-def _said(fields: Fields, pictures: Pictures, asked: Asked | None, noted: _Noted) -> list[Said]:
+def _said(fields: Fields, pictures: Pictures, asked: Asked | None, noted: Noted) -> list[Said]:
     """asked: None for a row without an image beside."""
-    lists = [x for x in _LISTS if fields.has(x)] + [_PAIRS] * _is_pairs(fields.value(_PAIRS))
-    named = [x for x in (*_QUESTION, *_ANSWER) if x in fields]
+    lists = [x for x in _LISTS if fields.has(x)] + [PAIRS] * is_pairs(fields.value(PAIRS))
+    if lists and _repeats(fields, lists[0]):
+        fields.take("prompt")
+    named = [x for x in (*_QUESTION, *_ANSWER) if x in fields and not fields.is_taken(x)]
     if len(lists) > 1 or (lists and named not in ([], [_CHOSEN])):
         one, other = (*lists, *named)[:2]
         raise Refused(f"it has both {one} and {other}; leave one of them out")
     if lists:
         listed = fields.take(lists[0]) or []
-        turns = _turns_of_pairs(listed, noted) if lists[0] == _PAIRS else listed
-        said = _turns_of(turns, lists[0], pictures, noted)
+        turns = turns_of_pairs(listed, noted) if lists[0] == PAIRS else listed
+        said = turns_of(turns, lists[0], pictures, noted)
         return _answered(said, _answer(fields, noted) if named else None, pictures, noted)
     question, answer = _question(fields), _answer(fields, noted)
-    if question is None and _is_turns(answer) and answer[0].get("role", answer[0].get("from")) in _FIRST:
-        return _turns_of(answer, "turns", pictures, noted)
+    if question is None and is_turns(answer) and answer[0].get("role", answer[0].get("from")) in _FIRST:
+        return turns_of(answer, "turns", pictures, noted)
     if question is None:
         question, answer = _of_image(fields, answer, asked, noted)
-    if _is_turns(question):
-        said = _turns_of(question, "prompt", pictures, noted)
+    elif isinstance(question, str):
+        question, answer = _with_choices(fields, question, answer, noted)
+    if is_turns(question):
+        said = turns_of(question, "prompt", pictures, noted)
     elif isinstance(question, str) and question.strip():
-        said = [Said("user", pieces_of(question, 1, pictures))]
+        said = _history(fields, pictures, noted)
+        said.append(Said("user", pieces_of(question, len(said) + 1, pictures)))
     else:
         raise Refused(f"its prompt is {shown(repr(question))}, which is no text and no list of turns")
     return _answered(said, answer, pictures, noted)
+
+
+def _repeats(fields: Fields, name: str) -> bool:
+    """Whether the prompt of a row is the first question in its list of turns once more."""
+    turns, prompt = fields.value(name), fields.value("prompt")
+    if not isinstance(prompt, str) or not is_turns(turns):
+        return False
+    asked = (x.get("content", x.get("value")) for x in turns if x.get("role", x.get("from")) in _FIRST[1:])
+    first = next(asked, None)
+    return isinstance(first, str) and first.strip() == prompt.strip()
+
+
+def _history(fields: Fields, pictures: Pictures, noted: Noted) -> list[Said]:
+    """The turns before the question, which are a list of pairs."""
+    turns = turns_of_history(fields.value("history"))
+    if turns is None:
+        return []
+    fields.take("history")
+    return turns_of(turns, "history", pictures, noted)
+
+
+def _with_choices(fields: Fields, question: str, answer: Any, noted: Noted) -> tuple[str, Any]:
+    """(question, answer) with the row's choices below the question, if it has some."""
+    if answer is None and isinstance(fields.value(_LABEL), str | list | tuple) and _LABEL in fields:
+        answer = fields.take(_LABEL)
+    choices = choices_of(fields)
+    if not choices or not question.strip():
+        return question, answer
+    asked = asked_with(question, choices)
+    if asked is not None:
+        noted.rules.add(CHOICES_LISTED)
+    answer, is_letter = chosen(answer, choices)
+    if is_letter:
+        noted.rules.add(NUMBER_IS_LETTER)
+    return asked or question, answer
 
 
 def _question(fields: Fields) -> Any:
@@ -168,7 +197,7 @@ def _question(fields: Fields) -> Any:
     return "\n".join(x for x in texts if x.strip()) or _refuse_blank(fields, alpaca)
 
 
-def _answer(fields: Fields, noted: _Noted) -> Any:
+def _answer(fields: Fields, noted: Noted) -> Any:
     """The answer, of several kinds the one that counts; None if the row does not bring one."""
     if _ONE_OF_SEVERAL in fields:
         fields.take("answers")
@@ -182,7 +211,7 @@ def _answer(fields: Fields, noted: _Noted) -> Any:
     return [found] if is_turn else found
 
 
-def _of_image(fields: Fields, answer: Any, asked: Asked | None, noted: _Noted) -> tuple[str, Any]:
+def _of_image(fields: Fields, answer: Any, asked: Asked | None, noted: Noted) -> tuple[str, Any]:
     """(question, answer) of a row that asks nothing itself; raises Refused where nothing is asked."""
     caption = None
     if asked is not None and answer is None:
@@ -206,15 +235,15 @@ def _of_image(fields: Fields, answer: Any, asked: Asked | None, noted: _Noted) -
     return DEFAULT_PROMPT, found
 
 
-def _answered(said: list[Said], answer: Any, pictures: Pictures, noted: _Noted) -> list[Said]:
+def _answered(said: list[Said], answer: Any, pictures: Pictures, noted: Noted) -> list[Said]:
     """`said` with its answer: turns, which may repeat the question, or a text."""
     if answer is None:
         return said
-    if _is_turns(answer):
-        whole = _turns_of(answer, "turns", pictures, noted)
+    if is_turns(answer):
+        whole = turns_of(answer, "turns", pictures, noted)
         if [(x.role, x.pieces) for x in whole[: len(said)]] == [(x.role, x.pieces) for x in said]:
             return whole
-        return [*said, *_turns_of(answer, "completion", pictures, noted, len(said))]
+        return [*said, *turns_of(answer, "completion", pictures, noted, len(said))]
     text = _answer_text(answer)
     if not text.strip():
         raise Refused("its answer is empty; leave the field out where there is none")
@@ -226,73 +255,6 @@ def _refuse_blank(fields: Fields, names: Sequence[str]) -> None:
     blank = next((x for x in names if isinstance(fields.value(x), str)), None)
     if blank is not None:
         raise Refused(f"its {blank} is empty; leave the field out where there is none")
-
-
-def _is_pairs(value: Any) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and bool(value)
-        and all(isinstance(x, Mapping) and {"user", "assistant"} <= {*x} for x in value)
-    )
-
-
-def _turns_of_pairs(pairs: Sequence[Mapping[str, Any]], noted: _Noted) -> list[dict[str, Any]]:
-    noted.unread |= {f"{_PAIRS}[].{shown(str(x))}" for pair in pairs for x in pair if x not in _SIDES}
-    return [{"role": side, "content": pair[side]} for pair in pairs for side in _SIDES]
-
-
-def _is_turns(value: Any) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and bool(value)
-        and all(isinstance(x, Mapping) and ("role" in x or "from" in x) for x in value)
-    )
-
-
-def _turns_of(listed: Any, name: str, pictures: Pictures, noted: _Noted, before: int = 0) -> list[Said]:
-    """The turns of a list of {"role", "content"} or {"from", "value"}."""
-    if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
-        raise Refused(f"its {name} are not a list of objects")
-    if not listed:
-        raise Refused(f"its {name} are empty")
-    if not all(isinstance(x, Mapping) for x in listed):
-        raise Refused(f"its {name} are not a list of objects")
-    said = []
-    for place, turn in enumerate(listed, start=before + 1):
-        role = _one_of(turn, ("role", "from"), place)
-        if not isinstance(role, str) or role not in ROLES:
-            raise Refused(f"turn {place} is from {shown(repr(role))}; known are {', '.join(ROLES)}")
-        for key, value in turn.items():
-            if key in _TURN_KEYS or value is None or value == "" or value == []:
-                continue
-            if key in ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "image"):
-                raise Refused(f"turn {place} has {key}, which is not read there")
-            noted.unread.add(f"{name}[].{shown(str(key))}")
-        pieces = pieces_of(_one_of(turn, ("content", "value"), place), place, pictures)
-        said.append(_checked(Said(ROLES[role], pieces, _is_learned(turn.get("weight"), place)), place))
-    return said
-
-
-def _one_of(turn: Mapping[str, Any], keys: tuple[str, str], place: int) -> Any:
-    """What stands under one of two spellings of a key; tables hold both, with null for the one not used."""
-    given = [x for x in keys if turn.get(x) is not None]
-    if len(given) > 1:
-        raise Refused(f"turn {place} has both {keys[0]} and {keys[1]}; leave one of them out")
-    return turn[given[0]] if given else None
-
-
-def _checked(said: Said, place: int) -> Said:
-    if said.role != "user" and not all(isinstance(x, str) for x in said.pieces):
-        raise Refused(f"turn {place} of the {said.role} has an {IMAGE_MARK}; only the user shows one")
-    if not said.pieces:
-        raise Refused(f"turn {place} of the {said.role} is empty")
-    return said
-
-
-def _is_learned(weight: Any, place: int) -> bool:
-    if weight is None or (weight in (0, 1) and isinstance(weight, int | float)):
-        return weight is None or bool(weight)
-    raise Refused(f"turn {place} has the weight {shown(repr(weight))}; known are 0 and 1")
 
 
 def _answer_text(answer: Any) -> str:
@@ -319,11 +281,11 @@ def _answer_text(answer: Any) -> str:
 
 def _with_system(said: Sequence[Said], system: Any, pictures: Pictures) -> list[Said]:
     """`said` with the row's system prompt in front."""
-    if not isinstance(system, str):
+    if not isinstance(system, str | list | tuple):
         raise Refused(f"its system prompt is {shown(repr(system))}, which is no text")
-    turn = _checked(Said("system", pieces_of(system, 1, pictures)), 1) if system.strip() else None
-    if turn is None:
+    if isinstance(system, str) and not system.strip():
         return list(said)
+    turn = checked(Said("system", pieces_of(system, 1, pictures)), 1)
     if said and said[0].role == "system":
         if said[0].pieces != turn.pieces:
             raise Refused("it has a system prompt and a turn of the system; leave one of them out")
@@ -340,6 +302,9 @@ def _placed(said: Sequence[Said], images: Sequence[Part]) -> tuple[Turn, ...]:
         distinct = list(dict.fromkeys(images))
     if places and not distinct:
         turn = next(i for i, x in enumerate(said, start=1) if any(isinstance(p, Place) for p in x.pieces))
+        tag = places[0].tag
+        if tag != IMAGE_MARK:
+            raise Refused(f"turn {turn} has {tag}, which is not read; {IMAGE_MARK} marks an image")
         raise Refused(f"turn {turn} has an {IMAGE_MARK}, but the row names no image file")
     if any(x.index is not None for x in places):
         order = [x.index if x.index is not None else -1 for x in places]
@@ -362,6 +327,24 @@ def _placed(said: Sequence[Said], images: Sequence[Part]) -> tuple[Turn, ...]:
         Turn(x.role, tuple(next(left) if isinstance(p, Place) else p for p in x.pieces), x.learned)
         for x in said
     )
+
+
+def _joined(turns: Sequence[Turn], noted: Noted) -> tuple[Turn, ...]:
+    """`turns` with the user's that follow one another as one, where an image is at the seam."""
+    found: list[Turn] = []
+    for turn in turns:
+        before = found[-1] if found else None
+        seam = () if before is None else (before.parts[-1], turn.parts[0])
+        if before is None or (before.role, turn.role) != ("user", "user") or all(map(_is_text, seam)):
+            found.append(turn)
+        else:
+            found[-1] = Turn("user", (*before.parts, *turn.parts))
+            noted.rules.add(TURNS_JOINED)
+    return tuple(found)
+
+
+def _is_text(part: Part) -> bool:
+    return isinstance(part, str)
 
 
 def _check_turns(turns: Sequence[Turn]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 from qprobe.errors import SampleError
 from qprobe.system.discovery import declared
 
-TABLES = (".csv", ".tsv", ".xls", ".xlsx")
+SPREADSHEETS = (".xls", ".xlsx")
 """Suffixes of files that are not read, and that would be so many bad lines of JSON."""
+_SPLIT = re.compile(
+    r"(?:^|[-_. ])(train|training|test|testing|validation|valid|val|dev|eval|evaluation)(?:[-_. ]|$)"
+)
 Rows = Iterator[tuple[int, Any]]
 """(number from 1, row): a mapping, or a `Refused` that says why there is none."""
 
@@ -55,11 +59,11 @@ def source_of(data: Any) -> Source:
         if one.takes(data):
             return one
     is_file = isinstance(data, str | Path)
-    if is_file and Path(data).suffix.lower() in TABLES and Path(data).is_file():
+    if is_file and Path(data).suffix.lower() in SPREADSHEETS and Path(data).is_file():
         raise SampleError(
-            f"{Path(data).name} is a table of text or a spreadsheet, which is not read. Save it as JSON "
-            "Lines: in pandas, table.to_json('rows.jsonl', orient='records', lines=True); from Python, pass "
-            "the DataFrame itself."
+            f"{Path(data).name} is a spreadsheet, which is not read. Save it as CSV or JSON Lines: in "
+            "pandas, table.to_json('rows.jsonl', orient='records', lines=True); from Python, pass the "
+            "DataFrame itself."
         )
     shown = f"Data file {data}" if is_file else f"Data of type {type(data).__name__}"
     kinds = [names_of_files(), *(f"or, from Python, {x.what}" for x in sources() if x.in_memory)]
@@ -72,6 +76,17 @@ def refuse_split(split: str | None, what: str) -> None:
     """Raises SampleError where --split was passed for a source without splits."""
     if split is not None:
         raise SampleError(f"--split {split} does not apply to {what}, which has no splits. Leave it out.")
+
+
+def split_in(name: str) -> str | None:
+    """The split that a file or an array of this name holds, as people call splits; None if it says none."""
+    found = _SPLIT.search(name.lower())
+    return None if found is None else found[1]
+
+
+def is_split(name: str) -> bool:
+    """Whether `name` is that of a split."""
+    return split_in(name) == name.lower()
 
 
 def only_split(names: list[str], split: str | None, what: str) -> str:

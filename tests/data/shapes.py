@@ -64,6 +64,9 @@ DESCRIBE = "Describe this image in detail."
 DESCRIBED = [("user", [A, DESCRIBE]), ("assistant", [ANSWER])]
 ASKED_TO_DESCRIBE = f'in 1 line the question is "{DESCRIBE}", since there is an answer alone.'
 CHOSEN = "in 1 line chosen is read as the answer, and rejected is not used."
+JOINED = "in 1 line turns of the user that follow one another, with an image between, are read as one."
+LISTED = "in 1 line the choices stand below the question, each behind its letter."
+LETTER = "in 1 line the answer's number, counted from 0, became the letter of its choice."
 LAST = "in 1 line a last question without an answer is left out."
 SAID = [{"role": "assistant", "content": ANSWER}]
 SYSTEM = ("system", ["Be short."])
@@ -208,6 +211,63 @@ SHAPES = (
         "messages": [*messages(QUESTION)["messages"], {"role": "user", "content": "<image>And here?"}],
         "images": ["a.png"],
     }, TEXT, LAST),
+    # where other tools put things
+    plain("an image as Anthropic has it", messages([
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": in_base64(A)}},
+        {"type": "text", "text": QUESTION, "cache_control": {"type": "ephemeral"}},
+    ])),
+    plain("a system prompt in parts", {
+        "system": [{"type": "text", "text": "Be short."}], **messages(QUESTION)
+    }, [SYSTEM, *TEXT]),
+    plain("a turn of the developer", {
+        "messages": [{"role": "developer", "content": "Be short."}, *messages(QUESTION)["messages"]]
+    }, [SYSTEM, *TEXT]),
+    plain("an image beside the content of its turn", {"messages": [
+        {"role": "user", "content": QUESTION, "images": [in_base64(A)]}, *SAID
+    ]}),
+    plain("marks for the images beside the content", {"messages": [
+        {"role": "user", "content": f"<image>{QUESTION}<image>", "images": ["a.png", "b.png"]}, *SAID
+    ]}, [("user", [A, QUESTION, B]), TEXT[1]]),
+    plain("a question and its image in two turns", {"messages": [
+        {"role": "user", "content": QUESTION},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}, *SAID,
+    ]}, [("user", [QUESTION, A]), TEXT[1]], JOINED),
+    plain("a conversation", {"conversation": messages(QUESTION)["messages"], "turn": 1}, TEXT,
+          "not used are the fields turn."),
+    plain("a prompt that repeats the question", {"prompt": QUESTION, **messages(QUESTION)}, TEXT),
+    plain("a prompt that repeats the question, in a preference", {
+        "prompt": QUESTION, "chosen": messages(QUESTION)["messages"], "rejected": SAID, **messages(QUESTION)
+    }, TEXT, CHOSEN),
+    plain("a history", {
+        "query": QUESTION, "response": ANSWER, "history": [["Who?", "Me."], ["And?", "You."]]
+    }, [("user", ["Who?"]), ("assistant", ["Me."]), ("user", ["And?"]), ("assistant", ["You."]), *TEXT]),
+    plain("numbered marks", {
+        "question": f"<image 2> or <image 1>? {QUESTION}", "answer": ANSWER, "image_1": "a.png",
+        "image_2": "b.png", "image_3": None,
+    }, [("user", [B, "or ", A, f"? {QUESTION}"]), TEXT[1]]),
+    plain("numbered marks for a list", messages(f"<image_1>{QUESTION}<image_2>", images=["a.png", "b.png"]),
+          [("user", [A, QUESTION, B]), TEXT[1]]),
+    plain("a label beside a question", {"query": QUESTION, "label": [ANSWER], "image": "a.png"}),
+    plain("a link to the image", asked(image="a.png", flickr_url="https://x.org/1.jpg"), ONE,
+          "not used are the fields flickr_url."),
+    plain("a file name", asked(file_name="a.png")),
+    # choices
+    plain("choices and the number of one", {"question": QUESTION, "choices": ["a cat", "a dog"], "answer": 1},
+          [("user", [f"{QUESTION}\nA. a cat\nB. a dog"]), ("assistant", ["B"])], LETTER, LISTED),
+    plain("options and a letter", {
+        "question": QUESTION, "options": "['a cat', \"a dog's\"]", "answer": "A", "image": "a.png"
+    }, [("user", [A, f"{QUESTION}\nA. a cat\nB. a dog's"]), ("assistant", ["A"])], LISTED),
+    plain("options and a number as text", {"question": QUESTION, "options": ["2", "4"], "answer": "0"},
+          [("user", [f"{QUESTION}\nA. 2\nB. 4"]), ("assistant", ["A"])], LETTER, LISTED),
+    plain("options of numbers and one of them", {"question": QUESTION, "options": [1, 0], "answer": 1},
+          [("user", [f"{QUESTION}\nA. 1\nB. 0"]), ("assistant", ["1"])], LISTED),
+    plain("choices by their letters", {
+        "question": QUESTION, "A": "a cat", "B": "a dog", "C": None, "answer": "B"
+    }, [("user", [f"{QUESTION}\nA. a cat\nB. a dog"]), ("assistant", ["B"])], LISTED),
+    plain("choices that the question lists", {
+        "question": f"{QUESTION} A) cat B) dog", "choices": ["cat", "dog"], "answer": "B"
+    }, [("user", [f"{QUESTION} A) cat B) dog"]), ("assistant", ["B"])]),
+    plain("no choices", {"question": QUESTION, "options": "[]", "answer": ANSWER}, TEXT),
     plain("image_path", asked(image_path="a.png")),
     plain("img", asked(img="a.png")),
     plain("numbered images", asked(image_1="a.png", image_2="b.png", image_3=None),

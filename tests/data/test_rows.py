@@ -93,6 +93,20 @@ BAD = [
     (spoken('<img src="a.png"> what?', "x"), "<img src"),
     (spoken("<image_1> what?", "x"), "<image_1>, which is not read"),
     (spoken([{"type": "text", "text": "a", "cache": 1}], "x"), "a part with cache, which is not read"),
+    ({**ASKED, "image_id": 7}, "its field image_id names an image, and the row shows none"),
+    ({**ASKED, "image": "a.png", "mask": "b.png"}, "mask seems to hold an image"),
+    (spoken("<image 2> what?", "x") | {"image": "a.png"}, "its parts show the images [1], and it has 1"),
+    ({"messages": [{"role": "user", "content": "<image> what?", "images": []}]}, "names no image file"),
+    (
+        {"messages": [{"role": "user", "content": "<image> what?", "images": ["a.png", "b.png"]}]},
+        "turn 1 has other images than it has places for",
+    ),
+    # choices
+    ({"question": "a", "choices": ["b", "c"], "answer": 2}, "its answer is 2, and its choices are 0 to 1"),
+    ({"question": "a", "choices": ["b", "c"], "answer": -1}, "its answer is -1, and its choices are 0 to 1"),
+    ({"question": "a", "choices": {"x": 1}}, "its choices are {'x': 1}, which is no list of texts"),
+    ({"question": "a", "options": "b or c"}, "its options are 'b or c', which is no list of texts"),
+    ({"question": "a", "options": [["b"]]}, "which is no list of texts"),
     # turns
     (talk(image="a.png"), "conversations are empty"),
     ({"image": "a.png", "conversations": "hello"}, "conversations are not a list"),
@@ -203,6 +217,25 @@ def test_fields_that_are_not_read_are_told_once(tmp_path: Path):
 def test_a_row_whose_image_is_unusable_is_left_out_whole(tmp_path: Path):
     found = read(tmp_path, {**ASKED, "images": ["a.png", "gone.png"]}, {**ASKED, "image_path": "gone.png"})
     assert found.good == () and len(found.skipped) == 2
+
+
+@pytest.mark.parametrize("held", [{"bytes": b"x", "path": None}, [{"bytes": b"x", "path": "a.png"}], [b"x"]])
+def test_an_image_in_a_field_that_is_not_read_is_never_dropped(held: Any):
+    (skipped,) = read_conversations([{**ASKED, "screenshot": held}]).skipped
+    assert skipped.why.startswith("its field screenshot seems to hold an image")
+
+
+@pytest.mark.parametrize("field", ["image_path", "file_name", "filename", "image_url", "image_file_name"])
+def test_beside_an_image_itself_a_name_says_where_it_came_from(field: str):
+    image = {"bytes": tiny.picture(0), "path": "a.png"}
+    found = read_conversations([{**ASKED, "image": image, field: "train/000017.jpg"}])
+    assert [x.images for x in found.good] == [(tiny.picture(0),)]
+    assert found.notes == (f"data: not used are the fields {field}.",)
+
+
+def test_numbers_that_python_does_not_write_are_named():
+    rows = [{**ASKED, "answer": 10**5000}, {**ASKED, "id": 10**5000}]
+    assert {x.why for x in read_conversations(rows).skipped} == {"it holds a number of thousands of digits"}
 
 
 def test_two_turns_of_weight_zero_are_read_and_not_learned(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import io
 import json
@@ -51,6 +52,69 @@ def parquet_folder(path: Path) -> Path:
     return path
 
 
+def packed(path: Path) -> Path:
+    path.write_bytes(gzip.compress("".join(json.dumps(x) + "\n" for x in ROWS).encode()))
+    return path
+
+
+def packed_array(path: Path) -> Path:
+    path.write_bytes(gzip.compress(json.dumps(ROWS, indent=1).encode()))
+    return path
+
+
+def wrapped(path: Path) -> Path:
+    path.write_text(json.dumps({"version": 1.0, "data": ROWS, "info": {}}))
+    return path
+
+
+def one_split(path: Path) -> Path:
+    path.write_text(json.dumps({"train": ROWS}, indent=2))
+    return path
+
+
+def pretty(path: Path) -> Path:
+    path.write_text("\n".join(json.dumps(x, indent=4) for x in ROWS))
+    return path
+
+
+def table(path: Path) -> Path:
+    delimiter = "\t" if path.suffix == ".tsv" else ";"
+    rows = [["prompt", "answer", "image"], *([x["prompt"], x["answer"], x["image"]] for x in ROWS)]
+    text = "".join(delimiter.join(f'"{x}"' for x in row) + "\r\n" for row in rows)
+    path.write_text(text, "utf-16" if path.suffix == ".tsv" else "utf-8-sig", newline="")
+    return path
+
+
+def shards_in_data(path: Path) -> Path:
+    path.mkdir()
+    parquet_folder(path / "data")
+    (path / "README.md").write_text("A data set.")
+    return path
+
+
+def images_with_metadata(path: Path) -> Path:
+    path.mkdir()
+    (path / "x.png").write_bytes(tiny.picture(0))
+    rows = [{"file_name": "x.png", "prompt": x["prompt"], "answer": x["answer"]} for x in ROWS]
+    (path / "metadata.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    return path
+
+
+def images_with_a_table(path: Path) -> Path:
+    (path / "train" / "photos").mkdir(parents=True)
+    (path / "train" / "photos" / "x.png").write_bytes(tiny.picture(0))
+    lines = [f"photos/x.png,{x['prompt']},{x['answer']}\n" for x in ROWS]
+    (path / "train" / "metadata.csv").write_text("file_name,prompt,answer\n" + "".join(lines))
+    return path
+
+
+def lines_of_a_split(path: Path) -> Path:
+    path.mkdir()
+    (path / "a.png").write_bytes(tiny.picture(0))
+    lines(path / "train.jsonl")
+    return path
+
+
 def saved(path: Path) -> Path:
     import datasets
 
@@ -68,6 +132,17 @@ FILES: dict[str, Callable[[Path], Path]] = {
     "rows.parquet": parquet,
     "parquet": parquet_folder,
     "saved": saved,
+    "rows.jsonl.gz": packed,
+    "rows.json.gz": packed_array,
+    "data.json": wrapped,
+    "train.json": one_split,
+    "pretty.json": pretty,
+    "rows.csv": table,
+    "rows.tsv": table,
+    "clone": shards_in_data,
+    "metadata": images_with_metadata,
+    "metadata of a split": images_with_a_table,
+    "lines of a split": lines_of_a_split,
 }
 
 
@@ -153,12 +228,6 @@ def test_pictures_in_memory_keep_their_pixels():
     assert decode(found.images[0]).image.tobytes() == image.tobytes()  # pyright: ignore[reportArgumentType]
 
 
-def test_parquet_files_named_by_splits_are_told_apart(tmp_path: Path):
-    for name in ("train-00000-of-00001", "test-00000-of-00001"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(BYTES[:1]), tmp_path / f"{name}.parquet")
-    assert answers(tmp_path, Reading(split="test")) == ["0"]
-
-
 def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pytest.MonkeyPatch):
     import datasets
 
@@ -175,11 +244,11 @@ def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        (
-            "x.csv",
-            b"prompt,answer\na,b\n",
-            r"x\.csv is a table of text .* Save it as JSON Lines: in pandas, ",
-        ),
+        ("x.xls", b"\xd0\xcf", r"x\.xls is a spreadsheet.* Save it as CSV or JSON Lines: in pandas, "),
+        ("x.csv", b"prompt,answer\n", "has no rows"),
+        ("x.csv", b'prompt,answer\n"a,b\n', "no complete table"),
+        ("x.csv", b"prompt,prompt\na,b\n", "two of one name"),
+        ("x.csv", b"prompt,answer\na,\xff\n", "not UTF-8"),
         ("x.jsonl", None, r"x\.jsonl does not exist"),
         ("x.jsonl", b" \n", "is empty"),
         ("x.jsonl", '{"prompt": "a"}'.encode("utf-16"), "is UTF-16"),
@@ -189,8 +258,14 @@ def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pyt
         ("x.json", b'[,{"prompt": "a"}]', "not a complete JSON array"),
         ("x.json", b"[" * 50_000, "nested too deeply"),
         ("x.json", b'["\xff"]', "not UTF-8"),
-        ("x.json", b'{\n "data": []\n}', "JSON object over several lines"),
-        ("x.jsonl", b'{\n "data": []\n}', "JSON object over several lines"),
+        ("x.json", b'{\n "data": []\n}', "is an empty array"),
+        ("x.jsonl", b'{"data": []}', "is an empty array"),
+        ("x.json", b'{"data": [{"prompt": "a"}], "info": [{}]}', "with the arrays data, info, and only"),
+        ("x.json", b'{\n "prompt": "a"\n}\n{\n', r"complete JSON objects \(object 2: "),
+        ("x.jsonl", gzip.compress(b'{"prompt": "a"}')[:-9], "is a damaged gzip file"),
+        ("x.jsonl", b"PK\3\4 no", "is a zip archive or a spreadsheet"),
+        ("x.jsonl.zst", b"\x28\xb5\x2f\xfd no", "is compressed by zstd"),
+        ("x.tar", b"\0" * 257 + b"ustar", "is a tar archive"),
         ("x.jsonl", b'[{"prompt": "a"},\n', "not a complete JSON array"),
         ("x.parquet", b"PAR1 no", "not a complete Parquet file"),
     ],

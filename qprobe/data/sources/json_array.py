@@ -10,53 +10,65 @@ from typing import Any
 
 from qprobe.data.reasons import Refused
 from qprobe.data.source import Rows, Source, refuse_split
-from qprobe.data.sources.json_lines import row_of
+from qprobe.data.sources.json_lines import LONGEST_LINE, row_of
 from qprobe.errors import SampleError
-from qprobe.system.foreign import open_foreign, read_foreign
+from qprobe.system.packed import read_unpacked, unpacked
 
 LARGEST = 2**32  # bytes; the text of the file is held as a whole
-_FIX = "Pass a .json or .jsonl file to --data."
+FIX = "Pass a .json or .jsonl file to --data."
 _BETWEEN = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
 
 
 def _takes(data: Any) -> bool:
-    """Whether a file is no JSON Lines: its first line opens an array or an object that ends further down.
+    """Whether a file is no JSON Lines: its first line opens an array that ends further down.
 
     An array that is alone in a line with other lines below it is a bad row of JSON Lines.
     """
-    if not isinstance(data, str | Path) or not Path(data).is_file():
+    lines = first_lines(data)
+    if not lines or not lines[0].startswith(b"["):
         return False
-    with open_foreign(Path(data), SampleError, _FIX, None) as file:
-        head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-        if not head.startswith(b"["):
-            return head.partition(b"\n")[0].strip() == b"{"
+    return len(lines) == 1 or isinstance(row_of(lines[0]), Refused)
+
+
+def first_lines(data: Any) -> list[bytes]:
+    """The first two lines of a file that hold something; none if `data` names no file of JSON."""
+    if not isinstance(data, str | Path) or not Path(data).is_file():
+        return []
+    with unpacked(Path(data), SampleError, FIX) as file:
+        if file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"[", b"{"):
+            return []
         file.seek(0)
-        lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
-        first = next(line for line in lines if line)
-        return not any(lines) or isinstance(row_of(first), Refused)
+        lines = (
+            line.removeprefix(codecs.BOM_UTF8).strip()
+            for line in iter(lambda: file.readline(LONGEST_LINE), b"")
+        )
+        return [line for line, _ in zip(filter(None, lines), range(2), strict=False)]
+
+
+def text_of(path: Path) -> str:
+    """The text of a file of JSON. Raises SampleError if it is not UTF-8, or too large to be held."""
+    content = read_unpacked(path, SampleError, FIX, LARGEST).removeprefix(codecs.BOM_UTF8)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start + 1}"
+        raise SampleError(f"{path} is not UTF-8 ({where}). Save it as UTF-8.") from None
 
 
 def _rows(data: Any, split: str | None) -> Rows:
     path = Path(data)
     refuse_split(split, path.name)
-    content = read_foreign(path, SampleError, _FIX, LARGEST).removeprefix(codecs.BOM_UTF8)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start + 1}"
-        raise SampleError(f"{path} is not UTF-8 ({where}). Save it as UTF-8.") from None
-    if not text.lstrip().startswith("["):
-        raise SampleError(
-            f"{path} holds a JSON object over several lines. Rows are an array, or one object per line. "
-            f"{_FIX}"
-        )
-    yield from _elements(text, path)
+    text = text_of(path)
+    yield from elements(text, text.index("["), path)
 
 
-def _elements(text: str, path: Path) -> Rows:
-    """Each element by itself, so that a bad one costs that row alone. A loose reader finds where it ends."""
+def elements(text: str, start: int, path: Path) -> Rows:
+    """Each element of the array at `start` by itself, so that a bad one costs that row alone.
+
+    A loose reader finds where it ends. Raises SampleError if the array is not complete or empty.
+    """
     decoder = json.JSONDecoder()
-    at = text.index("[") + 1
+    at = start + 1
     number = 0
     while True:
         gap = _BETWEEN.match(text, at)
@@ -64,14 +76,14 @@ def _elements(text: str, path: Path) -> Rows:
         if text[gap.end() : gap.end() + 1] == "]" and (number == 0) >= bool(gap[1]):
             break
         if bool(gap[1]) != bool(number):
-            raise SampleError(f"{path} is not a complete JSON array (behind its element {number}). {_FIX}")
+            raise SampleError(f"{path} is not a complete JSON array (behind its element {number}). {FIX}")
         number += 1
         try:
             _, at = decoder.raw_decode(text, gap.end())
         except (ValueError, RecursionError) as error:
             why = "nested too deeply" if isinstance(error, RecursionError) else error
             raise SampleError(
-                f"{path} is not a complete JSON array (element {number}: {why}). {_FIX}"
+                f"{path} is not a complete JSON array (element {number}: {why}). {FIX}"
             ) from None
         yield number, row_of(text[gap.end() : at].encode("utf-8"))
     if number == 0:

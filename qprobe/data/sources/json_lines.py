@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qprobe.data.reasons import Refused, shown
-from qprobe.data.source import TABLES, Rows, Source, refuse_split
+from qprobe.data.source import SPREADSHEETS, Rows, Source, refuse_split
 from qprobe.errors import SampleError
 from qprobe.system.decoding import strict_json
-from qprobe.system.foreign import open_foreign
+from qprobe.system.packed import unpacked
 
 LONGEST_LINE = 2**28  # bytes: an image of 190 MB in base64, in a line that has to be held
+FIX = "Pass a .jsonl file to --data."
 _BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -29,7 +30,7 @@ def row_of(line: bytes) -> Any:
 def _rows(data: Any, split: str | None) -> Rows:
     path = Path(data)
     refuse_split(split, path.name)
-    with open_foreign(path, SampleError, "Pass a .jsonl file to --data.", None) as file:
+    with unpacked(path, SampleError, FIX) as file:
         number, begun = 0, False
         for line in iter(lambda: file.readline(LONGEST_LINE + 1), b""):
             number += 1
@@ -57,7 +58,7 @@ def _skip_line(file: BinaryIO) -> None:
 
 
 def _takes(data: Any) -> bool:
-    if not isinstance(data, str | Path) or Path(data).suffix.lower() in TABLES:
+    if not isinstance(data, str | Path) or Path(data).suffix.lower() in SPREADSHEETS:
         return False
     return Path(data).exists() and not Path(data).is_dir()
 

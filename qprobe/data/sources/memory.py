@@ -34,7 +34,7 @@ def _rows(data: Any, split: str | None) -> Rows:
     number = 0
     try:
         for number, row in rows_of_dataset(data):
-            yield number, row
+            yield number, _plain(row)
     except Exception as error:  # of the user's own iterator, or of a data set that fails to read
         said = " ".join(str(error).split())[:200]
         raise SampleError(
@@ -43,6 +43,18 @@ def _rows(data: Any, split: str | None) -> Rows:
         ) from error
     if number == 0:
         raise SampleError("The data has no rows. Pass rows with a prompt or a conversation.")
+
+
+def _plain(value: Any) -> Any:
+    """`value` with lists for arrays of numpy that hold no numbers, as pandas reads the lists of Parquet."""
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_plain(x) for x in value]
+    dtype = getattr(value, "dtype", None)
+    if getattr(dtype, "kind", "") in ("O", "U") and getattr(value, "ndim", 0):
+        return [_plain(x) for x in value.tolist()]
+    return value
 
 
 def _check_splits(data: Mapping[Any, Any]) -> None:

@@ -1,11 +1,11 @@
-"""Parquet: one file, or a folder of them whose rows follow one another."""
+"""One Parquet file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from qprobe.data.source import Rows, Source, only_split, rows_of_arrow
+from qprobe.data.source import Rows, Source, refuse_split, rows_of_arrow
 from qprobe.errors import SampleError
 from qprobe.system.foreign import check_foreign
 
@@ -16,32 +16,29 @@ _GROUP_BYTES = 2**32  # of a row group unpacked; those of the hub's data sets ha
 _GROUP_VALUES = 2**26
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-
-
 def _takes(data: Any) -> bool:
     if not isinstance(data, str | Path):
         return False
     path = Path(data)
-    return bool(_files(path)) if path.is_dir() else path.suffix.lower() == ".parquet" and path.exists()
+    return path.suffix.lower() == ".parquet" and path.exists() and not path.is_dir()
 
 
 def _rows(data: Any, split: str | None) -> Rows:
     import pyarrow
     import pyarrow.parquet as parquet
 
+    path = Path(data)
+    refuse_split(split, path.name)
+    check_foreign(path, SampleError, _FIX, None)
     number = 0
-    for path in _of_split(Path(data), split):
-        check_foreign(path, SampleError, _FIX, None)
-        try:
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
-                    for row in rows_of_arrow(batch):
-                        number += 1
-                        yield number, row
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise SampleError(f"{path} is not a complete Parquet file ({error}). {_FIX}") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
+                for row in rows_of_arrow(batch):
+                    number += 1
+                    yield number, row
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise SampleError(f"{path} is not a complete Parquet file ({error}). {_FIX}") from None
     if number == 0:
         raise SampleError(f"{data} has no rows. {_FIX}")
 
@@ -63,22 +60,12 @@ def _rows_at_once(found: Any) -> int:
     return max(1, min(_ROWS_AT_ONCE, _AT_ONCE_BYTES // max(largest, 1)))
 
 
-def _of_split(path: Path, split: str | None) -> list[Path]:
-    """The files of a split, which are called train-00000-of-00002.parquet and the like."""
-    files = _files(path)
-    names = list(dict.fromkeys(x.stem.split("-")[0] for x in files))
-    if split is None and (len(files) == 1 or len(names) == len(files)):
-        return files  # files that are not named by splits are read one behind the other
-    wanted = only_split(names, split, path.name)
-    return [x for x in files if x.stem.split("-")[0] == wanted]
-
-
 SOURCE = Source(
-    what="a .parquet file or a folder of them",
+    what="a .parquet file",
     row="row",
-    order=30,
+    order=12,
     takes=_takes,
     name=lambda data: Path(data).name,
-    folder=lambda data: Path(data) if Path(data).is_dir() else Path(data).parent,
+    folder=lambda data: Path(data).parent,
     rows=_rows,
 )

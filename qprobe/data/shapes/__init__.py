@@ -1,0 +1,1 @@
+"""Shapes that rows have: lists of turns, and questions with choices."""
