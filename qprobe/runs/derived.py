@@ -22,6 +22,8 @@ from qprobe.system.decoding import FORMULAS, decode, strict_json
 
 FILE = "files.json"
 _LOCK = ".lock-files"
+_FIX = "Run the scan again, which makes it again from its units."
+_FIXES = {"compare.json": "Run `qprobe compare` again, or delete it."}
 
 
 @dataclass(frozen=True)
@@ -179,4 +181,4 @@ def _check_whole(path: Path, data: bytes, known: Derived | None) -> None:
     rows = max(data.count(b"\n") - 1, 0)
     is_cut = path.suffix == ".csv" and rows < known.rows
     why = f"it is cut: {rows} of {known.rows} rows are left" if is_cut else "it is not as it was written"
-    raise RunError(f"{path} is damaged ({why}). Run the scan again, which makes it again from its units.")
+    raise RunError(f"{path} is damaged ({why}). {_FIXES.get(path.name, _FIX)}")
