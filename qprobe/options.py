@@ -26,6 +26,8 @@ Turns = Literal["first", "last", "each"]
 """Which answers of a conversation count: are measured, or learned."""
 Experts = Literal["4-bit", "16-bit"]
 """What fused weights of experts may be in; in 4-bit only qprobe's own loader reads them."""
+KeptExperts = Literal["16-bit"]
+"""Where a list is made again: all of them stay in 16-bit, whatever the scan allowed."""
 Optimizer = Literal["adamw_8bit", "adamw_torch"]
 Start = Literal["zero", "corrected"]
 """Where an adapter begins, see `qprobe.training.start`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log10, nan
 from pathlib import Path
@@ -160,7 +160,7 @@ class Linear:
     bytes_4bit, bytes_16bit: of the weight alone; a weight tied to an embedding is counted here and not in the
         inventory's other_bytes.
     fixed: why it stays in 16-bit whatever the budget ("lm_head", "tied", "kept in float32 by transformers",
-        "its module reads the weight itself"), or None.
+        "its module reads the weight itself", `EXPERTS_AS_ASKED`), or None.
     reads: the kind of tokens it reads.
     transposed: the weight is stored as (experts, in_features, out_features), along which it is rounded.
     """
@@ -268,6 +268,10 @@ class CodesFile:
     sha256: str
 
 
+EXPERTS_AS_ASKED = "experts in 16-bit as asked"
+"""Why fused weights of experts are fixed where the format keeps them so."""
+
+
 @dataclass(frozen=True)
 class Inventory:
     """Every linear of a model, and the bytes around them.
@@ -293,6 +297,14 @@ class Inventory:
     def standard_4bit_bytes(self) -> int:
         """Bytes with every linear but the fixed ones in NF4."""
         return self.total_bytes(frozenset())
+
+    @property
+    def with_experts_kept(self) -> Inventory:
+        """The same with fused weights of experts fixed in 16-bit."""
+        layers = (
+            replace(x, fixed=x.fixed or EXPERTS_AS_ASKED) if x.experts is not None else x for x in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
 
 @dataclass(frozen=True)

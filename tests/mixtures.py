@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     DeepseekV3Config,
     GptOssConfig,
@@ -17,6 +19,7 @@ from transformers import (
     Qwen3VLMoeConfig,
 )
 
+from qprobe.checkpoint.ready import ready_for_training
 from tests.tiny import Recipe, decoder, qwen_markers, qwen_parts, text_tokenizer
 
 EXPERTS = 4
@@ -106,3 +109,22 @@ RECIPES = {
     "llama4": Recipe("Llama4ForCausalLM", llama4, text_tokenizer),
 }
 NAMES = tuple(RECIPES)
+IDS = torch.arange(20, 32)[None]
+
+
+def three_steps(model: torch.nn.Module) -> list[float]:
+    """Losses of three steps of LoRA on attention."""
+    ready_for_training(model)
+    torch.manual_seed(0)
+    pattern = r".*self_attn\.(q_proj|o_proj|q_a_proj)"
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=pattern, lora_dropout=0.0))
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(3):
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    adapted.unload()
+    return losses

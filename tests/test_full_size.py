@@ -13,7 +13,8 @@ from qprobe.loading.skeleton import meta_model
 from qprobe.measure.subject import subject_of
 from qprobe.models.headers import read_headers
 from qprobe.records import FormatSpec
-from tests.benchmarks.checkpoints import geometry, write_checkpoint, write_samples
+from tests.benchmarks import mixture
+from tests.benchmarks.checkpoints import geometry, processor, write_checkpoint, write_samples
 from tests.benchmarks.full_size_streamed import column_differences, largest_difference
 
 
@@ -29,10 +30,25 @@ def test_the_geometry_is_that_of_the_published_model():
     assert 0.5 < stored_bytes(half) / stored_bytes(model) < 0.56  # embeddings and head are not halved
 
 
+def test_the_mixture_is_that_of_the_published_model():
+    # total_size of Qwen/Qwen3-30B-A3B's index; a layer has attention, its norms, router and 128 experts.
+    whole = mixture.model_bytes(mixture.geometry(None, False))
+    assert whole == 61_064_245_248
+    attention = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048 + 2 * 128
+    layer = attention + 2 * 2048 + 128 * 2048 + 128 * 3 * 768 * 2048
+    assert mixture.model_bytes(mixture.geometry(40, False)) == whole - 8 * 2 * layer
+
+
+def test_a_mixture_without_room_is_refused_before_it_is_written():
+    with pytest.raises(SystemExit, match="Pass fewer --layers"):
+        mixture.place(2**60)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_loads_whole_and_its_samples_have_the_promised_tokens(tmp_path: Path):
     config = geometry(1.0, True)
-    total = write_checkpoint(tmp_path / "model", config, "cpu", shard_bytes=10**6)
+    parts = [processor(config)]
+    total = write_checkpoint(tmp_path / "model", config, parts, "cpu", shard_bytes=10**6)
     headers = read_headers(tmp_path / "model")
     assert total == sum(x.nbytes for x in headers.values()) == stored_bytes(meta_model(config, "bfloat16"))
     assert len({x.file for x in headers.values()}) > 1

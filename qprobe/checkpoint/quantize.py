@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +37,7 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest, Quality, moved
 from qprobe.manifest.write import write_manifest
 from qprobe.models.headers import read_headers
-from qprobe.options import Progress, no_progress
+from qprobe.options import KeptExperts, Progress, no_progress
 from qprobe.records import FormatSpec
 from qprobe.registry.precisions import SIXTEEN_BIT, sixteen_bit_bytes
 from qprobe.system.locks import held_alone, try_lock
@@ -71,7 +71,7 @@ def quantize(
     dtype: str | None = None,
     folder: Path | str | None = None,
     trust_remote_code: bool = False,
-    experts: Literal["16-bit"] | None = None,
+    experts: KeptExperts | None = None,
     progress: Progress = no_progress,
 ) -> Quantized:
     """Writes the model that `manifest` describes into the new folder `out`; `from_pretrained` loads it alone.
@@ -100,7 +100,7 @@ def _quantize(
     dtype: str | None,
     folder: Path | str | None,
     trust_remote_code: bool,
-    experts: Literal["16-bit"] | None,
+    experts: KeptExperts | None,
     progress: Progress,
 ) -> Quantized:
     """`quantize`, of what no other process writes."""

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from qprobe.errors import ModelError
 from qprobe.exports.keys import one_pattern
+from qprobe.loading.experts.four_bit import four_bit_experts
+from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.inventory import linear_modules
-from qprobe.models.adapting import Adapted, adapted
+from qprobe.models.adapting import Adapted, adapted, refuse_experts
 from qprobe.options import DEFAULT_ADAPT
 
 
@@ -48,13 +50,15 @@ def lora_targets(model: nn.Module, adapt: str = DEFAULT_ADAPT, for_tool: str | N
     adapt: language, projector, vision, all, or names of modules, with commas between them. for_tool: "vllm"
     leaves out what it serves no adapters on. Output heads, weights tied to an embedding, and what peft
     forbids are left out. A string is matched to whole names, where peft would read a list as endings and miss
-    or hit others. Raises QprobeError if nothing is left, or a word names nothing.
+    or hit others. For some mixtures of experts peft 0.21 reads a string that way too; `qprobe.finetune` keeps
+    it from that. Raises QprobeError if nothing is left, or a word names nothing, or fused experts.
     """
     return one_pattern(adapted_linears(model, adapt, for_tool).names)
 
 
 def adapted_linears(model: nn.Module, adapt: str, for_tool: str | None) -> Adapted:
     """The linears that `lora_targets` matches, and those that it leaves out."""
+    refuse_experts(adapt, [*expert_weights(model), *four_bit_experts(model)])
     linears = {**linear_modules(model), **_four_bit_modules(model)}
     names = [name for name, _ in model.named_modules() if name in linears]
     shared, head = _shared(model), _head(model)

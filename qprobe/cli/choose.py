@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -62,13 +62,14 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     "where sensitivities miss the damage by more than 5 %]",
 )
 @for_option
+@shared.kept_experts_option("Keep all fused weights of experts in 16-bit; the budget counts beside them.")
 @click.option(
     "--out",
     type=shared.PATH,
     metavar="FILE",
     help="Where to write it; only a skip-list is replaced.  [default: RUN/skiplist.json]",
 )
-def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **asked: str | None) -> None:
+def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **asked: Any) -> None:
     """Choose again, for another budget, bound or score, from what the run folder RUN holds.
 
     Nothing is measured: a --max-kl here is on the predicted KL. Without --out the new list takes the place of

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from qprobe.cli import shared
 from qprobe.cli.output.speaking import say
+from qprobe.options import KeptExperts
 from qprobe.system.wording import counted
 
 
@@ -28,11 +28,9 @@ from qprobe.system.wording import counted
 )
 @shared.device_option
 @shared.dtype_option(None, "the manifest's")
-@click.option(
-    "--experts",
-    type=click.Choice(["16-bit"]),
-    help="Keep all fused weights of experts in 16-bit, so that plain from_pretrained loads DIR.  "
-    "[default: as F says]",
+@shared.kept_experts_option(
+    "Keep all fused weights of experts in 16-bit, so that plain from_pretrained loads DIR.  "
+    "[default: as F says]"
 )
 @shared.trust_option
 def quantize(
@@ -41,7 +39,7 @@ def quantize(
     model: str | None,
     device: str | None,
     dtype: str | None,
-    experts: Literal["16-bit"] | None,
+    experts: KeptExperts | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:

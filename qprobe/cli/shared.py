@@ -204,6 +204,11 @@ experts_option = click.option(
 """--experts, of the commands that choose a format."""
 
 
+def kept_experts_option(what: str) -> Callable[[Command], Command]:
+    """--experts, of the commands that begin with a scan or its list; `what` is its help."""
+    return click.option("--experts", type=click.Choice(["16-bit"]), help=what)
+
+
 def adapt_option(what: str, default: str | None = DEFAULT_ADAPT) -> Callable[[Command], Command]:
     """--adapt; `what` begins its help."""
     return click.option(

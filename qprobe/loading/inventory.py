@@ -26,7 +26,6 @@ WHY_CONV = "a convolution; bitsandbytes converts nn.Linear only"
 WHY_CONV1D = "a Conv1D of transformers, whose weight lies transposed; it is kept as it is"
 FLOAT32 = "kept in float32 by transformers"
 READ_DIRECTLY = "its module reads the weight itself"
-EXPERTS_AS_ASKED = "experts in 16-bit as asked"
 WHY_FUSED = "a fused weight outside any nn.Linear (for example stacked experts)"
 
 _NOTHING = Remark(
@@ -98,8 +97,6 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
             fixed = READ_DIRECTLY
         if layer is head or id(layer.weight) in shared:
             fixed = "tied" if id(layer.weight) in shared else "lm_head"
-        if isinstance(layer, ExpertWeight) and spec.experts == "16-bit":
-            fixed = fixed or EXPERTS_AS_ASKED
         is_counted = id(layer.weight) in listed
         listed.add(id(layer.weight))
         found.append(
@@ -117,7 +114,8 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
             )
         )
     weights = {id(m.weight) for m in layers.values()}
-    return Inventory(tuple(found), _uncovered(model, layers), _other_bytes(model, weights))
+    inventory = Inventory(tuple(found), _uncovered(model, layers), _other_bytes(model, weights))
+    return inventory.with_experts_kept if spec.experts == "16-bit" else inventory
 
 
 def _bytes_kept(layer: Layer, shape: tuple[int, ...], is_unconverted: bool) -> int:

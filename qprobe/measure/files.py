@@ -10,13 +10,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from qprobe.errors import ModelError
 from qprobe.formats.protocol import Format
-from qprobe.measure.weights import error_sums, weight_frame, weight_row
+from qprobe.loading.experts.stored import StoredExperts
+from qprobe.measure.weights import WeightRow, error_sums, rows_by_expert, weight_row
 from qprobe.records import ErrorSums
 
 _PART = 2**22  # elements that enter the digest at once
@@ -24,8 +25,8 @@ _PART = 2**22  # elements that enter the digest at once
 
 def file_rows(
     path: Path, weights: Mapping[str, str], fmt: Format, device: torch.device, dtype: torch.dtype
-) -> pd.DataFrame:
-    """Rows of the unit stage "weights" for the linears whose weights lie in one file.
+) -> list[WeightRow]:
+    """Rows of `weight_frame` for the linears whose weights lie in one file.
 
     weights: linear -> name of its weight in the file. The same as of the loaded model, which holds them in
     `dtype`, but for the order in which float64 sums are added up. Holds the 4-bit codes of one tensor and a
@@ -41,7 +42,24 @@ def file_rows(
                 sums, largest = error_sums(wanted, got)
                 total, peak = total + sums, max(peak, largest)
         rows.append(weight_row(layer, total, peak))
-    return weight_frame(rows)
+    return rows
+
+
+def expert_rows(
+    weight: StoredExperts, files: Mapping[str, Path], fmt: Format, device: torch.device, dtype: torch.dtype
+) -> list[WeightRow]:
+    """Rows of `weight_frame`, one per expert, for one fused weight; files: of its pieces.
+
+    The same as of the loaded model, to the digit: scales of a whole weight are quantized together, so it is
+    held whole.
+    """
+
+    def piece(name: str) -> Tensor:
+        with open_tensor(files[name], name) as stored:
+            return stored[:].to(device=device, dtype=dtype)
+
+    own = weight.read(piece)
+    return rows_by_expert(weight.name, own, fmt.pack(own).unpack())
 
 
 def files_digest(folder: Path, weights: Sequence[tuple[str, str]]) -> str:

@@ -42,14 +42,21 @@ def _part_sums(wanted: Tensor, got: Tensor) -> tuple[ErrorSums, float]:
     return sums, float(error.abs_().max())
 
 
-def weight_row(
-    layer: str, sums: ErrorSums, peak: float, expert: int | None = None
-) -> tuple[str, int | None, int, float, float, int, float]:
+WeightRow = tuple[str, int | None, int, float, float, int, float]
+
+
+def weight_row(layer: str, sums: ErrorSums, peak: float, expert: int | None = None) -> WeightRow:
     """One row of the unit stage "weights", in the order of `COLUMNS`; expert: None for a plain linear."""
     return layer, expert, sums.n, sums.signal, sums.noise, sums.nonfinite, peak
 
 
-def weight_frame(rows: list[tuple]) -> pd.DataFrame:
+def rows_by_expert(layer: str, own: Tensor, weight_hat: Tensor) -> list[WeightRow]:
+    """One row per expert of a fused weight and its 4-bit form."""
+    pairs = enumerate(zip(own, weight_hat, strict=True))
+    return [weight_row(layer, *error_sums(w, w_hat), expert) for expert, (w, w_hat) in pairs]
+
+
+def weight_frame(rows: list[WeightRow]) -> pd.DataFrame:
     """`rows` of `weight_row` as the frame of a unit."""
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS)).astype({"expert": "Int64"})
 
@@ -62,6 +69,5 @@ def weight_rows(dequantized: DequantizedWeights) -> pd.DataFrame:
         if own.dim() == 2:
             rows.append(weight_row(name, *error_sums(own, weight_hat)))
         else:
-            for expert, (w, w_hat) in enumerate(zip(own, weight_hat, strict=True)):
-                rows.append(weight_row(name, *error_sums(w, w_hat), expert))
+            rows += rows_by_expert(name, own, weight_hat)
     return weight_frame(rows)

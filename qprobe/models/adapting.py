@@ -84,6 +84,19 @@ def adapted(
     return Adapted(kept, tuple(LeftOut(x, why) for x, why in reasons.items() if why is not None))
 
 
+def refuse_experts(adapt: str, experts: Sequence[str]) -> None:
+    """Raises QprobeError where `adapt` names one of the fused weights `experts`, or their module."""
+    for word in (x.strip() for x in adapt.split(",")):
+        found = [x for x in experts if word in (x, x.rpartition(".")[0])]
+        if found:
+            raise QprobeError(
+                f"--adapt {word!r} names fused weights of experts ({named(found)}), which take no adapter: "
+                "peft reaches them through target_parameters alone, with which the second forward on 4-bit "
+                f"experts fails (0.21.2). Pass {', '.join(PARTS)} or {ALL}, which adapt attention and shared "
+                "linear layers."
+            )
+
+
 def _parts(names: Sequence[str], architecture: str) -> dict[str, Part]:
     """The part of each linear; what is neither vision tower nor projector counts as language."""
     towers = {x: tower_of(x, architecture, True) for x in names}
@@ -108,7 +121,8 @@ def _why_not(name: str, part: Part, architecture: str, for_tool: str | None) -> 
 
 
 def adapted_layers(manifest: Manifest, adapt: str = DEFAULT_ADAPT, for_tool: str | None = None) -> Adapted:
-    """`adapted` of the layers of `manifest`; stacked experts are none."""
+    """`adapted` of the layers of `manifest`; stacked experts are none, see `refuse_experts`."""
+    refuse_experts(adapt, [x.name for x in manifest.layers if x.is_experts])
     linears = [x for x in manifest.layers if not x.is_experts]
     fixed = frozenset(x.name for x in linears if _is_head(x.name, x.reason))
     return adapted([x.name for x in linears], fixed, manifest.model.architecture, adapt, for_tool)

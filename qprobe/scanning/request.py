@@ -24,7 +24,19 @@ from qprobe.selection.request import ListRequest, parse_request
 
 DEFAULT_DTYPE: Dtype = "bfloat16"
 APPLIES_TO_WEIGHTS = frozenset(
-    ("model", "budget", "out", "device", "dtype", "by", "for_tool", "measures", "check", "trust_remote_code")
+    (
+        "model",
+        "budget",
+        "out",
+        "device",
+        "dtype",
+        "by",
+        "for_tool",
+        "experts",
+        "measures",
+        "check",
+        "trust_remote_code",
+    )
 )
 """The fields of `ScanOptions` that bear on weights alone; any other is refused, new ones as well."""
 _DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}

@@ -10,6 +10,7 @@ import torch
 
 from qprobe.formats.protocol import format_from
 from qprobe.loading.device import DTYPES, pick_device
+from qprobe.loading.experts.stored import StoredExperts, stored_experts
 from qprobe.loading.mapped import return_freed_memory
 from qprobe.loading.pretrained import check_folder
 from qprobe.loading.skeleton import Skeleton
@@ -17,8 +18,9 @@ from qprobe.loading.source import Source
 from qprobe.loading.spread import device_of
 from qprobe.loading.stored import checkpoint_folder, weight_names
 from qprobe.manifest.write import write_manifest
-from qprobe.measure.files import file_rows, files_digest
+from qprobe.measure.files import expert_rows, file_rows, files_digest
 from qprobe.measure.memory import peak_bytes
+from qprobe.measure.weights import weight_frame
 from qprobe.models.headers import StoredTensor, read_headers
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.runs.damaged import set_aside_damaged
@@ -45,7 +47,10 @@ CAUTION = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files and its skeleton. weights: linear -> name of its weight, None if it is not stored."""
+    """A model's files and its skeleton.
+
+    weights: linear -> name of its weight, None if it is not stored. experts: the fused weights that are.
+    """
 
     source: Source
     folder: Path
@@ -54,6 +59,16 @@ class Checkpoint:
     fmt: FormatSpec
     tensors: Mapping[str, StoredTensor]
     weights: Mapping[str, str | None]
+    experts: Mapping[str, StoredExperts]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those in which a measured weight begins, in the order of their names."""
+        return tuple(sorted({*self.by_file, *(self.file_of(x) for x in self.experts.values())}))
+
+    def file_of(self, weight: StoredExperts) -> str:
+        """The file in which `weight` begins; its pieces may lie in several."""
+        return self.tensors[weight.tensors[0]].file
 
     @property
     def by_file(self) -> dict[str, dict[str, str]]:
@@ -66,7 +81,7 @@ class Checkpoint:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        return tuple(layer for layer, name in self.weights.items() if name is None)
+        return tuple(x for x, name in self.weights.items() if name is None and x not in self.experts)
 
 
 def scan_weights(asked: ScanRequest, process: Process) -> ScanResult:
@@ -111,16 +126,19 @@ def open_checkpoint(skeleton: Skeleton, fmt: FormatSpec) -> Checkpoint:
     check_folder(skeleton, folder)
     tensors, inventory = read_headers(folder), skeleton.inventory(fmt)
     weights = weight_names(model, inventory, tensors)
-    return Checkpoint(source, folder, skeleton, inventory, fmt, tensors, weights)
+    experts = stored_experts(model, [x.name for x in inventory.layers if x.experts], tensors)
+    return Checkpoint(source, folder, skeleton, inventory, fmt, tensors, weights, experts)
 
 
 def _run_key(checkpoint: Checkpoint, device: torch.device) -> Key:
     skeleton, source = checkpoint.skeleton, checkpoint.source
     identity = ModelIdentity(source.id, source.revision, skeleton.architecture, skeleton.fingerprint)
     where = [(file, name) for file, weights in checkpoint.by_file.items() for name in weights.values()]
+    pieces = [name for weight in checkpoint.experts.values() for name in weight.tensors]
+    where += [(checkpoint.tensors[name].file, name) for name in pieces]
     spec = Spec(
         weights=files_digest(checkpoint.folder, where),
-        files=tuple(checkpoint.by_file),
+        files=checkpoint.files,
         device=device.type,
         versions=library_versions(),
     )
@@ -135,13 +153,17 @@ def _unmeasured(missing: tuple[str, ...]) -> Ran:
 
 def measure_files(checkpoint: Checkpoint, device: torch.device, process: Process) -> None:
     """Run the missing ones of this process's units, one file of the checkpoint each."""
-    files = list(checkpoint.by_file.items())
+    files, linears, folder = checkpoint.files, checkpoint.by_file, checkpoint.folder
     fmt, dtype = format_from(checkpoint.fmt), DTYPES[checkpoint.fmt.compute_dtype]
     run = process.run
     missing = process.shard.own(run.missing_units("weights", len(files)))
     for done, unit in enumerate(missing, start=1):
-        file, weights = files[unit]
-        run.write_unit("weights", unit, file_rows(checkpoint.folder / file, weights, fmt, device, dtype))
+        rows = file_rows(folder / files[unit], linears.get(files[unit], {}), fmt, device, dtype)
+        for weight in checkpoint.experts.values():
+            if checkpoint.file_of(weight) == files[unit]:
+                pieces = {name: folder / checkpoint.tensors[name].file for name in weight.tensors}
+                rows += expert_rows(weight, pieces, fmt, device, dtype)
+        run.write_unit("weights", unit, weight_frame(rows))
         process.progress("weights", done, len(missing))
 
 

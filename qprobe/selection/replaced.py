@@ -115,7 +115,7 @@ def _again(run: RunFolder, target: Path, manifest: Manifest) -> str | None:
     made_by = manifest.made_by.command
     words = shlex.split(made_by) if made_by.startswith("qprobe select ") else []
     asked = dict(zip(words[3::2], words[4::2], strict=False))
-    if not words or not asked.keys() <= {"--budget", "--max-kl", "--by", "--for"}:
+    if not words or not asked.keys() <= {"--budget", "--max-kl", "--by", "--for", "--experts"}:
         return None
     try:
         bound = float(asked["--max-kl"]) if "--max-kl" in asked else None
@@ -125,6 +125,7 @@ def _again(run: RunFolder, target: Path, manifest: Manifest) -> str | None:
             by=asked.get("--by"),
             max_kl=bound,
             for_tool=asked.get("--for"),
+            experts="16-bit" if "--experts" in asked else None,
         )
     except (QprobeError, ValueError):
         return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum, isfinite
 
 import pandas as pd
 
-from qprobe.records import Inventory, Scan
+from qprobe.records import EXPERTS_AS_ASKED, Inventory, Scan
 from qprobe.registry import measures
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual, check_measure, measured
@@ -50,7 +50,8 @@ class ScoredRun:
 def prospect_of(run: ScoredRun) -> Prospect:
     """What is predicted of the run's lists, as `predicted_kl` does; QprobeError without sensitivities."""
     path = layer_scores(run.table, SCORE)
-    return Prospect(run.inventory, damage_of(run.table) or Damage(path, path))
+    damage = damage_of(run.table) or Damage(path, path)
+    return Prospect(run.inventory, replace(damage, kept=_kept_experts(run.inventory)))
 
 
 def skiplist_by(inventory: Inventory, table: pd.DataFrame, column: str, limit_bytes: int) -> SkipList:
@@ -70,7 +71,12 @@ def skiplists_by(
     damage = damage_of(table) if column == SCORE else None
     if damage is None:
         return best_skiplists(inventory, layer_scores(table, column), limits, column)
-    return least_damages(inventory, damage, limits, column)
+    return least_damages(inventory, replace(damage, kept=_kept_experts(inventory)), limits, column)
+
+
+def _kept_experts(inventory: Inventory) -> frozenset[str]:
+    """Those that stay in 16-bit though the scan measured them in 4-bit."""
+    return frozenset(x.name for x in inventory.layers if x.fixed == EXPERTS_AS_ASKED)
 
 
 def damage_of(table: pd.DataFrame) -> Damage | None:

@@ -6,7 +6,10 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from qprobe.errors import QprobeError
 from qprobe.manifest.records import Manifest
+from qprobe.options import KeptExperts
+from qprobe.records import Inventory
 from qprobe.runs.folder import RunFolder, run_folder
 from qprobe.selection.bound import Bound, predicted_skiplist
 from qprobe.selection.budget import Budget
@@ -24,17 +27,19 @@ def select(
     by: str | None = None,
     max_kl: float | None = None,
     for_tool: str | None = None,
+    experts: KeptExperts | None = None,
 ) -> Manifest:
     """The manifest of the best skip-list that `budget` allows, from scan.json and layers.csv.
 
     budget: as of `qprobe.scan`. by: a measured column other than decibels, which do not add up; None for
     sensitivity_kl where measured, else activation_nmse; for isolated_kl where sensitivities miss the KL by
     more than 5 %. max_kl: in place of both, the fewest bytes with a predicted KL of at most this. for_tool:
-    see `qprobe.scan`. Writes nothing. quality holds what the scan measured on held-out samples; kl_dynamic is
+    see `qprobe.scan`. experts: "16-bit" keeps fused weights of experts so, beside which the budget counts.
+    Writes nothing. quality holds what the scan measured on held-out samples; kl_dynamic is
     None unless this very list was among its candidates.
     Raises RunError for a folder without a finished scan, BudgetError, or QprobeError for a wrong `by`.
     """
-    folder, request = run_folder(run), parse_request(budget, max_kl, by, for_tool)
+    folder, request = run_folder(run), parse_request(budget, max_kl, by, for_tool, experts)
     scored = scored_run(folder, request)
     skiplist, limit = asked_skiplist(scored, request)
     command = shlex.join(["qprobe", "select", folder.path.resolve().name, *request.words])
@@ -44,10 +49,19 @@ def select(
 
 
 def scored_run(run: RunFolder, request: ListRequest) -> ScoredRun:
-    """The finished `run`, with the groups that `request` keeps whole."""
+    """The finished `run`, with the groups and the experts that `request` keeps."""
     record, table = run.scan, run.table
     inventory = grouped_for(record.inventory, request.for_tool)
+    if request.experts is not None:
+        _refuse_without_experts(inventory)
+        inventory = inventory.with_experts_kept
+        record = replace(record, format=replace(record.format, experts=request.experts))
     return ScoredRun(replace(record, inventory=inventory), table, sensitivities_are_bent(run))
+
+
+def _refuse_without_experts(inventory: Inventory) -> None:
+    if all(x.experts is None for x in inventory.layers):
+        raise QprobeError("This model has no fused weights of experts. Leave out --experts.")
 
 
 def asked_skiplist(run: ScoredRun, request: ListRequest) -> tuple[SkipList, Budget]:

@@ -80,9 +80,14 @@ def manifest_of(
 
 
 def held_out_quality(run: RunFolder, scan: Scan, skiplist: SkipList) -> Quality:
-    """What `scan` measured on held-out samples: standard 4-bit and, if it was a candidate, this skip-list."""
-    standard_stage = NEAREST_STAGE if scan.format.is_calibrated else candidate_stage(frozenset())
-    stages = (standard_stage, candidate_stage(frozenset(skiplist.kept)))
+    """What `run` measured on held-out samples: standard 4-bit and, if it was a candidate, this skip-list.
+
+    scan: of `run`, maybe with more layers fixed than it was measured with.
+    """
+    own = {x.name for x in run.inventory.layers if x.fixed}
+    more = frozenset(x.name for x in scan.inventory.layers if x.fixed) - own
+    nearest = NEAREST_STAGE if scan.format.is_calibrated and not more else candidate_stage(more)
+    stages = (nearest, candidate_stage(more | frozenset(skiplist.kept)))
     measured = [Candidate(x, frozenset(), 0, finite_answers(run.units(x))) for x in stages]
     common = on_common_samples([c for c in measured if len(c.measured)])
     kl = {c.name: c.kl for c in common if len(c.measured)}

@@ -52,6 +52,7 @@ from qprobe.training.bases import (
     peft_library,
 )
 from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
+from qprobe.training.names import names_as_written
 from qprobe.training.record import Record, read_record, write_record
 from qprobe.training.refused import check_options, refuse_several_processes, refuse_without_answers
 from qprobe.training.result import Finetuned, card
@@ -213,7 +214,8 @@ def _finetune(
         lora_dropout=0.0,
         target_modules=one_pattern(targets.names),
     )
-    tuned = peft.get_peft_model(model, config)
+    with names_as_written():
+        tuned = peft.get_peft_model(model, config)
     if options.start == "corrected":
         with correction_of(manifest, options.manifest.parent) as factors:
             start_corrected(tuned, factors)

@@ -19,6 +19,7 @@ from qprobe.options import Base
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.system.wording import is_or_are, named
 from qprobe.training.bases import BASE_WEIGHTS, MANIFEST_FILE, base_digest, load_base, peft_library
+from qprobe.training.names import names_as_written
 from qprobe.training.record import Record, read_record
 
 
@@ -166,4 +167,5 @@ def load_finetuned(
     base, processor = load_base(
         origin.path, origin.base, origin.model, device, origin.dtype, trust_remote_code
     )
-    return peft_library().PeftModel.from_pretrained(base, str(where)).eval(), processor
+    with names_as_written():
+        return peft_library().PeftModel.from_pretrained(base, str(where)).eval(), processor

@@ -1,9 +1,10 @@
-"""Checkpoints of Llama-3.2-11B-Vision's geometry with random weights, and samples to run through them."""
+"""Checkpoints of a real geometry with random weights, and samples to run through them."""
 
 from __future__ import annotations
 
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,24 @@ def geometry(share: float, is_tiny: bool) -> MllamaConfig:
     vision.intermediate_layers_indices = kept
     vision.vision_output_dim = vision.hidden_size * (1 + len(kept))
     text.bos_token_id, text.eos_token_id, text.pad_token_id = 1, END, PAD
+    config.architectures = ["MllamaForConditionalGeneration"]
     return config
 
 
-def write_checkpoint(folder: Path, config: MllamaConfig, device: str, shard_bytes: int = SHARD_BYTES) -> int:
+def write_checkpoint(
+    folder: Path, config: Any, parts: Sequence[Any], device: str, shard_bytes: int = SHARD_BYTES
+) -> int:
     """A complete model folder with seeded random bf16 weights made on `device`; the bytes of the weights.
 
-    Weights lie in files of about `shard_bytes`, under the names that files on the hub have.
+    config: names its architecture. parts: processor or tokenizer, saved beside it. Weights lie in files of
+    about `shard_bytes`, under the names that files on the hub have.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     folder.mkdir(parents=True, exist_ok=True)
-    config.architectures = ["MllamaForConditionalGeneration"]
     config.save_pretrained(folder)
-    processor(config).save_pretrained(folder)
+    for part in parts:
+        part.save_pretrained(folder)
     model: Any = meta_model(config, "bfloat16")
     outlines = revert_weight_conversion(model, dict(model.state_dict()))
     generator = torch.Generator(device).manual_seed(SEED)
@@ -91,24 +96,29 @@ def _save(folder: Path, shard: dict[str, Tensor], where: dict[str, str]) -> int:
     return sum(x.nbytes for x in shard.values())
 
 
-def processor(config: MllamaConfig) -> MllamaProcessor:
-    """A processor that needs no network: one token a character, and as many ids as the model's head has."""
-    vocab_size = config.text_config.vocab_size
+def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One that needs no network: one token per character, and `vocab_size` ids."""
     characters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # byte-level space and newline
     named = [*CONTROLS, *characters]
     names = [*named, *(f"<|filler-{i}|>" for i in range(vocab_size - len(named)))]
     vocab = {name: i for i, name in enumerate(names)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=CONTROLS[UNK]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in CONTROLS])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=CONTROLS[UNK]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(name, special=True) for name in CONTROLS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
         unk_token=CONTROLS[UNK],
         bos_token=CONTROLS[1],
         pad_token=CONTROLS[PAD],
         eos_token=CONTROLS[END],
     )
+
+
+def processor(config: MllamaConfig) -> MllamaProcessor:
+    """A processor of images with `tokenizer`, which has as many ids as the model's head."""
+    vocab_size = config.text_config.vocab_size
+    fast = tokenizer(vocab_size)
     # Behind the vocabulary of the head, as on the hub.
     fast.add_special_tokens({"additional_special_tokens": ["<|image|>"]})
     assert fast.convert_tokens_to_ids("<|image|>") == config.image_token_index == vocab_size
@@ -130,9 +140,14 @@ def write_samples(folder: Path, config: MllamaConfig, count: int) -> Path:
         coarse = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
         file = f"image-{number:03d}.jpg"
         Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(folder / file)
-        prompt = "".join(random.choice(list(_LETTERS), PROMPT_TOKENS - _TEMPLATE_TOKENS))
-        answer = "".join(random.choice(list(string.ascii_lowercase), ANSWER_TOKENS - 1))
-        lines.append(json.dumps({"image": file, "prompt": f"x{prompt[1:-1]}x", "answer": answer}))
+        lines.append(json.dumps({"image": file, **texts(random, PROMPT_TOKENS - _TEMPLATE_TOKENS)}))
     path = folder / "samples.jsonl"
     path.write_text("\n".join(lines))
     return path
+
+
+def texts(random: np.random.Generator, prompt_tokens: int) -> dict[str, str]:
+    """A row of random letters: a prompt of so many tokens, an answer of `ANSWER_TOKENS` with its end."""
+    prompt = "".join(random.choice(list(_LETTERS), prompt_tokens))
+    answer = "".join(random.choice(list(string.ascii_lowercase), ANSWER_TOKENS - 1))
+    return {"prompt": f"x{prompt[1:-1]}x", "answer": answer}

@@ -148,12 +148,13 @@ class Bench:
 
 
 def child_write(bench: Bench) -> dict[str, Any]:
-    from tests.benchmarks.checkpoints import geometry, write_checkpoint, write_samples
+    from tests.benchmarks.checkpoints import geometry, processor, write_checkpoint, write_samples
 
     o = bench.options
     config = geometry(bench.share, o.tiny)
     write_samples(bench.samples.parent, config, bench.most_images)
-    return {"bytes": write_checkpoint(bench.folder, config, o.device, int(o.shard_gb * 1e9))}
+    parts = [processor(config)]
+    return {"bytes": write_checkpoint(bench.folder, config, parts, o.device, int(o.shard_gb * 1e9))}
 
 
 def child_bare(bench: Bench) -> dict[str, Any]:

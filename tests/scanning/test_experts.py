@@ -10,9 +10,15 @@ import pytest
 
 import qprobe
 from qprobe.checkpoint.storage import stored_bytes
+from qprobe.formats.nf4 import Nf4
+from qprobe.loading.experts.weights import expert_weights
+from qprobe.loading.reference import load_reference
+from qprobe.measure.weights import error_sums
 from qprobe.runs.folder import RunFolder
+from qprobe.selection.scores import predicted_kl
 from tests import mixtures
 from tests.scanning.asked import options, scan
+from tests.scanning.test_weights import sharded
 
 ROWS = [
     {"prompt": f"what is {number}", "answer": f"{number} {colour}"}
@@ -48,11 +54,48 @@ def test_experts_are_measured_chosen_and_loaded_as_the_manifest_says(
     assert rows["nf4"].kl > 0 and rows["dynamic"].total_bytes > rows["nf4"].total_bytes
     model, _ = qprobe.load_dynamic_4bit(found.skiplist, str(source), "cpu")
     assert stored_bytes(model).total_bytes == rows["dynamic"].total_bytes
+    _select_with_experts_kept(found.run, {*experts.index})
+
+
+def _select_with_experts_kept(run: Path, experts: set[str]) -> None:
+    """Lists of `run` made again with all `experts` in 16-bit, beside which the budget counts."""
+    folder = RunFolder(run)
+    inventory = folder.inventory.with_experts_kept
+    made = qprobe.select(run, "+10%", experts="16-bit")
+    assert {*made.skip_modules} > experts and made.format.experts == "16-bit"
+    assert made.budget.standard_4bit_bytes == inventory.standard_4bit_bytes
+    assert inventory.standard_4bit_bytes < made.budget.total_bytes <= 1.1 * inventory.standard_4bit_bytes
+    assert "--experts 16-bit" in made.made_by.command
+    # What the list is predicted to leave is that of all layers together, experts among those kept.
+    assert made.quality.kl_predicted == predicted_kl(folder.table, frozenset(made.skip_modules))
+    bound = 1.01 * made.quality.kl_predicted
+    within = qprobe.select(run, max_kl=bound, experts="16-bit")
+    assert within.quality.kl_predicted <= bound
+    assert within.budget.total_bytes <= made.budget.total_bytes
+
+
+@pytest.mark.parametrize("name", mixtures.NAMES)
+def test_weights_alone_are_those_of_the_loaded_model(
+    name: str, mixture: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
+    source = sharded(mixture(name), tmp_path / "shards", 3)
+    run = scan(**options(source, tmp_path / "run", measures=("weight",), samples=None, max_new_tokens=64)).run
+    by_expert = pd.read_csv(run / "experts.csv").set_index(["layer", "expert"])
+    weights = expert_weights(load_reference(str(source), "cpu").model)
+    assert {x for x, _ in by_expert.index} == {*weights}
+    for layer, weight in weights.items():
+        own, w_hat = weight.weight.data, Nf4().pack(weight.weight.data).unpack()
+        for expert in range(mixtures.EXPERTS):
+            sums, _ = error_sums(own[expert], w_hat[expert])
+            assert by_expert.loc[(layer, expert), "weight_nmse"] == sums.nmse
+    assert by_expert["tokens"].isna().all() and by_expert["activation_nmse"].isna().all()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", [x for x in mixtures.NAMES if x != "mixtral"])
-def test_every_family_of_experts_goes_from_scan_to_a_folder_that_is_loaded_again(
+def test_every_family_of_experts_goes_from_scan_to_a_folder_that_is_loaded_again_and_trains(
     name: str, mixture: Callable[[str], Path], tmp_path: Path
 ):
     source, few = mixture(name), {"data": ROWS, "samples": 4, "nodes": 2, "budget": "+40%"}
@@ -69,3 +112,5 @@ def test_every_family_of_experts_goes_from_scan_to_a_folder_that_is_loaded_again
     again, _ = qprobe.load_dynamic_4bit(tmp_path / "out", device="cpu")
     assert stored_bytes(again).total_bytes == rows["dynamic"].total_bytes
     assert qprobe.audit(tmp_path / "out", found.skiplist).ok
+    losses = mixtures.three_steps(again)
+    assert losses[2] < losses[0]

@@ -36,10 +36,14 @@ _BYTE_STEPS = 2**12
 
 @dataclass(frozen=True)
 class Damage:
-    """path, isolated: nats per answer token by layer, for the same layers (see the module's first lines)."""
+    """path, isolated: nats per answer token by layer, for the same layers (see the module's first lines).
+
+    kept: those that are in 16-bit under every list.
+    """
 
     path: Mapping[str, float]
     isolated: Mapping[str, float]
+    kept: frozenset[str] = frozenset()
 
     @property
     def is_additive(self) -> bool:
@@ -47,8 +51,8 @@ class Damage:
         return self.path == self.isolated
 
     def left(self, kept: frozenset[str]) -> float:
-        """The KL predicted with `kept` in 16-bit and all other layers in 4-bit; never below 0."""
-        rest = [name for name in self.path if name not in kept]
+        """The KL predicted with `kept` in 16-bit as well and all other layers in 4-bit; never below 0."""
+        rest = [name for name in self.path if name not in kept and name not in self.kept]
         whole = fsum(self.path.values())
         share = fsum(self.path[n] for n in rest) / whole if whole > 0 else 0.0
         own = fsum(self.isolated[n] for n in rest)
@@ -130,7 +134,7 @@ def _cheapest_additive(inventory: Inventory, damage: Damage, max_kl: float, by: 
     richest = least_damage(inventory, damage, max(inventory.standard_4bit_bytes, _all_bytes(inventory)), by)
     if damage.left(frozenset(richest.kept)) > max_kl:
         return None
-    spared = fsum(damage.path.values()) - max_kl
+    spared = damage.left(frozenset()) - max_kl
     return smallest_skiplist(inventory, damage.path, min(spared, richest.score), by)
 
 

@@ -25,6 +25,7 @@ from qprobe.options import Base, CompareOptions
 from qprobe.records import FormatSpec
 from qprobe.training.bases import open_base, peft_library
 from qprobe.training.merging.merged import Form
+from qprobe.training.names import names_as_written
 from qprobe.training.origin import Origin, as_merged
 
 
@@ -76,7 +77,8 @@ class Job:
     def adapted(self) -> Any:
         """The model as it was trained, the adapter beside the weights, by peft itself."""
         model, _ = self.base(self.origin.base)
-        tuned = peft_library().PeftModel.from_pretrained(model, str(self.adapter.folder))
+        with names_as_written():
+            tuned = peft_library().PeftModel.from_pretrained(model, str(self.adapter.folder))
         return tuned.get_base_model().eval().requires_grad_(False)
 
 

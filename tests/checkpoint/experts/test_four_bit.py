@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize
-from qprobe.checkpoint.ready import ready_for_training
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.checkpoint.verify import verify
 from qprobe.errors import ModelError, QprobeError, VerificationError
@@ -33,7 +31,6 @@ from tests.checkpoint.experts.conftest import Packed
 from tests.checkpoint.manifests import inventory_of, manifest_for, with_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-IDS = torch.arange(20, 32)[None]
 
 
 @pytest.mark.parametrize("name", mixtures.NAMES)
@@ -46,7 +43,7 @@ def test_a_folder_of_experts_in_4_bit_is_read_again_bit_by_bit_and_trains(
     saved, read = first.state_dict(), again.state_dict()
     assert saved.keys() == read.keys() and all(torch.equal(saved[key], read[key]) for key in saved)
     with torch.no_grad():
-        assert torch.equal(first(IDS).logits, again(IDS).logits)
+        assert torch.equal(first(mixtures.IDS).logits, again(mixtures.IDS).logits)
     fused = [x for x in manifest.layers if len(x.shape) == 3]
     assert set(four_bit_experts(again)) == {x.name for x in fused[:-1]} and not fused[-1].is_four_bit
     assert stored_bytes(again).total_bytes == manifest.budget.total_bytes
@@ -54,27 +51,9 @@ def test_a_folder_of_experts_in_4_bit_is_read_again_bit_by_bit_and_trains(
     assert found.ok and {x.name: x.state for x in found.layers if x.state == "16-bit"}.keys() == {
         *manifest.skip_modules
     }
-    losses = three_steps(again)
+    losses = mixtures.three_steps(again)
     assert losses[2] < losses[0]
     assert torch.equal(again.state_dict()[fused[0].name], saved[fused[0].name])
-
-
-def three_steps(model: torch.nn.Module) -> list[float]:
-    """Losses of three steps of LoRA on attention."""
-    ready_for_training(model)
-    torch.manual_seed(0)
-    pattern = r".*self_attn\.(q_proj|o_proj|q_a_proj)"
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=pattern, lora_dropout=0.0))
-    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(3):
-        loss = adapted(input_ids=IDS, labels=IDS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    adapted.unload()
-    return losses
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
