@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 # Before transformers is imported: a test that would reach for the hub must fail at once, not hang.
@@ -12,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is: tiny matrices gain nothing from threads, but on a busy machine they wait for each other,
 # twenty times slower with two threads than with one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Nothing here is compiled, but bitsandbytes asks for it, and torch imports its compiler: 2 s per process.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import pytest
 
@@ -28,8 +31,45 @@ LONGEST = (
 """Files that take half a minute and more; they are begun first."""
 
 
+EXPENSIVE = frozenset({"browser", "llama_11b", "published"})
+"""Fixtures that take seconds, or start processes: what uses them is slow."""
+
+ALIKE = frozenset(
+    {
+        *("qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama_tied"),  # tests.tiny
+        *("qwen3_moe", "qwen3_vl_moe", "deepseek_v3", "gpt_oss", "llama4"),  # tests.mixtures
+        *("qwen3_vl", "glm4v", "llava", "llava_next", "llava_onevision", "aya_vision"),  # tests.families
+        *("idefics3", "smolvlm", "internvl", "gemma4"),
+    }
+)
+"""Models on which any test is slow: mllama, llama, bert, mixtral and gemma3 stand for them in quick runs."""
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Whether a test is slow by what it uses, whatever it is marked with."""
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return not EXPENSIVE.isdisjoint(item.fixturenames) or any(
+        isinstance(value, str) and value in ALIKE for value in given
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported while tests are collected stays: garbage collection passes over a million objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first and quick ones last, so that no process waits for another one's file at the end."""
+    for item in items:
+        if is_slow(item):
+            item.add_marker("slow")
     files = [item.nodeid.partition("::")[0] for item in items]
     slow = {file for item, file in zip(items, files, strict=True) if item.get_closest_marker("slow")}
 

@@ -88,6 +88,7 @@ def test_gram_matrices_are_sums_of_outer_products_over_tokens_that_are_no_paddin
         assert float(error) < 0.02, layer
 
 
+@pytest.mark.slow
 def test_tiles_that_no_text_attends_to_do_not_count_behind_the_vision_tower(tiny_folder):
     # Of two images of two tiles the second has a tile of padding only: three of four tiles count.
     subject = subject_for(tiny_folder("mllama"))

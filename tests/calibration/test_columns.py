@@ -62,6 +62,7 @@ def layers() -> list[tuple[torch.Tensor, ...]]:
     return [case(40, rows, seed) for seed, rows in enumerate((7, 70, 32))]
 
 
+@pytest.mark.slow
 def test_rows_of_each_layer_have_a_coupling_of_their_own():
     cases = layers()
     base, own, scales = (torch.cat([c[i] for c in cases], dim=1) for i in range(3))

@@ -50,6 +50,7 @@ def test_every_eighth_sample_is_kept_back_however_they_are_batched(
     assert max(map(len, work.groups)) <= size
 
 
+@pytest.mark.slow
 def test_layers_are_fitted_to_most_samples_and_compared_on_the_others(
     tiny_folder: TinyFolder, tmp_path: Path
 ):

@@ -190,6 +190,7 @@ def test_layers_that_share_inputs_are_rounded_as_each_alone():
         assert torch.equal(one.stored.state.absmax, alone.stored.state.absmax)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [192, 96])  # blocks of 96 features straddle rows
 def test_layers_with_different_inputs_are_rounded_together_as_each_alone(features):
     # The third has no metric and the fourth a weight that is not finite: both are left to nearest.

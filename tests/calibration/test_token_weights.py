@@ -90,6 +90,7 @@ def by_token(wanted: dict[str, list[torch.Tensor]], names: tuple[str, ...]) -> l
     return [list(one) for one in zip(*(wanted[name] for name in names), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mllama"])
 def test_weights_are_squared_gradients_of_sampled_answers(name: str, tiny_folder: TinyFolder):
     subject, samples = subject_for(tiny_folder(name)), samples_of(name)

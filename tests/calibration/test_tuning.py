@@ -105,6 +105,7 @@ def test_tuned_scales_do_less_damage_on_samples_kept_back_and_codes_stay(name: s
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
+@pytest.mark.slow
 def test_codes_move_with_the_scales_where_that_is_asked_for(
     tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ):

@@ -176,6 +176,7 @@ def test_selecting_again_elsewhere_still_finds_the_weights(run, tmp_path):
     assert torch.equal(logits(model, processor, "llama"), logits(same, processor, "llama"))
 
 
+@pytest.mark.slow
 def test_the_dtype_of_the_rest_can_be_another(run):
     model, _ = load_dynamic_4bit(run("llama").manifest, str(run("llama").model), "cpu", "float16")
     states = [m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)]
@@ -214,6 +215,7 @@ def test_an_audit_tells_calibrated_codes_from_rounding_to_nearest(name, run, tmp
     assert held[0] in problem
 
 
+@pytest.mark.slow
 def test_an_audit_compares_block_scales_and_names_the_one_layer(run, tmp_path):
     one = run("llama")
     saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
@@ -227,6 +229,7 @@ def test_an_audit_compares_block_scales_and_names_the_one_layer(run, tmp_path):
     assert problem.startswith("1 of ") and f": {layer}." in problem
 
 
+@pytest.mark.slow
 def test_an_audit_finds_another_offset_of_the_block_scales(run, tmp_path):
     one = run("llama")
     saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
@@ -243,6 +246,7 @@ def test_an_audit_finds_another_offset_of_the_block_scales(run, tmp_path):
     assert "do not hold the calibrated codes" in problem and f": {layer}." in problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["5KB", "20KB"])  # at 20KB a weight and its block scales part
 def test_an_audit_finds_calibrated_codes_in_whichever_shard_they_lie(size, run, tmp_path):
     one = run("llama")
@@ -252,6 +256,7 @@ def test_an_audit_finds_calibrated_codes_in_whichever_shard_they_lie(size, run, 
     assert found.ok and len({x.file for x in found.layers}) > 1, found.problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("harm", "why"), [("missing", "cannot be read"), ("changed", "SHA-256")])
 def test_an_audit_without_the_calibrated_weights_is_not_clear(harm, why, run, tmp_path):
     one = run("llama")

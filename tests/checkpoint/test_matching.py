@@ -30,6 +30,7 @@ class Awkward(nn.Module):
             owner.add_module(name.split(".")[-1], nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 @given(st.sets(st.sampled_from(Awkward.NAMES)))
 @settings(max_examples=128, deadline=None)
 def test_any_choice_among_awkward_names_is_met(four_bit):
@@ -42,6 +43,7 @@ def test_plain_names_would_keep_too_much():
     assert converted_modules(Awkward(), ["proj"]) == set(Awkward.NAMES) - {"proj", "a.proj"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_plain_names_are_used_where_they_are_exact(name, tiny_folder):
     model = meta_model(load_config(resolve(str(tiny_folder(name)))), "bfloat16")

@@ -103,6 +103,7 @@ def test_pixtral_with_vision_and_projector_in_16_bit_is_8_39_gib() -> None:
     assert round(mixed / GIB, 2) == 8.39
 
 
+@pytest.mark.slow
 def test_fused_experts_are_in_4_bit_and_their_routers_are_not() -> None:
     # 48 layers of 128 experts: gate and up (2 * 768 x 2048), down (2048 x 768); half a byte per weight, a
     # byte per block of 64, 4 bytes per 256 blocks. 192 linears of attention and lm_head beside them.
@@ -270,6 +271,7 @@ def test_an_empty_name_is_not_the_working_directory(
         plan(model)
 
 
+@pytest.mark.slow
 def test_a_known_name_needs_no_network_and_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_arguments: object) -> None:
         raise AssertionError("reached for the network")

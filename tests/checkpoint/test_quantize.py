@@ -60,6 +60,7 @@ def test_plain_loading_computes_the_same_bits(name, tiny_folder, tmp_path):
     assert AutoTokenizer.from_pretrained(done.out)("a cat") == AutoTokenizer.from_pretrained(folder)("a cat")
 
 
+@pytest.mark.slow
 def test_another_16bit_type_is_told_and_measurements_in_the_first_are_not(tiny_folder, tmp_path):
     folder = tiny_folder("llama")
     manifest = replace(manifest_for(folder, every_third(folder)), quality=Quality(5, 0.3, 0.1, 0.1))
@@ -154,6 +155,7 @@ def test_a_run_that_ends_early_leaves_nothing(error, tiny_folder, tmp_path, monk
     assert isinstance(error, KeyboardInterrupt) or "No space left" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_card_shows_what_was_measured_and_what_was_not(tiny_folder, tmp_path):
     folder = tiny_folder("llama")
     manifest = manifest_for(folder, every_third(folder))
@@ -173,6 +175,7 @@ def test_the_card_shows_what_was_measured_and_what_was_not(tiny_folder, tmp_path
     assert all(f"`{name}`" in card for name in manifest.skip_modules)
 
 
+@pytest.mark.slow
 def test_figures_are_this_model_s_only_where_the_weights_are_those_that_were_measured(tiny_folder, tmp_path):
     """Another folder of the same shapes has the same fingerprint; a name on the hub is the same weights."""
     folder = tiny_folder("llama")
@@ -193,6 +196,7 @@ def test_figures_are_this_model_s_only_where_the_weights_are_those_that_were_mea
     assert "were measured on" not in (tmp_path / "plain" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_removed_and_what_another_one_writes_is_not(tiny_folder, tmp_path):
     folder = tiny_folder("llama")
     mine = [tmp_path / x for x in (".out.notes.tmp", ".outer.0123456789ab.tmp", ".other.0123456789ab.tmp")]

@@ -97,6 +97,7 @@ def test_import_of_what_is_no_list(qprobe: Run, tiny_folder: TinyFolder):
     assert "no skip-list" in explained(qprobe("import", config, "--model", tiny_folder("llama")))
 
 
+@pytest.mark.slow
 def test_audit_of_a_sound_checkpoint(qprobe: Run, checkpoint: Path, manifest: Path):
     result = qprobe("audit", checkpoint, "--manifest", manifest, "--load", "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -85,6 +85,7 @@ def test_a_file_that_is_no_image_is_skipped_and_named(scan: Run, tmp_path: Path)
     assert "1.txt: left out, it is no image." in json.loads(result.stdout)["notes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lines", "said"),
     [

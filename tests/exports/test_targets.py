@@ -83,6 +83,7 @@ def test_calibrated_weights_are_exported_as_the_nf4_that_they_are(tool: str):
         assert word.get(tool, "importance matrix") in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("tool", [x for x in TOOLS if x != "llama.cpp"])

@@ -41,6 +41,7 @@ def test_the_answer_span_decodes_to_the_answer(load: Load, name: str) -> None:
             assert (batch.inputs["attention_mask"][i] == 0).sum() == len(ids) - end
 
 
+@pytest.mark.slow
 def test_vision_tokens_in_the_text_are_marked(load: Load) -> None:
     reference = load("qwen2_vl")
     (sample, _) = _samples("qwen2_vl")

@@ -79,6 +79,7 @@ def test_every_linear_has_a_tower_a_group_and_a_name_in_the_files(
         assert f"{layer.checkpoint_name}.weight" in stored or layer.fixed == "tied"
 
 
+@pytest.mark.slow
 def test_a_group_holds_all_its_members(tiny_folder: Callable[[str], Path]) -> None:
     model = load_reference(str(tiny_folder("mllama")), "cpu").model
     groups: dict[str, list[str]] = {}
@@ -97,6 +98,7 @@ def test_the_fingerprint_is_known_before_loading(name: str, tiny_folder: Callabl
     assert fingerprint(meta_model(load_config(loaded.source), "bfloat16")) == loaded.identity.fingerprint
 
 
+@pytest.mark.slow
 def test_fingerprints_tell_models_apart(tiny_folder: Callable[[str], Path]) -> None:
     prints = {load_reference(str(tiny_folder(n)), "cpu").identity.fingerprint for n in tiny.NAMES}
     assert len(prints) == len(tiny.NAMES)
@@ -153,6 +155,7 @@ def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float16", 4)])
 def test_what_transformers_keeps_in_float32_is_fixed_with_its_own_bytes(
     blip_folder: Path, dtype: Literal["bfloat16", "float16"], width: int
@@ -170,6 +173,7 @@ def test_what_transformers_keeps_in_float32_is_fixed_with_its_own_bytes(
     assert list_layers(skeleton, spec) == inventory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_such_a_model_loads_in_4bit_with_the_bytes_of_its_inventory(
     blip_folder: Path, dtype: Literal["bfloat16", "float16"]

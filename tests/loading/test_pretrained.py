@@ -92,6 +92,7 @@ def test_each_kind_of_tensor_is_named_if_it_is_removed_renamed_or_of_another_sha
     assert ("[3, 3]" in said) == (change is reshaped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_command_that_reads_weights_refuses_such_a_checkpoint(
     tiny_folder: TinyFolder, tmp_path: Path, change: Change
@@ -124,6 +125,7 @@ def test_every_command_that_reads_weights_refuses_such_a_checkpoint(
     assert any(name in x for x in audit(broken).problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_audit_names_such_a_tensor_of_a_4bit_checkpoint(
     tiny_folder: TinyFolder, tmp_path: Path, change: Change
@@ -136,6 +138,7 @@ def test_audit_names_such_a_tensor_of_a_4bit_checkpoint(
         assert any(name in x for x in audit(broken, load=load, device="cpu").problems)
 
 
+@pytest.mark.slow
 def test_what_is_not_saved_is_not_missed(tiny_folder: TinyFolder):
     # llama_tied has no head in its files, bert no position_ids, all of them no rotary frequencies
     for name in ("llama_tied", "bert", "mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral"):
@@ -204,6 +207,7 @@ def test_quantize_refuses_a_weight_that_is_not_finite_by_name(tiny_folder: TinyF
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_is_refused_wherever_16bit_weights_are_needed(
     tiny_folder: TinyFolder, tmp_path: Path
 ):

@@ -86,6 +86,7 @@ def test_every_geometry_is_used() -> None:
     assert set(GEOMETRIES) == {entry.geometry for entry in entries()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alias", EACH)
 def test_every_linear_of_an_entry_is_in_exactly_one_tower(alias: str) -> None:
     entry = entry_of(alias)
@@ -117,6 +118,7 @@ def test_every_fused_group_of_an_entry_is_whole(alias: str) -> None:
     assert leaves_alone.isdisjoint(x for members in FUSED for x in members)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alias", ["qwen2-vl-2b", "qwen2.5-vl-7b"])
 def test_one_linear_that_holds_q_k_and_v_is_a_group_of_its_own(alias: str) -> None:
     _, _, inventory = built(entry_of(alias).geometry)

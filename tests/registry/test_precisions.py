@@ -89,6 +89,7 @@ def test_a_declared_precision_takes_the_place_of_nf4_for_a_whole_scan(tiny_folde
         qprobe.load_dynamic_4bit(manifest, str(folder), "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("declared")
 def test_a_layer_in_another_precision_than_its_format_is_refused(tiny_folder: TinyFolder, tmp_path):
     result = qprobe.scan(

@@ -55,6 +55,7 @@ def test_every_layer_is_a_point_of_every_chart_and_kept_ones_are_marked(page: Pa
     assert bands.first.get_attribute("data-tower") == "vision"
 
 
+@pytest.mark.slow
 def test_pointing_at_a_layer_shows_its_figures_and_worst_token(page: Page, run: Path):
     row = RunFolder(run).table.iloc[14]  # text; its worst token is " 7" of the answer
     page.locator("svg[data-panel=activation_nmse] [data-layer='14']").hover()
@@ -205,6 +206,7 @@ def test_600_layers_fit_the_window_and_8_megabytes(opened: Open, large: Path, wi
     assert not overlapping(boxes)
 
 
+@pytest.mark.slow
 def test_in_print_everything_is_on_paper(page: Page):
     page.emulate_media(media="print")
     assert not page.locator("#filters").is_visible() and page.locator("#rows tbody tr").last.is_visible()

@@ -67,6 +67,7 @@ def test_the_slider_shows_the_list_bytes_and_kl_of_each_budget(page: Page, run: 
     assert sizes == sorted(sizes) and len(set(sizes)) > 10
 
 
+@pytest.mark.slow
 def test_each_budgets_manifest_is_what_select_gives(page: Page, run: Path, tmp_path: Path):
     last = int(page.locator("#slider").get_attribute("max"))
     for position in (0, 3, last // 2, last):
@@ -168,6 +169,7 @@ def only(folder: Path, *stages: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_without_a_head_leaves_its_parts_out_and_says_so(opened: Open, tmp_path: Path):
     page = opened(page_file(only(write_full_run(tmp_path / "run"), "weights", "outputs")))
     assert page.locator("svg.panel").count() == 4
@@ -199,6 +201,7 @@ def test_a_scan_of_the_weights_alone_shows_its_list_and_what_is_missing(opened: 
     assert len(figure.axes) == 1 and missing in figure.legends[0].get_title().get_text()
 
 
+@pytest.mark.slow
 def test_a_run_not_yet_finished_shows_what_it_has(opened: Open, tmp_path: Path):
     folder = only(write_full_run(tmp_path / "run"), "weights", "outputs")
     (folder / "notes" / "end.json").unlink()

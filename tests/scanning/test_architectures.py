@@ -68,6 +68,7 @@ def test_everything_is_measured_where_there_is_a_language_head(name: str, scanne
     assert result.samples == 6 and result.verdict.startswith("Standard 4-bit costs a KL of ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_manifest_loads_and_its_bytes_are_those_stored(
     name: str, scanned: Scanned, tiny_folder: TinyFolder

@@ -26,6 +26,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 def test_experts_are_measured_chosen_and_loaded_as_the_manifest_says(
     mixture: Callable[[str], Path], tmp_path: Path
 ):

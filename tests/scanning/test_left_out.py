@@ -83,6 +83,7 @@ def test_an_image_that_the_processor_refuses_is_named_and_the_others_are_measure
     assert told == TOO_LONG
 
 
+@pytest.mark.slow
 @COMMANDS
 def test_a_row_that_the_template_refuses_is_named(
     command: Command, tiny_folder: TinyFolder, tmp_path: Path
@@ -100,6 +101,7 @@ def test_a_row_that_the_template_refuses_is_named(
     assert told.startswith("rows.jsonl line 2: the model's chat template does not take it: given strings it")
 
 
+@pytest.mark.slow
 @COMMANDS
 def test_a_row_that_spells_out_a_mark_of_the_model_is_named(
     command: Command, tiny_folder: TinyFolder, tmp_path: Path
@@ -117,6 +119,7 @@ def test_a_row_that_spells_out_a_mark_of_the_model_is_named(
     ]
 
 
+@pytest.mark.slow
 @COMMANDS
 def test_what_is_refused_makes_way_for_what_follows(
     command: Command, images: Path, tiny_folder: TinyFolder, tmp_path: Path

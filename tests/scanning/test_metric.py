@@ -80,6 +80,7 @@ def answered_by(model: Any, reference: Any, samples: list[Sample]) -> list[Sampl
     return answered(model, processed, samples, 6, 1)
 
 
+@pytest.mark.slow
 def test_only_given_answers_count_and_only_those_are_generated(
     tiny_folder: TinyFolder, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -103,6 +104,7 @@ def test_only_given_answers_count_and_only_those_are_generated(
     assert run(tiny_folder("llama"), tmp_path, data=data).metric is None
 
 
+@pytest.mark.slow
 def test_without_any_given_answer_it_says_so_and_generates_nothing(tiny_folder: TinyFolder, tmp_path: Path):
     lines = [{"prompt": f"what is {n}"} for n in range(6)]
     data = write_lines(tmp_path / "data.jsonl", *lines)
@@ -113,6 +115,7 @@ def test_without_any_given_answer_it_says_so_and_generates_nothing(tiny_folder: 
     assert len(list((result.run / "answers").iterdir())) == 6
 
 
+@pytest.mark.slow
 def test_a_function_that_fails_names_the_sample_and_leaves_the_list(tiny_folder: TinyFolder, tmp_path: Path):
     lines = [{"prompt": f"what is {n}"} for n in range(6)]
     data = write_lines(tmp_path / "data.jsonl", *lines)

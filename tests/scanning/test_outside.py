@@ -53,6 +53,7 @@ def test_a_scan_writes_through_no_linked_folder(tmp_path: Path, outside: Path, n
     assert unchanged(outside)
 
 
+@pytest.mark.slow
 def test_a_report_is_not_written_through_a_linked_folder_but_where_its_user_says(
     tmp_path: Path, outside: Path
 ):
@@ -73,6 +74,7 @@ def chosen(run: Path) -> None:
     select_into(run / "skiplist.json", RunFolder(run), "+10%")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "name"),
     [

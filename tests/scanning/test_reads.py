@@ -58,6 +58,7 @@ def interrupt(run: Path) -> None:
     (run / "notes" / "end.json").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [interrupt, lambda run: None], ids=["interrupted", "finished"])
 def test_a_scan_reads_each_file_once(
     state: Callable[[Path], None],
@@ -100,6 +101,7 @@ def test_a_report_against_another_run_reads_each_file_of_both_once(
     assert often(found) == {} and found["run/scan.json"] == found["other/scan.json"] == 1
 
 
+@pytest.mark.slow
 def test_a_comparison_reads_each_file_once(run: Path, tiny_folder: TinyFolder):
     asked = ("--samples", 2, "--max-new-tokens", 3, "--device", "cpu")
     model = ("--model", tiny_folder("llama"))
@@ -107,6 +109,7 @@ def test_a_comparison_reads_each_file_once(run: Path, tiny_folder: TinyFolder):
     assert often(found) == {} and (run / "compare.json").is_file()
 
 
+@pytest.mark.slow
 def test_joining_reads_each_file_of_every_run_once(run: Path, tmp_path: Path):
     other, out = Path(copytree(run, tmp_path / "other")), tmp_path / "joined"
     (other / "units" / "kl-00000.parquet").unlink()

@@ -87,6 +87,7 @@ def test_a_seed_that_built_in_scenes_do_not_have(no_weights: None, tmp_path: Pat
         scan("demo", seed=1000, out=tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -42,6 +42,7 @@ def test_layers_is_the_table_and_a_copy_of_it(opened: Run):
     pd.testing.assert_series_equal(opened.layers["sensitivity_kl"], wanted["sensitivity_kl"], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_plot_draws_a_panel_for_each_measure(opened: Run):
     figure = opened.plot()
     assert isinstance(figure, Figure)

@@ -37,6 +37,7 @@ def test_isolated_kl_has_full_batches_of_one_shape(size: int) -> None:
     assert sum(len(group) < size for group in work.isolated) <= 2  # the last one of each shape
 
 
+@pytest.mark.slow
 def test_isolated_kl_is_measured_once_on_each_sample_of_the_half(scanned: Scanned) -> None:
     run = scanned("mllama").run
     isolated, all_rows = RunFolder(run).units("isolated"), RunFolder(run).units("sensitivity")

@@ -177,6 +177,7 @@ def test_one_tensor_is_open_at_a_time_and_read_in_parts(
     assert largest[0] == 64 * 96
 
 
+@pytest.mark.slow
 def test_a_file_is_a_unit_and_is_not_measured_twice(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -195,6 +196,7 @@ def test_a_file_is_a_unit_and_is_not_measured_twice(
     assert measured == ["model-00002.safetensors"] and (run / "layers.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_shares_of_the_files_join_into_the_same_table(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -334,6 +336,7 @@ def test_an_unknown_measure_is_wrong_usage(tmp_path: Path):
     assert "'luck' is no measure; name some of weight, activation, propagated, sensitivity" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(1280, 1280), (1024, 4096), (1030, 1024)]
 )  # of several parts, some cut off

@@ -42,6 +42,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 def test_half_the_batch_takes_the_same_lines_in_a_step_from_the_same_adapter(error: Exception):
     model = torch.nn.Linear(2, 2)

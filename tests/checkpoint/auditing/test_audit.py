@@ -183,6 +183,7 @@ def scaled(part: str, factor: float) -> Callable[[dict[str, torch.Tensor]], obje
     return lambda tensors: tensors.update({f"{PREFIX}.{part}": tensors[f"{PREFIX}.{part}"] * factor})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -96,6 +96,7 @@ def test_a_folder_is_loaded_as_it_is(packed: Callable[[str], Packed]):
         load_dynamic_4bit(packed("mixtral").out, device="cpu", dtype="float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("mixtral", float("nan")), ("gpt_oss", float("inf"))])
 def test_experts_that_4_bit_cannot_hold_are_refused_by_name(
     name: str, value: float, mixture: Callable[[str], Path], tmp_path: Path
@@ -126,6 +127,7 @@ def test_a_model_with_other_experts_in_4_bit_than_listed_is_refused(packed: Call
         verify(model, with_layer(manifest, four_bit.name, precision="bf16"))
 
 
+@pytest.mark.slow
 def test_experts_in_16_bit_give_a_folder_that_plain_transformers_reads(
     mixture: Callable[[str], Path], tmp_path: Path
 ):

@@ -45,6 +45,7 @@ def stop_at(call: int, real: Any) -> Any:
     return counting
 
 
+@pytest.mark.slow
 def test_weights_that_change_in_any_place_are_noticed(llama: Path, tmp_path: Path, monkeypatch):
     run, changed = tmp_path / "run", Path(copytree(llama, tmp_path / "llama"))
     lines = [{"prompt": f"what is {n}", "answer": "a bag"} for n in range(9)]

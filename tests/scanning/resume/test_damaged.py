@@ -100,6 +100,7 @@ def test_cut_weights_of_a_calibration_that_was_interrupted_are_made_anew(
     assert RunFolder(tmp_path / "run").scan.codes == RunFolder(undisturbed).scan.codes is not None
 
 
+@pytest.mark.slow
 def test_a_scan_of_weights_alone_does_so_too(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
     alone: dict[str, Any] = {"measures": ("weight",), "samples": None, "batch_size": 4, "max_new_tokens": 64}
