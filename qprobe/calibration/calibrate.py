@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from qprobe.runs.key import Rounding
 from qprobe.runs.layers.table import EXPERTS
 from qprobe.runs.notes import Remarks, TokensCount
 from qprobe.runs.shards import waiting
+from qprobe.system.background import in_background
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
@@ -66,6 +67,7 @@ def settings(subject: Subject, tune_steps: int = 0) -> Rounding:
 
 
 ALONE = Shard()
+UNWRITTEN = 8  # units whose files may still be written while the next are rounded
 MORE_SAMPLES = 128  # on SmolLM2 512 texts leave as much damage, 32 a ninth more
 
 
@@ -149,7 +151,7 @@ def calibrate_model(work: Work, shard: Shard = ALONE) -> None:
     changed, or if a new one does not read back; that one is not named, so that the same command joins the
     units again.
     """
-    run = work.run
+    run, joined = work.run, None
     if run.codes and (lost := lost_units(run, CALIBRATION.name)):
         calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
     if run.codes is None:
@@ -157,12 +159,13 @@ def calibrate_model(work: Work, shard: Shard = ALONE) -> None:
         with waiting(run.path, "codes"):
             run.notes.reread()
             if run.codes is None:
-                codes = _joined(run.path, count)
-                put_in_place(work.subject, codes, run.path)
+                joined = _joined(run.path, count)
+                put_in_place(work.subject, joined, run.path)
                 # Only now that the joined file was read whole is it named.
-                run.notes.put("codes", _tuned(work, codes) if work.tune_steps else codes)
+                run.notes.put("codes", _tuned(work, joined) if work.tune_steps else joined)
     assert run.codes is not None
-    put_in_place(work.subject, run.codes, run.path)
+    if run.codes != joined:
+        put_in_place(work.subject, run.codes, run.path)
     for left in (run.path / "units").glob(f"{CALIBRATION.name}-*.safetensors"):
         left.unlink(missing_ok=True)
 
@@ -208,16 +211,19 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
         return
     limit = _limit(work, inputs)
     runs, turns = gathering_turns(work, chosen, inputs)
-    step = _steps(work.progress, runs + len(numbers))
-    for gathering in turns(step):
-        for group in rounded_together(work.subject, gathering.inputs, limit):
-            grams = [gathering.grams.pop(one.leader) for one in group]
-            with work.subject.running(f"round {group[0].leader}"):  # of its own: no weight stays meanwhile
-                found = rounded_layers(work.subject, group, grams, gathering.apart, work.format)
-            for one, gram, rounded in zip(group, grams, found, strict=True):
-                _finish(work, rounded, gram.tokens, numbers[one.leader])
-                step()
-            del grams
+    step = _steps(work.progress, "calibrate", runs + len(numbers))
+    with in_background(UNWRITTEN if work.subject.limit is None else 0) as do:
+        for gathering in turns(step):
+            for group in rounded_together(work.subject, gathering.inputs, limit):
+                grams = [gathering.grams.pop(one.leader) for one in group]
+                with work.subject.running(
+                    f"round {group[0].leader}"
+                ):  # of its own: no weight stays meanwhile
+                    found = rounded_layers(work.subject, group, grams, gathering.apart, work.format)
+                for one, gram, rounded in zip(group, grams, found, strict=True):
+                    do(partial(_finish, work, rounded, gram.tokens, numbers[one.leader]))
+                    step()
+                del grams
 
 
 def gathering_turns(
@@ -260,16 +266,19 @@ def _weights(
         notes.put("tokens", noted)
     is_open = noted is None
     with walking(subject.path):
-        found = token_weights(subject, inputs if is_open else chosen, work.widened)
+        step = _steps(work.progress, "weigh tokens", len(work.groups))
+        found = token_weights(subject, inputs if is_open else chosen, work.widened, step)
     if is_open:
         with waiting(work.run.path, "tokens"):
             notes.reread()
             noted = notes.get("tokens")
             if noted is None:
+                work.progress("decide", 0, 1)
                 noted = decided(
                     subject, inputs, lambda: work.widened, len(training), found.of, work.format, limit_bytes
                 )
                 notes.put("tokens", noted)
+                work.progress("decide", 1, 1)
     return found.of if noted is not None and noted.is_weighted else None
 
 
@@ -287,11 +296,8 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     path = work.run.path / codes.file
     with open_codes(path) as file:
         stored = {name: file.stored(name, subject.device_of(name)) for name in sorted(file.layers)}
-    step = iter(range(1, work.tune_steps + 1))
-    found = tune(
-        subject, stored, training, kept_back, work.tune_steps, work.format,
-        lambda: work.progress("tune", next(step), work.tune_steps),
-    )  # fmt: skip
+    step = _steps(work.progress, "tune", work.tune_steps)
+    found = tune(subject, stored, training, kept_back, work.tune_steps, work.format, step)
     work.run.notes.put("tuning", Remarks((found.sentence,)))
     if not found.is_better:
         return codes
@@ -303,10 +309,10 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     return tuned
 
 
-def _steps(progress: Progress, total: int) -> Callable[[], None]:
-    """A function that reports one more step of `total` whenever it is called."""
+def _steps(progress: Progress, stage: str, total: int) -> Callable[[], None]:
+    """A function that reports one more step of `total` of `stage` whenever it is called."""
     done = iter(range(1, total + 1))
-    return lambda: progress("calibrate", next(done), total)
+    return lambda: progress(stage, next(done), total)
 
 
 def _finish(work: Work, found: Mapping[str, Rounded], tokens: int, unit: int) -> None:
