@@ -160,10 +160,10 @@ def finetune(as_json: bool, **asked: Any) -> None:
 
     \b
     --json prints: out, base, fingerprint, steps, resumed_from, trained_lines, held_out_lines, skipped [text],
-    left_out [text] (layers that have to do without an adapter), smaller_batches [text] (where memory did not
-    suffice for --batch-size), trainable_parameters, optimizer, eval_loss_before, eval_loss (nats per answer
-    token, mean over lines), history [{step, loss}], eval_history [{step, loss}], seconds, peak_bytes (of
-    device memory).
+    notes [text] (fields that were not read, and how others were), left_out [text] (layers that have to do
+    without an adapter), smaller_batches [text] (where memory did not suffice for --batch-size),
+    trainable_parameters, optimizer, eval_loss_before, eval_loss (nats per answer token, mean over lines),
+    history [{step, loss}], eval_history [{step, loss}], seconds, peak_bytes (of device memory).
     """
     from qprobe.training.finetune import finetune as train
 
@@ -176,7 +176,7 @@ def finetune(as_json: bool, **asked: Any) -> None:
         return
     for sentence in done["skipped"]:
         say(f"Skipped: {sentence}", err=True)
-    for sentence in (*done["left_out"], *done["smaller_batches"]):
+    for sentence in (*done["notes"], *done["left_out"], *done["smaller_batches"]):
         say(f"Note: {sentence}", err=True)
     say(_verdict(done))
 

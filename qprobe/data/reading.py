@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from qprobe.data.pictures import Pictures
 from qprobe.data.reasons import Refused, shown
 from qprobe.data.rows import Asked, parse_row
 from qprobe.data.source import source_of
-from qprobe.errors import SampleError
+from qprobe.errors import LeftOutWarning, SampleError
 from qprobe.options import BadData, Progress, no_progress
 from qprobe.system.wording import counted, named
 
@@ -134,6 +135,24 @@ def check_counts(
 def share_of(left_out: int, good: int, row: str, is_whole: bool) -> str:
     """ "2 of 11 lines"; "2 of the first 11 lines" where reading stopped early."""
     return f"{left_out} of {'' if is_whole else 'the first '}{counted(left_out + good, row)}"
+
+
+def share_sentence(left_out: Sequence[str], good: int, row: str, name: str, is_whole: bool) -> str | None:
+    """The sentence on how many were left out; None if none was. Arguments as of `check_counts`."""
+    return f"Left out: {share_of(len(left_out), good, row, is_whole)} of {name}." if left_out else None
+
+
+def share_left_out(found: Conversations) -> str | None:
+    """`share_sentence` of the rows of a source."""
+    good = len({x.row for x in found.good})
+    return share_sentence(found.sentences(), good, found.row, found.name, found.is_whole)
+
+
+def warn_left_out(share: str | None, left_out: Sequence[str], where: str = "notes") -> None:
+    """Warns of what was left out, since a Python user may never look at the result's `where`."""
+    if share is not None:
+        said = f"{share} The first: {left_out[0]} All are in the {where} of the result."
+        warnings.warn(said, LeftOutWarning, stacklevel=3)
 
 
 def are_too_many(good: int, left_out: int, bad_data: BadData) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,13 +25,15 @@ from qprobe.data.reading import (
     check_counts,
     check_left_out,
     read_conversations,
-    share_of,
+    share_left_out,
+    share_sentence,
+    warn_left_out,
 )
 from qprobe.data.reasons import Refused, shown
 from qprobe.data.rows import Asked
 from qprobe.data.source import source_of
 from qprobe.data.turns import samples_of
-from qprobe.errors import LeftOutWarning, SampleError
+from qprobe.errors import SampleError
 from qprobe.options import BadData, CompareOptions, Progress, ScanOptions, Turns, no_progress
 from qprobe.records import Sample, Turn, asked
 from qprobe.system.wording import counted
@@ -137,9 +138,7 @@ def choose_samples(
 
 def _warned(found: Samples) -> Samples:
     """`found`; warns where rows were left out, since a Python user may never look at the notes."""
-    if found.share is not None:
-        said = f"{found.share} The first: {found.left_out[0]} All are in the notes of the result."
-        warnings.warn(said, LeftOutWarning, stacklevel=2)
+    warn_left_out(found.share, found.left_out)
     return found
 
 
@@ -190,13 +189,7 @@ def from_data(
     found = read_conversations(wanted.data, how, use, enough, progress)
     check_left_out(found, wanted.bad_data, "measure")
     told = found.sentences()
-    share = _share(told, len(found.good), found.row, found.name, found.is_whole)
-    return Samples(tuple(samples[:limit]), told, found.notes, share)
-
-
-def _share(left_out: Sequence[str], good: int, row: str, name: str, is_whole: bool) -> str | None:
-    """The sentence on how many were left out; None if none was."""
-    return f"Left out: {share_of(len(left_out), good, row, is_whole)} of {name}." if left_out else None
+    return Samples(tuple(samples[:limit]), told, found.notes, share_left_out(found))
 
 
 def unanswered_note(samples: Sequence[Sample], wanted: Wanted) -> tuple[str, ...]:
@@ -239,7 +232,7 @@ def from_folder(
             skipped.append(f"{shown(path.name)}: left out, {why}.")
     is_whole = len(found) + len(skipped) == len(files)
     check_counts(folder.name, "file", len(found), skipped, wanted.bad_data, "measure", IMAGES, is_whole)
-    share = _share(skipped, len(found), "file", folder.name, is_whole)
+    share = share_sentence(skipped, len(found), "file", folder.name, is_whole)
     return Samples(tuple(found), tuple(skipped), rule_notes(rules), share)
 
 

@@ -17,7 +17,7 @@ from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import adapted_linears
 from qprobe.data.conversation import Conversation, Conversations
-from qprobe.data.reading import check_left_out
+from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
 from qprobe.errors import ModelError, RunError, SampleError
 from qprobe.exports.keys import one_pattern
 from qprobe.inputs.encoding import encode_conversations
@@ -192,6 +192,7 @@ def _finetune(
     checked = [encodable(x, processor, dtype, options.max_length, progress) for x in found]
     for one in checked:
         check_left_out(one, options.bad_data, "train on")
+        warn_left_out(share_left_out(one), one.sentences(), "skipped")
     train, held_out = _split([x.good for x in checked], options)
     check_batches(train, options.batch_size, processor, dtype)
     model, processor = load_base(
@@ -234,6 +235,7 @@ def _finetune(
         base=options.base,
         fingerprint=manifest.model.fingerprint,
         skipped=skipped,
+        notes=tuple(dict.fromkeys(note for one in checked for note in one.notes)),
         left_out=targets.notes(),
         smaller_batches=smaller,
         **result,

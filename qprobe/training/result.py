@@ -20,6 +20,7 @@ class Finetuned:
     eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
     base's; both are None without held-out lines. history: (step, loss), over the step
     peak_bytes: of device memory, None on a CPU. skipped: one sentence per row that was left out;
+    notes: on fields that were not read and what was done to read others;
     left_out: one per reason for which layers have to do without an adapter. smaller_batches: one where memory
     did not suffice for the batches that were asked for.
     """
@@ -32,6 +33,7 @@ class Finetuned:
     trained_lines: int
     held_out_lines: int
     skipped: tuple[str, ...]
+    notes: tuple[str, ...]
     left_out: tuple[str, ...]
     smaller_batches: tuple[str, ...]
     trainable_parameters: int
@@ -53,6 +55,7 @@ class Finetuned:
             **asdict(self),
             "out": str(self.out),
             "skipped": list(self.skipped),
+            "notes": list(self.notes),
             "left_out": list(self.left_out),
             "smaller_batches": list(self.smaller_batches),
             **curves,

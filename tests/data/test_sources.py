@@ -232,7 +232,9 @@ def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pyt
     import datasets
 
     data = datasets.Dataset.from_list(BYTES).cast_column("image", datasets.Image())
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": data} if name == "a/b" else 1 / 0)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, **_: {"train": data} if name == "a/b" else 1 / 0
+    )
     assert answers("a/b") == answers(Path("a/b")) == ["0", "1", "2"]
     with pytest.raises(SampleError, match=r"x/y is no file here, and .* data set of the hub \(division"):
         read_conversations("x/y")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from qprobe.cli import main
 from qprobe.data.reading import read_conversations
-from qprobe.errors import MachineError, ManifestError, QprobeError, RunError, SampleError
+from qprobe.errors import LeftOutWarning, MachineError, ManifestError, QprobeError, RunError, SampleError
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
@@ -185,10 +185,15 @@ def test_many_bad_lines_are_refused_before_a_model_loads_and_few_are_skipped_by_
             finetune(asked)
     assert not asked.out.exists()
     skipping = replace(asked, bad_data="skip", steps=1, out=asked.out.with_name("skipping"))
-    done = finetune(skipping)
+    with pytest.warns(
+        LeftOutWarning, match=r"Left out: 11 of 15 lines of train\.jsonl\. The first: .* line 5"
+    ):
+        done = finetune(skipping)
     assert (done.trained_lines, done.held_out_lines, len(done.skipped)) == (3, 1, 11)
-    write_data(asked.data, 4, '{"image": "0.png", "conv', long)
-    done = finetune(replace(asked, steps=1))
+    write_data(asked.data, 4, '{"image": "0.png", "conv', long.replace("{", '{"source": "coco", ', 1))
+    with pytest.warns(LeftOutWarning, match=r"Left out: 2 of 6 lines"):
+        done = finetune(replace(asked, steps=1))
+    assert done.notes == ("train.jsonl: not used are the fields source.",)
     assert (done.trained_lines, done.held_out_lines) == (3, 1)
     assert [x.split(":")[0] for x in done.skipped] == ["train.jsonl line 5", "train.jsonl line 6"]
     assert "tokens, more than --max-length 128" in done.skipped[1]
