@@ -24,7 +24,9 @@ def batches(processor: Any, samples: Sequence[Sample], size: int) -> list[tuple[
 
 
 def answered(model: Any, processor: Any, samples: Sequence[Sample], limit: int, size: int) -> list[Sample]:
-    return answers.answered(model, ProcessedSamples(processor, model.dtype), samples, limit, size)
+    return answers.answered(
+        model, ProcessedSamples(processor, model.dtype), samples, answers.Batching(size, limit)
+    )
 
 
 def greedy_answers(model: Any, processor: Any, samples: Sequence[Sample], limit: int, size: int) -> list[str]:

@@ -31,6 +31,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.options import path_of
 from qprobe.records import FormatSpec
 from qprobe.registry.precisions import SIXTEEN_BIT, measurable
+from qprobe.system.devices import AskedDevice, parse_device
 from qprobe.system.wording import counted, is_or_are
 
 # Of the energy of a weight as loaded: calibration moves it by a few percent, another model's weight by 200 %.
@@ -65,24 +66,31 @@ def load_dynamic_4bit(
     changed, or of other weights; VerificationError if what was loaded is not what the manifest lists, or one
     forward of a small sample fails or reads a 4-bit weight without its layer.
     """
+    place = parse_device(device)
     if not isinstance(manifest, Manifest) and path_of(manifest).is_dir():
-        packed, source = _packed(Path(manifest), model, device, dtype)
-        return _proven(packed, load_processor(source), for_training)
+        packed, source = _packed(Path(manifest), model, place, dtype)
+        processor = load_processor(source)
+        prove_read(packed, processor)
+        return (ready_for_training(packed) if for_training else packed), processor
     written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     skeleton = check_model(written, model, trust_remote_code)
-    wanted = replace(written, format=with_dtype(written.format, dtype))
-    codes = codes_of(written, folder if isinstance(manifest, Manifest) else Path(manifest).parent)
-    loaded = dynamic_4bit(wanted, skeleton, device, codes)
-    return _proven(loaded, load_processor(skeleton.source), for_training)
+    beside = folder if isinstance(manifest, Manifest) else Path(manifest).parent
+    loaded, processor = proven_4bit(written, beside, skeleton, place, dtype)
+    return (ready_for_training(loaded) if for_training else loaded), processor
 
 
-def _proven(model: Any, processor: Any, for_training: bool) -> tuple[Any, Any]:
-    """(model, processor) once a forward has shown that 4-bit weights are read by their layers alone."""
-    prove_read(model, processor)
-    return (ready_for_training(model) if for_training else model), processor
+def proven_4bit(
+    manifest: Manifest, folder: str | Path | None, skeleton: Skeleton, device: AskedDevice, dtype: str | None
+) -> tuple[Any, Any]:
+    """(model, processor) as `load_dynamic_4bit` gives them, of the checked `skeleton`."""
+    wanted = replace(manifest, format=with_dtype(manifest.format, dtype))
+    loaded = dynamic_4bit(wanted, skeleton, device, codes_of(manifest, folder))
+    processor = load_processor(skeleton.source)
+    prove_read(loaded, processor)
+    return loaded, processor
 
 
-def _packed(folder: Path, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Source]:
+def _packed(folder: Path, model: str | None, device: AskedDevice, dtype: str | None) -> tuple[Any, Source]:
     """(model, where it lies) of the checkpoint that `qprobe quantize` wrote into `folder`, verified."""
     manifest = read_manifest(folder / MANIFEST_FILE)
     if model is not None or with_dtype(manifest.format, dtype) != manifest.format:
@@ -99,7 +107,7 @@ def _packed(folder: Path, model: str | None, device: str | None, dtype: str | No
     return loaded, skeleton.source
 
 
-def packed_4bit(skeleton: Skeleton, manifest: Manifest, device: str | None) -> Any:
+def packed_4bit(skeleton: Skeleton, manifest: Manifest, device: AskedDevice) -> Any:
     """The 4-bit checkpoint of `skeleton`, which holds what `manifest` lists, in eval mode and frozen.
 
     Raises ModelError for tensors that its files lack.
@@ -108,7 +116,7 @@ def packed_4bit(skeleton: Skeleton, manifest: Manifest, device: str | None) -> A
     return _finished(skeleton, load_packed(skeleton, experts, pick_device(device)))
 
 
-def dynamic_4bit(manifest: Manifest, skeleton: Skeleton, device: str | None, codes: Path | None) -> Any:
+def dynamic_4bit(manifest: Manifest, skeleton: Skeleton, device: AskedDevice, codes: Path | None) -> Any:
     """The model as `manifest` describes it, verified, in eval mode and frozen.
 
     skeleton: of the manifest's model, in any 16-bit dtype; codes: the calibrated weights, if there are.
@@ -139,13 +147,13 @@ def load_standard_4bit(
     trust_remote_code: as of `load_dynamic_4bit`.
     Raises VerificationError if what was loaded is something else.
     """
-    spec = format or FormatSpec()
+    spec, place = format or FormatSpec(), parse_device(device)
     source = at_revision(resolve(model, trust_remote_code), revision)
     skeleton = skeleton_of(source, spec.compute_dtype)
-    return standard_4bit(skeleton, spec, device, codes), load_processor(skeleton.source)
+    return standard_4bit(skeleton, spec, place, codes), load_processor(skeleton.source)
 
 
-def standard_4bit(skeleton: Skeleton, spec: FormatSpec, device: str | None, codes: Path | None) -> Any:
+def standard_4bit(skeleton: Skeleton, spec: FormatSpec, device: AskedDevice, codes: Path | None) -> Any:
     """The model of `skeleton`, in the dtype of `spec`, as `load_standard_4bit` gives it, and its errors."""
     _check_loads(spec)
     inventory = skeleton.inventory(spec)
@@ -250,7 +258,9 @@ def _check_names(model: nn.Module, expected: Sequence[ExpectedLayer]) -> None:
         )
 
 
-def _load(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[ExpectedLayer], device: str | None) -> Any:
+def _load(
+    skeleton: Skeleton, spec: FormatSpec, expected: Sequence[ExpectedLayer], device: AskedDevice
+) -> Any:
     """The model with the expected layers in 4-bit, eval mode, frozen; ties are checked, layers not yet."""
     dtype = getattr(torch, spec.compute_dtype)
     config, place = _quantization(skeleton, spec, expected), pick_device(device)

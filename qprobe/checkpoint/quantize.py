@@ -40,6 +40,7 @@ from qprobe.models.headers import read_headers
 from qprobe.options import KeptExperts, Progress, no_progress
 from qprobe.records import FormatSpec
 from qprobe.registry.precisions import SIXTEEN_BIT, sixteen_bit_bytes
+from qprobe.system.devices import AskedDevice, parse_device
 from qprobe.system.locks import held_alone, try_lock
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
@@ -86,17 +87,17 @@ def quantize(
     cannot be written, or another process writes it; ManifestError if no list of entries means the same to
     every transformers 5.
     """
-    target = Path(out)
+    target, asked = Path(out), parse_device(device)
     refuse_to_overwrite(target)
     with alone_at(target):
-        return _quantize(manifest, target, model, device, dtype, folder, trust_remote_code, experts, progress)
+        return _quantize(manifest, target, model, asked, dtype, folder, trust_remote_code, experts, progress)
 
 
 def _quantize(
     manifest: Manifest | str | Path,
     target: Path,
     model: str | None,
-    device: str | None,
+    device: AskedDevice,
     dtype: str | None,
     folder: Path | str | None,
     trust_remote_code: bool,

@@ -7,26 +7,26 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import PATH
+from qprobe.cli.options.model import device_option, trust_option
 from qprobe.cli.output.speaking import say
 from qprobe.system.wording import counted
 
 
 @shared.command("audit", short_help="Say what is really 4-bit in a checkpoint.")
-@click.argument("folder", type=shared.PATH, metavar="DIR")
-@click.option(
-    "--manifest", type=shared.PATH, metavar="FILE", help="A skiplist.json that the checkpoint must be."
-)
+@click.argument("folder", type=PATH, metavar="DIR")
+@click.option("--manifest", type=PATH, metavar="FILE", help="A skiplist.json that the checkpoint must be.")
 @click.option("--load", is_flag=True, help="Load the model as well, plainly, and look at every layer of it.")
 @click.option(
-    "--adapter", type=shared.PATH, metavar="DIR", help="An adapter: say which of its layers took effect here."
+    "--adapter", type=PATH, metavar="DIR", help="An adapter: say which of its layers took effect here."
 )
 @click.option(
     "--model",
     metavar="M",
     help="With --adapter: where the 16-bit weights of its base are.  [default: the model that it names]",
 )
-@shared.device_option
-@shared.trust_option
+@device_option
+@trust_option
 def audit(
     folder: Path,
     manifest: Path | None,

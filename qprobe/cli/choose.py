@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import PATH
 from qprobe.cli.options.limits import for_option, limit_options, require_a_limit
+from qprobe.cli.options.model import kept_experts_option
 from qprobe.cli.output.speaking import say
 from qprobe.system.wording import counted, named
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from qprobe.manifest.records import Manifest
     from qprobe.runs.folder import RunFolder
 
-_RUN = click.argument("run", type=shared.PATH)
+_RUN = click.argument("run", type=PATH)
 
 
 @shared.command("rank", short_help="List the layers that 4-bit hurts most.")
@@ -62,10 +64,10 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
     "where sensitivities miss the damage by more than 5 %]",
 )
 @for_option
-@shared.kept_experts_option("Keep all fused weights of experts in 16-bit; the budget counts beside them.")
+@kept_experts_option("Keep all fused weights of experts in 16-bit; the budget counts beside them.")
 @click.option(
     "--out",
-    type=shared.PATH,
+    type=PATH,
     metavar="FILE",
     help="Where to write it; only a skip-list is replaced.  [default: RUN/skiplist.json]",
 )
@@ -143,10 +145,10 @@ def _how_sure(manifest: Manifest) -> str:
 
 @shared.command("report", short_help="Draw the page and the pictures of a run.")
 @_RUN
-@click.option("--out", type=shared.PATH, metavar="DIR", help="Where to write it.  [default: RUN/report]")
+@click.option("--out", type=PATH, metavar="DIR", help="Where to write it.  [default: RUN/report]")
 @click.option(
     "--against",
-    type=shared.PATH,
+    type=PATH,
     metavar="RUN2",
     help="Another run of the same model, for instance of another format, to draw beside it (against.png).",
 )

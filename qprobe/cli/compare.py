@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from qprobe.cli import shared
+from qprobe.cli.options.declared import option
+from qprobe.cli.options.model import devices_option, dtype_option, trust_option
+from qprobe.cli.options.samples import metric_option, refuse_two_sources, sample_options
 from qprobe.cli.output.speaking import say
+from qprobe.options import CompareOptions
 
 
 @shared.command(
@@ -16,19 +18,18 @@ from qprobe.cli.output.speaking import say
     out_of_memory="Pass a smaller --batch-size, or --device auto where there are several GPUs.",
     short_help="16-bit, standard and dynamic 4-bit, side by side.",
 )
-@click.option(
-    "--manifest", type=shared.PATH, required=True, metavar="FILE", help="The skiplist.json of a scan."
-)
-@click.option(
-    "--model",
+@option(CompareOptions, "manifest", metavar="FILE", help="The skiplist.json of a scan.")
+@option(
+    CompareOptions,
+    "model",
     metavar="M",
     help="Where the 16-bit weights are: name, hub id or folder.  [default: as the manifest says]",
 )
-@shared.sample_options
-@shared.metric_option("the three models")
-@shared.devices_option
-@shared.dtype_option(None, "that of the manifest")
-@shared.trust_option
+@sample_options
+@metric_option("the three models")
+@devices_option
+@dtype_option("that of the manifest")
+@trust_option
 def compare(as_json: bool, **asked: Any) -> None:
     """Run the 16-bit model, standard 4-bit and the dynamic 4-bit model on the same samples, side by side.
 
@@ -46,7 +47,7 @@ def compare(as_json: bool, **asked: Any) -> None:
     twice its error), and samples [{id, prompt, answers {name: text}}]; shares are 0 to 1, null for what does
     not apply.
     """
-    shared.refuse_two_sources(asked)
+    refuse_two_sources(asked)
     from qprobe.checkpoint.comparing.compare import compare as run_compare
 
     with shared.opened_run(asked["manifest"].parent), shared.progress_bars() as progress:

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import PATH
+from qprobe.cli.options.model import adapt_option, trust_option
 from qprobe.cli.output.speaking import say
 from qprobe.system.wording import counted, named
 
@@ -37,12 +39,12 @@ class _WithTools(click.Command):
 
 
 @shared.command("export", short_help="Hand a skip-list to another tool.", cls=_WithTools)
-@click.argument("manifest", type=shared.PATH)
+@click.argument("manifest", type=PATH)
 @click.option(
     "--to", "tool", type=_Tool(), metavar="TOOL", required=True, help="The tool whose language to write."
 )
-@click.option("--out", type=shared.PATH, metavar="FILE", help="Where to write it.  [default: stdout]")
-@shared.adapt_option("With peft and axolotl: where adapters go", None)
+@click.option("--out", type=PATH, metavar="FILE", help="Where to write it.  [default: stdout]")
+@adapt_option("With peft and axolotl: where adapters go", None)
 def export(manifest: Path, tool: str, out: Path | None, adapt: str | None, as_json: bool) -> None:
     """Write the skip-list of MANIFEST (a skiplist.json) in the language of another tool.
 
@@ -72,17 +74,17 @@ def export(manifest: Path, tool: str, out: Path | None, adapt: str | None, as_js
 
 
 @shared.command("import", short_help="Turn a published skip-list into a manifest.")
-@click.argument("config", type=shared.PATH)
+@click.argument("config", type=PATH)
 @click.option("--model", required=True, metavar="M", help="The model it is for: name, hub id or folder.")
 @click.option(
     "--out",
-    type=shared.PATH,
+    type=PATH,
     default="skiplist-imported.json",
     show_default=True,
     metavar="FILE",
     help="Where to write the manifest.",
 )
-@shared.trust_option
+@trust_option
 def import_(config: Path, model: str, out: Path, trust_remote_code: bool, as_json: bool) -> None:
     """Turn the skip-list in CONFIG into a manifest for a model, so that `qprobe compare` can measure it.
 

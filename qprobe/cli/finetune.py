@@ -8,6 +8,9 @@ from typing import Any, get_args
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import PATH
+from qprobe.cli.options.model import adapt_option, device_option, dtype_option, trust_option
+from qprobe.cli.options.samples import data_help, data_options
 from qprobe.cli.output.speaking import say
 from qprobe.options import FOR, Base, Optimizer
 from qprobe.system.wording import counted
@@ -16,12 +19,12 @@ _POSITIVE = click.IntRange(min=1)
 _OPTIONS = (
     click.option(
         "--data",
-        type=shared.PATH,
+        type=PATH,
         required=True,
         metavar="FILE",
-        help=shared.data_help("Conversations"),
+        help=data_help("Conversations"),
     ),
-    click.option("--out", type=shared.PATH, required=True, metavar="DIR", help="Folder for the adapter."),
+    click.option("--out", type=PATH, required=True, metavar="DIR", help="Folder for the adapter."),
     click.option(
         "--base",
         type=click.Choice(get_args(Base)),
@@ -34,9 +37,7 @@ _OPTIONS = (
         metavar="M",
         help="Where the 16-bit weights are: known name, hub id or folder.  [default: the model F names]",
     ),
-    click.option(
-        "--eval-data", type=shared.PATH, metavar="FILE", help="Lines to evaluate on, never trained on."
-    ),
+    click.option("--eval-data", type=PATH, metavar="FILE", help="Lines to evaluate on, never trained on."),
     click.option(
         "--held-out",
         type=click.FloatRange(0, 1, max_open=True),
@@ -45,7 +46,7 @@ _OPTIONS = (
         metavar="SHARE",
         help="Without --eval-data: share of the lines that is evaluated and not trained on.",
     ),
-    *shared.DATA_OPTIONS,
+    data_options,
     click.option(
         "--steps", type=_POSITIVE, metavar="N", help="Optimizer steps.  [default: as many as --epochs takes]"
     ),
@@ -92,7 +93,7 @@ _OPTIONS = (
         type=click.Choice(get_args(Optimizer)),
         help="[default: adamw_8bit on CUDA; adamw_torch on a CPU, for which there is no 8-bit one]",
     ),
-    shared.adapt_option("Where adapters go"),
+    adapt_option("Where adapters go"),
     click.option(
         "--start",
         type=click.Choice(["zero", "corrected"]),
@@ -137,11 +138,11 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     out_of_memory="Pass a smaller --batch-size or --max-length, or another --device.",
     short_help="QLoRA on the dynamic model.",
 )
-@click.argument("manifest", type=shared.PATH, metavar="F")
+@click.argument("manifest", type=PATH, metavar="F")
 @_options
-@shared.device_option
-@shared.dtype_option(None, "the manifest's")
-@shared.trust_option
+@device_option
+@dtype_option("the manifest's")
+@trust_option
 def finetune(as_json: bool, **asked: Any) -> None:
     """Fine-tune adapters (QLoRA) on the model that the skiplist.json F describes, with the Trainer of
     transformers.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import PATH
 from qprobe.cli.output.speaking import say
 from qprobe.system.wording import counted
 
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 
 @shared.command("join", short_help="Join the run folders of one scan that several machines shared.")
-@click.argument("runs", type=shared.PATH, nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 @click.option(
-    "--out", type=shared.PATH, required=True, metavar="RUN", help="Where to join them; new, or one of them."
+    "--out", type=PATH, required=True, metavar="RUN", help="Where to join them; new, or one of them."
 )
 def join(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Join run folders of one scan, from a job array or several machines, and make the layer table of all.

@@ -7,7 +7,11 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import PATH, option
+from qprobe.cli.options.model import device_option, dtype_option, trust_option
+from qprobe.cli.options.samples import metric_option, refuse_two_sources, sample_options
 from qprobe.cli.output.speaking import say
+from qprobe.options import MergeOptions
 
 
 @shared.command(
@@ -16,37 +20,35 @@ from qprobe.cli.output.speaking import say
     out_of_memory="Pass a smaller --batch-size, or another --device.",
     short_help="Add an adapter to the weights, as a checkpoint that serves.",
 )
-@click.argument("adapter", type=shared.PATH, metavar="ADAPTER")
-@click.option(
-    "--out", type=shared.PATH, required=True, metavar="DIR", help="Folder to make; never overwritten."
-)
-@click.option(
-    "--as",
+@click.argument("adapter", type=PATH, metavar="ADAPTER")
+@option(MergeOptions, "out", metavar="DIR", help="Folder to make; never overwritten.")
+@option(
+    MergeOptions,
     "as_",
-    type=click.Choice(["16-bit", "4-bit"]),
     help="Form of the merged weights.  [default: both are made and measured, the better one is kept]",
 )
-@click.option(
-    "--manifest",
-    type=shared.PATH,
+@option(
+    MergeOptions,
+    "manifest",
     metavar="FILE",
     help="The skiplist.json of the base, for an adapter that qprobe finetune did not make.",
 )
-@click.option(
-    "--base",
-    type=click.Choice(["16-bit", "nf4", "dynamic"]),
+@option(
+    MergeOptions,
+    "base",
     help="With --manifest: what the adapter was trained on.  [default: dynamic]",
 )
-@click.option(
-    "--model",
+@option(
+    MergeOptions,
+    "model",
     metavar="M",
     help="Where the 16-bit weights are: name, hub id or folder.  [default: those it was trained on]",
 )
-@shared.sample_options
-@shared.metric_option("base + adapter and of what was merged")
-@shared.device_option
-@shared.dtype_option(None, "that of the base; with --manifest only")
-@shared.trust_option
+@sample_options
+@metric_option("base + adapter and of what was merged")
+@device_option
+@dtype_option("that of the base; with --manifest only")
+@trust_option
 def merge(as_json: bool, **asked: Any) -> None:
     """Add the adapter in the folder ADAPTER to weights, and write them as the new checkpoint DIR.
 
@@ -65,7 +67,7 @@ def merge(as_json: bool, **asked: Any) -> None:
     (those that it leaves as they are), arrived (share of what the adapter adds that is in the weights), files
     {name: bytes}, and rows, metrics and samples as of compare; the first row is base + adapter.
     """
-    shared.refuse_two_sources(asked)
+    refuse_two_sources(asked)
     if asked["manifest"] is None and asked["base"] is not None:
         raise click.UsageError("--base says what an adapter was trained on with --manifest; pass both.")
     from qprobe.report.terminal import compare_text, paragraphs, terminal_width

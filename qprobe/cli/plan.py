@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import PATH
+from qprobe.cli.options.model import adapt_option, experts_option, trust_option
 from qprobe.cli.output.speaking import say
 from qprobe.options import Experts
 
@@ -42,7 +44,7 @@ _STEP = (
         default="adamw_8bit",
         show_default=True,
     ),
-    shared.adapt_option("Where adapters go"),
+    adapt_option("Where adapters go"),
 )
 
 
@@ -71,14 +73,14 @@ def refuse_step_without_training(training: bool) -> None:
 )
 @click.option(
     "--manifest",
-    type=shared.PATH,
+    type=PATH,
     metavar="FILE",
     help="A skiplist.json of this model: its layout is shown as well.",
 )
-@shared.experts_option
+@experts_option
 @click.option("--training", is_flag=True, help="Also say what a QLoRA step occupies and which cards it fits.")
 @training_options
-@shared.trust_option
+@trust_option
 def plan(
     as_json: bool,
     model: str,

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import PATH
+from qprobe.cli.options.model import device_option, dtype_option, kept_experts_option, trust_option
 from qprobe.cli.output.speaking import say
 from qprobe.options import KeptExperts
 from qprobe.system.wording import counted
@@ -17,22 +19,20 @@ from qprobe.system.wording import counted
     interrupted="{out} was not made, nothing is left of it; the same command starts over.",
     short_help="Write the dynamic model as a checkpoint that from_pretrained loads.",
 )
-@click.argument("manifest", type=shared.PATH, metavar="F")
-@click.option(
-    "--out", type=shared.PATH, required=True, metavar="DIR", help="Folder to make; never overwritten."
-)
+@click.argument("manifest", type=PATH, metavar="F")
+@click.option("--out", type=PATH, required=True, metavar="DIR", help="Folder to make; never overwritten.")
 @click.option(
     "--model",
     metavar="M",
     help="Where the 16-bit weights are: known name, hub id or folder.  [default: the model F names]",
 )
-@shared.device_option
-@shared.dtype_option(None, "the manifest's")
-@shared.kept_experts_option(
+@device_option
+@dtype_option("the manifest's")
+@kept_experts_option(
     "Keep all fused weights of experts in 16-bit, so that plain from_pretrained loads DIR.  "
     "[default: as F says]"
 )
-@shared.trust_option
+@trust_option
 def quantize(
     manifest: Path,
     out: Path,

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qprobe.cli import shared
+from qprobe.cli.options.declared import NOT_NEGATIVE, POSITIVE, option
 from qprobe.cli.options.limits import for_option, limit_options, refuse_two_limits
+from qprobe.cli.options.model import devices_option, dtype_option, experts_option, trust_option
+from qprobe.cli.options.samples import metric_option, refuse_two_sources, sample_options
 from qprobe.cli.output.speaking import say
-from qprobe.options import DEFAULT_BUDGET
+from qprobe.options import DEFAULT_BUDGET, ScanOptions
 from qprobe.registry import measures, precisions
 from qprobe.system.wording import counted
 
@@ -27,96 +30,102 @@ TOP = 10  # layers of the ranking that are shown
     "are several GPUs, and what is finished is kept; or a smaller --batch-size with another --out.",
     short_help="Measure every layer, choose those that stay in 16-bit.",
 )
-@click.option(
-    "--model",
-    required=True,
+@option(
+    ScanOptions,
+    "model",
     metavar="M",
     help="Name from `qprobe models`, hub id, or folder of a 16-bit checkpoint.",
 )
-@shared.sample_options
-@shared.metric_option("16-bit, standard 4-bit and the chosen list to the held-out samples")
-@click.option(
-    "--format",
+@sample_options
+@metric_option("16-bit, standard 4-bit and the chosen list to the held-out samples")
+@option(
+    ScanOptions,
+    "format",
     type=click.Choice([x.name for x in precisions.measurable()]),
-    default=precisions.NF4.name,
-    show_default=True,
     help="4-bit format whose damage is measured; nf4-calibrated chooses the codes of every weight on the "
     "samples, for the same bytes.",
 )
-@click.option(
-    "--max-memory",
+@option(
+    ScanOptions,
+    "max_memory",
     metavar="SIZE",
     help="The most that the scan may hold on its device (on a CPU: in its process), such as 22GiB. Weights "
     "that do not fit wait on the host and are copied when a layer runs.  [default: no limit]",
 )
-@click.option(
-    "--calibration-samples",
-    type=click.IntRange(min=1),
+@option(
+    ScanOptions,
+    "calibration_samples",
+    type=POSITIVE,
     metavar="N",
     help="Samples that nf4-calibrated fits codes to: those that are measured, and more of the same source up "
     "to N.  [default: 128 that bring answers on CUDA, for a model up to 2.5 billion parameters; else those "
     "that are measured]",
 )
-@click.option(
-    "--tune",
-    type=click.IntRange(min=0),
+@option(
+    ScanOptions,
+    "tune",
+    type=NOT_NEGATIVE,
     metavar="N",
     help="Steps in which nf4-calibrated tunes block scales on the answers; 0 for none. Each runs a batch "
     "forward and backward.  [default: 200 on CUDA, 32 for a model above 2.5 billion parameters; 0 on a CPU]",
 )
-@click.option(
-    "--keep-correction",
+@option(
+    ScanOptions,
+    "keep_correction",
     type=click.IntRange(min=1, max=64),
     metavar="RANK",
     help="Also keep what nf4-calibrated leaves of every weight, as factors of this rank at most, in "
     "RUN/correction.safetensors.",
 )
-@shared.experts_option
+@experts_option
 @limit_options(DEFAULT_BUDGET)
-@click.option(
-    "--by",
+@option(
+    ScanOptions,
+    "by",
     metavar="COLUMN",
     help="Score of layers.csv that chooses, e.g. activation_nmse.  [default: the best one measured]",
 )
 @for_option
-@click.option(
-    "--measures",
+@option(
+    ScanOptions,
+    "measures",
     metavar="NAMES",
     callback=lambda _context, _option, value: _names(value),
     help=f"What to measure, of {', '.join(measures.names())}, with commas between them. Weight is always "
     "measured, and activation with whatever runs samples. weight alone reads the files tensor by tensor, "
     "for models that fit nowhere.  [default: all]",
 )
-@click.option(
-    "--nodes",
-    type=click.IntRange(min=1),
+@option(
+    ScanOptions,
+    "nodes",
+    type=POSITIVE,
     default=2,
-    show_default=True,
     metavar="N",
     help="Quadrature nodes of the sensitivity; each costs a forward and a backward pass.",
 )
-@click.option(
-    "--ablate",
+@option(
+    ScanOptions,
+    "ablate",
     metavar="LAYERS",
     help="Also measure the KL of single layers, alone in 4-bit and alone in 16-bit, into RUN/ablation.csv: "
     "all, the N most sensitive ones, or names with commas. Slow: two forward passes per layer and batch.",
 )
-@click.option(
-    "--out",
-    type=shared.PATH,
+@option(
+    ScanOptions,
+    "out",
     metavar="RUN",
     help="Run folder; an interrupted scan continues in it.  [default: runs/MODEL]",
 )
-@click.option(
-    "--check",
-    type=shared.PATH,
+@option(
+    ScanOptions,
+    "check",
     metavar="RUN",
     help="In the place of --out: measure a few units of RUN again, the run of this same command, and compare "
     "them, to the bit on a CPU, on a GPU with what two runs differ there. Nothing is written.",
 )
-@shared.devices_option
-@shared.dtype_option(None, "bf16")
-@shared.trust_option
+@devices_option
+@dtype_option("bf16")
+@trust_option
 def scan(as_json: bool, **asked: Any) -> None:
     """Measure what 4-bit costs every linear layer of a model, and choose which layers stay in 16-bit.
 
@@ -133,7 +142,7 @@ def scan(as_json: bool, **asked: Any) -> None:
     the device for --max-memory), metric (as in `qprobe compare --json`; of 16-bit, the format with nothing
     kept, and dynamic, the chosen list); null for what does not apply.
     """
-    shared.refuse_two_sources(asked)
+    refuse_two_sources(asked)
     refuse_two_limits(asked)
     from qprobe.scanning.scan import scan as run_scan
 

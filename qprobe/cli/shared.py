@@ -1,10 +1,10 @@
-"""What every command shares: errors as one sentence, --json, progress bars, option groups."""
+"""What every command shares: errors as one sentence, --json, progress bars."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import wraps
@@ -15,10 +15,8 @@ import click
 
 from qprobe.cli.output.debug import debugged, stage_times
 from qprobe.cli.output.speaking import one_line, say, visible_json
-from qprobe.data.source import names_of_files
 from qprobe.errors import LeftOutWarning, QprobeError, is_out_of_memory
-from qprobe.options import DEFAULT_ADAPT, Progress
-from qprobe.registry import metrics
+from qprobe.options import Progress
 from qprobe.system.bars import progress_bars as bars
 from qprobe.system.log_filters import quiet
 from qprobe.system.wording import shortened
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from qprobe.runs.folder import RunFolder
 
 Command = Callable[..., Any]
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-PATH = click.Path(path_type=Path)
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended: 128 + SIGINT
 
 
@@ -82,170 +78,6 @@ def interruptible(said: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"\nInterrupted. {said}".rstrip(), err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
-
-
-def data_help(of: str) -> str:
-    """The help of an option that takes data: what the rows are, and all files that can be read."""
-    return f"{of}: {names_of_files()}."
-
-
-DATA_OPTIONS = (
-    click.option(
-        "--turns",
-        type=click.Choice(["first", "last", "each"]),
-        default="each",
-        show_default=True,
-        help="Which answers of a conversation count.",
-    ),
-    click.option("--split", metavar="NAME", help="Of a data set that has several."),
-    click.option(
-        "--bad-data",
-        type=click.Choice(["refuse", "skip"]),
-        default="refuse",
-        show_default=True,
-        help="Rows that cannot be used are named and left out; more than 10 % of them, and at "
-        "least 10: stop, or go on without them.",
-    ),
-    click.option("--allow-downloads", is_flag=True, help="Fetch images that rows name by an address."),
-)
-"""How --data is read: the options that `scan`, `compare` and `finetune` share."""
-_SAMPLE_OPTIONS = (
-    click.option(
-        "--images", type=PATH, metavar="DIR", help="Folder of images to look at.  [default: built-in samples]"
-    ),
-    click.option(
-        "--data",
-        type=PATH,
-        metavar="FILE",
-        help=data_help("Samples"),
-    ),
-    click.option(
-        "--prompt", metavar="TEXT", help="What to ask where the sample brings no prompt of its own."
-    ),
-    *DATA_OPTIONS,
-    click.option(
-        "--samples",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Number of samples.  [default: 192 scenes for the demo models, else up to 32]",
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Which scenes are drawn for the demo models, 0 to 999.",
-    ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        default=4,
-        show_default=True,
-        metavar="N",
-        help="Samples that run at once; lower it when memory runs out.",
-    ),
-    click.option(
-        "--max-new-tokens",
-        type=click.IntRange(min=1),
-        default=64,
-        show_default=True,
-        metavar="N",
-        help="Longest answer the model gives, in tokens, where a sample brings none.",
-    ),
-)
-
-
-def sample_options(function: Command) -> Command:
-    """Which samples, and how they run: the options that `scan` and `compare` share."""
-    for option in reversed(_SAMPLE_OPTIONS):
-        function = option(function)
-    return function
-
-
-def metric_option(models: str) -> Callable[[Command], Command]:
-    """--metric, for commands that score the answers of `models`."""
-    said = "; ".join(f"{x.name}: {x.what}" for x in metrics.DECLARED)
-    return click.option(
-        "--metric",
-        type=click.Choice(list(metrics.names())),
-        help=f"Also score the greedy answers of {models}, beside KL. {said}. A sample without what it needs "
-        "does not count. From Python it can be any function of (sample, answer).",
-    )
-
-
-def device_option(function: Command) -> Command:
-    """--device."""
-    return click.option(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda, cuda:1, ...  [default: the first CUDA device, or else the CPU]",
-    )(function)
-
-
-def devices_option(function: Command) -> Command:
-    """--device, of commands that can spread the 16-bit model over several GPUs."""
-    return click.option(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda, cuda:1, ..., or auto to spread the 16-bit model over all GPUs.  [default: the first "
-        "CUDA device, auto where the model is too large for it; the CPU without one]",
-    )(function)
-
-
-experts_option = click.option(
-    "--experts",
-    type=click.Choice(["4-bit", "16-bit"]),
-    default="4-bit",
-    show_default=True,
-    help="What fused weights of experts may be in. In 4-bit, load_dynamic_4bit alone reads them; in 16-bit "
-    "plain from_pretrained loads the checkpoint.",
-)
-"""--experts, of the commands that choose a format."""
-
-
-def kept_experts_option(what: str) -> Callable[[Command], Command]:
-    """--experts, of the commands that begin with a scan or its list; `what` is its help."""
-    return click.option("--experts", type=click.Choice(["16-bit"]), help=what)
-
-
-def adapt_option(what: str, default: str | None = DEFAULT_ADAPT) -> Callable[[Command], Command]:
-    """--adapt; `what` begins its help."""
-    return click.option(
-        "--adapt",
-        metavar="PARTS",
-        default=default,
-        help=f"{what}: language, projector, vision, all, or names of modules, with commas between them. "
-        f"Output head and tied weights never have one.  [default: {DEFAULT_ADAPT}]",
-    )
-
-
-def dtype_option(default: str | None, shown: str) -> Callable[[Command], Command]:
-    """--dtype, handed on as torch's name of it; `shown` says the default in words."""
-    return click.option(
-        "--dtype",
-        type=click.Choice(list(DTYPES)),
-        default=default,
-        callback=lambda _context, _option, value: DTYPES.get(value),
-        help="16-bit type of what is not in 4-bit; fp16 for cards without bf16, such as V100.  "
-        f"[default: {shown}]",
-    )
-
-
-def trust_option(function: Command) -> Command:
-    """--trust-remote-code, of every command that loads a model or its config."""
-    return click.option(
-        "--trust-remote-code",
-        is_flag=True,
-        help="Run Python code that the checkpoint brings, for models that exist only as such code. It can do "
-        "on this machine whatever you can: read it first.",
-    )(function)
-
-
-def refuse_two_sources(asked: Mapping[str, Any]) -> None:
-    """Raises UsageError where both --images and --data were passed."""
-    if asked["images"] is not None and asked["data"] is not None:
-        raise click.UsageError("--images and --data are two sources of samples; pass one of them.")
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from qprobe.data.rows import Asked
 from qprobe.data.source import source_of
 from qprobe.data.turns import samples_of
 from qprobe.errors import SampleError
-from qprobe.options import BadData, CompareOptions, Progress, ScanOptions, Turns, no_progress
+from qprobe.options import BadData, Progress, SampleOptions, Turns, data_of, no_progress, path_if_given
 from qprobe.records import Sample, Turn, asked
 from qprobe.system.wording import counted
 
@@ -70,11 +70,11 @@ class Wanted:
     allow_downloads: bool = False
 
 
-def wanted_by(options: ScanOptions | CompareOptions) -> Wanted:
+def wanted_by(options: SampleOptions) -> Wanted:
     """What `options` say about samples."""
     return Wanted(
-        images=options.images,
-        data=options.data,
+        images=path_if_given(options.images),
+        data=data_of(options.data),
         prompt=options.prompt,
         count=options.samples,
         seed=options.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,19 +14,27 @@ from qprobe.options import Progress, no_progress
 from qprobe.records import Sample
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How samples run. size: at most so many at once; max_new_tokens: of an answer that is generated."""
+
+    size: int
+    max_new_tokens: int
+
+
 def answered(
     model: Any,
     processed: ProcessedSamples,
     samples: Sequence[Sample],
-    max_new_tokens: int,
-    batch_size: int,
+    batching: Batching,
     progress: Progress = no_progress,
 ) -> list[Sample]:
     """`samples` with the model's greedy answers in place of their own, in the same order."""
     done: dict[int, Sample] = {}
     index = {id(s): i for i, s in enumerate(samples)}
-    for group in processed.batches(samples, batch_size):
-        for sample, own in zip(group, answer_group(model, processed, group, max_new_tokens), strict=True):
+    limit = batching.max_new_tokens
+    for group in processed.batches(samples, batching.size):
+        for sample, own in zip(group, answer_group(model, processed, group, limit), strict=True):
             done[index[id(sample)]] = own
         progress("answers", len(done), len(samples))
     return [done[i] for i in range(len(samples))]

@@ -70,9 +70,9 @@ def metric_of(asked: AskedMetric) -> Metric:
     return Metric(found.name, imported(found.implementation), is_share=True, needs=found.needs)
 
 
-def metrics_for(asked: AskedMetric | None, samples: Sequence[Sample]) -> tuple[Metric, ...]:
+def metrics_for(asked: Metric | None, samples: Sequence[Sample]) -> tuple[Metric, ...]:
     """The metric that was asked for, and facts wherever a sample brings some."""
-    metrics = () if asked is None else (metric_of(asked),)
+    metrics = () if asked is None else (asked,)
     if any(s.facts for s in samples) and all(m.name != declared.FACTS for m in metrics):
         return (metric_of(declared.FACTS), *metrics)
     return metrics

@@ -1,35 +1,29 @@
-"""The device that a command names, and the 16-bit dtypes."""
+"""The device that a command runs on, and the 16-bit dtypes."""
 
 from __future__ import annotations
 
 import torch
 
 from qprobe.errors import MachineError
+from qprobe.system.devices import SPREAD, AskedDevice
 from qprobe.system.wording import counted
 
-SPREAD = "auto"  # the device that is every GPU there is
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(device: str | None) -> torch.device:
-    """`device`, or the first CUDA device, or the CPU. Raises MachineError if it cannot be used here."""
-    if device is None:
+def pick_device(asked: AskedDevice) -> torch.device:
+    """The one device that was asked for; the first CUDA device, or the CPU, for the best there is.
+
+    Raises MachineError if it is not here, and for all GPUs.
+    """
+    if asked.kind == SPREAD:
+        raise MachineError(f"Device {SPREAD!r} is all GPUs, and this runs on one. Use cpu, cuda or cuda:1.")
+    if asked.kind is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise MachineError(f"Device {device!r} is not a device name. Use cpu, cuda or cuda:1.") from error
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+    if asked.kind == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise MachineError(
-            f"Device {device!r} is not here: {counted(count, 'CUDA device')} can be seen, numbered from 0. "
+            f"Device '{asked}' is not here: {counted(count, 'CUDA device')} can be seen, numbered from 0. "
             f"Pass --device {'cuda:0 or ' if count else ''}cpu."
         )
-    if picked.type not in ("cpu", "cuda"):
-        raise MachineError(f"Device {device!r} is not supported. Use cpu or cuda.")
-    return picked
-
-
-def one_device(device: str | None) -> str | None:
-    """`device` for what runs on one: the best there is in place of all GPUs."""
-    return None if device == SPREAD else device
+    return torch.device(str(asked))

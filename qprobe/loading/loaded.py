@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qprobe.errors import ModelError
-from qprobe.loading.device import SPREAD, pick_device
+from qprobe.loading.device import pick_device
 from qprobe.loading.inventory import fingerprint
 from qprobe.loading.processor import name_padding
 from qprobe.loading.reference import Reference
@@ -25,6 +25,7 @@ from qprobe.loading.source import Source, is_hub_id
 from qprobe.loading.spread import devices_of
 from qprobe.options import Dtype
 from qprobe.records import ModelIdentity
+from qprobe.system.devices import BEST, SPREAD, AskedDevice
 
 PASS = "Pass a known name, a hub id, a folder, or a loaded transformers model with its processor."
 
@@ -149,16 +150,17 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def loaded_reference(
-    loaded: LoadedModel, skeleton: Skeleton, device: str | None = None, processor: Any = None
+    loaded: LoadedModel, skeleton: Skeleton, device: AskedDevice = BEST, processor: Any = None
 ) -> Reference:
     """The reference of `skeleton` (from `loaded_skeleton`), which shares the weights of the loaded model.
 
     Those of another dtype than the skeleton's, or on another device, are copied; buffers always are.
-    device: None for the one that the model is on. processor: a copy of the user's, if made already.
+    device: the best there is means the one that the model is on. processor: a copy of the user's, if made
+    already.
     Raises MachineError for a device that is not here.
     """
     shell: Any = meta_model(skeleton.config, skeleton.dtype)
-    place = next(loaded.model.parameters()).device if device is None else pick_device(device)
+    place = next(loaded.model.parameters()).device if device == BEST else pick_device(device)
     _share_parameters(shell, loaded.model, place)
     _copy_tensors(shell, loaded.model, place)
     if hasattr(loaded.model, "generation_config"):

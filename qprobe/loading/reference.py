@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from qprobe.loading.device import DTYPES, SPREAD, one_device, pick_device
+from qprobe.loading.device import DTYPES, pick_device
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.mapped import return_freed_memory
 from qprobe.loading.pretrained import load_pretrained
@@ -23,6 +23,7 @@ from qprobe.loading.spread import (
     room_for_weights,
 )
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
+from qprobe.system.devices import BEST, AskedDevice, parse_device
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,16 @@ def load_reference(
     revision: commit, tag or branch on the hub; None for the newest; of no meaning for a folder.
     Other arguments and errors as of `reference_of`.
     """
-    return reference_of(skeleton_of(at_revision(resolve(model), revision), dtype), device, on_host)
+    asked = parse_device(device)
+    return reference_of(skeleton_of(at_revision(resolve(model), revision), dtype), asked, on_host)
 
 
 def reference_of(
-    skeleton: Skeleton, device: str | None = None, on_host: bool = False, processor: Any = None
+    skeleton: Skeleton, device: AskedDevice = BEST, on_host: bool = False, processor: Any = None
 ) -> Reference:
     """The 16-bit model of `skeleton` with its weights, in the skeleton's dtype.
 
-    device: "auto" spreads it over all GPUs, as None does where the first one is too small.
+    device: all GPUs spreads it over them, as the best there is does where the first one is too small.
     on_host: leave the weights on the CPU, in the files that are mapped there; else they go straight to the
     device. processor: the model's, if it is loaded already.
     Only safetensors are read, no pickle and no remote code.
@@ -88,7 +90,7 @@ def reference_of(
     here and for too few GPUs.
     """
     source = skeleton.source
-    place = pick_device(one_device(device))
+    place = pick_device(device.one)
     if on_host and place.type == "cpu":
         return_freed_memory()
     layout = _layout(skeleton, device, torch.device("cpu") if on_host else place)
@@ -103,15 +105,15 @@ def reference_of(
     return Reference(loaded, processor, identity, skeleton, place if on_host else None)
 
 
-def _layout(skeleton: Skeleton, asked: str | None, place: torch.device) -> dict[str, Any]:
+def _layout(skeleton: Skeleton, asked: AskedDevice, place: torch.device) -> dict[str, Any]:
     """Arguments of from_pretrained that say where the weights go: to `place`, or over all GPUs.
 
     asked: the device that the user named. Raises MachineError if all GPUs together are too few.
     """
     alone: dict[str, Any] = {"device_map": {"": place}}
-    if asked not in (None, SPREAD) or place.type != "cuda" or torch.cuda.device_count() < 2:
+    if not asked.may_be_all or place.type != "cuda" or torch.cuda.device_count() < 2:
         return alone
     needed, free = needed_bytes(skeleton.model), free_bytes()
-    if asked is None and not is_too_large(needed, free):
+    if asked == BEST and not is_too_large(needed, free):
         return alone
     return {"device_map": "auto", "max_memory": room_for_weights(needed, free)}

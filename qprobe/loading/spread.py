@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qprobe.errors import MachineError
+from qprobe.system.devices import BEST, SPREAD, AskedDevice
 from qprobe.system.processes import Shard
 
 GIB = 2**30
@@ -70,19 +71,19 @@ def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
     return tuple(dict.fromkeys(p.device for p in model.parameters()))
 
 
-def device_of(shard: Shard, asked: str | None) -> str | None:
+def device_of(shard: Shard, asked: AskedDevice) -> AskedDevice:
     """The device `asked` for; where that leaves the GPU open, the one of this process on its machine.
 
     A process that sees one GPU only takes that, as schedulers hand them out. Raises MachineError if it
     sees several but none of its number, or if several processes of one machine would each spread over
     all of its GPUs.
     """
-    if asked == "auto" and shard.local is not None and not shard.is_alone:
+    if asked.kind == SPREAD and shard.local is not None and not shard.is_alone:
         raise MachineError(
             "--device auto takes all GPUs of a machine, and torchrun starts several processes there. Run "
-            "without torchrun, or leave --device away."
+            "without torchrun, or leave out --device."
         )
-    if shard.local is None or asked not in (None, "cuda"):
+    if shard.local is None or asked not in (BEST, AskedDevice("cuda")):
         return asked
     if not torch.cuda.is_available():
         return asked
@@ -92,4 +93,4 @@ def device_of(shard: Shard, asked: str | None) -> str | None:
             f"LOCAL_RANK={shard.local} asks for the GPU of that number, counted from 0, and this process "
             f"sees {seen}. Start as many processes on a machine as it has GPUs, or name a --device."
         )
-    return "cuda:0" if seen == 1 else f"cuda:{shard.local}"
+    return AskedDevice("cuda", 0 if seen == 1 else shard.local)

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import RunError
-from qprobe.inputs.answers import answer_group
+from qprobe.inputs.answers import Batching, answer_group
 from qprobe.measure.digests import reading_digest
 from qprobe.measure.subject import Subject
 from qprobe.records import Sample
 from qprobe.runs.folder import ANSWERS
 from qprobe.scanning.process import Process
-from qprobe.scanning.request import Batching
 from qprobe.system.decoding import decode, strict_json
 from qprobe.system.files import make_folder, write_atomic, write_first
 from qprobe.system.foreign import read_foreign_if_there

@@ -18,8 +18,8 @@ from qprobe.measure.kl import readout_of, refuse_unread
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered
+from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.process import Process
-from qprobe.scanning.request import ScanRequest
 from qprobe.selection.bound import SCORE, Bound
 from qprobe.selection.request import ListRequest
 from qprobe.selection.scores import ISOLATED_KL

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from qprobe.formats.protocol import format_from
+from qprobe.inputs.answers import Batching
 from qprobe.inputs.metrics import Metric
 from qprobe.manifest.records import NEAREST, NOTHING, Manifest
 from qprobe.manifest.write import write_manifest
@@ -24,7 +25,6 @@ from qprobe.runs.scored import Scored, scored
 from qprobe.runs.shards import SKIPLIST
 from qprobe.scanning.answers import AnsweredBy, own_answers
 from qprobe.scanning.process import Process
-from qprobe.scanning.request import Batching
 from qprobe.scanning.samples import Work
 from qprobe.selection.bound import Bound
 from qprobe.selection.candidates import candidates, frontier, nothing_kept

@@ -13,9 +13,9 @@ from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.notes import Ended
 from qprobe.runs.scored import Scored
 from qprobe.runs.shards import SKIPLIST
+from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.choose import HeldOut, Scoring, choose
 from qprobe.scanning.process import Clock, Process
-from qprobe.scanning.request import ScanRequest
 from qprobe.scanning.run import ScanResult
 from qprobe.scanning.samples import Work
 from qprobe.selection.verdict import fewer_measured, metric_verdict

@@ -21,9 +21,9 @@ from qprobe.records import FormatSpec, Sample
 from qprobe.runs.damaged import set_aside_damaged
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import VERSION, Batches, Key, Measures, SampleKey, Spec
+from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.check import check_inventory
 from qprobe.scanning.process import Process
-from qprobe.scanning.request import ScanRequest
 from qprobe.scanning.samples import Work
 from qprobe.system.versions import library_versions
 

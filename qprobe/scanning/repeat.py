@@ -20,11 +20,11 @@ from qprobe.runs.folder import ANSWERS, RunFolder
 from qprobe.runs.key import Key, differences
 from qprobe.runs.units import largest_difference
 from qprobe.scanning.answers import MAX_ANSWERS_BYTES
+from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.check import check_model
 from qprobe.scanning.measure import measure_units
 from qprobe.scanning.opening import open_model, open_units
 from qprobe.scanning.process import Process
-from qprobe.scanning.request import ScanRequest
 from qprobe.scanning.run import ScanResult, result_of
 from qprobe.scanning.samples import prepare_samples, read_samples
 from qprobe.scanning.weights import measure_files, open_weights

@@ -13,7 +13,7 @@ from qprobe.data.sampling import choose_samples, independent_of, scan_count, spl
 from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import cut, reads_images
 from qprobe.inputs.processed import ProcessedSamples
-from qprobe.loading.device import DTYPES, one_device, pick_device
+from qprobe.loading.device import DTYPES, pick_device
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.spread import device_of
@@ -23,8 +23,9 @@ from qprobe.measure.runner import isolated_half
 from qprobe.measure.subject import Subject, processed_samples
 from qprobe.records import Sample
 from qprobe.scanning.answers import with_answers
+from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.process import Process
-from qprobe.scanning.request import ScanRequest
+from qprobe.system.devices import BEST
 from qprobe.system.wording import counted
 
 Groups = list[tuple[Sample, ...]]
@@ -138,9 +139,9 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
 def _device(asked: ScanRequest, process: Process) -> torch.device:
     """Where the model will be, or one of the devices."""
     named = device_of(process.shard, asked.device)
-    if asked.loaded is not None and named is None:
+    if asked.loaded is not None and named == BEST:
         return next(asked.loaded.model.parameters()).device
-    return pick_device(one_device(named))
+    return pick_device(named.one)
 
 
 def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, process: Process) -> Work:

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 from qprobe.calibration.tuning import tune_steps
 from qprobe.loading.log_filters import quiet_models
-from qprobe.options import (
-    AskedMetric,
-    BadData,
-    Dtype,
-    Experts,
-    Progress,
-    ScanOptions,
-    Turns,
-    data_of,
-    names_of,
-    path_if_given,
-)
-from qprobe.registry.precisions import NF4
+from qprobe.options import ScanOptions, takes
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing, left_to_others
+from qprobe.scanning.asked.request import ScanRequest, parse_options
 from qprobe.scanning.check import check_model
 from qprobe.scanning.finish import finish, unfinished
-from qprobe.scanning.given import given_model, images_or_rows, named_options
 from qprobe.scanning.measure import calibrate, measure_units
 from qprobe.scanning.opening import open_model, open_units
 from qprobe.scanning.process import Process
 from qprobe.scanning.repeat import repeat_units
-from qprobe.scanning.request import ScanRequest, parse_options
 from qprobe.scanning.run import Run, ScanResult
 from qprobe.scanning.samples import prepare_samples, read_samples
 from qprobe.scanning.show import show_samples
@@ -41,44 +25,9 @@ from qprobe.system.bars import progress_bars
 from qprobe.system.processes import shard_from
 
 
-@named_options
+@takes(ScanOptions)
 @quiet_models()
-def scan(
-    model: Any,
-    *,
-    processor: Any = None,
-    images: Any = None,
-    data: Any = None,
-    prompt: str | None = None,
-    samples: int | None = None,
-    format: str = NF4.name,
-    budget: str | None = None,
-    max_kl: float | None = None,
-    out: str | Path | None = None,
-    device: str | None = None,
-    dtype: Dtype | None = None,
-    seed: int = 0,
-    batch_size: int = 4,
-    max_new_tokens: int = 64,
-    by: str | None = None,
-    for_tool: str | None = None,
-    measures: str | Sequence[str] | None = None,
-    nodes: int = 2,
-    ablate: str | int | None = None,
-    max_memory: str | int | None = None,
-    tune: int | None = None,
-    calibration_samples: int | None = None,
-    keep_correction: int | None = None,
-    experts: Experts = "4-bit",
-    turns: Turns = "each",
-    split: str | None = None,
-    bad_data: BadData = "refuse",
-    allow_downloads: bool = False,
-    metric: AskedMetric | None = None,
-    check: str | Path | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Run:
+def scan(options: ScanOptions) -> Run:
     """The run of a scan, which measures every linear, chooses a skip-list, and leaves a run folder.
 
     A folder of the same specification is resumed: finished units are not measured again. Under torchrun, or
@@ -128,45 +77,8 @@ def scan(
     Raises TypeError for an option that it does not have, QprobeError for anything a user can fix (see
     `qprobe.errors`).
     """
-    loaded = given_model(model, processor)
-    folder, rows = images_or_rows(images, data)
-    asked = parse_options(
-        ScanOptions(
-            model=str(model) if loaded is None else loaded.source.id,
-            images=folder,
-            data=data_of(rows),
-            prompt=prompt,
-            samples=samples,
-            format=format,
-            budget=budget,
-            max_kl=max_kl,
-            out=path_if_given(out),
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            by=by,
-            for_tool=for_tool,
-            measures=names_of(measures),
-            nodes=nodes,
-            ablate=None if ablate is None else str(ablate),
-            max_memory=None if max_memory is None else str(max_memory),
-            tune=tune,
-            calibration_samples=calibration_samples,
-            keep_correction=keep_correction,
-            experts=experts,
-            turns=turns,
-            split=split,
-            bad_data=bad_data,
-            allow_downloads=allow_downloads,
-            metric=metric,
-            check=path_if_given(check),
-            trust_remote_code=trust_remote_code,
-        ),
-        loaded,
-    )
-    with progress_bars() if progress is None else nullcontext(progress) as show:
+    asked = parse_options(options)
+    with progress_bars() if options.progress is None else nullcontext(options.progress) as show:
         process = Process(RunFolder(asked.folder), shard_from(os.environ), show)
         steps = scan_weights if asked.measures.is_weight_alone else scan_model
         if asked.is_check:

@@ -28,10 +28,10 @@ from qprobe.runs.findings import write_findings
 from qprobe.runs.key import VERSION, Key, Spec
 from qprobe.runs.notes import Ended, Ran
 from qprobe.runs.shards import SKIPLIST, entered, finishing, left_to_others
+from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.check import check_inventory, check_model
 from qprobe.scanning.finish import report
 from qprobe.scanning.process import Process
-from qprobe.scanning.request import ScanRequest
 from qprobe.scanning.run import ScanResult
 from qprobe.selection.outcome import by_score
 from qprobe.selection.select import scored_run

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.checkpoint.load import check_model, load_dynamic_4bit, source_of, standard_4bit, with_dtype
+from qprobe.checkpoint.load import check_model, proven_4bit, source_of, standard_4bit, with_dtype
 from qprobe.checkpoint.ready import ready_for_training
 from qprobe.errors import MachineError
 from qprobe.loading.device import pick_device
@@ -20,6 +20,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.measure.files import files_digest
 from qprobe.models.headers import read_headers
 from qprobe.options import Base
+from qprobe.system.devices import AskedDevice, parse_device
 
 MANIFEST_FILE = "skiplist.json"
 BASE_WEIGHTS = "base_weights"  # key of the specification
@@ -32,38 +33,42 @@ def load_base(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-    skeleton: Skeleton | None = None,
 ) -> tuple[Any, Any]:
     """(model, processor): the manifest's model in 16-bit, in standard 4-bit or dynamic, ready for adapters.
 
-    skeleton: of the model, where it was checked before. Errors as of `load_dynamic_4bit`; a model other than
-    the manifest's is refused for each base.
+    Errors as of `load_dynamic_4bit`; a model other than the manifest's is refused for each base.
     """
-    loaded, processor = open_base(manifest, base, model, device, dtype, trust_remote_code, skeleton)
+    asked, written = (
+        parse_device(device),
+        manifest if isinstance(manifest, Manifest) else read_manifest(manifest),
+    )
+    folder = None if isinstance(manifest, Manifest) else manifest.parent
+    skeleton = check_model(written, model, trust_remote_code)
+    loaded, processor = open_base(written, folder, base, skeleton, asked, dtype)
     return ready_for_training(loaded), processor
 
 
 def open_base(
-    manifest: Path | Manifest,
+    manifest: Manifest,
+    folder: Path | None,
     base: Base,
-    model: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-    skeleton: Skeleton | None = None,
+    skeleton: Skeleton,
+    device: AskedDevice,
+    dtype: str | None,
 ) -> tuple[Any, Any]:
-    """`load_base` without what training needs: the model computes as it will be served."""
+    """`load_base` without what training needs: the model computes as it will be served.
+
+    folder: where `manifest` lies. skeleton: of its model, checked.
+    """
     if base == "dynamic":
-        return load_dynamic_4bit(manifest, model, device, dtype, trust_remote_code=trust_remote_code)
-    written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    spec = with_dtype(written.format, dtype)
-    checked = check_model(written, model, trust_remote_code) if skeleton is None else skeleton
-    skeleton = checked.in_dtype(spec.compute_dtype)
+        return proven_4bit(manifest, folder, skeleton, device, dtype)
+    spec = with_dtype(manifest.format, dtype)
+    wanted = skeleton.in_dtype(spec.compute_dtype)
     if base == "nf4":
-        loaded = standard_4bit(skeleton, replace(spec, name=spec.four_bit_name), device, None)
-        return loaded, load_processor(skeleton.source)
-    place = str(pick_device(device))  # one device, since a spread model does not train
-    reference = reference_of(skeleton, place)
+        loaded = standard_4bit(wanted, replace(spec, name=spec.four_bit_name), device, None)
+        return loaded, load_processor(wanted.source)
+    one = parse_device(str(pick_device(device)))  # since a spread model does not train
+    reference = reference_of(wanted, one)
     return reference.model, reference.processor
 
 

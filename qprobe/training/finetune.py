@@ -15,7 +15,7 @@ import torch
 
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
-from qprobe.checkpoint.ready import adapted_linears
+from qprobe.checkpoint.ready import adapted_linears, ready_for_training
 from qprobe.data.conversation import Conversation, Conversations
 from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
 from qprobe.errors import ModelError, RunError, SampleError
@@ -40,6 +40,7 @@ from qprobe.options import (
     data_of,
     no_progress,
 )
+from qprobe.system.devices import parse_device
 from qprobe.system.files import write_atomic
 from qprobe.system.log_filters import Remark
 from qprobe.training.alone import LOCK, alone_in, last_checkpoint
@@ -47,8 +48,8 @@ from qprobe.training.bases import (
     BASE_WEIGHTS,
     MANIFEST_FILE,
     base_digest,
-    load_base,
     model_folder,
+    open_base,
     peft_library,
 )
 from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
@@ -195,15 +196,9 @@ def _finetune(
         warn_left_out(share_left_out(one), one.sentences(), "skipped")
     train, held_out = _split([x.good for x in checked], options)
     check_batches(train, options.batch_size, processor, dtype)
-    model, processor = load_base(
-        options.manifest,
-        options.base,
-        options.model,
-        options.device,
-        options.dtype,
-        options.trust_remote_code,
-        skeleton,
-    )
+    device, folder = parse_device(options.device), options.manifest.parent
+    loaded, processor = open_base(manifest, folder, options.base, skeleton, device, options.dtype)
+    model = ready_for_training(loaded)
     # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
     spec = {**spec, BASE_WEIGHTS: base_digest(manifest, options.model)}
     _check_out(options.out, spec)

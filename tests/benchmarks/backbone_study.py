@@ -28,7 +28,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 import qprobe
-from qprobe.checkpoint.comparing.compare import Comparison
+from qprobe.checkpoint.comparing.rows import Comparison
 from qprobe.demo.evaluate import RECORD, score, score_by_kind
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, KINDS, scenes
 from qprobe.loading.reference import load_reference

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from qprobe.loading.device import pick_device
+from qprobe.system.devices import parse_device
 
 
 def made_with(device: str | None) -> str:
     """Hardware and versions in one line."""
-    where = pick_device(device)
+    where = pick_device(parse_device(device))
     hardware = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu_name()
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     return ", ".join((hardware, *(f"{x} {version(x)}" for x in packages)))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from qprobe.checkpoint.auditing.audit import audit
-from qprobe.checkpoint.comparing import compare as compare_module
+from qprobe.checkpoint.comparing import course as course_module
 from qprobe.checkpoint.comparing.compare import compare
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize
@@ -303,7 +303,7 @@ def test_a_full_folder_is_not_written_into(run, tmp_path):
 def test_compare_shows_both_ways_of_rounding_with_and_without_the_list(run, monkeypatch):
     one = run("llama")
     given = Samples(tuple(tiny.questions("llama", 3)), ())
-    monkeypatch.setattr(compare_module, "choose_samples", lambda *_: given)
+    monkeypatch.setattr(course_module, "choose_samples", lambda *_: given)
     found = compare(one.manifest, model=str(one.model), device="cpu", max_new_tokens=5)
     rows = {row.name: row for row in found.rows}
     assert list(rows) == ["16-bit", "nf4", "nf4-calibrated", "dynamic-nf4", "dynamic"]

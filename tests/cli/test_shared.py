@@ -19,7 +19,7 @@ import qprobe as package
 from qprobe.cli import main, shared
 from qprobe.errors import ModelError
 from qprobe.loading.log_filters import quiet_models
-from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions
+from qprobe.options import CompareOptions, FinetuneOptions, MergeOptions, ScanOptions
 from qprobe.system.log_filters import REMARKS, quiet
 
 Run = Callable[..., Result]
@@ -176,8 +176,13 @@ def asked_of(fake: Fake, module: str, function: str, qprobe: Run, *arguments: st
     return got[0]
 
 
+def typed(options: Any) -> dict[str, Any]:
+    """The fields that a command line has options for."""
+    return {name: value for name, value in vars(options).items() if name not in ("progress", "processor")}
+
+
 def test_scan_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
-    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, "scan", "--model", "m") == vars(
+    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, "scan", "--model", "m") == typed(
         ScanOptions("m")
     )
 
@@ -189,20 +194,20 @@ def test_every_scan_option_arrives(qprobe: Run, fake: Fake):
         "--measures activation,weight"
     )
     asked = ScanOptions(
-        "m", Path("i"), None, "p", 3, "nf4", "+1GB", None, Path("o"), "cpu", "float16",
-        seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4, ablate="3",
-        measures=("weight", "activation"),
+        "m", images=Path("i"), prompt="p", samples=3, format="nf4", budget="+1GB", out=Path("o"),
+        device="cpu", dtype="float16", seed=5, batch_size=2, max_new_tokens=7, by="weight_nmse", nodes=4,
+        ablate="3", measures=("weight", "activation"),
     )  # fmt: skip
-    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, *line.split()) == vars(asked)
+    assert asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, *line.split()) == typed(asked)
     bound = asked_of(fake, "qprobe.scanning.scan", "scan", qprobe, "scan", "--model", "m", "--max-kl", "0.01")
-    assert bound == vars(ScanOptions("m", max_kl=0.01))
+    assert bound == typed(ScanOptions("m", max_kl=0.01))
 
 
 def test_compare_defaults_are_those_of_the_library(qprobe: Run, fake: Fake):
     asked = asked_of(
         fake, "qprobe.checkpoint.comparing.compare", "compare", qprobe, "compare", "--manifest", "f"
     )
-    assert asked == vars(CompareOptions(Path("f")))
+    assert asked == typed(CompareOptions(Path("f")))
 
 
 def test_every_compare_option_arrives(qprobe: Run, fake: Fake):
@@ -212,14 +217,20 @@ def test_every_compare_option_arrives(qprobe: Run, fake: Fake):
     )
     asked = asked_of(fake, "qprobe.checkpoint.comparing.compare", "compare", qprobe, *line.split())
     wanted = CompareOptions(
-        Path("f"), "m", None, Path("d"), "p", 3, "cuda:1", "bfloat16", seed=5, batch_size=2, max_new_tokens=7
-    )
-    assert asked == vars(wanted)
+        Path("f"), model="m", data=Path("d"), prompt="p", samples=3, device="cuda:1", dtype="bfloat16",
+        seed=5, batch_size=2, max_new_tokens=7,
+    )  # fmt: skip
+    assert asked == typed(wanted)
 
 
 @pytest.mark.parametrize(
     ("function", "options"),
-    [(package.scan, ScanOptions), (package.compare, CompareOptions), (package.finetune, FinetuneOptions)],
+    [
+        (package.scan, ScanOptions),
+        (package.compare, CompareOptions),
+        (package.merge, MergeOptions),
+        (package.finetune, FinetuneOptions),
+    ],
 )
 def test_functions_take_their_options_by_keyword_with_the_same_defaults(function: Any, options: Any):
     first, *rest = inspect.signature(function).parameters.values()
@@ -227,7 +238,8 @@ def test_functions_take_their_options_by_keyword_with_the_same_defaults(function
     keywords = {x.name: x.default for x in rest if x.name not in only_python}
     required = inspect.Parameter.empty
     wanted = {x.name: required if x.default is MISSING else x.default for x in fields(options)}
-    assert first.name in ("model", "manifest") and wanted.pop(first.name) is required
+    wanted = {name: default for name, default in wanted.items() if name not in only_python}
+    assert first.name in ("model", "manifest", "adapter") and wanted.pop(first.name) is required
     assert keywords == wanted and all(x.kind is x.KEYWORD_ONLY for x in rest)
 
 

@@ -133,9 +133,9 @@ def test_what_is_no_metric_is_refused_with_those_there_are(asked_for):
 def test_facts_are_taken_wherever_a_sample_brings_some():
     with_facts = [sample("a"), sample("a", "oak")]
     assert [m.name for m in metrics_for(None, with_facts)] == ["facts"]
-    assert [m.name for m in metrics_for("exact", with_facts)] == ["facts", "exact"]
-    assert [m.name for m in metrics_for("facts", with_facts)] == ["facts"]
-    assert [m.name for m in metrics_for("exact", with_facts[:1])] == ["exact"]
+    assert [m.name for m in metrics_for(metric_of("exact"), with_facts)] == ["facts", "exact"]
+    assert [m.name for m in metrics_for(metric_of("facts"), with_facts)] == ["facts"]
+    assert [m.name for m in metrics_for(metric_of("exact"), with_facts[:1])] == ["exact"]
     assert metrics_for(None, with_facts[:1]) == ()
 
 

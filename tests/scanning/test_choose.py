@@ -12,7 +12,7 @@ import pytest
 
 from qprobe.cli.scan import scan as scan_cli
 from qprobe.options import DEFAULT_BUDGET, ScanOptions
-from qprobe.scanning.request import scan_call, scan_command
+from qprobe.scanning.asked.recorded import scan_call, scan_command
 
 EVERY_OPTION: dict[str, Any] = {
     "images": Path("/home/me/my photos"),
@@ -42,7 +42,8 @@ EVERY_OPTION: dict[str, Any] = {
     "trust_remote_code": True,
     "experts": "16-bit",
 }
-NO_RESULT = {"model", "out", "device", "max_memory"}  # where it runs and is written, and a model's name
+# Where it runs and is written, whom it tells, and a model's name.
+NO_RESULT = {"model", "processor", "out", "check", "device", "max_memory", "progress"}
 
 
 def test_every_option_that_can_change_a_result_is_tried_here():
@@ -69,7 +70,7 @@ def test_the_recorded_line_of_python_asks_for_the_same_scan(name: str, tmp_path:
 def test_what_lies_in_memory_has_a_name_in_the_recorded_line():
     asked = ScanOptions("x", data=[{"prompt": "a"}], metric=is_short, device="cpu", out=Path("/home/me"))
     assert scan_call(asked, None, "LlamaForCausalLM") == (
-        "qprobe.scan(model, processor=processor, data=rows, budget='+10%', metric=is_short)"
+        "qprobe.scan(model, processor=processor, data=rows, metric=is_short, budget='+10%')"
         "  # model: a loaded LlamaForCausalLM"
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.errors import QprobeError
-from qprobe.inputs.answers import answered
+from qprobe.inputs.answers import Batching, answered
 from qprobe.inputs.batch import image_token_id
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.reference import load_reference
@@ -77,7 +77,7 @@ def test_the_answers_scored_are_those_of_the_loaded_models(tiny_folder: TinyFold
 
 def answered_by(model: Any, reference: Any, samples: list[Sample]) -> list[Sample]:
     processed = ProcessedSamples(reference.processor, model.dtype, image_token_id(model.config))
-    return answered(model, processed, samples, 6, 1)
+    return answered(model, processed, samples, Batching(1, 6))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import qprobe
 from qprobe.errors import ModelError, QprobeError, SampleError
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
-from qprobe.scanning.given import images_or_rows, named_options
+from qprobe.options import takes
+from qprobe.scanning.asked.given import images_or_rows
 from tests import tiny
 from tests.scanning.asked import Scanned, TinyFolder, options
 
@@ -188,12 +190,17 @@ def test_an_option_that_is_unknown_is_a_type_error_with_the_nearest_name():
         qprobe.scan("demo", **{"buget": "+5%"})
     assert "budget" in inspect.signature(qprobe.scan).parameters
 
-    def one(model: str, *, budget: str = "") -> str:
-        return model + budget
+    @dataclass(frozen=True)
+    class One:
+        model: str
+        budget: str = ""
+
+    def joined(options: One) -> str:
+        return options.model + options.budget
 
     with pytest.raises(TypeError, match="Its options are model, budget"):
-        named_options(one)("x", **{"zzz": 1})
-    assert named_options(one)("x", budget="y") == "xy"
+        takes(One)(joined)("x", **{"zzz": 1})  # pyright: ignore[reportCallIssue]
+    assert takes(One)(joined)("x", budget="y") == "xy"
 
 
 def broken_rows() -> Iterator[dict[str, str]]:

@@ -16,6 +16,7 @@ from qprobe.loading.reference import reference_of
 from qprobe.loading.spread import device_of
 from qprobe.measure.attribution import on_host
 from qprobe.measure.hooks import replaced_forwards
+from qprobe.system.devices import parse_device
 from qprobe.system.processes import Shard
 from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
@@ -72,8 +73,9 @@ def test_a_limit_and_all_gpus_exclude_each_other(tiny_folder: TinyFolder, tmp_pa
 
 def test_several_processes_of_a_machine_do_not_each_take_all_gpus() -> None:
     with pytest.raises(MachineError, match="--device auto takes all GPUs"):
-        device_of(Shard(0, 2, 0), "auto")
-    assert device_of(Shard(0, 2), "auto") == "auto"  # of a scheduler that gives each process GPUs of its own
+        device_of(Shard(0, 2, 0), parse_device("auto"))
+    asked = parse_device("auto")
+    assert device_of(Shard(0, 2), asked) == asked  # of a scheduler that gives each process GPUs of its own
 
 
 @TWO_GPUS

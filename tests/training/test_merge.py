@@ -27,7 +27,7 @@ from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import skeleton_of
 from qprobe.loading.source import resolve
 from qprobe.manifest.write import write_manifest
-from qprobe.options import CompareOptions
+from qprobe.system.devices import AskedDevice
 from qprobe.training.merging.forms import WRITERS, Job
 from qprobe.training.merging.merge import merge
 from qprobe.training.origin import origin_of
@@ -86,8 +86,9 @@ def test_both_forms_load_plainly_and_compute_what_a_merge_by_hand_does(name, fam
     root = family(name)
     adapter = read_adapter(root / "adapter")
     origin = origin_of(adapter, root / "skiplist.json", "dynamic", str(root / "model"), None)
-    options = CompareOptions(origin.path, device="cpu")
-    job = Job(adapter, origin, skeleton_of(resolve(origin.model), "bfloat16"), options, tmp_path / "out")
+    job = Job(
+        adapter, origin, skeleton_of(resolve(origin.model), "bfloat16"), tmp_path / "out", AskedDevice("cpu")
+    )
     delta = added(root / "adapter", SCALING)
     for form, write in WRITERS.items():
         (tmp_path / form).mkdir()
@@ -130,7 +131,7 @@ def test_the_kl_on_the_card_is_that_of_an_independent_measurement(merged):
     from peft import PeftModel
 
     from qprobe.data.builtin import QUESTIONS, questions
-    from qprobe.inputs.answers import answered
+    from qprobe.inputs.answers import Batching, answered
     from qprobe.inputs.processed import ProcessedSamples
 
     root, made = merged
@@ -139,7 +140,7 @@ def test_the_kl_on_the_card_is_that_of_an_independent_measurement(merged):
     tuned: Any = PeftModel.from_pretrained(base, str(root / "adapter"))
     first = len(QUESTIONS) * 2 // 3
     samples = questions(None, len(QUESTIONS) - first, first).samples[:3]
-    samples = answered(tuned, ProcessedSamples(processor, torch.bfloat16), samples, 4, 3)
+    samples = answered(tuned, ProcessedSamples(processor, torch.bfloat16), samples, Batching(3, 4))
     kept = plainly(made.out)
     both = [[reference.answer_logits(model, processor, x) for x in samples] for model in (tuned, kept)]
     kl = reference.mean_kl(*both)
@@ -234,7 +235,7 @@ def test_what_is_no_adapter_or_has_no_base_or_would_overwrite_is_one_sentence(fa
         merge(
             root / "adapter", out=out, manifest=root / "skiplist.json", model=str(tiny_folder("llama_tied"))
         )
-    with pytest.raises(QprobeError, match="--as '8-bit' is no form"):
+    with pytest.raises(QprobeError, match="as_='8-bit' is not taken"):
         merge(root / "adapter", out=out, as_="8-bit")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ModelError, match="is there already and not empty"):
         merge(root / "adapter", out=root / "model", manifest=root / "skiplist.json")

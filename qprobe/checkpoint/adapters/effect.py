@@ -25,6 +25,7 @@ from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.records import FormatSpec
+from qprobe.system.devices import AskedDevice
 from qprobe.system.wording import counted, named
 
 MANIFEST_FILE = "skiplist.json"  # of the adapter's base, beside what `finetune` wrote
@@ -74,7 +75,7 @@ def is_four_bit(module: nn.Module) -> bool:
 
 @quiet_models()
 def adapter_effect(
-    folder: Path, adapter: Path, model: str | None, device: str | None, trusts_code: bool, spec: FormatSpec
+    folder: Path, adapter: Path, model: str | None, device: AskedDevice, trusts_code: bool, spec: FormatSpec
 ) -> tuple[AdaptedLayer, ...]:
     """For each layer of `adapter` whether the checkpoint in `folder` holds what it adds to its base.
 
@@ -106,7 +107,7 @@ def _base(adapter: Adapter, model: str | None, trusts_code: bool, skeleton: Skel
             f"{name} is a {wanted.architecture} of other names or shapes than the checkpoint. Pass --model "
             "with the 16-bit weights that the adapter was trained on."
         )
-    return reference_of(wanted, "cpu", on_host=True).model
+    return reference_of(wanted, AskedDevice("cpu"), on_host=True).model
 
 
 def _codes(adapter: Adapter, stack: ExitStack) -> CodesReader | None:

@@ -35,6 +35,7 @@ from qprobe.models.headers import (
 from qprobe.models.spellings import spellings
 from qprobe.records import FormatSpec, Inventory, Linear
 from qprobe.registry.precisions import absmax_bytes, packed_bytes
+from qprobe.system.devices import parse_device
 from qprobe.system.wording import counted, is_or_are
 
 # Of a 4-bit weight: tables and metadata that bitsandbytes repeats for every layer, which no size here counts.
@@ -62,18 +63,18 @@ def audit(
     base are; None for the model that it names. trust_remote_code: as of `load_dynamic_4bit`.
     Raises ModelError for a folder that is not a complete checkpoint, ManifestError for a broken manifest.
     """
-    where = Path(folder)
+    where, place = Path(folder), parse_device(device)
     written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
     beside = Path(".") if isinstance(manifest, Manifest) or manifest is None else Path(manifest).parent
     spec = _format(read_config(where), written)
     skeleton = skeleton_of(resolve(str(where), trust_remote_code), spec.compute_dtype)
     found = audit_files(where, skeleton, written, Path(manifest_folder or beside))
     if adapter is not None:
-        layers = adapter_effect(where, Path(adapter), model, device, trust_remote_code, spec)
+        layers = adapter_effect(where, Path(adapter), model, place, trust_remote_code, spec)
         found = replace(found, adapter=layers, problems=(*found.problems, *effect_problems(layers)))
     if not load:
         return found
-    more = loaded_problems(skeleton, found.layers, written, device)
+    more = loaded_problems(skeleton, found.layers, written, place)
     return replace(found, problems=(*found.problems, *more), loaded=True)
 
 

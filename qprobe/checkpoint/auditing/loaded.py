@@ -22,12 +22,13 @@ from qprobe.loading.pretrained import REPORT, incomplete
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
+from qprobe.system.devices import AskedDevice
 from qprobe.system.log_filters import without_remarks
 from qprobe.system.wording import counted, is_or_are
 
 
 def loaded_problems(
-    skeleton: Skeleton, layers: Sequence[AuditedLayer], manifest: Manifest | None, device: str | None
+    skeleton: Skeleton, layers: Sequence[AuditedLayer], manifest: Manifest | None, device: AskedDevice
 ) -> Iterator[str]:
     """What is wrong with the model that a plain `from_pretrained` of its folder gives; one sentence each.
 

@@ -7,24 +7,24 @@ from typing import Any
 
 import click
 
-from qprobe.options import FOR
-
-Command = Callable[..., Any]
+from qprobe.cli.options.declared import Command, option
+from qprobe.options import FOR, ScanOptions
 
 
 def limit_options(default: str | None) -> Callable[[Command], Command]:
     """--budget and --max-kl; `default` says what serves where neither is passed, None if one must be."""
 
     def decorate(function: Command) -> Command:
-        bound = click.option(
-            "--max-kl",
-            type=float,
+        bound = option(
+            ScanOptions,
+            "max_kl",
             metavar="X",
             help="In place of a budget: the fewest bytes with a KL to the 16-bit model of at most X nats per "
             "answer token.",
         )(function)
-        return click.option(
-            "--budget",
+        return option(
+            ScanOptions,
+            "budget",
             metavar="B",
             help="What the skip-list may cost: +10% of the standard 4-bit model, +690MiB, or a total such as "
             f"7.3GiB.{f'  [default: {default}]' if default else ''}",
@@ -35,8 +35,8 @@ def limit_options(default: str | None) -> Callable[[Command], Command]:
 
 def for_option(function: Command) -> Command:
     """--for."""
-    return click.option(
-        "--for",
+    return option(
+        ScanOptions,
         "for_tool",
         type=click.Choice(FOR),
         help="Keep the layers that this engine fuses into one matrix (q, k and v; gate and up; in cross-"

@@ -21,10 +21,10 @@ from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import resolve
 from qprobe.manifest.records import Manifest
-from qprobe.options import Base, CompareOptions
+from qprobe.options import Base, Form
 from qprobe.records import FormatSpec
+from qprobe.system.devices import BEST, AskedDevice
 from qprobe.training.bases import open_base, peft_library
-from qprobe.training.merging.merged import Form
 from qprobe.training.names import names_as_written
 from qprobe.training.origin import Origin, as_merged
 
@@ -66,13 +66,15 @@ class Job:
     adapter: Adapter
     origin: Origin
     skeleton: Skeleton
-    options: CompareOptions
     target: Path
+    device: AskedDevice = BEST
+    trusts_code: bool = False
 
     def base(self, base: Base) -> tuple[Any, Any]:
         """(model, processor) without the adapter."""
-        origin, asked = self.origin, self.options
-        return open_base(origin.path, base, origin.model, asked.device, origin.dtype, asked.trust_remote_code)
+        origin = self.origin
+        folder = origin.path.parent
+        return open_base(origin.manifest, folder, base, self.skeleton, self.device, origin.dtype)
 
     def adapted(self) -> Any:
         """The model as it was trained, the adapter beside the weights, by peft itself."""
@@ -108,7 +110,7 @@ def write_4bit(job: Job, folder: Path) -> Written:
     model, processor = job.base(job.origin.base)
     beside = model
     if job.origin.base == "16-bit":
-        model = dynamic_4bit(manifest, job.skeleton, job.options.device, None)
+        model = dynamic_4bit(manifest, job.skeleton, job.device, None)
     found = fold(model, job.adapter, manifest.format, beside)
     check_keys(job.skeleton.model, entries, manifest)
     save_four_bit(model, processor, manifest, entries, folder)
@@ -117,7 +119,7 @@ def write_4bit(job: Job, folder: Path) -> Written:
 
 def _audited(job: Job, folder: Path, manifest: Manifest | None) -> Skeleton:
     """The skeleton of the checkpoint in `folder`. Raises VerificationError if its parts disagree."""
-    skeleton = job.skeleton.of_copy(resolve(str(folder), job.options.trust_remote_code))
+    skeleton = job.skeleton.of_copy(resolve(str(folder), job.trusts_code))
     found = audit_files(folder, skeleton, manifest, folder)
     if not found.ok:
         raise VerificationError(

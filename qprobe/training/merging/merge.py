@@ -5,70 +5,37 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
 from qprobe.checkpoint.auditing.loaded import load_plainly
-from qprobe.checkpoint.comparing.compare import compared, run_course, set_course, staged
+from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_course, set_course, staged
+from qprobe.checkpoint.comparing.rows import compared
 from qprobe.checkpoint.load import check_model, keep_codes_as_stored
 from qprobe.checkpoint.quantize import (
     refuse_to_overwrite,
     scratch_folder,
 )
 from qprobe.errors import QprobeError
+from qprobe.inputs.metrics import metric_of
 from qprobe.loading.device import pick_device
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
 from qprobe.measure.kl import ANSWERS, readout_of
-from qprobe.options import (
-    AskedMetric,
-    BadData,
-    Base,
-    CompareOptions,
-    Dtype,
-    Progress,
-    Turns,
-    data_of,
-    no_progress,
-    path_if_given,
-    path_of,
-)
+from qprobe.options import Form, MergeOptions, Progress, path_if_given, path_of, takes
+from qprobe.system.devices import AskedDevice, parse_device
 from qprobe.training.bases import peft_library
 from qprobe.training.merging.forms import WRITERS, Arrived, Job
-from qprobe.training.merging.merged import Form, Merged, card, chosen_form
+from qprobe.training.merging.merged import Merged, card, chosen_form
 from qprobe.training.origin import origin_of
 
 REFERENCE = "base + adapter"
 
 
+@takes(MergeOptions)
 @quiet_models()
-def merge(
-    adapter: str | Path,
-    *,
-    out: str | Path,
-    as_: Form | None = None,
-    manifest: str | Path | None = None,
-    base: Base | None = None,
-    model: str | None = None,
-    images: str | Path | None = None,
-    data: Any = None,
-    prompt: str | None = None,
-    samples: int | None = None,
-    device: str | None = None,
-    dtype: Dtype | None = None,
-    seed: int = 0,
-    batch_size: int = 4,
-    max_new_tokens: int = 64,
-    turns: Turns = "each",
-    split: str | None = None,
-    bad_data: BadData = "refuse",
-    allow_downloads: bool = False,
-    metric: AskedMetric | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = no_progress,
-) -> Merged:
+def merge(options: MergeOptions) -> Merged:
     """The checkpoint in the new folder `out` that holds the adapter's base with `adapter` in its weights.
 
     Two are made: the 16-bit weights with the adapter added, and the base's own weights (dequantized where
@@ -85,32 +52,14 @@ def merge(
     Raises RunError for an adapter that is none, takes no effect or is of another base; ModelError if `out`
     is there already; otherwise as `compare` and `load_dynamic_4bit` do.
     """
-    if as_ is not None and as_ not in WRITERS:
-        raise QprobeError(f"--as {as_!r} is no form. Pass {' or '.join(WRITERS)}, or neither.")
-    target = path_of(out)
+    target = path_of(options.out)
     refuse_to_overwrite(target)
     peft_library()
-    found = read_adapter(path_of(adapter))
-    origin = origin_of(found, path_if_given(manifest), base, model, dtype)
-    options = CompareOptions(
-        manifest=origin.path,
-        model=origin.model,
-        images=path_if_given(images),
-        data=data_of(data),
-        prompt=prompt,
-        samples=samples,
-        device=device,
-        seed=seed,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        turns=turns,
-        split=split,
-        bad_data=bad_data,
-        allow_downloads=allow_downloads,
-        metric=metric,
-        trust_remote_code=trust_remote_code,
-    )
-    skeleton = check_model(origin.manifest, origin.model, trust_remote_code)
+    found = read_adapter(path_of(options.adapter))
+    told = path_if_given(options.manifest)
+    origin = origin_of(found, told, options.base, options.model, options.dtype)
+    device, asked = parse_device(options.device), asked_course(options)
+    skeleton = check_model(origin.manifest, origin.model, options.trust_remote_code)
     if readout_of(skeleton.model) != ANSWERS:
         raise QprobeError(
             f"{origin.manifest.model.id} has no language head, so there are no answers by which to tell what "
@@ -119,20 +68,21 @@ def merge(
     fits = found.fits(skeleton.model)
     refuse_without_effect(found, fits, origin.manifest.model.id)
     origin.refuse_other_weights()
-    forms = tuple(WRITERS) if as_ is None else (as_,)
+    forms = tuple(WRITERS) if options.as_ is None else (options.as_,)
     origin.refuse_experts(forms)
-    return _merged(Job(found, origin, skeleton, options, target), forms, progress)
+    job = Job(found, origin, skeleton, target, device, options.trust_remote_code)
+    return _merged(job, forms, asked, options.progress)
 
 
-def _merged(job: Job, forms: tuple[Form, ...], progress: Progress) -> Merged:
-    """Writes and measures each of `forms`, and keeps the better one."""
+def _merged(job: Job, forms: tuple[Form, ...], asked: AskedCourse, progress: Progress) -> Merged:
+    """Writes each of `forms`, measures it on the course that is `asked`, and keeps the better one."""
     course, reference, notes = set_course(
         job.origin.manifest.model.id,
         job.skeleton,
         lambda _: job.adapted(),
-        job.options,
+        asked,
         staged(progress, REFERENCE),
-        "exact",
+        metric_of("exact"),
     )
     results, written = {REFERENCE: reference}, {}
     with ExitStack() as stack:
@@ -140,8 +90,8 @@ def _merged(job: Job, forms: tuple[Form, ...], progress: Progress) -> Merged:
             progress(f"write {form}", 0, 1)
             folder = stack.enter_context(scratch_folder(job.target))
             written[form] = one = WRITERS[form](job, folder)
-            load = partial(_plainly, one.skeleton, job.options.device)
-            results[form] = run_course(load, course, job.options, staged(progress, form))
+            load = partial(_plainly, one.skeleton, job.device)
+            results[form] = run_course(load, course, staged(progress, form))
         form, why = chosen_form({x: results[x] for x in forms})
         one = written[form]
         made = Merged(
@@ -160,7 +110,7 @@ def _merged(job: Job, forms: tuple[Form, ...], progress: Progress) -> Merged:
     return made.with_files(files)
 
 
-def _plainly(skeleton: Skeleton, device: str | None) -> tuple[Any, Any]:
+def _plainly(skeleton: Skeleton, device: AskedDevice) -> tuple[Any, Any]:
     """(model, processor) of a written checkpoint, as a user loads it."""
     model, _ = load_plainly(skeleton, pick_device(device))
     keep_codes_as_stored(model)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qprobe import __version__
 from qprobe.checkpoint.card import auto_class, card_head, plain_usage, task_of
-from qprobe.checkpoint.comparing.compare import Comparison, ModelResult, Row
+from qprobe.checkpoint.comparing.course import ModelResult
+from qprobe.checkpoint.comparing.rows import Comparison, Row
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
+from qprobe.options import Form
 from qprobe.runs.statistics import ratio
 from qprobe.system.markdown import plain
 from qprobe.system.wording import counted
-
-Form = Literal["16-bit", "4-bit"]
 
 
 @dataclass(frozen=True)

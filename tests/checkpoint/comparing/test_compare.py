@@ -11,7 +11,8 @@ from functools import partial
 import pytest
 
 from qprobe.checkpoint.comparing import compare as compare_module
-from qprobe.checkpoint.comparing.compare import Comparison
+from qprobe.checkpoint.comparing import course as course_module
+from qprobe.checkpoint.comparing.rows import Comparison
 from qprobe.checkpoint.load import dynamic_4bit, load_dynamic_4bit, load_standard_4bit, standard_4bit
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.data.builtin import Samples
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 
 def compare(asked: CompareOptions, progress: Progress = no_progress) -> Comparison:
-    return compare_module.compare(**vars(asked), progress=progress)
+    return compare_module.compare(**{**vars(asked), "progress": progress})
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def written(tiny_folder, tmp_path):
         folder = tiny_folder(name)
         path = tmp_path / "skiplist.json"
         write_manifest(path, manifest_for(folder, every_third(folder) if kept is None else kept))
-        return CompareOptions(path, str(folder), device="cpu", max_new_tokens=6, **options)
+        return CompareOptions(path, model=str(folder), device="cpu", max_new_tokens=6, **options)
 
     return write
 
@@ -56,7 +57,7 @@ def use_samples(monkeypatch):
     """use_samples(samples): what compare takes instead of the built-in ones."""
 
     def use(samples, skipped=()):
-        monkeypatch.setattr(compare_module, "choose_samples", lambda *_: Samples(tuple(samples), skipped))
+        monkeypatch.setattr(course_module, "choose_samples", lambda *_: Samples(tuple(samples), skipped))
 
     return use
 

@@ -15,7 +15,7 @@ from qprobe.errors import RunError
 from qprobe.measure import runner
 from qprobe.options import ScanOptions
 from qprobe.scanning import answers
-from qprobe.scanning.request import parse_options
+from qprobe.scanning.asked.request import parse_options
 from tests.scanning.asked import scan
 from tests.scanning.resume.runs import options, table
 
@@ -25,7 +25,7 @@ IN_THE_SPECIFICATION = {
     "max_new_tokens", "measures", "nodes", "tune", "calibration_samples", "turns", "split", "bad_data",
     "allow_downloads", "experts",
 }  # fmt: skip
-NO_PART = {"out", "check", "max_memory", "keep_correction", "trust_remote_code"}
+NO_PART = {"out", "check", "max_memory", "keep_correction", "trust_remote_code", "processor", "progress"}
 
 
 class Stopped(Exception):

@@ -21,6 +21,7 @@ from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import entered, finishing
 from qprobe.scanning.join import join
+from qprobe.system.devices import parse_device
 from qprobe.system.processes import Shard, shard_from
 from tests.scanning.asked import scan
 from tests.scanning.resume.runs import Share, contents, options, table, units
@@ -160,14 +161,18 @@ def test_shares_are_disjoint_and_complete_and_do_not_move_when_units_finish():
         assert all(sorted(Shard(r, world).rotated(everything)) == list(everything) for r in range(world))
 
 
+def device(shard: Shard, asked: str | None) -> str:
+    return str(device_of(shard, parse_device(asked)))
+
+
 def test_each_rank_has_the_gpu_of_its_place(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert device_of(Shard(5, 8, 1), None) == "cuda:1" == device_of(Shard(5, 8, 1), "cuda")
-    assert device_of(Shard(5, 8, 1), "cuda:0") == "cuda:0" and device_of(Shard(5, 8, 1), "cpu") == "cpu"
-    assert device_of(Shard(), None) is None and device_of(Shard(1, 2), "cuda") == "cuda"
+    assert device(Shard(5, 8, 1), None) == "cuda:1" == device(Shard(5, 8, 1), "cuda")
+    assert device(Shard(5, 8, 1), "cuda:0") == "cuda:0" and device(Shard(5, 8, 1), "cpu") == "cpu"
+    assert device(Shard(), None) == "" and device(Shard(1, 2), "cuda") == "cuda"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert device_of(Shard(5, 8, 1), None) is None
+    assert device(Shard(5, 8, 1), None) == ""
 
 
 def test_a_rank_that_sees_one_gpu_takes_it_and_one_beyond_those_it_sees_is_told(
@@ -175,12 +180,12 @@ def test_a_rank_that_sees_one_gpu_takes_it_and_one_beyond_those_it_sees_is_told(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert device_of(Shard(3, 4, 3), None) == "cuda:0" == device_of(Shard(3, 4, 3), "cuda")
+    assert device(Shard(3, 4, 3), None) == "cuda:0" == device(Shard(3, 4, 3), "cuda")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    assert device_of(Shard(2, 4, 2), None) == "cuda:2"
+    assert device(Shard(2, 4, 2), None) == "cuda:2"
     with pytest.raises(MachineError, match=r"^LOCAL_RANK=3 .* sees 3\. .*--device"):
-        device_of(Shard(3, 4, 3), None)
-    assert device_of(Shard(3, 4, 3), "cuda:1") == "cuda:1"
+        device(Shard(3, 4, 3), None)
+    assert device(Shard(3, 4, 3), "cuda:1") == "cuda:1"
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

@@ -1,35 +1,13 @@
-"""What Python hands to a scan in place of names: a loaded model, images in memory, options by keyword."""
+"""What Python hands to a scan in place of names: a loaded model, images in memory."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
-from functools import wraps
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from qprobe.errors import ModelError, SampleError
 from qprobe.loading.loaded import LoadedModel, loaded_model
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def named_options(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose TypeError for an unknown option names the option that was meant."""
-    known = list(inspect.signature(function).parameters)
-
-    @wraps(function)
-    def call(*args: P.args, **options: P.kwargs) -> R:
-        for name in options:
-            if name not in known:
-                near = get_close_matches(name, known, 1)
-                meant = f"Did you mean {near[0]}?" if near else f"Its options are {', '.join(known)}."
-                raise TypeError(f"{function.__name__} has no option {name!r}. {meant}")
-        return function(*args, **options)
-
-    return call
 
 
 def given_model(model: Any, processor: Any) -> LoadedModel | None:
