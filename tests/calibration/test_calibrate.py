@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from qprobe.calibration import calibrate as calibration
+from qprobe.calibration import room
 from qprobe.calibration.calibrate import Work, calibrate_model, calibrate_units, codes_unit
 from qprobe.calibration.codes import Readers, calibrate, workspace_bytes
 from qprobe.calibration.gptq import shrunk
 from qprobe.calibration.gram import APART, Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
-from qprobe.calibration.room import gram_room, rounded_together
+from qprobe.calibration.room import gram_room, rounded_together, rounding_bytes
 from qprobe.calibration.token_weights import DRAWS, token_weights
 from qprobe.errors import MachineError, ManifestError
 from qprobe.formats.codes_file import FILE_NAME, join_codes, open_codes, sha256_of
@@ -321,8 +322,19 @@ def test_what_is_rounded_at_once_has_one_width_and_fits_beside_the_matrices(tiny
     assert len(rounded_together(on_the_cpu, inputs, 2**40)) == 5
 
 
-def test_without_a_memory_limit_matrices_get_a_share_of_what_is_free(tiny_folder, tmp_path):
-    assert gram_room(subject_for(tiny_folder("llama")), []) > 2**20
+def test_without_a_memory_limit_matrices_and_records_get_a_quarter_of_what_is_free(tiny_folder, monkeypatch):
+    subject = subject_for(tiny_folder("llama"))
+    inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs
+    rounding = rounding_bytes(64, 96)
+    for free, matrices in (
+        (4 * rounding, rounding),
+        (rounding + 5, 5),  # what rounding leaves
+        (rounding - 5, 0),
+        (2**50, room.MOST_MEMORY),
+    ):
+        monkeypatch.setattr(room, "free_memory", lambda _, free=free: free)
+        assert gram_room(subject, inputs) == matrices
+        assert room.record_room(subject) == min(free // 4, room.MOST_RECORDED)
 
 
 def cut(path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qprobe.errors import QprobeError
-from qprobe.measure.ablation import check_ablated, measure_ablation, parse_ablated
+from qprobe.measure.ablation import Ablated, check_ablated, measure_ablation, parse_ablated
 from qprobe.measure.kl import ANSWERS, read_out
 from qprobe.options import no_progress
 from qprobe.records import Sample
@@ -131,9 +131,19 @@ def test_the_saved_kl_is_paired_and_leaves_out_what_is_not_finite():
 INVENTORY = inventory_of(linear("model.a"), linear("model.b"), linear("lm_head", fixed="lm_head"))
 
 
-@pytest.mark.parametrize("asked", ["all", "1", "900", "model.a", "model.b, model.a"])
-def test_what_can_be_asked(asked: str) -> None:
-    check_ablated(parse_ablated(asked), INVENTORY)
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        (" all ", "all"),
+        ("1", 1),
+        ("900", 900),
+        ("model.a", ("model.a",)),
+        ("model.b, model.a,", ("model.b", "model.a")),
+    ],
+)
+def test_what_can_be_asked(asked: str, meant: Ablated) -> None:
+    assert parse_ablated(asked) == meant
+    check_ablated(meant, INVENTORY)  # raises nothing
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,7 @@ def test_weights_that_loading_converted_come_to_lie_in_files(tiny_folder, tmp_pa
     fmt = FormatSpec(compute_dtype="float16")
     subject = limited_subject(reference, fmt, LARGE, tmp_path)
     mapped = subject.limit.store.host._mapped  # type: ignore[union-attr]
+    assert subject.dequantized.streamed
     for name in subject.dequantized.streamed:
         weight = subject.modules[name].weight
         assert mapped._is_mapped(weight.data) and torch.equal(weight, plain.modules[name].weight)

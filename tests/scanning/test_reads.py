@@ -92,6 +92,15 @@ def test_what_follows_a_scan_reads_each_file_once(
     assert often(found) == {} and found["scan.json"] == 1 and found[reads] == 1
 
 
+@pytest.mark.parametrize("table", ["layers.csv", "ranks.csv", "frontier.csv", "peaks.csv"])
+def test_a_table_that_was_cut_is_made_again_from_units_that_are_read_once(table: str, run: Path):
+    whole = (run / table).read_bytes()
+    (run / table).write_bytes(whole[:-20])
+    found = reads_of(run, "rank", run)
+    assert often(found) == {} and found["scan.json"]
+    assert (run / table).read_bytes() == whole
+
+
 @pytest.mark.slow
 def test_a_report_against_another_run_reads_each_file_of_both_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,245 @@
+"""Do the tests notice when a line of the package is wrong?
+
+    python -m tests.benchmarks.mutations [--seed 19] [--mutants 60] [--out FILE] [--only N ...] [--work DIR]
+
+Cosmic Ray says which changes there are (an operator, a comparison, a number, a keyword, a decorator, ...) in
+the rooms `ROOMS`. The seed draws places of the source, each as likely as any other, and one change at each.
+Every change is made in a copy of the files that git knows, one at a time, and the tests of its room run
+there: those named after the module first, then the others that are not slow, then the slow ones. A change is
+caught when a test fails, or when the run takes three times as long as without a change. Without one all pass,
+which is tried first. `--only` tries some of the drawn ones, by their number.
+
+Left out before drawing: annotations, which are never evaluated here (`from __future__ import annotations`),
+blocks for type checkers alone, and kernels that only a GPU runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cosmic_ray import mutating, plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+
+ROOMS = ("measure", "calibration", "selection", "runs", "checkpoint", "data")
+ROOT = Path(__file__).parents[2]
+GPU_ONLY = ("columns_cuda.py",)
+PATIENCE = 3.0  # times the seconds of the same tests without a change, and a minute
+ALONE = ("-q", "-x", "-p", "no:cacheprovider")
+
+Place = tuple[int, int]  # line from 1, column from 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change: the `occurrence`-th that the operator can make in the file."""
+
+    file: str
+    line: int
+    operator: str
+    occurrence: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the tests made of a change. caught: by which run, "" if by none; test: the first that failed."""
+
+    number: int
+    change: Change
+    caught: str
+    test: str
+    seconds: float
+
+
+def inert(source: str) -> list[tuple[Place, Place]]:
+    """From where to where `source` holds what never runs: annotations, and blocks for type checkers."""
+    spans: list[ast.AST | None] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.AnnAssign):
+            spans.append(node.annotation)
+        elif isinstance(node, ast.arg):
+            spans.append(node.annotation)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            spans.append(node.returns)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            spans.append(node)
+    return [
+        ((x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset))  # type: ignore[attr-defined]
+        for x in spans
+        if x is not None
+    ]
+
+
+def places(source: str) -> dict[Place, list[tuple[str, int]]]:
+    """(operator, occurrence) of every change that can be made in `source`, by where it begins."""
+    tree, left_out = get_ast(source), inert(source)
+    found: dict[Place, list[tuple[str, int]]] = {}
+    for name in sorted(plugins.operator_names()):
+        operator = plugins.get_operator(name)
+        if operator.arguments():  # takes names of variables that a user wants changed
+            continue
+        starts = (start for node in ast_nodes(tree) for start, _ in operator().mutation_positions(node))
+        for occurrence, start in enumerate(starts):
+            if not any(begin <= start < end for begin, end in left_out):
+                found.setdefault(start, []).append((name, occurrence))
+    return found
+
+
+def drawn(seed: int, count: int) -> list[Change]:
+    """`count` changes, of places that are all as likely."""
+    found_in = (path for room in ROOMS for path in (ROOT / "qprobe" / room).rglob("*.py"))
+    files = sorted(path for path in found_in if path.name not in GPU_ONLY)
+    sources = {path: path.read_text() for path in files}
+    there = [(path, place, some) for path in files for place, some in sorted(places(sources[path]).items())]
+    print(f"{len(there):,} places in {len(files)} files", flush=True)
+    draw = random.Random(seed)
+    draw.shuffle(there)
+    found: list[Change] = []
+    for path, (line, _), some in there:
+        name, occurrence = draw.choice(some)
+        changed = mutating.mutate_code(sources[path], plugins.get_operator(name)(), occurrence)
+        before, after = difference(sources[path], changed or sources[path], line)
+        if before != after:
+            found.append(Change(str(path.relative_to(ROOT)), line, name, occurrence, before, after))
+        if len(found) == count:
+            break
+    return found
+
+
+def difference(source: str, changed: str, line: int) -> tuple[str, str]:
+    """The line as it was and as it is, without indentation."""
+    return tuple(text.splitlines()[line - 1].strip() for text in (source, changed))  # type: ignore[return-value]
+
+
+def copied(to: Path) -> Path:
+    """The files that git knows, in `to`."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
+    for name in filter(None, names):
+        if name.startswith(("qprobe/", "tests/")) or "/" not in name:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    return to
+
+
+def runs_of(change: Change, copy: Path) -> Iterator[tuple[str, list[str]]]:
+    """(what it is called, arguments of pytest) of the runs that may catch `change`, the likeliest first."""
+    room, stem = Path(change.file).parts[1], Path(change.file).stem
+    folder = copy / "tests" / room
+    named = sorted(str(x.relative_to(copy)) for x in folder.rglob(f"test_{stem}.py"))
+    rest = sorted(str(x.relative_to(copy)) for x in folder.rglob("test_*.py"))
+    fast = [*named, *(x for x in rest if x not in named)]
+    yield "quick", ["-m", "not slow", *fast]
+    yield "slow", ["-m", "slow", *fast]
+
+
+def tried(number: int, change: Change, copy: Path, known: dict[tuple[str, ...], float]) -> Outcome:
+    """What the tests of its room make of `change`. known: seconds of runs without a change, kept here."""
+    path, start = copy / change.file, time.perf_counter()
+    operator = plugins.get_operator(change.operator)()
+    for name, arguments in runs_of(change, copy):
+        limit_s = 60 + PATIENCE * unchanged_s(arguments, copy, known)
+        with mutating.use_mutation(path, operator, change.occurrence):
+            test = first_failure(arguments, copy, limit_s)
+        if test is not None:
+            return Outcome(number, change, name, test, time.perf_counter() - start)
+    return Outcome(number, change, "", "", time.perf_counter() - start)
+
+
+def unchanged_s(arguments: Sequence[str], copy: Path, known: dict[tuple[str, ...], float]) -> float:
+    """The seconds that these tests take without a change; ends the program if one of them fails."""
+    key = tuple(sorted(arguments))
+    if key not in known:
+        start = time.perf_counter()
+        failed = first_failure(arguments, copy, None)
+        if failed is not None:
+            raise SystemExit(f"Without any change {failed}")
+        known[key] = time.perf_counter() - start
+        print(f"without a change {known[key]:.0f} s: {' '.join(arguments[:3])} ...", flush=True)
+    return known[key]
+
+
+def first_failure(arguments: Sequence[str], copy: Path, limit_s: float | None) -> str | None:
+    """The first test that fails, or why the run ended otherwise; None if all pass or none is selected."""
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", *ALONE, *arguments]
+    with subprocess.Popen(
+        command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return "time is up"
+    if process.returncode in (0, 5):
+        return None
+    lines = [x for x in said.splitlines() if x.startswith(("FAILED", "ERROR"))]
+    return lines[0].split(" - ")[0] if lines else f"pytest ended with {process.returncode}"
+
+
+def table(outcomes: Sequence[Outcome], seed: int) -> str:
+    """The Markdown of all `outcomes`."""
+    caught = sum(bool(x.caught) for x in outcomes)
+    head = f"Seed {seed}: {caught} of {len(outcomes)} changes are caught.\n"
+    rows = ["| | where | was | is | caught by |", "|---|---|---|---|---|"]
+    for x in outcomes:
+        before, after = (
+            f"`` {text.replace('|', chr(92) + '|')} ``" for text in (x.change.before, x.change.after)
+        )
+        by = x.test.removeprefix("FAILED ").removeprefix("ERROR ").removeprefix("tests/") or "**nothing**"
+        where = f"{x.change.file.removeprefix('qprobe/')}:{x.change.line}"
+        rows.append(f"| {x.number} | {where} | {before} | {after} | {by} |")
+    return "\n".join([head, *rows, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=19)
+    parser.add_argument("--mutants", type=int, default=60)
+    parser.add_argument("--only", type=int, nargs="*")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--log", type=Path, help="a JSON line for each change as it is done; known ones stay")
+    parser.add_argument("--list", action="store_true", help="show what is drawn, and try nothing")
+    asked = parser.parse_args()
+    changes = list(enumerate(drawn(asked.seed, asked.mutants), start=1))
+    wanted = [(n, x) for n, x in changes if not asked.only or n in asked.only]
+    if asked.list:
+        for number, x in wanted:
+            print(f"{number} {x.file}:{x.line} {x.operator}\n  - {x.before}\n  + {x.after}")
+        return
+    outcomes: list[Outcome] = []
+    known: dict[tuple[str, ...], float] = {}
+    with TemporaryDirectory() as folder:
+        copy = copied(Path(folder))
+        for number, change in wanted:
+            outcomes.append(tried(number, change, copy, known))
+            last = outcomes[-1]
+            said = f"{last.caught} ({last.test})" if last.caught else "SURVIVED"
+            print(f"{number} {change.file}:{change.line} {last.seconds:.0f} s: {said}", flush=True)
+            if asked.log:
+                with asked.log.open("a") as log:
+                    log.write(json.dumps(asdict(last)) + "\n")
+    text = table(outcomes, asked.seed)
+    print(text)
+    if asked.out:
+        asked.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
