@@ -9,6 +9,7 @@ import torch
 
 from qprobe.inputs import answers
 from qprobe.inputs.batch import Batch
+from qprobe.inputs.decoder import Layout, layout_of
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.records import Sample
 
@@ -16,7 +17,7 @@ from qprobe.records import Sample
 def encode(
     processor: Any, samples: Sequence[Sample], dtype: torch.dtype, image_token_id: int | None = None
 ) -> Batch:
-    return ProcessedSamples(processor, dtype, image_token_id).batch(samples)
+    return ProcessedSamples(processor, dtype, Layout(image_token_id)).batch(samples)
 
 
 def batches(processor: Any, samples: Sequence[Sample], size: int) -> list[tuple[Sample, ...]]:
@@ -25,7 +26,7 @@ def batches(processor: Any, samples: Sequence[Sample], size: int) -> list[tuple[
 
 def answered(model: Any, processor: Any, samples: Sequence[Sample], limit: int, size: int) -> list[Sample]:
     return answers.answered(
-        model, ProcessedSamples(processor, model.dtype), samples, answers.Batching(size, limit)
+        model, ProcessedSamples(processor, model.dtype, layout_of(model)), samples, answers.Batching(size, limit)
     )
 
 

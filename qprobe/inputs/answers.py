@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qprobe.inputs.batch import tokenizer_of
+from qprobe.inputs.decoder import Decoder
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.options import Progress, no_progress
 from qprobe.records import Sample
@@ -61,17 +62,39 @@ def _generate(
     tokenizer = tokenizer_of(processed.processor)
     device = device or next(model.parameters()).device
     inputs = {k: v.to(device) for k, v in processed.prompts(group).items()}
-    stop = _stop_ids(model, tokenizer)
+    stop, decoder = _stop_ids(model, tokenizer), processed.decoder
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=limit, eos_token_id=stop or None, pad_token_id=tokenizer.pad_token_id
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limit,
+        eos_token_id=stop or None,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=None if decoder is None else decoder.start,
     )
     with torch.inference_mode():
         output = model.generate(**inputs, generation_config=config)
+    if decoder is None:
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+    else:
+        rows = output[:, 1:].tolist()
+    forced = getattr(model.generation_config, "forced_eos_token_id", None)
     results = []
-    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+    for row in rows:
         end = next((i for i, token in enumerate(row) if token in stop), None)
-        results.append((tokenizer.decode(row[:end], skip_special_tokens=True), end is not None))
+        is_forced = forced is not None and end == limit - 1  # an end that generation puts where it stops
+        text = _text(tokenizer, row[:end], decoder)
+        results.append((text, end is not None and not is_forced))
     return results
+
+
+def _text(tokenizer: Any, ids: list[int], decoder: Decoder | None) -> str:
+    """The answer in `ids`. Behind an encoder special tokens belong to it, such as Florence-2's places on the
+    image or T5's sentinels, but for those around it.
+    """
+    if decoder is None:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    around = {decoder.start, decoder.forced, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    return tokenizer.decode([x for x in ids if x not in around], skip_special_tokens=False)
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -31,6 +31,9 @@ PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, OSError
 # the answer follows that line break, and the model reads it causally by its token types.
 SUFFIXED = ("PaliGemmaProcessor",)
 
+# Processors that write the tokens of an image ahead of the text themselves, and what else stands around it.
+WRITING_IMAGES = ("Florence2Processor", "Blip2Processor", "InstructBlipProcessor")
+
 
 class UnreadableError(SampleError):
     """Samples that the model's template or processor refuses; `why` is a clause without a full stop."""
@@ -47,16 +50,30 @@ class Batch:
     inputs: keyword arguments of the model's forward, sample-major along dimension 0.
     kinds: (B, T) uint8 on the CPU: PAD, VISION, TEXT or ANSWER of each token.
     answers: for each sample (start, end), its answer tokens in the sequence; start == end if it has none.
+    decoder_kinds: (B, U) as `kinds`, of what a decoder behind an encoder reads, PAD or ANSWER; U is never T.
+    None for a model that reads one sequence. With it `kinds` are the encoder's, and `answers` count the
+    tokens that the decoder reads and, behind them, the last one that it puts out.
     """
 
     samples: tuple[Sample, ...]
     inputs: dict[str, Tensor]
     kinds: Tensor
     answers: tuple[tuple[int, int], ...]
+    decoder_kinds: Tensor | None = None
 
     @property
     def size(self) -> int:
         return len(self.samples)
+
+    @property
+    def answering_kinds(self) -> Tensor:
+        """The kinds of the sequence whose tokens predict the answers."""
+        return self.kinds if self.decoder_kinds is None else self.decoder_kinds
+
+    def kinds_of(self, rows: int) -> Tensor | None:
+        """The kinds of the sequence with `rows` tokens; None if none has so many."""
+        sequences = (self.kinds, self.decoder_kinds)
+        return next((x for x in sequences if x is not None and x.shape[1] == rows), None)
 
     @property
     def answer_tokens(self) -> int:
@@ -83,6 +100,7 @@ class Batch:
             {k: torch.cat([v] * times) for k, v in self.inputs.items()},
             torch.cat([self.kinds] * times),
             self.answers * times,
+            None if self.decoder_kinds is None else torch.cat([self.decoder_kinds] * times),
         )
 
 
@@ -102,7 +120,11 @@ def has_template(processor: Any) -> bool:
 
 
 def _takes_suffix(processor: Any) -> bool:
-    return any(x.__name__ in SUFFIXED for x in type(processor).__mro__)
+    return _is_one_of(processor, SUFFIXED)
+
+
+def _is_one_of(processor: Any, names: tuple[str, ...]) -> bool:
+    return any(x.__name__ in names for x in type(processor).__mro__)
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:
@@ -118,7 +140,7 @@ def prompt_text(processor: Any, sample: Sample) -> str:
         except Refused as reason:
             said = f"Sample {sample.id!r} cannot be read: {reason}. Leave it out."
             raise UnreadableError(said, str(reason)) from None
-    token = getattr(processor, "image_token", "")
+    token = "" if _is_one_of(processor, WRITING_IMAGES) else getattr(processor, "image_token", "")
     lines = ["".join(x if isinstance(x, str) else token for x in turn.parts) for turn in sample.turns]
     return "\n".join([*lines, ""] if _takes_suffix(processor) else lines)
 
@@ -139,7 +161,7 @@ def mark_in(processor: Any, texts: Sequence[str]) -> str | None:
     A special token would end an answer or open a turn in its middle. Without a chat template the text is the
     whole prompt, and only what stands for an image cannot be meant.
     """
-    token = getattr(processor, "image_token", None)
+    token = str(getattr(processor, "image_token", None) or "")
     if token and any(token in x for x in texts):
         return f"its text contains {token}, which stands for an image in this model"
     if not has_template(processor):
@@ -187,6 +209,8 @@ def _processed(
             said = f"Sample {with_image[0].id!r} has an image, but the model reads text only."
             raise UnreadableError(said, "it has an image, but the model reads text only")
         return dict(processor(texts, **options))
+    if _is_one_of(processor, WRITING_IMAGES):
+        options.pop("add_special_tokens")
     if not with_image:
         return dict(processor(text=texts, **options))
     images = [[decode(x).image for x in s.images] for s in with_image]

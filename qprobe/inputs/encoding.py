@@ -24,7 +24,9 @@ from qprobe.inputs.batch import (
     prompt_text,
     tokenizer_of,
 )
+from qprobe.inputs.decoder import Decoder, Layout, answer_of, layout_of
 from qprobe.inputs.joining import Inputs, joined
+from qprobe.inputs.processed import ProcessedSamples
 from qprobe.records import Sample
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -82,13 +84,17 @@ def _plain(processor: Any, conversation: Conversation) -> Rendered:
     return Rendered(text, ((len(prompt_text(processor, sample)), len(text)),))
 
 
-def rows_to_learn(processor: Any, conversation: Conversation) -> tuple[Conversation, ...]:
+def rows_to_learn(
+    processor: Any, conversation: Conversation, decoder: Decoder | None = None
+) -> tuple[Conversation, ...]:
     """The conversation, or one up to each answer that is learned, where the template rewrites earlier turns
-    or there is none.
+    or there is none, and where a `decoder` learns one answer at a time.
 
     Raises Refused as `render` does.
     """
     places = [i for i, x in enumerate(conversation.turns) if x.role == "assistant" and x.learned]
+    if decoder is not None:
+        return tuple(_up_to(conversation, place) for place in places)
     try:
         render(processor, conversation)
         return (conversation,)
@@ -113,12 +119,19 @@ def _up_to(conversation: Conversation, place: int) -> Conversation:
 
 
 def encode_conversations(
-    processor: Any, conversations: Sequence[Conversation], dtype: torch.dtype
+    processor: Any,
+    conversations: Sequence[Conversation],
+    dtype: torch.dtype,
+    decoder: Decoder | None = None,
 ) -> dict[str, Tensor]:
     """Model inputs of a batch on the CPU, padded on the right, with `labels` (B, T): IGNORED but at answers.
 
-    Floating tensors are in `dtype`. Raises SampleError for what the processor cannot read or tell apart.
+    decoder: of a model whose encoder reads the prompts; the labels are then all that it is to put out, as
+    transformers' own training scripts have them. Floating tensors are in `dtype`. Raises SampleError for what
+    the processor cannot read or tell apart.
     """
+    if decoder is not None:
+        return _encoded_apart(processor, conversations, dtype, decoder)
     rendered = [render(processor, x) for x in conversations]
     rows = [_encoded(processor, x, one.text, dtype) for x, one in zip(conversations, rendered, strict=True)]
     inputs = joined(rows, "right", tokenizer_of(processor).pad_token_id)
@@ -132,10 +145,30 @@ def encode_conversations(
     return {**inputs, "labels": labels}
 
 
+def _encoded_apart(
+    processor: Any, conversations: Sequence[Conversation], dtype: torch.dtype, decoder: Decoder
+) -> dict[str, Tensor]:
+    """`encode_conversations` of prompts for an encoder and, for its decoder, their last answers."""
+    samples = [_sample(x) for x in conversations]
+    batch = ProcessedSamples(processor, dtype, Layout(decoder=decoder)).batch(samples)
+    labels = torch.full_like(batch.inputs["decoder_input_ids"], IGNORED)
+    for row, sample in enumerate(samples):
+        answer = answer_of(processor, decoder, sample)
+        if len(answer.ids) == answer.begin:
+            raise SampleError("no token of it belongs to an answer")
+        labels[row, : len(answer.ids)] = torch.tensor(answer.ids)
+    return {**batch.inputs, "labels": labels}
+
+
+def _sample(conversation: Conversation) -> Sample:
+    """The conversation up to its last answer, and that."""
+    *before, last = held(conversation.turns)
+    return Sample(conversation.name, tuple(before), last.text)
+
+
 def _encoded(processor: Any, conversation: Conversation, text: str, dtype: torch.dtype) -> Inputs:
     """The inputs of one conversation by itself."""
-    *before, last = held(conversation.turns)
-    made = process(processor, [Sample(conversation.name, tuple(before), last.text)], [text], "right")
+    made = process(processor, [_sample(conversation)], [text], "right")
     return {
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in made.items()
@@ -144,14 +177,17 @@ def _encoded(processor: Any, conversation: Conversation, text: str, dtype: torch
 
 
 def answer_collator(
-    processor: Any, dtype: torch.dtype = torch.bfloat16
+    processor: Any, dtype: torch.dtype = torch.bfloat16, model: Any = None
 ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """A `data_collator` for TRL's SFTTrainer that learns the answers only; for any processor.
 
     TRL's own puts labels on image tokens too, which Llama 3.2 Vision has no logits for. Rows as of
-    `read_conversations`; dtype: of the pixels. Raises SampleError for a row that cannot be trained on.
+    `read_conversations`; dtype: of the pixels. model: the one that learns, needed for an encoder-decoder
+    alone, whose decoder learns the last answer of each row. Raises SampleError for a row that cannot be
+    trained on.
     """
-    return lambda rows: encode_conversations(processor, _conversations(rows), dtype)
+    decoder = None if model is None else layout_of(model).decoder
+    return lambda rows: encode_conversations(processor, _conversations(rows), dtype, decoder)
 
 
 def _conversations(rows: list[dict[str, Any]]) -> list[Conversation]:
@@ -200,7 +236,11 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def encoding_problem(
-    processor: Any, conversation: Conversation, dtype: torch.dtype, max_length: int
+    processor: Any,
+    conversation: Conversation,
+    dtype: torch.dtype,
+    max_length: int,
+    decoder: Decoder | None = None,
 ) -> str | None:
     """Why the conversation cannot be trained on once it is tokens; None if it can."""
     if conversation.images and tokenizer_of(processor) is processor:
@@ -209,12 +249,12 @@ def encoding_problem(
     if mark is not None:
         return mark
     try:
-        inputs = encode_conversations(processor, [conversation], dtype)
+        inputs = encode_conversations(processor, [conversation], dtype, decoder)
     except UnreadableError as error:
         return error.why
     except (SampleError, Refused) as error:
         return str(error)
-    length = inputs["input_ids"].shape[1]
+    length = max(inputs[x].shape[1] for x in ("input_ids", "labels"))
     if length > max_length:
         return f"it has {length:,} tokens, more than --max-length {max_length:,}"
     return None

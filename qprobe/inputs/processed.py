@@ -7,6 +7,7 @@ pass over the same samples, runs the processor no further time and decodes no im
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from qprobe.inputs.batch import (
     prompt_text,
     tokenizer_of,
 )
+from qprobe.inputs.decoder import Decoder, Layout, with_answers
 from qprobe.inputs.joining import TEXT_KEYS, Inputs, Side, joined
 from qprobe.records import Sample
 
@@ -39,19 +41,19 @@ class ProcessedSamples:
     Holds the inputs of one kind of text at a time, prompts or prompts with answers, up to `room_bytes`; what
     does not fit is processed again when it is next asked for. All shapes of processed images are
     held.
-    image_token_id: marks vision tokens in the text; None if there are none.
+    layout: how the model reads them, see `layout_of`. An encoder reads prompts alone.
     """
 
     def __init__(
         self,
         processor: Any,
         dtype: torch.dtype,
-        image_token_id: int | None = None,
+        layout: Layout = Layout(),  # noqa: B008  # frozen
         room_bytes: int = ROOM_BYTES,
     ) -> None:
         self.processor = processor
         self._dtype = dtype
-        self._image_token_id = image_token_id
+        self._layout = layout
         self._room_bytes = room_bytes
         self._kind = ""
         self._held: dict[Key, Inputs] = {}
@@ -62,12 +64,25 @@ class ProcessedSamples:
 
         Raises SampleError if the processor cannot read them.
         """
-        inputs = self._joined(samples, "full", "right")
-        return marked(self.processor, samples, inputs, self._image_token_id)
+        decoder, image_token_id = self._layout.decoder, self._layout.image_token_id
+        if decoder is None:
+            inputs = self._joined(samples, "full", "right")
+            return marked(self.processor, samples, inputs, image_token_id)
+        prompts = [replace(s, answer=None) for s in samples]
+        read = marked(self.processor, prompts, self.prompts(samples), image_token_id)
+        return with_answers(replace(read, samples=tuple(samples)), self.processor, decoder)
 
     def prompts(self, samples: Sequence[Sample]) -> Inputs:
-        """Inputs of `samples` without their answers, padded on the left. Errors as of `batch`."""
-        return self._joined(samples, "prompt", "left")
+        """Inputs of `samples` without their answers. Errors as of `batch`.
+
+        Padded on the left, where the answer follows them; on the right where an encoder reads them.
+        """
+        return self._joined(samples, "prompt", "left" if self._layout.decoder is None else "right")
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """Of a model whose encoder reads the prompts."""
+        return self._layout.decoder
 
     def refusal(self, sample: Sample) -> str | None:
         """Why the template or the processor does not take `sample`; None if they do.
@@ -77,7 +92,7 @@ class ProcessedSamples:
         mark = mark_in(self.processor, [*(x.text for x in sample.turns), sample.answer or ""])
         if mark is not None:
             return mark
-        kind = "prompt" if sample.answer is None else "full"
+        kind = self._kind_of(sample)
         try:
             if kind == "full" and self._kind == "prompt":
                 self._made(sample, full_text(self.processor, sample))
@@ -103,8 +118,12 @@ class ProcessedSamples:
             return ()
         key = (sample.images, prompt_text(self.processor, sample))
         if key not in self._shapes:
-            self._inputs(sample, "prompt" if sample.answer is None else "full")
+            self._inputs(sample, self._kind_of(sample))
         return self._shapes[key]
+
+    def _kind_of(self, sample: Sample) -> Literal["prompt", "full"]:
+        """The text of `sample` that is processed first."""
+        return "prompt" if sample.answer is None or self.decoder is not None else "full"
 
     def _inputs(self, sample: Sample, kind: Literal["prompt", "full"]) -> Inputs:
         text = (prompt_text if kind == "prompt" else full_text)(self.processor, sample)

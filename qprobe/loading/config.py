@@ -34,6 +34,21 @@ def load_config(source: Source) -> Any:
         )
 
 
+def load_generation(source: Source, config: Any) -> Any:
+    """The transformers generation config of an encoder-decoder, which may say how its decoder begins.
+
+    None for any other model, and where `source` has none.
+    """
+    from transformers import GenerationConfig
+
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    try:
+        return GenerationConfig.from_pretrained(source.location, revision=source.revision or "main")
+    except (OSError, ValueError):
+        return None
+
+
 def _given_config(source: Source, revision: str) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 

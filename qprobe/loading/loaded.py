@@ -112,7 +112,8 @@ def loaded_skeleton(loaded: LoadedModel, dtype: str) -> Skeleton:
     config = copy.deepcopy(loaded.model.config)
     config.architectures = [type(loaded.model).__name__]
     config._attn_implementation = None  # as loading it for a scan would choose
-    skeleton = Skeleton(loaded.source, config, dtype)
+    generation = copy.deepcopy(getattr(loaded.model, "generation_config", None))
+    skeleton = Skeleton(loaded.source, config, dtype, generation=generation)
     _check_same(skeleton.model, loaded.model)
     return skeleton
 

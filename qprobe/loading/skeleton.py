@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qprobe.errors import ModelError
-from qprobe.loading.config import build, catalogue_config, load_config
+from qprobe.loading.config import build, catalogue_config, load_config, load_generation
 from qprobe.loading.device import DTYPES
 from qprobe.loading.inventory import fingerprint, list_layers
 from qprobe.loading.source import Source
@@ -31,7 +31,7 @@ class Skeleton:
 
     config: transformers'. dtype: of what is in 16-bit, "bfloat16" or "float16". entry: the catalogue's, where
     the model was looked up there. twin: the skeleton of another checkpoint of this model, which lends its
-    modules.
+    modules. generation: transformers' config of how it generates; None for what follows from `config`.
     """
 
     source: Source
@@ -39,6 +39,7 @@ class Skeleton:
     dtype: str
     entry: Entry | None = None
     twin: Skeleton | None = None
+    generation: Any = field(default=None, repr=False)  # transformers.GenerationConfig
     _inventories: dict[FormatSpec, Inventory] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -47,7 +48,10 @@ class Skeleton:
         if self.twin is not None:
             return self.twin.model
         try:
-            return meta_model(self.config, self.dtype, self.source.trusts_code)
+            built = meta_model(self.config, self.dtype, self.source.trusts_code)
+            if self.generation is not None:
+                built.generation_config = self.generation
+            return built
         except ModelError:
             raise
         except Exception as error:  # a config can be wrong in as many ways as there are model classes
@@ -79,13 +83,13 @@ class Skeleton:
 
     def in_dtype(self, dtype: str) -> Skeleton:
         """The skeleton with everything in 16-bit in `dtype`: this one if it has it, else another."""
-        return self if dtype == self.dtype else Skeleton(self.source, self.config, dtype, self.entry)
+        return self if dtype == self.dtype else replace(self, dtype=dtype, twin=None, _inventories={})
 
     def of_copy(self, source: Source) -> Skeleton:
         """The skeleton of `source`, where this model was saved; its own if its config differs."""
         config = load_config(source)
         if _meaning(config.to_dict()) != _meaning(self.config.to_dict()):
-            return Skeleton(source, config, self.dtype)
+            return Skeleton(source, config, self.dtype, generation=load_generation(source, config))
         return replace(self, source=source, config=config, twin=self)
 
 
@@ -97,7 +101,8 @@ def skeleton_of(source: Source, dtype: str, entry: Entry | None = None) -> Skele
     """
     if entry is None:
         try:
-            return Skeleton(source, load_config(source), dtype, entry)
+            config = load_config(source)
+            return Skeleton(source, config, dtype, entry, generation=load_generation(source, config))
         except ModelError:
             raise
         except Exception as error:  # validators of transformers raise errors of their own

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qprobe.errors import ModelError
 from qprobe.inputs.batch import PAD, Batch
+from qprobe.inputs.decoder import is_encoder_decoder, layout_of
 from qprobe.loading.experts.weights import Layer
 from qprobe.loading.inventory import has_language_head
 from qprobe.measure.dequantized import DequantizedWeights
@@ -106,7 +107,9 @@ _MULTI_LABEL = "multi_label_classification"
 
 
 def refuse_unread(model: Any) -> None:
-    """Raises ModelError for a model whose inputs samples do not make: speech, images alone, two sequences."""
+    """Raises ModelError for a model whose inputs samples do not make: speech, images alone, a decoder behind
+    an encoder that gives no answers.
+    """
     takes = inspect.signature(model.forward).parameters
     name = type(model).__name__
     if "input_ids" not in takes:
@@ -114,11 +117,14 @@ def refuse_unread(model: Any) -> None:
             f"{name} reads {model.main_input_name}, and samples here are texts, with or without images. Pass "
             "--measures weight, which runs no sample."
         )
-    if "decoder_input_ids" in takes:
+    if getattr(model.config, "is_encoder_decoder", False) and readout_of(model) is None:
         raise ModelError(
-            f"{name} is an encoder-decoder, which qprobe does not run. Pass --measures weight, which runs no "
+            f"{name} is an encoder-decoder without a language head, so its decoder answers nothing. Name the "
+            "class with the head in architectures of config.json, or pass --measures weight, which runs no "
             "sample."
         )
+    if is_encoder_decoder(model):
+        layout_of(model)
 
 
 def read_out(model: Any, batch: Batch) -> list[Tensor]:
@@ -128,7 +134,7 @@ def read_out(model: Any, batch: Batch) -> list[Tensor]:
     """
     options: dict[str, Any] = {}
     if readout_of(model) == ANSWERS and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        length = batch.inputs["input_ids"].shape[1]
+        length = batch.answering_kinds.shape[1]
         starts = [start for start, end in batch.answers if end > start]
         options["logits_to_keep"] = length - max(min(starts, default=length) - 1, 0)
     return rows_of(model, run_model(model, batch, **options), batch)
@@ -166,7 +172,7 @@ def at_answers(logits: Tensor, batch: Batch) -> list[Tensor]:
 
     One tensor (answer tokens, vocabulary) a sample; empty for a sample without an answer.
     """
-    offset = batch.kinds.shape[1] - logits.shape[1]  # 0 where the model computed all positions
+    offset = batch.answering_kinds.shape[1] - logits.shape[1]  # 0 where the model computed all positions
     return [
         logits[i, start - 1 - offset : end - 1 - offset].float() if end > start else logits[i, :0].float()
         for i, (start, end) in enumerate(batch.answers)

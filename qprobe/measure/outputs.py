@@ -144,8 +144,7 @@ class OutputErrors:
         samples, frames = [s.id for s in self.batch.samples], []
         for name, several in self.experts.items():
             for call in several:
-                is_text = self.layers[name].reads == "text" and call.tokens == self.batch.kinds.shape[1]
-                frames.append(expert_rows(name, call, samples, self.batch.kinds if is_text else None))
+                frames.append(expert_rows(name, call, samples, self._kinds(name, call.tokens)))
         if not frames:
             return pd.DataFrame()
         frame = pd.concat(frames, ignore_index=True)
@@ -158,7 +157,7 @@ class OutputErrors:
             return pd.DataFrame()
         alike: dict[tuple, list[int]] = {}
         for i, (name, call) in enumerate(calls):
-            key = (call.y.device, call.y.shape[1], self._is_text(name, call))
+            key = (call.y.device, call.y.shape[1], self._kinds(name, call.y.shape[1]) is not None)
             alike.setdefault(key, []).append(i)
         columns: dict[str, np.ndarray] = {}
         for members in alike.values():
@@ -181,8 +180,9 @@ class OutputErrors:
         y, noise, peak = (
             torch.stack([getattr(call, k) for _, call in calls]) for k in ("y", "noise", "peak")
         )
-        if self._is_text(*calls[0]):
-            kinds = self.batch.kinds.to(y.device)
+        kinds = self._kinds(calls[0][0], y.shape[2])
+        if kinds is not None:
+            kinds = kinds.to(y.device)
         else:
             kinds = torch.full(y.shape[1:], VISION, dtype=torch.uint8, device=y.device)
         mask = kinds != PAD
@@ -198,9 +198,11 @@ class OutputErrors:
         kind = kinds.expand(y.shape).gather(2, top.indices[..., None])[..., 0]
         return {**reduced, "activation_peak": top.values, "peak_token": top.indices, "peak_kind": kind}
 
-    def _is_text(self, name: str, call: Norms) -> bool:
-        """True if the linear reads the text sequence: its rows are the batch's tokens, pads among them."""
-        return self.layers[name].reads == "text" and call.y.shape[1] == self.batch.kinds.shape[1]
+    def _kinds(self, name: str, rows: int) -> Tensor | None:
+        """The kinds of the tokens that layer `name` reads, where it reads one of the sequences of the batch;
+        None where its `rows` are vision tokens.
+        """
+        return self.batch.kinds_of(rows) if self.layers[name].reads == "text" else None
 
 
 PROPAGATED = (

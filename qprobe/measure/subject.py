@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qprobe.formats.protocol import Format, format_from
-from qprobe.inputs.batch import Batch, image_token_id
+from qprobe.inputs.batch import Batch
+from qprobe.inputs.decoder import Layout, layout_of
 from qprobe.inputs.processed import ROOM_BYTES as INPUTS_BYTES
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.experts.weights import Layer
@@ -134,11 +135,11 @@ class Subject:
 
 
 def processed_samples(
-    processor: Any, config: Any, dtype: torch.dtype, limit_bytes: int | None = None
+    processor: Any, layout: Layout, dtype: torch.dtype, limit_bytes: int | None = None
 ) -> ProcessedSamples:
-    """What `processor` makes of samples for the model of `config` in `dtype`; limit_bytes: of a scan."""
+    """What `processor` makes of samples for a model of this `layout` in `dtype`; limit_bytes: of a scan."""
     room = INPUTS_BYTES if limit_bytes is None else min(INPUTS_BYTES, limit_bytes // INPUTS_SHARE)
-    return ProcessedSamples(processor, dtype, image_token_id(config), room)
+    return ProcessedSamples(processor, dtype, layout, room)
 
 
 def limited_subject(
@@ -172,7 +173,7 @@ def limited_subject(
         dequantized = DequantizedWeights(modules, fmt, store, streamed)
     dtype = reference.model.dtype
     if processed is None:
-        processed = processed_samples(reference.processor, reference.model.config, dtype, limit_bytes)
+        processed = processed_samples(reference.processor, layout_of(reference.model), dtype, limit_bytes)
     return Subject(reference, inventory, modules, dequantized, dtype, processed, limit, mapped.forget)
 
 
@@ -223,5 +224,5 @@ def subject_of(reference: Reference, spec: FormatSpec, processed: ProcessedSampl
         dequantized = DequantizedWeights(modules, format_from(spec))
     inventory, dtype = reference.inventory(spec), reference.model.dtype
     if processed is None:
-        processed = processed_samples(reference.processor, reference.model.config, dtype)
+        processed = processed_samples(reference.processor, layout_of(reference.model), dtype)
     return Subject(reference, inventory, modules, dequantized, dtype, processed)

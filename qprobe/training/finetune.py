@@ -20,6 +20,7 @@ from qprobe.data.conversation import Conversation, Conversations
 from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
 from qprobe.errors import ModelError, RunError, SampleError
 from qprobe.exports.keys import one_pattern
+from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
@@ -190,7 +191,8 @@ def _finetune(
     if processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer, so no text can be learned. Add its files.")
     dtype = getattr(torch, with_dtype(manifest.format, options.dtype).compute_dtype)
-    checked = [encodable(x, processor, dtype, options.max_length, progress) for x in found]
+    decoder = layout_of(skeleton.model).decoder
+    checked = [encodable(x, processor, dtype, options.max_length, progress, decoder) for x in found]
     for one in checked:
         check_left_out(one, options.bad_data, "train on")
         warn_left_out(share_left_out(one), one.sentences(), "skipped")
@@ -209,6 +211,7 @@ def _finetune(
         lora_alpha=options.rank,
         lora_dropout=0.0,
         target_modules=one_pattern(targets.names),
+        task_type=None if decoder is None else "SEQ_2_SEQ_LM",
     )
     with names_as_written():
         tuned = peft.get_peft_model(model, config)
@@ -300,7 +303,7 @@ def _train(
         checkpoints,
         list(train),
         list(held_out),
-        lambda rows: encode_conversations(processor, rows, dtype),
+        lambda rows: encode_conversations(processor, rows, dtype, layout_of(tuned.get_base_model()).decoder),
         watch,
     )
     resume = last_checkpoint(checkpoints)

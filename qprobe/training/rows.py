@@ -13,6 +13,7 @@ from qprobe.data.reading import Reading, check_left_out, read_conversations
 from qprobe.data.reasons import Refused
 from qprobe.data.turns import learning
 from qprobe.errors import SampleError
+from qprobe.inputs.decoder import Decoder
 from qprobe.inputs.encoding import encode_conversations, encoding_problem, rows_to_learn
 from qprobe.options import FinetuneOptions, Progress
 
@@ -37,17 +38,24 @@ def learnable(data: Any, options: FinetuneOptions, progress: Progress) -> Conver
 
 
 def encodable(
-    found: Conversations, processor: Any, dtype: torch.dtype, max_length: int, progress: Progress
+    found: Conversations,
+    processor: Any,
+    dtype: torch.dtype,
+    max_length: int,
+    progress: Progress,
+    decoder: Decoder | None = None,
 ) -> Conversations:
-    """`found` as rows that can be learned; those that the model's processor cannot encode are skipped."""
+    """`found` as rows that can be learned; those that the model's processor cannot encode are skipped.
+
+    decoder: of a model whose encoder reads the prompts.
+    """
     good: list[Conversation] = []
     skipped = list(found.skipped)
     for done, one in enumerate(found.good, start=1):
         try:
-            rows = rows_to_learn(processor, one)
-            problem = next(
-                filter(None, (encoding_problem(processor, x, dtype, max_length) for x in rows)), None
-            )
+            rows = rows_to_learn(processor, one, decoder)
+            problems = (encoding_problem(processor, x, dtype, max_length, decoder) for x in rows)
+            problem = next(filter(None, problems), None)
         except Refused as reason:
             rows, problem = (), str(reason)
         if problem is None:

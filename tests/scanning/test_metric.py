@@ -11,7 +11,7 @@ import pytest
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.errors import QprobeError
 from qprobe.inputs.answers import Batching, answered
-from qprobe.inputs.batch import image_token_id
+from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.reference import load_reference
 from qprobe.records import Sample, Score
@@ -76,7 +76,7 @@ def test_the_answers_scored_are_those_of_the_loaded_models(tiny_folder: TinyFold
 
 
 def answered_by(model: Any, reference: Any, samples: list[Sample]) -> list[Sample]:
-    processed = ProcessedSamples(reference.processor, model.dtype, image_token_id(model.config))
+    processed = ProcessedSamples(reference.processor, model.dtype, layout_of(model))
     return answered(model, processed, samples, Batching(1, 6))
 
 

@@ -17,7 +17,8 @@ from qprobe.checkpoint.storage import StoredBytes, stored_bytes
 from qprobe.data.sampling import Wanted, choose_samples, unanswered_note, wanted_by
 from qprobe.errors import ModelError
 from qprobe.inputs.answers import Batching, answered
-from qprobe.inputs.batch import image_token_id, reads_images
+from qprobe.inputs.batch import reads_images
+from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.metrics import Metric, metric_of, metrics_for
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
@@ -109,7 +110,7 @@ def set_course(
     processor = load_processor(skeleton.source)
     if processor is None:
         raise ModelError(f"{model_id} has no tokenizer beside its weights, so it cannot answer.")
-    processed = ProcessedSamples(processor, getattr(torch, skeleton.dtype), image_token_id(skeleton.config))
+    processed = ProcessedSamples(processor, getattr(torch, skeleton.dtype), layout_of(skeleton.model))
     chosen = choose_samples(model_id, reads_images(processor), asked.samples, "compare", processed.refusal)
     model = load(processor)
     own = answered(model, processed, chosen.samples, asked.batching, report)
@@ -141,7 +142,7 @@ def run_course(load: Callable[[], tuple[Any, Any]], course: Course, report: Prog
     _free_memory()
     model, processor = load()
     stored = stored_bytes(model)
-    processed = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
+    processed = ProcessedSamples(processor, model.dtype, layout_of(model))
     own = answered(model, processed, course.samples, course.batching, report)
     answers = [s.answer or "" for s in own]
     scores = course.scores(answers)

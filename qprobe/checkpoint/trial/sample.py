@@ -12,7 +12,8 @@ from PIL import Image
 
 from qprobe.data.builtin import QUESTIONS
 from qprobe.errors import SampleError
-from qprobe.inputs.batch import TEXT, Batch, image_token_id, reads_images
+from qprobe.inputs.batch import TEXT, Batch, reads_images
+from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.records import Sample, asked
 
@@ -30,7 +31,7 @@ def trial_batch(model: Any, processor: Any) -> Batch | None:
     if "input_ids" not in takes:
         return None
     batch = _processed(model, processor) or _bare(model)
-    if batch is not None and "decoder_input_ids" in takes:
+    if batch is not None and "decoder_input_ids" in takes and batch.decoder_kinds is None:
         begin = getattr(model.config, "decoder_start_token_id", None) or 0
         batch = replace(batch, inputs={**batch.inputs, "decoder_input_ids": torch.tensor([[begin]])})
     return None if batch is None else batch.to(model.device)
@@ -39,7 +40,7 @@ def trial_batch(model: Any, processor: Any) -> Batch | None:
 def _processed(model: Any, processor: Any) -> Batch | None:
     if processor is None:
         return None
-    made = ProcessedSamples(processor, model.dtype, image_token_id(model.config))
+    made = ProcessedSamples(processor, model.dtype, layout_of(model))
     try:
         return made.batch([_sample(reads_images(processor))])
     except SampleError:
