@@ -1,0 +1,165 @@
+"""Oracles of what a model puts out: each layer's error on its inputs, and the KL of the whole, in loops.
+
+As `oracles`: bitsandbytes rounds, and sums are taken in float64. Samples run one at a time, without padding.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qprobe
+from qprobe.inputs.batch import Batch
+from qprobe.inputs.processed import ProcessedSamples
+from qprobe.records import Sample, asked
+from tests.benchmarks.architecture_matrix.oracles import (
+    in_four_bit,
+    plain_model,
+    through_nf4,
+    unlike,
+    weight_of,
+)
+from tests.benchmarks.architecture_matrix.road import OK, Course
+
+# Relative: products in bf16 differ from the true ones by a random 2 % of an error of 10 %, which averages out
+# over the outputs that are summed.
+ACTIVATION_TOLERANCE, ACTIVATION_SPREAD = 5e-3, 0.1
+KL_TOLERANCE = 5e-3  # relative, of the same bf16 products
+KL_LOADED = 0.1  # relative, of 4-bit models, whose own products round otherwise; and above the floor alone
+KL_FLOOR = 1e-5  # nats: what the rounding of logits makes of a KL of nothing
+
+
+def untrue_outputs(course: Course, processor: Any) -> dict[str, list[str]]:
+    """By oracle, what disagrees in a scan that ran samples."""
+    run = course.given["scan"].folder
+    model, spec, table = plain_model(course.folder), run.key.spec, run.table.set_index("layer")
+    marks = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
+    processed = ProcessedSamples(processor, torch.bfloat16, marks)
+
+    def batches(keys: Any) -> list[Batch]:
+        return [processed.batch([sample_of(course, key.id)]) for group in keys for key in group]
+
+    return {
+        "activation": activation_errors(model, table, batches(spec.calibration)),
+        "KL": damages(course, model, batches(spec.held_out)),
+    }
+
+
+def sample_of(course: Course, name: str) -> Sample:
+    """The sample that a scan calls `name`: it ends with its line in the file of samples."""
+    line = int("".join(x for x in name.rpartition("-")[2] if x.isdigit()))
+    row = json.loads(course.data.read_text().splitlines()[line - 1])
+    image = (course.data.parent / row["image"]).read_bytes() if "image" in row else None
+    return Sample(name, asked(row["prompt"], image), answer=row["answer"])
+
+
+def activation_errors(model: nn.Module, table: Any, batches: Iterable[Batch]) -> list[str]:
+    """activation_nmse of every linear that has one, from hooks on each."""
+    signal, noise, outputs = (dict.fromkeys(table.index, 0.0) for _ in range(3))
+    handles = []
+    said = table["activation_nmse"].dropna()
+    for name in said.index:
+        linear = dict(model.named_modules()).get(name)
+        if linear is None:
+            continue  # a fused weight of experts, whose inputs its module makes inside
+        change = through_nf4(linear.weight).double() - linear.weight.detach().double()
+
+        def note(_: Any, args: Any, output: Tensor, name: str = name, change: Tensor = change) -> None:
+            outputs[name] += output.numel()
+            signal[name] += float(output.double().square().sum())
+            noise[name] += float((args[0].double() @ change.T).square().sum())
+
+        handles.append(linear.register_forward_hook(note))
+    for batch in batches:
+        with torch.no_grad():
+            model(**batch.inputs)
+    for handle in handles:
+        handle.remove()
+    return [
+        sentence
+        for name in said.index
+        if signal[name] > 0
+        for sentence in unlike(
+            f"activation_nmse of {name}",
+            said[name],
+            noise[name] / signal[name],
+            ACTIVATION_TOLERANCE + ACTIVATION_SPREAD / outputs[name] ** 0.5,
+        )
+    ]
+
+
+def damages(course: Course, model: nn.Module, batches: list[Batch]) -> list[str]:
+    """The KL of standard 4-bit and of the list, by weights that are put into the 16-bit model, and loaded."""
+    result = course.given["scan"].result
+    if result.kl_standard_4bit is None or not batches:
+        return []
+    reference = [rows_of(model, x) for x in batches]
+    standard = qprobe.load_standard_4bit(str(course.folder), device="cpu")[0]
+    found = [*_damage("standard 4-bit", result.kl_standard_4bit, model, standard, batches, reference)]
+    if course.cells["load"][0] == OK and result.kl_dynamic is not None:
+        loaded = course.given["load"]
+        found += _damage("dynamic 4-bit", result.kl_dynamic, model, loaded, batches, reference)
+    return found
+
+
+def _damage(
+    what: str,
+    said: float,
+    model: nn.Module,
+    loaded: nn.Module,
+    batches: list[Batch],
+    reference: list[Tensor],
+) -> list[str]:
+    twin = copy.deepcopy(model)
+    for name in in_four_bit(loaded):
+        weight = weight_of(twin, name)
+        weight.data = through_nf4(weight)
+    swapped = mean_damage(reference, [rows_of(twin, x) for x in batches], _is_distance(model))
+    own = mean_damage(reference, [rows_of(loaded, x) for x in batches], _is_distance(model))
+    return [
+        *unlike(f"KL of {what}", said, swapped, KL_TOLERANCE, KL_FLOOR),
+        *unlike(f"KL of {what} as loaded", said, own, KL_LOADED, KL_FLOOR),
+    ]
+
+
+def rows_of(model: Any, batch: Batch) -> Tensor:
+    """(rows, features) in float64 of one sample: answer logits, else what the model puts out."""
+    with torch.no_grad():
+        output = model(**batch.inputs)
+    if hasattr(output, "image_embeds"):
+        return torch.cat([output.image_embeds, output.text_embeds]).double()
+    logits = getattr(output, "logits", getattr(output, "prediction_logits", None))
+    if logits is None:
+        return output[0].reshape(-1, output[0].shape[-1]).double()
+    if model.can_generate():
+        start, end = batch.answers[0]
+        return logits[0, start - 1 : end - 1].double()
+    rows = logits.reshape(-1, logits.shape[-1]).double()
+    if rows.shape[-1] == 1:  # one label: yes against a no of 0
+        return torch.cat([torch.zeros_like(rows), rows], dim=-1)
+    return rows
+
+
+def _is_distance(model: Any) -> bool:
+    """True for a model that puts out vectors, and no logits of anything."""
+    return "For" not in type(model).__name__ and not type(model).__name__.endswith("LMHeadModel")
+
+
+def mean_damage(reference: list[Tensor], other: list[Tensor], is_distance: bool) -> float:
+    """The mean over all rows of KL, or of the squared error over the square of the reference's row."""
+    each = [_distance(p, q) if is_distance else _kl(p, q) for p, q in zip(reference, other, strict=True)]
+    return float(torch.cat(each).mean())
+
+
+def _kl(reference: Tensor, other: Tensor) -> Tensor:
+    p, q = reference.softmax(-1), other.softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def _distance(reference: Tensor, other: Tensor) -> Tensor:
+    return (other - reference).square().sum(-1) / reference.square().sum(-1)
