@@ -82,7 +82,7 @@ def counting(course: Course) -> Iterator[None]:
     def noted(cls: type, *args: Any, **options: Any) -> Any:
         # Without data where qprobe asks what the files hold.
         course.weights_read |= "state_dict" not in options
-        return plain(cls, *args, device="cpu")
+        return plain(cls, *args, **options)
 
     no_pictures = mock.patch.object(finish, "write_report", lambda _folder: [])  # which have their own tests
     with mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(noted)), no_pictures:
@@ -117,7 +117,7 @@ def walk(folder: Path, work: Path, sees: bool) -> Course:
         "compare",
         ("load", "scan"),
         lambda: qprobe.compare(
-            manifest(), model=model, data=course.data, samples=2, max_new_tokens=4, **options
+            manifest(), model=model, data=course.data, samples=2, max_new_tokens=4, device="cpu"
         ),
     )
     return course
