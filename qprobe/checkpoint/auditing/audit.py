@@ -96,7 +96,7 @@ def audit_files(where: Path, skeleton: Skeleton, written: Manifest | None, besid
     unlike = [*_wrong_codes(inventory, weights, spec)]
     packed = [(x, w) for x in inventory.layers if (w := weights[x.name]) is not None and w.four_bit]
     problems += unlike or wrong_states(where, tensors, packed, spec)
-    parameter_bytes, total_bytes = _bytes(tensors)
+    parameter_bytes, total_bytes = _bytes(tensors, skeleton.model)
     if written is not None:
         problems += _against(written, skeleton.architecture, inventory, layers, total_bytes)
         problems += uncalibrated(where, tensors, weights, written, beside)
@@ -307,9 +307,13 @@ def _wrong_codes(
         )
 
 
-def _bytes(tensors: Mapping[str, StoredTensor]) -> tuple[int, int]:
-    """(parameter bytes, bytes with block scales) of the files, without the tables that layers repeat."""
-    parameters = total = 0
+def _bytes(tensors: Mapping[str, StoredTensor], model: Any) -> tuple[int, int]:
+    """(parameter bytes, bytes with block scales) of the files, without the tables that layers repeat.
+
+    With what `model` computes itself and never saves, as Marian does its positions.
+    """
+    unsaved = set(model._keys_to_ignore_on_save or ()) - set(tensors)
+    parameters = total = sum(x.nbytes for name, x in model.named_parameters() if name in unsaved)
     for name, tensor in tensors.items():
         if QUANT_STATE in name or name.endswith(_TABLES):
             continue
