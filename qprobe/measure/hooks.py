@@ -131,14 +131,16 @@ def wrapped_blocks(
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost members of module lists that hold linears: the layers of each tower."""
+    """The outermost members of module lists that hold linears: the layers of each tower.
+
+    A member that is a list itself, as of Florence-2's stages, is never called; its own members are.
+    """
     blocks: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            is_block = isinstance(module, nn.ModuleList) and any(
-                type(m) is nn.Linear for m in child.modules()
-            )
+            is_member = isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList)
+            is_block = is_member and any(type(m) is nn.Linear for m in child.modules())
             if is_block:
                 blocks.append(child)
             else:
