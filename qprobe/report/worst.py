@@ -53,9 +53,10 @@ def _worst(row: Mapping, sample: ShownSample | None, reads: str) -> Worst:
     plain = Worst(str(row["sample"]), kind, token, f"{kind} token {token + 1} of {rows}")
     if sample is None:
         return plain
-    in_text = reads == "text" and rows == len(sample.tokens)
+    tokens = sample.decoded if kind == "answer" and sample.decoded else sample.tokens
+    in_text = reads == "text" and rows == len(tokens)
     if in_text and kind != "vision":
-        return _in_text(plain, sample.tokens)
+        return _in_text(plain, tokens)
     if in_text:  # an image token in the sequence: its place among those of the image
         images = [i for i, text in enumerate(sample.tokens) if text is None]
         if token not in images:

@@ -2,7 +2,8 @@
 
 A list, one object a calibration sample: id, prompt, answer; thumbnail (a JPEG as a data URI, null without an
 image) and size (its width and height in pixels); tokens (the text of each token of prompt and answer, null
-for one that stands for a part of the image); grid (how the image was cut into patches, null where unknown).
+for one that stands for a part of the image); grid (how the image was cut into patches, null where unknown);
+decoded (the text of each token that the decoder behind an encoder reads, which `tokens` then lacks).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class ShownSample:
     size: tuple[int, int] | None
     tokens: tuple[str | None, ...]
     grid: Grid | None
+    decoded: tuple[str, ...] = ()
 
 
 def write_shown(run: RunFolder, samples: Sequence[ShownSample]) -> None:
@@ -71,8 +73,10 @@ def _sample(data: dict[str, Any]) -> ShownSample:
     """The sample of a JSON object; ValueError, TypeError, LookupError or AttributeError if it is none."""
     grid = None if data["grid"] is None else Grid(**data["grid"])
     size = None if data["size"] is None else (int(data["size"][0]), int(data["size"][1]))
-    sample = ShownSample(**{**data, "grid": grid, "size": size, "tokens": tuple(data["tokens"])})
-    texts = (sample.id, sample.prompt, *(t for t in (sample.answer, *sample.tokens) if t is not None))
+    rows = {key: tuple(data[key]) for key in ("tokens", "decoded")}
+    sample = ShownSample(**{**data, "grid": grid, "size": size, **rows})
+    given = (t for t in (sample.answer, *sample.tokens) if t is not None)
+    texts = (sample.id, sample.prompt, *sample.decoded, *given)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"sample {sample.id!r} holds something that is no text")
     if grid is not None and not all(type(n) is int and n > 0 for n in vars(grid).values()):

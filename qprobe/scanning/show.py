@@ -44,8 +44,19 @@ def shown_samples(subject: Subject, batch: Batch) -> list[ShownSample]:
         tokens = tuple(None if kind == VISION else tokenizer.decode([t]) for t, kind in row if kind != PAD)
         picture, size = thumbnail(next(iter(sample.images), None))
         grid = None if len(sample.images) != 1 else image_grid(batch, i, subject.model)
-        found.append(ShownSample(sample.id, sample.prompt, sample.answer, picture, size, tokens, grid))
+        decoded = _decoded(tokenizer, batch, i)
+        found.append(
+            ShownSample(sample.id, sample.prompt, sample.answer, picture, size, tokens, grid, decoded)
+        )
     return found
+
+
+def _decoded(tokenizer: Any, batch: Batch, index: int) -> tuple[str, ...]:
+    """The tokens that the decoder behind an encoder reads of sample `index`."""
+    if batch.decoder_kinds is None:
+        return ()
+    ids = batch.inputs["decoder_input_ids"][index].cpu()
+    return tuple(tokenizer.decode([t]) for t in ids[batch.decoder_kinds[index] != PAD].tolist())
 
 
 def thumbnail(image: bytes | None) -> tuple[str | None, tuple[int, int] | None]:

@@ -88,7 +88,7 @@ _SHOWN = json.dumps(
     [
         {
             "id": "a", "prompt": "p", "answer": None, "thumbnail": "data:image/jpeg;base64,AAAA",
-            "size": [3, 4], "tokens": ["x", None], "grid": None,
+            "size": [3, 4], "tokens": ["x", None], "grid": None, "decoded": ["y"],
         }
     ]
 ).encode()  # fmt: skip

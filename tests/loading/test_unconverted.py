@@ -97,7 +97,7 @@ def test_only_computing_with_a_weight_counts():
 @pytest.mark.parametrize(
     ("architecture", "config", "said"),
     [
-        ("T5ForConditionalGeneration", transformers.T5Config(d_model=32, num_layers=1), "an encoder-decoder"),
+        ("T5Model", transformers.T5Config(d_model=32, num_layers=1), "without a language head"),
         ("ViTForImageClassification", transformers.ViTConfig(num_hidden_layers=1), "reads pixel_values"),
         (
             "WhisperForConditionalGeneration",

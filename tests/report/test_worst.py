@@ -50,6 +50,19 @@ def test_an_answer_token_is_shown_in_its_text(tmp_path: Path):
     assert worst.place == "answer token 7 of 8" and worst.box is None
 
 
+def test_an_answer_token_of_a_decoder_is_shown_in_what_the_decoder_reads(tmp_path: Path):
+    folder = write_full_run(tmp_path)
+    run = RunFolder(folder)
+    layer = peaks(run)["layer"][14]  # eight tokens, the worst of them token 6, an answer's
+    read = ("</s>", "<s>", "It", " shows", " a", " dial", " at", " 7")
+    samples = {
+        name: ShownSample(**{**vars(x), "tokens": ("<s>", "Look", "</s>"), "decoded": read})
+        for name, x in run.samples.items()
+    }
+    worst = worst_tokens(run, samples)[layer]
+    assert (worst.before, worst.text, worst.after) == ("</s><s>It shows a dial", " at", " 7")
+
+
 def test_a_patch_is_shown_on_its_image_only_if_the_patches_cover_it(tmp_path: Path):
     folder = write_full_run(tmp_path)
     layer, index = peaks(RunFolder(folder))["layer"][3], int(peaks(RunFolder(folder))["token"][3])
@@ -69,7 +82,7 @@ def test_without_samples_the_index_alone_is_said(tmp_path: Path):
 
 
 def test_samples_read_back_as_written(tmp_path: Path):
-    sample = ShownSample("ü</script>", "what?", None, None, None, ("a", None, "�"), None)
+    sample = ShownSample("ü</script>", "what?", None, None, None, ("a", None, "�"), None, ("<s>", "ü"))
     write_shown(RunFolder(tmp_path), [sample])
     assert RunFolder(tmp_path).samples == {sample.id: sample}
     assert RunFolder(tmp_path / "elsewhere").samples == {}
@@ -77,6 +90,7 @@ def test_samples_read_back_as_written(tmp_path: Path):
 
 WHOLE = {
     "id": "a", "prompt": "", "answer": None, "thumbnail": None, "size": None, "tokens": [], "grid": None,
+    "decoded": [],
 }  # fmt: skip
 
 
@@ -85,6 +99,7 @@ WHOLE = {
     [
         {"id": 1},
         {"tokens": [1]},
+        {"decoded": [None]},
         {"thumbnail": "https://x/y.jpg"},
         {"grid": {"tiles": 0, "rows": 1, "columns": 1, "merge": 1}},
         {"more": 1},
