@@ -28,7 +28,7 @@ The columns behind the steps are oracles that share no rule with qprobe:
 
 - modules: which hold 4-bit codes after loading and reloading, and that every linear is a row of the table;
 - weight, activation: the errors of each layer, the second one on its own inputs, through bitsandbytes' own
-  functions (within 0.01 % and 0.2 %; the activation error of fused experts has its oracle in
+  functions (within 0.01 % and 0.1 %; the activation error of fused experts has its oracle in
   `tests/measure/test_experts.py`);
 - KL: on held-out samples from logits, of 4-bit weights put into the 16-bit model (within 0.5 %) and of the
   models as loaded (within 10 %, since their products round otherwise);
