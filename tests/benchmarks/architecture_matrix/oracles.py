@@ -105,7 +105,7 @@ def weight_errors(model: nn.Module, table: Any) -> list[str]:
     """weight_nmse of every row that has one."""
     wrong = []
     for name, said in table["weight_nmse"].dropna().items():
-        weight = weight_of(model, name)
+        weight = weight_of(model, name).detach()
         error = (through_nf4(weight).double() - weight.double()).square().sum()
         wrong += unlike(f"weight_nmse of {name}", said, float(error / weight.double().square().sum()))
     return wrong
