@@ -26,7 +26,10 @@ def batches(processor: Any, samples: Sequence[Sample], size: int) -> list[tuple[
 
 def answered(model: Any, processor: Any, samples: Sequence[Sample], limit: int, size: int) -> list[Sample]:
     return answers.answered(
-        model, ProcessedSamples(processor, model.dtype, layout_of(model)), samples, answers.Batching(size, limit)
+        model,
+        ProcessedSamples(processor, model.dtype, layout_of(model)),
+        samples,
+        answers.Batching(size, limit),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qprobe.calibration.gram import gathered, shared_inputs
-from qprobe.inputs.answers import answered
+from qprobe.inputs.answers import Batching, answered
 from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
@@ -99,7 +99,7 @@ def test_kl_equals_that_of_logits_which_transformers_makes_of_labels(case: CaseO
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_answers_equal_a_loop_that_takes_the_likeliest_token(case: CaseOf, name: str):
     subject, samples = case(name)
-    own = answered(subject.model, subject.processed, samples, 4, 3)
+    own = answered(subject.model, subject.processed, samples, Batching(3, 4))
     tokenizer = getattr(subject.reference.processor, "tokenizer", subject.reference.processor)
     start = subject.model.config.get_text_config().decoder_start_token_id
     for sample, found in zip(samples, own, strict=True):
@@ -218,4 +218,4 @@ def _answered(found: Any, limit: int) -> list[Sample]:
 
     asking = [Sample(str(i), asked(text)) for i, (text, _) in enumerate(TEXTS)]
     processed = ProcessedSamples(found.processor, found.model.dtype, layout_of(found.model))
-    return answered(found.model, processed, asking, limit, 3)
+    return answered(found.model, processed, asking, Batching(3, limit))
