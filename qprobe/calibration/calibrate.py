@@ -341,8 +341,7 @@ def _joined(folder: Path, units: int) -> CodesFile:
     """All units' weights in one file."""
     path = Path(folder) / FILE_NAME
     try:
-        join_codes(path, [codes_unit(folder, unit) for unit in range(units)])
-        return CodesFile(FILE_NAME, sha256_of(path))
+        return join_codes(path, [codes_unit(folder, unit) for unit in range(units)])
     except OSError as error:
         raise _cannot_write(path, error) from error
 

@@ -48,7 +48,7 @@ def decided(
 
     def damage(counts: Weights | None) -> float:
         packed: dict[str, PackedNf4] = {}
-        for part in passes(trial, limit_bytes // 2, subject.reference.device):
+        for part in passes(trial, limit_bytes, subject.reference.device):
             gathering = Gathering(subject, part, counts)
             with walking(subject.path):
                 gathering.add_all(islice(batches(), training))

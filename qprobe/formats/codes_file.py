@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ class _Part:
         return self.nbytes // max(1, prod(self.shown["shape"]))
 
 
-def join_codes(path: Path, sources: Sequence[Path]) -> None:
-    """Write all tensors of the safetensors files `sources` to `path`, whole or not at all.
+def join_codes(path: Path, sources: Sequence[Path]) -> CodesFile:
+    """`path`, with all tensors of the safetensors files `sources`, written whole or not at all.
 
     One tensor is in memory at a time. The bytes are those that safetensors writes of all at once: the length
     of the header, the header, and the tensors, the widest elements first, then by name. Raises OSError, and
@@ -66,10 +67,12 @@ def join_codes(path: Path, sources: Sequence[Path]) -> None:
         end += parts[name].nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(_read(parts[name]))
+        for data in chain([len(text).to_bytes(8, "little") + text], (_read(parts[name]) for name in order)):
+            digest.update(data)
+            file.write(data)
+    return CodesFile(path.name, digest.hexdigest())
 
 
 def _parts(source: Path) -> dict[str, _Part]:

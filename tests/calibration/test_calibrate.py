@@ -18,7 +18,7 @@ from qprobe.calibration.gram import APART, Gathering, SharedInput, gathered, gra
 from qprobe.calibration.room import gram_room, rounded_together, rounding_bytes
 from qprobe.calibration.token_weights import DRAWS, token_weights
 from qprobe.errors import MachineError, ManifestError
-from qprobe.formats.codes_file import FILE_NAME, join_codes, open_codes, sha256_of
+from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
@@ -341,10 +341,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-# Cut before it is hashed, its hash agrees and its header does not; cut afterwards, its hash does not.
+# Cut before it is checked, its hash is wrong; cut afterwards, its header is.
 CUTS = {
-    "join_codes": lambda path, sources: (join_codes(path, sources), cut(path)),
-    "sha256_of": lambda path: (sha256_of(path), cut(path))[0],
+    "join_codes": lambda path, sources: (join_codes(path, sources), cut(path))[0],
+    "checked": lambda codes, folder: (found := checked(codes, folder), cut(found))[0],
 }
 
 

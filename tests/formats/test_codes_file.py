@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from safetensors.torch import save, save_file
 
 from qprobe.errors import ManifestError
 from qprobe.formats.codes_file import join_codes
+from qprobe.records import CodesFile
 
 
 def tensors(seed: int, size: int) -> dict[str, torch.Tensor]:
@@ -26,8 +29,9 @@ def test_joined_files_have_the_bytes_that_safetensors_writes_of_all_tensors(tmp_
         paths.append(tmp_path / f"{seed}.safetensors")
         save_file(tensors(seed, size), paths[-1])
         every |= tensors(seed, size)
-    join_codes(tmp_path / "all.safetensors", paths)
+    joined = join_codes(tmp_path / "all.safetensors", paths)
     assert (tmp_path / "all.safetensors").read_bytes() == save(every)
+    assert joined == CodesFile("all.safetensors", hashlib.sha256(save(every)).hexdigest())
 
 
 def test_a_damaged_part_is_named_and_nothing_is_left(tmp_path):
