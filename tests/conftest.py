@@ -91,6 +91,12 @@ def _quiet() -> None:
         logging.disable_progress_bar()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report is its page alone: pictures take longer than a tiny scan, and have tests of their own."""
+    monkeypatch.setattr("qprobe.report.write._pictures", lambda *_: {})
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_folder(name)`: that model's folder, written once per session. Tests must not change it."""

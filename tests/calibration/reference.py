@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
@@ -28,7 +26,7 @@ def unpacked(codes: Tensor, count: int) -> Tensor:
 def brute_force(row: Tensor, gram: Tensor, scale: float) -> float:
     """The least error e G e^T over all codes of a row of a few weights."""
     values = get_4bit_type("nf4", device="cpu") * scale
-    choices = torch.tensor(list(product(range(16), repeat=len(row))))
+    choices = torch.cartesian_prod(*[torch.arange(16)] * len(row))
     errors = values[choices] - row
     return float(((errors @ gram) * errors).sum(dim=1).min())
 

@@ -67,6 +67,7 @@ COMMANDS: dict[str, Callable[[str, Path, Path], Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_builds_one_skeleton(
     tiny_folder: Callable[[str], Path], tmp_path: Path, built: list[Any], command: str

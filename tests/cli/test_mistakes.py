@@ -74,6 +74,7 @@ def test_a_folder_without_any_image(scan: Run, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_file_that_is_no_image_is_skipped_and_named(scan: Run, tmp_path: Path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -120,6 +121,7 @@ def test_a_seed_that_built_in_scenes_do_not_have(scan: Run):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_folder_of_another_scan(scan: Run, tiny_folder: TinyFolder):
     assert scan().exit_code == 0
     assert "holds another scan" in explained(scan("--prompt", "another question"))

@@ -22,6 +22,7 @@ from qprobe.measure.kl import ANSWERS, in_four_bit, read_out
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec
 from tests.demo.conftest import answers_of, load
+from tests.emulation import compute_bf16_by_float32
 
 NODES = 6  # on these scenes 2 nodes miss the KL by 8.3 %, 4 by 1.1 %, 6 by 0.8 %
 
@@ -119,7 +120,10 @@ def test_planted_layers_fit_into_seven_percent(planted: Any):
 
 
 @pytest.mark.slow
-def test_planted_layers_head_the_ranking_by_activation_error(planted: Any, processor: Any):
+def test_planted_layers_head_the_ranking_by_activation_error(
+    planted: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+):
+    compute_bf16_by_float32(monkeypatch.setattr)
     sums: dict[str, list[float]] = {}
     handles = []
     for name, linear in linears(planted).items():

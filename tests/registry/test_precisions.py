@@ -64,7 +64,7 @@ def test_help_offers_a_declared_precision():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("declared")
+@pytest.mark.usefixtures("declared", "no_pictures")
 def test_a_declared_precision_takes_the_place_of_nf4_for_a_whole_scan(tiny_folder: TinyFolder, tmp_path):
     folder = tiny_folder("llama")
     result = qprobe.scan(**options(folder, tmp_path / "run", format=PRECISION.name)).result
@@ -90,7 +90,7 @@ def test_a_declared_precision_takes_the_place_of_nf4_for_a_whole_scan(tiny_folde
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("declared")
+@pytest.mark.usefixtures("declared", "no_pictures")
 def test_a_layer_in_another_precision_than_its_format_is_refused(tiny_folder: TinyFolder, tmp_path):
     result = qprobe.scan(
         str(tiny_folder("llama")), device="cpu", out=tmp_path / "run", measures=["weight"]

@@ -15,6 +15,7 @@ from qprobe.demo.scenes import TRAINING_SEED, scenes
 from qprobe.errors import SampleError
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
+from tests.emulation import compute_bf16_by_float32
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,6 +46,8 @@ def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
     from trl.trainer.sft_trainer import SFTTrainer
 
     monkeypatch.chdir(tmp_path)
+    compute_bf16_by_float32(monkeypatch.setattr)
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
     dataset = Dataset.from_list(rows(4))
 
     found = qprobe.scan("demo", samples=6, device="cpu")
