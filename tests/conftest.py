@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Generator
+from functools import cache, partial
 from pathlib import Path
 
 # Before transformers is imported: a test that would reach for the hub must fail at once, not hang.
@@ -17,6 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import pytest
+
+from tests.once import once
 
 LONGEST = (
     "tests/scanning/resume/test_kills.py",
@@ -99,18 +102,10 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_folder(name)`: that model's folder, written once per session. Tests must not change it."""
+    """`tiny_folder(name)`: that model's folder, written once per run of tests. Tests must not change it."""
     from tests import tiny  # which imports torch and transformers: six seconds that most rooms' tests save
 
-    root = tmp_path_factory.mktemp("tiny")
-    written: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in written:
-            written[name] = tiny.write(name, root / name)
-        return written[name]
-
-    return folder
+    return cache(lambda name: once(tmp_path_factory, f"tiny/{name}", lambda folder: tiny.write(name, folder)))
 
 
 @pytest.fixture(scope="session")
@@ -118,12 +113,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`mixture(name)`: the folder of that tiny mixture of experts, as `tiny_folder`."""
     from tests import mixtures, tiny
 
-    root = tmp_path_factory.mktemp("mixtures")
-    written: dict[str, Path] = {}
+    def write(name: str, folder: Path) -> None:
+        tiny.write_recipe(mixtures.RECIPES[name], name, folder)
 
-    def folder(name: str) -> Path:
-        if name not in written:
-            written[name] = tiny.write_recipe(mixtures.RECIPES[name], name, root / name)
-        return written[name]
-
-    return folder
+    return cache(lambda name: once(tmp_path_factory, f"mixtures/{name}", partial(write, name)))

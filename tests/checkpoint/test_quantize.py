@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ from qprobe.checkpoint import quantize as quantize_module
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.card import model_card
 from qprobe.checkpoint.load import load_dynamic_4bit
-from qprobe.checkpoint.quantize import quantize
+from qprobe.checkpoint.quantize import Quantized, quantize
 from qprobe.errors import ManifestError, ModelError
 from qprobe.exports.matchers import hits, transformers_5_0, transformers_5_21
 from qprobe.loading.config import model_class
 from qprobe.manifest.read import read_manifest
-from qprobe.manifest.records import Compared, Quality
+from qprobe.manifest.records import Compared, Manifest, Quality
 from qprobe.manifest.write import write_manifest
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
@@ -45,12 +47,23 @@ def logits(model: Any, processor: Any, name: str) -> torch.Tensor:
     return model(**encode(processor, tiny.questions(name, answer="a cat"), torch.bfloat16).inputs).logits
 
 
+@pytest.fixture(scope="module")
+def quantized(tiny_folder, tmp_path_factory) -> Callable[[str], tuple[Manifest, Quantized]]:
+    """`quantized(name)`: a manifest of that tiny model and what became of it, once. None may change it."""
+
+    @cache
+    def made(name: str) -> tuple[Manifest, Quantized]:
+        folder = tiny_folder(name)
+        manifest = manifest_for(folder, every_third(folder))
+        return manifest, quantize(manifest, tmp_path_factory.mktemp(name) / "out", str(folder), "cpu")
+
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
-def test_plain_loading_computes_the_same_bits(name, tiny_folder, tmp_path):
-    folder = tiny_folder(name)
-    manifest = manifest_for(folder, every_third(folder))
-    done = quantize(manifest, tmp_path / "out", str(folder), "cpu")
+def test_plain_loading_computes_the_same_bits(name, tiny_folder, quantized):
+    folder, (manifest, done) = tiny_folder(name), quantized(name)
     model, processor = load_dynamic_4bit(manifest, str(folder), "cpu")
     assert torch.equal(logits(plainly(done.out), processor, name), logits(model, processor, name))
     assert done.total_bytes == manifest.budget.total_bytes
@@ -74,16 +87,14 @@ def test_another_16bit_type_is_told_and_measurements_in_the_first_are_not(tiny_f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
-def test_its_list_means_the_same_to_every_transformers_5(name, tiny_folder, tmp_path):
-    folder = tiny_folder(name)
-    manifest = manifest_for(folder, every_third(folder))
-    quantize(manifest, tmp_path / "out", str(folder), "cpu")
-    entries = AutoConfig.from_pretrained(tmp_path / "out").quantization_config["llm_int8_skip_modules"]
+def test_its_list_means_the_same_to_every_transformers_5(name, quantized):
+    manifest, done = quantized(name)
+    entries = AutoConfig.from_pretrained(done.out).quantization_config["llm_int8_skip_modules"]
     names = [x.name for x in manifest.layers]
     for rule in (transformers_5_0, transformers_5_21):
         kept = {hit for entry in entries for hit in hits(rule, entry, names)}
         assert kept == set(manifest.skip_modules)
-    assert audit(tmp_path / "out", manifest, load=True, device="cpu").problems == ()
+    assert audit(done.out, manifest, load=True, device="cpu").problems == ()
 
 
 WITHOUT_QPROBE = """
@@ -254,7 +265,7 @@ print(peak[0] - start)
 def test_memory_holds_the_4bit_model_and_never_the_16bit_one(tiny_folder, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**{**tiny.decoder(512, 1536, 14), "num_attention_heads": 8})
+    config = LlamaConfig(**{**tiny.decoder(384, 1152, 14), "num_attention_heads": 8})
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     big, small = tmp_path / "model", tiny_folder("llama")
     model.save_pretrained(big)
@@ -273,7 +284,7 @@ def test_memory_holds_the_4bit_model_and_never_the_16bit_one(tiny_folder, tmp_pa
         peaks.append(int(ran.stdout))
         if peaks[-1] < in_16bit:
             break
-    # 95 MB in 16-bit, 25 MB in 4-bit; rounding one weight takes some 20 MB more. Both models: 120 MB.
+    # 50 MB in 16-bit, 13 MB in 4-bit; rounding one weight takes some 11 MB more. Both models: 63 MB.
     assert 0.8 * in_4bit < peaks[-1] < in_16bit, (peaks, in_4bit, in_16bit)
 
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qprobe.cli import main
-from qprobe.cli.shared import data_help
+from qprobe.cli.options.samples import data_help
 from qprobe.data.reading import read_conversations
 from qprobe.errors import SampleError
 from qprobe.options import FinetuneOptions, no_progress

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qprobe.scanning.run import ScanResult
+from tests.once import once
 from tests.scanning.asked import scan
 from tests.scanning.resume.runs import Share, TinyFolder, options
 
@@ -23,10 +24,14 @@ def llama(tiny_folder: TinyFolder) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of one undisturbed process: three units of two samples. Tests must not change it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
-        return scan(**options(llama, tmp_path_factory.mktemp("whole") / "run")).run
+    """The run folder of one undisturbed process: three units of two samples. Nobody may change it."""
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
+            scan(**options(llama, folder / "run"))
+
+    return once(tmp_path_factory, "whole", make) / "run"
 
 
 @pytest.fixture
