@@ -10,6 +10,7 @@ import torch
 
 from qprobe.inputs.batch import tokenizer_of
 from qprobe.inputs.decoder import Decoder
+from qprobe.inputs.halving import Halving
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.options import Progress, no_progress
 from qprobe.records import Sample
@@ -29,13 +30,17 @@ def answered(
     samples: Sequence[Sample],
     batching: Batching,
     progress: Progress = no_progress,
+    halving: Halving | None = None,
 ) -> list[Sample]:
-    """`samples` with the model's greedy answers in place of their own, in the same order."""
+    """`samples` with the model's greedy answers in place of their own, in the same order.
+
+    halving: of batches that memory does not suffice for.
+    """
+    limit, tried = batching.max_new_tokens, halving or Halving()
     done: dict[int, Sample] = {}
     index = {id(s): i for i, s in enumerate(samples)}
-    limit = batching.max_new_tokens
     for group in processed.batches(samples, batching.size):
-        for sample, own in zip(group, answer_group(model, processed, group, limit), strict=True):
+        for sample, own in zip(group, answer_group(model, processed, group, limit, tried), strict=True):
             done[index[id(sample)]] = own
         progress("answers", len(done), len(samples))
     return [done[i] for i in range(len(samples))]
@@ -46,10 +51,14 @@ def answer_group(
     processed: ProcessedSamples,
     group: Sequence[Sample],
     max_new_tokens: int,
+    halving: Halving,
     device: torch.device | None = None,
 ) -> list[Sample]:
     """`answered` of one batch, as `ProcessedSamples.batches` cuts it; device: None for the weights'."""
-    found = _generate(model, processed, group, max_new_tokens, device)
+    parts = halving.run(
+        "answers", group, lambda part: _generate(model, processed, part, max_new_tokens, device)
+    )
+    found = [one for _, answers in parts for one in answers]
     return [replace(s, answer=text, ends=ends) for s, (text, ends) in zip(group, found, strict=True)]
 
 

@@ -95,10 +95,11 @@ def measure_ablation(
     missing = run.missing_units(stage, len(groups))
     done = len(groups) - len(missing)
     for unit in missing:
-        batch = subject.encode(groups[unit])
-        with subject.running("ablation", batch.elements):
-            frame = _unit(subject, batch, layers, partial(_tick, progress, done, len(groups)))
-        run.write_unit(stage, unit, frame)
+        tick = partial(_tick, progress, done, len(groups))
+        frames = subject.measured(
+            "ablation", groups[unit], lambda batch, tick=tick: {stage: _unit(subject, batch, layers, tick)}
+        )
+        run.write_unit(stage, unit, frames[stage])
         done += 1
     write_ablation(run, run.units(stage), layers)
 

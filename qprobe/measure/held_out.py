@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from qprobe.formats.protocol import Format
+from qprobe.inputs.batch import Batch
 from qprobe.measure.runner import candidate_kl, nearest_kl
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
@@ -31,9 +32,12 @@ def measure_candidates(
     for unit, group in enumerate(groups):
         wanted = {stage: kept for stage, kept in lists.items() if unit in missing[stage]}
         if wanted:
-            batch = subject.encode(group)
-            with subject.running("candidates", batch.elements, like="measure"):
-                frames = candidate_kl(subject, batch, wanted)
+            frames = subject.measured(
+                "candidates",
+                group,
+                lambda batch, wanted=wanted: candidate_kl(subject, batch, wanted),
+                "measure",
+            )
             for stage, frame in frames.items():
                 run.write_unit(stage, unit, frame)
         progress("candidates", unit + 1, len(groups))
@@ -47,11 +51,13 @@ def measure_nearest(
 
     Two forward passes per batch; finished units are not repeated.
     """
+
+    def measure(batch: Batch) -> dict[str, pd.DataFrame]:
+        return {NEAREST_STAGE: nearest_kl(subject, batch, fmt, NEAREST_STAGE)}
+
     missing = run.missing_units(NEAREST_STAGE, len(groups))
     for done, unit in enumerate(missing, start=1):
-        batch = subject.encode(groups[unit])
-        with subject.running("nearest", batch.elements):
-            frame = nearest_kl(subject, batch, fmt, NEAREST_STAGE)
-        run.write_unit(NEAREST_STAGE, unit, frame)
+        frames = subject.measured("nearest", groups[unit], measure)
+        run.write_unit(NEAREST_STAGE, unit, frames[NEAREST_STAGE])
         progress("nearest", done, len(missing))
     return run.units(NEAREST_STAGE)

@@ -17,6 +17,11 @@ def first_nonfinite(subject: Subject, samples: tuple[Sample, ...]) -> str | None
 
     One forward pass of the 16-bit model.
     """
+    parts = subject.halving.run("the first pass", samples, lambda part: _in_batch(subject, tuple(part)))
+    return next((name for _, name in parts if name is not None), None)
+
+
+def _in_batch(subject: Subject, samples: tuple[Sample, ...]) -> str | None:
     flags: dict[str, Tensor] = {}
 
     def forward(name: str, product: Product, x: Tensor) -> Tensor:

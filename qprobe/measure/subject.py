@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from qprobe.formats.protocol import Format, format_from
 from qprobe.inputs.batch import Batch
 from qprobe.inputs.decoder import Layout, layout_of
+from qprobe.inputs.halving import Halving
 from qprobe.inputs.processed import ROOM_BYTES as INPUTS_BYTES
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.experts.weights import Layer
@@ -45,6 +47,7 @@ class Subject:
     processed: what the processor makes of samples, each held while there is room.
     limit: of the memory it may take; None where all of it is on the device.
     release: called with a parameter that was read from the host, and is not needed soon.
+    halving: of batches that memory does not suffice for.
     """
 
     reference: Reference
@@ -55,6 +58,7 @@ class Subject:
     processed: ProcessedSamples
     limit: MemoryLimit | None = None
     release: Callable[[Tensor], None] = lambda _: None
+    halving: Halving = field(default_factory=Halving)
 
     @property
     def model(self) -> Any:
@@ -120,6 +124,28 @@ class Subject:
     def running(self, kind: str, size: int = 1, like: str = "") -> AbstractContextManager[None]:
         """Open around one batch of a kind of work, see `MemoryLimit.running`."""
         return nullcontext() if self.limit is None else self.limit.running(kind, size, like)
+
+    def measured(
+        self,
+        kind: str,
+        group: Sequence[Sample],
+        observe: Callable[[Batch], Mapping[str, pd.DataFrame]],
+        like: str = "",
+    ) -> dict[str, pd.DataFrame]:
+        """The frames that `observe` gives of the batch `group`, or of its halves where memory is short.
+
+        kind, like: of work, see `running`.
+        """
+
+        def work(part: Sequence[Sample]) -> Mapping[str, pd.DataFrame]:
+            batch = self.encode(tuple(part))
+            with self.running(kind, batch.elements, like):
+                return observe(batch)
+
+        parts = [found for _, found in self.halving.run(kind, group, work)]
+        if len(parts) == 1:
+            return dict(parts[0])
+        return {stage: pd.concat([part[stage] for part in parts]) for stage in parts[0]}
 
     def groups(self, samples: tuple[Sample, ...], size: int) -> list[tuple[Sample, ...]]:
         """`samples` in batches of one processed image shape, see `ProcessedSamples.batches`."""

@@ -111,6 +111,7 @@ TOPICS: Mapping[str, type[Any]] = {
     "tuning": Remarks,  # on whether their scales were tuned
     "layers": Ran,
     "left-out": Remarks,  # what is not finite, and tokens of experts that cannot be compared
+    "memory": Remarks,  # on batches that ran in parts
     "damaged": Remarks,  # on unit files that were set aside
     "end": Ended,
 }

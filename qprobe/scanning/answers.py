@@ -90,6 +90,7 @@ def own_answers(
                     subject.processed,
                     groups[i],
                     batching.max_new_tokens,
+                    subject.halving,
                     subject.reference.device,
                 )
             _write(paths[i], own, groups[i])

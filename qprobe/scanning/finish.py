@@ -40,6 +40,7 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
             scored, unscored = scoring.measure(selection.kept)
         if scored is not None:
             verdict = f"{verdict} {metric_verdict(scored)}"
+    run.notes.add("memory", subject.halving.notes)
     left_out = () if work.share is None else (work.share,)
     fewer = fewer_measured(work.samples, work.silent, asked.samples.count)
     verdict = " ".join((verdict, *left_out, *fewer))
@@ -65,6 +66,7 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
 
 def unfinished(subject: Subject, work: Work, process: Process, verdict: str) -> ScanResult:
     """The result of a process that leaves the selection to another one."""
+    process.run.notes.add("memory", subject.halving.notes)
     return ScanResult(
         run=process.run.path,
         layers=len(subject.inventory.layers),

@@ -20,7 +20,7 @@ from qprobe.system.foreign import open_foreign
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
-_REMARKS = ("start", "calibration", "tuning", "damaged")  # topics of the notes that no unit tells
+_REMARKS = ("start", "calibration", "tuning", "memory", "damaged")  # topics of the notes that no unit tells
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from qprobe.calibration.correction import keep_correction
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
+from qprobe.records import Sample
 from qprobe.registry.implementation import imported
 from qprobe.registry.measures import ACTIVATION, Measure, Unit
 from qprobe.runs.folder import RunFolder
@@ -85,9 +86,7 @@ def measure_units(subject: Subject, work: Work, measures: Measures, process: Pro
     total = sum(len(shard.own(range(len(kind.groups)))) for kind in kinds)
     with walking(subject.path):  # opened once, so that weights change their dtype once
         for done, (kind, unit) in enumerate(todo, start=total - len(todo) + 1):
-            batch = subject.encode(kind.groups[unit])
-            with subject.running(kind.name, batch.elements, kind.like):
-                frames = kind.observe(batch)
+            frames = subject.measured(kind.name, kind.groups[unit], kind.observe, kind.like)
             _write(run, kind.stages, unit, frames)
             progress("measure", done, total)
 
@@ -107,9 +106,14 @@ def calibrate(
     Processes that share a scan share this as well, each of which waits for the others.
     """
     run = process.run
-    samples = [*work.calibration, *work.codes]
-    given = calibration.Work(subject, run, samples, tune_steps=tune, progress=process.progress)
-    calibration.calibrate_model(given, process.shard)
+
+    def calibrated(groups: Sequence[Sequence[Sample]]) -> calibration.Work:
+        samples = [tuple(group) for group in groups]
+        given = calibration.Work(subject, run, samples, tune_steps=tune, progress=process.progress)
+        calibration.calibrate_model(given, process.shard)
+        return given
+
+    given = subject.halving.run_all("calibration", [*work.calibration, *work.codes], calibrated)
     if correction_rank is not None and process.shard.rank == 0:
         keep_correction(given, correction_rank)
     told = (calibration.fitted(work.calibration, work.codes), *calibration.calibration_notes(run))

@@ -63,8 +63,13 @@ def open_units(subject: Subject, work: Work, asked: ScanRequest, run: RunFolder)
     """What can be measured on this model; opens the run folder for it, or resumes what is there."""
     first = subject.encode(work.calibration[0])
     finite = first_finite(subject, work.calibration)
-    batch = None if finite is None else subject.encode(finite)
-    measures, notes = applicable_measures(subject, batch, asked.measures.names, asked.measures.nodes)
+
+    def applicable(group: Sequence[Sample] | None) -> tuple[Measures, tuple[str, ...]]:
+        batch = None if group is None else subject.encode(tuple(group))
+        return applicable_measures(subject, batch, asked.measures.names, asked.measures.nodes)
+
+    tried = () if finite is None else subject.halving.run("the first pass", finite, applicable)
+    measures, notes = tried[0][1] if tried else applicable(None)
     tune = tune_steps(subject, asked.tune)
     run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed, tune))
     run.notes.add("start", (*work.notes, *notes))

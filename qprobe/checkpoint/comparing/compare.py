@@ -67,7 +67,7 @@ def compare(options: CompareOptions) -> Comparison:
     for name, load in _loaders(wanted, skeleton, device.one, path.parent).items():
         results[name] = run_course(load, course, staged(options.progress, name))
     comparison = compared(results, course, notes)
-    return replace(comparison, notes=(*notes, *keep(comparison, manifest, path.parent)))
+    return replace(comparison, notes=(*comparison.notes, *keep(comparison, manifest, path.parent)))
 
 
 def _refuse_without_answers(manifest: Manifest, skeleton: Skeleton) -> None:

@@ -5,7 +5,6 @@ Of the model that sets it only its answers and the logits of its answer tokens s
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from qprobe.errors import ModelError
 from qprobe.inputs.answers import Batching, answered
 from qprobe.inputs.batch import reads_images
 from qprobe.inputs.decoder import layout_of
+from qprobe.inputs.halving import Halving, free_memory
 from qprobe.inputs.metrics import Metric, metric_of, metrics_for
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
@@ -48,13 +48,14 @@ def asked_course(options: SampleOptions) -> AskedCourse:
 class ModelResult:
     """What one model did: its bytes, its greedy answers, its KL sums by sample, all in sample order.
 
-    scores: of the answers, for each metric of the course.
+    scores: of the answers, for each metric of the course. notes: of batches that ran in parts.
     """
 
     stored: StoredBytes
     answers: list[str]
     sums: list[KlSums]
     scores: list[tuple[Score, ...]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,6 @@ def staged(progress: Progress, name: str) -> Progress:
     return report
 
 
-def _free_memory() -> None:
-    """Gives back what the last model held, before the next one loads."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def set_course(
     model_id: str,
     skeleton: Skeleton,
@@ -112,8 +106,8 @@ def set_course(
         raise ModelError(f"{model_id} has no tokenizer beside its weights, so it cannot answer.")
     processed = ProcessedSamples(processor, getattr(torch, skeleton.dtype), layout_of(skeleton.model))
     chosen = choose_samples(model_id, reads_images(processor), asked.samples, "compare", processed.refusal)
-    model = load(processor)
-    own = answered(model, processed, chosen.samples, asked.batching, report)
+    model, halving = load(processor), Halving()
+    own = answered(model, processed, chosen.samples, asked.batching, report, halving)
     answers = [s.answer or "" for s in own]
     has_answers = any(s.answer is not None for s in chosen.samples)
     metrics = metrics_for(asked.metric or (default_metric if has_answers else None), chosen.samples)
@@ -125,7 +119,7 @@ def set_course(
     parts = processed.batches(samples, asked.batching.size)
     groups = [[index[id(sample)] for sample in part] for part in parts]
     logits: dict[int, Tensor] = {}
-    for group, rows in _logits(model, processed, samples, groups):
+    for group, rows in _logits(model, processed, samples, groups, halving):
         logits.update(zip(group, (_compact(x, model.dtype) for x in rows), strict=True))
         report("kl", len(logits), len(samples))
     ordered = [logits[i] for i in range(len(samples))]
@@ -134,35 +128,46 @@ def set_course(
     result = ModelResult(stored_bytes(model), answers, sums, scores)
     left_out = (note for metric in metrics for note in metric.left_out(chosen.samples))
     fewer = fewer_measured(len(samples), 0, asked.samples.count)
-    return course, result, (*chosen.notes, *unanswered_note(chosen.samples, asked.samples), *left_out, *fewer)
+    told = (*chosen.notes, *unanswered_note(chosen.samples, asked.samples), *left_out, *fewer)
+    return course, result, (*told, *halving.notes)
 
 
 def run_course(load: Callable[[], tuple[Any, Any]], course: Course, report: Progress) -> ModelResult:
     """The result of the model that `load` gives, (model, processor); the model is gone afterwards."""
-    _free_memory()
+    free_memory()
     model, processor = load()
     stored = stored_bytes(model)
     processed = ProcessedSamples(processor, model.dtype, layout_of(model))
-    own = answered(model, processed, course.samples, course.batching, report)
+    halving = Halving()
+    own = answered(model, processed, course.samples, course.batching, report, halving)
     answers = [s.answer or "" for s in own]
     scores = course.scores(answers)
     sums: dict[int, KlSums] = {}
-    for group, rows in _logits(model, processed, course.samples, course.groups):
+    for group, rows in _logits(model, processed, course.samples, course.groups, halving):
         reference = [course.logits[i].float() for i in group]
         sums.update(zip(group, ANSWERS.sums(reference, rows), strict=True))
         report("kl", len(sums), len(course.samples))
     ordered = [sums[i] for i in range(len(course.samples))]
-    return ModelResult(stored, answers, ordered, scores)
+    return ModelResult(stored, answers, ordered, scores, halving.notes)
 
 
 @torch.inference_mode()
 def _logits(
-    model: Any, processed: ProcessedSamples, samples: Sequence[Sample], groups: list[list[int]]
+    model: Any,
+    processed: ProcessedSamples,
+    samples: Sequence[Sample],
+    groups: list[list[int]],
+    halving: Halving,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Each batch with the logits of its samples' answer tokens, (answer tokens, vocabulary) on the CPU."""
+
+    def read(part: Sequence[int]) -> list[Tensor]:
+        batch = processed.batch([samples[i] for i in part])
+        return [x.cpu() for x in read_out(model, batch.to(model.device))]
+
     for group in groups:
-        batch = processed.batch([samples[i] for i in group])
-        yield group, [x.cpu() for x in read_out(model, batch.to(model.device))]
+        for part, rows in halving.run("logits", group, read):
+            yield list(part), rows
 
 
 def _compact(logits: Tensor, dtype: torch.dtype) -> Tensor:

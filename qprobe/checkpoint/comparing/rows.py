@@ -63,6 +63,7 @@ class Comparison:
 def compared(results: Mapping[str, ModelResult], course: Course, notes: tuple[str, ...]) -> Comparison:
     """What `results` say, by row name; the first is that of the model that set `course`."""
     reference = next(iter(results.values()))
+    told = dict.fromkeys((*notes, *(note for result in results.values() for note in result.notes)))
     return Comparison(
         rows=tuple(row(name, result, reference) for name, result in results.items()),
         samples=tuple(
@@ -73,7 +74,7 @@ def compared(results: Mapping[str, ModelResult], course: Course, notes: tuple[st
             scored(metric.name, metric.is_share, {name: result.scores[i] for name, result in results.items()})
             for i, metric in enumerate(course.metrics)
         ),
-        notes=notes,
+        notes=tuple(told),
     )
 
 
