@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 DEMO := runs/demo-outliers
 QUICK ?=
 
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 FUZZ := 600
@@ -31,6 +31,7 @@ demo: $(STAMP)  ## scan, rank, compare and report an embedded model: runs/demo-o
 	$(BIN)/qprobe compare --manifest $(DEMO)/skiplist.json
 	$(BIN)/qprobe report $(DEMO)
 
+# One process per core and no more: each imports torch and transformers, 10 s of work.
 quick: $(STAMP)  ## after each edit, within a minute: lint, types of changed files, the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,12 +39,12 @@ quick: $(STAMP)  ## after each edit, within a minute: lint, types of changed fil
 	@changed=$$(git diff --name-only --diff-filter=d HEAD -- 'qprobe/*.py'; \
 		git ls-files --others --exclude-standard -- 'qprobe/*.py'); \
 		test -z "$$changed" || $(BIN)/pyright $$changed
-	$(PYTEST) -m "not slow" $(QUICK)
+	$(PYTEST) -n auto --maxprocesses 8 -m "not slow" $(QUICK)
 
 # Three workers of one thread each, since some wait for processes that they started; the models are tiny, and
 # threads would only get in each other's way.
 test: lint browser  ## lint and all tests
-	$(PYTEST)
+	$(PYTEST) -n 3
 
 fuzz: $(STAMP)  ## damaged and hostile inputs for every reader; FUZZ=60 for a minute
 	$(BIN)/python -m tests.fuzz $(FUZZ)
