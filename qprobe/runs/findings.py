@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,8 @@ from qprobe.runs.layers.ranks import write_ranks
 from qprobe.runs.layers.table import EXPERTS_FILE, STANDARD, finite_answers, left_out, write_table
 from qprobe.runs.notes import Ran, Remarks
 from qprobe.system.wording import counted, named
+
+FILE = "left_out.csv"
 
 
 def write_findings(run: RunFolder) -> None:
@@ -67,12 +68,6 @@ def rerouted_note(run: RunFolder) -> str | None:
         f"{all_of_them:,} tokens ({gone / all_of_them:.1%}), which go to other experts with every layer in "
         f"4-bit; {EXPERTS_FILE} counts them."
     )
-
-
-if TYPE_CHECKING:
-    from qprobe.runs.folder import RunFolder
-
-FILE = "left_out.csv"
 
 
 def write_left_out(run: RunFolder, frame: pd.DataFrame) -> None:

@@ -13,15 +13,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qprobe.errors import RunError
 from qprobe.models.grid import Grid
 from qprobe.runs.access import MOST_BYTES
+from qprobe.runs.measured import Measured
 from qprobe.system.decoding import strict_json
-
-if TYPE_CHECKING:
-    from qprobe.runs.folder import RunFolder
 
 FILE = "samples.json"
 
@@ -43,7 +41,7 @@ class ShownSample:
     decoded: tuple[str, ...] = ()
 
 
-def write_shown(run: RunFolder, samples: Sequence[ShownSample]) -> None:
+def write_shown(run: Measured, samples: Sequence[ShownSample]) -> None:
     """Write RUN/samples.json whole or not at all; raises RunError if the disk refuses.
 
     The last of very many samples are left out, so that a reader can hold the others.

@@ -12,7 +12,8 @@ from qprobe.selection.budget import Budget
 from qprobe.selection.request import ListRequest
 from qprobe.selection.scores import ScoredRun, damage_of, default_measure, layer_scores, skiplist_by
 from qprobe.selection.search.groups import keeps_groups_whole
-from qprobe.selection.skiplist import SkipList, best_skiplist
+from qprobe.selection.search.lists import best_skiplist
+from qprobe.selection.skiplist import SkipList
 
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves
 

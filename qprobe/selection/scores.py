@@ -14,7 +14,8 @@ from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual, check_measure, measured
 from qprobe.selection.bound import SCORE, Prospect
 from qprobe.selection.search.damage import Damage, least_damages
-from qprobe.selection.skiplist import SkipList, best_skiplists
+from qprobe.selection.search.lists import best_skiplists
+from qprobe.selection.skiplist import SkipList
 from qprobe.selection.verdict import is_bent
 
 ISOLATED_KL = measures.ISOLATED_KL.score  # the column of each layer's isolated KL

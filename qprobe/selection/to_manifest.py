@@ -17,7 +17,8 @@ from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
 from qprobe.selection.decide import Candidate, on_common_samples
 from qprobe.selection.scores import ISOLATED_KL, ScoredRun, column_of, predicted_kl
-from qprobe.selection.skiplist import SkipList, is_scored
+from qprobe.selection.search.lists import is_scored
+from qprobe.selection.skiplist import SkipList
 
 _FIXED_REASONS = {
     "lm_head": "lm_head stays in 16-bit",

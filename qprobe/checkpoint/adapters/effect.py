@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qprobe.checkpoint.adapters.lora import Adapter, Fit, Pair, read_adapter
-from qprobe.checkpoint.auditing.found import AdaptedLayer
-from qprobe.checkpoint.auditing.loaded import load_plainly
 from qprobe.checkpoint.load import codes_of
+from qprobe.checkpoint.plain import load_plainly
 from qprobe.errors import ModelError
 from qprobe.formats.codes_file import CodesReader, open_codes
 from qprobe.formats.nf4 import Nf4, StoredNf4
@@ -30,6 +29,19 @@ from qprobe.system.wording import counted, named
 
 MANIFEST_FILE = "skiplist.json"  # of the adapter's base, beside what `finetune` wrote
 HALF = 0.5  # of what is added: less than this came back from rounding as it was, or was never added
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer of an adapter, and what the checkpoint holds of it.
+
+    state: "took effect", "no effect", or why it can have none, see `qprobe.checkpoint.adapters.lora.Fit`.
+    arrived: the share of what the adapter adds that the checkpoint's weight holds; None where none can.
+    """
+
+    layer: str
+    state: str
+    arrived: float | None = None
 
 
 @dataclass(frozen=True)

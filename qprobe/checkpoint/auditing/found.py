@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qprobe.checkpoint.adapters.effect import AdaptedLayer
+
 State = Literal["4-bit", "16-bit", "plain in a 4-bit class", "packed in a 16-bit class", "missing", "tied"]
 BROKEN: tuple[State, ...] = ("plain in a 4-bit class", "packed in a 16-bit class", "missing")
 
@@ -26,19 +28,6 @@ class ReadEntry:
     entry: str
     layers: tuple[str, ...]
     too_many: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """One layer of an adapter, and what the checkpoint holds of it.
-
-    state: "took effect", "no effect", or why it can have none, see `qprobe.checkpoint.adapters.lora.Fit`.
-    arrived: the share of what the adapter adds that the checkpoint's weight holds; None where none can.
-    """
-
-    layer: str
-    state: str
-    arrived: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,19 @@ from torch import nn
 
 from qprobe.checkpoint.auditing.found import AuditedLayer
 from qprobe.checkpoint.load import keep_codes_as_stored
+from qprobe.checkpoint.plain import load_plainly
 from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import verify
 from qprobe.errors import ModelError, VerificationError
-from qprobe.loading.config import model_class
 from qprobe.loading.device import pick_device
 from qprobe.loading.experts.four_bit import as_bitsandbytes, four_bit_experts
 from qprobe.loading.experts.packed import load_packed
 from qprobe.loading.experts.weights import expert_weights
-from qprobe.loading.pretrained import REPORT, incomplete
+from qprobe.loading.pretrained import incomplete
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
 from qprobe.system.devices import AskedDevice
-from qprobe.system.log_filters import without_remarks
 from qprobe.system.wording import counted, is_or_are
 
 
@@ -93,20 +92,6 @@ def _problem_of_experts(is_four_bit: bool, state: str) -> str | None:
     if is_four_bit == (state == "4-bit"):
         return None
     return f"is in {'4' if is_four_bit else '16'}-bit, though its files are {state}"
-
-
-def load_plainly(skeleton: Skeleton, place: torch.device) -> tuple[Any, dict[str, Any]]:
-    """(model, what transformers says of loading it): the checkpoint behind `skeleton` as a user loads it."""
-    with without_remarks(REPORT):
-        return model_class(skeleton.config).from_pretrained(
-            skeleton.source.location,
-            device_map={"": place},
-            use_safetensors=True,
-            dtype="auto",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=skeleton.source.trusts_code,
-        )
 
 
 def _problem(module: Any, state: str) -> str | None:

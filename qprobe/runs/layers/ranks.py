@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,10 +11,8 @@ import pandas as pd
 from qprobe.errors import RunError
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.layers.table import answer_tokens
+from qprobe.runs.measured import Measured
 from qprobe.system.wording import shortened
-
-if TYPE_CHECKING:
-    from qprobe.runs.folder import RunFolder
 
 FILE = "ranks.csv"
 SHARE = 0.9  # of the resamples that an interval holds
@@ -24,7 +21,7 @@ _SEED = 0  # any; fixed, so that equal units give equal intervals
 _DTYPES = {"layer": "str", "rank": "Int64", "rank_low": "Int64", "rank_high": "Int64"}
 
 
-def rank_intervals(run: RunFolder) -> pd.DataFrame:
+def rank_intervals(run: Measured) -> pd.DataFrame:
     """The rank of each linear by sensitivity_kl and its 90 % interval, in execution order.
 
     Columns: layer, rank (from 1, the most sensitive), rank_low, rank_high; empty for a linear that was not
@@ -49,7 +46,7 @@ def rank_intervals(run: RunFolder) -> pd.DataFrame:
     return frame
 
 
-def write_ranks(run: RunFolder) -> None:
+def write_ranks(run: Measured) -> None:
     """Write RUN/ranks.csv, see `rank_intervals`; nothing where no sensitivity was measured."""
     frame = rank_intervals(run)
     if frame["rank"].notna().any():

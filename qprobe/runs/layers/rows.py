@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import nan
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from qprobe.errors import RunError
-
-if TYPE_CHECKING:
-    from qprobe.runs.folder import RunFolder
+from qprobe.runs.measured import Measured
 
 Rows = Mapping[str, np.ndarray]
 """The rows of one layer: a stage's columns, numbers as `numbers` gives them and texts as objects."""
 
 
-def rows_by_layer(run: RunFolder, stage: str) -> dict[str, Rows]:
+def rows_by_layer(run: Measured, stage: str) -> dict[str, Rows]:
     """The units of `stage` by layer name; rows keep their order.
 
     Columns are turned into arrays once and not for each of hundreds of layers, which takes pandas seconds.

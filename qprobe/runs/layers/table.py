@@ -11,7 +11,7 @@ import csv
 from io import StringIO
 from math import fsum, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,8 @@ from qprobe.registry import measures
 from qprobe.runs.derived import csv_bytes
 from qprobe.runs.layers.aggregates import LayerRows, aggregated, pooled
 from qprobe.runs.layers.rows import Rows, numbers, rows_by_layer
+from qprobe.runs.measured import Measured
 from qprobe.system.wording import shortened
-
-if TYPE_CHECKING:
-    from qprobe.runs.folder import RunFolder
 
 FILE = "layers.csv"
 EXPERTS_FILE = "experts.csv"
@@ -63,7 +61,7 @@ def dtypes() -> dict[str, str]:
     return {**_FIRST, **dict.fromkeys(names, "float64"), **_LAST}
 
 
-def derived_table(run: RunFolder) -> pd.DataFrame:
+def derived_table(run: Measured) -> pd.DataFrame:
     """The layer table of `run`, from its units, columns as `dtypes`, in execution order.
 
     nmse is noise / signal and sqnr_db its decibels; peaks are maxima over samples; sensitivity_kl and
@@ -92,7 +90,7 @@ def derived_table(run: RunFolder) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=pd.Index(list(kinds))).astype(kinds)
 
 
-def peaks(run: RunFolder) -> pd.DataFrame:
+def peaks(run: Measured) -> pd.DataFrame:
     """Where the largest single-token error of each linear was, in execution order.
 
     Columns: layer, activation_peak (as in the layer table), sample, token (its index in the sequence of its
@@ -105,7 +103,7 @@ def peaks(run: RunFolder) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=pd.Index(list(_PEAK_DTYPES))).astype(_PEAK_DTYPES)
 
 
-def experts(run: RunFolder) -> pd.DataFrame:
+def experts(run: Measured) -> pd.DataFrame:
     """Each expert of each fused weight, in execution order; no rows for a model without.
 
     Columns: layer, expert (from 0), weight_nmse, activation_nmse on the tokens that were routed to it,
@@ -146,7 +144,7 @@ def _of_expert(rows: Rows | None, expert: int) -> Rows | None:
     return {name: values[is_its] for name, values in rows.items()}
 
 
-def write_table(run: RunFolder) -> Path:
+def write_table(run: Measured) -> Path:
     """Write layers.csv, and peaks.csv and experts.csv beside it, from the units; the path of layers.csv.
 
     Numbers are written with the fewest digits that read back as the same number.
@@ -206,7 +204,7 @@ def rank_table(table: pd.DataFrame, by: str, top: int | None = None) -> pd.DataF
     return ranked if top is None else ranked.head(top)
 
 
-def attribution_residual(run: RunFolder) -> float | None:
+def attribution_residual(run: Measured) -> float | None:
     """(sum of the sensitivities - KL of standard 4-bit) / that KL, on the samples that have both, as a share.
 
     None where either was not measured or the KL is 0.
@@ -237,7 +235,7 @@ def answer_tokens(rows: pd.DataFrame) -> dict[str, int]:
     return {str(sample): int(count) for sample, count in found.items() if count > 0}
 
 
-def left_out(run: RunFolder) -> pd.DataFrame:
+def left_out(run: Measured) -> pd.DataFrame:
     """How many non-finite values the sums of each layer leave out; only layers with any.
 
     Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples; its own

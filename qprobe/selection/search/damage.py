@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from math import fsum
 
 from qprobe.records import Inventory
-from qprobe.selection.skiplist import SkipList, best_skiplist, best_skiplists, smallest_skiplist
+from qprobe.selection.search.lists import best_skiplist, best_skiplists, smallest_skiplist
+from qprobe.selection.skiplist import SkipList
 
 # r at which marginal damages are taken; the best one lies near the share that the list leaves. At 0 they are
 # the isolated KLs and at 1/2 the path's, so no list by either alone is predicted to be better.

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
-from qprobe.checkpoint.auditing.loaded import load_plainly
 from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_course, set_course, staged
 from qprobe.checkpoint.comparing.rows import compared
 from qprobe.checkpoint.load import check_model, keep_codes_as_stored
+from qprobe.checkpoint.plain import load_plainly
 from qprobe.checkpoint.quantize import (
     refuse_to_overwrite,
     scratch_folder,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from qprobe.records import Inventory
 from qprobe.selection.search.damage import Damage, least_damage
-from qprobe.selection.skiplist import best_skiplist
+from qprobe.selection.search.lists import best_skiplist
 from tests.benchmarks.rankings.cost import Cost
 
 # Share of the saved bytes that is given back -> layers kept; None where the ranking was not tried.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
 from qprobe.selection.search.damage import Damage, fewest_bytes, least_damage
-from qprobe.selection.skiplist import best_skiplist
+from qprobe.selection.search.lists import best_skiplist
 from tests.runs.runs import inventory_of, linear
 
 BY = "sensitivity_kl"

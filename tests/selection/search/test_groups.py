@@ -15,8 +15,8 @@ from qprobe.selection.budget import Budget
 from qprobe.selection.candidates import candidates
 from qprobe.selection.request import parse_request
 from qprobe.selection.search.groups import grouped_for, keeps_groups_whole
+from qprobe.selection.search.lists import best_skiplists
 from qprobe.selection.select import scored_run
-from qprobe.selection.skiplist import best_skiplists
 from tests.exports.manifests import of_tree
 from tests.models import trees
 from tests.report.runs import write_run

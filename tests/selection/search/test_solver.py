@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory, Linear
+from qprobe.selection.search.lists import best_skiplist, best_skiplists, smallest_skiplist
 from qprobe.selection.search.solver import Item, Option, fewest_bytes, least_damage, most_spared
-from qprobe.selection.skiplist import best_skiplist, best_skiplists, smallest_skiplist
 from tests.runs.runs import inventory_of, linear
 from tests.selection.reference import all_skiplists
 
