@@ -286,18 +286,49 @@ def test_llama_cpp_is_told_of_fused_experts_by_its_own_names():
         )
 
 
-@pytest.mark.parametrize("tool", ["transformers", "vllm", "unsloth", "axolotl", "llm-compressor"])
+HOLD_EXPERTS = ("llama.cpp", "peft")
+
+
+@pytest.mark.parametrize("tool", [x for x in TOOLS if x not in HOLD_EXPERTS])
 def test_a_tool_that_cannot_hold_experts_in_4_bit_is_refused_by_name(tool: str):
     with pytest.raises(
-        ManifestError, match=rf"experts\.gate_up_proj, are in 4-bit, which {tool} cannot be told"
+        ManifestError,
+        match=rf"experts\.gate_up_proj, are in 4-bit, which {re.escape(tool)} cannot be told.*"
+        r"qprobe\.load_dynamic_4bit, or scan with --experts 16-bit",
     ):
         export_manifest(with_fused(True), tool)
-    assert "experts" not in export_manifest(with_fused(False), "transformers").text
 
 
-@pytest.mark.parametrize("tool", ["vllm", "llm-compressor"])
-def test_what_becomes_of_experts_is_said(tool: str):
-    note = export_manifest(with_experts(), tool).notes[-1]
+@pytest.mark.parametrize("tool", TOOLS)
+def test_experts_in_16_bit_are_in_no_list_of_linears(tool: str):
+    made = export_manifest(with_fused(False), tool)
+    if tool == "llama.cpp":
+        entries = gguf_options(made.text)["--tensor-type"]
+        assert sum("_exps" in x for x in entries) == 3
+    elif tool == "llama-factory":
+        assert "experts.down_proj" in made.text  # a comment that names all that the checkpoint keeps
+    elif tool == "peft":
+        data = json.loads(made.text)
+        assert not re.search("experts", data["target_modules"])
+        assert [x for x in data["layers_16bit"] if "experts" in x]
+    else:
+        assert "experts" not in made.text
+
+
+def test_peft_is_told_which_experts_are_in_4_bit_and_puts_no_adapter_on_them():
+    data = json.loads(export_manifest(with_fused(True), "peft", adapt="all").text)
+    assert [x for x in data["layers_4bit"] if "experts" in x] == [
+        f"model.layers.3.mlp.experts.{x}" for x in ("gate_up_proj", "down_proj")
+    ]
+    assert re.fullmatch(data["target_modules"], "model.layers.3.self_attn.q_proj")
+    assert not re.fullmatch(data["target_modules"], "model.layers.3.mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize("tool", ["vllm", "llm-compressor", "autoround", "gptqmodel"])
+@pytest.mark.parametrize("are_layers", [False, True])
+def test_what_becomes_of_experts_is_said(are_layers: bool, tool: str):
+    manifest = with_fused(False) if are_layers else with_experts()
+    note = export_manifest(manifest, tool).notes[-1]
     assert note.startswith("2 stacked expert weights, such as model.layers.3.mlp.experts.gate_up_proj,")
     assert not any("expert" in x for x in export_manifest(chosen("LlamaForCausalLM"), tool).notes)
 

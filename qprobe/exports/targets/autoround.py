@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qprobe.exports.keys import Reader, module_readers
 from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written, written_as
-from qprobe.exports.writing import other_codes, text_only
+from qprobe.exports.writing import experts, other_codes, text_only
 from qprobe.manifest.records import Manifest
 
 
@@ -30,7 +30,12 @@ def write(manifest: Manifest, entries: Sequence[str]) -> Written:
     """A JSON object of the keywords."""
     as_16bit = {"bits": 16, "act_bits": 16, "data_type": "float", "act_data_type": "float"}
     data = {"scheme": "W4A16", "layer_config": dict.fromkeys(entries, as_16bit)}
-    return Written(json.dumps(data, indent=2) + "\n", (other_codes("W4A16 integers"), text_only("AutoRound")))
+    stacked = experts(
+        manifest,
+        "AutoRound may unstack them into linears and quantize those: add '.*experts.*' to layer_config.",
+    )
+    notes = (other_codes("W4A16 integers"), text_only("AutoRound"), *stacked)
+    return Written(json.dumps(data, indent=2) + "\n", notes)
 
 
 TARGET = Target(

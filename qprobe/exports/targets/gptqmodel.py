@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qprobe.exports.keys import Reader, exact, module_readers
 from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written, written_as
-from qprobe.exports.writing import other_codes, text_only
+from qprobe.exports.writing import experts, other_codes, text_only
 from qprobe.manifest.records import Manifest
 
 
@@ -28,7 +28,12 @@ def readers(manifest: Manifest) -> list[Reader]:
 def write(manifest: Manifest, entries: Sequence[str]) -> Written:
     """A JSON object of the keywords."""
     data = {"bits": 4, "dynamic": {entry: {} for entry in entries}}
-    return Written(json.dumps(data, indent=2) + "\n", (other_codes("GPTQ integers"), text_only("GPTQModel")))
+    stacked = experts(
+        manifest,
+        "GPTQModel may unstack them into linears and quantize those: add '-:.*experts.*' to dynamic.",
+    )
+    notes = (other_codes("GPTQ integers"), text_only("GPTQModel"), *stacked)
+    return Written(json.dumps(data, indent=2) + "\n", notes)
 
 
 TARGET = Target(
