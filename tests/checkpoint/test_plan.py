@@ -125,7 +125,8 @@ def four_bit_bytes(elements: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model", ["llama-3.2-11b-vision", "gemma-3-4b", "internvl3-1b", "qwen3-30b-a3b", "demo"]
+    "model",
+    ["llama-3.2-11b-vision", "gemma-3-4b", "internvl3-1b", "qwen3-30b-a3b", "gemma-4-26b-a4b", "demo"],
 )
 def test_towers_and_what_is_outside_sum_to_the_whole(model: str) -> None:
     found = plan(model)
