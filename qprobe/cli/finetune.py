@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from qprobe.cli.options.model import adapt_option, device_option, dtype_option, 
 from qprobe.cli.options.samples import data_help, data_options
 from qprobe.cli.output.speaking import say
 from qprobe.options import FOR, Base, Optimizer
+from qprobe.system.processes import shard_from
 from qprobe.system.wording import counted
 
 _POSITIVE = click.IntRange(min=1)
@@ -102,6 +104,14 @@ _OPTIONS = (
         help="Begin at nothing, or at what calibrated 4-bit leaves of each weight (scan --keep-correction).",
     ),
     click.option(
+        "--distill",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Steps before the first one in which the adapter learns to answer as the 16-bit model does.",
+    ),
+    click.option(
         "--for",
         "for_tool",
         type=click.Choice(FOR),
@@ -159,12 +169,17 @@ def finetune(as_json: bool, **asked: Any) -> None:
     goes on from the last checkpoint after an interruption. DIR gets the adapter as peft reads it, the
     processor, F, and finetune.json with every option and F's fingerprint.
 
+    `torchrun --nproc-per-node N -m qprobe finetune ...` trains on N GPUs, --accumulation batches of a step on
+    each; the same command with another N goes on from the last checkpoint in steps of the same lines.
+
     \b
     --json prints: out, base, fingerprint, steps, resumed_from, trained_lines, held_out_lines, skipped [text],
     notes [text] (fields that were not read, and how others were), left_out [text] (layers that have to do
-    without an adapter), smaller_batches [text] (where memory did not suffice for --batch-size),
-    trainable_parameters, optimizer, eval_loss_before, eval_loss (nats per answer token, mean over lines),
-    history [{step, loss}], eval_history [{step, loss}], seconds, peak_bytes (of device memory).
+    without an adapter), other_batches [text] (where memory did not suffice for --batch-size, or another
+    number of processes went on), processes, distilled {steps, before, after} (KL on lines kept back from it,
+    nats per answer token), trainable_parameters, optimizer, eval_loss_before, eval_loss (nats per answer
+    token, mean over lines), history [{step, loss}], eval_history [{step, loss}], seconds, peak_bytes (of
+    device memory, of one process).
     """
     from qprobe.training.finetune import finetune as train
 
@@ -172,12 +187,14 @@ def finetune(as_json: bool, **asked: Any) -> None:
     refuse_two_lengths(asked)
     with shared.progress_bars() as progress:
         done = train(**asked, progress=progress).to_json()
+    if shard_from(os.environ).rank:
+        return  # the first process speaks for all
     if as_json:
         shared.print_json(done)
         return
     for sentence in done["skipped"]:
         say(f"Skipped: {sentence}", err=True)
-    for sentence in (*done["notes"], *done["left_out"], *done["smaller_batches"]):
+    for sentence in (*done["notes"], *done["left_out"], *done["other_batches"]):
         say(f"Note: {sentence}", err=True)
     say(_verdict(done))
 

@@ -45,6 +45,14 @@ _STEP = (
         show_default=True,
     ),
     adapt_option("Where adapters go"),
+    click.option(
+        "--processes",
+        type=_POSITIVE,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="That train together (torchrun), a card each; what is said is of one card.",
+    ),
 )
 
 
@@ -58,7 +66,7 @@ def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_step_without_training(training: bool) -> None:
     """Raises UsageError where an option of a training step was passed without --training."""
     context = click.get_current_context()
-    names = ("batch_size", "tokens", "tiles", "rank", "optimizer", "adapt")
+    names = ("batch_size", "tokens", "tiles", "rank", "optimizer", "adapt", "processes")
     for name in names:
         if not training and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} describes a training step; pass --training.")
@@ -105,10 +113,10 @@ def plan(
     layers_4bit, parameter_bytes, total_bytes, double_quant, published_gib}], towers [{name, linear_layers,
     parameters, layouts [{name, layers_4bit, parameter_bytes, total_bytes}]}], outside [{name, tower, bytes,
     why}] for everything that is no weight of a linear, and notes. null is what does not apply.
-    With --training also: training {batch_size, tokens, tiles, rank, optimizer, adapt, adapted_layers,
-    adapter_parameters, activations {kept, at_loss, in_block, peak}, layouts [{name, weight_bytes,
-    adapter_bytes, gradient_bytes, optimizer_bytes, activation_bytes, total_bytes, cards [{gb,
-    usable_bytes, margin_bytes, fits}]}]}.
+    With --training also: training {batch_size, tokens, tiles, rank, optimizer, adapt, processes,
+    adapted_layers, adapter_parameters, activations {kept, at_loss, in_block, peak}, layouts [{name,
+    weight_bytes, adapter_bytes, gradient_bytes, exchange_bytes, optimizer_bytes, activation_bytes,
+    total_bytes, cards [{gb, usable_bytes, margin_bytes, fits}]}]}, of one card.
     """
     refuse_step_without_training(training)
     if training:

@@ -14,10 +14,13 @@ def training_text(training: Mapping[str, Any], width: int) -> str:
     """The object `training` of `plan --training --json`: what a step occupies, and which cards it fits."""
     layouts = training["layouts"]
     unit, size = ("GiB", _GIB) if layouts[0]["total_bytes"] >= _GIB else ("MiB", _MIB)
-    parts = ("weight", "adapter", "gradient", "optimizer", "activation", "total")
+    shared = training["processes"] > 1
+    exchange = ("exchange",) if shared else ()
+    parts = ("weight", "adapter", "gradient", *exchange, "optimizer", "activation", "total")
     rows = [[x["name"], *(f"{x[f'{part}_bytes'] / size:.2f}" for part in parts)] for x in layouts]
+    each = f" on each of {training['processes']} cards" if shared else ""
     heading = (
-        f"One training step: batch {training['batch_size']}, {training['tokens']:,} tokens, "
+        f"One training step{each}: batch {training['batch_size']}, {training['tokens']:,} tokens, "
         f"{training['tiles']} tiles, rank {training['rank']}, {training['optimizer']}; "
         f"{training['adapter_parameters']:,} adapter parameters on {training['adapted_layers']} layers."
     )

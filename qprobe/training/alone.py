@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qprobe.errors import RunError
 from qprobe.system.files import remove_left_behind
 from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.locks import held_alone
+from qprobe.training.record import Record, read_record, write_record
 
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
 MAX_STATE_BYTES = 2**30  # it has a few hundred bytes per logged step
 
 
@@ -59,3 +63,38 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (RunError, ValueError):
             shutil.rmtree(path, ignore_errors=True)
     return whole[max(whole)] if whole else None
+
+
+def check_out(out: Path, spec: Mapping[str, Any]) -> None:
+    """Raises RunError unless `out` is new, empty, a run that has nothing to lose, or an unfinished one with
+    the same spec.
+    """
+    if not out.exists() or (out.is_dir() and all(x.name == LOCK for x in out.iterdir())):
+        return
+    record = read_record(out) if out.is_dir() else None
+    if record is None:
+        raise RunError(f"{out} is there already and holds no run of qprobe finetune. Pass another folder.")
+    if record.status == "finished":
+        raise RunError(f"{out} holds a finished adapter. Pass another folder, or remove it to train again.")
+    links = sorted(x.name for x in (*out.iterdir(), *(out / CHECKPOINTS).rglob("*")) if x.is_symlink())
+    if links:  # the libraries that write here would follow it
+        raise RunError(f"{out} holds the symbolic link {links[0]}, which would lead out of it. Remove it.")
+    differing = sorted(key for key in spec if record.spec.get(key) != spec[key])
+    if differing and record.status != "diverged" and last_checkpoint(out / CHECKPOINTS) is not None:
+        raise RunError(
+            f"{out} holds an unfinished run that was asked for otherwise ({', '.join(differing)}). Pass the "
+            f"same options to continue it, or another folder."
+        )
+
+
+def start_record(out: Path, begun: Record) -> Record:
+    """Writes and gives the record of a run that begins or goes on in `out`; of one that diverged nothing is
+    gone on from. One that goes on keeps the number of processes that it began with.
+    """
+    before = read_record(out)
+    if before is not None and (before.status == "diverged" or before.spec != begun.spec):
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    goes_on = before is not None and last_checkpoint(out / CHECKPOINTS) is not None
+    record = replace(begun, processes=before.processes) if before and goes_on else begun
+    write_record(out, record)
+    return record

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ import torch
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import adapted_linears, ready_for_training
-from qprobe.data.conversation import Conversation, Conversations
 from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
-from qprobe.errors import ModelError, RunError, SampleError
+from qprobe.errors import ModelError
 from qprobe.exports.keys import one_pattern
 from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.encoding import encode_conversations
@@ -44,7 +44,7 @@ from qprobe.options import (
 from qprobe.system.devices import parse_device
 from qprobe.system.files import write_atomic
 from qprobe.system.log_filters import Remark
-from qprobe.training.alone import LOCK, alone_in, last_checkpoint
+from qprobe.training.alone import CHECKPOINTS, alone_in, check_out, last_checkpoint, start_record
 from qprobe.training.bases import (
     BASE_WEIGHTS,
     MANIFEST_FILE,
@@ -55,13 +55,15 @@ from qprobe.training.bases import (
 )
 from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
 from qprobe.training.names import names_as_written
-from qprobe.training.record import Record, read_record, write_record
-from qprobe.training.refused import check_options, refuse_several_processes, refuse_without_answers
+from qprobe.training.record import Record, write_record
+from qprobe.training.refused import check_options, refuse_without_answers
 from qprobe.training.result import Finetuned, card
-from qprobe.training.rows import check_batches, encodable, learnable
+from qprobe.training.rows import Lines, check_batches, encodable, learnable, split
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
-from qprobe.training.start import correction_of, start_corrected
-from qprobe.training.trainer import Watch, check_adapter, make_trainer
+from qprobe.training.starts.corrected import correction_of, start_corrected
+from qprobe.training.starts.distilled import Lesson, distil, lessons_of
+from qprobe.training.together import Group, together
+from qprobe.training.trainer import Watch, check_adapter, make_trainer, with_its_steps
 
 # Of tokenizers whose files name a length; lines that --max-length refuses are named one by one.
 TOO_LONG = Remark(
@@ -69,7 +71,6 @@ TOO_LONG = Remark(
     "will result in indexing errors",
     "length is checked against --max-length, and a longer line is named",
 )
-CHECKPOINTS = "checkpoints"
 
 
 @quiet_models(TOO_LONG)
@@ -99,6 +100,7 @@ def finetune(
     adapt: str = DEFAULT_ADAPT,
     for_tool: str | None = None,
     start: Start = "zero",
+    distill: int = 0,
     save_every: int = 50,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -119,12 +121,19 @@ def finetune(
     step. max_length: tokens of a line. optimizer: None for adamw_8bit on CUDA, and adamw_torch on a CPU, for
     which there is no 8-bit one. adapt, for_tool: where adapters go, as of `qprobe.lora_targets`.
     start: at nothing, or at the correction of calibrated weights that `scan --keep-correction` left.
+    distill: steps, before the first one, in which the adapter learns to answer the lines as the 16-bit model
+    does; that is loaded for it, before the base.
     save_every: steps between checkpoints and evaluations. seed: of the adapters, the order of the lines and
     the held-out ones. trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     progress: called as work moves on, see `qprobe.options.Progress`.
     Raises QprobeError for options that make no run and for a loss that is no number, SampleError for data
     that cannot be trained on, RunError if `out` holds something else or a finished adapter or another process
-    trains into it, MachineError without peft, under torchrun, or for an optimizer the device lacks.
+    trains into it, MachineError without peft, or for an optimizer or a device that is not there.
+
+    Under torchrun each process trains on its share of every step, of `accumulation` batches each, with a
+    model on its own GPU; the first one reads the data and writes. An interrupted run goes on with another
+    number of processes in steps of the same lines. Where the batches of a pass over the data do not divide
+    among the processes, its first lines are seen once more.
     """
     options = FinetuneOptions(
         manifest=Path(manifest),
@@ -151,6 +160,7 @@ def finetune(
         adapt=adapt,
         for_tool=for_tool,
         start=start,
+        distill=distill,
         save_every=save_every,
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -161,32 +171,29 @@ def finetune(
 def run_finetuning(options: FinetuneOptions, progress: Progress) -> Finetuned:
     """`finetune` as `options` ask."""
     manifest = read_manifest(options.manifest)
-    refuse_several_processes(os.environ)
     check_options(options, manifest)
-    skeleton = check_model(manifest, options.model, options.trust_remote_code)
-    refuse_without_answers(skeleton.model)
-    peft = peft_library()
+    with together(os.environ, parse_device(options.device)) as group, ExitStack() as stack:
+        asked = replace(options, device=str(group.device) or None)
+        shown = progress if group.is_first else no_progress
+        skeleton = check_model(manifest, options.model, options.trust_remote_code)
+        refuse_without_answers(skeleton.model)
+        peft = peft_library()
+        lines = group.from_first(lambda: _checked(asked, skeleton, manifest, stack, shown))
+        return _finetune(asked, skeleton, manifest, lines, peft, group, shown)
+
+
+def _checked(
+    options: FinetuneOptions, skeleton: Skeleton, manifest: Manifest, stack: ExitStack, progress: Progress
+) -> Lines:
+    """What is trained on, before weights are loaded; until `stack` ends the folder is ours."""
     spec = asked_spec(options, manifest)
-    _check_out(options.out, spec)
+    check_out(options.out, spec)
     found = [learnable(x, options, progress) for x in (options.data, options.eval_data) if x is not None]
     spec |= {"data": texts_digest(found[0]), "images": images_digest(found)}
     if len(found) > 1:
         spec["eval_data"] = texts_digest(found[1])
-    with alone_in(options.out):
-        return _finetune(options, skeleton, manifest, spec, found, peft, progress)
-
-
-def _finetune(
-    options: FinetuneOptions,
-    skeleton: Skeleton,
-    manifest: Manifest,
-    spec: dict[str, Any],
-    found: Sequence[Conversations],
-    peft: Any,
-    progress: Progress,
-) -> Finetuned:
-    """The run, in a folder that no other process trains into; its data is checked before weights are read."""
-    _check_out(options.out, spec)
+    stack.enter_context(alone_in(options.out))
+    check_out(options.out, spec)
     processor = load_processor(source_of(manifest, options.model, options.trust_remote_code))
     if processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer, so no text can be learned. Add its files.")
@@ -196,14 +203,31 @@ def _finetune(
     for one in checked:
         check_left_out(one, options.bad_data, "train on")
         warn_left_out(share_left_out(one), one.sentences(), "skipped")
-    train, held_out = _split([x.good for x in checked], options)
+    train, held_out = split([x.good for x in checked], options)
     check_batches(train, options.batch_size, processor, dtype)
+    # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
+    spec[BASE_WEIGHTS] = base_digest(manifest, options.model)
+    check_out(options.out, spec)
+    skipped = tuple(sentence for one in checked for sentence in one.sentences())
+    notes = tuple(dict.fromkeys(note for one in checked for note in one.notes))
+    return Lines(spec, train, held_out, skipped, notes)
+
+
+def _finetune(
+    options: FinetuneOptions,
+    skeleton: Skeleton,
+    manifest: Manifest,
+    lines: Lines,
+    peft: Any,
+    group: Group,
+    progress: Progress,
+) -> Finetuned:
+    """The run on `lines`, in a folder that no other run trains into."""
+    is_new = group.from_first(lambda: last_checkpoint(options.out / CHECKPOINTS)) is None
+    lessons = _lessons(options, manifest, skeleton, lines) if options.distill and is_new else []
     device, folder = parse_device(options.device), options.manifest.parent
     loaded, processor = open_base(manifest, folder, options.base, skeleton, device, options.dtype)
     model = ready_for_training(loaded)
-    # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
-    spec = {**spec, BASE_WEIGHTS: base_digest(manifest, options.model)}
-    _check_out(options.out, spec)
     torch.manual_seed(options.seed)
     targets = adapted_linears(model, options.adapt, options.for_tool)
     config = peft.LoraConfig(
@@ -211,84 +235,73 @@ def _finetune(
         lora_alpha=options.rank,
         lora_dropout=0.0,
         target_modules=one_pattern(targets.names),
-        task_type=None if decoder is None else "SEQ_2_SEQ_LM",
+        task_type=None if layout_of(skeleton.model).decoder is None else "SEQ_2_SEQ_LM",
     )
     with names_as_written():
         tuned = peft.get_peft_model(model, config)
     if options.start == "corrected":
         with correction_of(manifest, options.manifest.parent) as factors:
             start_corrected(tuned, factors)
-    folder = model_folder(manifest, options.model)
-    record = Record("running", manifest.model.fingerprint, spec, model=folder)
-    _start(options.out, record)
+    distilled = None
+    if lessons:
+        distilled = distil(tuned, lessons, options.distill, options.accumulation, options.seed, progress)
+    begun = Record(
+        "running",
+        manifest.model.fingerprint,
+        lines.spec,
+        model=model_folder(manifest, options.model),
+        processes=group.size,
+    )
+    record = group.from_first(lambda: start_record(options.out, begun))
+    asked, said = with_its_steps(options, record.processes, group.size)
+
+    def train(now: FinetuneOptions) -> dict[str, Any]:
+        return _train(now, tuned, processor, lines, group, progress)
+
     with disk_explained(options.out), loss_explained(options.out):
-        result, smaller = in_smaller_batches(
-            options,
-            tuned,
-            lambda asked: _train(asked, spec["optimizer"], tuned, processor, train, held_out, progress),
-        )
-    skipped = tuple(sentence for one in checked for sentence in one.sentences())
+        # Where memory runs out in one of several processes, the others wait for its gradients in vain.
+        result, smaller = in_smaller_batches(asked, tuned, train) if group.size == 1 else (train(asked), ())
     done = Finetuned(
         out=options.out,
         base=options.base,
         fingerprint=manifest.model.fingerprint,
-        skipped=skipped,
-        notes=tuple(dict.fromkeys(note for one in checked for note in one.notes)),
+        skipped=lines.skipped,
+        notes=lines.notes,
         left_out=targets.notes(),
-        smaller_batches=smaller,
+        other_batches=(*said, *smaller),
+        processes=group.size,
+        distilled=distilled,
         **result,
     )
-    with disk_explained(options.out):
-        _finish(options, tuned, processor, manifest, record, done)
+    if group.is_first:
+        with disk_explained(options.out):
+            _finish(options, tuned, processor, manifest, record, done)
     return done
 
 
-def _check_out(out: Path, spec: dict[str, Any]) -> None:
-    """Raises RunError unless `out` is new, empty, a run that has nothing to lose, or an unfinished one with
-    the same spec.
-    """
-    if not out.exists() or (out.is_dir() and all(x.name == LOCK for x in out.iterdir())):
-        return
-    record = read_record(out) if out.is_dir() else None
-    if record is None:
-        raise RunError(f"{out} is there already and holds no run of qprobe finetune. Pass another folder.")
-    if record.status == "finished":
-        raise RunError(f"{out} holds a finished adapter. Pass another folder, or remove it to train again.")
-    links = sorted(x.name for x in (*out.iterdir(), *(out / CHECKPOINTS).rglob("*")) if x.is_symlink())
-    if links:  # the libraries that write here would follow it
-        raise RunError(f"{out} holds the symbolic link {links[0]}, which would lead out of it. Remove it.")
-    differing = sorted(key for key in spec if record.spec.get(key) != spec[key])
-    if differing and record.status != "diverged" and last_checkpoint(out / CHECKPOINTS) is not None:
-        raise RunError(
-            f"{out} holds an unfinished run that was asked for otherwise ({', '.join(differing)}). Pass the "
-            f"same options to continue it, or another folder."
-        )
-
-
-def _split(
-    files: Sequence[tuple[Conversation, ...]], options: FinetuneOptions
-) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
-    """(to train on, held out): the two files, or a share of the one that the seed draws."""
-    lines = files[0]
-    if len(files) > 1:
-        return lines, files[1]
-    count = round(options.held_out * len(lines))
-    if options.held_out > 0 and len(lines) > 1:
-        count = min(max(count, 1), len(lines) - 1)
-    chosen = set(random.Random(options.seed).sample(range(len(lines)), count))
-    train = tuple(x for i, x in enumerate(lines) if i not in chosen)
-    if not train:
-        raise SampleError(f"--held-out {options.held_out} leaves nothing to train on. Pass a smaller share.")
-    return train, tuple(lines[i] for i in sorted(chosen))
+def _lessons(options: FinetuneOptions, manifest: Manifest, skeleton: Skeleton, lines: Lines) -> list[Lesson]:
+    """What the 16-bit model, which is gone again afterwards, answers on as many lines as distilling takes."""
+    device = parse_device(options.device)
+    model, processor = open_base(manifest, None, "16-bit", skeleton, device, options.dtype)
+    most = options.distill * options.accumulation * options.batch_size
+    shuffled = random.Random(options.seed).sample(lines.train, min(most, len(lines.train)))
+    size = options.batch_size
+    batches = (shuffled[i : i + size] for i in range(0, len(shuffled), size))
+    decoder = layout_of(model).decoder
+    lessons = lessons_of(model, (encode_conversations(processor, x, model.dtype, decoder) for x in batches))
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return lessons
 
 
 def _train(
     options: FinetuneOptions,
-    optimizer: Optimizer,
     tuned: Any,
     processor: Any,
-    train: Sequence[Conversation],
-    held_out: Sequence[Conversation],
+    lines: Lines,
+    group: Group,
     progress: Progress,
 ) -> dict[str, Any]:
     """Runs the Trainer; the fields of `Finetuned` that it decides."""
@@ -299,32 +312,33 @@ def _train(
     trainer = make_trainer(
         tuned,
         options,
-        optimizer,
+        lines,
         checkpoints,
-        list(train),
-        list(held_out),
         lambda rows: encode_conversations(processor, rows, dtype, layout_of(tuned.get_base_model()).decoder),
-        watch,
+        # Every process comes to the same losses; the first one says what is wrong with them.
+        [watch] if group.is_first else [],
+        group.size,
     )
-    resume = last_checkpoint(checkpoints)
+    resume = group.from_first(lambda: last_checkpoint(checkpoints))
     if resume is not None:
         trainer.args.eval_on_start = False  # the loss at its step is in the state already
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if held_out and (not watch.evaluations or watch.evaluations[-1][0] != trainer.state.global_step):
-        trainer.evaluate()
-    check_adapter(tuned, watch)
     log = trainer.state.log_history
+    if lines.held_out and not any("eval_loss" in x and x["step"] == trainer.state.global_step for x in log):
+        trainer.evaluate()
+    if group.is_first:
+        check_adapter(tuned, watch)
     evaluations = tuple((x["step"], x["eval_loss"]) for x in log if "eval_loss" in x)
     return {
         "steps": trainer.state.global_step,
         "resumed_from": None if resume is None else int(resume.name.rpartition("-")[2]),
-        "trained_lines": len(train),
-        "held_out_lines": len(held_out),
+        "trained_lines": len(lines.train),
+        "held_out_lines": len(lines.held_out),
         "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-        "optimizer": optimizer,
+        "optimizer": lines.spec["optimizer"],
         "eval_loss_before": evaluations[0][1] if evaluations else None,
         "eval_loss": evaluations[-1][1] if evaluations else None,
         "history": tuple((x["step"], x["loss"]) for x in log if "loss" in x),
@@ -332,14 +346,6 @@ def _train(
         "seconds": time.perf_counter() - start,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
-
-
-def _start(out: Path, record: Record) -> None:
-    """The record of a run that begins or goes on in `out`; of one that diverged nothing is gone on from."""
-    before = read_record(out)
-    if before is not None and (before.status == "diverged" or before.spec != record.spec):
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    write_record(out, record)
 
 
 def _finish(

@@ -41,7 +41,8 @@ NOT_TRAINED = ("nf4-single", "fp4")
 class Step:
     """What is trained: `tokens` in a sequence (image tokens included), `tiles` images tiles beside it.
 
-    adapt: where adapters go, see `qprobe.models.adapting`.
+    adapt: where adapters go, see `qprobe.models.adapting`. processes: that train together, a card each; the
+    batch is that of one card.
     """
 
     batch_size: int = 1
@@ -50,6 +51,7 @@ class Step:
     rank: int = 16
     optimizer: Optimizer = "adamw_8bit"
     adapt: str = DEFAULT_ADAPT
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,16 @@ class Card:
 
 @dataclass(frozen=True)
 class LayoutMemory:
-    """Bytes of one layout; weights with quantization state and code tables."""
+    """Bytes of one layout on one card; weights with quantization state and code tables.
+
+    exchange_bytes: what processes exchange gradients through, which torch keeps beside them.
+    """
 
     name: str
     weight_bytes: int
     adapter_bytes: int
     gradient_bytes: int
+    exchange_bytes: int
     optimizer_bytes: int
     activation_bytes: int
     total_bytes: int
@@ -167,13 +173,15 @@ def _layout(
 ) -> LayoutMemory:
     parameters = 4 * sum(adapter)  # float32, as peft makes them on a 16-bit or 4-bit base
     states = optimizer_bytes(adapter, step.optimizer)
-    total = weight_bytes + 2 * parameters + states + activations.peak
+    # DistributedDataParallel's buckets are copies of all gradients: accelerate makes no views of them.
+    exchange = parameters if step.processes > 1 else 0
+    total = weight_bytes + 2 * parameters + exchange + states + activations.peak
     cards = []
     for gb in CARDS_GB:
         usable = int(USABLE * gb * GIB) - CONTEXT_BYTES
         cards.append(Card(gb, usable, usable - total, total <= usable))
     return LayoutMemory(
-        name, weight_bytes, parameters, parameters, states, activations.peak, total, tuple(cards)
+        name, weight_bytes, parameters, parameters, exchange, states, activations.peak, total, tuple(cards)
     )
 
 

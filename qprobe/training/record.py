@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +22,16 @@ class Record:
     """One run. spec: what decides the adapter, JSON values; result: of `finetune --json`, of a finished one.
 
     model: the folder of the 16-bit weights; None for a model that the manifest names so that it is found.
+    processes: that it began with, so that steps keep their lines when another number of them goes on.
     status: "diverged" where the loss became no number, so that there is nothing to go on from.
     """
 
     status: Literal["running", "diverged", "finished"]
     fingerprint: str
-    spec: dict[str, Any]
+    spec: Mapping[str, Any]
     result: dict[str, Any] | None = None
     model: str | None = None
+    processes: int = 1
 
 
 def read_record(folder: Path) -> Record | None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from qprobe.errors import MachineError, ModelError, QprobeError
+from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread
 from qprobe.models.adapting import adapted_layers
 from qprobe.options import FinetuneOptions
-from qprobe.training.start import correction_of
-
-_DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun sets, and Trainer acts upon
+from qprobe.training.starts.corrected import correction_of
 
 
 def check_options(options: FinetuneOptions, manifest: Manifest) -> None:
@@ -36,6 +33,11 @@ def check_options(options: FinetuneOptions, manifest: Manifest) -> None:
             raise QprobeError(f"--{name} {count} makes no training. Pass 1 or more.")
     if options.start not in ("zero", "corrected"):
         raise QprobeError(f"--start {options.start!r} is no start. Pass zero or corrected.")
+    if options.distill < 0 or (options.distill and options.base == "16-bit"):
+        raise QprobeError(
+            f"--distill {options.distill} on --base {options.base}: a 4-bit base learns to answer as the "
+            "16-bit model, in a number of steps. Leave --distill out."
+        )
     if options.start == "corrected":
         if options.base != "dynamic":
             raise QprobeError(
@@ -59,17 +61,6 @@ def _highest_rank(manifest: Manifest, options: FinetuneOptions) -> int:
     """
     names = set(adapted_layers(manifest, options.adapt, options.for_tool).names)
     return max(min(x.shape) for x in manifest.layers if x.name in names)
-
-
-def refuse_several_processes(environment: Mapping[str, str]) -> None:
-    """Raises MachineError where a launcher such as torchrun started this process."""
-    found = [f"{name}={environment[name]}" for name in _DISTRIBUTED if environment.get(name, "").strip()]
-    if found:
-        raise MachineError(
-            f"qprobe finetune trains in one process on one GPU, and {', '.join(found)} asks for a share of "
-            "several. Start it without torchrun, or unset these variables; CUDA_VISIBLE_DEVICES chooses the "
-            "GPU."
-        )
 
 
 def refuse_without_answers(model: Any) -> None:

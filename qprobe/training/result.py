@@ -11,6 +11,7 @@ from qprobe.checkpoint.card import card_head
 from qprobe.manifest.records import Manifest
 from qprobe.system.markdown import plain
 from qprobe.training.record import RECORD
+from qprobe.training.starts.distilled import Distilled
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class Finetuned:
     base's; both are None without held-out lines. history: (step, loss), over the step
     peak_bytes: of device memory, None on a CPU. skipped: one sentence per row that was left out;
     notes: on fields that were not read and what was done to read others;
-    left_out: one per reason for which layers have to do without an adapter. smaller_batches: one where memory
-    did not suffice for the batches that were asked for.
+    left_out: one per reason for which layers have to do without an adapter. other_batches: sentences where
+    batches are not those that were asked for: memory did not suffice, or the run went on with another number
+    of processes. processes: that trained at last, a device each. distilled: what `distill` gave; None without
+    it, or where the run went on from a checkpoint.
     """
 
     out: Path
@@ -35,7 +38,9 @@ class Finetuned:
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
     left_out: tuple[str, ...]
-    smaller_batches: tuple[str, ...]
+    other_batches: tuple[str, ...]
+    processes: int
+    distilled: Distilled | None
     trainable_parameters: int
     optimizer: str
     eval_loss_before: float | None
@@ -57,7 +62,7 @@ class Finetuned:
             "skipped": list(self.skipped),
             "notes": list(self.notes),
             "left_out": list(self.left_out),
-            "smaller_batches": list(self.smaller_batches),
+            "other_batches": list(self.other_batches),
             **curves,
         }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ from qprobe.errors import SampleError
 from qprobe.inputs.decoder import Decoder
 from qprobe.inputs.encoding import encode_conversations, encoding_problem, rows_to_learn
 from qprobe.options import FinetuneOptions, Progress
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a run trains on and evaluates. spec: everything that decides the adapter; skipped: one sentence
+    per row that was left out; notes: on what of the others was not read.
+    """
+
+    spec: Mapping[str, Any]
+    train: tuple[Conversation, ...]
+    held_out: tuple[Conversation, ...]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def learnable(data: Any, options: FinetuneOptions, progress: Progress) -> Conversations:
@@ -80,6 +94,23 @@ def check_batches(lines: Sequence[Conversation], batch_size: int, processor: Any
             "model takes none. "
             f"Pass --batch-size 1 with --accumulation {batch_size} times as large."
         ) from None
+
+
+def split(
+    files: Sequence[tuple[Conversation, ...]], options: FinetuneOptions
+) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
+    """(to train on, held out): the two files, or a share of the one that the seed draws."""
+    lines = files[0]
+    if len(files) > 1:
+        return lines, files[1]
+    count = round(options.held_out * len(lines))
+    if options.held_out > 0 and len(lines) > 1:
+        count = min(max(count, 1), len(lines) - 1)
+    chosen = set(random.Random(options.seed).sample(range(len(lines)), count))
+    train = tuple(x for i, x in enumerate(lines) if i not in chosen)
+    if not train:
+        raise SampleError(f"--held-out {options.held_out} leaves nothing to train on. Pass a smaller share.")
+    return train, tuple(lines[i] for i in sorted(chosen))
 
 
 def _in_order(skipped: list[Skipped]) -> tuple[Skipped, ...]:

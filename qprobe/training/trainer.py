@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qprobe.data.conversation import Conversation
-from qprobe.errors import QprobeError
-from qprobe.options import FinetuneOptions, Optimizer, Progress
+from qprobe.errors import QprobeError, RunError
+from qprobe.options import FinetuneOptions, Progress
+from qprobe.training.rows import Lines
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises, so that the first ones do no harm
 
@@ -71,14 +73,14 @@ def check_adapter(model: Any, watch: Watch) -> None:
 def make_trainer(
     model: Any,
     options: FinetuneOptions,
-    optimizer: Optimizer,
+    lines: Lines,
     checkpoints: Path,
-    train: Sequence[Conversation],
-    held_out: Sequence[Conversation],
     encode: Callable[[list[Conversation]], dict[str, Tensor]],
-    watch: Watch,
+    callbacks: list[TrainerCallback],
+    processes: int,
 ) -> Trainer:
     """The Trainer of one run: nothing is reported anywhere, checkpoints go to `checkpoints`."""
+    train, held_out = list(lines.train), list(lines.held_out)
     on_cpu = next(model.parameters()).device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -89,8 +91,8 @@ def make_trainer(
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(WARMUP * _steps(options, len(train))),
-        optim=optimizer,
+        warmup_steps=math.ceil(WARMUP * _steps(options, len(train), processes)),
+        optim=lines.spec["optimizer"],
         # Weights keep their dtypes: adapters are float32 and cast by themselves, so there is no autocast.
         bf16=False,
         fp16=False,
@@ -119,13 +121,37 @@ def make_trainer(
         train_dataset=train,  # pyright: ignore[reportArgumentType]  # any sized sequence will do
         eval_dataset=held_out or None,  # pyright: ignore[reportArgumentType]
         data_collator=encode,
-        callbacks=[watch],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
     return trainer
 
 
-def _steps(options: FinetuneOptions, lines: int) -> int:
+def with_its_steps(
+    options: FinetuneOptions, began_with: int, processes: int
+) -> tuple[FinetuneOptions, tuple[str, ...]]:
+    """(options with which `processes` make the steps of a run that began with others, a sentence if so)."""
+    if processes == began_with:
+        return options, ()
+    batches = options.accumulation * began_with
+    if batches % processes:
+        raise RunError(
+            f"The run in {options.out} began with {_processes(began_with)} and {batches} batches per "
+            f"step, which do not divide among {processes}. Go on with a number of processes that does."
+        )
+    each = batches // processes
+    said = (
+        f"The run began with {_processes(began_with)} and went on with {processes}: each took "
+        f"{each} {'batch' if each == 1 else 'batches'} of a step, so that steps kept their lines."
+    )
+    return replace(options, accumulation=each), (said,)
+
+
+def _steps(options: FinetuneOptions, lines: int, processes: int) -> int:
     """Optimizer steps of the whole run."""
-    batches = math.ceil(lines / options.batch_size)
+    batches = math.ceil(lines / options.batch_size / processes)
     return options.steps or math.ceil(options.epochs * math.ceil(batches / options.accumulation))
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"

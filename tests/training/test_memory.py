@@ -116,6 +116,12 @@ def test_adapters_are_counted_to_the_parameter(name: str, vision: bool, tiny_fol
     assert nf4.adapter_bytes == nf4.gradient_bytes == sum(p.nbytes for p in trained)
 
 
+def test_several_processes_hold_a_copy_of_the_gradients_on_each_card(tiny_folder: Any):
+    alone, shared = (training_plan(str(tiny_folder("llama")), Step(processes=n)).layouts[0] for n in (1, 2))
+    assert (alone.exchange_bytes, shared.exchange_bytes) == (0, shared.gradient_bytes)
+    assert shared.total_bytes - alone.total_bytes == shared.gradient_bytes > 0
+
+
 def test_weights_are_those_in_memory_with_their_code_tables(tiny_folder: Any):
     model, _ = load_standard_4bit(str(tiny_folder("llama")), device="cpu")
     states = [p.quant_state for p in model.parameters() if p.dtype == torch.uint8]

@@ -21,7 +21,7 @@ from qprobe.records import CodesFile
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.notes import CorrectionFile
 from qprobe.training.refused import check_options
-from qprobe.training.start import correction_of, start_corrected
+from qprobe.training.starts.corrected import correction_of, start_corrected
 from tests.checkpoint.manifests import every_third, manifest_for
 
 pytestmark = [

@@ -1,0 +1,133 @@
+"""An adapter that learns, before anything else, to answer as the 16-bit model does.
+
+A few steps down the gradient of the KL to the 16-bit model's answers (Hinton, Vinyals, Dean 2015, at
+temperature 1), on the lines that are trained on. Lines that are kept back say which step is best, and whether
+the result is used at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qprobe.calibration.damage import split_batches
+from qprobe.inputs.encoding import IGNORED
+from qprobe.measure.kl import ANSWERS
+from qprobe.options import Progress, no_progress
+
+RATE = 2e-4  # of Adam; falls to 0
+EPSILON = 1e-12  # of Adam: gradients of a small KL are themselves below its usual 1e-8
+CHECKS = 8  # looks at the lines kept back
+MOST_BYTES = 4 * 2**30  # of the host's memory for what the 16-bit model answers; further lines are not used
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One batch. inputs: of the model, with labels; logits: of the 16-bit model for the answer tokens of each
+    line, (tokens, words), on the CPU.
+    """
+
+    inputs: Mapping[str, Tensor]
+    logits: Sequence[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(x) for x in self.logits)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What distilling gave. before, after: KL on the lines kept back, nats per answer token, at the start and
+    at the best step; steps: the number of that, 0 where the start was best.
+    """
+
+    steps: int
+    before: float
+    after: float
+
+
+def answer_logits(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """For each line the logits that predict its labels, (tokens, words); differentiable."""
+    device = next(model.parameters()).device
+    given = {key: x.to(device) for key, x in inputs.items() if key != "labels"}
+    logits, learned = model(**given).logits, inputs["labels"][:, 1:].to(device) != IGNORED
+    return [row[:-1][mine] for row, mine in zip(logits, learned, strict=True)]
+
+
+def lessons_of(reference: Any, batches: Iterable[Mapping[str, Tensor]]) -> list[Lesson]:
+    """What the 16-bit model answers on `batches`, as far as `MOST_BYTES` hold it, one at least."""
+    found: list[Lesson] = []
+    room = MOST_BYTES
+    for inputs in batches:
+        with torch.no_grad():
+            logits = [x.cpu() for x in answer_logits(reference, inputs)]
+        room -= sum(x.nbytes for x in logits)
+        if found and room < 0:
+            break
+        found.append(Lesson(inputs, logits))
+    return found
+
+
+def distil(
+    model: Any,
+    lessons: Sequence[Lesson],
+    steps: int,
+    at_once: int = 1,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Distilled:
+    """Moves the trainable parameters of `model` to where its answers are nearest to those of `lessons`.
+
+    Each step takes `at_once` lessons; every eighth, or the last one, is kept back. The parameters of the best
+    look stay: never worse on those than before.
+    """
+    training, kept_back = ([lessons[i] for i in numbers] for numbers in split_batches(lessons))
+    trained = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=RATE, eps=EPSILON)
+    before = kl(model, kept_back)
+    best, best_step, kept = before, 0, _copied(trained)
+    order: list[int] = []
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, steps + 1) if training else ():
+        while len(order) < at_once:
+            order += torch.randperm(len(training), generator=generator).tolist()
+        taken = [training[order.pop(0)] for _ in range(at_once)]
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 - (step - 1) / steps)
+        optimizer.zero_grad(set_to_none=True)
+        tokens = max(1, sum(x.tokens for x in taken))
+        for lesson in taken:
+            (_damage(model, lesson).sum() / tokens).backward()
+        optimizer.step()
+        progress("distill", step, steps)
+        if step % max(1, steps // CHECKS) == 0 or step == steps:
+            found = kl(model, kept_back)
+            if isfinite(found) and found < best:
+                best, best_step, kept = found, step, _copied(trained)
+    with torch.no_grad():
+        for parameter, value in zip(trained, kept, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    return Distilled(best_step, before, best)
+
+
+def kl(model: Any, lessons: Sequence[Lesson]) -> float:
+    """KL of the answers of `model` to those of `lessons`, nats per answer token."""
+    with torch.no_grad():
+        sums = [float(_damage(model, x).sum()) for x in lessons]
+    return fsum(sums) / max(1, sum(x.tokens for x in lessons))
+
+
+def _damage(model: Any, lesson: Lesson) -> Tensor:
+    """(lines,) KL summed over the answer tokens of each."""
+    answers = answer_logits(model, lesson.inputs)
+    return ANSWERS.damage([x.to(answers[0].device) for x in lesson.logits], answers)
+
+
+def _copied(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().clone() for x in parameters]

@@ -1,0 +1,86 @@
+"""Where an adapter begins on a 4-bit base, and where training takes it from there.
+
+    python -m tests.benchmarks.starts [--models demo-outliers smollm2] [--device cuda] [--seeds 0 1 2]
+        [--steps 200] [--distill 200] [--jobs 4] [--out DIR]
+
+Bases: every linear in plain NF4; `dynamic`, the list of `qprobe scan` at +10 % on it; codes and scales
+`calibrated` (untuned), all layers in 4-bit; and the same `tuned`. Starts, at rank 16 on the linears that
+`finetune` adapts: `zero`; `loftq`, by peft's replace_lora_weights_loftq on that base; `corrected`, the closed
+form of `qprobe.calibration.correction` with the Gram matrices that calibration gathers; `distilled`, that
+after --distill steps of `qprobe.training.starts.distilled`.
+
+The KL is to the 16-bit model in nats per answer token on held-out samples, before the first step. Training is
+that of `finetune` (AdamW, 2e-4, batches of 4). `smollm2` (see tests/benchmarks/models.py) calibrates and
+trains on 128 passages of Python's help topics and is judged on 48 of other topics. `demo-outliers` calibrates
+on 128 scenes, learns the new kind of question of tests/benchmarks/stability.py, and its KL is on 96 held-out
+scenes of the old kinds. Each base is a process of its own, --jobs of them side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.starts.bases import BASES, CALIBRATION, MODELS, Asked, without_template
+from tests.benchmarks.starts.measured import measure
+from tests.benchmarks.starts.report import report
+
+
+def main() -> None:
+    """Measure every base and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--distill", type=int, default=200)
+    parser.add_argument("--calibration", type=int, default=CALIBRATION, help="samples")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("reports/starts"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        if "smollm2" in options.models:
+            without_template(Path(work))  # once, before the processes
+        asked = [
+            Asked(
+                model,
+                base,
+                options.device,
+                tuple(options.seeds),
+                options.steps,
+                options.distill,
+                options.calibration,
+                Path(work),
+            )
+            for model in options.models
+            for base in options.bases
+        ]
+        found: list[dict[str, Any]] = []
+        context = multiprocessing.get_context("spawn")  # CUDA bears no fork
+        with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=1) as pool:
+            for future in as_completed([pool.submit(measure, x) for x in asked]):
+                found.append(asdict(future.result()))
+                options.out.mkdir(parents=True, exist_ok=True)
+                (options.out / "starts.json").write_text(json.dumps(found))
+                (options.out / "starts.md").write_text(report(found, _command(options)), "utf-8")
+    print((options.out / "starts.md").read_text())
+
+
+def _command(options: Any) -> str:
+    return (
+        f"python -m tests.benchmarks.starts --models {' '.join(options.models)} --steps {options.steps} "
+        f"--distill {options.distill} --seeds {' '.join(map(str, options.seeds))}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""A 16-bit model with its samples, and the 4-bit bases that are made of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qprobe.calibration.correction import best_correction
+from qprobe.calibration.damage import split_batches
+from qprobe.calibration.gptq import metric_of, shrunk
+from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
+from qprobe.calibration.token_weights import token_weights
+from qprobe.calibration.tuning import tune
+from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit, put_stored
+from qprobe.checkpoint.ready import lora_targets
+from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, TRAINING_SEED, scenes
+from qprobe.formats.nf4 import Nf4, StoredNf4
+from qprobe.inputs.batch import Batch
+from qprobe.inputs.encoding import IGNORED
+from qprobe.loading.reference import load_reference
+from qprobe.measure.attribution import walking
+from qprobe.measure.subject import Subject, subject_of
+from qprobe.records import FormatSpec, Sample
+from qprobe.scanning.scan import scan
+from qprobe.training.starts.corrected import Factors
+from tests.benchmarks.calibration import rounded, stored
+from tests.benchmarks.models import smollm2_folder, texts
+from tests.benchmarks.stability import reversed_questions
+
+MODELS = ("demo-outliers", "smollm2")
+BASES = ("nf4", "dynamic", "calibrated", "tuned")
+RANK, BATCH = 16, 4
+CALIBRATION = 128
+TUNE_STEPS = 200
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One process. work: where the scan of the dynamic base and the weights for LoftQ go."""
+
+    model: str
+    base: str
+    device: str
+    seeds: tuple[int, ...]
+    steps: int
+    distill: int
+    calibration: int
+    work: Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """A 16-bit model, and samples of sets that share nothing. location: what its loaders take."""
+
+    subject: Subject
+    location: str
+    calibration: list[Sample]
+    training: list[Sample]
+    judged: list[Sample]
+    held_out: list[Sample]
+
+    def inputs(self, samples: Iterable[Sample], size: int = BATCH) -> list[Inputs]:
+        """Batches of at most `size`, as a training step takes them: labels on the answers alone."""
+        groups = self.subject.groups(tuple(samples), size)
+        return [labelled(self.subject.encode(x).in_dtype(self.subject.dtype)) for x in groups]
+
+
+def labelled(batch: Batch) -> Inputs:
+    """The inputs of `batch`, with labels."""
+    labels = torch.full_like(batch.inputs["input_ids"], IGNORED)
+    for row, (start, end) in enumerate(batch.answers):
+        labels[row, start:end] = batch.inputs["input_ids"][row, start:end]
+    return {**batch.inputs, "labels": labels}
+
+
+def open_task(asked: Asked) -> Task:
+    """The model of `asked` on its device, with its samples."""
+    if asked.model == "smollm2":
+        location = str(without_template(asked.work))
+        reference = load_reference(location, asked.device)
+        training, held_out = texts(reference.processor, asked.calibration)
+        judged = held_out[:48]
+        return Task(subject_of(reference, FormatSpec()), location, training, training, judged, judged)
+    reference = load_reference(asked.model, asked.device)
+    return Task(
+        subject_of(reference, FormatSpec()),
+        asked.model,
+        scenes(asked.calibration, CALIBRATION_SEED),
+        reversed_questions(240, TRAINING_SEED + 77),
+        reversed_questions(48, HELD_OUT_SEED + 77),
+        scenes(96, HELD_OUT_SEED),
+    )
+
+
+def without_template(work: Path) -> Path:
+    """SmolLM2's folder without a chat template, so that passages are plain text everywhere."""
+    from transformers import AutoTokenizer
+
+    folder = work / "smollm2"
+    if not folder.is_dir():
+        shutil.copytree(smollm2_folder(), folder, ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+        tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_folder())
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What calibration gathers. leaders: of each linear that has a Gram matrix of its own inputs."""
+
+    inputs: list[SharedInput]
+    gathering: Gathering
+
+    @property
+    def leaders(self) -> dict[str, str]:
+        apart = self.gathering.apart
+        return {name: one.leader for one in self.inputs for name in one.names if name not in apart}
+
+
+def prepared(task: Task) -> Prepared:
+    """The Gram matrices of the calibration samples, half weighted as `nf4-calibrated` does."""
+    subject = task.subject
+    batches = [subject.encode(x) for x in subject.groups(tuple(task.calibration), 8)]
+    inputs = shared_inputs(subject, batches)
+    part = [b.in_dtype(subject.path.dtype) for b in batches]
+    with walking(subject.path):
+        weights = token_weights(subject, inputs, part)
+        return Prepared(inputs, gathered(subject, inputs, part, weights=weights.of))
+
+
+def base_weights(task: Task, base: str, given: Prepared) -> dict[str, StoredNf4]:
+    """The 4-bit weight of every linear that standard 4-bit quantizes, as `base` stores it."""
+    subject = task.subject
+    if base in ("nf4", "dynamic"):
+        return {name: Nf4().stored(subject.modules[name].weight) for name in subject.quantized}
+    copy = replace(given.gathering, grams=dict(given.gathering.grams))
+    copy.grams.update(given.gathering.grams)
+    found = stored(subject, rounded(subject, copy, given.inputs))
+    found |= {n: Nf4().stored(subject.modules[n].weight) for n in subject.quantized - found.keys()}
+    if base == "tuned":
+        batches = [subject.encode(x) for x in subject.groups(tuple(task.calibration), 8)]
+        training, kept_back = ([batches[i] for i in numbers] for numbers in split_batches(batches))
+        found = dict(tune(subject, found, training, kept_back, TUNE_STEPS, Nf4()).stored)
+    return found
+
+
+def load(task: Task, asked: Asked, weights: Mapping[str, StoredNf4]) -> Any:
+    """The base as a model that trains, with a zero adapter; small enough to keep all activations."""
+    import peft
+
+    if asked.base == "dynamic":
+        rows = [{"prompt": x.prompt, "answer": x.answer} for x in task.calibration[:32]]
+        data = {"data": rows} if asked.model == "smollm2" else {"samples": 64}
+        run = scan(task.location, out=asked.work / f"scan-{asked.model}", device=asked.device, **data)
+        model, _ = load_dynamic_4bit(run.skiplist, task.location, asked.device)
+    else:
+        model, _ = load_standard_4bit(task.location, device=asked.device)
+        for name, one in weights.items():
+            put_stored(model.get_submodule(name), one)
+    model.config.use_cache = model.config.get_text_config().use_cache = False
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=lora_targets(model))
+    )
+
+
+class InMemory:
+    """Tensors under names, as `Factors` reads a file of them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def corrections(task: Task, weights: Mapping[str, StoredNf4], given: Prepared) -> Factors:
+    """The closed form for every 4-bit weight that has a Gram matrix."""
+    found: dict[str, Tensor] = {}
+    for name, leader in given.leaders.items():
+        gram = given.gathering.grams[leader]
+        metric = metric_of(shrunk(gram.total, gram.tokens))
+        if metric is None:
+            continue
+        error = task.subject.modules[name].weight.float() - weights[name].packed().unpack().float()
+        with torch.no_grad():
+            found[f"{name}.left"], found[f"{name}.right"] = best_correction(error, metric, RANK)
+    return Factors(InMemory(found))
