@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qprobe.checkpoint.hub import MANIFEST_FILE, fetched, manifest_in
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
 from qprobe.checkpoint.trial.watch import prove_read
@@ -37,7 +38,6 @@ from qprobe.system.wording import counted, is_or_are
 # Of the energy of a weight as loaded: calibration moves it by a few percent, another model's weight by 200 %.
 MOST_CHANGE = 0.5
 LOADER = "bitsandbytes"  # what `_load` has transformers convert linears with
-MANIFEST_FILE = "skiplist.json"  # in the folder that `qprobe quantize` writes
 BLOCKSIZE = 64  # transformers' BitsAndBytesConfig has no field for it; bitsandbytes defaults to 64
 
 
@@ -50,10 +50,12 @@ def load_dynamic_4bit(
     folder: str | Path | None = None,
     for_training: bool = False,
     trust_remote_code: bool = False,
+    allow_downloads: bool = False,
 ) -> tuple[Any, Any]:
     """(model, processor) as `manifest` describes them, verified, in eval mode and frozen.
 
-    manifest: also a folder that `qprobe quantize` wrote; its weights, which are in 4-bit, are loaded then.
+    manifest: also a folder that `qprobe quantize` wrote, or its hub id; its weights, which are in 4-bit, are
+    loaded then. allow_downloads: fetch what the hub's cache lacks of that.
     model: where the 16-bit weights are (alias, hub id or folder); None for the id the manifest names.
     device: "cpu", "cuda", ...; None for the best there is.
     dtype: "bfloat16" or "float16" for everything in 16-bit; None for the manifest's.
@@ -67,14 +69,18 @@ def load_dynamic_4bit(
     forward of a small sample fails or reads a 4-bit weight without its layer.
     """
     place = parse_device(device)
-    if not isinstance(manifest, Manifest) and path_of(manifest).is_dir():
-        packed, source = _packed(Path(manifest), model, place, dtype)
-        processor = load_processor(source)
-        prove_read(packed, processor)
-        return (ready_for_training(packed) if for_training else packed), processor
-    written = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+    if isinstance(manifest, Manifest):
+        written, beside = manifest, folder
+    else:
+        given = fetched(path_of(manifest), allow_downloads)
+        if (given / "config.json").is_file():
+            packed, source = _packed(given, model, place, dtype)
+            processor = load_processor(source)
+            prove_read(packed, processor)
+            return (ready_for_training(packed) if for_training else packed), processor
+        path = manifest_in(given)
+        written, beside = read_manifest(path), path.parent
     skeleton = check_model(written, model, trust_remote_code)
-    beside = folder if isinstance(manifest, Manifest) else Path(manifest).parent
     loaded, processor = proven_4bit(written, beside, skeleton, place, dtype)
     return (ready_for_training(loaded) if for_training else loaded), processor
 

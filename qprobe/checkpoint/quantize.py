@@ -21,7 +21,8 @@ from torch import nn
 from qprobe.checkpoint.auditing.audit import audit_files
 from qprobe.checkpoint.auditing.loaded import loaded_problems
 from qprobe.checkpoint.card import model_card
-from qprobe.checkpoint.load import MANIFEST_FILE, check_model, codes_of, dynamic_4bit, with_dtype
+from qprobe.checkpoint.hub import MANIFEST_FILE, push, refuse_to_push
+from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, with_dtype
 from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError
@@ -49,7 +50,9 @@ MAX_SHARD = "2GB"
 
 @dataclass(frozen=True)
 class Quantized:
-    """A checkpoint that was written. files: name -> bytes; the rest as in `StoredBytes`."""
+    """A checkpoint that was written. files: name -> bytes; pushed: the address of the commit on the hub, None
+    where it was not asked for; the rest as in `StoredBytes`.
+    """
 
     out: Path
     layers_4bit: int
@@ -57,6 +60,7 @@ class Quantized:
     parameter_bytes: int
     total_bytes: int
     files: dict[str, int]
+    pushed: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object of `quantize --json`."""
@@ -73,6 +77,7 @@ def quantize(
     folder: Path | str | None = None,
     trust_remote_code: bool = False,
     experts: KeptExperts | None = None,
+    push_to_hub: str | None = None,
     progress: Progress = no_progress,
 ) -> Quantized:
     """Writes the model that `manifest` describes into the new folder `out`; `from_pretrained` loads it alone.
@@ -83,14 +88,19 @@ def quantize(
     it, a hidden `.NAME.*.tmp`, the next one removes.
     With experts in 4-bit the folder is one that `load_dynamic_4bit` alone loads, and others refuse;
     experts="16-bit" keeps them all in 16-bit instead.
+    push_to_hub: owner/name, to which the whole folder is uploaded as well once it is written; made private
+    where it is new.
     Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
     cannot be written, or another process writes it; ManifestError if no list of entries means the same to
     every transformers 5.
     """
     target, asked = Path(out), parse_device(device)
     refuse_to_overwrite(target)
+    if push_to_hub is not None:
+        refuse_to_push(push_to_hub)
     with alone_at(target):
-        return _quantize(manifest, target, model, asked, dtype, folder, trust_remote_code, experts, progress)
+        done = _quantize(manifest, target, model, asked, dtype, folder, trust_remote_code, experts, progress)
+    return done if push_to_hub is None else replace(done, pushed=push(target, push_to_hub))
 
 
 def _quantize(

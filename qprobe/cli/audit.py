@@ -15,7 +15,12 @@ from qprobe.system.wording import counted
 
 @shared.command("audit", short_help="Say what is really 4-bit in a checkpoint.")
 @click.argument("folder", type=PATH, metavar="DIR")
-@click.option("--manifest", type=PATH, metavar="FILE", help="A skiplist.json that the checkpoint must be.")
+@click.option(
+    "--manifest",
+    type=PATH,
+    metavar="FILE",
+    help="What the checkpoint must be: a skiplist.json, or a folder or hub id with one.",
+)
 @click.option("--load", is_flag=True, help="Load the model as well, plainly, and look at every layer of it.")
 @click.option(
     "--adapter", type=PATH, metavar="DIR", help="An adapter: say which of its layers took effect here."
@@ -25,6 +30,7 @@ from qprobe.system.wording import counted
     metavar="M",
     help="With --adapter: where the 16-bit weights of its base are.  [default: the model that it names]",
 )
+@click.option("--allow-downloads", is_flag=True, help="Fetch what is named by its hub id and is not here.")
 @device_option
 @trust_option
 def audit(
@@ -34,10 +40,13 @@ def audit(
     adapter: Path | None,
     model: str | None,
     device: str | None,
+    allow_downloads: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Say which linear layers of the checkpoint in DIR are really 4-bit, and whether all parts of it agree.
+    """Say which linear layers of the checkpoint DIR are really 4-bit, and whether all parts of it agree.
+
+    DIR is a folder, or a hub id.
 
     Reads config.json, the headers of the safetensors files, and of each 4-bit layer the tables and scales
     beside its codes: which layers are packed, which hold 16-bit data though they would load as 4-bit layers
@@ -73,6 +82,7 @@ def audit(
         adapter=adapter,
         model=model,
         trust_remote_code=trust_remote_code,
+        allow_downloads=allow_downloads,
     )
     if as_json:
         shared.print_json(found.to_json())

@@ -18,7 +18,7 @@ from qprobe.options import CompareOptions
     out_of_memory="Pass a smaller --batch-size, or --device auto where there are several GPUs.",
     short_help="16-bit, standard and dynamic 4-bit, side by side.",
 )
-@option(CompareOptions, "manifest", metavar="FILE", help="The skiplist.json of a scan.")
+@option(CompareOptions, "manifest", metavar="FILE", help="A skiplist.json, or a folder or hub id with one.")
 @option(
     CompareOptions,
     "model",
@@ -49,7 +49,9 @@ def compare(as_json: bool, **asked: Any) -> None:
     """
     refuse_two_sources(asked)
     from qprobe.checkpoint.comparing.compare import compare as run_compare
+    from qprobe.checkpoint.hub import manifest_in
 
+    asked["manifest"] = manifest_in(asked["manifest"], asked["allow_downloads"])
     with shared.opened_run(asked["manifest"].parent), shared.progress_bars() as progress:
         comparison = run_compare(**asked, progress=progress)
     if as_json:

@@ -32,6 +32,11 @@ from qprobe.system.wording import counted
     "Keep all fused weights of experts in 16-bit, so that plain from_pretrained loads DIR.  "
     "[default: as F says]"
 )
+@click.option(
+    "--push-to-hub",
+    metavar="REPO",
+    help="Upload DIR to owner/name on the hub as well; a new one is private.",
+)
 @trust_option
 def quantize(
     manifest: Path,
@@ -40,6 +45,7 @@ def quantize(
     device: str | None,
     dtype: str | None,
     experts: KeptExperts | None,
+    push_to_hub: str | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -52,7 +58,8 @@ def quantize(
     name only once it is complete and audited.
 
     \b
-    --json prints: out, layers_4bit, layers_16bit, parameter_bytes, total_bytes, files {name: bytes}.
+    --json prints: out, layers_4bit, layers_16bit, parameter_bytes, total_bytes, files {name: bytes}, pushed
+    (address of the commit; null without --push-to-hub).
     """
     from qprobe.checkpoint.quantize import quantize as write
 
@@ -65,6 +72,7 @@ def quantize(
             dtype,
             trust_remote_code=trust_remote_code,
             experts=experts,
+            push_to_hub=push_to_hub,
             progress=progress,
         )
     if as_json:
@@ -76,4 +84,5 @@ def quantize(
         f"{done.out}: {counted(done.layers_4bit, 'linear layer')} in 4-bit, {done.layers_16bit} in 16-bit "
         f"(those that standard 4-bit keeps among them), "
         f"{readable_bytes(done.total_bytes)} with quantization state, {counted(len(done.files), 'file')}."
+        + (f" Uploaded: {done.pushed}" if done.pushed else "")
     )

@@ -11,6 +11,7 @@ from qprobe.checkpoint.adapters.effect import adapter_effect, effect_problems
 from qprobe.checkpoint.auditing.found import BROKEN, Audit, AuditedLayer, ReadEntry, State
 from qprobe.checkpoint.auditing.loaded import loaded_problems
 from qprobe.checkpoint.auditing.weights import uncalibrated, wrong_states
+from qprobe.checkpoint.hub import fetched, manifest_in
 from qprobe.errors import ModelError
 from qprobe.exports.config_format import four_bit_format, has_four_bit_experts, is_four_bit, model_dtype
 from qprobe.exports.languages import LIST_KEYS
@@ -53,9 +54,12 @@ def audit(
     adapter: Path | str | None = None,
     model: str | None = None,
     trust_remote_code: bool = False,
+    allow_downloads: bool = False,
 ) -> Audit:
     """What the checkpoint in `folder` holds, and whether its config, its files and `manifest` agree.
 
+    folder, manifest: also hub ids; a manifest may be the folder that holds it. allow_downloads: fetch what
+    the hub's cache lacks of them.
     load: load it too, plainly, as a user would, and look at every layer; device: where to.
     manifest_folder: where the manifest lies, from which it names its calibrated weights; None for that of
     the file `manifest`, or the working directory. adapter: folder of one that was merged into the checkpoint;
@@ -63,9 +67,12 @@ def audit(
     base are; None for the model that it names. trust_remote_code: as of `load_dynamic_4bit`.
     Raises ModelError for a folder that is not a complete checkpoint, ManifestError for a broken manifest.
     """
-    where, place = Path(folder), parse_device(device)
-    written = manifest if isinstance(manifest, Manifest) or manifest is None else read_manifest(manifest)
-    beside = Path(".") if isinstance(manifest, Manifest) or manifest is None else Path(manifest).parent
+    where, place = fetched(folder, allow_downloads), parse_device(device)
+    if isinstance(manifest, Manifest) or manifest is None:
+        written, beside = manifest, Path(".")
+    else:
+        path = manifest_in(manifest, allow_downloads)
+        written, beside = read_manifest(path), path.parent
     spec = _format(read_config(where), written)
     skeleton = skeleton_of(resolve(str(where), trust_remote_code), spec.compute_dtype)
     found = audit_files(where, skeleton, written, Path(manifest_folder or beside))

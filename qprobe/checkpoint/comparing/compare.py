@@ -14,6 +14,7 @@ from typing import Any
 
 from qprobe.checkpoint.comparing.course import asked_course, run_course, set_course, staged
 from qprobe.checkpoint.comparing.rows import Comparison, compared
+from qprobe.checkpoint.hub import manifest_in
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, standard_4bit, with_dtype
 from qprobe.errors import QprobeError, RunError
 from qprobe.loading.log_filters import quiet_models
@@ -37,12 +38,12 @@ def compare(options: CompareOptions) -> Comparison:
 
     Where the manifest lies in a run folder, the result is left there as compare.json, for the report.
 
-    manifest: the skiplist.json of a scan.
+    manifest: the skiplist.json of a scan, or a folder or hub id that holds one.
     model: where the 16-bit weights are; None for the id that the manifest names.
     images, data, prompt, samples, seed: as in `qprobe.scan`; built-in samples are other ones than a scan's.
     device: as in `qprobe.scan`. dtype: of everything in 16-bit; None for the manifest's compute_dtype.
     batch_size: samples that run at once. max_new_tokens: longest answer, where a sample brings none.
-    turns, split, bad_data, allow_downloads: as in `qprobe.scan`.
+    turns, split, bad_data, allow_downloads: as in `qprobe.scan`; also for the files of `manifest`.
     metric: of the greedy answers, beside KL: one of `qprobe.registry.metrics.names()`, or any function of
         (sample, answer) to a number; the sample's answer is None where none was given.
     trust_remote_code: as of `qprobe.load_dynamic_4bit`.
@@ -50,7 +51,8 @@ def compare(options: CompareOptions) -> Comparison:
     Raises ManifestError if the manifest is broken or for another model, SampleError if no sample is
     usable, QprobeError for a model without a language head, or for a sample that `metric` fails on.
     """
-    path, device, asked = path_of(options.manifest), parse_device(options.device), asked_course(options)
+    path = manifest_in(path_of(options.manifest), options.allow_downloads)
+    device, asked = parse_device(options.device), asked_course(options)
     manifest = read_manifest(path)
     checked = check_model(manifest, options.model, options.trust_remote_code)
     _refuse_without_answers(manifest, checked)

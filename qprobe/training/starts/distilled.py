@@ -102,7 +102,7 @@ def distil(
         optimizer.zero_grad(set_to_none=True)
         tokens = max(1, sum(x.tokens for x in taken))
         for lesson in taken:
-            (_damage(model, lesson).sum() / tokens).backward()
+            (kl_sums(model, lesson).sum() / tokens).backward()
         optimizer.step()
         progress("distill", step, steps)
         if step % max(1, steps // CHECKS) == 0 or step == steps:
@@ -119,14 +119,14 @@ def distil(
 def kl(model: Any, lessons: Sequence[Lesson]) -> float:
     """KL of the answers of `model` to those of `lessons`, nats per answer token."""
     with torch.no_grad():
-        sums = [float(_damage(model, x).sum()) for x in lessons]
+        sums = [float(kl_sums(model, x).sum()) for x in lessons]
     return fsum(sums) / max(1, sum(x.tokens for x in lessons))
 
 
-def _damage(model: Any, lesson: Lesson) -> Tensor:
-    """(lines,) KL summed over the answer tokens of each."""
-    answers = answer_logits(model, lesson.inputs)
-    return ANSWERS.damage([x.to(answers[0].device) for x in lesson.logits], answers)
+def kl_sums(model: Any, lesson: Lesson) -> Tensor:
+    """(lines,) KL to the answers of `lesson`, summed over the answer tokens of each; differentiable."""
+    answers = [x.float() for x in answer_logits(model, lesson.inputs)]
+    return ANSWERS.damage([x.to(answers[0].device).float() for x in lesson.logits], answers)
 
 
 def _copied(parameters: Sequence[Tensor]) -> list[Tensor]:

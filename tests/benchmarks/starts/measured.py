@@ -15,9 +15,8 @@ from torch import Tensor
 
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.inputs.encoding import IGNORED
-from qprobe.measure.kl import ANSWERS
 from qprobe.training.starts.corrected import Factors, start_corrected
-from qprobe.training.starts.distilled import answer_logits, distil, lessons_of
+from qprobe.training.starts.distilled import answer_logits, distil, kl_sums, lessons_of
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.starts.bases import (
     RANK,
@@ -126,7 +125,8 @@ def measure(asked: Asked) -> Found:
                 for parameter, value in zip(trained, adapter, strict=True):
                     parameter.data.copy_(value)
             if start not in found:
-                found[start] = [float(x) for lesson in held_out for x in damage(tuned, lesson)]
+                with torch.no_grad():
+                    found[start] = [float(x) for lesson in held_out for x in kl_sums(tuned, lesson)]
             losses[start].append(list(train(tuned, task, judged, seed, asked.steps)))
             print(
                 f"{asked.model} {asked.base} {start} seed {seed}: {time.perf_counter() - begun:.0f} s",
@@ -135,13 +135,6 @@ def measure(asked: Asked) -> Found:
     tokens = [len(x) for lesson in held_out for x in lesson.logits]
     seconds = time.perf_counter() - begun
     return Found(asked.model, asked.base, tokens, found, losses, taught, seconds, made_with(asked.device))
-
-
-def damage(tuned: Any, lesson: Any) -> Tensor:
-    """(lines,) KL to the 16-bit model, summed over answer tokens."""
-    with torch.no_grad():
-        answers = answer_logits(tuned, lesson.inputs)
-    return ANSWERS.damage([x.to(answers[0].device) for x in lesson.logits], answers)
 
 
 def train(
