@@ -27,7 +27,11 @@ data_options = options(
         help="Rows that cannot be used are named and left out; more than 10 % of them, and at "
         "least 10: stop, or go on without them.",
     ),
-    option(DataOptions, "allow_downloads", help="Fetch images that rows name by an address."),
+    option(
+        DataOptions,
+        "allow_downloads",
+        help="Fetch what is not here: images that rows name by an address, files of a manifest's hub id.",
+    ),
 )
 """How --data is read: the options that `scan`, `compare`, `merge` and `finetune` share."""
 
