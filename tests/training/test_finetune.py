@@ -139,7 +139,7 @@ def test_lines_with_and_without_an_image_cannot_share_a_batch(asked, monkeypatch
     )
     write_data(asked.data, 5, plain, plain)
     with monkeypatch.context() as patch, pytest.raises(SampleError, match="cannot mix both kinds"):
-        patch.setattr("qprobe.training.finetune.load_base", None)  # no weight is read for it
+        patch.setattr("qprobe.training.finetune.open_base", None)  # no weight is read for it
         finetune(replace(asked, batch_size=2))
     assert not asked.out.exists()
     assert finetune(replace(asked, steps=1)).steps == 1  # one at a time they can
@@ -178,7 +178,7 @@ def test_many_bad_lines_are_refused_before_a_model_loads_and_few_are_skipped_by_
     )
     write_data(asked.data, 4, *['{"image": "0.png", "conv'] * 10, long)
     with monkeypatch.context() as patch:
-        patch.setattr("qprobe.training.finetune.load_base", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr("qprobe.training.finetune.open_base", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(
             SampleError, match=r"10 of 15 lines.*line 5: .* not a complete JSON object.*--bad-data skip"
         ):
@@ -264,7 +264,7 @@ def test_an_option_that_fails_does_not_claim_the_folder(asked, monkeypatch):
     ],
 )
 def test_numbers_that_make_no_run_are_refused_before_a_model_loads(option, value, said, asked, monkeypatch):
-    monkeypatch.setattr("qprobe.training.finetune.load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("qprobe.training.finetune.open_base", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(QprobeError, match=said):
         finetune(replace(asked, **{option: value}))
     assert not asked.out.exists()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qprobe.calibration.damage import split_batches
+from qprobe.calibration.damage import KEPT_BACK
 from qprobe.inputs.encoding import IGNORED
 from qprobe.measure.kl import ANSWERS
 from qprobe.options import Progress, no_progress
@@ -86,11 +86,13 @@ def distil(
     Each step takes `at_once` lessons; every eighth, or the last one, is kept back. The parameters of the best
     look stay: never worse on those than before.
     """
-    training, kept_back = ([lessons[i] for i in numbers] for numbers in split_batches(lessons))
+    kept = set(range(KEPT_BACK - 1, len(lessons), KEPT_BACK)) or {len(lessons) - 1}
+    training = [x for i, x in enumerate(lessons) if i not in kept]
+    kept_back = [lessons[i] for i in sorted(kept)]
     trained = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=RATE, eps=EPSILON)
     before = kl(model, kept_back)
-    best, best_step, kept = before, 0, _copied(trained)
+    best, best_step, at_best = before, 0, _copied(trained)
     order: list[int] = []
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1) if training else ():
@@ -108,9 +110,9 @@ def distil(
         if step % max(1, steps // CHECKS) == 0 or step == steps:
             found = kl(model, kept_back)
             if isfinite(found) and found < best:
-                best, best_step, kept = found, step, _copied(trained)
+                best, best_step, at_best = found, step, _copied(trained)
     with torch.no_grad():
-        for parameter, value in zip(trained, kept, strict=True):
+        for parameter, value in zip(trained, at_best, strict=True):
             parameter.copy_(value)
             parameter.grad = None
     return Distilled(best_step, before, best)

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--distill", type=int, default=200)
     parser.add_argument("--calibration", type=int, default=CALIBRATION, help="samples")
+    parser.add_argument("--judged", type=int, default=48, help="held-out samples; twice as many old scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("reports/starts"))
@@ -59,6 +60,7 @@ def main() -> None:
                 options.steps,
                 options.distill,
                 options.calibration,
+                options.judged,
                 Path(work),
             )
             for model in options.models

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qprobe.calibration.correction import best_correction
-from qprobe.calibration.damage import split_batches
+from qprobe.calibration.damage import split_samples
 from qprobe.calibration.gptq import metric_of, shrunk
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
 from qprobe.calibration.token_weights import token_weights
@@ -52,6 +52,7 @@ class Asked:
     steps: int
     distill: int
     calibration: int
+    judged: int
     work: Path
 
 
@@ -85,17 +86,17 @@ def open_task(asked: Asked) -> Task:
     if asked.model == "smollm2":
         location = str(without_template(asked.work))
         reference = load_reference(location, asked.device)
-        training, held_out = texts(reference.processor, asked.calibration)
-        judged = held_out[:48]
-        return Task(subject_of(reference, FormatSpec()), location, training, training, judged, judged)
+        training, held_out = texts(reference.processor, max(asked.calibration, asked.judged))
+        passages, judged = training[: asked.calibration], held_out[: asked.judged]
+        return Task(subject_of(reference, FormatSpec()), location, passages, passages, judged, judged)
     reference = load_reference(asked.model, asked.device)
     return Task(
         subject_of(reference, FormatSpec()),
         asked.model,
         scenes(asked.calibration, CALIBRATION_SEED),
         reversed_questions(240, TRAINING_SEED + 77),
-        reversed_questions(48, HELD_OUT_SEED + 77),
-        scenes(96, HELD_OUT_SEED),
+        reversed_questions(asked.judged, HELD_OUT_SEED + 77),
+        scenes(2 * asked.judged, HELD_OUT_SEED),
     )
 
 
@@ -146,8 +147,10 @@ def base_weights(task: Task, base: str, given: Prepared) -> dict[str, StoredNf4]
     found = stored(subject, rounded(subject, copy, given.inputs))
     found |= {n: Nf4().stored(subject.modules[n].weight) for n in subject.quantized - found.keys()}
     if base == "tuned":
-        batches = [subject.encode(x) for x in subject.groups(tuple(task.calibration), 8)]
-        training, kept_back = ([batches[i] for i in numbers] for numbers in split_batches(batches))
+        training, kept_back = (
+            [subject.encode(x) for x in subject.groups(tuple(part), 8)]
+            for part in split_samples(task.calibration)
+        )
         found = dict(tune(subject, found, training, kept_back, TUNE_STEPS, Nf4()).stored)
     return found
 
