@@ -55,8 +55,10 @@ def answer_logits(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """For each line the logits that predict its labels, (tokens, words); differentiable."""
     device = next(model.parameters()).device
     given = {key: x.to(device) for key, x in inputs.items() if key != "labels"}
-    logits, learned = model(**given).logits, inputs["labels"][:, 1:].to(device) != IGNORED
-    return [row[:-1][mine] for row, mine in zip(logits, learned, strict=True)]
+    learned, logits = inputs["labels"].to(device) != IGNORED, model(**given).logits
+    if "decoder_input_ids" in given:  # whose place says which token comes there, not which one comes next
+        return [row[mine] for row, mine in zip(logits, learned, strict=True)]
+    return [row[:-1][mine[1:]] for row, mine in zip(logits, learned, strict=True)]
 
 
 def lessons_of(reference: Any, batches: Iterable[Mapping[str, Tensor]]) -> list[Lesson]:
