@@ -27,14 +27,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import bitsandbytes  # noqa: F401  (with those below: imported once, for every run)
-import hypothesis  # noqa: F401
 import pandas  # noqa: F401
 import pytest
 import scipy.special  # noqa: F401
@@ -46,8 +46,10 @@ from cosmic_ray.ast import ast_nodes, get_ast
 ROOMS = ("measure", "calibration", "selection", "runs", "checkpoint", "data")
 ROOT = Path(__file__).parents[2]
 GPU_ONLY = ("columns_cuda.py",)
+SPEEDS = {"quick": "not slow", "slow": "slow"}  # by what pytest calls them; in this order
 PATIENCE = 3.0  # times the seconds of the same tests without a change, and a minute
-ALONE = ("-q", "-x", "-p", "no:cacheprovider")
+# anyio, which a library imports, is a plugin as well.
+ALONE = ("-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 Place = tuple[int, int]  # line from 1, column from 0
 
@@ -96,13 +98,13 @@ def inert(source: str) -> list[tuple[Place, Place]]:
 
 def places(source: str) -> dict[Place, list[tuple[str, int]]]:
     """(operator, occurrence) of every change that can be made in `source`, by where it begins."""
-    tree, left_out = get_ast(source), inert(source)
+    nodes, left_out = list(ast_nodes(get_ast(source))), inert(source)
     found: dict[Place, list[tuple[str, int]]] = {}
     for name in sorted(plugins.operator_names()):
         operator = plugins.get_operator(name)
         if operator.arguments():  # takes names of variables that a user wants changed
             continue
-        starts = (start for node in ast_nodes(tree) for start, _ in operator().mutation_positions(node))
+        starts = (start for node in nodes for start, _ in operator().mutation_positions(node))
         for occurrence, start in enumerate(starts):
             if not any(begin <= start < end for begin, end in left_out):
                 found.setdefault(start, []).append((name, occurrence))
@@ -150,28 +152,27 @@ def copied(to: Path) -> Path:
     return to
 
 
-def runs_of(change: Change, copy: Path) -> Iterator[tuple[str, list[str]]]:
-    """(what it is called, arguments of pytest) of the runs that may catch `change`, the likeliest first."""
+def arguments_of(change: Change, speed: str, copy: Path) -> list[str]:
+    """What pytest is told to run for `change`: the tests of its room, those named after the module first."""
     room, stem = Path(change.file).parts[1], Path(change.file).stem
     folder = copy / "tests" / room
     named = sorted(str(x.relative_to(copy)) for x in folder.rglob(f"test_{stem}.py"))
     rest = sorted(str(x.relative_to(copy)) for x in folder.rglob("test_*.py"))
-    fast = [*named, *(x for x in rest if x not in named)]
-    yield "quick", ["-m", "not slow", *fast]
-    yield "slow", ["-m", "slow", *fast]
+    return ["-m", SPEEDS[speed], *named, *(x for x in rest if x not in named)]
 
 
-def tried(number: int, change: Change, copy: Path, known: dict[tuple[str, ...], float]) -> Outcome:
+def tried(
+    number: int, change: Change, speed: str, copy: Path, known: dict[tuple[str, ...], float]
+) -> Outcome:
     """What the tests of its room make of `change`. known: seconds of runs without a change, kept here."""
-    path, start = copy / change.file, time.perf_counter()
-    operator = plugins.get_operator(change.operator)()
-    for name, arguments in runs_of(change, copy):
-        limit_s = 60 + PATIENCE * unchanged_s(arguments, copy, known)
-        with mutating.use_mutation(path, operator, change.occurrence):
-            test = first_failure(arguments, copy, limit_s)
-        if test is not None:
-            return Outcome(number, change, name, test, time.perf_counter() - start)
-    return Outcome(number, change, "", "", time.perf_counter() - start)
+    arguments = arguments_of(change, speed, copy)
+    limit_s = 60 + PATIENCE * unchanged_s(arguments, copy, known)
+    start = time.perf_counter()
+    with mutating.use_mutation(
+        copy / change.file, plugins.get_operator(change.operator)(), change.occurrence
+    ):
+        test = first_failure(arguments, copy, limit_s)
+    return Outcome(number, change, speed if test else "", test or "", time.perf_counter() - start)
 
 
 def unchanged_s(arguments: Sequence[str], copy: Path, known: dict[tuple[str, ...], float]) -> float:
@@ -226,8 +227,11 @@ def run_pytest(arguments: Sequence[str], copy: Path, log: Path, keeps_bytecode: 
             del sys.modules[name]
         importlib.invalidate_caches()
         code = int(pytest.main([*ALONE, *arguments]))
-        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -252,7 +256,7 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=60)
     parser.add_argument("--only", type=int, nargs="*")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
-    parser.add_argument("--log", type=Path, help="a JSON line for each change as it is done; known ones stay")
+    parser.add_argument("--log", type=Path, help="a JSON line for each run as it is done")
     parser.add_argument("--list", action="store_true", help="show what is drawn, and try nothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # threads would not outlive a fork
@@ -262,19 +266,22 @@ def main() -> None:
         for number, x in wanted:
             print(f"{number} {x.file}:{x.line} {x.operator}\n  - {x.before}\n  + {x.after}")
         return
-    outcomes: list[Outcome] = []
+    found: dict[int, Outcome] = {}
     known: dict[tuple[str, ...], float] = {}
     with TemporaryDirectory() as folder:
         copy = copied(Path(folder))
         compileall.compile_dir(copy / "qprobe", quiet=1)
-        for number, change in wanted:
-            outcomes.append(tried(number, change, copy, known))
-            last = outcomes[-1]
-            said = f"{last.caught} ({last.test})" if last.caught else "SURVIVED"
-            print(f"{number} {change.file}:{change.line} {last.seconds:.0f} s: {said}", flush=True)
-            if asked.log:
-                with asked.log.open("a") as log:
-                    log.write(json.dumps(asdict(last)) + "\n")
+        for speed in SPEEDS:
+            for number, change in [(n, x) for n, x in wanted if n not in found or not found[n].caught]:
+                found[number] = last = tried(number, change, speed, copy, known)
+                said = f"caught by {last.test}" if last.caught else "not caught"
+                print(
+                    f"{number} {speed} {change.file}:{change.line} {last.seconds:.0f} s: {said}", flush=True
+                )
+                if asked.log:
+                    with asked.log.open("a") as log:
+                        log.write(json.dumps(asdict(last)) + "\n")
+    outcomes = [found[number] for number, _ in wanted]
     text = table(outcomes, asked.seed)
     print(text)
     if asked.out:

@@ -51,6 +51,14 @@ def test_the_search_for_the_largest_directions_finds_them(monkeypatch: pytest.Mo
     torch.testing.assert_close(u.T @ matrix @ vh.T, s.diag(), rtol=1e-3, atol=1e-4)
 
 
+def test_small_matrices_are_decomposed_exactly():
+    # Noise, whose singular values lie close together: a search of a few sweeps misses the first ones.
+    matrix = torch.randn(90, 90, generator=torch.Generator().manual_seed(0))
+    u, s, vh = largest_directions(matrix, 8)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix)[:8], rtol=1e-5, atol=0)
+    torch.testing.assert_close(u * s, matrix @ vh.T, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_corrections_of_a_run_lessen_the_error_of_its_calibrated_weights(
     tiny_folder: TinyFolder, tmp_path: Path

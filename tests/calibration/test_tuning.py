@@ -164,6 +164,21 @@ def test_tuning_that_does_not_help_the_samples_kept_back_gives_back_what_it_was_
     assert found.stored is given
 
 
+def test_samples_kept_back_are_looked_at_eight_times_on_the_way(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+):
+    looks: list[int] = []
+    steps: list[int] = []
+    monkeypatch.setattr(tuning._Tuning, "damage", lambda *_: (looks.append(len(steps)), 1.0 / len(looks))[1])
+    monkeypatch.setattr(tuning._Tuning, "descend", lambda *_: (steps.append(1), 1.0)[1])
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    subject = subject_for(tiny_folder("llama"))
+    found = tune(subject, nearest(subject), batches_of(subject, "llama", 2), [], 19, Nf4())
+    # Before, after every second of 19 steps and the last one, and once more as it is read back.
+    assert looks == [0, *range(2, 19, 2), 19, 19]
+    assert found.step == 19
+
+
 def test_a_loss_that_is_not_finite_ends_tuning(tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch):
     subject = subject_for(tiny_folder("llama"))
     batches, given = batches_of(subject, "llama", 4), nearest(subject)

@@ -109,7 +109,7 @@ def test_16_bit_colour_keeps_its_lower_bytes(top: int):
 )
 def test_16_bit_colour_of_ppm_keeps_its_lower_bytes(kind: str, top: int, largest: int, depth: int):
     values = np.random.default_rng(1).integers(0, top + 1, (6, 10, 3))
-    values[0, 0] = top
+    values[0, 0], values[0, 1] = top, 0
     head = f"{kind}\n# made by hand\n10 6\n{largest}\n".encode()
     words = "# all\n" + "\n".join(map(str, values.ravel()))
     data = values.astype(">u2").tobytes() if kind == "P6" else words.encode()

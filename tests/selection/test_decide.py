@@ -7,7 +7,15 @@ import pytest
 
 from qprobe.runs.statistics import ratio_se
 from qprobe.selection.decide import Candidate, decide, difference, on_common_samples
-from qprobe.selection.verdict import calibration_verdict, is_bent, residual_verdict, verdict, with_error
+from qprobe.selection.verdict import (
+    calibration_verdict,
+    difference_text,
+    is_bent,
+    mean_text,
+    residual_verdict,
+    verdict,
+    with_error,
+)
 
 
 def candidate(name: str, total_bytes: int, *kl: float, kept: tuple[str, ...] | None = None) -> Candidate:
@@ -129,6 +137,13 @@ def test_candidates_are_compared_where_the_kl_of_all_is_finite():
 )
 def test_values_have_the_digits_that_their_errors_leave(value: float, error: float, shown: str):
     assert with_error(value, error) == shown
+
+
+def test_a_share_is_told_in_points_also_where_its_error_is_unknown():
+    assert difference_text(0.5, None, True, None) == "+50 points (error unknown)"
+    assert difference_text(-0.25, None, False, None) == "-0.25 (error unknown)"
+    assert difference_text(0.042, 0.011, True, True) == "+4.2 ± 1.1 points"
+    assert mean_text(0.982, True) == "98.2 %" and mean_text(None, True) == "-"
 
 
 def test_sums_that_miss_the_damage_are_said_with_the_reason():

@@ -16,7 +16,7 @@ from qprobe.errors import VerificationError
 from qprobe.loading.config import build
 from qprobe.loading.skeleton import meta_model
 from qprobe.measure.outputs import run_model
-from tests.tiny import VOCAB, text_tokenizer
+from tests.tiny import VOCAB, decoder, text_tokenizer
 
 
 class Mixed(nn.Module):
@@ -75,10 +75,26 @@ def test_a_model_that_reads_no_text_is_not_tried():
     assert trial_batch(meta_model(config, "bfloat16"), transformers.ViTImageProcessorPil()) is None
 
 
-def test_the_decoder_behind_an_encoder_is_begun():
+def test_a_processor_that_refuses_the_sample_leaves_bare_tokens():
+    def refuses(*_: object, **__: object) -> None:
+        raise ValueError("no text today")
+
+    model = build(transformers.LlamaConfig(**decoder(32, 32, 1)), torch.float32)
+    tokenizer = text_tokenizer()[0]
+    plain, bare = (trial_batch(model, x) for x in (tokenizer, None))
+    tokenizer.apply_chat_template = refuses
+    found = trial_batch(model, tokenizer)
+    assert plain is not None and bare is not None and found is not None
+    assert torch.equal(found.inputs["input_ids"], bare.inputs["input_ids"])
+    assert plain.inputs["input_ids"].shape != bare.inputs["input_ids"].shape
+
+
+@pytest.mark.parametrize("named", [3, None])
+def test_the_decoder_behind_an_encoder_is_begun(named: int | None):
     config = transformers.T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=1)
-    config.architectures, config.decoder_start_token_id = ["T5ForConditionalGeneration"], 3
+    config.architectures, config.decoder_start_token_id = ["T5ForConditionalGeneration"], named
     model = build(config, torch.float32)
     batch = trial_batch(model, text_tokenizer()[0])
     assert batch is not None and batch.samples[0].id == "question"
+    assert batch.inputs["decoder_input_ids"].tolist() == [[named or 0]]
     assert run_model(model, batch).logits.shape == (1, 1, VOCAB)
