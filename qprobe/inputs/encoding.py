@@ -178,20 +178,20 @@ def _encoded(processor: Any, conversation: Conversation, text: str, dtype: torch
 
 def answer_collator(
     processor: Any, dtype: torch.dtype = torch.bfloat16, model: Any = None
-) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+) -> Callable[[list[Any]], dict[str, Tensor]]:
     """A `data_collator` for TRL's SFTTrainer that learns the answers only; for any processor.
 
     TRL's own puts labels on image tokens too, which Llama 3.2 Vision has no logits for. Rows as of
-    `read_conversations`; dtype: of the pixels. model: the one that learns, needed for an encoder-decoder
-    alone, whose decoder learns the last answer of each row. Raises SampleError for a row that cannot be
-    trained on.
+    `read_conversations`, or lists of turns as Unsloth's takes them; dtype: of the pixels. model: the one that
+    learns, needed for an encoder-decoder alone, whose decoder learns the last answer of each row. Raises
+    SampleError for a row that cannot be trained on.
     """
     decoder = None if model is None else layout_of(model).decoder
     return lambda rows: encode_conversations(processor, _conversations(rows), dtype, decoder)
 
 
-def _conversations(rows: list[dict[str, Any]]) -> list[Conversation]:
-    found = read_conversations(rows)
+def _conversations(rows: list[Any]) -> list[Conversation]:
+    found = read_conversations([{"messages": x} if isinstance(x, list) else x for x in rows])
     try:
         if found.skipped:
             raise Refused(found.skipped[0].why)

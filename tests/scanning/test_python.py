@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,23 @@ def state(model: Any) -> dict[str, Any]:
         "config": copy.deepcopy(model.config.to_dict()),
         "attention": model.config._attn_implementation,
         "generation": copy.deepcopy(model.generation_config.to_dict()),
+        "process": process_state(),
+    }
+
+
+def process_state() -> dict[str, Any]:
+    """What a process has one of, and a scan could leave otherwise for whatever the user does next."""
+    return {
+        "random": [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            repr(np.random.get_state(legacy=False)),
+        ],
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "verbosity": transformers.logging.get_verbosity(),
     }
 
 
@@ -67,17 +85,23 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert all(torch.equal(v, other["buffers"][k]) for k, v in one["buffers"].items())
 
 
-def written(model: Any, processor: Any) -> str:
-    """The model's greedy answer to a text."""
+def written(model: Any, processor: Any, **how: Any) -> str:
+    """The model's answer to a text, greedy if `how` does not say otherwise."""
     tokenizer = getattr(processor, "tokenizer", processor)
     inputs = tokenizer("what does the image show?", return_tensors="pt")
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        do_sample=False,
         max_new_tokens=12,
+        **{"do_sample": False, **how},
     )
     return tokenizer.decode(output[0])
+
+
+def at_random(model: Any, processor: Any) -> str:
+    """An answer that is drawn, always the same one."""
+    torch.manual_seed(3)
+    return written(model, processor, do_sample=True, temperature=5.0)
 
 
 @pytest.mark.slow
@@ -89,14 +113,15 @@ def test_a_loaded_model_gives_the_table_of_its_folder_and_stays_as_it_was(
     model.train()
     next(model.parameters()).requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda *_: None)
-    before, said = state(model), written(model, processor)
+    said, drawn = written(model, processor), at_random(model, processor)
+    before = state(model)
 
     found = qprobe.scan(model, processor=processor, out=tmp_path / "run", **FEW)
 
     wanted = scanned(name).run
     assert (found.path / "layers.csv").read_bytes() == (wanted / "layers.csv").read_bytes()
     assert_same(state(model), before)
-    assert written(model, processor) == said
+    assert (written(model, processor), at_random(model, processor)) == (said, drawn)
 
 
 @pytest.mark.slow

@@ -1,15 +1,19 @@
-"""README's three lines: scan, load_dynamic_4bit, TRL's SFTTrainer; on a CPU with the demo."""
+"""README's Python as it stands there: scan, select, compare, load, train with TRL; on a CPU with the demo."""
 
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 import qprobe
+from qprobe.data import sampling
 from qprobe.demo import demo_folder
 from qprobe.demo.scenes import TRAINING_SEED, scenes
 from qprobe.errors import SampleError
@@ -17,6 +21,7 @@ from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
 from tests.emulation import compute_bf16_by_float32
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
     # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
@@ -39,31 +44,47 @@ def rows(count: int) -> list[dict]:
     ]
 
 
-def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def block_with(words: str) -> str:
+    """The block of Python in README.md that holds `words`."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (found,) = (x for x in blocks if words in x)
+    return found
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The names of README's "From Python", run on a few scenes; its folder is the working directory."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        patch.setitem(sampling.SCAN_SAMPLES, "demo", 4)
+        compute_bf16_by_float32(patch.setattr)
+        patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
+        exec(block_with("run = qprobe.scan"), names)
+        yield names
+
+
+def test_readmes_python_runs_as_written(scanned: dict[str, Any]):
+    run, smaller, last = (scanned[x] for x in ("run", "smaller", "row"))
+    assert run.path == Path("runs/demo-outliers") and run.skiplist == run.path / "skiplist.json"
+    assert smaller.budget.limit_bytes < qprobe.read_manifest(run.skiplist).budget.limit_bytes
+    assert last.name == "dynamic" and last.kl >= 0
+
+
+def test_the_lines_of_training_run_as_written(scanned: dict[str, Any]):
     from datasets import Dataset
-    from peft import LoraConfig
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
 
-    monkeypatch.chdir(tmp_path)
-    compute_bf16_by_float32(monkeypatch.setattr)
-    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
-    dataset = Dataset.from_list(rows(4))
+    code = block_with("SFTTrainer(")
+    asked = 'SFTConfig("out", max_steps=100,'
+    skiplist = "runs/meta-llama--Llama-3.2-11B-Vision-Instruct/skiplist.json"
+    assert asked in code and skiplist in code
+    code = code.replace(skiplist, "runs/demo-outliers/skiplist.json").replace(
+        asked, 'SFTConfig("out", max_steps=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False,'
+    )
+    names: dict[str, Any] = {"dataset": Dataset.from_list(rows(4))}
+    exec(code, names)
 
-    found = qprobe.scan("demo", samples=6, device="cpu")
-    assert found.skiplist is not None
-    model, processor = qprobe.load_dynamic_4bit(found.skiplist, device="cpu", for_training=True)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig("out", max_steps=2, per_device_train_batch_size=1, logging_steps=1, report_to="none",
-                       use_cpu=True, bf16=False),
-        train_dataset=dataset,
-        processing_class=processor,
-        data_collator=qprobe.answer_collator(processor),
-        peft_config=LoraConfig(r=16, target_modules=qprobe.lora_targets(model)),
-    )  # fmt: skip
-    trainer.train()
-
+    trainer = names["trainer"]
     losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
     assert len(losses) == 2 and all(0 < x < 5 for x in losses)
     frozen = {n: p.dtype for n, p in trainer.model.named_parameters() if not p.requires_grad}
@@ -84,9 +105,13 @@ def test_the_three_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
         "prompt and completion",
         "prompt and completion in parts",
         "texts",
+        "a list of turns",
+        "conversations",
+        "an image by its file",
+        "an answer in parts with null keys",
     ],
 )
-def test_every_shape_that_trainers_collators_take_is_learned_alike(shape: str):
+def test_every_shape_that_trainers_collators_take_is_learned_alike(shape: str, tmp_path: Path):
     from datasets import Dataset
 
     processor = load_processor(resolve(str(demo_folder())))
@@ -97,6 +122,8 @@ def test_every_shape_that_trainers_collators_take_is_learned_alike(shape: str):
     mark, shown = ({"role": "user", "content": [x, question]} for x in (
         {"type": "image"}, {"type": "image", "image": image}
     ))  # fmt: skip
+    image.save(tmp_path / "a.png")
+    named = {"role": "user", "content": [{"type": "image", "image": f"{tmp_path}/a.png"}, question]}
     given = {
         "placeholder": {"messages": [mark, assistant], "images": [image]},
         "image in parts": {"messages": [shown, answer]},
@@ -105,6 +132,13 @@ def test_every_shape_that_trainers_collators_take_is_learned_alike(shape: str):
         "one image": {"messages": [user, assistant], "image": image},
         "prompt and completion": {"prompt": [user], "completion": [assistant], "images": [image]},
         "prompt and completion in parts": {"prompt": [shown], "completion": [answer]},
+        "a list of turns": [shown, answer],
+        "conversations": {"conversations": [shown, answer]},
+        "an image by its file": {"messages": [named, answer]},
+        "an answer in parts with null keys": {
+            "messages": [mark, {"role": "assistant", "content": [{**answer["content"][0], "image": None}]}],
+            "images": [image],
+        },
         "texts": {"prompt": user["content"], "completion": assistant["content"], "images": [image]},
     }[shape]
     collate = qprobe.answer_collator(processor)
