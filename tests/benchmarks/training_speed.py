@@ -13,6 +13,9 @@ of rank 16 on the same layers, recomputed blocks, AdamW in 8 bit on CUDA:
 Plain runs first and last, so that drift of the machine shows. The mark is 1.05 times plain. A step is the
 median of those after the warm-up, from the end of one to the end of the next: reading, collation and the loss
 that is logged are in it. `tiny` checks the script on a CPU.
+
+With `--processes N`: instead, `qprobe finetune` by one process and by N under torchrun, a GPU each, in steps
+of the same lines: images per second over the whole training, and how far the loss curves are apart.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -215,6 +219,45 @@ def ours(bench: Bench, name: str, kept: frozenset[str]) -> Timed:
     return Timed(name, clock.steps(), peak(bench))
 
 
+def by_processes(bench: Bench, count: int, batches: int) -> dict[str, Any]:
+    """The object of `finetune --json` of `count` processes that share `batches` lines in a step."""
+    path = bench.work / "skiplist.json"
+    write_manifest(path, manifest_for(bench.folder, bench.kept))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "qprobe"]
+    command += ["finetune", str(path), "--data", str(bench.data), "--out", str(bench.work / f"by-{count}")]
+    command += ["--model", str(bench.folder), "--held-out", "0", "--steps", str(bench.steps), "--json"]
+    command += ["--accumulation", str(batches // count), "--max-length", str(2 * bench.tokens)]
+    command += ["--save-every", str(10 * bench.steps), *(["--device", "cpu"] * (bench.device == "cpu"))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def report_processes(bench: Bench, count: int) -> str:
+    """Markdown of one process beside `count`."""
+    one, many = (by_processes(bench, x, count) for x in (1, count))
+    lines = [
+        f"# Training by {count} processes\n",
+        f"{bench.steps} steps of {count} lines of about {bench.tokens} tokens and {TILES} tiles, the first "
+        f"steps counted. {made_with(bench.device)}.\n",
+        "| processes | seconds per step | images per second | times one process | peak GiB of one |",
+        "|---|---|---|---|---|",
+    ]
+    for x in (one, many):
+        per_second = x["steps"] * count / x["seconds"]
+        times = one["seconds"] / x["seconds"]
+        peak_gib = (x["peak_bytes"] or 0) / GIB
+        lines.append(
+            f"| {x['processes']} | {x['seconds'] / x['steps']:.3f} | {per_second:.3f} | {times:.2f} | "
+            f"{peak_gib:.2f} |"
+        )
+    apart = max(
+        abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one["history"], many["history"], strict=True)
+    )
+    return (
+        "\n".join([*lines, "", f"Losses of the steps are apart by {apart:.2g} of themselves at most."]) + "\n"
+    )
+
+
 def reset(bench: Bench) -> None:
     """Frees what is gone, and counts memory from here."""
     gc.collect()
@@ -273,6 +316,7 @@ def main() -> None:
     parser.add_argument("--geometry", choices=("tiny", "11b"), default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--tokens", type=int, help="[default: 2048, or 128 at the tiny size]")
     parser.add_argument("--work", type=Path, help="where the checkpoint goes  [default: a temporary folder]")
     parser.add_argument("--out", type=Path, help="Markdown file to write as well")
@@ -286,6 +330,10 @@ def main() -> None:
         kept = published_kept(inventory_of(work / "model"), is_full)
         bench = Bench(work / "model", work / "train.jsonl", work, options.device, tokens, options.steps, kept)
         write_lines(bench, (full_config() if is_full else tiny_config()).vision_config.image_size)
+        if options.processes > 1:
+            text = report_processes(bench, options.processes)
+            written(text, options.out)
+            return
         found: list[Timed] = []
         trainings = (
             lambda: plain(bench),
@@ -299,10 +347,15 @@ def main() -> None:
             said = f"{time.perf_counter() - start:.0f} s: {found[-1].name} {found[-1].median:.3f} s per step"
             print(said, file=sys.stderr, flush=True)  # so that a later failure loses nothing
         text = report(found, bench, options.geometry, collation(bench))
+    written(text, options.out)
+
+
+def written(text: str, out: Path | None) -> None:
+    """Prints the report, and leaves it in `out` where that is named."""
     print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, "utf-8")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
