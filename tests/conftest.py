@@ -94,6 +94,14 @@ def _quiet() -> None:
         logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_wait_for_the_disk() -> Generator[None]:
+    """Files are handed to the system and not to the disk: tests kill processes, but they cut no power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _file: None)
+        yield
+
+
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report is its page alone: pictures take longer than a tiny scan, and have tests of their own."""
