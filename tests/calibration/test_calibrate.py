@@ -124,6 +124,7 @@ def test_tiles_that_no_text_attends_to_do_not_count_behind_the_vision_tower(tiny
     assert counted == {"vision": 1, "projector": 1, "cross_attention": 1}
 
 
+@pytest.mark.slow
 def test_linears_that_read_one_tensor_share_one_matrix(tiny_folder):
     subject = subject_for(tiny_folder("mllama"))
     inputs = shared_inputs(subject, [subject.encode(tuple(samples_of("mllama", 2)))])

@@ -40,6 +40,7 @@ def agree(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> 
     return float((~same).float().mean()) < 0.01 and torch.allclose(found[1][same], wanted[1][same], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_columns_make_up_for_the_errors_of_those_before(shape):
     base, own, scales, coupling = case(*shape)

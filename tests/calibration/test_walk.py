@@ -48,6 +48,7 @@ def runs_of_blocks(subject: Subject, walk: Walk) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "llama", "qwen2_vl", "bert"])
 def test_a_walk_gives_the_matrices_of_whole_passes_to_the_last_bit(name: str, tiny_folder: TinyFolder):
     # The same operations run on the same tensors, so nothing may differ at all.

@@ -183,6 +183,7 @@ def test_the_dtype_of_the_rest_can_be_another(run):
     assert {state.dtype for state in states} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_the_run_says_what_was_calibrated(run):
     one = run("llama")
     lines = (one.folder / "layers.csv").read_text().splitlines()

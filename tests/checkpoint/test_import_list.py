@@ -94,6 +94,7 @@ def test_a_plain_list_and_both_spellings(given: Any, tiny_folder: TinyFolder):
     assert any("does not name lm_head" in x for x in found.notes)
 
 
+@pytest.mark.slow
 def test_an_imported_manifest_loads(given: Any, tiny_folder: TinyFolder):
     folder = str(tiny_folder("mllama"))
     found = import_list(given(["multi_modal_projector", "lm_head"], "4.46.2"), folder)
@@ -173,6 +174,7 @@ def test_modules_to_not_convert_serves_as_well(given: Any):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "said"),
     [

@@ -165,6 +165,7 @@ def test_a_checkpoint_without_weights_is_one_sentence(tiny_folder, tmp_path):
 
 
 # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
 )

@@ -142,6 +142,7 @@ def test_towers_and_what_is_outside_sum_to_the_whole(model: str) -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_what_is_outside_are_the_other_bytes_of_the_inventory(name: str, tiny_folder: TinyFolder) -> None:
     model = load_reference(str(tiny_folder(name)), "cpu").model
@@ -190,6 +191,7 @@ def test_fp4_is_what_load_in_4bit_alone_gives(tiny_folder: TinyFolder) -> None:
     assert (one.parameter_bytes, one.total_bytes) == (stored.parameter_bytes, stored.total_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_the_layout_of_a_manifest_is_in_its_own_format(tiny_folder: TinyFolder, double_quant: bool) -> None:
     spec = FormatSpec(double_quant=double_quant, compute_dtype="float16")

@@ -150,6 +150,7 @@ def test_nothing_is_overwritten(tiny_folder, tmp_path):
     assert sorted(x.name for x in tmp_path.rglob("*")) == ["file", "notes.txt", "taken"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_run_that_ends_early_leaves_nothing(error, tiny_folder, tmp_path, monkeypatch):
     folder = tiny_folder("llama")

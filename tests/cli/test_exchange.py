@@ -106,6 +106,7 @@ def test_audit_of_a_sound_checkpoint(qprobe: Run, checkpoint: Path, manifest: Pa
     assert (data["ok"], data["layers_4bit"], data["layers_16bit"], data["loaded"]) == (True, 14, 8, False)
 
 
+@pytest.mark.slow
 def test_audit_of_a_stale_checkpoint_is_exit_code_1(qprobe: Run, checkpoint: Path, tmp_path: Path):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())

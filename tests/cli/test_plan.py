@@ -36,6 +36,7 @@ def test_plan_as_text_stands_beside_the_published_figures(qprobe: Run):
     assert rows["nf4"] == ["nf4", "326", "1.3577", "1.36", "1.3869"]
 
 
+@pytest.mark.slow
 def test_plan_shows_the_layout_of_a_manifest(qprobe: Run, tiny_folder: TinyFolder, tmp_path: Path):
     folder, path = tiny_folder("mllama"), tmp_path / "skiplist.json"
     written = manifest_for(folder, every_third(folder))

@@ -146,6 +146,7 @@ def test_planted_layers_head_the_ranking_by_activation_error(
     assert nmse[ranking[len(PLANTED) - 1]] > 10 * nmse[ranking[len(PLANTED)]]
 
 
+@pytest.mark.slow
 def test_planted_layers_stand_in_three_towers_and_in_no_fused_group(subject: Subject):
     layers = [subject.layers[name] for name in planted_layers()]
     assert {x.tower for x in layers} == {"vision", "cross_attention", "language"}

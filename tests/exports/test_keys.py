@@ -24,6 +24,7 @@ from tests.exports.manifests import manifest_of
 AWKWARD = ("proj", "a.proj", "a.b", "aXb", "layers.1.fc", "layers.11.fc", "layers.1", "layers.10", "fc")
 
 
+@pytest.mark.slow
 @given(st.sets(st.sampled_from(AWKWARD)))
 def test_any_choice_among_awkward_names_is_exact_under_both_rules_of_transformers_5(kept: set[str]):
     manifest = manifest_of({name: name in kept for name in AWKWARD})
@@ -54,6 +55,7 @@ PARTS = st.sampled_from(["a", "b", "ab", "1", "11", "2"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, st.booleans(), max_size=12))
 def test_one_pattern_matches_exactly_its_names(names: dict[str, bool]):
     chosen = [name for name, is_chosen in names.items() if is_chosen]

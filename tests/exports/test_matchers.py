@@ -178,6 +178,7 @@ def test_patterns_mean_what_re_makes_of_them(how: matchers.How):
         assert [matchers.finds(how, pattern, name) for name in STRINGS] == wanted, pattern
 
 
+@pytest.mark.slow
 @given(
     st.text("ab{}[]()|.*+?^$:e<1,\\d-&~", max_size=8),
     st.text("abed1{}.", max_size=6),
@@ -198,6 +199,7 @@ def test_any_pattern_means_what_re_makes_of_it_or_is_none(pattern: str, name: st
 SLOW = r"(a|aa)+\d$"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "entry"),
     [

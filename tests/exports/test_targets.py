@@ -118,6 +118,7 @@ def entries_in(tool: str, text: str) -> set[str]:
     return {re.sub(r"^(-:|re:)?\^?|\$$", "", entry).replace("\\", "") for entry in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", trees.CONFIGS)
 def test_lists_are_exact_by_the_rule_of_each_tool(architecture: str):
     manifest = chosen(architecture)

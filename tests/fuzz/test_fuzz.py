@@ -18,6 +18,7 @@ def test_every_reader_explains_what_it_does_not_read(tmp_path: Path):
     assert not findings and min(counts.values()) > 0  # how many there are is up to the machine
 
 
+@pytest.mark.slow
 def test_good_files_are_read_and_past_findings_explained(tmp_path: Path):
     found = readers(tmp_path)
     for reader in found.values():

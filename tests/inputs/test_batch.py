@@ -59,6 +59,7 @@ def test_answers_of_a_batch_equal_answers_alone(load: Load) -> None:
     assert [s.answer for s in together] == [s.answer for s in alone]
 
 
+@pytest.mark.slow
 def test_images_of_different_processed_shapes_do_not_share_a_batch(load: Load) -> None:
     reference = load("qwen2_vl")
     groups = batches(reference.processor, photographs(limit=6).samples, 6)

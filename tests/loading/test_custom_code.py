@@ -111,6 +111,7 @@ def planted(folder: Path, out: Path, **config: Any) -> tuple[Path, Path]:
     return out, marker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2_vl", "llava_pixtral", "bert"])
 def test_code_of_a_model_that_transformers_has_is_not_run_and_that_is_said_once(
     name: str, tiny_folder: TinyFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture

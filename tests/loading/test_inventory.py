@@ -92,6 +92,7 @@ def test_a_group_holds_all_its_members(tiny_folder: Callable[[str], Path]) -> No
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_fingerprint_is_known_before_loading(name: str, tiny_folder: Callable[[str], Path]) -> None:
     loaded = load_reference(str(tiny_folder(name)), "cpu")

@@ -75,6 +75,7 @@ def stored(folder: Path, name: str) -> str:
     return next(x for x in read_headers(folder) if x.endswith(short))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_tensor_is_named_if_it_is_removed_renamed_or_of_another_shape(

@@ -89,6 +89,7 @@ def test_the_table_equals_a_slow_oracle(case: CaseOf, run: Path, name: str) -> N
         assert result.kl_saved[layer] == pytest.approx(saved / tokens, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_interrupted_ablation_goes_on_where_it_stopped(case: CaseOf, tmp_path: Path) -> None:
     found, layers = case("llama"), some_layers(case("llama"))
     groups: list[tuple[Sample, ...]] = [(s,) for s in found.samples]

@@ -183,6 +183,7 @@ def test_what_16_bit_rounding_adds_to_the_kl_calls_for_no_more_nodes(
     assert asked == walks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "llava_pixtral", "llama_tied"])
 def test_a_16bit_model_is_walked_in_float32_and_comes_back_unchanged(
     name: str, tiny_folder: Callable[[str], Path], case: CaseOf

@@ -53,6 +53,7 @@ def slopes_with_room(case: Case, room: int) -> tuple[dict[str, torch.Tensor], Ke
         return path.slopes(batch, plain, 0.4), kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_HEAD)
 def test_running_blocks_again_changes_no_slope_and_runs_attention_once(case: CaseOf, name: str) -> None:
     kept, once = slopes_with_room(case(name), ANY_ROOM)

@@ -82,6 +82,7 @@ def rows_of(model: Any, subject: Any, name: str, sample: Sample) -> Tensor:
     return logits if name == "t5" else logits[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_kl_equals_that_of_logits_which_transformers_makes_of_labels(case: CaseOf, name: str):
     subject, samples = case(name)
@@ -96,6 +97,7 @@ def test_kl_equals_that_of_logits_which_transformers_makes_of_labels(case: CaseO
         assert found.kl_sum[sample.id] == pytest.approx(reference.kl_nats(wanted, got), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_answers_equal_a_loop_that_takes_the_likeliest_token(case: CaseOf, name: str):
     subject, samples = case(name)
@@ -114,6 +116,7 @@ def test_greedy_answers_equal_a_loop_that_takes_the_likeliest_token(case: CaseOf
         assert found.ends == (END in ids[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_of_every_layer_equal_those_of_samples_run_alone(case: CaseOf, name: str):
     # Layers of the decoder read its tokens, but for keys and values of cross-attention.
@@ -152,6 +155,7 @@ def test_peaks_of_the_decoder_are_of_the_answer_and_those_of_the_encoder_are_not
     assert kinds["encoder"] == {"vision", "text"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_sensitivities_equal_full_weight_gradients(case: CaseOf, name: str):
     subject, samples = case(name)

@@ -246,6 +246,7 @@ def plant(model: Any) -> None:
         experts.down_proj[PLANTED, :, channel] *= 256
 
 
+@pytest.mark.slow
 def test_outliers_planted_in_one_expert_of_one_layer_head_the_ranking(case: Callable[..., Case]):
     subject, batch = case("qwen3_moe", plant)
     rows, _ = observe_outputs(subject, batch, MEASURES)

@@ -218,6 +218,7 @@ def limited(folder: Path, files: Path, limit_bytes: int = LARGE) -> Subject:
     return limited_subject(load_reference(str(folder), "cpu", on_host=True), FormatSpec(), limit_bytes, files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_streamed_weights_are_those_of_the_model_in_both_forms(name: str, tiny_folder, tmp_path: Path):
     plain = subject_of(load_reference(str(tiny_folder(name)), "cpu"), FormatSpec())

@@ -103,6 +103,7 @@ def test_every_linear_of_an_entry_is_in_exactly_one_tower(alias: str) -> None:
         assert met == [layer.tower] and layer.tower != OTHER, layer.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alias", EACH)
 def test_every_fused_group_of_an_entry_is_whole(alias: str) -> None:
     _, _, inventory = built(entry_of(alias).geometry)

@@ -161,6 +161,7 @@ entries = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(
     tensors=st.dictionaries(st.sampled_from("abc"), entries, max_size=3),
     metadata=st.sampled_from([None, {}, {"a": "b"}, {"a": 1}, [], "a"]),

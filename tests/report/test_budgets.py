@@ -31,6 +31,7 @@ def test_every_point_is_the_list_that_select_gives_for_its_budget(tmp_path: Path
     assert sum(p.measured is not None for p in found) >= 2
 
 
+@pytest.mark.slow
 def test_without_isolated_kl_the_error_is_that_of_the_summed_sensitivities(tmp_path: Path):
     folder = write_full_run(tmp_path)
     next((folder / "units").glob("isolated-*")).unlink()

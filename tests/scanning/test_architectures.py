@@ -81,6 +81,7 @@ def test_the_manifest_loads_and_its_bytes_are_those_stored(
     assert manifest.budget.requested == "+10%"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.GENERATING_NAMES)
 def test_the_manifest_says_what_was_compared(name: str, scanned: Scanned):
     result = scanned(name)
@@ -142,6 +143,7 @@ def test_ranks_come_with_their_intervals(scanned: Scanned):
     assert (quantized["rank_low"] <= quantized["rank_high"]).all()
 
 
+@pytest.mark.slow
 def test_a_model_without_a_language_head_is_measured_on_its_own_output(scanned: Scanned):
     result, table = scanned("bert"), RunFolder(scanned("bert").run).table
     assert any("gives no answers: its damage is a normalized error" in note for note in result.notes)

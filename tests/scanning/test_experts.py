@@ -75,6 +75,7 @@ def _select_with_experts_kept(run: Path, experts: set[str]) -> None:
     assert within.budget.total_bytes <= made.budget.total_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mixtures.NAMES)
 def test_weights_alone_are_those_of_the_loaded_model(
     name: str, mixture: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -135,6 +135,7 @@ def test_a_model_in_32_bit_is_measured_in_16_bit_and_stays_in_32(
     assert_same(state(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("place", ["answers", "measure"])
 def test_a_loaded_model_stays_as_it_was_where_a_scan_breaks_off(

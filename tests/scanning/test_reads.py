@@ -74,6 +74,7 @@ def test_a_scan_reads_each_file_once(
     assert often(found) == {} and found["scan.json"] and found["units/kl-00000.parquet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "reads"),
     [

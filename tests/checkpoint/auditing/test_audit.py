@@ -101,6 +101,7 @@ def test_a_list_that_was_removed_is_caught(name: str, stale: Any):
     assert "is a Linear4bit that holds bfloat16 and no quant_state" in loaded.problems[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama"])
 def test_one_misspelt_entry_is_caught_and_named(name: str, stale: Any):
     def misspell(config: dict) -> None:
@@ -131,6 +132,7 @@ def test_a_dropped_head_is_named(stale: Any):
     assert sum("lm_head" in x for x in problems) == 2  # and it holds plain data
 
 
+@pytest.mark.slow
 def test_an_entry_that_matches_too_much_is_caught(stale: Any):
     folder, _ = stale("qwen2_vl", lambda c: entries(c).append("proj"))
     found = audit(folder)
@@ -243,6 +245,7 @@ def test_another_manifest_is_caught(saved: Any, tiny_folder: TinyFolder):
     assert "14 linears are in 4-bit, though the manifest keeps them" in fewer
 
 
+@pytest.mark.slow
 def test_shards_are_read_like_one_file(tiny_folder: TinyFolder, tmp_path: Path):
     folder = tiny_folder("llama")
     manifest = manifest_for(folder, every_third(folder))

@@ -33,6 +33,7 @@ from tests.checkpoint.manifests import inventory_of, manifest_for, with_layer
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mixtures.NAMES)
 def test_a_folder_of_experts_in_4_bit_is_read_again_bit_by_bit_and_trains(
     name: str, packed: Callable[[str], Packed]

@@ -24,6 +24,7 @@ def check(llama: Path, run: Path, **changes: Any) -> str:
     return scan(**{**asked, "out": None, "check": run}).verdict
 
 
+@pytest.mark.slow
 def test_units_measured_again_are_equal_to_the_bit_and_nothing_in_the_run_changes(llama: Path, whole: Path):
     before = contents(whole)
     said = check(llama, whole)
@@ -31,6 +32,7 @@ def test_units_measured_again_are_equal_to_the_bit_and_nothing_in_the_run_change
     assert contents(whole) == before
 
 
+@pytest.mark.slow
 def test_a_unit_with_another_number_in_it_is_named(llama: Path, whole: Path, tmp_path: Path):
     run = RunFolder(Path(copytree(whole, tmp_path / "run")))
     frame = run.units("kl")
@@ -53,6 +55,7 @@ def test_another_command_is_refused_with_what_differs(llama: Path, whole: Path):
         scan(**{**options(llama, whole), "check": whole})
 
 
+@pytest.mark.slow
 def test_a_scan_of_the_weights_alone_is_checked_too(llama: Path, tmp_path: Path):
     alone: dict[str, Any] = {"measures": ("weight",), "samples": None, "batch_size": 4, "max_new_tokens": 64}
     scan(**options(llama, tmp_path / "run", **alone))

@@ -112,6 +112,7 @@ def test_a_scan_of_weights_alone_does_so_too(llama: Path, tmp_path: Path, monkey
     assert "weights-00000.parquet" in note and units(run) == before | left and table(run) == wanted
 
 
+@pytest.mark.slow
 def test_a_unit_of_other_columns_is_refused_and_nothing_is_set_aside(
     llama: Path, whole: Path, tmp_path: Path
 ):

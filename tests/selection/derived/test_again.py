@@ -71,6 +71,7 @@ def tables(run: Path) -> dict[str, bytes]:
 NAMES = ("ablation.csv", "frontier.csv", "layers.csv", "left_out.csv", "peaks.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", ["cut", "altered", "gone"])
 def test_each_table_is_made_again_to_the_byte(run: Path, name: str, how: str):

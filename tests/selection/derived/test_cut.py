@@ -61,6 +61,7 @@ def names(run: Path) -> list[str]:
     return sorted(str(x.relative_to(run)) for x in found)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_file_that_is_cut_at_any_byte_is_refused_in_a_sentence_or_says_the_same(run: Path, data: Any):

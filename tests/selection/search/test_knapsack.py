@@ -32,6 +32,7 @@ def test_choice_is_within_the_limit_and_as_good_as_any(table: list[tuple[int, fl
     assert list(chosen) == sorted(set(chosen)) and all(value[i] > 0 for i in chosen)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(tables, st.integers(0, 10**12), st.integers(0, 10**12))
 def test_more_budget_never_scores_worse(table: list[tuple[int, float]], a: int, b: int):
@@ -40,6 +41,7 @@ def test_more_budget_never_scores_worse(table: list[tuple[int, float]], a: int, 
     assert large >= small * (1 - 1e-11)
 
 
+@pytest.mark.slow
 def test_scores_that_follow_their_bytes_are_as_exact():
     # The hard case: the linear bound is close to every choice, so one a little too tight would lose the best.
     rng = np.random.default_rng(1)
@@ -75,6 +77,7 @@ def real_costs(rng: np.random.Generator) -> list[int]:
     return [int(n) * 6079 // 4096 for n in rng.choice(shapes, 600)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["spread", "follows bytes", "equals bytes", "equal"])
 def test_600_layers_take_less_than_two_seconds_and_reach_the_linear_bound(kind: str):
     rng = np.random.default_rng(3)

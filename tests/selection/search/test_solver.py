@@ -65,6 +65,7 @@ def test_groups_move_whole_and_only_layers_with_a_score_move(case: Case, share: 
             assert all(abs(scores[name]) < inf for name in partners)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.lists(st.floats(0, 1.2), min_size=2, max_size=5))
 def test_the_frontier_rises_with_the_budget(case: Case, shares: list[float]):
@@ -89,6 +90,7 @@ def test_cheapest_reaches_its_target_with_the_fewest_bytes(case: Case, share: fl
     assert skiplist.total_bytes <= min(size for size, value in skiplists if value >= target)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.floats(0, 1.2))
 def test_cheapest_for_the_score_of_a_plan_costs_no_more_than_the_plan(case: Case, share: float):
