@@ -18,7 +18,7 @@ from qprobe.runs.shards import entered, finishing
 from qprobe.scanning.join import join
 from qprobe.selection.replaced import select_into
 from qprobe.system.processes import Shard
-from qprobe.training.finetune import _check_out
+from qprobe.training.alone import check_out
 from qprobe.training.record import Record, write_record
 from tests.report.runs import write_run
 from tests.runs.runs import make_run
@@ -152,10 +152,10 @@ def test_a_fine_tuning_run_with_a_link_in_it_is_refused(tmp_path: Path, outside:
     out = tmp_path / "out"
     (out / "checkpoints").mkdir(parents=True)
     write_record(out, Record("running", "f" * 64, {}))
-    _check_out(out, {})
+    check_out(out, {})
     (out / name).symlink_to(outside)
     with pytest.raises(RunError, match=f"holds the symbolic link {name.rpartition('/')[2]}"):
-        _check_out(out, {})
+        check_out(out, {})
 
 
 def test_leftovers_are_removed_in_no_linked_folder(tmp_path: Path, outside: Path):
