@@ -1,4 +1,4 @@
-"""What every measurement of one model shares: the model, its linears, and their 4-bit round trips."""
+"""What every measurement of one model shares: the model, its linears, and their 4-bit forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight error: what the 4-bit round trip does to each weight alone."""
+"""Weight error: what 4-bit storage does to each weight alone."""
 
 from __future__ import annotations
 

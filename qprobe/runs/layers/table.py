@@ -238,8 +238,8 @@ def answer_tokens(rows: pd.DataFrame) -> dict[str, int]:
 def left_out(run: Measured) -> pd.DataFrame:
     """How many non-finite values the sums of each layer leave out; only layers with any.
 
-    Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples; its own
-    damage counts as well), and samples: the ids on which one of them was not finite, "; " between them.
+    Columns: layer, weight (elements), activation, propagated (output elements), sensitivity (samples; those
+    of the isolated KL as well), and samples: the ids on which one of them was not finite, "; " between them.
     """
     layers = run.measured_inventory.layers
     weights, outputs, sensitivity, isolated = (
