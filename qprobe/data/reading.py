@@ -151,7 +151,7 @@ def share_left_out(found: Conversations) -> str | None:
 def warn_left_out(share: str | None, left_out: Sequence[str], where: str = "notes") -> None:
     """Warns of what was left out, since a Python user may never look at the result's `where`."""
     if share is not None:
-        said = f"{share} The first: {left_out[0]} All are in the {where} of the result."
+        said = f"{share} The first: {left_out[0]} All are in `{where}` of the result."
         warnings.warn(said, LeftOutWarning, stacklevel=3)
 
 

@@ -18,13 +18,15 @@ WORDS = (
     "", " ", "a", "<image>", "<image>\n<image> x", "<img>a.png</img>", "<video>", "a.png", "user", "gpt",
     "system", "human", "assistant", "image", "image_url", "file:///a", "http://[", "data:,", "s3://", "../",
     "data:image/png;base64,", "\ud83d", "\0", "\x1b[1m", "v.mp4", "https://a/b.png", "file://x/y",
-    "iVBORw0KGgo" + "A" * 80,
+    "iVBORw0KGgo" + "A" * 80, "<image 1>", "<image_2> <image 1>", "['a', 'b']", "['a' 'b']", "[" * 300, "1",
 )  # fmt: skip
 KEYS = (
     "messages", "conversations", "prompt", "question", "answer", "answers", "completion", "response",
     "instruction", "input", "output", "chosen", "rejected", "texts", "caption", "multiple_choice_answer",
     "image", "images", "image_path", "image_1", "system", "id", "video", "role", "content", "from", "value",
     "weight", "type", "text", "path", "url", "bytes", "index", "image_url", "detail", "tool_calls", "",
+    "conversation", "choices", "options", "label", "history", "source", "data", "file_name",
+    "image_id", "A", "B",
 )  # fmt: skip
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=5)

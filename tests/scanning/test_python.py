@@ -23,8 +23,9 @@ import qprobe
 from qprobe.errors import ModelError, QprobeError, SampleError
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
-from qprobe.options import takes
+from qprobe.options import ScanOptions, takes
 from qprobe.scanning.asked.given import images_or_rows
+from qprobe.scanning.asked.recorded import scan_call
 from tests import tiny
 from tests.scanning.asked import Scanned, TinyFolder, options
 
@@ -190,6 +191,12 @@ def test_its_manifest_names_no_folder_and_loading_it_asks_for_the_model(
         qprobe.compare(files[1], device="cpu")
     small, _ = qprobe.load_dynamic_4bit(files[1], model=str(folder), device="cpu")
     assert qprobe.verify(small, qprobe.read_manifest(files[1])) is None
+
+
+@pytest.mark.parametrize("rows", [pd.DataFrame({"prompt": ["a", "b"]}), np.zeros((2, 4, 4, 3), np.uint8)])
+def test_rows_that_compare_to_no_truth_value_are_recorded_as_rows(rows: Any):
+    asked = ScanOptions("acme/m", data=rows, samples=6)
+    assert scan_call(asked, "acme/m", "") == "qprobe.scan('acme/m', data=rows, samples=6, budget='+10%')"
 
 
 @pytest.mark.parametrize(

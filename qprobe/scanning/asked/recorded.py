@@ -39,9 +39,15 @@ def scan_call(asked: ScanOptions, model_id: str | None, kind: str) -> str:
     words = [
         f"{name}={_in_python(value)}"
         for name, value in options.items()
-        if value != _DEFAULTS.get(name) and name not in NO_RESULT
+        if name not in NO_RESULT and not _is_default(name, value)
     ]
     return f"qprobe.scan({', '.join([model, *words])})" + (f"  # model: a loaded {kind}" if kind else "")
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether an option is as if it had not been passed; rows in memory may compare to no truth value."""
+    is_plain = value is None or isinstance(value, str | int | float | tuple | Path)
+    return is_plain and value == _DEFAULTS.get(name)
 
 
 def _in_python(value: Any) -> str:
