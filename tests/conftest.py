@@ -24,11 +24,17 @@ from tests.once import once
 LONGEST = (
     "tests/scanning/resume/test_kills.py",
     "tests/test_notebooks.py",
-    "tests/measure/test_memory_limit.py",
     "tests/scanning/resume/test_interrupted.py",
+    "tests/measure/test_memory_limit.py",
     "tests/scanning/resume/test_shards.py",
     "tests/checkpoint/test_quantize.py",
+    "tests/calibration/test_gptq.py",
+    "tests/training/test_memory.py",
+    "tests/demo/test_outliers.py",
+    "tests/scanning/test_memory.py",
+    "tests/report/test_write.py",
     "tests/training/test_finetune.py",
+    "tests/scanning/test_experts.py",
     "tests/test_wheel.py",
 )
 """Files that take half a minute and more; they are begun first."""

@@ -66,7 +66,7 @@ def llama(words: int, width: int, mlp: int, blocks: int) -> LlamaConfig:
     ("config", "tokens"),
     [
         (llama(16_000, 128, 256, 2), 256),
-        (llama(400, 256, 1024, 3), 512),
+        (llama(400, 128, 512, 3), 512),
         (llama(400, 128, 192, 12), 384),
     ],
 )
