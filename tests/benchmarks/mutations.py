@@ -5,9 +5,9 @@
 Cosmic Ray says which changes there are (an operator, a comparison, a number, a keyword, a decorator, ...) in
 the rooms `ROOMS`. The seed draws places of the source, each as likely as any other, and one change at each.
 Every change is made in a copy of the files that git knows, one at a time, and the tests of its room run
-there: those named after the module first, then the others that are not slow, then the slow ones. A change is
-caught when a test fails, or when the run takes three times as long as without a change. Without one all pass,
-which is tried first. `--only` tries some of the drawn ones, by their number.
+there: those of files named after the module, then the others that are not slow, then the slow ones. A change
+is caught when a test fails, or when the run takes three times as long as without a change. Without one all
+pass, which is tried first. `--only` tries some of the drawn ones, by their number.
 
 Left out before drawing: annotations, which are never evaluated here (`from __future__ import annotations`),
 blocks for type checkers alone, and kernels that only a GPU runs.
@@ -46,7 +46,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 ROOMS = ("measure", "calibration", "selection", "runs", "checkpoint", "data")
 ROOT = Path(__file__).parents[2]
 GPU_ONLY = ("columns_cuda.py",)
-SPEEDS = {"quick": "not slow", "slow": "slow"}  # by what pytest calls them; in this order
+RUNS = ("named", "quick", "slow")  # in this order; the first is of files that are named after the module
 PATIENCE = 3.0  # times the seconds of the same tests without a change, and a minute
 # anyio, which a library imports, is a plugin as well.
 ALONE = ("-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
@@ -152,32 +152,32 @@ def copied(to: Path) -> Path:
     return to
 
 
-def arguments_of(change: Change, speed: str, copy: Path) -> list[str]:
-    """What pytest is told to run for `change`: the tests of its room, those named after the module first."""
+def arguments_of(change: Change, run: str, copy: Path) -> list[str]:
+    """What pytest is told for a run of `RUNS`; nothing if the room has no such files."""
     room, stem = Path(change.file).parts[1], Path(change.file).stem
-    folder = copy / "tests" / room
-    named = sorted(str(x.relative_to(copy)) for x in folder.rglob(f"test_{stem}.py"))
-    rest = sorted(str(x.relative_to(copy)) for x in folder.rglob("test_*.py"))
-    return ["-m", SPEEDS[speed], *named, *(x for x in rest if x not in named)]
+    everything = {str(x.relative_to(copy)) for x in (copy / "tests" / room).rglob("test_*.py")}
+    named = {x for x in everything if Path(x).stem == f"test_{stem}"}
+    files = {"named": named, "quick": everything - named, "slow": everything}[run]
+    return ["-m", "slow" if run == "slow" else "not slow", *sorted(files)] if files else []
 
 
-def tried(
-    number: int, change: Change, speed: str, copy: Path, known: dict[tuple[str, ...], float]
-) -> Outcome:
-    """What the tests of its room make of `change`. known: seconds of runs without a change, kept here."""
-    arguments = arguments_of(change, speed, copy)
+def tried(number: int, change: Change, run: str, copy: Path, known: dict[tuple[str, ...], float]) -> Outcome:
+    """What the tests of a run make of `change`. known: seconds of runs without a change, kept here."""
+    arguments = arguments_of(change, run, copy)
+    if not arguments:
+        return Outcome(number, change, "", "", 0.0)
     limit_s = 60 + PATIENCE * unchanged_s(arguments, copy, known)
     start = time.perf_counter()
     with mutating.use_mutation(
         copy / change.file, plugins.get_operator(change.operator)(), change.occurrence
     ):
         test = first_failure(arguments, copy, limit_s)
-    return Outcome(number, change, speed if test else "", test or "", time.perf_counter() - start)
+    return Outcome(number, change, run if test else "", test or "", time.perf_counter() - start)
 
 
 def unchanged_s(arguments: Sequence[str], copy: Path, known: dict[tuple[str, ...], float]) -> float:
     """The seconds that these tests take without a change; ends the program if one of them fails."""
-    key = tuple(sorted(arguments))
+    key = tuple(arguments)
     if key not in known:
         start = time.perf_counter()
         failed = first_failure(arguments, copy, None)
@@ -271,13 +271,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         copy = copied(Path(folder))
         compileall.compile_dir(copy / "qprobe", quiet=1)
-        for speed in SPEEDS:
+        for run in RUNS:
             for number, change in [(n, x) for n, x in wanted if n not in found or not found[n].caught]:
-                found[number] = last = tried(number, change, speed, copy, known)
+                found[number] = last = tried(number, change, run, copy, known)
                 said = f"caught by {last.test}" if last.caught else "not caught"
-                print(
-                    f"{number} {speed} {change.file}:{change.line} {last.seconds:.0f} s: {said}", flush=True
-                )
+                print(f"{number} {run} {change.file}:{change.line} {last.seconds:.0f} s: {said}", flush=True)
                 if asked.log:
                     with asked.log.open("a") as log:
                         log.write(json.dumps(asdict(last)) + "\n")
