@@ -56,13 +56,15 @@ def test_an_interval_holds_90_percent_of_slow_resamples(tmp_path: Path):
     kl = noisy(8, 3.0)
     found = rank_intervals(RunFolder(run_of(tmp_path / "run", kl)))
     rng = np.random.default_rng(99)
-    inside = np.zeros(6)
-    for _ in range(2000):
+    drawn = np.zeros((2000, 6))
+    for one in drawn:
         means = kl[rng.integers(0, 8, 8)].mean(axis=0)
-        for j in range(6):
-            rank = 1 + sum(means[k] > means[j] for k in range(6))
-            inside[j] += found["rank_low"][j] <= rank <= found["rank_high"][j]
-    assert (inside / 2000 >= 0.87).all()  # at least 90 %, less the error of two finite bootstraps
+        one[:] = [1 + sum(means[k] > means[j] for k in range(6)) for j in range(6)]
+    low, high = (found[name].to_numpy(dtype=float)[:6] for name in ("rank_low", "rank_high"))
+    inside = ((drawn >= low) & (drawn <= high)).mean(axis=0)
+    assert (inside >= 0.87).all()  # at least 90 %, less the error of two finite bootstraps
+    # And no wider: a rank further in, on either side, and more than 5 % lie beyond.
+    assert ((drawn <= low).mean(axis=0) > 0.04).all() and ((drawn >= high).mean(axis=0) > 0.04).all()
 
 
 def test_the_cut_of_the_units_changes_nothing(tmp_path: Path):
