@@ -23,7 +23,7 @@ from qprobe import plan as exported
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.import_list import import_list
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
-from qprobe.checkpoint.plan import LayoutSize, SizePlan, plan
+from qprobe.checkpoint.plan import LayoutSize, SizePlan, _dead, plan
 from qprobe.checkpoint.sizes import BUFFER, everything_outside
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError
@@ -343,3 +343,9 @@ def test_a_model_of_which_nothing_is_converted_is_told_so(tmp_path: Path):
     found = plan(str(tmp_path))
     assert any(re.search(r"No layer of GPT2LMHeadModel is ever in 4-bit .*c_attn", x) for x in found.notes)
     assert {x.total_bytes for x in found.layouts} == {layout(found, "16-bit").total_bytes}
+
+
+def test_entries_of_a_published_list_that_match_nothing_are_named():
+    assert _dead("somebody", (), 3) == ""
+    assert _dead("somebody", ("a",), 3) == "1 of 3 entries of somebody's list matches nothing here: a."
+    assert _dead("somebody", ("a", "b"), 3) == "2 of 3 entries of somebody's list match nothing here: a, b."

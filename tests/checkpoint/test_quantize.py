@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from qprobe.checkpoint import quantize as quantize_module
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.card import model_card
 from qprobe.checkpoint.load import load_dynamic_4bit
-from qprobe.checkpoint.quantize import Quantized, quantize
+from qprobe.checkpoint.quantize import Quantized, _made_from, quantize
 from qprobe.errors import ManifestError, ModelError
 from qprobe.exports.matchers import hits, transformers_5_0, transformers_5_21
 from qprobe.loading.config import model_class
+from qprobe.loading.source import Source
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Compared, Manifest, Quality
 from qprobe.manifest.write import write_manifest
@@ -300,3 +302,18 @@ def test_a_manifest_whose_names_no_list_can_tell_apart_is_refused_before_writing
     with pytest.raises(ManifestError, match="keeps 2 layers"):
         quantize(manifest_for(folder), tmp_path / "out", str(folder), "cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+def named(model: str) -> Any:
+    """As much of a manifest as says which model was measured."""
+    return SimpleNamespace(model=SimpleNamespace(id=model))
+
+
+def test_weights_in_a_user_s_folder_need_not_be_those_that_were_measured(tmp_path: Path):
+    demo, mine = (named(x) for x in ("demo", "mine"))
+    of_the_package, of_the_user = Source("demo", str(tmp_path)), Source("mine", str(tmp_path))
+    for model in (None, "demo"):
+        assert _made_from(demo, model, of_the_package) is None
+    assert _made_from(mine, str(tmp_path), of_the_user) == _made_from(mine, None, of_the_user) == "mine"
+    assert _made_from(demo, str(tmp_path), of_the_user) == "mine"
+    assert _made_from(mine, None, Source("mine", "hub/mine")) is None

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from qprobe.data.builtin import DEFAULT_PROMPT, PHOTOGRAPHS, photographs
+from qprobe.data.reading import are_too_many
 from qprobe.data.sampling import (
     SCAN_SAMPLES,
     Wanted,
@@ -249,3 +250,9 @@ def test_it_is_told_where_the_model_writes_the_answers() -> None:
         "1 of 2 samples bring no answer; the model wrote them.",
     )
     assert unanswered_note([with_answer], wanted) == unanswered_note([without], Wanted()) == ()
+
+
+def test_ten_left_out_of_fewer_than_a_hundred_are_too_many():
+    assert are_too_many(89, 10, "refuse") and not are_too_many(89, 10, "skip")
+    assert not are_too_many(90, 10, "refuse")  # a tenth is not more than a tenth
+    assert not are_too_many(1, 9, "refuse")  # nine are few, whatever their share

@@ -143,10 +143,17 @@ def test_an_entry_that_matches_too_much_is_caught(stale: Any):
     assert len(loaded) == 2
 
 
-def test_an_entry_that_matches_nothing_but_harms_nothing_is_a_remark(stale: Any):
-    folder, manifest = stale("llama", lambda c: entries(c).append("merger"))
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["merger"], "1 of 9 entries matches no linear: 'merger'."),
+        (["merger", "projector"], "2 of 10 entries match no linear: 'merger', 'projector'."),
+    ],
+)
+def test_an_entry_that_matches_nothing_but_harms_nothing_is_a_remark(stale: Any, more: list[str], said: str):
+    folder, manifest = stale("llama", lambda c: entries(c).extend(more))
     found = audit(folder, manifest)
-    assert found.ok and "1 of 9 entries matches no linear: 'merger'." in found.remarks
+    assert found.ok and said in found.remarks
 
 
 def test_a_config_without_quantization_over_packed_files(stale: Any):
