@@ -34,7 +34,7 @@ def split_samples(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]
 
 def unit_of(subject: Subject) -> str:
     """What damage is counted in, in words."""
-    return "of the output's squares" if subject.readout is None else DAMAGE[subject.readout.name][1]
+    return "of the output's squares" if subject.readout is None else DAMAGE[subject.readout.name].unit
 
 
 def outputs(subject: Subject, batch: Batch) -> list[Tensor]:

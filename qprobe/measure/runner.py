@@ -42,8 +42,11 @@ def applicable_measures(
     measures = Measures.of([x for x in asked if x.name not in left_out], nodes)
     if subject.readout is None or subject.answers:
         return measures, tuple(notes)
-    what, unit = DAMAGE[subject.readout.name]
-    said = f"This model gives no answers: its damage is {what}, {unit}, also where a column is called a KL."
+    damage = DAMAGE[subject.readout.name]
+    said = (
+        f"This model gives no answers: its damage is {damage.what}, {damage.unit}, also where a column is "
+        "called a KL."
+    )
     return replace(measures, readout=subject.readout.name), (*notes, said)
 
 

@@ -32,16 +32,24 @@ _INPUTS = "spec.processor"  # differs with the processor or with the samples
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
+@dataclass(frozen=True)
+class DamageWords:
+    """What the damage of a model is, and its unit: "a KL", "nats per answer token"."""
+
+    what: str
+    unit: str
+
+
 ANSWERS = "answers"
 DAMAGE = {
-    ANSWERS: ("a KL", "nats per answer token"),
-    "tokens": ("a KL", "nats per token"),
-    "classes": ("a KL", "nats per class distribution"),
-    "scores": ("a normalized error", "per score"),
-    "outputs": ("a normalized error", "per token of its output"),
-    "embeddings": ("a normalized error", "per embedding"),
+    ANSWERS: DamageWords("a KL", "nats per answer token"),
+    "tokens": DamageWords("a KL", "nats per token"),
+    "classes": DamageWords("a KL", "nats per class distribution"),
+    "scores": DamageWords("a normalized error", "per score"),
+    "outputs": DamageWords("a normalized error", "per token of its output"),
+    "embeddings": DamageWords("a normalized error", "per embedding"),
 }
-"""What damage is measured on (`qprobe.measure.kl.Readout`), and in words: what it is, and its unit."""
+"""What damage is measured on (`qprobe.measure.kl.Readout`), and it in words."""
 
 
 @dataclass(frozen=True)

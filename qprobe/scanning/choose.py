@@ -25,7 +25,7 @@ from qprobe.runs.scored import Scored, scored
 from qprobe.runs.shards import SKIPLIST
 from qprobe.scanning.answers import AnsweredBy, own_answers
 from qprobe.scanning.process import Process
-from qprobe.scanning.samples import Work
+from qprobe.scanning.samples import ScanSamples
 from qprobe.selection.bound import Bound
 from qprobe.selection.candidates import candidates, frontier, nothing_kept
 from qprobe.selection.decide import Candidate, on_common_samples
@@ -146,7 +146,7 @@ class Scoring:
     """What answers are scored with, and where they are kept."""
 
     subject: Subject
-    work: Work
+    work: ScanSamples
     metric: Metric
     batching: Batching
     process: Process

@@ -17,11 +17,11 @@ from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.choose import HeldOut, Scoring, choose
 from qprobe.scanning.process import Clock, Process
 from qprobe.scanning.run import ScanResult
-from qprobe.scanning.samples import Work
+from qprobe.scanning.samples import ScanSamples
 from qprobe.selection.verdict import fewer_measured, metric_verdict
 
 
-def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -> ScanResult:
+def finish(subject: Subject, work: ScanSamples, asked: ScanRequest, process: Process) -> ScanResult:
     """The result of the scan; writes its tables, its skip-list and its report."""
     run, clock = process.run, process.clock
     with clock.stage("table"):
@@ -64,7 +64,7 @@ def finish(subject: Subject, work: Work, asked: ScanRequest, process: Process) -
     )
 
 
-def unfinished(subject: Subject, work: Work, process: Process, verdict: str) -> ScanResult:
+def unfinished(subject: Subject, work: ScanSamples, process: Process, verdict: str) -> ScanResult:
     """The result of a process that leaves the selection to another one."""
     process.run.notes.add("memory", subject.halving.notes)
     return ScanResult(

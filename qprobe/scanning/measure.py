@@ -20,7 +20,7 @@ from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Measures
 from qprobe.runs.notes import Remarks
 from qprobe.scanning.process import Process
-from qprobe.scanning.samples import Groups, Work
+from qprobe.scanning.samples import Groups, ScanSamples
 from qprobe.system.processes import Shard
 
 
@@ -59,7 +59,7 @@ def _stages(together: Iterable[Measure]) -> frozenset[str]:
     return frozenset(stage.name for x in together for stage in x.stages)
 
 
-def _kinds(subject: Subject, work: Work, measures: Measures) -> list[_Kind]:
+def _kinds(subject: Subject, work: ScanSamples, measures: Measures) -> list[_Kind]:
     """The kinds of units that run samples."""
     groups: dict[Unit, Groups] = {"batch": work.calibration, "half batch": work.isolated}
     names: dict[str, str] = {}  # of the kind in which a measure is taken
@@ -74,7 +74,7 @@ def _kinds(subject: Subject, work: Work, measures: Measures) -> list[_Kind]:
     return kinds
 
 
-def measure_units(subject: Subject, work: Work, measures: Measures, process: Process) -> None:
+def measure_units(subject: Subject, work: ScanSamples, measures: Measures, process: Process) -> None:
     """Run the missing ones of this process's units, one batch at a time."""
     run, shard, progress = process.run, process.shard, process.progress
     for path, together in _together(measures, ["weights"]).items():
@@ -98,7 +98,7 @@ def _write(run: RunFolder, stages: frozenset[str], unit: int, frames: Mapping[st
 
 
 def calibrate(
-    subject: Subject, work: Work, tune: int, process: Process, correction_rank: int | None = None
+    subject: Subject, work: ScanSamples, tune: int, process: Process, correction_rank: int | None = None
 ) -> None:
     """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured.
 

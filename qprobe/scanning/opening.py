@@ -24,7 +24,7 @@ from qprobe.runs.key import VERSION, Batches, Key, Measures, SampleKey, Spec
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.check import check_inventory
 from qprobe.scanning.process import Process
-from qprobe.scanning.samples import Work
+from qprobe.scanning.samples import ScanSamples
 from qprobe.system.versions import library_versions
 
 
@@ -59,7 +59,7 @@ def _subject(reference: Reference, asked: ScanRequest, processed: ProcessedSampl
     return limited_subject(reference, fmt, limit_bytes, there, processed)
 
 
-def open_units(subject: Subject, work: Work, asked: ScanRequest, run: RunFolder) -> Measures:
+def open_units(subject: Subject, work: ScanSamples, asked: ScanRequest, run: RunFolder) -> Measures:
     """What can be measured on this model; opens the run folder for it, or resumes what is there."""
     first = subject.encode(work.calibration[0])
     finite = first_finite(subject, work.calibration)

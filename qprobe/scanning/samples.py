@@ -33,7 +33,7 @@ Groups = list[tuple[Sample, ...]]
 
 
 @dataclass(frozen=True)
-class Work:
+class ScanSamples:
     """The samples of a scan, cut into batches.
 
     calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
@@ -77,12 +77,12 @@ def cut_samples(
     held_out: tuple[Sample, ...],
     size: int,
     notes: tuple[str, ...],
-) -> Work:
+) -> ScanSamples:
     """The work on these samples, in batches of at most `size`."""
     half = isolated_half(calibration)
     groups = subject.one_shape_groups(calibration)
     isolated = [[sample for sample in group if sample.id in half] for group in groups]
-    return Work(cut(groups, size), cut(isolated, size), subject.groups(held_out, size), notes)
+    return ScanSamples(cut(groups, size), cut(isolated, size), subject.groups(held_out, size), notes)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _device(asked: ScanRequest, process: Process) -> torch.device:
     return pick_device(named.one)
 
 
-def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, process: Process) -> Work:
+def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, process: Process) -> ScanSamples:
     """The scan's samples with answers, split and cut into batches.
 
     Raises SampleError if no sample is usable.

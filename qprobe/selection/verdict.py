@@ -28,8 +28,8 @@ def verdict(
     `standard` were chosen on samples, standard 4-bit. readout: what damage was measured on.
     """
     what = "Standard" if nearest is None else "Calibrated"
-    damage, unit = DAMAGE[readout]
-    cost = f"{what} 4-bit costs {damage} of {with_error(standard.kl, standard.kl_se)} {unit}"
+    damage = DAMAGE[readout]
+    cost = f"{what} 4-bit costs {damage.what} of {with_error(standard.kl, standard.kl_se)} {damage.unit}"
     if nearest is not None:
         cost += f" (standard 4-bit {with_error(nearest.kl, nearest.kl_se)})"
     within = "" if max_kl is None else f", within the {max_kl} asked for"
