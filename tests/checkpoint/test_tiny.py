@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from tests import tiny
+from tests import families, mixtures, tiny
+from tests.conftest import ALIKE
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -21,3 +22,9 @@ def test_any_answer_encodes_back_to_itself(name, tiny_folder):
     text = tokenizer.decode(range(tiny.FIRST_MARKER, tiny.VOCAB), skip_special_tokens=True)
     assert text.isascii() and len(text) > 300
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_models_that_quick_runs_leave_out_exist_and_others_stand_for_them():
+    kinds = [{*tiny.NAMES}, {*mixtures.NAMES}, {*families.RECIPES}]
+    assert set().union(*kinds) >= ALIKE
+    assert all(names - ALIKE for names in kinds)
