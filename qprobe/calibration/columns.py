@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qprobe.system.wording import shortened
+
 CELLS = 4096  # of the table that finds a code on the CPU; no two thresholds come near one cell
 MOST_FUSED = 256  # columns of a block whose scale the fused kernel searches: they stay in registers
 # Shares of a block's largest value that are tried as its scale. Above 1 the grid's own steps are coarser but
@@ -185,8 +187,8 @@ def fused_kernels(device: torch.device) -> Kernels | None:
         why = f"{type(error).__name__}: {error}"
     if why:
         warnings.warn(
-            f"The fused kernels for calibration do not run on {device} ({why.splitlines()[0][:200]}); "
-            "without them calibration takes several times as long.",
+            f"The fused kernels for calibration do not run on {device} "
+            f"({shortened(why.splitlines()[0], 200)}); without them calibration takes several times as long.",
             stacklevel=2,
         )
     return None if why else kernels

@@ -50,8 +50,11 @@ def snippet(manifest: Manifest, entries: Sequence[str], imports: Sequence[str], 
 
 
 def yaml_text(values: Mapping[str, Any]) -> str:
-    """`values` as block YAML, in their order, each string on one line."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=inf)
+    """`values` as block YAML, in their order, each string on one line; nothing in it is not seen."""
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=inf)
+    if text.replace("\n", "").isprintable():
+        return text
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=False, width=inf)
 
 
 def other_codes(codes: str) -> str:

@@ -15,6 +15,8 @@ from itertools import pairwise
 from threading import Thread
 from typing import Any
 
+from qprobe.system.wording import shortened
+
 # The 16 values of NF4, from Dettmers et al. 2023, "QLoRA", appendix E.
 NF4_CODES = (
     -1.0,
@@ -239,7 +241,9 @@ def try_four_bit(device: str, dtype: str) -> FourBit:
     try:
         roundtrip, matmul = _four_bit_errors(device, dtype)
     except Exception as error:  # whatever goes wrong in a native library is the finding
-        return FourBit(False, None, bound, None, f"{type(error).__name__}: {str(error).strip()[:300]}")
+        return FourBit(
+            False, None, bound, None, f"{type(error).__name__}: {shortened(str(error).strip(), 300)}"
+        )
     return FourBit(roundtrip <= bound and matmul <= 1.0, roundtrip, bound, matmul, None)
 
 

@@ -15,6 +15,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.registry.precisions import SIXTEEN_BIT, measurable
 from qprobe.system.decoding import check_visible, decode, strict_json
 from qprobe.system.foreign import read_foreign_if_there
+from qprobe.system.wording import shortened
 
 SCHEMA_VERSION = 1
 """Of the manifests that this qprobe reads and writes. Version 1 is the first."""
@@ -97,7 +98,4 @@ def _check_schema(data: Any) -> None:
     error = next(_validator(*_precision_names()).iter_errors(data), None)
     if error is not None:
         key = error.json_path.removeprefix("$").removeprefix(".") or "the file"
-        said = (
-            error.message if len(error.message) <= 200 else f"{error.message[:90]} ... {error.message[-90:]}"
-        )
-        raise ManifestError(f"{key}: {said}. {_AGAIN}")
+        raise ManifestError(f"{key}: {shortened(error.message, 200)}. {_AGAIN}")

@@ -11,6 +11,7 @@ from typing import Any
 from qprobe.errors import RunError
 from qprobe.runs.folder import RunFolder
 from qprobe.system.decoding import strict_json
+from qprobe.system.wording import shortened
 
 FILE = "compare.json"
 _NUMBERS = ("kl", "kl_se", "top1_agreement", "answer_agreement")
@@ -32,7 +33,8 @@ def read_comparison(run: RunFolder) -> dict[str, Any] | None:
         _check_texts(found["skip_modules"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(
-            f"{run.path / FILE} is damaged ({str(error)[:100]}). Delete it, or run `qprobe compare` again."
+            f"{run.path / FILE} is damaged ({shortened(str(error), 100)}). Delete it, or run "
+            "`qprobe compare` again."
         ) from None
     return found
 

@@ -26,6 +26,7 @@ from qprobe.runs.findings import rerouted_note
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.shown import ShownSample
+from qprobe.system.wording import visible
 
 _OF_A_SCAN = ("qprobe scan ", "qprobe.scan(")  # how the record of a list begins that a scan chose
 
@@ -40,7 +41,8 @@ def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifes
     frontier = points(run, scan, table)
     comparison = read_comparison(run)
     used = {w.sample for w in worst.values()}
-    return plain(
+    own, shared = _chosen_and_base(run, scan, table, frontier, manifest)
+    told = plain(
         {
             "qprobe": __version__,
             "names": {"nothing": NOTHING, "nearest": NEAREST},
@@ -67,8 +69,6 @@ def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifes
             "layers": _layers(run, scan, table, worst, frontier),
             "samples": {name: _sample(sample) for name, sample in shown.items() if name in used},
             "points": [_point(point) for point in frontier],
-            "chosen": None if manifest is None else _chosen(run, scan, table, manifest),
-            "base": _base(run, scan, table, frontier),
             "comparison": comparison,
             "comparison_is_current": bool(
                 comparison and manifest and comparison["skip_modules"] == list(manifest.skip_modules)
@@ -76,6 +76,24 @@ def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifes
             "method": _method(run, scan, table, manifest),
         }
     )
+    # Manifests that can be downloaded are as `select` writes them; all else is for eyes.
+    return {**_visible(told), "chosen": own, "base": shared}
+
+
+def _visible(value: Any) -> Any:
+    """`value` with escapes for what is not seen in its texts; ids become the same everywhere."""
+    if isinstance(value, str):
+        return visible(value, kept="\n\t")
+    if isinstance(value, Mapping):
+        return {_visible(key): _visible(item) for key, item in value.items()}
+    return [_visible(item) for item in value] if isinstance(value, list) else value
+
+
+def _chosen_and_base(
+    run: RunFolder, scan: Scan, table: pd.DataFrame, frontier: Sequence[Point], manifest: Manifest | None
+) -> tuple[Any, Any]:
+    chosen = None if manifest is None else _chosen(run, scan, table, manifest)
+    return plain(chosen), plain(_base(run, scan, table, frontier))
 
 
 def plain(value: Any) -> Any:

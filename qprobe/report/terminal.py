@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from qprobe.selection.verdict import difference_text, mean_text
 from qprobe.system.wording import counted, shortened
 
 PIPED_WIDTH = 120  # columns of prose where no terminal says how many it has
+LEAST_WIDTH = 40
 UNLIMITED = 10_000  # columns of a piped table
 _BAR = 24  # columns of the longest bar
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
@@ -30,8 +32,8 @@ _LEAST_ROOM = 28  # columns for a layer's name; a short name fits
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; of `COLUMNS` or 120 where output is piped."""
-    return shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
+    """What `COLUMNS` says, else the columns of the terminal, else 120 where output is piped; 40 at least."""
+    return max(LEAST_WIDTH, shutil.get_terminal_size((PIPED_WIDTH, 24)).columns)
 
 
 def is_terminal() -> bool:
@@ -40,8 +42,11 @@ def is_terminal() -> bool:
 
 
 def table_width() -> int:
-    """Columns that a table may take: those of the terminal, as many as it likes where output is piped."""
-    return terminal_width() if is_terminal() else UNLIMITED
+    """Columns that a table may take: `terminal_width`; as many as it likes where output is piped.
+
+    Where `COLUMNS` is set it holds for pipes, too.
+    """
+    return terminal_width() if is_terminal() or os.environ.get("COLUMNS") else UNLIMITED
 
 
 def readable_bytes(count: int) -> str:

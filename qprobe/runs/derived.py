@@ -19,6 +19,7 @@ import pandas as pd
 from qprobe.errors import RunError
 from qprobe.runs.access import cannot_write, one_at_a_time, read_file, write_file
 from qprobe.system.decoding import FORMULAS, decode, strict_json
+from qprobe.system.wording import shortened
 
 FILE = "files.json"
 _LOCK = ".lock-files"
@@ -141,8 +142,8 @@ class DerivedFiles:
                 known = {} if data is None else decode(dict[str, Derived], strict_json(data), "files")
             except ValueError as error:
                 raise RunError(
-                    f"{path} is damaged ({str(error)[:100]}). Delete it, or run the scan again, which writes "
-                    "it again."
+                    f"{path} is damaged ({shortened(str(error), 100)}). Delete it, or run the scan again, "
+                    "which writes it again."
                 ) from None
             self._known = known
         return self._known

@@ -18,6 +18,7 @@ from qprobe.records import CodesFile
 from qprobe.runs.access import read_file, write_file
 from qprobe.runs.scored import Scored
 from qprobe.system.decoding import decode, strict_json
+from qprobe.system.wording import shortened
 
 FOLDER = "notes"
 
@@ -137,8 +138,8 @@ class Notes:
                 noted = None if data is None else decode(TOPICS[topic], strict_json(data), topic)
             except ValueError as error:
                 raise RunError(
-                    f"{path} is damaged ({str(error)[:100]}). Put a copy of it back, or scan again with "
-                    "another --out."
+                    f"{path} is damaged ({shortened(str(error), 100)}). Put a copy of it back, or scan again "
+                    "with another --out."
                 ) from None
             self._read[topic] = noted
         return self._read[topic]

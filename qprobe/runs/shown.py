@@ -20,6 +20,7 @@ from qprobe.models.grid import Grid
 from qprobe.runs.access import MOST_BYTES
 from qprobe.runs.measured import Measured
 from qprobe.system.decoding import strict_json
+from qprobe.system.wording import shortened
 
 FILE = "samples.json"
 
@@ -62,8 +63,8 @@ def parse_shown(path: Path, data: bytes) -> dict[str, ShownSample]:
         return {s.id: s for s in map(_sample, strict_json(data))}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise RunError(
-            f"{path} is damaged ({str(error)[:100]}). Delete it; the report does without, and the same scan "
-            "writes it again."
+            f"{path} is damaged ({shortened(str(error), 100)}). Delete it; the report does without, and the "
+            "same scan writes it again."
         ) from None
 
 

@@ -122,7 +122,7 @@ def decode_unit(path: Path, data: bytes) -> pa.Table:
         table = _read(data, found) if found.equals(_schema(stage)) else found.empty_table()
         table.validate(full=True)  # of texts, too, that they are UTF-8
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = shortened(str(error).splitlines()[0], 120)
         raise DamagedUnitError(
             f"{path} is damaged ({reason}). Scan again into the same folder: what is damaged is set aside, "
             "and only that is measured again."

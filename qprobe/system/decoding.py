@@ -134,7 +134,7 @@ def _refuse_constant(token: str) -> NoReturn:
 def _finite_number(token: str) -> float:
     number = float(token)
     if not math.isfinite(number):
-        raise ValueError(f"the number {token[:40]} is too large")
+        raise ValueError(f"the number {shortened(token, 40)} is too large")
     return number
 
 

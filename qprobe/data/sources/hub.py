@@ -10,6 +10,7 @@ from typing import Any
 from qprobe.data.source import Rows, Source, only_split
 from qprobe.data.sources.memory import rows_of_dataset
 from qprobe.errors import MachineError, SampleError
+from qprobe.system.wording import shortened
 
 _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
@@ -37,8 +38,8 @@ def _rows(data: Any, split: str | None) -> Rows:
     except Exception as error:  # its builders, the hub and the network raise what they like
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise SampleError(
-            f"{name} is no file here, and it cannot be loaded as a data set of the hub ({first[:300]}). Pass "
-            "a file, or the id of a data set."
+            f"{name} is no file here, and it cannot be loaded as a data set of the hub "
+            f"({shortened(first, 300)}). Pass a file, or the id of a data set."
         ) from None
     yield from rows_of_dataset(found[only_split([str(x) for x in found], split, name)])
 

@@ -9,7 +9,7 @@ from typing import Any
 from qprobe.data.reasons import shown
 from qprobe.data.source import Rows, Source, only_split, refuse_split, rows_of_arrow
 from qprobe.errors import SampleError
-from qprobe.system.wording import counted
+from qprobe.system.wording import counted, shortened
 
 
 def rows_of_dataset(data: Any) -> Rows:
@@ -36,7 +36,7 @@ def _rows(data: Any, split: str | None) -> Rows:
         for number, row in rows_of_dataset(data):
             yield number, _plain(row)
     except Exception as error:  # of the user's own iterator, or of a data set that fails to read
-        said = " ".join(str(error).split())[:200]
+        said = shortened(" ".join(str(error).split()), 200)
         raise SampleError(
             f"The data stopped after {counted(number, 'row')} with {type(error).__name__}"
             f"{f' ({said})' if said else ''}. Pass an iterator that yields all of its rows."

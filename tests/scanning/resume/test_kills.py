@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import qprobe
+from tests.benchmarks import kills
 from tests.emulation import compute_bf16_by_float32
-from tests.scanning.resume import kills
 
 pytestmark = pytest.mark.slow
 
-JOBS = {"demo": 4, "scan": 3, "calibrated": 3, "limited": 3, "weights": 4, "join": 4, "quantize": 5}
+# Twelve kills, every command among them; `python -m tests.benchmarks.kills` tries sixty.
+JOBS = {
+    "scan": 2, "calibrated": 2, "limited": 0, "select": 1, "report": 1, "compare": 1, "join": 1,
+    "quantize": 1, "finetune": 2, "merge": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `tests.scanning.resume.kills` found, by job."""
-    folder = tmp_path_factory.mktemp("kills")
-    asked = [f"{job}={count}" for job, count in JOBS.items()]
-    command = [sys.executable, "-m", "tests.scanning.resume.kills", str(folder), *asked]
+def found() -> dict[str, Any]:
+    """What `tests.benchmarks.kills` found, by job."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.kills",
+        "--json",
+        *(f"{x}={n}" for x, n in JOBS.items()),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -35,27 +42,38 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 # What each kind of work is for; an undisturbed run that lacks it would be compared in vain.
 RESULTS = {
-    "demo": {"out/layers.csv", "out/skiplist.json", "out/units/sensitivity-00000.parquet"},
-    "scan": {"out/layers.csv", "out/skiplist.json", "out/units/isolated-00000.parquet"},
-    "calibrated": {"out/layers.csv", "out/skiplist.json", "out/nf4-calibrated.safetensors"},
-    "limited": {"out/layers.csv", "out/skiplist.json"},
-    "weights": {"out/layers.csv", "out/skiplist.json", "out/units/weights-00003.parquet"},
-    "join": {"out/layers.csv", "out/scan.json", "out/units/outputs-00000.parquet"},
-    "quantize": {"out/model.safetensors", "out/config.json", "out/skiplist.json"},
+    "scan": {
+        "layers.csv",
+        "skiplist.json",
+        "units/isolated-00000.parquet",
+        "units/sensitivity-00000.parquet",
+    },
+    "calibrated": {"layers.csv", "skiplist.json", "nf4-calibrated.safetensors"},
+    "limited": {"layers.csv", "skiplist.json"},
+    "select": {"layers.csv", "skiplist.json", "skiplist-measured.json"},
+    "report": {"report/index.html", "report/spikes.png"},
+    "compare": {"compare.json"},
+    "join": {"layers.csv", "scan.json", "units/outputs-00000.parquet"},
+    "quantize": {"model.safetensors", "config.json", "skiplist.json"},
+    "finetune": {"adapter_model.safetensors", "finetune.json", "skiplist.json"},
+    "merge": {"model.safetensors", "config.json"},
 }
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_work_killed_at_any_moment_ends_with_the_same_files_and_no_other(job: str, found: dict[str, Any]):
-    wanted, kills = found[job]["wanted"], found[job]["kills"]
-    assert wanted.keys() >= RESULTS[job] and len(kills) == JOBS[job]
-    for kill in kills:
-        got = kill["files"]
-        assert {name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name)} == set()
-    # The kills were real ones, in several parts of the work.
-    assert sum(kill["status"] == -9 for kill in kills) >= JOBS[job] // 2
-    left = {kill["left"] for kill in kills}
-    assert len(left) >= 2 and min(left) < len(wanted)
+    assert found[job]["wanted"].keys() >= {f"out/{name}" for name in RESULTS[job]}
+    assert len(found[job]["kills"]) == JOBS[job]
+    for kill in found[job]["kills"]:
+        assert kill["status"] in (0, -signal.SIGKILL), kill["said"]
+        assert kills.differing(found[job], kill) == []
+
+
+def test_the_kills_were_real_ones_in_several_parts_of_the_work(found: dict[str, Any]):
+    tried = [(job, kill) for job, one in found.items() for kill in one["kills"]]
+    assert sum(kill["status"] == -signal.SIGKILL for _, kill in tried) >= len(tried) * 2 // 3
+    left = {job: [k["left"] - k["before"] for j, k in tried if j == job] for job in JOBS}
+    assert len({x for of in left.values() for x in of}) >= 4 and any(len(set(of)) > 1 for of in left.values())
 
 
 def test_a_limit_changes_no_file_but_what_names_it(found: dict[str, Any]):
@@ -64,11 +82,11 @@ def test_a_limit_changes_no_file_but_what_names_it(found: dict[str, Any]):
 
 
 def test_scans_in_other_folders_and_processes_leave_the_same_files(
-    found: dict[str, Any], tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
-    monkeypatch.setattr("qprobe.scanning.samples.choose_samples", kills.without_answers)
     compute_bf16_by_float32(monkeypatch.setattr)
-    qprobe.scan(**kills.options(tiny_folder("llama").parent, tmp_path / "out"))
-    got = kills.files(tmp_path)
+    kills.prepare(tmp_path)
+    kills.scanned(tmp_path, tmp_path / "place" / "out")
+    got = kills.files(tmp_path / "place")
     assert "out/skiplist.json" in got and got == found["scan"]["wanted"]
