@@ -273,9 +273,12 @@ def _finetune(
         distilled=distilled,
         **result,
     )
-    if group.is_first:
+
+    def finish() -> None:
         with disk_explained(options.out):
             _finish(options, tuned, processor, manifest, record, done)
+
+    group.from_first(finish)  # the others go on once all is written
     return done
 
 

@@ -69,7 +69,7 @@ def together(environment: Mapping[str, str], asked: AskedDevice) -> Iterator[Gro
     dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=WAIT)
     try:
         yield group
-        dist.barrier()  # what the first one wrote is there when any of them goes on
+        dist.barrier()  # none closes its connections before all have what was sent
     except BaseException as error:
         clear_frames(error.__traceback__)
         if not isinstance(error, RuntimeError) or not any(x in str(error) for x in _LOST):
