@@ -41,17 +41,23 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
 
     \b
     --json prints: by, and rows [{rank, and the columns of layers.csv}]; by sensitivity_kl also rank_low
-    and rank_high, the 90 % interval of the rank over other samples of the same kind.
+    and rank_high, the 90 % interval of the rank over other samples of the same kind; of fused experts also
+    by_expert [{tokens, weight_nmse, activation_nmse}], null what is not known.
     """
-    from qprobe.cli.output.ranking import default_score, ranking, show_ranking
+    from qprobe.cli.output.ranking import default_score, experts_of, ranking, show_ranking
 
     with shared.opened_run(run) as opened:
         if not as_json:
             show_ranking(opened, by, top)
             return
         score = by or default_score(opened)
-        ranked = ranking(opened, score, top).to_dict("records")
-    shared.print_json({"by": score, "rows": [{"rank": i, **row} for i, row in enumerate(ranked, 1)]})
+        ranked = ranking(opened, score, top)
+        fused = {name: [vars(x) for x in ones] for name, ones in experts_of(opened, ranked).items()}
+    rows = [
+        {"rank": i, **row} | ({"by_expert": fused[row["layer"]]} if row["layer"] in fused else {})
+        for i, row in enumerate(ranked.to_dict("records"), 1)
+    ]
+    shared.print_json({"by": score, "rows": rows})
 
 
 @shared.command("select", short_help="Choose layers again for another budget or bound.")

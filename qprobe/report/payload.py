@@ -24,6 +24,7 @@ from qprobe.report.panels import panel_columns, spike_indices, taken
 from qprobe.report.worst import Worst, worst_tokens
 from qprobe.runs.findings import rerouted_note
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.by_expert import Expert, by_expert, worst_expert
 from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.shown import ShownSample
 from qprobe.system.wording import visible
@@ -137,6 +138,7 @@ def _layers(
     short = short_names(table["layer"])
     known = {} if run.ranks is None else run.ranks.set_index("layer").to_dict("index")
     values = [name for x in columns() if x.is_shown for name in (x.name, x.error_name) if name]
+    fused = by_expert(run)
     return [
         {
             "name": linear.name,
@@ -152,11 +154,28 @@ def _layers(
             "values": {name: row[name] for name in values},
             "rank": known.get(linear.name),
             "worst": asdict(worst[linear.name]) if linear.name in worst else None,
+            "experts": _experts(fused.get(linear.name, ())),
         }
         for linear, row, without, with_it in zip(
             scan.inventory.layers, table.to_dict("records"), not_kept, kept, strict=True
         )
     ]
+
+
+def _experts(ones: Sequence[Expert]) -> dict[str, Any] | None:
+    """The experts of a fused weight and which of them errs most; None for a plain linear. Rounded: there may
+    be ten thousand.
+    """
+    if not ones:
+        return None
+    columns = {"tokens": [x.tokens for x in ones], "worst": worst_expert(ones)}
+    return columns | {
+        name: [None if x is None else float(f"{x:.3g}") for x in values]
+        for name, values in (
+            ("activation_nmse", [x.activation_nmse for x in ones]),
+            ("weight_nmse", [x.weight_nmse for x in ones]),
+        )
+    }
 
 
 def _sample(sample: ShownSample) -> dict[str, Any]:

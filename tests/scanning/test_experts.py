@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
 import qprobe
 from qprobe.checkpoint.storage import stored_bytes
+from qprobe.cli import main
 from qprobe.formats.nf4 import Nf4
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.reference import load_reference
 from qprobe.measure.weights import error_sums
+from qprobe.report.payload import page_data
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.layers.by_expert import Expert, expert_sentences, worst_expert
 from qprobe.selection.scores import predicted_kl
 from tests import mixtures
 from tests.scanning.asked import options, scan
@@ -56,6 +61,40 @@ def test_experts_are_measured_chosen_and_loaded_as_the_manifest_says(
     model, _ = qprobe.load_dynamic_4bit(found.skiplist, str(source), "cpu")
     assert stored_bytes(model).total_bytes == rows["dynamic"].total_bytes
     _select_with_experts_kept(found.run, {*experts.index})
+    _shown_by_expert(found.run, pd.read_csv(found.run / "experts.csv"))
+
+
+def _shown_by_expert(run: Path, table: pd.DataFrame) -> None:
+    """The page and `rank` have the figures of experts.csv."""
+    layer = "model.layers.0.mlp.experts.down_proj"
+    own = table[table["layer"] == layer].set_index("expert")
+    ranked = json.loads(CliRunner().invoke(main, ["rank", str(run), "--json"]).stdout)["rows"]
+    (row,) = (x for x in ranked if x["layer"] == layer)
+    assert [x["tokens"] for x in row["by_expert"]] == own["tokens"].tolist()
+    assert [x["activation_nmse"] for x in row["by_expert"]] == own["activation_nmse"].tolist()
+    assert not any("by_expert" in x for x in ranked if x["experts"] is None)
+    worst = own["activation_nmse"].idxmax()
+    said = " ".join(CliRunner().invoke(main, ["rank", str(run)]).stdout.split())
+    assert f"{layer}: of 4 experts {worst} errs most, activation_nmse" in said
+    folder = RunFolder(run)
+    data = page_data(folder, folder.scan, folder.table, None)
+    (shown,) = (x["experts"] for x in data["layers"] if x["name"] == layer)
+    assert json.dumps(shown) and shown["tokens"] == own["tokens"].tolist() and shown["worst"] == worst
+    assert all(x["experts"] is None for x in data["layers"] if "experts" not in x["name"])
+
+
+def test_an_expert_that_read_no_token_is_unknown_and_never_the_worst():
+    ones = (Expert(0, 0.5, None), Expert(3, 0.1, 0.2), Expert(1, 0.1, 0.1))
+    assert worst_expert(ones) == 1
+    assert expert_sentences({"a": ones}) == [
+        "a: of 3 experts 1 errs most, activation_nmse 0.2 on 3 of 4 tokens; 1 read no token, so the error of "
+        "their outputs is unknown."
+    ]
+    weights = (Expert(None, 0.5, None), Expert(None, 0.1, None))
+    assert expert_sentences({"a": weights}) == ["a: of 2 experts 0 errs most, weight_nmse 0.5."]
+    nothing = (Expert(0, None, None),)
+    assert worst_expert(nothing) is None
+    assert expert_sentences({"a": nothing}) == ["a: nothing is known of its 1 expert."]
 
 
 def _select_with_experts_kept(run: Path, experts: set[str]) -> None:

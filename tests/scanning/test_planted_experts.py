@@ -46,6 +46,7 @@ def plant(model: Any, layer: str, expert: int) -> None:
     ("name", "layer", "hurt", "expert"),  # the experts that read most tokens
     [
         ("mixtral", "model.layers.0.mlp.experts", "down_proj", 1),
+        ("qwen3_moe", "model.layers.0.mlp.experts", "down_proj", 1),
     ],
 )
 def test_one_expert_with_outliers_heads_the_ranking(

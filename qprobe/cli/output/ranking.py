@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from qprobe.runs.folder import RunFolder
+    from qprobe.runs.layers.by_expert import Expert
 
 
 def default_score(run: RunFolder) -> str:
@@ -36,10 +37,21 @@ def ranking(run: RunFolder, by: str, top: int) -> pd.DataFrame:
     return ranked.join(known, on="layer")
 
 
+def experts_of(run: RunFolder, ranked: pd.DataFrame) -> dict[str, tuple[Expert, ...]]:
+    """The experts of each fused weight among the rows of `ranked`, by its name, in their order."""
+    from qprobe.runs.layers.by_expert import by_expert
+
+    if ranked["experts"].isna().all():
+        return {}
+    found = by_expert(run)
+    return {layer: found[layer] for layer in ranked["layer"] if layer in found}
+
+
 def show_ranking(run: RunFolder, by: str | None, top: int) -> None:
     """Print the `top` layers of the ranking; in a terminal also a spark line of all layers."""
     from qprobe.report.terminal import is_terminal, rank_text, spark_line, table_width
     from qprobe.runs.findings import rerouted_note
+    from qprobe.runs.layers.by_expert import expert_sentences
 
     score, table, width = by or default_score(run), run.table, table_width()
     ranked = ranking(run, score, top)
@@ -49,6 +61,8 @@ def show_ranking(run: RunFolder, by: str | None, top: int) -> None:
         say(spark_line([float(v) for v in table[score]], min(width, 100)) + "\n")
     say(rank_text(ranked, score, frozenset((*kept, *fixed)), width))
     say("16-bit costs: what keeping a layer adds to its bytes in 4-bit")
+    for sentence in expert_sentences(experts_of(run, ranked)):
+        say(sentence)
     if score == measures.PROPAGATED.score and (rerouted := rerouted_note(run)):
         say(rerouted)
     if "rank_low" in ranked:

@@ -22,7 +22,27 @@ function showDetail() {
     ["16-bit costs", `+${bytes(layer.bytes_16bit - layer.bytes_4bit)}`],
     ...DATA.measures.map((m) => [m.name, valueOf(layer, m)]),
     rankOf(layer),
-  ]), element("p", { class: "hint" }, layer.reasons[kept ? 1 : 0]), ...worstOf(layer));
+  ]), element("p", { class: "hint" }, layer.reasons[kept ? 1 : 0]), ...expertsOf(layer), ...worstOf(layer));
+}
+
+function expertsOf(layer) {
+  const found = layer.experts;
+  if (!found) return [];
+  const head = element("tr", {}, ...["expert", "tokens", "activation error", "weight error"].map((x) => element("th", { scope: "col" }, x)));
+  const rows = found.tokens.map((tokens, i) => {
+    const unknown = tokens === 0 ? "unknown" : "not measured";
+    const cells = [tokens === null ? "none ran" : String(tokens), errorOf(found.activation_nmse[i], unknown), errorOf(found.weight_nmse[i], "not measured")];
+    const name = i === found.worst ? element("mark", { title: "errs most" }, String(i)) : String(i);
+    return element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((x) => element("td", {}, x)));
+  });
+  const silent = found.tokens.filter((x) => x === 0).length;
+  const says = silent ? `${silent} of ${rows.length} read no token, so the error of their outputs is unknown.` : "Errors on the tokens that were routed to each.";
+  return [element("h3", {}, `${rows.length} experts`), element("p", { class: "hint" }, says),
+    element("div", { class: "scroll experts", tabindex: "0", role: "region", "aria-label": "Experts of this layer" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)))];
+}
+
+function errorOf(value, otherwise) {
+  return value === null ? otherwise : number(value);
 }
 
 function valueOf(layer, measure) {
