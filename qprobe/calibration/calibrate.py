@@ -22,6 +22,7 @@ from torch import nn
 from qprobe.calibration.codes import Rounded
 from qprobe.calibration.damage import FEWEST, split_samples
 from qprobe.calibration.decide import decided
+from qprobe.calibration.experts.turns import fused_experts, rounded_in_turn
 from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, shared_inputs
 from qprobe.calibration.layers import rounded_layers
@@ -41,22 +42,21 @@ from qprobe.registry.measures import CALIBRATION
 from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Rounding
-from qprobe.runs.layers.table import EXPERTS
 from qprobe.runs.notes import Remarks, TokensCount
 from qprobe.runs.shards import waiting
 from qprobe.system.background import in_background
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
-VERSION = 7
+VERSION = 8
 """Of what decides the codes, beside weights and samples.
 
-Version 7 keeps back every eighth sample, however they are batched, and lets tokens that no gradient comes
-back to weigh nothing. Version 6 holds outputs of encoders to the damage that the scan measures, row by row.
-Version 5 decides on samples kept back whether tokens are weighed. Version 4 counts tokens half by how much
-the answers depend on them, gathers in the dtype of the path, and tunes scales where that is asked for.
-Version 3 leaves out image tiles that no text attends to. Version 2 shrinks the Gram matrices by how few
-tokens they saw; version 1 did not.
+Version 8 calibrates fused experts. Version 7 keeps back every eighth sample, however they are batched, and
+lets tokens that no gradient comes back to weigh nothing. Version 6 holds outputs of encoders to the damage
+that the scan measures, row by row. Version 5 decides on samples kept back whether tokens are weighed. Version
+4 counts tokens half by how much the answers depend on them, gathers in the dtype of the path, and tunes
+scales where that is asked for. Version 3 leaves out image tiles that no text attends to. Version 2 shrinks
+the Gram matrices by how few tokens they saw; version 1 did not.
 """
 
 
@@ -153,7 +153,9 @@ def calibrate_model(work: Work, shard: Shard = ALONE) -> None:
     """
     run, joined = work.run, None
     if run.codes and (lost := lost_units(run, CALIBRATION.name)):
-        calibrate_units(work, shared_inputs(work.subject, work.batches), lost)
+        inputs = shared_inputs(work.subject, work.batches)
+        calibrate_units(work, inputs, [unit for unit in lost if unit < len(inputs)])
+        _calibrate_experts(work, inputs, [unit for unit in lost if unit >= len(inputs)])
     if run.codes is None:
         count = _calibrated(work, shard)
         with waiting(run.path, "codes"):
@@ -184,12 +186,15 @@ def _calibrated(work: Work, shard: Shard) -> int:
     """How many units there are, all of which are finished by now, by this process or by others."""
     inputs = shared_inputs(work.subject, work.batches)
     parts = shares(work.subject, inputs, shard.world)
+    count = len(inputs) + len(fused_experts(work.subject))
     for number in shard.rotated(range(shard.world)):
         with waiting(work.run.path, f"calibration-{number}"):
             if RunFolder(work.run.path).codes is None:  # else all are done, and joined
-                left = set(unfinished(work.run, len(inputs)))
+                left = set(unfinished(work.run, count))
                 calibrate_units(work, inputs, [unit for unit in parts[number] if unit in left])
-    return len(inputs)
+                own = range(len(inputs) + number, count, shard.world)
+                _calibrate_experts(work, inputs, [unit for unit in own if unit in left])
+    return count
 
 
 def unfinished(run: RunFolder, count: int) -> list[int]:
@@ -224,6 +229,19 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
                     do(partial(_finish, work, rounded, gram.tokens, numbers[one.leader]))
                     step()
                 del grams
+
+
+def _calibrate_experts(work: Work, inputs: Sequence[SharedInput], units: Sequence[int]) -> None:
+    """Finish the `units`, which follow those of `inputs`: a fused weight each."""
+    names = fused_experts(work.subject)
+    numbers = {names[unit - len(inputs)]: unit for unit in units}
+    limit = _limit(work, inputs) // 2 if units else 0  # half is for rounding at once
+    turns = rounded_in_turn(
+        work.subject, list(numbers), lambda: work.widened, len(work.groups), work.format, limit,
+        partial(_steps, work.progress, "calibrate experts"),
+    )  # fmt: skip
+    for name, found in turns:
+        _finish(work, {name: found.whole}, found.tokens, numbers[name], found.nearest)
 
 
 def gathering_turns(
@@ -296,13 +314,15 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     path = work.run.path / codes.file
     with open_codes(path) as file:
         stored = {name: file.stored(name, subject.device_of(name)) for name in sorted(file.layers)}
+    experts = {name: one for name, one in stored.items() if subject.layers[name].experts}  # keep their scales
+    stored = {name: one for name, one in stored.items() if name not in experts}
     step = _steps(work.progress, "tune", work.tune_steps)
     found = tune(subject, stored, training, kept_back, work.tune_steps, work.format, step)
     work.run.notes.put("tuning", Remarks((found.sentence,)))
     if not found.is_better:
         return codes
     try:
-        write_codes(path, found.stored)
+        write_codes(path, {**found.stored, **experts})
         tuned = CodesFile(codes.file, sha256_of(path))
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -315,22 +335,26 @@ def _steps(progress: Progress, stage: str, total: int) -> Callable[[], None]:
     return lambda: progress(stage, next(done), total)
 
 
-def _finish(work: Work, found: Mapping[str, Rounded], tokens: int, unit: int) -> None:
-    """Write unit number `unit`: the weights of one shared input, by layer."""
+def _finish(
+    work: Work, found: Mapping[str, Rounded], tokens: int, unit: int, nearest: int | None = None
+) -> None:
+    """Write unit number `unit`: the weights of one shared input, by layer; nearest: see `RoundedExperts`."""
     stored = {name: result.stored for name, result in found.items() if result.stored is not None}
     try:
         write_codes(codes_unit(work.run.path, unit), stored)
     except OSError as error:
         raise _cannot_write(codes_unit(work.run.path, unit), error) from error
-    work.run.write_unit(CALIBRATION.name, unit, _rows(found, tokens))
+    work.run.write_unit(CALIBRATION.name, unit, _rows(found, tokens, nearest))
 
 
-def _rows(found: Mapping[str, Rounded], tokens: int) -> pd.DataFrame:
+def _rows(found: Mapping[str, Rounded], tokens: int, nearest: int | None) -> pd.DataFrame:
     """Columns of the unit stage "calibration"."""
     rows: list[tuple[Any, ...]] = [
-        (name, tokens, _or_nan(one.error), _or_nan(one.damping), one.why) for name, one in found.items()
+        (name, tokens, _or_nan(one.error), _or_nan(one.damping), one.why, nearest)
+        for name, one in found.items()
     ]
-    return pd.DataFrame(rows, columns=pd.Index(["layer", "tokens", "error", "damping", "why"]))
+    columns = pd.Index(["layer", "tokens", "error", "damping", "why", "nearest"])
+    return pd.DataFrame(rows, columns=columns).astype({"nearest": "Int64"})
 
 
 def _or_nan(value: float | None) -> float:
@@ -355,17 +379,13 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
 def calibration_notes(run: RunFolder) -> tuple[str, ...]:
     """A sentence on the layers that are rounded to nearest after all, by reason; none if there are none."""
     rows = run.units(CALIBRATION.name)
-    quantized = [x for x in run.key.inventory.layers if not x.fixed]
-    experts = [x.name for x in quantized if x.experts]
-    never = {x.name for x in quantized if not x.experts} - set(rows["layer"])
+    never = {x.name for x in run.key.inventory.layers if not x.fixed} - set(rows["layer"])
     reasons: dict[str, list[str]] = {}
     for name, why in zip(rows["layer"].tolist(), rows["why"].tolist(), strict=True):
         if why:
             reasons.setdefault(why, []).append(name)
     if never:
         reasons["it never ran on these samples"] = sorted(never)
-    if experts:
-        reasons[EXPERTS] = experts
     return tuple(
         f"{len(names)} layer{'s are' if len(names) > 1 else ' is'} rounded to nearest only ({why}): "
         f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}."

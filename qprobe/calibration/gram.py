@@ -96,7 +96,8 @@ def weighted_parts(rows: Tensor, weights: Tensor) -> list[Tensor]:
 def shared_inputs(subject: Subject, batches: Iterable[Batch]) -> list[SharedInput]:
     """The quantized linears that run on the batches, by what they read, in execution order.
 
-    Batches are run until every linear was seen, or all are. Fused experts are rounded to nearest.
+    Batches are run until every linear was seen, or all are. Fused experts are none of them, see
+    `qprobe.calibration.experts`.
     """
     wanted = frozenset(x for x in subject.quantized if subject.layers[x].experts is None)
     survey = _Survey(wanted, subject.dequantized)

@@ -228,7 +228,9 @@ class _Tuning:
         dtype = self.subject.path.dtype
         x = x.to(dtype)
         if name not in self.packed:
-            return times(product, x, self.subject.dequantized.own(name).to(dtype))
+            trips = self.subject.dequantized
+            is_expert = self.subject.layers[name].experts and name in self.subject.quantized
+            return times(product, x, (trips.weight if is_expert else trips.own)(name).to(dtype))
         units = self.units.get(name)
         return TunedLinear.apply(x, self.scales(name), units, self.packed[name], product.bias)
 

@@ -20,7 +20,7 @@ from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationEr
 from qprobe.formats.codes_file import CodesReader, checked, open_codes
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.loading.device import pick_device
-from qprobe.loading.experts.four_bit import METHOD, as_bitsandbytes, experts_config
+from qprobe.loading.experts import four_bit
 from qprobe.loading.experts.packed import load_packed
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.pretrained import check_files, load_pretrained, refuse_quantized
@@ -286,7 +286,9 @@ def _quantization(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[Expec
         ),
     }
     if any(p.is_experts for p in expected):
-        return experts_config([p.name for p in expected if p.is_four_bit and p.is_experts], **options)
+        return four_bit.experts_config(
+            [p.name for p in expected if p.is_four_bit and p.is_experts], **options
+        )
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**options)
@@ -294,8 +296,8 @@ def _quantization(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[Expec
 
 def _finished(skeleton: Skeleton, model: Any) -> Any:
     """`model` in eval mode and frozen; raises VerificationError if its ties are not those of `skeleton`."""
-    if model.quantization_method == METHOD:
-        as_bitsandbytes(model)
+    if model.quantization_method == four_bit.METHOD:
+        four_bit.as_bitsandbytes(model)
     keep_codes_as_stored(model)
     model.eval().requires_grad_(False)
     _check_ties(skeleton.model, model)
@@ -344,14 +346,25 @@ def put_calibrated(model: nn.Module, codes: Path, expected: Sequence[ExpectedLay
     with open_codes(codes) as file:
         for layer in expected:
             if layer.is_four_bit and layer.name in file.layers:
-                _put(model.get_submodule(layer.name), layer.name, file)
+                if layer.is_experts:
+                    _put_experts(model, layer.name, file)
+                else:
+                    _put(model.get_submodule(layer.name), layer.name, file)
+
+
+def _put_experts(model: nn.Module, name: str, file: CodesReader) -> None:
+    before = StoredNf4(four_bit.codes_of_experts(model, name), four_bit.four_bit_experts(model)[name])
+    after = file.stored(name, before.codes.device)
+    _check_same_weight(name, before, after, file.path)
+    four_bit.replace_codes(model, name, after.codes, after.state)
 
 
 def _put(module: Any, name: str, file: CodesReader) -> None:
     before = module.weight
     codes, state = file.raw(name)
     weight = _as_stored(module, codes, state)
-    _check_same_weight(name, before, weight, file.path)
+    was, now = (StoredNf4(one.data, one.quant_state) for one in (before, weight))
+    _check_same_weight(name, was, now, file.path)
     module.weight = weight
 
 
@@ -372,11 +385,11 @@ def _as_stored(module: Any, codes: Tensor, state: dict[str, Tensor]) -> Any:
     return weight
 
 
-def _check_same_weight(name: str, before: Any, after: Any, path: Path) -> None:
-    """Raises ManifestError unless both 4-bit parameters are of one 16-bit weight."""
-    shapes = [tuple(one.quant_state.shape) for one in (before, after)]
+def _check_same_weight(name: str, before: StoredNf4, after: StoredNf4, path: Path) -> None:
+    """Raises ManifestError unless both 4-bit weights are of one 16-bit weight."""
+    shapes = [tuple(one.state.shape) for one in (before, after)]
     if shapes[0] == shapes[1]:
-        was, now = (StoredNf4(one.data, one.quant_state).packed().unpack().float() for one in (before, after))
+        was, now = (one.packed().unpack().float() for one in (before, after))
         change = float(torch.linalg.vector_norm(now - was) / torch.linalg.vector_norm(was)) ** 2
         is_empty = not bool(torch.isfinite(was).all()) or not bool(was.any() or now.any())
         if change <= MOST_CHANGE or is_empty:  # nothing can be told of zeros and of what is not finite

@@ -147,11 +147,12 @@ SENSITIVITY = Stage("sensitivity", _SHARES, ("sample", "layer"))
 ISOLATED = Stage("isolated", _SHARES, ("sample", "layer"))
 CALIBRATION = Stage(
     "calibration",
-    {"layer": "text", "tokens": "count", "error": "number", "damping": "number", "why": "text"},
+    {"layer": "text", "tokens": "count", "error": "number", "damping": "number", "why": "text",
+     "nearest": "count"},
     ("layer",),
-)
+)  # fmt: skip
 """Of calibrated weights: tokens seen; error of the outputs as a share of rounding to nearest; why a weight is
-rounded to nearest after all, "" where it is not."""
+rounded to nearest after all, "" where it is not; of fused experts how many of them are, null for linears."""
 
 _NATS = "nats / answer token"
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from qprobe.calibration.experts.notes import experts_note
 from qprobe.formats.protocol import format_from
 from qprobe.inputs.answers import Batching
 from qprobe.inputs.metrics import Metric
@@ -95,6 +96,8 @@ def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
     outcome = _measured(run, held_out, request) if held_out.has_kl else by_score(run, request)
     if residual is not None:
         outcome = replace(outcome, verdict=f"{outcome.verdict} {residual_verdict(residual)}")
+    if run.scan.format.is_calibrated and (note := experts_note(held_out.run)):
+        outcome = replace(outcome, verdict=f"{outcome.verdict} {note}")
     manifest = manifest_of(run, outcome.skiplist, outcome.budget, command, outcome.proof)
     write_manifest(held_out.run.path / SKIPLIST, manifest)
     held_out.run.files.record(SKIPLIST, len(manifest.layers))

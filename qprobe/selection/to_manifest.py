@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 
+import pandas as pd
+
 from qprobe import __version__
 from qprobe.manifest.records import Compared, MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
 from qprobe.records import Inventory, Linear, Scan
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.layers.table import finite_answers, measured
+from qprobe.runs.layers.table import ROUNDING, finite_answers, measured
 from qprobe.runs.units import NEAREST_STAGE, candidate_stage
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
@@ -52,6 +54,8 @@ def manifest_of(
     sensitivity = column_of(table, SCORE)
     own = column_of(table, ISOLATED_KL) if skiplist.by == SCORE and ISOLATED_KL in measured(table) else {}
     reasons = _reasons(scan, skiplist, column_of(table, skiplist.by), own)
+    if scan.format.is_calibrated:
+        reasons |= _partly_calibrated(table, frozenset(reasons) - in_16bit, reasons)
     layers = tuple(
         ManifestLayer(
             name=x.name,
@@ -78,6 +82,18 @@ def manifest_of(
         made_by=MadeBy(__version__, command),
         codes=scan.codes,
     )
+
+
+def _partly_calibrated(
+    table: pd.DataFrame, names: frozenset[str], reasons: Mapping[str, str]
+) -> dict[str, str]:
+    """The reasons of those of `names` of whose experts some are rounded to nearest, with how many."""
+    rounding = dict(zip(table["layer"].tolist(), table[ROUNDING].tolist(), strict=True))
+    return {
+        name: f"{reasons[name]}; {rounding[name].partition(', ')[2]}"
+        for name in names
+        if rounding[name].startswith("calibrated, ")
+    }
 
 
 def held_out_quality(run: RunFolder, scan: Scan, skiplist: SkipList) -> Quality:

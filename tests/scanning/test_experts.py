@@ -143,6 +143,7 @@ def test_every_family_of_experts_goes_from_scan_to_a_folder_that_is_loaded_again
     found = scan(**options(source, tmp_path / "run", **few))
     table = RunFolder(found.run).table.set_index("layer")
     experts = table[table["experts"].notna()]
+    assert "The sensitivities " in found.verdict  # how well they add up, whether they do or not
     assert len(experts) == 2 * (1 if name == "deepseek_v3" else 2)  # DeepSeek-V3's first layer is dense
     assert experts.drop(columns="rounding").notna().all(axis=None)
     assert found.skiplist is not None

@@ -12,9 +12,12 @@ import pytest
 import torch
 import transformers
 
+import qprobe
 from qprobe.loading.experts.weights import expert_weights
+from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.layers.table import rank_table
+from qprobe.runs.layers.table import attribution_residual, rank_table
+from qprobe.selection.verdict import MOST_RESIDUAL
 from tests import mixtures
 from tests.scanning.asked import options, scan
 from tests.scanning.test_experts import ROWS
@@ -41,6 +44,18 @@ def plant(model: Any, layer: str, expert: int) -> None:
             of_down[:, CHANNEL] *= FACTOR
 
 
+def planted(mixture: Callable[[str], Path], name: str, layer: str, expert: int, folder: Path) -> Path:
+    """A copy of that mixture with outliers in one expert of `layer`, which answers as before in 16-bit."""
+    source = copytree(mixture(name), folder / "planted")
+    model_class = getattr(transformers, mixtures.RECIPES[name].architecture)
+    model = model_class.from_pretrained(source, dtype=torch.bfloat16)
+    before = model(mixtures.IDS).logits
+    plant(model, layer, expert)
+    assert torch.equal(model(mixtures.IDS).logits, before)
+    model.save_pretrained(source)
+    return source
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layer", "hurt", "expert"),  # the experts that read most tokens
@@ -54,17 +69,31 @@ def test_one_expert_with_outliers_heads_the_ranking(
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
-    source = copytree(mixture(name), tmp_path / "planted")
-    model_class = getattr(transformers, mixtures.RECIPES[name].architecture)
-    model = model_class.from_pretrained(source, dtype=torch.bfloat16)
-    before = model(mixtures.IDS).logits
-    plant(model, layer, expert)
-    assert torch.equal(model(mixtures.IDS).logits, before)
-    model.save_pretrained(source)
+    source = planted(mixture, name, layer, expert, tmp_path)
     found = scan(**options(source, tmp_path / "run", data=ROWS, samples=4, budget="+40%"))
-    planted = f"{layer}.{hurt}"
+    wanted = f"{layer}.{hurt}"
     for by in ("sensitivity_kl", "activation_nmse"):
-        assert rank_table(RunFolder(found.run).table, by, 1)["layer"].item() == planted, by
+        assert rank_table(RunFolder(found.run).table, by, 1)["layer"].item() == wanted, by
     by_expert = pd.read_csv(found.run / "experts.csv")
     worst = by_expert.loc[by_expert["activation_nmse"].idxmax()]
-    assert (worst["layer"], worst["expert"]) == (planted, expert)
+    assert (worst["layer"], worst["expert"]) == (wanted, expert)
+
+
+@pytest.mark.slow
+def test_where_routing_flips_the_verdict_says_what_sums_miss_and_isolated_kl_chooses(
+    mixture: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
+    source = planted(mixture, "mixtral", "model.layers.1.mlp.experts", 1, tmp_path)
+    found = scan(**options(source, tmp_path / "run", data=ROWS, samples=4, budget="+40%"))
+    run = RunFolder(found.run)
+    assert pd.read_csv(found.run / "experts.csv")["rerouted"].sum() > 0
+    residual = attribution_residual(run)
+    assert residual is not None and abs(residual) > MOST_RESIDUAL
+    assert f"The sensitivities miss the damage by {residual:+.1%}" in found.verdict
+    assert "a router changes its mind" in found.verdict
+    assert found.skiplist is not None
+    compared = read_manifest(found.skiplist).compared
+    assert any("isolated_kl" in x.name for x in compared) and all(x.kl is not None for x in compared)
+    again = qprobe.select(found.run, "+20%")
+    assert any(x.reason.startswith("kept: isolated_kl") for x in again.layers)

@@ -110,3 +110,13 @@ def quantized(weight: Tensor, quant_type: str, double_quant: bool) -> tuple[Tens
         weight.contiguous(), compress_statistics=double_quant, quant_type=quant_type, blocksize=64
     )
     return codes, state.as_dict(packed=True)
+
+
+def replace_codes(model: nn.Module, name: str, codes: Tensor, state: Any) -> None:
+    """Let `codes` and the quantization state `state` be the weight `name`, one of `four_bit_experts`."""
+    parent, _, leaf = name.rpartition(".")
+    lists: Any = model.get_submodule(parent).parametrizations
+    (step,) = (x for x in lists[leaf] if hasattr(x, "quant_state"))
+    state.dtype = step.quant_state.dtype
+    lists[leaf].original.data = codes
+    step.quant_state = state

@@ -30,10 +30,8 @@ EXPERTS_FILE = "experts.csv"
 PEAKS = "peaks.csv"
 
 ROUNDING = "rounding"
-"""Of calibrated weights: "calibrated", "nearest: " and why, or "" if fixed; empty in other runs."""
-
-EXPERTS = "experts are not calibrated"
-"""Why the weights of experts are rounded to nearest where others are calibrated."""
+"""Of calibrated weights: "calibrated", of experts with how many are not, "nearest: " and why, or "" if fixed;
+empty in other runs."""
 
 # Before the columns of the measures, and after them.
 _FIRST = {
@@ -315,10 +313,11 @@ def _counts(outputs: Rows | None) -> dict[str, int | None]:
 def _rounding(layer: Linear, rows: Rows | None) -> str:
     if layer.fixed is not None:
         return ""
-    if layer.experts is not None:
-        return f"nearest: {EXPERTS}"
     why = "it never ran on these samples" if rows is None else str(rows["why"][0])
-    return f"nearest: {why}" if why else "calibrated"
+    if rows is None or why:
+        return f"nearest: {why}"
+    count = rows["nearest"][0]
+    return f"calibrated, {int(count)} of {layer.experts} experts to nearest" if count > 0 else "calibrated"
 
 
 def _peak(rows: Rows | None) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""Calibration of fused experts: each by the tokens that are routed to it."""
