@@ -15,7 +15,7 @@ from qprobe.cli.finetune import finetune
 from qprobe.cli.join import join
 from qprobe.cli.machine import doctor, models
 from qprobe.cli.merge import merge
-from qprobe.cli.output.speaking import visible_usage
+from qprobe.cli.output.speaking import visible_usage, whole_output
 from qprobe.cli.plan import plan
 from qprobe.cli.quantize import quantize
 from qprobe.cli.scan import scan
@@ -30,11 +30,11 @@ class Commands(click.Group):
     """
 
     def make_context(self, *arguments: Any, **named: Any) -> click.Context:
-        with interruptible(), visible_usage():
+        with interruptible(), visible_usage(), whole_output():  # of --help and --version
             return super().make_context(*arguments, **named)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with interruptible(), visible_usage():
+        with interruptible(), visible_usage(), whole_output():
             return super().invoke(ctx)
 
 

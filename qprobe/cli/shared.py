@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from qprobe.errors import LeftOutWarning, QprobeError, is_out_of_memory
 from qprobe.options import Progress
 from qprobe.system.bars import progress_bars as bars
 from qprobe.system.log_filters import quiet
-from qprobe.system.wording import shortened
+from qprobe.system.wording import SAID, shortened
 
 if TYPE_CHECKING:
     from qprobe.runs.folder import RunFolder
@@ -59,6 +60,10 @@ def _explained(function: Command, interrupted: str, out_of_memory: str) -> Comma
                 return function(*args, **kwargs)
         except QprobeError as error:
             raise click.ClickException(one_line(error)) from error
+        except OSError as error:  # of a file that no reader or writer of ours explains
+            if error.errno == errno.EPIPE:  # click ends quietly
+                raise
+            raise click.ClickException(one_line(_of_the_system(error))) from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -68,6 +73,13 @@ def _explained(function: Command, interrupted: str, out_of_memory: str) -> Comma
             raise click.ClickException(f"{what} ran out of memory{said} {out_of_memory}") from error
 
     return run
+
+
+def _of_the_system(error: OSError) -> str:
+    said = error.strerror or shortened(str(error), SAID) or type(error).__name__
+    if error.filename is None:
+        return f"The system refuses to go on ({said}). Make room, and files readable; the same command again."
+    return f"{error.filename} cannot be read or written ({said}). Make it so, or name another."
 
 
 @contextmanager

@@ -29,10 +29,20 @@ def say(text: str = "", err: bool = False, nl: bool = True) -> None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     shown = visible(text, kept="\n").encode(encoding, "backslashreplace").decode(encoding)
+    if err:
+        click.echo(shown, err=True, nl=nl)
+        return
+    with whole_output():
+        click.echo(shown, nl=nl)
+
+
+@contextmanager
+def whole_output() -> Iterator[None]:
+    """Turns what a full stdout raises in the block into one sentence, as the rest would be missing."""
     try:
-        click.echo(shown, err=err, nl=nl)
+        yield
     except OSError as error:
-        if err or error.errno == errno.EPIPE:  # a reader that has seen enough, `| head`: click ends quietly
+        if error.errno == errno.EPIPE:  # a reader that has seen enough, `| head`: click ends quietly
             raise
         sys.stdout = open(os.devnull, "w")  # Python would try to write the rest at its end
         raise click.ClickException(
