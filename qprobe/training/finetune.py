@@ -61,7 +61,7 @@ from qprobe.training.result import Finetuned, card
 from qprobe.training.rows import Lines, check_batches, encodable, learnable, split
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
 from qprobe.training.starts.corrected import correction_of, start_corrected
-from qprobe.training.starts.distilled import Lesson, distil, lessons_of
+from qprobe.training.starts.distilled import FEWEST, Lesson, distil, lessons_of
 from qprobe.training.together import Group, together
 from qprobe.training.trainer import Watch, check_adapter, make_trainer, with_its_steps
 
@@ -286,7 +286,7 @@ def _lessons(options: FinetuneOptions, manifest: Manifest, skeleton: Skeleton, l
     """What the 16-bit model, which is gone again afterwards, answers on as many lines as distilling takes."""
     device = parse_device(options.device)
     model, processor = open_base(manifest, None, "16-bit", skeleton, device, options.dtype)
-    most = options.distill * options.accumulation * options.batch_size
+    most = max(FEWEST, options.distill * options.accumulation * options.batch_size)
     shuffled = random.Random(options.seed).sample(lines.train, min(most, len(lines.train)))
     size = options.batch_size
     batches = (shuffled[i : i + size] for i in range(0, len(shuffled), size))

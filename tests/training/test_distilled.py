@@ -29,7 +29,7 @@ def asked(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """A run on the tiny Llama in plain NF4."""
     work, folder = tmp_path_factory.mktemp("distilled"), tiny_folder("llama")
     write_manifest(work / "skiplist.json", manifest_for(folder))
-    rows = [{"prompt": f"what is {n}?", "answer": f"the number {n} of a coastal train"} for n in range(10)]
+    rows = [{"prompt": f"what is {n}?", "answer": f"the number {n} of a coastal train"} for n in range(20)]
     (work / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {
         "manifest": work / "skiplist.json", "data": work / "train.jsonl", "model": str(folder),
@@ -76,9 +76,7 @@ def by_hand(model: Any, lessons: list[distilled.Lesson]) -> float:
 
 def test_distilling_lowers_the_kl_on_what_is_kept_back(tuned: Any, lessons: list[distilled.Lesson]):
     before = by_hand(tuned, lessons[-1:])
-    found = distilled.distil(
-        tuned, [lessons[2], lessons[2], lessons[2]], 8, at_once=2
-    )  # the same: it must fall
+    found = distilled.distil(tuned, [lessons[2]] * 16, 8, at_once=2)  # all the same: it must fall
     assert found.before == pytest.approx(before, rel=1e-4)
     assert found.after < 0.99 * before and found.steps > 0
     assert by_hand(tuned, lessons[-1:]) == pytest.approx(found.after, rel=1e-4)
@@ -102,7 +100,18 @@ def test_what_memory_does_not_hold_is_not_learned_from(asked: dict[str, Any], mo
     assert len(distilled.lessons_of(reference, map(batch, range(3)))) == 1
 
 
-def test_finetune_begins_at_the_distilled_adapter(asked: dict[str, Any], tmp_path: Path):
+def test_a_gain_that_two_lines_disagree_on_is_none(
+    tuned: Any, lessons: list[distilled.Lesson], monkeypatch: Any
+):
+    # From 4 and 4 to 1 and 5: a gain of 1 of 8, but its error over the two lines is larger.
+    looks = iter([[4.0, 4.0], [1.0, 5.0]])
+    monkeypatch.setattr(distilled, "by_line", lambda *_: next(looks))
+    found = distilled.distil(tuned, lessons, 1)
+    assert (found.steps, found.after) == (0, found.before)
+
+
+def test_finetune_begins_at_the_distilled_adapter(asked: dict[str, Any], tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(distilled, "RATE", 5e-3)  # four steps of the usual rate are too few to tell
     plain = finetune(**asked, out=tmp_path / "plain")
     done = finetune(**asked, out=tmp_path / "distilled", distill=4)
     assert plain.distilled is None and done.distilled is not None

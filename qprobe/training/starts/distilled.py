@@ -2,14 +2,14 @@
 
 A few steps down the gradient of the KL to the 16-bit model's answers (Hinton, Vinyals, Dean 2015, at
 temperature 1), on the lines that are trained on. Lines that are kept back say which step is best, and whether
-the result is used at all.
+the result is used at all: a few steps on few lines can do harm to others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite
+from math import fsum
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from qprobe.calibration.damage import KEPT_BACK
 from qprobe.inputs.encoding import IGNORED
 from qprobe.measure.kl import ANSWERS
 from qprobe.options import Progress, no_progress
+from qprobe.runs.statistics import ratio
 
 RATE = 2e-4  # of Adam; falls to 0
 EPSILON = 1e-12  # of Adam: gradients of a small KL are themselves below its usual 1e-8
 CHECKS = 8  # looks at the lines kept back
+FEWEST = 64  # lines to take, where there are as many: a few would decide nothing
 MOST_BYTES = 4 * 2**30  # of the host's memory for what the 16-bit model answers; further lines are not used
 
 
@@ -43,7 +45,7 @@ class Lesson:
 @dataclass(frozen=True)
 class Distilled:
     """What distilling gave. before, after: KL on the lines kept back, nats per answer token, at the start and
-    at the best step; steps: the number of that, 0 where the start was best.
+    at the best step; steps: the number of that, 0 where none was found to be better than the start.
     """
 
     steps: int
@@ -86,14 +88,16 @@ def distil(
     """Moves the trainable parameters of `model` to where its answers are nearest to those of `lessons`.
 
     Each step takes `at_once` lessons; every eighth, or the last one, is kept back. The parameters of the best
-    look stay: never worse on those than before.
+    look stay if its KL on those is lower by more than twice the standard error of the difference, paired by
+    line; else those from before.
     """
     kept = set(range(KEPT_BACK - 1, len(lessons), KEPT_BACK)) or {len(lessons) - 1}
     training = [x for i, x in enumerate(lessons) if i not in kept]
     kept_back = [lessons[i] for i in sorted(kept)]
     trained = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=RATE, eps=EPSILON)
-    before = kl(model, kept_back)
+    tokens_back = [len(x) for lesson in kept_back for x in lesson.logits]
+    before = by_line(model, kept_back)
     best, best_step, at_best = before, 0, _copied(trained)
     order: list[int] = []
     generator = torch.Generator().manual_seed(seed)
@@ -110,21 +114,23 @@ def distil(
         optimizer.step()
         progress("distill", step, steps)
         if step % max(1, steps // CHECKS) == 0 or step == steps:
-            found = kl(model, kept_back)
-            if isfinite(found) and found < best:
+            found = by_line(model, kept_back)
+            gain, error = ratio([a - b for a, b in zip(before, found, strict=True)], tokens_back)
+            is_found = gain is not None and error is not None and gain > 2 * error
+            if is_found and fsum(found) < fsum(best):
                 best, best_step, at_best = found, step, _copied(trained)
     with torch.no_grad():
         for parameter, value in zip(trained, at_best, strict=True):
             parameter.copy_(value)
             parameter.grad = None
-    return Distilled(best_step, before, best)
+    count = max(1, sum(tokens_back))
+    return Distilled(best_step, fsum(before) / count, fsum(best) / count)
 
 
-def kl(model: Any, lessons: Sequence[Lesson]) -> float:
-    """KL of the answers of `model` to those of `lessons`, nats per answer token."""
+def by_line(model: Any, lessons: Sequence[Lesson]) -> list[float]:
+    """KL of the answers of `model` to those of `lessons`, summed over the answer tokens of each line."""
     with torch.no_grad():
-        sums = [float(kl_sums(model, x).sum()) for x in lessons]
-    return fsum(sums) / max(1, sum(x.tokens for x in lessons))
+        return [float(x) for lesson in lessons for x in kl_sums(model, lesson)]
 
 
 def kl_sums(model: Any, lesson: Lesson) -> Tensor:

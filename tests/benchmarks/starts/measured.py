@@ -16,7 +16,7 @@ from torch import Tensor
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.inputs.encoding import IGNORED
 from qprobe.training.starts.corrected import Factors, start_corrected
-from qprobe.training.starts.distilled import answer_logits, distil, kl_sums, lessons_of
+from qprobe.training.starts.distilled import answer_logits, by_line, distil, lessons_of
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.starts.bases import (
     RANK,
@@ -125,8 +125,7 @@ def measure(asked: Asked) -> Found:
                 for parameter, value in zip(trained, adapter, strict=True):
                     parameter.data.copy_(value)
             if start not in found:
-                with torch.no_grad():
-                    found[start] = [float(x) for lesson in held_out for x in kl_sums(tuned, lesson)]
+                found[start] = by_line(tuned, held_out)
             losses[start].append(list(train(tuned, task, judged, seed, asked.steps)))
             print(
                 f"{asked.model} {asked.base} {start} seed {seed}: {time.perf_counter() - begun:.0f} s",
