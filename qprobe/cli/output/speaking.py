@@ -50,8 +50,8 @@ def whole_output() -> Iterator[None]:
         ) from None
 
 
-def one_line(error: BaseException) -> str:
-    """The message of `error` on one line that a terminal shows as it stands, not longer than `LONGEST`."""
+def one_line(error: BaseException | str) -> str:
+    """The message `error` on one line that a terminal shows as it stands, not longer than `LONGEST`."""
     return shortened(visible(" ".join(str(error).splitlines())), LONGEST)
 
 
