@@ -116,6 +116,11 @@ class WeightStore:
         """Bytes of the chosen weights that are on the device now."""
         return sum(self._sizes[key] for key in self._resident)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all weights of the store."""
+        return sum(self._sizes.values())
+
     def keep(self, key: Key, tensors: Tensors) -> None:
         """Let the host keep `tensors` under `key`, in place of what was there."""
         self._resident.pop(key, None)
