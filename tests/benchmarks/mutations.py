@@ -1,11 +1,11 @@
 """Do the tests notice when a line of the package is wrong?
 
-    python -m tests.benchmarks.mutations [--seed 19] [--mutants 60] [--out FILE] [--only N ...] [--work DIR]
+    python -m tests.benchmarks.mutations [--seed 19] [--mutants 60] [--out FILE] [--log FILE] [--only N ...]
 
 Cosmic Ray says which changes there are (an operator, a comparison, a number, a keyword, a decorator, ...) in
 the rooms `ROOMS`. The seed draws places of the source, each as likely as any other, and one change at each.
 Every change is made in a copy of the files that git knows, one at a time, and the tests of its room run
-there: those of files named after the module, then the others that are not slow, then the slow ones. A change
+there: those of files named after the module, then all that are not slow, then the slow ones. A change
 is caught when a test fails, or when the run takes three times as long as without a change. Without one all
 pass, which is tried first. `--only` tries some of the drawn ones, by their number.
 
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,11 +68,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the tests made of a change. caught: by which run, "" if by none; test: the first that failed."""
+    """What one of `RUNS` made of a change. test: the first that failed, "" if none did."""
 
     number: int
     change: Change
-    caught: str
+    run: str
     test: str
     seconds: float
 
@@ -157,7 +157,7 @@ def arguments_of(change: Change, run: str, copy: Path) -> list[str]:
     room, stem = Path(change.file).parts[1], Path(change.file).stem
     everything = {str(x.relative_to(copy)) for x in (copy / "tests" / room).rglob("test_*.py")}
     named = {x for x in everything if Path(x).stem == f"test_{stem}"}
-    files = {"named": named, "quick": everything - named, "slow": everything}[run]
+    files = named if run == "named" else everything
     return ["-m", "slow" if run == "slow" else "not slow", *sorted(files)] if files else []
 
 
@@ -165,14 +165,14 @@ def tried(number: int, change: Change, run: str, copy: Path, known: dict[tuple[s
     """What the tests of a run make of `change`. known: seconds of runs without a change, kept here."""
     arguments = arguments_of(change, run, copy)
     if not arguments:
-        return Outcome(number, change, "", "", 0.0)
+        return Outcome(number, change, run, "", 0.0)
     limit_s = 60 + PATIENCE * unchanged_s(arguments, copy, known)
     start = time.perf_counter()
     with mutating.use_mutation(
         copy / change.file, plugins.get_operator(change.operator)(), change.occurrence
     ):
         test = first_failure(arguments, copy, limit_s)
-    return Outcome(number, change, run if test else "", test or "", time.perf_counter() - start)
+    return Outcome(number, change, run, test or "", time.perf_counter() - start)
 
 
 def unchanged_s(arguments: Sequence[str], copy: Path, known: dict[tuple[str, ...], float]) -> float:
@@ -237,7 +237,7 @@ def run_pytest(arguments: Sequence[str], copy: Path, log: Path, keeps_bytecode: 
 
 def table(outcomes: Sequence[Outcome], seed: int) -> str:
     """The Markdown of all `outcomes`."""
-    caught = sum(bool(x.caught) for x in outcomes)
+    caught = sum(bool(x.test) for x in outcomes)
     head = f"Seed {seed}: {caught} of {len(outcomes)} changes are caught.\n"
     rows = ["| | where | was | is | caught by |", "|---|---|---|---|---|"]
     for x in outcomes:
@@ -250,13 +250,25 @@ def table(outcomes: Sequence[Outcome], seed: int) -> str:
     return "\n".join([head, *rows, ""])
 
 
+def known_outcomes(log: Path | None, changes: Mapping[int, Change]) -> dict[int, Outcome]:
+    """The last outcome of each change that `log` holds. Raises SystemExit if they are of other changes."""
+    found: dict[int, Outcome] = {}
+    for line in log.read_text().splitlines() if log and log.is_file() else ():
+        one = json.loads(line)
+        outcome = Outcome(**{**one, "change": Change(**one["change"])})
+        if changes.get(outcome.number) != outcome.change:
+            raise SystemExit(f"{log} is of another seed or of other sources. Name a new one.")
+        found[outcome.number] = outcome
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=19)
     parser.add_argument("--mutants", type=int, default=60)
     parser.add_argument("--only", type=int, nargs="*")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
-    parser.add_argument("--log", type=Path, help="a JSON line for each run as it is done")
+    parser.add_argument("--log", type=Path, help="a JSON line for each run, which is not done again")
     parser.add_argument("--list", action="store_true", help="show what is drawn, and try nothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # threads would not outlive a fork
@@ -266,15 +278,18 @@ def main() -> None:
         for number, x in wanted:
             print(f"{number} {x.file}:{x.line} {x.operator}\n  - {x.before}\n  + {x.after}")
         return
-    found: dict[int, Outcome] = {}
-    known: dict[tuple[str, ...], float] = {}
+    found = known_outcomes(asked.log, dict(changes))
+    seconds: dict[tuple[str, ...], float] = {}
     with TemporaryDirectory() as folder:
         copy = copied(Path(folder))
         compileall.compile_dir(copy / "qprobe", quiet=1)
         for run in RUNS:
-            for number, change in [(n, x) for n, x in wanted if n not in found or not found[n].caught]:
-                found[number] = last = tried(number, change, run, copy, known)
-                said = f"caught by {last.test}" if last.caught else "not caught"
+            for number, change in wanted:
+                last = found.get(number)
+                if last is not None and (last.test or RUNS.index(last.run) >= RUNS.index(run)):
+                    continue
+                found[number] = last = tried(number, change, run, copy, seconds)
+                said = f"caught by {last.test}" if last.test else "not caught"
                 print(f"{number} {run} {change.file}:{change.line} {last.seconds:.0f} s: {said}", flush=True)
                 if asked.log:
                     with asked.log.open("a") as log:
