@@ -30,6 +30,8 @@ def gathered_experts(
     batches: in the dtype of the subject's path. done: called after each. Padding does not count, and every
     token counts once for each expert that reads it.
     """
+    if subject.limit is not None:
+        subject.limit.store.allow(0)  # matrices take the room of weights that could stay
     grams = {name: _empty(subject, name) for name in names}
     with walking(subject.path):
         for batch in batches:
