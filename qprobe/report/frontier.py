@@ -12,16 +12,22 @@ from matplotlib.figure import Figure
 from qprobe.manifest.records import NEAREST, NOTHING, Compared
 from qprobe.report.names import plain
 from qprobe.report.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, list_name
+from qprobe.runs.key import ANSWERS, DAMAGE, DamageWords
 
 _DECADES = 20.0  # KL that spans more than this factor is drawn on a logarithmic scale
 
 
-def frontier_plot(frontier: pd.DataFrame, title: str, compared: Sequence[Compared] = ()) -> Figure:
-    """Predicted and measured KL over the size of the model, one colour per way of selecting.
+def frontier_plot(
+    frontier: pd.DataFrame,
+    title: str,
+    compared: Sequence[Compared] = (),
+    damage: DamageWords = DAMAGE[ANSWERS],
+) -> Figure:
+    """Predicted and measured damage over the size of the model, one colour per way of selecting.
 
     frontier: columns budget_bytes, predicted_kl, measured_kl, measured_kl_se, candidate. Where every row is a
     candidate of its own, all of them are points of one line. compared: the lists that the run's own was
-    chosen among, standard 4-bit and published ones included, each a point with its name.
+    chosen among, standard 4-bit and published ones included, each a point with its name. damage: what it is.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
@@ -44,7 +50,7 @@ def frontier_plot(frontier: pd.DataFrame, title: str, compared: Sequence[Compare
     else:
         ax.axhline(0, color="black", lw=0.6)
     ax.set_xlabel(f"size of the model ({unit})")
-    ax.set_ylabel("KL to the 16-bit model (nats / answer token)")
+    ax.set_ylabel(f"{damage.name} to the 16-bit model ({damage.unit})")
     ax.grid(alpha=0.3)
     handles, labels = ax.get_legend_handles_labels()
     lines = [i for i, label in enumerate(labels) if "predicted" in label]  # behind what was measured

@@ -24,6 +24,7 @@ from qprobe.report.panels import panel_columns, spike_indices, taken
 from qprobe.report.worst import Worst, worst_tokens
 from qprobe.runs.findings import rerouted_note
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import DAMAGE
 from qprobe.runs.layers.by_expert import Expert, by_expert, worst_expert
 from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.shown import ShownSample
@@ -43,6 +44,7 @@ def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifes
     comparison = read_comparison(run)
     used = {w.sample for w in worst.values()}
     own, shared = _chosen_and_base(run, scan, table, frontier, manifest)
+    damage = DAMAGE[scan.readout]
     told = plain(
         {
             "qprobe": __version__,
@@ -50,6 +52,7 @@ def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifes
             "run": run.path.resolve().name,
             "model": asdict(scan.model),
             "format": asdict(scan.format),
+            "damage": {"what": damage.what, "name": damage.name, "unit": damage.unit},
             "precisions": {"four_bit": scan.format.four_bit_name, "sixteen_bit": SIXTEEN_BIT.name},
             "bytes": {
                 "standard": scan.inventory.standard_4bit_bytes,

@@ -23,7 +23,7 @@ from qprobe.report.page import page_html
 from qprobe.report.panels import panel_columns, taken
 from qprobe.report.payload import page_data
 from qprobe.runs.folder import RunFolder, run_folder
-from qprobe.runs.key import Key
+from qprobe.runs.key import DAMAGE, Key
 from qprobe.selection.scores import predicted_kl
 from qprobe.system.files import make_folder, write_atomic
 
@@ -70,7 +70,8 @@ def _pictures(run: RunFolder, scan: Scan, table: pd.DataFrame) -> dict[str, byte
     if run.files.has(FRONTIER):
         compared = manifest.compared if manifest else ()
         frontier = _frontier(run, scan, table, compared)
-        figure = frontier_plot(frontier, f"{model}: KL by size", compared)
+        damage = DAMAGE[scan.readout]
+        figure = frontier_plot(frontier, f"{model}: {damage.name} by size", compared, damage)
         files["frontier.png"] = _image(figure, "png", PAGE)
     return files
 

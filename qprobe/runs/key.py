@@ -39,6 +39,11 @@ class DamageWords:
     what: str
     unit: str
 
+    @property
+    def name(self) -> str:
+        """Without its article: "KL"."""
+        return self.what.removeprefix("a ")
+
 
 ANSWERS = "answers"
 DAMAGE = {

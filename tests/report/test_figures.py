@@ -1,7 +1,9 @@
 """What the plots say: points, labels, bands, marks; never pixels."""
 
-from itertools import combinations
+from importlib import resources
+from itertools import re
 
+import combinations
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from qprobe.report.against import Side, against_plot
 from qprobe.report.figures import COLUMN, PAGE, Kept, Layout, spike_plot
 from qprobe.report.frontier import frontier_plot
 from qprobe.report.panels import LABELLED_SPIKES, panel_columns, tower_runs, tower_spans
+from qprobe.runs.key import DAMAGE
 from tests.report.tables import MEASURES, layer_table
 
 pytestmark = pytest.mark.slow
@@ -271,6 +274,19 @@ COMPARED = (
     Compared("unsloth", 3 * 2**20, 0.2, 0.01, False),
     Compared("not measured", 3 * 2**20, None, None, False),
 )
+
+
+def test_the_frontier_of_an_encoder_is_in_the_unit_of_its_damage():
+    frontier = pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]})
+    (ax,) = frontier_plot(frontier, "by size", (), DAMAGE["embeddings"]).axes
+    assert ax.get_ylabel() == "normalized error to the 16-bit model (per embedding)"
+
+
+def test_the_scripts_of_the_page_name_the_damage_by_their_data_alone():
+    for script in resources.files("qprobe.report.page").iterdir():
+        if script.name.endswith(".js"):
+            code = [line.partition("//")[0] for line in script.read_text("utf-8").splitlines()]
+            assert not [line for line in code if re.search(r"\bKL\b|nats", line)], script.name
 
 
 def frontier_ax(frontier: pd.DataFrame):

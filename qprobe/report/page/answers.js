@@ -5,7 +5,7 @@ function showHead() {
   const quality = manifest && manifest.quality;
   const point = POSITIONS.find((p) => p.isChosen);
   if (!quality || quality.kl_standard_4bit === null || !point) {
-    byId("verdict").textContent = manifest ? "No KL was measured on held-out samples; the list was chosen by its score alone." : "No skip-list was chosen in this run.";
+    byId("verdict").textContent = manifest ? `No ${DAMAGE.name} was measured on held-out samples; the list was chosen by its score alone.` : "No skip-list was chosen in this run.";
     return;
   }
   const extra = point.total_bytes - DATA.bytes.standard;
@@ -21,9 +21,9 @@ function costOfNothing(manifest) {
   const [nearest, nothing] = [row(NAMES.nearest), row(NAMES.nothing)];
   if (nearest && nothing) {
     const unpaid = nothing.kl >= nearest.kl ? ": calibration does not pay here" : "";
-    return `Calibrated 4-bit costs a KL of ${said(nothing)} nats per answer token (standard 4-bit ${said(nearest)}${unpaid})`;
+    return `Calibrated 4-bit costs ${DAMAGE.what} of ${said(nothing)} ${DAMAGE.unit} (standard 4-bit ${said(nearest)}${unpaid})`;
   }
-  return `Standard 4-bit costs a KL of ${nothing ? said(nothing) : number(manifest.quality.kl_standard_4bit)} nats per answer token`;
+  return `Standard 4-bit costs ${DAMAGE.what} of ${nothing ? said(nothing) : number(manifest.quality.kl_standard_4bit)} ${DAMAGE.unit}`;
 }
 
 function showAnswers() {
@@ -38,7 +38,7 @@ function showAnswers() {
   }
   body.replaceChildren(...own);
   if (!DATA.comparison_is_current) body.append(element("p", { class: "chip" }, "This comparison is of another skip-list than the run's present one."));
-  const headings = ["model", "parameters", "with 4-bit state", "KL, nats / answer token", "same top token", "same answer",
+  const headings = ["model", "parameters", "with 4-bit state", `${DAMAGE.name}, ${DAMAGE.unit}`, "same top token", "same answer",
     ...found.metrics.map((metric) => metric.name)];
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...headings.map((h) => element("th", { scope: "col" }, h)))), element("tbody"));
   for (const row of found.rows) {
@@ -107,7 +107,7 @@ function showMethod() {
     ["format", `${DATA.format.name}, blocks of ${DATA.format.blocksize}${DATA.format.double_quant ? ", double quantization" : ""}, ${DATA.format.compute_dtype} elsewhere`],
     ["samples", `${m.samples.calibration} for the measures, ${m.samples.held_out} held out for the selection`],
     m.seed === null || m.seed === undefined ? null : ["seed", m.seed],
-    residual === null ? null : ["attribution residual", `${signed(100 * residual, 2)} % of the measured KL (${plural(m.nodes, "node")} to begin with)`],
+    residual === null ? null : ["attribution residual", `${signed(100 * residual, 2)} % of the measured ${DAMAGE.name} (${plural(m.nodes, "node")} to begin with)`],
     m.device ? ["device", m.device] : null,
     ["versions", Object.entries(m.versions).map(([name, version]) => `${name} ${version}`).join(", ") || "not noted"],
     Object.keys(m.seconds).length ? ["time", Object.entries(m.seconds).map(([stage, s]) => `${stage} ${s.toFixed(1)} s`).join(", ")] : null,

@@ -13,8 +13,8 @@ function showBudget() {
     ["list", point.isChosen ? "the one this run chose (skiplist.json)" : `best by ${listName(point.by)} for this budget`],
     ["over standard 4-bit", `${signedBytes(extra)} (${more})`],
     ["size of the model", `${bytes(point.total_bytes)} (${point.total_bytes.toLocaleString("en")} bytes)`],
-    ["expected KL", expected(point.predicted)],
-    ["measured KL", point.measured ? `${withError(point.measured)} nats / answer token, on ${plural(point.measured.samples, "held-out sample")}` : "not measured for this list"],
+    [`expected ${DAMAGE.name}`, expected(point.predicted)],
+    [`measured ${DAMAGE.name}`, point.measured ? `${withError(point.measured)} ${DAMAGE.unit}, on ${plural(point.measured.samples, "held-out sample")}` : "not measured for this list"],
     ["kept in 16-bit", `${count} of ${LAYERS.length}${always.length ? `, besides ${namesOf(always)}` : ""}`],
     ["command", element("code", {}, commandHere())],
   ]);
@@ -33,8 +33,8 @@ const commandHere = () => (here().isChosen ? DATA.chosen.manifest.made_by.comman
 
 function expected(predicted) {
   if (!predicted) return "not known: no sensitivity was measured";
-  const small = predicted.value <= 0 ? "; a KL is never below 0, so this errs by at least that much" : "";
-  return `${withError(predicted)} nats / answer token, from ${plural(predicted.samples, "calibration sample")}${small}`;
+  const small = predicted.value <= 0 ? `; ${DAMAGE.what} is never below 0, so this errs by at least that much` : "";
+  return `${withError(predicted)} ${DAMAGE.unit}, from ${plural(predicted.samples, "calibration sample")}${small}`;
 }
 
 function manifestHere() {

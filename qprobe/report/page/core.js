@@ -2,6 +2,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const LAYERS = DATA.layers;
 const NAMES = DATA.names; // of the lists that keep nothing
+const DAMAGE = DATA.damage; // in words: what ("a KL"), name ("KL") and unit
 const byId = (id) => document.getElementById(id);
 
 function element(name, attributes = {}, ...children) {

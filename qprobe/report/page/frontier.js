@@ -47,7 +47,7 @@ function drawFrontier() {
   const points = frontierPoints();
   const all = [...points.predicted, ...points.measured, ...points.lists];
   if (!all.length) {
-    frontier.replaceChildren(element("p", { class: "hint" }, "No KL was measured, so there is no frontier to draw."));
+    frontier.replaceChildren(element("p", { class: "hint" }, `No ${DAMAGE.name} was measured, so there is no frontier to draw.`));
     return;
   }
   const width = Math.max(260, frontier.clientWidth);
@@ -79,7 +79,7 @@ function drawFrontier() {
 // What the chart says to those who cannot see it.
 function frontierSays({ lists }) {
   const each = lists.map((p) => `${p.name}: ${withError({ value: p.y, error: p.error })} at ${bytes(p.x)}`);
-  return ["KL to the 16-bit model, in nats per answer token, over the size of the model", ...each].join("; ");
+  return [`${DAMAGE.name} to the 16-bit model, ${DAMAGE.unit}, over the size of the model`, ...each].join("; ");
 }
 
 function drawFrontierAxes(svg, { x, y, xs, low, high, log, width, base }) {
@@ -93,7 +93,7 @@ function drawFrontierAxes(svg, { x, y, xs, low, high, log, width, base }) {
     svg.append(drawn("text", { class: "tick", x: x(value * unit[0]), y: base + 15, "text-anchor": "middle" }, number(Number(value.toPrecision(6)))));
   }
   svg.append(drawn("text", { class: "unit", x: width - FRONTIER.right, y: base + 32, "text-anchor": "end" }, `size of the model (${unit[1]})`));
-  svg.append(drawn("text", { class: "unit", x: 2, y: 10 }, "KL (nats / answer token)"));
+  svg.append(drawn("text", { class: "unit", x: 2, y: 10 }, `${DAMAGE.name} (${DAMAGE.unit})`));
 }
 
 // The lists as squares, each with its name; returns the names that found no place.
