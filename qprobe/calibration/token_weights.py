@@ -23,7 +23,7 @@ from torch import Tensor
 from qprobe.calibration.gram import SharedInput, counted_tokens, tiles_that_count
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import FLOAT16_SCALE, direction, random_signs
-from qprobe.measure.experts.routing import Product, times
+from qprobe.measure.experts.routing import Product, owned, times
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import read_out
 from qprobe.measure.outputs import output_rows
@@ -190,7 +190,7 @@ class _Weighed(torch.autograd.Function):
     ) -> Tensor:
         """x (..., in_features); leaf: what makes autograd record the first linears as well."""
         ctx.weight, ctx.notes, ctx.name = weight, notes, name
-        return F.linear(x, weight(), bias)
+        return owned(F.linear(x, weight(), bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

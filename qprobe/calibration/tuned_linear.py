@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qprobe.calibration.columns import inverse, nf4_grid
 from qprobe.formats.nf4 import PackedNf4
+from qprobe.measure.experts.routing import owned
 
 LAST = 15  # the largest code
 
@@ -82,7 +83,7 @@ class TunedLinear(torch.autograd.Function):
         """x (..., in_features); scales (blocks,) float32; units, packed: see `Tunable`."""
         ctx.save_for_backward(x, scales)
         ctx.tunable = Tunable(packed, None if units is None else units.detach())
-        return F.linear(x, ctx.tunable.weight(scales, x.dtype), bias)
+        return owned(F.linear(x, ctx.tunable.weight(scales, x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

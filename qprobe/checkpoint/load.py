@@ -22,6 +22,7 @@ from qprobe.formats.nf4 import StoredNf4
 from qprobe.loading.device import pick_device
 from qprobe.loading.experts import four_bit
 from qprobe.loading.experts.packed import load_packed
+from qprobe.loading.inventory import refuse_rewriting
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.pretrained import check_files, load_pretrained, refuse_quantized
 from qprobe.loading.processor import load_processor
@@ -220,6 +221,7 @@ def check_model(manifest: Manifest, model: str | None, trusts_code: bool = False
     skeleton = skeleton_of(source_of(manifest, model, trusts_code), manifest.format.compute_dtype)
     refuse_quantized(skeleton)
     refuse_another_model(manifest, skeleton)
+    refuse_rewriting(skeleton.model)
     check_files(skeleton)
     return skeleton
 

@@ -349,7 +349,8 @@ def save_processor(processor: Any, folder: Path) -> None:
     """`processor`, a tokenizer or None, into `folder`, as transformers reads it again.
 
     One that lacks a part, as Qwen2-VL's lacks its video half on a machine without torchvision, cannot be
-    saved whole; its parts then lie in the folder as they do in checkpoints on the hub.
+    saved whole; its parts then lie in the folder as they do in checkpoints on the hub, and its own arguments
+    in processor_config.json.
     """
     if processor is None:
         return
@@ -363,3 +364,5 @@ def save_processor(processor: Any, folder: Path) -> None:
     for part in parts:
         if part is not None:
             part.save_pretrained(folder)
+    own = {key: value for key, value in processor.to_dict().items() if key not in names}
+    (folder / "processor_config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

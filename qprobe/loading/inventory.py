@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from qprobe.errors import ModelError
 from qprobe.loading.experts.weights import ExpertWeight, Layer, expert_weights
 from qprobe.loading.names import checkpoint_names
 from qprobe.models.family import VISION
@@ -82,7 +83,9 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
     layers = measured_layers(model)
     names = frozenset(layers)
     linears = frozenset(name for name, layer in layers.items() if isinstance(layer, nn.Linear))
-    unconverted, read = linears - converted_modules(model), read_directly(model, linears)
+    converting = {id(router.classifier) for router in converting_routers(model)}
+    unconverted = linears - converted_modules(model) | {x for x in linears if id(layers[x]) in converting}
+    read = read_directly(model, linears)
     in_files = checkpoint_names(model, tuple(x for x in layers if x in linears))
     architecture = type(model).__name__
     has_vision = any(tower_of(n, architecture, True) == VISION for n in names)
@@ -94,7 +97,7 @@ def list_layers(model: nn.Module, spec: FormatSpec) -> Inventory:
         tower = tower_of(name, architecture, has_vision)
         fixed = FLOAT32 if name in unconverted else None
         if name in read:
-            fixed = READ_DIRECTLY
+            fixed = fixed or READ_DIRECTLY
         if layer is head or id(layer.weight) in shared:
             fixed = "tied" if id(layer.weight) in shared else "lm_head"
         is_counted = id(layer.weight) in listed
@@ -155,6 +158,49 @@ def converted_modules(model: nn.Module, skip_list: Iterable[str] = ()) -> frozen
     return frozenset(asked.names)
 
 
+# Routers that turn their classifier into their own dtype in their first forward (transformers 5.23).
+_CONVERTING = ("SwitchTransformersTop1Router", "NllbMoeTop2Router")
+
+
+# Models that change their own weights in their first forward (transformers 5.23): those of a checkpoint that
+# is saved behind it are other ones.
+_REWRITING = ("RwkvModel",)
+
+
+def refuse_rewriting(model: nn.Module) -> None:
+    """Raises ModelError for a model that changes its own weights when it runs."""
+    if any(type(m).__name__ in _REWRITING for m in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} rescales its own weights when it first runs, so what runs is not what "
+            "was measured, and a checkpoint of it would be rescaled twice. It stays in 16-bit as it is."
+        )
+
+
+def separate_experts(model: nn.Module) -> str | None:
+    """The name of a list of experts that are modules with layers of their own; None if there is none."""
+    return next(
+        (
+            name
+            for name, m in model.named_modules()
+            if name.rpartition(".")[2] == "experts"
+            and isinstance(m, nn.ModuleList | nn.ModuleDict)
+            and any(isinstance(x, nn.Linear) for x in m.modules())
+        ),
+        None,
+    )
+
+
+def converting_routers(model: nn.Module) -> list[Any]:
+    """The routers of `model` that convert their classifier once they run."""
+    return [m for m in model.modules() if type(m).__name__ in _CONVERTING]
+
+
+def settle(model: nn.Module) -> None:
+    """Convert the classifiers of `converting_routers` now, so that running the model changes none."""
+    for router in converting_routers(model):
+        router.classifier.to(router.dtype)
+
+
 def read_directly(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
     """Those of the linears `names` whose weight their parent uses without them, as Mamba's `dt_proj`.
 
@@ -168,18 +214,22 @@ def read_directly(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
 
 @cache
 def _weights_read(cls: type) -> frozenset[str]:
-    """Names x with whose `self.x.weight` a method of `cls` computes; asking for its dtype does not count."""
+    """Names x with whose `self.x.weight` a method of `cls` computes; asking for its dtype does not count.
+
+    But turning inputs into that dtype does: that of packed codes is uint8, as in LongT5's `wo`.
+    """
     found = set()
     methods = [x for base in cls.__mro__ for x in vars(base).values() if isinstance(x, FunctionType)]
     for method in map(inspect.unwrap, methods):
         if "weight" not in method.__code__.co_names:
             continue
         steps = [x for x in dis.get_instructions(method) if x.opname not in ("CACHE", "EXTENDED_ARG")]
-        for before, at, after in zip(steps, steps[1:], steps[2:], strict=False):
+        for before, at, after, then in zip(steps, steps[1:], steps[2:], steps[3:], strict=False):
             is_weight = before.opname == at.opname == "LOAD_ATTR" and at.argval == "weight"
             # `.weight.dtype`, and `isinstance(self.x.weight, torch.Tensor)` where T5 looks for its dtype
             is_asked = (after.opname == "LOAD_ATTR" and after.argval in _ASKED) or after.argval == "torch"
-            if is_weight and not is_asked and isinstance(before.argval, str):
+            is_given = after.argval == "dtype" and then.opname in ("PRECALL", "CALL")
+            if is_weight and (is_given or not is_asked) and isinstance(before.argval, str):
                 found.add(before.argval)
     return frozenset(found)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from qprobe.errors import ModelError
 from qprobe.loading.config import model_class
+from qprobe.loading.inventory import settle
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import Source, explained
 from qprobe.models.headers import StoredTensor, read_headers
@@ -49,6 +50,7 @@ def load_pretrained(skeleton: Skeleton, **options: Any) -> Any:
             **options,
         )
     refuse_incomplete(source, model, found)
+    settle(model)
     return model
 
 

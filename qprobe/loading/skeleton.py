@@ -16,7 +16,7 @@ from torch import nn
 from qprobe.errors import ModelError
 from qprobe.loading.config import build, catalogue_config, load_config, load_generation
 from qprobe.loading.device import DTYPES
-from qprobe.loading.inventory import fingerprint, list_layers
+from qprobe.loading.inventory import fingerprint, list_layers, settle
 from qprobe.loading.source import Source
 from qprobe.models.entry import Entry
 from qprobe.records import FormatSpec, Inventory
@@ -135,4 +135,5 @@ def meta_model(config: Any, dtype: str, trusts_code: bool = False) -> nn.Module:
             if re.search(pattern.replace("*", ".*"), name):
                 tensor.data = tensor.data.to(kept)
     built.tie_weights()
+    settle(built)
     return built.eval()

@@ -34,7 +34,15 @@ from torch import Tensor, nn
 from qprobe.inputs.batch import Batch
 from qprobe.loading.experts.weights import Layer
 from qprobe.measure.dequantized import DequantizedWeights
-from qprobe.measure.experts.routing import Product, by_sample, matmul, samples_apart, times, towards_input
+from qprobe.measure.experts.routing import (
+    Product,
+    by_sample,
+    matmul,
+    owned,
+    samples_apart,
+    times,
+    towards_input,
+)
 from qprobe.measure.hooks import ROOM_BYTES, checkpointed_blocks, replaced_forwards
 from qprobe.measure.kl import KlSums, Readout, read_out, readout_of
 from qprobe.runs.key import RESIDUAL
@@ -241,7 +249,7 @@ class _PathLayer(torch.autograd.Function):
         weight = own if difference is None else torch.add(own, difference, alpha=alpha)
         ctx.save_for_backward(x, weight, difference)
         ctx.samples, ctx.product = step.numel(), product
-        return times(product, x, weight)
+        return owned(times(product, x, weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -20,7 +20,7 @@ from qprobe.errors import ModelError
 from qprobe.inputs.batch import PAD, Batch
 from qprobe.inputs.decoder import is_encoder_decoder, layout_of
 from qprobe.loading.experts.weights import Layer
-from qprobe.loading.inventory import has_language_head
+from qprobe.loading.inventory import has_language_head, separate_experts
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.experts.routing import times
 from qprobe.measure.hooks import replaced_forwards
@@ -79,6 +79,7 @@ class Readout:
 ANSWERS = Readout("answers", 0)
 TOKENS = Readout("tokens", None)  # masked language models, classifiers of tokens
 OUTPUTS = Readout("outputs", None, by_distance=True)  # encoders
+POOLED = Readout("outputs", 1, by_distance=True)  # encoders that give one vector for all of a text
 EMBEDDINGS = Readout("embeddings", 2, by_distance=True)  # of an image and its text: CLIP and its kin
 
 
@@ -97,6 +98,8 @@ def readout_of(model: Any) -> Readout | None:
         if kind == "regression":
             return Readout("scores", 1, by_distance=True)
         return Readout("classes", model.config.num_labels if kind == _MULTI_LABEL else 1)
+    if name.endswith("TextModelWithProjection"):
+        return POOLED
     if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
         return EMBEDDINGS
     has_decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
@@ -121,6 +124,13 @@ def refuse_unread(model: Any) -> None:
         raise ModelError(
             f"{name} is an encoder-decoder without a language head, so its decoder answers nothing. Name the "
             "class with the head in architectures of config.json, or pass --measures weight, which runs no "
+            "sample."
+        )
+    experts = separate_experts(model)
+    if experts is not None:
+        raise ModelError(
+            f"{name} keeps each expert as layers of its own ({experts}), which read only the tokens that are "
+            "routed to them, so samples cannot be told apart there. Pass --measures weight, which runs no "
             "sample."
         )
     if is_encoder_decoder(model):
@@ -148,6 +158,8 @@ def rows_of(model: Any, output: Any, batch: Batch) -> list[Tensor]:
         return at_answers(output.logits, batch)
     if readout.name == "scores":
         return list(output.logits.float()[:, None])
+    if readout is POOLED:
+        return list(output[0].float()[:, None])
     if readout.name == "classes":
         return list(_class_rows(output.logits.float(), readout.rows == 1))
     if readout is EMBEDDINGS:

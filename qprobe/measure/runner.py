@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from qprobe.formats.protocol import Format
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Ends, Path, attribute, rows_by_sample, walking
 from qprobe.measure.experts.routing import Product, times
-from qprobe.measure.hooks import replaced_forwards
+from qprobe.measure.hooks import LayerForward, replaced_forwards
 from qprobe.measure.kl import KlSums, in_four_bit, read_out, rows_of
 from qprobe.measure.outputs import OutputErrors, output_rows, run_model
 from qprobe.measure.subject import Subject
@@ -58,7 +59,10 @@ def _lacking(need: Need, subject: Subject, batch: Batch | None, nodes: int) -> s
         if batch is None:
             return "is not measured: on no sample is the 16-bit model finite."
         if not halves_are_independent(subject, batch):
-            return "is not measured: in this architecture samples of one batch see each other."
+            return (
+                "is not measured: in this architecture samples of one batch see each other, or share what a "
+                "layer reads."
+            )
     if need == "two nodes" and nodes < 2:
         return "is not measured: it takes two nodes or more."
     return None
@@ -68,15 +72,24 @@ def halves_are_independent(subject: Subject, batch: Batch) -> bool:
     """True if the second half of a doubled batch leaves the first half's output alone.
 
     False means that samples of one batch see each other in this architecture, so that the propagated
-    error cannot be measured side by side. The first half is compared with the batch run alone: what
-    differs must be rounding (kernels may sum in another order; below eps / 4 in nmse over a whole model), or
-    a hundred times smaller than what 4-bit does to the second half.
+    error cannot be measured side by side; so does a layer whose rows are not those of samples, as where
+    DeBERTa projects its table of relative positions. The first half is compared with the batch run alone:
+    what differs must be rounding (kernels may sum in another order; below eps / 4 in nmse over a whole
+    model), or a hundred times smaller than what 4-bit does to the second half.
     """
+    once, twice = Counter[str](), Counter[str]()
     errors = OutputErrors(batch, subject.layers, subject.dequantized, subject.quantized, doubled=True)
+
+    def own(name: str, product: Product, x: torch.Tensor) -> torch.Tensor:
+        return times(product, x, subject.dequantized.own(name).to(x.dtype))
+
     with torch.inference_mode():
-        alone = _rows(subject, batch)
-        with replaced_forwards(subject.modules, errors.forward):
+        with replaced_forwards(subject.modules, counted(once, own)):
+            alone = _rows(subject, batch)
+        with replaced_forwards(subject.modules, counted(twice, errors.forward)):
             both = _rows(subject, batch.repeated(2))
+    if any(twice[name] != 2 * rows for name, rows in once.items()):
+        return False
     energy = sum(float(x.double().square().sum()) for x in alone)
     leaked, caused = (
         sum(float((y - x).double().square().sum()) for x, y in zip(alone, half, strict=True))
@@ -84,6 +97,17 @@ def halves_are_independent(subject: Subject, batch: Batch) -> bool:
     )
     rounding = torch.finfo(subject.model.dtype).eps / 4
     return leaked <= max(rounding * energy, 0.01 * caused)
+
+
+def counted(rows: Counter[str], forward: LayerForward) -> LayerForward:
+    """`forward`, which adds to `rows` how many rows each linear layer reads."""
+
+    def counting(name: str, product: Product, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(product, torch.nn.Linear):
+            rows[name] += x.numel() // x.shape[-1]
+        return forward(name, product, x)
+
+    return counting
 
 
 def _rows(subject: Subject, batch: Batch) -> list[torch.Tensor]:

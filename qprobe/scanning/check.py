@@ -10,6 +10,7 @@ from torch import nn
 
 from qprobe.data.sampling import check_wanted
 from qprobe.errors import ModelError, RunError
+from qprobe.loading.inventory import refuse_rewriting
 from qprobe.loading.loaded import loaded_skeleton
 from qprobe.loading.pretrained import check_files
 from qprobe.loading.skeleton import Skeleton, skeleton_of
@@ -55,6 +56,7 @@ def check_inventory(
     inventory: Inventory, model: nn.Module, skiplist: ListRequest, ablate: Ablated | None
 ) -> None:
     """Raises QprobeError for what this model can never be asked. model: with or without its weights."""
+    refuse_rewriting(model)
     if all(x.fixed for x in inventory.layers):
         why = f" ({inventory.uncovered[0].name}: {inventory.uncovered[0].why})" if inventory.uncovered else ""
         raise ModelError(

@@ -17,6 +17,7 @@ from qprobe.loading.inventory import (
     converted_modules,
     list_layers,
     read_directly,
+    refuse_rewriting,
 )
 from qprobe.loading.skeleton import meta_model
 from qprobe.measure.kl import refuse_unread
@@ -46,6 +47,28 @@ def test_a_linear_whose_weight_is_read_directly_is_fixed_and_named():
     layers = list_layers(skeleton("MambaForCausalLM", config), FormatSpec()).layers
     fixed = {x.name.rpartition(".")[2]: x.fixed for x in layers}
     assert fixed["dt_proj"] == READ_DIRECTLY and fixed["in_proj"] is None
+
+
+def test_a_linear_whose_module_turns_inputs_into_its_weights_type_is_fixed():
+    # The type of 4-bit codes is uint8, and LongT5 hands `wo` inputs of the type of its weight.
+    config = transformers.LongT5Config(vocab_size=64, d_model=32, d_ff=32, num_layers=1, num_heads=2)
+    layers = list_layers(skeleton("LongT5ForConditionalGeneration", config), FormatSpec()).layers
+    fixed = {x.name.rpartition(".")[2]: x.fixed for x in layers}
+    assert fixed["wo"] == READ_DIRECTLY and fixed["wi"] is None
+
+
+def test_a_router_that_converts_its_classifier_when_it_runs_is_listed_as_it_runs():
+    config = transformers.SwitchTransformersConfig(d_model=32, num_layers=2, num_heads=2, num_experts=2)
+    model = skeleton("SwitchTransformersForConditionalGeneration", config)
+    routers = [x for x in list_layers(model, FormatSpec()).layers if x.name.endswith("router.classifier")]
+    assert routers
+    assert {(x.fixed, x.bytes_16bit) for x in routers} == {(FLOAT32, 4 * 2 * 32)}
+
+
+def test_a_model_that_changes_its_own_weights_is_refused():
+    config = transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(ModelError, match="RwkvForCausalLM rescales its own weights"):
+        refuse_rewriting(skeleton("RwkvForCausalLM", config))
 
 
 def test_transformers_itself_says_what_it_converts_and_the_model_stays_as_it_is():
@@ -98,6 +121,13 @@ def test_only_computing_with_a_weight_counts():
     ("architecture", "config", "said"),
     [
         ("T5Model", transformers.T5Config(d_model=32, num_layers=1), "without a language head"),
+        (
+            "SwitchTransformersForConditionalGeneration",
+            transformers.SwitchTransformersConfig(
+                d_model=32, num_layers=2, num_heads=2, num_experts=2, decoder_start_token_id=0
+            ),
+            "keeps each expert as layers of its own",
+        ),
         ("ViTForImageClassification", transformers.ViTConfig(num_hidden_layers=1), "reads pixel_values"),
         (
             "WhisperForConditionalGeneration",

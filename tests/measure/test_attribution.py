@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from qprobe.measure.attribution import (
     random_signs,
     walking,
 )
+from qprobe.measure.experts.routing import owned
 from qprobe.measure.kl import ANSWERS, KlSums, in_four_bit, read_out
 from qprobe.measure.subject import subject_of
 from qprobe.records import FormatSpec
@@ -27,6 +29,24 @@ from tests import reference
 from tests.measure.conftest import WITH_HEAD, Case
 
 CaseOf = Callable[[str], Case]
+
+
+def test_an_output_that_is_no_view_may_be_changed_in_place() -> None:
+    # As LED divides its queries; plain outputs of an autograd function are views that refuse it.
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return owned(torch.nn.functional.linear(x, torch.eye(3), bias))
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return grad, None
+
+    x = torch.ones(1, 2, 3, requires_grad=True)
+    y = Layer.apply(x, torch.zeros(3))
+    y /= 2
+    y.sum().backward()
+    assert x.grad is not None and bool((x.grad == 0.5).all())
 
 
 def logits_of(case: Case, names: frozenset[str], count: int = 1) -> tuple[list, list]:

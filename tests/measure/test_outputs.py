@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from torch import nn
+from transformers import DebertaV2Config
 
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
@@ -17,7 +19,7 @@ from qprobe.measure.outputs import split_by_sample
 from qprobe.measure.runner import halves_are_independent, kl_rows, observe_outputs
 from qprobe.measure.subject import subject_of
 from qprobe.measure.weights import error_sums, weight_rows
-from qprobe.records import FormatSpec
+from qprobe.records import FormatSpec, Sample, asked
 from qprobe.runs.key import Measures
 from tests import reference, tiny
 from tests.measure.conftest import ALL, Case
@@ -109,6 +111,25 @@ def test_a_model_whose_samples_see_each_other_is_noticed(case: CaseOf) -> None:
         assert not halves_are_independent(subject, batch)
     finally:
         handle.remove()
+
+
+def test_a_layer_whose_rows_are_not_those_of_samples_is_noticed(tmp_path: Path) -> None:
+    # DeBERTa projects one table of relative positions for all samples.
+    config = DebertaV2Config(
+        vocab_size=tiny.VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+    )
+    recipe = tiny.Recipe("DebertaV2Model", lambda: config, tiny.encoder_tokenizer)
+    found = load_reference(str(tiny.write_recipe(recipe, "deberta", tmp_path / "model")), "cpu")
+    found.model.float()
+    subject = subject_of(found, FormatSpec())
+    assert not halves_are_independent(subject, subject.encode((Sample("a", asked("a red bag")),)))
 
 
 def test_nonfinite_pairs_are_counted_and_not_summed() -> None:

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, LlamaConfig
+from transformers import (
+    BartConfig,
+    BertConfig,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPProcessor,
+    CLIPTextConfig,
+    LlamaConfig,
+)
 
 import qprobe
 from qprobe.calibration.damage import damage_of, reference_outputs
@@ -21,7 +29,7 @@ from qprobe.measure.attribution import attribute, direction
 from qprobe.measure.kl import OUTPUTS, in_four_bit, read_out, readout_of
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
-from tests import tiny
+from tests import sequences, tiny
 
 BERT = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": tiny.PAD}
@@ -46,6 +54,16 @@ def clip() -> Any:
     )
 
 
+def text_tower() -> Any:
+    return CLIPTextConfig(
+        **{k: v for k, v in BERT.items() if k != "pad_token_id"}, **tiny.IDS, projection_dim=16
+    )
+
+
+def bart() -> Any:
+    return BartConfig(**sequences.BART, decoder_start_token_id=tiny.END, num_labels=3)
+
+
 def clip_processor() -> tuple[Any, ...]:
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return (CLIPProcessor(images, tiny.make_tokenizer(())),)
@@ -63,6 +81,8 @@ RECIPES = {
     "masked": ("BertForMaskedLM", bert(), tiny.encoder_tokenizer),
     "encoder": ("BertModel", bert(), tiny.encoder_tokenizer),
     "clip": ("CLIPModel", clip, clip_processor),
+    "pooled": ("CLIPTextModelWithProjection", text_tower, tiny.encoder_tokenizer),
+    "sequences": ("BartForSequenceClassification", bart, lambda: (sequences.tokenizer_with("$A <|end|>"),)),
 }
 
 
@@ -111,6 +131,8 @@ def rows_by_hand(name: str, output: Any) -> list[list[float]]:
     """The rows of one sample that ran alone, so that it has no padding."""
     if name == "clip":
         return [output.image_embeds[0].tolist(), output.text_embeds[0].tolist()]
+    if name == "pooled":
+        return output.text_embeds.tolist()
     if name == "encoder":
         return output.last_hidden_state[0].tolist()
     return output.logits.reshape(-1, output.logits.shape[-1]).tolist()
@@ -118,7 +140,7 @@ def rows_by_hand(name: str, output: Any) -> list[list[float]]:
 
 def damage_by_hand(name: str, x: list[list[float]], y: list[list[float]]) -> float:
     pairs = list(zip(x, y, strict=True))
-    if name in ("clip", "encoder"):
+    if name in ("clip", "encoder", "pooled"):
         return sum(distance(a, b) for a, b in pairs)
     if name in ("labels", "reward"):
         return sum(sigmoid_kl(c, d) for a, b in pairs for c, d in zip(a, b, strict=True))

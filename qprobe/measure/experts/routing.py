@@ -69,6 +69,14 @@ def times(product: Product, x: Tensor, weight: Tensor) -> Tensor:
     return y if bias is None else y + bias[product.routing.expert].to(y.dtype)
 
 
+def owned(y: Tensor) -> Tensor:
+    """`y` as a tensor that is no view to autograd, without a copy: models such as LED change it in place.
+
+    Nothing else may hold the tensor that it was a view of.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 def matmul(product: Product, x: Tensor, weight: Tensor) -> Tensor:
     """x W^T of each row, (..., out_features)."""
     if isinstance(product, nn.Linear):
