@@ -12,7 +12,7 @@ import transformers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tests import families, tiny
+from tests import families, sequences, tiny
 from tests.benchmarks.architecture_matrix.texts import ENCODER, HEAD_16, SEQUENCES, config_of
 from tests.families import SIDE
 from tests.tiny import IDS, Recipe
@@ -191,6 +191,9 @@ TINY = {
 }
 
 
+FLORENCE = "Florence2ForConditionalGeneration"
+
+
 def pair(text: dict[str, Any] | None = None) -> dict[str, Any]:
     """The config of a tower for images beside one for text."""
     return {"text_config": {**ENCODER, **(text or {})}, "vision_config": VISION, "projection_dim": 32}
@@ -217,6 +220,7 @@ def _whisper() -> dict[str, Any]:
 def recipes() -> dict[str, Recipe]:
     """Recipes by name, which is the class's unless one class is there twice."""
     found = {name: tiny.RECIPES[key] for name, key in TINY.items()}
+    found[FLORENCE] = sequences.RECIPES["florence2"]
     for name, (architecture, family, config) in FAMILIES.items():
         found[name] = _of_family(architecture or name, family, config)
     kin: dict[str, tuple[dict[str, Any], Callable[[], tuple[Any, ...]]]] = {
@@ -264,5 +268,5 @@ def reads_images(name: str) -> bool:
     return (
         name in TINY
         or name in FAMILIES
-        or name in ("CLIPModel", "SiglipModel", "Qwen3VLMoeForConditionalGeneration")
+        or name in (FLORENCE, "CLIPModel", "SiglipModel", "Qwen3VLMoeForConditionalGeneration")
     )

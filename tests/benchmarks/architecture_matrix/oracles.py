@@ -46,7 +46,11 @@ def plain_model(folder: Path, **options: Any) -> Any:
     """The model as transformers loads it, by the class that its config names."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+    model = kind.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+    for module in model.modules():
+        if type(module).__name__.endswith(("Top1Router", "Top2Router")):
+            module.classifier.to(torch.float32)  # as its first forward does
+    return model
 
 
 # What is in 4-bit ---------------------------------------------------------------------------------------

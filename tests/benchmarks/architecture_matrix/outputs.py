@@ -158,7 +158,7 @@ def rows_of(model: Any, batch: Batch) -> Tensor:
 
 def _is_distance(model: Any) -> bool:
     """True for a model that puts out vectors, and no logits of anything."""
-    return "For" not in type(model).__name__ and not type(model).__name__.endswith("LMHeadModel")
+    return "For" not in type(model).__name__ and not model.can_generate()
 
 
 def mean_damage(reference: list[Tensor], other: list[Tensor], is_distance: bool) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from tests import mixtures, tiny
+from tests import mixtures, sequences, tiny
 from tests.tiny import IDS, VOCAB, Recipe, encoder_tokenizer, text_tokenizer
 
 DECODER = tiny.decoder(64, 96, 2)
@@ -161,12 +161,42 @@ HEADS: dict[str, dict[str, Any]] = {
     "Qwen2ForSequenceClassification": {"num_labels": 1},  # as reward models are
     "LlamaModel": {},
 }
+T5_WHOLE = {**T5, "decoder_start_token_id": tiny.PAD, **IDS}
+TWIN = {"model_type": "bert", **{k: v for k, v in ENCODER.items() if k not in IDS}}
 SEQUENCE_MODELS: dict[str, dict[str, Any]] = {
-    "T5ForConditionalGeneration": {**T5, "decoder_start_token_id": tiny.PAD, **IDS},
+    "T5ForConditionalGeneration": T5_WHOLE,
+    "MT5ForConditionalGeneration": T5_WHOLE,
+    "UMT5ForConditionalGeneration": T5_WHOLE,
+    "LongT5ForConditionalGeneration": {**T5_WHOLE, "local_radius": 7},
+    "SwitchTransformersForConditionalGeneration": {
+        **T5_WHOLE, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+    },
     "BartForConditionalGeneration": SEQUENCES,
+    "BartForSequenceClassification": {**SEQUENCES, "num_labels": 3},
+    "BartModel": SEQUENCES,
     "MarianMTModel": {**SEQUENCES, "decoder_vocab_size": VOCAB},
+    "MBartForConditionalGeneration": SEQUENCES,
+    "M2M100ForConditionalGeneration": SEQUENCES,
+    "NllbMoeForConditionalGeneration": {
+        **SEQUENCES, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2,
+        "expert_capacity": 64,
+    },
     "PegasusForConditionalGeneration": SEQUENCES,
-}
+    "LEDForConditionalGeneration": {
+        **SEQUENCES, "attention_window": [8, 8], "max_encoder_position_embeddings": 512,
+        "max_decoder_position_embeddings": 512,
+    },
+    "ProphetNetForConditionalGeneration": {
+        "vocab_size": VOCAB, "hidden_size": 64, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+        "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4, "max_position_embeddings": 512,
+        "decoder_start_token_id": tiny.BOS, **IDS,
+    },
+    "EncoderDecoderModel": {
+        "encoder": TWIN, "decoder": {**TWIN, "is_decoder": True, "add_cross_attention": True},
+        "decoder_start_token_id": tiny.BOS, **IDS,
+    },
+}  # fmt: skip
 
 
 def config_of(architecture: str, given: dict[str, Any]) -> Any:
@@ -176,6 +206,8 @@ def config_of(architecture: str, given: dict[str, Any]) -> Any:
 
 def _recipe(architecture: str, given: dict[str, Any], reads_chat: bool = True) -> Recipe:
     processor = text_tokenizer if reads_chat else encoder_tokenizer
+    if architecture.startswith("Bart"):  # whose classifier reads the end of a text
+        processor = sequences.RECIPES["bart"].processor
     return Recipe(architecture, partial(config_of, architecture, given), processor)
 
 
