@@ -159,6 +159,11 @@ def test_a_calibrated_scan_counts_experts_and_its_weights_are_loaded(
                 getattr(model.get_submodule(parent), leaf), file.stored(name, "cpu").packed().unpack()
             )
 
+    qprobe.quantize(found.skiplist, tmp_path / "out", str(source), "cpu")
+    again, _ = qprobe.load_dynamic_4bit(tmp_path / "out", device="cpu")
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[x], after[x]) for x in before)
+
 
 @pytest.mark.slow
 def test_transposed_experts_are_named(mixture: Callable[[str], Path], tmp_path: Path):

@@ -7,6 +7,7 @@ skipped, except in CI, where `make browser` installs one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,33 @@ def test_pointing_at_a_layer_shows_its_figures_and_worst_token(page: Page, run: 
     assert detail.locator("mark").inner_text().strip() == "7" and "The dial shows 7." in detail.inner_text()
     assert detail.locator("img").get_attribute("src").startswith("data:image/jpeg;base64,")
     assert detail.locator("img").evaluate("image => image.naturalWidth") == 140
+
+
+def test_experts_of_a_fused_weight_are_listed_and_what_is_unknown_says_so(
+    opened: Open, run: Path, tmp_path: Path
+):
+    html = (run / "index.html").read_text()
+    before, data, after = re.split(
+        r'(?<=type="application/json">)(.*?)(?=</script>)', html, maxsplit=1, flags=re.S
+    )
+    shown = json.loads(data)
+    experts = {
+        "tokens": [7, 0, 5],
+        "worst": 2,
+        "activation_nmse": [0.01, None, 0.03],
+        "weight_nmse": [0.009] * 3,
+    }
+    shown["layers"][14]["experts"] = experts
+    (tmp_path / "index.html").write_text(before + json.dumps(shown) + after)
+    page = opened(tmp_path / "index.html")
+    page.locator("svg[data-panel=activation_nmse] [data-layer='14']").hover()
+    detail = page.locator("#detail")
+    assert "3 experts" in detail.inner_text() and "1 of 3 read no token" in detail.inner_text()
+    rows = [x.split() for x in detail.locator(".experts tbody tr").all_inner_texts()]
+    assert rows == [["0", "7", "0.01", "0.009"], ["1", "0", "unknown", "0.009"], ["2", "5", "0.03", "0.009"]]
+    assert detail.locator(".experts mark").inner_text() == "2"
+    page.locator("svg[data-panel=activation_nmse] [data-layer='3']").hover()
+    assert detail.locator(".experts").count() == 0
 
 
 def test_a_worst_patch_is_marked_on_its_image(page: Page):
