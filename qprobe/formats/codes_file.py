@@ -24,7 +24,7 @@ from qprobe.formats.nf4 import StoredNf4
 from qprobe.records import CodesFile
 from qprobe.system.files import atomic_file, write_atomic
 from qprobe.system.foreign import open_foreign
-from qprobe.system.tensor_headers import read_tensor_header
+from qprobe.system.headers.tensors import read_tensor_header
 
 FILE_NAME = "nf4-calibrated.safetensors"
 _WEIGHT = ".weight"

@@ -12,7 +12,7 @@ from typing import Any
 from qprobe.errors import ModelError
 from qprobe.registry.precisions import quant_types
 from qprobe.system.foreign import is_plain_name, open_foreign, read_foreign
-from qprobe.system.tensor_headers import read_tensor_header
+from qprobe.system.headers.tensors import read_tensor_header
 from qprobe.system.wording import shortened
 
 INDEX = "model.safetensors.index.json"

@@ -12,6 +12,7 @@ experts of a fused weight are rows of one layer, told apart by the column "exper
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import re
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 
 from qprobe.errors import RunError
 from qprobe.registry import measures
+from qprobe.system.headers.parquet import page_sizes
 from qprobe.system.wording import shortened
 
 _KINDS = {"text": pa.string(), "count": pa.int64(), "number": pa.float64()}
@@ -117,11 +119,11 @@ def decode_unit(path: Path, data: bytes) -> pa.Table:
     assert stage is not None, path
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
-            _check_size(file.metadata)
+            _check_size(file.metadata, io.BytesIO(data))
             found = file.schema_arrow
         table = _read(data, found) if found.equals(_schema(stage)) else found.empty_table()
         table.validate(full=True)  # of texts, too, that they are UTF-8
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = shortened(str(error).splitlines()[0], 120)
         raise DamagedUnitError(
             f"{path} is damaged ({reason}). Scan again into the same folder: what is damaged is set aside, "
@@ -135,8 +137,11 @@ def decode_unit(path: Path, data: bytes) -> pa.Table:
     return table
 
 
-def _check_size(found: pq.FileMetaData) -> None:
-    """Raises ArrowException if a file that says this of itself is none of ours: reading it could take all."""
+def _check_size(found: pq.FileMetaData, pages: io.BytesIO) -> None:
+    """Raises ArrowException if a file that says this of itself is none of ours: reading it could take all.
+
+    pages: the same file, whose pages are looked at since a footer may say anything.
+    """
     if found.num_rows * found.num_columns > UNIT_CELLS:
         raise pa.ArrowException(f"it claims {found.num_rows:,} rows of {found.num_columns:,} columns")
     for group in map(found.row_group, range(found.num_row_groups)):
@@ -145,6 +150,8 @@ def _check_size(found: pq.FileMetaData) -> None:
         for column in map(group.column, range(group.num_columns)):
             if not _ENCODINGS >= set(column.encodings) or column.num_values > UNIT_CELLS:
                 raise pa.ArrowException(f"{column.path_in_schema} is stored otherwise")
+            if (size := sum(page_sizes(pages, column))) > UNIT_BYTES:
+                raise pa.ArrowException(f"{column.path_in_schema} would take {size:,} bytes")
 
 
 def _read(data: bytes, schema: pa.Schema) -> pa.Table:

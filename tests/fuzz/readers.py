@@ -22,7 +22,7 @@ from qprobe.runs.layers.ranks import parse_ranks
 from qprobe.runs.layers.table import write_table
 from qprobe.runs.notes import TOPICS
 from qprobe.runs.shown import parse_shown
-from qprobe.system.tensor_headers import read_tensor_header
+from qprobe.system.headers.tensors import read_tensor_header
 from tests.fuzz.loading import checkpoint_files, rows_and_images
 from tests.runs.runs import four_layers, make_run, output
 

@@ -18,6 +18,7 @@ from qprobe.runs import access, shown, units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shown import ShownSample, write_shown
 from qprobe.runs.units import DamagedUnitError, decode_unit, encode_unit
+from qprobe.system.headers.parquet import page_sizes
 from tests.runs.runs import make_run, rows
 
 UNIT = Path("kl-00000.parquet")
@@ -53,12 +54,60 @@ def test_encodings_that_are_not_ours_are_refused():
         decode_unit(UNIT, data)
 
 
+def footer_says_little(data: bytes) -> bytes:
+    """`data`, a Parquet file whose footer says of each large size that it is 50 bytes, in as many bytes."""
+    found = pq.ParquetFile(io.BytesIO(data)).metadata
+    group = found.row_group(0)
+    sizes = {group.column(i).total_uncompressed_size for i in range(group.num_columns)}
+    place = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    footer = data[place:]
+    for size in {group.total_byte_size, *sizes}:
+        number, said = 2 * size, []
+        while number >= 128:
+            said.append(number & 127 | 128)
+            number >>= 7
+        said.append(number)
+        if size > 10**6:
+            footer = footer.replace(bytes(said), bytes([0x80 | 100, *[0x80] * (len(said) - 2), 0]))
+    return data[:place] + footer
+
+
+def test_a_footer_that_says_less_than_its_pages_hold_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    frame = pd.DataFrame({"prompt": ["x" * 2**22], "answer": ["a"]})
+    frame.to_parquet(tmp_path / "a.parquet", compression="zstd")
+    data = footer_says_little((tmp_path / "a.parquet").read_bytes())
+    assert len(data) < 2**16 and pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0).total_byte_size < 200
+    (tmp_path / "a.parquet").write_bytes(data)
+    assert len(read_conversations(tmp_path / "a.parquet").good) == 1
+    monkeypatch.setattr(parquet, "_PAGE_BYTES", 2**22 - 1)
+    with pytest.raises(SampleError, match=r"a page has 4,194,\d+ bytes, more than can be read"):
+        read_conversations(tmp_path / "a.parquet")
+    monkeypatch.setattr(units, "UNIT_BYTES", 2**21)
+    bomb = footer_says_little(unit(1, "x" * 2**22, compression="zstd"))
+    with pytest.raises(DamagedUnitError, match=r"candidate would take 4,19\d,\d+ bytes"):
+        decode_unit(UNIT, bomb)
+
+
+@pytest.mark.parametrize("how", [{"version": "1.0"}, {"data_page_version": "2.0"}, {"use_dictionary": False}])
+def test_the_pages_of_a_file_are_as_large_as_its_honest_footer_says(how: dict[str, Any]):
+    data = unit(3000, "a text", data_page_size=500, **how)
+    found = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0)
+    for column in map(found.column, range(found.num_columns)):
+        sizes = list(page_sizes(io.BytesIO(data), column))
+        headers = column.total_uncompressed_size - sum(sizes)  # which the footer counts too
+        assert 10 * len(sizes) < headers < 200 * len(sizes)
+    with pytest.raises(ValueError, match="header of a page"):
+        list(page_sizes(io.BytesIO(b"\xff" * len(data)), found.column(0)))
+
+
 def test_rows_that_share_a_long_text_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     frame = pd.DataFrame({"prompt": ["x" * 2**12] * 100, "answer": [f"{i}" for i in range(100)]})
     frame.to_parquet(tmp_path / "a.parquet", compression=None)
     monkeypatch.setattr(parquet, "_AT_ONCE_BYTES", 2**15)
-    with pq.ParquetFile(tmp_path / "a.parquet") as file:
-        assert parquet._rows_at_once(file.metadata) in range(2, 9)
+    with pq.ParquetFile(tmp_path / "a.parquet") as file, open(tmp_path / "a.parquet", "rb") as pages:
+        assert parquet._rows_at_once(file.metadata, pages) in range(2, 9)
     assert len(read_conversations(tmp_path / "a.parquet").good) == 100
     monkeypatch.setattr(parquet, "_GROUP_VALUES", 99)
     with pytest.raises(SampleError, match="100 values of one column, more than can be read; write it with"):

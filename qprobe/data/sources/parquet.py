@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qprobe.data.source import Rows, Source, refuse_split, rows_of_arrow
 from qprobe.errors import SampleError
 from qprobe.system.foreign import check_foreign
+from qprobe.system.headers.parquet import page_sizes
 
 _FIX = "Pass a .parquet file to --data."
 _ROWS_AT_ONCE = 64  # with the bytes of their images
 _AT_ONCE_BYTES = 2**30  # that they may take; a dictionary lets every row be as long as all of its column
 _GROUP_BYTES = 2**32  # of a row group unpacked; those of the hub's data sets have some hundred MB
 _GROUP_VALUES = 2**26
+_PAGE_BYTES = 2**28  # unpacked: writers end one at some MB; reading takes four times as much
 
 
 def _takes(data: Any) -> bool:
@@ -32,8 +34,8 @@ def _rows(data: Any, split: str | None) -> Rows:
     check_foreign(path, SampleError, _FIX, None)
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
+        with parquet.ParquetFile(path) as file, open(path, "rb") as pages:
+            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata, pages)):
                 for row in rows_of_arrow(batch):
                     number += 1
                     yield number, row
@@ -43,14 +45,19 @@ def _rows(data: Any, split: str | None) -> Rows:
         raise SampleError(f"{data} has no rows. {_FIX}")
 
 
-def _rows_at_once(found: Any) -> int:
+def _rows_at_once(found: Any, pages: BinaryIO) -> int:
     """How many rows of a file that says this (pyarrow's FileMetaData) of itself can be held at once.
 
-    Raises ValueError where a row group is too large: a few bytes of Parquet can claim any number of rows.
+    pages: the same file, whose pages are looked at since a footer may say anything. Raises ValueError where
+    a page or a row group is too large: a few bytes can stand for any number of rows, or a long one.
     """
     groups = [found.row_group(i) for i in range(found.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    largest = max((x.total_uncompressed_size for x in columns), default=0)
+    sizes = [list(page_sizes(pages, x)) for x in columns]
+    page = max((size for one in sizes for size in one), default=0)
+    if page > _PAGE_BYTES:
+        raise ValueError(f"a page has {page:,} bytes, more than can be read; write it with smaller pages")
+    largest = max((sum(one) for one in sizes), default=0)
     values = max((x.num_values for x in columns), default=0)
     if largest > _GROUP_BYTES or values > _GROUP_VALUES:
         raise ValueError(
