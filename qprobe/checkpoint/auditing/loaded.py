@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qprobe.checkpoint.auditing.found import AuditedLayer
-from qprobe.checkpoint.load import keep_codes_as_stored
+from qprobe.checkpoint.codes import keep_codes_as_stored
 from qprobe.checkpoint.plain import load_plainly
 from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import verify

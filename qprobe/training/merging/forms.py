@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from qprobe.checkpoint.adapters.effect import Arrived, arrived, is_four_bit, weight_of
 from qprobe.checkpoint.adapters.lora import Adapter
 from qprobe.checkpoint.auditing.audit import audit_files
-from qprobe.checkpoint.load import dynamic_4bit, put_stored
+from qprobe.checkpoint.codes import put_stored
+from qprobe.checkpoint.load import dynamic_4bit
 from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.quantize import MAX_SHARD, refuse_rewritten, save_four_bit, save_processor
 from qprobe.errors import VerificationError

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
+from qprobe.checkpoint.codes import keep_codes_as_stored
 from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_course, set_course, staged
 from qprobe.checkpoint.comparing.rows import compared
-from qprobe.checkpoint.load import check_model, keep_codes_as_stored
+from qprobe.checkpoint.load import check_model
 from qprobe.checkpoint.plain import load_plainly
 from qprobe.checkpoint.quantize import (
     refuse_to_overwrite,

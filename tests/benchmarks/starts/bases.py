@@ -17,7 +17,8 @@ from qprobe.calibration.gptq import metric_of, shrunk
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
 from qprobe.calibration.token_weights import token_weights
 from qprobe.calibration.tuning import tune
-from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit, put_stored
+from qprobe.checkpoint.codes import put_stored
+from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.checkpoint.ready import lora_targets
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.formats.nf4 import Nf4, StoredNf4
