@@ -122,6 +122,32 @@ def test_16_bit_colour_of_ppm_keeps_its_lower_bytes(kind: str, top: int, largest
         decode(head + data[:-20])
 
 
+def deep_tiff(values: np.ndarray) -> bytes:
+    """An uncompressed TIFF of (height, width, 3) values of 16 bits, little-endian, by hand."""
+    height, width, _ = values.shape
+    bits_at = 8 + 2 + 9 * 12 + 4  # behind the header and one directory of nine entries
+    pixels = values.astype("<u2").tobytes()
+    entries = (
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, bits_at), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, bits_at + 6), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(pixels)),
+    )  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", *x) for x in entries)
+    return (
+        struct.pack("<2sHIH", b"II", 42, 8, 9)
+        + directory
+        + bytes(4)
+        + struct.pack("<3H", 16, 16, 16)
+        + pixels
+    )
+
+
+def test_16_bit_colour_of_tiff_keeps_its_lower_bytes():
+    values = np.random.default_rng(2).integers(0, 65536, (3, 5, 3))
+    found = decode(deep_tiff(values))
+    assert found.rules == ("wide",)
+    assert np.array_equal(np.asarray(found.image), values >> 8)
+
+
 def test_16_bit_colour_with_transparency_is_laid_on_white():
     values = np.zeros((2, 2, 4), dtype=np.uint16)
     values[0, 0, 3] = 65535  # one opaque black pixel
