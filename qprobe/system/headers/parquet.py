@@ -23,7 +23,7 @@ def page_sizes(file: BinaryIO, column: Any) -> Iterator[int]:
     starts = [column.data_page_offset]
     if column.has_dictionary_page:
         starts.append(column.dictionary_page_offset)
-    place = min(x for x in starts if x is not None)
+    place = min((x for x in starts if x), default=0)  # 0 where there are no pages of that kind
     end = place + column.total_compressed_size
     while place < end:
         file.seek(place)
