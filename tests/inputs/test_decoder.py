@@ -109,6 +109,20 @@ def test_florence_2_writes_the_tokens_of_an_image_itself():
     assert batch.inputs["decoder_input_ids"][0, :3].tolist() == [END, BOS, place]
 
 
+@pytest.mark.parametrize(("around", "decoder"), [(T5, Decoder(START)), ("<|bos|> $A", None)])
+def test_blip_2_writes_the_tokens_of_an_image_itself(around: str, decoder: Decoder | None):
+    (processor,) = sequences.blip2_processor(around)
+    tokenizer, mark = processor.tokenizer, tiny.FIRST_MARKER
+    batch = ProcessedSamples(processor, torch.float32, Layout(mark, decoder)).batch(
+        [Sample("a", asked("a cat", tiny.picture(0)), "a red bag")]
+    )
+    text = "a cat" if decoder is not None else "a cat a red bag<|end|>"
+    framed = tokenizer(text)["input_ids"]
+    assert batch.inputs["input_ids"].tolist() == [[mark] * sequences.QUERIES + framed]
+    assert batch.kinds[0].tolist().count(VISION) == sequences.QUERIES
+    assert batch.answer_tokens == len(ids_of(tokenizer, " a red bag" if decoder is None else "a red bag")) + 1
+
+
 @pytest.mark.parametrize("name", ["t5", "bart", "marian"])
 def test_training_reads_what_transformers_makes_of_the_labels(name: str):
     recipe = sequences.RECIPES[name]

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from qprobe.data.builtin import QUESTIONS
-from qprobe.errors import SampleError
+from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import TEXT, Batch, reads_images
-from qprobe.inputs.decoder import layout_of
+from qprobe.inputs.decoder import Decoder, Layout, layout_of
 from qprobe.inputs.processed import ProcessedSamples
+from qprobe.measure.kl import ANSWERS, readout_of
 from qprobe.records import Sample, asked
 
 TOKENS = 8  # bare ones, where there is no processor
@@ -31,20 +32,33 @@ def trial_batch(model: Any, processor: Any) -> Batch | None:
     if "input_ids" not in takes:
         return None
     batch = _processed(model, processor) or _bare(model)
-    if batch is not None and "decoder_input_ids" in takes and batch.decoder_kinds is None:
+    if batch is not None and batch.decoder_kinds is None and _needs_decoder(model):
         begin = getattr(model.config, "decoder_start_token_id", None) or 0
         batch = replace(batch, inputs={**batch.inputs, "decoder_input_ids": torch.tensor([[begin]])})
     return None if batch is None else batch.to(model.device)
 
 
+def _needs_decoder(model: Any) -> bool:
+    """False for a classifier, whose decoder reads the text again."""
+    return getattr(model.config, "is_encoder_decoder", False) and readout_of(model) in (None, ANSWERS)
+
+
 def _processed(model: Any, processor: Any) -> Batch | None:
     if processor is None:
         return None
-    made = ProcessedSamples(processor, model.dtype, layout_of(model))
+    made = ProcessedSamples(processor, model.dtype, _layout(model))
     try:
         return made.batch([_sample(reads_images(processor))])
     except SampleError:
         return None
+
+
+def _layout(model: Any) -> Layout:
+    """`layout_of`; a decoder of which nothing says how it begins may begin with any token here."""
+    try:
+        return layout_of(model)
+    except ModelError:
+        return Layout(decoder=Decoder(0))
 
 
 def _bare(model: Any) -> Batch | None:

@@ -191,7 +191,11 @@ TINY = {
 }
 
 
-FLORENCE = "Florence2ForConditionalGeneration"
+WRITING_IMAGES = {  # processors that write the tokens of an image themselves
+    "Florence2ForConditionalGeneration": "florence2",
+    "Blip2ForConditionalGeneration, T5": "blip2_t5",
+    "Blip2ForConditionalGeneration, OPT": "blip2_opt",
+}
 
 
 def pair(text: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -220,7 +224,7 @@ def _whisper() -> dict[str, Any]:
 def recipes() -> dict[str, Recipe]:
     """Recipes by name, which is the class's unless one class is there twice."""
     found = {name: tiny.RECIPES[key] for name, key in TINY.items()}
-    found[FLORENCE] = sequences.RECIPES["florence2"]
+    found |= {name: sequences.RECIPES[key] for name, key in WRITING_IMAGES.items()}
     for name, (architecture, family, config) in FAMILIES.items():
         found[name] = _of_family(architecture or name, family, config)
     kin: dict[str, tuple[dict[str, Any], Callable[[], tuple[Any, ...]]]] = {
@@ -268,5 +272,6 @@ def reads_images(name: str) -> bool:
     return (
         name in TINY
         or name in FAMILIES
-        or name in (FLORENCE, "CLIPModel", "SiglipModel", "Qwen3VLMoeForConditionalGeneration")
+        or name in WRITING_IMAGES
+        or name in ("CLIPModel", "SiglipModel", "Qwen3VLMoeForConditionalGeneration")
     )

@@ -109,7 +109,7 @@ def weight_errors(model: nn.Module, table: Any) -> list[str]:
     """weight_nmse of every row that has one."""
     wrong = []
     for name, said in table["weight_nmse"].dropna().items():
-        weight = weight_of(model, name).detach()
+        weight = weight_of(model, name).detach().to(torch.bfloat16)  # as the files hold it
         error = (through_nf4(weight).double() - weight.double()).square().sum()
         wrong += unlike(f"weight_nmse of {name}", said, float(error / weight.double().square().sum()))
     return wrong
