@@ -34,7 +34,8 @@ The columns behind the steps are oracles that share no rule with qprobe:
   models as loaded (within 10 %, since their products round otherwise);
 - bytes: from the tensors of the 16-bit, the loaded and the reloaded model.
 
-Seconds are those of the clock, on a machine that was busy with other work."""
+Seconds are those of the clock, on a machine that was busy with other work. A finished model is not run again:
+those whose results a later change could touch were, the others ran some commits before."""
 
 
 def table_line(found: dict[str, Any]) -> str:
@@ -78,7 +79,7 @@ def write_report(folder: Path, outcomes: Sequence[dict[str, Any]], wrong: Sequen
     head = ("model", *STEPS, *ORACLES, "s")
     listed = "\n".join(f"- {_cell(x)}" for x in wrong) or "None."
     counts = (
-        f"{len(outcomes)} tiny models, {seconds:.0f} s in all, {whole} of them the whole road; "
+        f"{len(outcomes)} tiny models, {seconds:.0f} s in all; {whole} go the whole road; "
         f"{states['ok']} steps ok, {states['refused']} refused, {states['refused late']} refused late, "
         f"{states['traceback']} tracebacks; oracles: {states['true']} true, {states['untrue']} untrue, "
         f"{states['failed']} failed."
@@ -93,15 +94,19 @@ def write_report(folder: Path, outcomes: Sequence[dict[str, Any]], wrong: Sequen
 
 
 def _refusals(outcomes: Iterable[dict[str, Any]]) -> str:
-    lines = []
+    """A line for each sentence, with the models and steps that it refuses; CLASS stands for the class."""
+    models: dict[tuple[str, str], list[str]] = {}
     for one in outcomes:
-        by_sentence: dict[str, list[str]] = {}
+        steps: dict[str, list[str]] = {}
         for step in STEPS:
             state, said = one["cells"][step]
             if state == "refused":
-                by_sentence.setdefault(said, []).append(step)
-        lines += [f"- **{one['name']}**, {', '.join(steps)}: {_cell(x)}" for x, steps in by_sentence.items()]
-    return "\n".join(lines)
+                steps.setdefault(said.replace(one["architecture"], "CLASS"), []).append(step)
+        for said, refused in steps.items():
+            models.setdefault((said, ", ".join(refused)), []).append(one["name"])
+    return "\n".join(
+        f"- **{steps}** of {', '.join(names)}: {_cell(said)}" for (said, steps), names in models.items()
+    )
 
 
 def _cell(text: str) -> str:
