@@ -30,7 +30,6 @@ from qprobe.calibration.room import gram_room, record_room, rounded_together, sh
 from qprobe.calibration.token_weights import MIX, draws, token_weights
 from qprobe.calibration.tuning import tune
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
-from qprobe.errors import RunError
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4, nf4
 from qprobe.inputs.batch import Batch
@@ -39,6 +38,7 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress, no_progress
 from qprobe.records import CodesFile, Sample
 from qprobe.registry.measures import CALIBRATION
+from qprobe.runs.access import cannot_write
 from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Rounding
@@ -325,7 +325,7 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
         write_codes(path, {**found.stored, **experts})
         tuned = CodesFile(codes.file, sha256_of(path))
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     return tuned
 
 
@@ -343,7 +343,7 @@ def _finish(
     try:
         write_codes(codes_unit(work.run.path, unit), stored)
     except OSError as error:
-        raise _cannot_write(codes_unit(work.run.path, unit), error) from error
+        raise cannot_write(codes_unit(work.run.path, unit), error) from error
     work.run.write_unit(CALIBRATION.name, unit, _rows(found, tokens, nearest))
 
 
@@ -367,13 +367,7 @@ def _joined(folder: Path, units: int) -> CodesFile:
     try:
         return join_codes(path, [codes_unit(folder, unit) for unit in range(units)])
     except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(
-        f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
-    )
+        raise cannot_write(path, error) from error
 
 
 def calibration_notes(run: RunFolder) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from torch import Tensor
 from qprobe.calibration.calibrate import Work, gathering_turns
 from qprobe.calibration.gptq import Metric, metric_of, shrunk
 from qprobe.calibration.gram import Gram, shared_inputs
-from qprobe.errors import RunError
 from qprobe.formats.codes_file import sha256_of
 from qprobe.measure.subject import Subject
+from qprobe.runs.access import cannot_write
 from qprobe.runs.notes import CorrectionFile
 from qprobe.system.files import write_atomic
 
@@ -57,7 +57,7 @@ def keep_correction(work: Work, rank: int) -> None:
 
         write_atomic(path, save({key: t.contiguous() for key, t in found.items()}))
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror or error}). Make room there.") from error
+        raise cannot_write(path, error) from error
     work.run.notes.put("correction", CorrectionFile(FILE_NAME, sha256_of(path), codes.sha256, rank))
 
 

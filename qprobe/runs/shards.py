@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from qprobe.errors import RunError
-from qprobe.runs.access import read_file
+from qprobe.runs.access import cannot_write, read_file
 from qprobe.runs.folder import RunFolder
 from qprobe.system.locks import open_lock, try_lock, try_share, wait_for_lock
 from qprobe.system.processes import Shard
@@ -43,9 +43,7 @@ def entered(folder: Path, shard: Shard) -> Iterator[None]:
             if free and not shard.is_alone:
                 free = _lock(held, folder / f"{_LOCK}-{shard.rank}", try_lock)
         except OSError as error:
-            raise RunError(
-                f"{folder} cannot be written ({error.strerror or error}). Make room or pass another --out."
-            ) from error
+            raise cannot_write(folder, error) from error
         if not free:
             raise RunError(
                 f"Another process is scanning into {folder}. Wait for it to end, or pass another --out; "
@@ -66,9 +64,7 @@ def waiting(folder: Path, work: str) -> Iterator[None]:
         try:
             wait_for_lock(held.enter_context(open_lock(path)))
         except OSError as error:
-            raise RunError(
-                f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
-            ) from error
+            raise cannot_write(path, error) from error
         yield
 
 
@@ -96,9 +92,7 @@ def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[T
                 turn = "ours"
                 _rewrite(file, b"")
         except OSError as error:
-            raise RunError(
-                f"{path} cannot be written ({error.strerror or error}). Make room; the same command resumes."
-            ) from error
+            raise cannot_write(path, error) from error
         yield turn
         if turn == "ours":
             with suppress(OSError):  # a full disk: a late process then chooses the same again

@@ -20,6 +20,7 @@ from qprobe.inputs.answers import Batching, answer_group
 from qprobe.measure.digests import reading_digest
 from qprobe.measure.subject import Subject
 from qprobe.records import Sample
+from qprobe.runs.access import cannot_write
 from qprobe.runs.folder import ANSWERS
 from qprobe.scanning.process import Process
 from qprobe.system.decoding import decode, strict_json
@@ -123,10 +124,7 @@ def _write(path: Path, answered: Sequence[Sample], group: Sequence[Sample]) -> N
         if not write_first(path, data) and _read(path, group) is None:
             write_atomic(path, data)
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be written ({error.strerror or error}). Make room or pass another --out; "
-            "what is finished stays, and the same command resumes it."
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def _read(path: Path, group: Sequence[Sample]) -> list[Sample] | None:
