@@ -20,9 +20,7 @@ def test_there_are_models_of_every_kind():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["LlamaForCausalLM, tied", "BertForTokenClassification", "MixtralForCausalLM"]
-)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM, tied", "BertForTokenClassification"])
 def test_the_road_holds_and_every_oracle_agrees(name: str):
     found = architectures.outcome(name)
     assert report.failures([found]) == []
