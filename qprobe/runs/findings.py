@@ -62,7 +62,8 @@ def rerouted_note(run: RunFolder) -> str | None:
     some = rows.loc[rows["propagated_rerouted"] > 0]
     if some.empty:
         return None
-    gone, all_of_them = int(some["propagated_rerouted"].sum()), int(rows["tokens"].sum())
+    read = rows.loc[rows["layer"].isin(some["layer"]), "tokens"]
+    gone, all_of_them = int(some["propagated_rerouted"].sum()), int(read.sum())
     return (
         f"Propagated error of {counted(some['layer'].nunique(), 'layer')} of experts leaves out {gone:,} of "
         f"{all_of_them:,} tokens ({gone / all_of_them:.1%}), which go to other experts with every layer in "

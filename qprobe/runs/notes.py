@@ -46,8 +46,8 @@ class TokensCount:
 
     @classmethod
     def of(cls, plain: float, weighted: float, unit: str) -> TokensCount:
-        """Weighted unless that costs more. unit: of both, in words."""
-        is_weighted = not plain < weighted
+        """Weighted unless that costs more or, alone of the two, is non-finite. unit: of both, in words."""
+        is_weighted = weighted <= plain or not isfinite(plain)
         known = {name: x if isfinite(x) else None for name, x in (("plain", plain), ("weighted", weighted))}
         how = "half by how much the answers depend on them" if is_weighted else "once each"
         told = (

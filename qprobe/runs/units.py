@@ -188,7 +188,8 @@ def rows_of(folder: Path, stage: str, tables: Iterable[pa.Table]) -> pd.DataFram
 def largest_difference(one: pa.Table, other: pa.Table) -> float:
     """How far two units of one stage are from each other, as a share of the largest value of the column.
 
-    Counts, such as positions of peaks, are not compared. Infinite where texts, rows or nulls differ.
+    Counts, such as positions of peaks, are not compared. Infinite where texts, rows or nulls differ, or which
+    values are non-finite.
     """
     most = 0.0
     for name in one.column_names:
@@ -199,6 +200,10 @@ def largest_difference(one: pa.Table, other: pa.Table) -> float:
             if len(a) != len(b) or not a.is_null().equals(b.is_null()):
                 return math.inf
             mine, others = (x.drop_null().to_numpy() for x in (a, b))
+            is_finite = np.isfinite(mine)  # beside an infinite value every difference would be none, or NaN
+            if not np.array_equal(mine[~is_finite], others[~is_finite], equal_nan=True):
+                return math.inf
+            mine, others = mine[is_finite], others[is_finite]
             far = np.abs(mine - others).max(initial=0.0)
             most = max(most, float(far / np.abs(mine).max(initial=0.0)) if far else 0.0)
     return most

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 import pyarrow as pa
 import torch
@@ -58,7 +59,7 @@ def repeat_units(asked: ScanRequest, process: Process) -> ScanResult:
         with steps(replace(asked, folder=again.run.path), run, again) as (device, measure):
             _check_same(run, recorded, again.run.key)
             measure(_part(again, recorded))
-            names = [name for name in again.run.unit_files() if name in run.unit_files()]
+            names = [name for name in again.run.unit_files() if name in run.unit_files()] or _nothing(run)
             first = {name: again.run.unit(name) for name in names}
             if device.type == "cpu":
                 verdict = _equal(run, first)
@@ -129,8 +130,11 @@ def _check_same(run: RunFolder, recorded: Key, now: Key) -> None:
         )
 
 
-def _nothing(run: RunFolder) -> None:
-    raise RunError(f"{run.path} holds no finished unit, so there is nothing to check. Let its scan go on.")
+def _nothing(run: RunFolder) -> NoReturn:
+    raise RunError(
+        f"{run.path} holds no finished unit that a check measures again, so there is nothing to check. Let "
+        "its scan go on."
+    )
 
 
 def _equal(run: RunFolder, again: dict[str, pa.Table]) -> str:

@@ -19,6 +19,18 @@ def in_background(waiting: int) -> Iterator[Callable[[Work], None]]:
     later call or at the end; nothing after it is done.
     """
     unfinished: deque[Future[None]] = deque()
+    is_failed = False
+
+    def unless_failed(work: Work) -> None:
+        nonlocal is_failed
+        if is_failed:
+            return
+        try:
+            work()
+        except BaseException:
+            is_failed = True
+            raise
+
     with ThreadPoolExecutor(1) as thread:
 
         def settle(most: int) -> None:
@@ -26,7 +38,7 @@ def in_background(waiting: int) -> Iterator[Callable[[Work], None]]:
                 unfinished.popleft().result()
 
         def give(work: Work) -> None:
-            unfinished.append(thread.submit(work))
+            unfinished.append(thread.submit(unless_failed, work))
             settle(waiting)
 
         try:

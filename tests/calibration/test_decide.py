@@ -34,7 +34,9 @@ def test_weights_stay_unless_they_cost_more():
     worse, same, better = (TokensCount.of(plain=0.2, weighted=w, unit="per score") for w in (0.3, 0.2, 0.1))
     assert (worse.is_weighted, same.is_weighted, better.is_weighted) == (False, True, True)
     assert "cost 0.3 per score with tokens weighed and 0.2 where each counts once" in worse.notes[0]
-    assert not TokensCount.of(plain=0.2, weighted=float("inf"), unit="per score").is_weighted
+    for none in (float("inf"), float("nan")):
+        assert not TokensCount.of(plain=0.2, weighted=none, unit="per score").is_weighted
+        assert TokensCount.of(plain=none, weighted=0.2, unit="per score").is_weighted
 
 
 @pytest.mark.parametrize("size", [2, 3, 32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qprobe.data.reading import read_conversations
-from qprobe.data.sources import parquet
+from qprobe.data.sources import parquet, table
 from qprobe.errors import RunError, SampleError
 from qprobe.runs import access, shown, units
 from qprobe.runs.folder import RunFolder
@@ -136,3 +137,36 @@ def test_very_many_samples_are_not_all_shown(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(shown, "MOST_BYTES", 2000)
     write_shown(run, [ShownSample(str(i), "p", None, None, None, (), None) for i in range(100)])
     assert list(run.samples) == [str(i) for i in range(len(run.samples))] and 5 < len(run.samples) < 30
+
+
+def test_a_line_of_a_table_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(gzip.compress(b"prompt,answer\na,b\n" + b"x" * 10**6))
+    monkeypatch.setattr(table, "LONGEST_LINE", 1000)
+    with pytest.raises(SampleError, match=r"no complete table \(behind row 1: a line is longer than"):
+        read_conversations(path)
+
+
+def test_headers_of_small_pages_are_read_without_what_follows_them():
+    class Counted(io.BytesIO):
+        taken = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(size)
+            self.taken += len(data)
+            return data
+
+    written = io.BytesIO()  # 20 pages of 50 kB
+    pages = pa.table({"x": [f"{i:050000}" for i in range(20)]})
+    pq.write_table(
+        pages, written, use_dictionary=False, compression="none", data_page_size=1, write_batch_size=1
+    )
+    file = Counted(written.getvalue())
+    found = list(
+        page_sizes(file, pq.ParquetFile(io.BytesIO(written.getvalue())).metadata.row_group(0).column(0))
+    )
+    assert sum(found) > 20 * 50_000 and len(found) == 20
+    # The first header holds the longest and shortest text of all, so it alone is longer than usual.
+    assert file.taken < 300_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -44,6 +45,20 @@ def test_an_error_is_raised_and_nothing_after_it_is_done():
         for _ in range(10):
             do(lambda: done.append(1))
     assert len(done) < 10
+
+
+def test_what_waits_behind_an_error_is_not_done():
+    done: list[int] = []
+
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"), in_background(5) as do:
+        do(fail)
+        for _ in range(3):
+            do(lambda: done.append(1))
+        time.sleep(0.05)  # in which the thread would do them
+    assert done == []
 
 
 def test_an_error_of_the_caller_is_not_hidden():

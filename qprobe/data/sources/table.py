@@ -61,7 +61,15 @@ def _lines(text: io.TextIOWrapper) -> Iterator[list[str]]:
     head = text.readline(LONGEST_LINE)
     text.seek(0)
     delimiter = max(_DELIMITERS, key=head.count)
-    return filter(None, csv.reader(text, delimiter=delimiter, strict=True))
+    return filter(None, csv.reader(_bounded(text), delimiter=delimiter, strict=True))
+
+
+def _bounded(text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of `text`; csv.Error for one too long to be held, as a few bytes of gzip can stand for."""
+    for line in iter(lambda: text.readline(LONGEST_LINE + 1), ""):
+        if len(line) > LONGEST_LINE:
+            raise csv.Error(f"a line is longer than {LONGEST_LINE // 2**20:,} MiB")
+        yield line
 
 
 def _columns(cells: list[str], path: Path) -> list[str]:

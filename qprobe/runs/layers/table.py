@@ -136,7 +136,8 @@ def rerouted(rows: Rows) -> int | None:
 
 
 def _of_expert(rows: Rows | None, expert: int) -> Rows | None:
-    if rows is None:
+    """The rows of one expert; None where the layer has none, or only such as belong to no expert."""
+    if rows is None or np.isnan(rows["expert"]).all():
         return None
     is_its = rows["expert"] == expert
     return {name: values[is_its] for name, values in rows.items()}

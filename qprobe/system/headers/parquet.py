@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+_USUAL_HEADER = 2**12  # bytes
 _LONGEST_HEADER = 2**20  # with statistics of long texts in it
 _UNPACKED, _PACKED = 2, 3
 _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 11, 12
@@ -26,11 +27,23 @@ def page_sizes(file: BinaryIO, column: Any) -> Iterator[int]:
     place = min((x for x in starts if x), default=0)  # 0 where there are no pages of that kind
     end = place + column.total_compressed_size
     while place < end:
-        file.seek(place)
-        header = _Header(file.read(min(_LONGEST_HEADER, end - place)))
-        unpacked, packed = header.sizes()
+        length, unpacked, packed = _page_at(file, place, end - place)
         yield unpacked
-        place += header.place + packed
+        place += length + packed
+
+
+def _page_at(file: BinaryIO, place: int, room: int) -> tuple[int, int, int]:
+    """(bytes of its header, unpacked, packed) of the page at `place`, which has `room` at most."""
+    file.seek(place)
+    header = _Header(file.read(min(_USUAL_HEADER, room)))
+    try:
+        sizes = header.sizes()
+    except ValueError:
+        if room <= _USUAL_HEADER:
+            raise
+        header = _Header(header.data + file.read(min(_LONGEST_HEADER, room) - _USUAL_HEADER))
+        sizes = header.sizes()
+    return header.place, *sizes
 
 
 class _Header:

@@ -273,9 +273,15 @@ def of_expert(sample: str, expert: int, tokens: int, rerouted: int | None) -> di
 
 
 def test_tokens_that_propagated_error_leaves_out_are_counted_and_told(tmp_path: Path):
-    frame = pd.DataFrame([of_expert("a", 0, 5, 1), of_expert("a", 1, 3, 0), of_expert("b", 0, 12, 2)])
-    run = RunFolder(make_run(tmp_path / "run", inventory_of(EXPERTS), outputs=[frame]))
-    assert experts(run)["rerouted"].tolist() == [3, 0]
+    first = replace(linear("model.first"), shape=(1, 64, 64))  # whose tokens all stay, so its 50 do not count
+    frame = pd.DataFrame(
+        [
+            output("a", first.name, 1.0, 0.1, expert=0, tokens=50, propagated_rerouted=0),
+            of_expert("a", 0, 5, 1), of_expert("a", 1, 3, 0), of_expert("b", 0, 12, 2),
+        ]
+    )  # fmt: skip
+    run = RunFolder(make_run(tmp_path / "run", inventory_of(first, EXPERTS), outputs=[frame]))
+    assert experts(run)["rerouted"].tolist() == [0, 3, 0]
     write_findings(run)
     told = (
         "Propagated error of 1 layer of experts leaves out 3 of 20 tokens (15.0%), which go to other experts"
@@ -287,6 +293,12 @@ def test_tokens_rerouted_are_empty_where_propagated_error_is_not_measured(tmp_pa
     frame = pd.DataFrame([of_expert("a", 0, 5, None), of_expert("a", 1, 3, None)])
     run = RunFolder(make_run(tmp_path / "run", inventory_of(EXPERTS), outputs=[frame]))
     assert experts(run)["rerouted"].isna().all() and rerouted_note(run) is None
+
+
+def test_experts_whose_rows_belong_to_no_sample_have_no_tokens_rather_than_none(tmp_path: Path):
+    frame = pd.DataFrame([{**dict.fromkeys(of_expert("a", 0, 5, 1)), "sample": "a", "layer": EXPERTS.name}])
+    found = experts(RunFolder(make_run(tmp_path / "run", inventory_of(EXPERTS), outputs=[frame])))
+    assert len(found) == 2 and found["tokens"].isna().all()
 
 
 def test_a_layer_whose_rows_belong_to_no_sample_is_not_said_to_have_never_run(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 from qprobe.errors import QprobeError, RunError
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.units import encode_unit
+from qprobe.runs.units import encode_unit, largest_difference
+from qprobe.scanning import repeat
 from qprobe.scanning.repeat import _near
 from tests.runs.runs import make_run, rows
 from tests.scanning.asked import scan
@@ -81,3 +83,29 @@ def test_on_a_gpu_a_unit_may_differ_as_two_runs_do_and_not_by_more(tmp_path: Pat
     with pytest.raises(RunError, match=r"by up to 0\.001 .* now by up to 5e-05; 10 times as much"):
         near(1.004, 1.0038)
     assert "by up to 4e-07" in near(1 + 1.6e-6, 1 + 1.6e-6)  # the same kernels now, as another card
+
+
+def test_an_infinite_sum_hides_no_difference_beside_it():
+    def of(first: float, second: float) -> pa.Table:
+        frame = rows("kl", ("a", "standard", 3, first, 2), ("b", "standard", 3, second, 2))
+        return encode_unit("kl", frame)[1]
+
+    # inf - inf is NaN, which is no larger than any number.
+    assert largest_difference(of(math.inf, 4.0), of(math.inf, 4.0)) == 0
+    assert largest_difference(of(math.inf, 4.0), of(math.inf, 5.0)) == 0.25
+    assert largest_difference(of(math.inf, 4.0), of(1.0, 4.0)) == math.inf
+    assert largest_difference(of(1.0, 4.0), of(math.inf, 4.0)) == math.inf
+    assert largest_difference(of(-math.inf, 4.0), of(math.inf, 4.0)) == math.inf
+
+
+@pytest.mark.slow
+def test_a_run_without_a_unit_that_is_measured_again_is_not_said_to_be_equal(
+    llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(repeat, "UNITS", 1)  # the first one, which is not there
+    run = Path(copytree(whole, tmp_path / "run"))
+    for path in (run / "units").glob("*.parquet"):
+        if not path.name.endswith("-00001.parquet"):
+            path.unlink()
+    with pytest.raises(RunError, match="holds no finished unit that a check measures again"):
+        check(llama, run)
