@@ -18,14 +18,22 @@ MOST_RECORDED = 6 * 2**30  # what blocks of an 11B are called with for 32 images
 
 
 def check_limit(subject: Subject) -> None:
-    """Raises MachineError if the memory limit has no room for the widest layer's Gram matrix and rounding."""
+    """Raises MachineError if the memory limit has no room for the Gram matrices and rounding of a layer.
+
+    Of fused experts the matrices of all are held at once.
+    """
     if subject.limit is None:
         return
-    linears = (x for x in subject.inventory.layers if not x.fixed and x.experts is None)
-    widest = max(linears, key=lambda x: x.in_features)
-    work = gram_bytes(widest.in_features, subject.reference.device)
-    work += rounding_bytes(widest.out_features, widest.in_features)
-    subject.limit.check(work, f"calibrating {widest.name}")
+    device = subject.reference.device
+    needed = {
+        x.name: (x.experts or 1) * gram_bytes(x.in_features, device)
+        + rounding_bytes(x.out_features, x.in_features)
+        for x in subject.inventory.layers
+        if not x.fixed and not x.transposed
+    }
+    most = max(needed, key=needed.__getitem__, default=None)
+    if most is not None:
+        subject.limit.check(needed[most], f"calibrating {most}")
 
 
 def rounding_bytes(out_features: int, in_features: int, matrices: int = 1) -> int:

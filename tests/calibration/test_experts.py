@@ -18,6 +18,7 @@ from qprobe.calibration.codes import Readers, calibrate
 from qprobe.calibration.experts.gram import at_once, gathered_experts
 from qprobe.calibration.experts.rounding import FEWEST_TOKENS, TRANSPOSED, rounded_experts
 from qprobe.calibration.gram import Gram
+from qprobe.calibration.room import check_limit
 from qprobe.formats.codes_file import open_codes
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import PAD
@@ -94,6 +95,23 @@ def test_matrices_are_held_as_many_at_once_as_fit(mixture: Callable[[str], Path]
     one = mixtures.EXPERTS * 64**2 * 8  # float64 on a CPU
     assert [len(x) for x in at_once(subject, names, 3 * one)] == [3, 1]
     assert [len(x) for x in at_once(subject, names, 1)] == [1, 1, 1, 1]
+
+
+def test_a_memory_limit_below_the_matrices_of_all_experts_of_a_layer_is_refused_at_once(
+    mixture: Callable[[str], Path],
+):
+    subject = subject_for(mixture("mixtral"))
+    asked: list[tuple[int, str]] = []
+    limited: Any = SimpleNamespace(
+        inventory=subject.inventory,
+        reference=subject.reference,
+        limit=SimpleNamespace(check=lambda needed, what: asked.append((needed, what))),
+    )
+    check_limit(limited)
+    ((needed, what),) = asked
+    fused = max((x for x in subject.inventory.layers if x.experts), key=lambda x: x.in_features)
+    assert what == f"calibrating {fused.name}"
+    assert needed > mixtures.EXPERTS * fused.in_features**2 * 8  # float64 on a CPU
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

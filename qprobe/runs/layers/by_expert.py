@@ -41,8 +41,8 @@ def _known(value: Any, kind: type) -> Any:
 
 
 def worst_expert(ones: Sequence[Expert]) -> int | None:
-    """The number of the expert that errs most on its tokens, or in its weights where none ran; None: unknown.
-    known.
+    """The number of the expert that errs most on its tokens, or in its weights where none ran; None where
+    neither is known.
     """
     for errors in ([x.activation_nmse for x in ones], [x.weight_nmse for x in ones]):
         known = [(error, -number) for number, error in enumerate(errors) if error is not None]
