@@ -274,10 +274,10 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_learns_the_same(asked, 
     small = finetune(replace(asked, out=tmp_path / "small", batch_size=1, accumulation=2, steps=2))
     real = library.encode_conversations
 
-    def short(processor: Any, rows: Any, dtype: Any) -> Any:
+    def short(processor: Any, rows: Any, dtype: Any, decoder: Any) -> Any:
         if len(rows) > 1:
             raise MemoryError
-        return real(processor, rows, dtype)
+        return real(processor, rows, dtype, decoder)
 
     monkeypatch.setattr(library, "encode_conversations", short)
     done = finetune(replace(asked, batch_size=2, accumulation=1, steps=2))
