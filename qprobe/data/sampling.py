@@ -119,9 +119,15 @@ def choose_samples(
 
     Built-in samples of the two purposes never overlap; the user's own are used as given. One that cannot be
     used makes way for a later one, and is warned of.
-    Raises SampleError if none is usable, or for a seed that built-in scenes do not have.
+    Raises SampleError if none is usable, for a folder of images where the model reads text only, or for a
+    seed that built-in scenes do not have.
     """
     check_wanted(model_id, wanted)
+    if wanted.images is not None and not reads_images:
+        raise SampleError(
+            f"--images {wanted.images} does not apply, since {model_id} reads text only. Pass --data with rows "
+            "without an image, or leave it out for the built-in questions."
+        )
     limit = scan_count(model_id, wanted)
     if wanted.images is not None:
         return _warned(from_folder(wanted.images, wanted, limit, refusal))

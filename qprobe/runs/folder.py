@@ -78,9 +78,9 @@ class RunFolder:
         if self._key is None:
             data = read_file(self.path / KEY_FILE)
             if data is None:
-                raise RunError(
-                    f"{self.path} is no run folder: it has no scan.json. Pass the folder of a scan."
-                )
+                what = "has no scan.json" if self.path.is_dir() else "is a file"
+                why = what if self.path.exists() else "does not exist"
+                raise RunError(f"{self.path} is no run folder: it {why}. Pass the folder of a scan.")
             self._key = parse_key(self.path / KEY_FILE, data)
         return self._key
 
@@ -249,6 +249,7 @@ class RunFolder:
         """
         table = self._once(TABLE, lambda path, data: parse_table(path, data, self.key.inventory))
         if table is None:
+            _ = self.key  # a path that is no run folder is told from a scan that has not finished
             raise RunError(f"{self.path} has no layers.csv: its scan has not finished. Run the scan again.")
         return table
 

@@ -243,6 +243,16 @@ def test_csv_reads_back_to_the_last_bit(values: list, tmp_path_factory: pytest.T
     pd.testing.assert_frame_equal(RunFolder(run).table, layer_table(run), check_exact=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"), [("none", "does not exist"), ("file", "is a file"), ("empty", "has no scan.json")]
+)
+def test_a_path_that_is_no_run_folder_is_not_called_an_unfinished_scan(tmp_path: Path, name: str, why: str):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=f"{name} is no run folder: it {why}. Pass the folder of a scan"):
+        _ = RunFolder(tmp_path / name).table
+
+
 def test_a_missing_damaged_or_foreign_table_is_explained(tmp_path: Path):
     run = make_run(tmp_path / "run")
     with pytest.raises(RunError, match=r"has no layers\.csv: its scan has not finished"):
