@@ -125,8 +125,8 @@ def choose_samples(
     check_wanted(model_id, wanted)
     if wanted.images is not None and not reads_images:
         raise SampleError(
-            f"--images {wanted.images} does not apply, since {model_id} reads text only. Pass --data with rows "
-            "without an image, or leave it out for the built-in questions."
+            f"--images {wanted.images} does not apply, since {model_id} reads text only. Pass --data with "
+            "rows without an image, or leave it out for the built-in questions."
         )
     limit = scan_count(model_id, wanted)
     if wanted.images is not None:

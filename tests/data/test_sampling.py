@@ -208,12 +208,12 @@ def test_a_text_model_gets_questions_without_images() -> None:
 
 def test_images_for_a_text_model_are_an_error_that_says_what_to_pass(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(SampleError, match="does not apply, since some/model reads text only. Pass --data"):
+    with pytest.raises(SampleError, match=r"does not apply, since some/model reads text only\. Pass --data"):
         choose_samples("some/model", False, Wanted(images=tmp_path), "scan")
 
 
 def test_rows_of_plain_text_are_told_where_the_text_goes() -> None:
-    with pytest.raises(SampleError, match='but text.*a plain text goes into "prompt"'):
+    with pytest.raises(SampleError, match=r'but text.*a plain text goes into "prompt"'):
         choose_samples("m", False, Wanted(data=[{"text": "The cat sat."}]), "scan")
 
 
