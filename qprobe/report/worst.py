@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qprobe.models.grid import Grid
+from qprobe.records import Linear
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import peaks
 from qprobe.runs.shown import ShownSample
@@ -38,22 +39,27 @@ def worst_tokens(run: RunFolder, samples: Mapping[str, ShownSample]) -> dict[str
 
     samples: of `RunFolder.samples`; of one that is missing only the index of the token is said.
     """
-    reads = {x.name: x.reads for x in run.key.inventory.layers}
+    layers = {x.name: x for x in run.key.inventory.layers}
     found = peaks(run).dropna(subset=["sample"])
-    outputs = run.units("outputs")[["sample", "layer", "tokens"]]
+    outputs = run.units("outputs")[["sample", "layer", "tokens"]].drop_duplicates(["sample", "layer"])
     joined = found.merge(outputs, on=["layer", "sample"], suffixes=("", "_seen"))
     return {
-        str(row["layer"]): _worst(row, samples.get(row["sample"]), reads[row["layer"]])
+        str(row["layer"]): _worst(row, samples.get(row["sample"]), layers[row["layer"]])
         for row in joined.to_dict("records")
     }
 
 
-def _worst(row: Mapping, sample: ShownSample | None, reads: str) -> Worst:
-    token, kind, rows = int(row["token"]), str(row["kind"]), int(row["tokens"])
-    plain = Worst(str(row["sample"]), kind, token, f"{kind} token {token + 1} of {rows}")
-    if sample is None:
+def _worst(row: Mapping, sample: ShownSample | None, layer: Linear) -> Worst:
+    token, kind, reads = int(row["token"]), str(row["kind"]), layer.reads
+    tokens = () if sample is None else sample.tokens
+    if sample is not None and kind == "answer" and sample.decoded:
+        tokens = sample.decoded
+    # Units say how many tokens an expert read, and not of how many the sequence is that they are from.
+    rows = int(row["tokens"]) if layer.experts is None else len(tokens) if reads == "text" else 0
+    of = f" of {rows}" if rows > token else ""
+    plain = Worst(str(row["sample"]), kind, token, f"{kind} token {token + 1}{of}")
+    if sample is None or not of:
         return plain
-    tokens = sample.decoded if kind == "answer" and sample.decoded else sample.tokens
     in_text = reads == "text" and rows == len(tokens)
     if in_text and kind != "vision":
         return _in_text(plain, tokens)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from qprobe.errors import RunError
@@ -14,6 +16,7 @@ from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import peaks
 from qprobe.runs.shown import FILE, ShownSample, write_shown
 from tests.report.full_run import ANSWER, write_full_run
+from tests.runs.runs import inventory_of, linear, make_run, output
 
 SQUARE = Grid(1, 10, 10)
 TILES = Grid(4, 40, 40)
@@ -79,6 +82,20 @@ def test_without_samples_the_index_alone_is_said(tmp_path: Path):
     folder = write_full_run(tmp_path)
     worst = worst_tokens(RunFolder(folder), {})
     assert len(worst) == 30 and worst[peaks(RunFolder(folder))["layer"][14]].place == "answer token 7 of 8"
+
+
+def test_a_token_of_experts_is_shown_in_the_sequence_and_not_among_those_of_one_expert(tmp_path: Path):
+    fused = replace(linear("model.experts"), shape=(2, 64, 64))
+    peak = {"activation_peak": 9.0, "peak_token": 3, "peak_kind": "answer"}
+    rows = [
+        output("a", fused.name, 1.0, 0.1, expert=0, tokens=2, **peak),
+        output("a", fused.name, 1.0, 0.1, expert=1, tokens=4, **{**peak, "activation_peak": 1.0}),
+    ]
+    run = RunFolder(make_run(tmp_path / "run", inventory_of(fused), outputs=[pd.DataFrame(rows)]))
+    sample = ShownSample("a", "what?", "it is", None, None, ("<s>", "what?", " it", " is", "</s>"), None)
+    worst = worst_tokens(run, {"a": sample})[fused.name]
+    assert (worst.place, worst.text, worst.before) == ("answer token 4 of 5", " is", "<s>what? it")
+    assert worst_tokens(run, {})[fused.name].place == "answer token 4"
 
 
 def test_samples_read_back_as_written(tmp_path: Path):
