@@ -225,23 +225,7 @@ def _finetune(
     """The run on `lines`, in a folder that no other run trains into."""
     is_new = group.from_first(lambda: last_checkpoint(options.out / CHECKPOINTS)) is None
     lessons = _lessons(options, manifest, skeleton, lines) if options.distill and is_new else []
-    device, folder = parse_device(options.device), options.manifest.parent
-    loaded, processor = open_base(manifest, folder, options.base, skeleton, device, options.dtype)
-    model = ready_for_training(loaded)
-    torch.manual_seed(options.seed)
-    targets = adapted_linears(model, options.adapt, options.for_tool)
-    config = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank,
-        lora_dropout=0.0,
-        target_modules=one_pattern(targets.names),
-        task_type=None if layout_of(skeleton.model).decoder is None else "SEQ_2_SEQ_LM",
-    )
-    with names_as_written():
-        tuned = peft.get_peft_model(model, config)
-    if options.start == "corrected":
-        with correction_of(manifest, options.manifest.parent) as factors:
-            start_corrected(tuned, factors)
+    tuned, processor, left_out = _with_adapters(options, skeleton, manifest, peft)
     distilled = None
     if lessons:
         distilled = distil(tuned, lessons, options.distill, options.accumulation, options.seed, progress)
@@ -267,7 +251,7 @@ def _finetune(
         fingerprint=manifest.model.fingerprint,
         skipped=lines.skipped,
         notes=lines.notes,
-        left_out=targets.notes(),
+        left_out=left_out,
         other_batches=(*said, *smaller),
         processes=group.size,
         distilled=distilled,
@@ -280,6 +264,30 @@ def _finetune(
 
     group.from_first(finish)  # the others go on once all is written
     return done
+
+
+def _with_adapters(
+    options: FinetuneOptions, skeleton: Skeleton, manifest: Manifest, peft: Any
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """(peft model at its start, processor, a sentence per reason for which layers have no adapter)."""
+    device, folder = parse_device(options.device), options.manifest.parent
+    loaded, processor = open_base(manifest, folder, options.base, skeleton, device, options.dtype)
+    model = ready_for_training(loaded)
+    torch.manual_seed(options.seed)
+    targets = adapted_linears(model, options.adapt, options.for_tool)
+    config = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank,
+        lora_dropout=0.0,
+        target_modules=one_pattern(targets.names),
+        task_type=None if layout_of(skeleton.model).decoder is None else "SEQ_2_SEQ_LM",
+    )
+    with names_as_written():
+        tuned = peft.get_peft_model(model, config)
+    if options.start == "corrected":
+        with correction_of(manifest, folder) as factors:
+            start_corrected(tuned, factors)
+    return tuned, processor, targets.notes()
 
 
 def _lessons(options: FinetuneOptions, manifest: Manifest, skeleton: Skeleton, lines: Lines) -> list[Lesson]:
