@@ -98,6 +98,14 @@ def test_an_infinite_sum_hides_no_difference_beside_it():
     assert largest_difference(of(-math.inf, 4.0), of(math.inf, 4.0)) == math.inf
 
 
+def test_answer_tokens_do_not_differ_and_the_same_choices_may():
+    def of(tokens: int, same: int) -> pa.Table:
+        return encode_unit("kl", rows("kl", ("a", "standard", tokens, 1.0, same)))[1]
+
+    assert largest_difference(of(3, 2), of(3, 1)) == 0
+    assert largest_difference(of(3, 2), of(4, 2)) == math.inf
+
+
 @pytest.mark.slow
 def test_a_run_without_a_unit_that_is_measured_again_is_not_said_to_be_equal(
     llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
