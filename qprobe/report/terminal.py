@@ -38,7 +38,7 @@ def terminal_width() -> int:
 
 def is_terminal() -> bool:
     """True if somebody looks at stdout; where it is piped, output is plain and nothing is shortened."""
-    return sys.stdout.isatty()
+    return sys.stdout is not None and sys.stdout.isatty()  # None: closed by the shell
 
 
 def table_width() -> int:

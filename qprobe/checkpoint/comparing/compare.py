@@ -6,9 +6,10 @@ The three models are loaded one after another; the 16-bit one sets the course (`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread
 from qprobe.options import CompareOptions, path_of, takes
+from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
 from qprobe.system.devices import AskedDevice, parse_device
+from qprobe.system.wording import counted
 
 REFERENCE = "16-bit"
 
@@ -68,7 +71,7 @@ def compare(options: CompareOptions) -> Comparison:
     results = {REFERENCE: reference}
     for name, load in _loaders(wanted, skeleton, device.one, path.parent).items():
         results[name] = run_course(load, course, staged(options.progress, name))
-    comparison = compared(results, course, notes)
+    comparison = compared(results, course, (*notes, *seen_note(course.samples, path.parent)))
     return replace(comparison, notes=(*comparison.notes, *keep(comparison, manifest, path.parent)))
 
 
@@ -80,6 +83,26 @@ def _refuse_without_answers(manifest: Manifest, skeleton: Skeleton) -> None:
             f"{manifest.model.id} ({manifest.model.architecture}) has no language head, so there are no "
             f"answers to compare. The layer table of its scan shows weight and activation error."
         )
+
+
+def seen_note(samples: Sequence[Sample], folder: Path) -> tuple[str, ...]:
+    """A note on those of `samples` that took part in the scan whose run folder `folder` is, if any did."""
+    run = RunFolder(folder)
+    if not run.is_there:
+        return ()
+    try:
+        spec = run.key.spec
+    except RunError:
+        return ()  # of a scan that nobody can read; the list itself can be compared
+    groups = chain(spec.calibration, spec.codes, spec.isolated, spec.held_out)
+    digests = {x.digest for group in groups for x in group}
+    count = sum(x.digest in digests for x in samples)
+    if not count:
+        return ()
+    return (
+        f"{count:,} of {counted(len(samples), 'sample')} took part in the scan that chose the list, which "
+        "flatters it. Pass others.",
+    )
 
 
 def keep(comparison: Comparison, manifest: Manifest, folder: Path) -> tuple[str, ...]:

@@ -26,11 +26,13 @@ from qprobe.report.comparison import read_comparison
 from qprobe.runs import derived
 from qprobe.runs.access import write_file
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.key import SampleKey
 from qprobe.runs.statistics import ratio
 from tests import tiny
 from tests.checkpoint import reference
 from tests.checkpoint.manifests import every_third, manifest_for
 from tests.reading import answered
+from tests.runs.runs import four_layers, key_of, spec_of
 
 pytestmark = pytest.mark.slow
 
@@ -286,6 +288,17 @@ def test_ratio_and_its_error_by_hand():
     assert ratio([1.0, 0.0, 2.0], [1, 0, 3]) == (mean, error)  # a sample without answer tokens says nothing
     assert ratio([1.0], [4]) == (0.25, None)
     assert ratio([0.0], [0]) == (None, None)
+
+
+def test_samples_that_chose_the_list_are_noted(tmp_path):
+    samples = tiny.questions("llama", 3)
+    measured, held_out = (SampleKey(x.id, x.digest, x.ends) for x in samples[:2])
+    spec = spec_of(calibration=((measured,),), held_out=((held_out,),))
+    assert compare_module.seen_note(samples, tmp_path) == ()  # no run folder
+    RunFolder(tmp_path).open(key_of(four_layers(), spec=spec))
+    (note,) = compare_module.seen_note(samples, tmp_path)
+    assert note.startswith("2 of 3 samples took part in the scan that chose the list, which flatters it.")
+    assert compare_module.seen_note(samples[2:], tmp_path) == ()
 
 
 def test_the_result_stays_in_the_run_folder_of_the_manifest(written, use_samples, monkeypatch):

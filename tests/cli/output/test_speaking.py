@@ -20,6 +20,7 @@ from qprobe.cli.output import speaking
 from qprobe.cli.output.speaking import LONGEST, say
 from qprobe.cli.shared import print_json
 from qprobe.errors import ModelError
+from qprobe.report.terminal import table_width
 
 Run = Callable[..., Result]
 HOSTILE = "a\x1b[2J\u202eb\nError: c"
@@ -94,6 +95,7 @@ def test_a_closed_output_is_an_error(monkeypatch: pytest.MonkeyPatch):
         say("text")
     monkeypatch.setattr(sys, "stderr", None)
     say("text", err=True)
+    assert table_width() > 1000  # nobody looks at it
 
 
 @pytest.mark.slow
