@@ -22,7 +22,7 @@ from qprobe.report.frontier import frontier_plot
 from qprobe.report.page import page_html
 from qprobe.report.panels import panel_columns, taken
 from qprobe.report.payload import page_data
-from qprobe.runs.folder import RunFolder, run_folder
+from qprobe.runs.folder import AnyRun, RunFolder, run_folder
 from qprobe.runs.key import DAMAGE, Key
 from qprobe.selection.scores import predicted_kl
 from qprobe.system.files import make_folder, write_atomic
@@ -32,9 +32,7 @@ FRONTIER = "frontier.csv"
 PAGE_FILE = "index.html"
 
 
-def write_report(
-    run: Path | str | RunFolder, out: Path | None = None, against: Path | str | RunFolder | None = None
-) -> list[Path]:
+def write_report(run: AnyRun, out: Path | None = None, against: AnyRun | None = None) -> list[Path]:
     """The files of the report on the run folder `run`, written to `out` (default: RUN/report).
 
     index.html, spikes.png and spikes.svg, the same at the width of a column (spikes-column.png and .svg), and

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import pyarrow as pa
@@ -278,12 +278,23 @@ class RunFolder:
         return self._parsed[name][1]
 
 
-def run_folder(run: Path | str | RunFolder) -> RunFolder:
+class OfFolder(Protocol):
+    """What has a run folder, such as what `qprobe.scan` returns."""
+
+    folder: RunFolder
+
+
+AnyRun = Path | str | RunFolder | OfFolder
+
+
+def run_folder(run: AnyRun) -> RunFolder:
     """`run` as an object: what a public function makes of it first, so that no file is read twice."""
-    return run if isinstance(run, RunFolder) else RunFolder(Path(run))
+    if isinstance(run, RunFolder):
+        return run
+    return RunFolder(Path(run)) if isinstance(run, str | Path) else run.folder
 
 
-def layer_table(run: Path | str | RunFolder) -> pd.DataFrame:
+def layer_table(run: AnyRun) -> pd.DataFrame:
     """The layer table of a run, from its units, see `qprobe.runs.layers.table.derived_table`.
 
     Raises RunError if it is no run or a file of it is damaged.

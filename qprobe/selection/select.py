@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 from qprobe.errors import QprobeError
 from qprobe.manifest.records import Manifest
 from qprobe.options import KeptExperts
 from qprobe.records import Inventory
-from qprobe.runs.folder import RunFolder, run_folder
+from qprobe.runs.folder import AnyRun, RunFolder, run_folder
 from qprobe.selection.bound import Bound, predicted_skiplist
 from qprobe.selection.budget import Budget
 from qprobe.selection.request import ListRequest, parse_request
@@ -21,7 +20,7 @@ from qprobe.selection.to_manifest import Proof, held_out_quality, manifest_of
 
 
 def select(
-    run: Path | str | RunFolder,
+    run: AnyRun,
     budget: str | None = None,
     *,
     by: str | None = None,

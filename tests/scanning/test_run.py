@@ -58,6 +58,8 @@ def test_select_writes_nothing_unless_it_is_told_where(opened: Run, tmp_path: Pa
     same = opened.select("+30%", out=tmp_path / "more.json")
     assert qprobe.read_manifest(tmp_path / "more.json") == same
     assert same.skip_modules == manifest.skip_modules
+    assert qprobe.select(opened, "+30%").skip_modules == manifest.skip_modules  # as of its path
+    pd.testing.assert_frame_equal(qprobe.layer_table(opened), opened.layers)
     with pytest.raises(BudgetError):
         opened.select("1KiB")
 
