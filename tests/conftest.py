@@ -92,6 +92,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_width() -> None:
+    """pytest-xdist tells its workers a width, which would hold for all that qprobe prints."""
+    os.environ.pop("COLUMNS", None)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
     """No progress bar for each of the hundreds of tiny models; nothing where no test imports transformers."""
     if "transformers" in sys.modules:

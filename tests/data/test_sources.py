@@ -340,7 +340,7 @@ def test_more_than_a_tenth_and_at_least_ten_left_out_is_an_error(bad: int, good:
     if good:
         check_left_out(found, "skip", "train on")
     else:
-        with pytest.raises(SampleError, match=r'No row of data is left to train on.*"prompt".*text alone'):
+        with pytest.raises(SampleError, match=r'No row of data is left to train on.*text goes into "prompt"'):
             check_left_out(found, "skip", "train on")
 
 
