@@ -48,15 +48,16 @@ from qprobe.system.background import in_background
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
-VERSION = 8
+VERSION = 9
 """Of what decides the codes, beside weights and samples.
 
-Version 8 calibrates fused experts. Version 7 keeps back every eighth sample, however they are batched, and
-lets tokens that no gradient comes back to weigh nothing. Version 6 holds outputs of encoders to the damage
-that the scan measures, row by row. Version 5 decides on samples kept back whether tokens are weighed. Version
-4 counts tokens half by how much the answers depend on them, gathers in the dtype of the path, and tunes
-scales where that is asked for. Version 3 leaves out image tiles that no text attends to. Version 2 shrinks
-the Gram matrices by how few tokens they saw; version 1 did not.
+Version 9 decides whether tokens are weighed with layers that calibration leaves out rounded to nearest, no
+longer in 16-bit. Version 8 calibrates fused experts. Version 7 keeps back every eighth sample, however they
+are batched, and lets tokens that no gradient comes back to weigh nothing. Version 6 holds outputs of encoders
+to the damage that the scan measures, row by row. Version 5 decides on samples kept back whether tokens are
+weighed. Version 4 counts tokens half by how much the answers depend on them, gathers in the dtype of the
+path, and tunes scales where that is asked for. Version 3 leaves out image tiles that no text attends to.
+Version 2 shrinks the Gram matrices by how few tokens they saw; version 1 did not.
 """
 
 

@@ -45,6 +45,7 @@ def decided(
     others kept back. weights: of their tokens. limit_bytes: for Gram matrices at once.
     """
     trial = trial_inputs(subject, inputs)
+    names = frozenset(name for one in trial for name in one.names)
 
     def damage(counts: Weights | None) -> float:
         packed: dict[str, PackedNf4] = {}
@@ -54,7 +55,7 @@ def decided(
                 gathering.add_all(islice(batches(), training))
             packed |= _rounded(subject, gathering, fmt, limit_bytes)
         with walking(subject.path):
-            return mean_damage(subject, islice(batches(), training, None), _reading(subject, packed))
+            return mean_damage(subject, islice(batches(), training, None), _reading(subject, names, packed))
 
     return TokensCount.of(plain=damage(None), weighted=damage(weights), unit=unit_of(subject))
 
@@ -76,12 +77,17 @@ def _rounded(subject: Subject, gathering: Gathering, fmt: Nf4, limit_bytes: int)
     return found
 
 
-def _reading(subject: Subject, packed: Mapping[str, PackedNf4]) -> LayerForward:
-    """What linears compute with the `packed` weights, and all others in 16-bit."""
+def _reading(subject: Subject, names: frozenset[str], packed: Mapping[str, PackedNf4]) -> LayerForward:
+    """What linears compute with `names` in 4-bit, and all others in 16-bit.
+
+    packed: their weights; those that calibration left out are rounded to nearest, as they will be stored.
+    """
 
     def forward(name: str, product: Product, x: Tensor) -> Tensor:
-        one = packed.get(name)
-        weight = subject.dequantized.own(name) if one is None else one.unpack()
+        if name in packed:
+            weight = packed[name].unpack()
+        else:
+            weight = (subject.dequantized.weight if name in names else subject.dequantized.own)(name)
         return times(product, x, weight.to(x.dtype))
 
     return forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import torch
 from qprobe.calibration import calibrate as calibration
 from qprobe.calibration import decide
 from qprobe.calibration.calibrate import calibrate_model, calibrate_units
-from qprobe.calibration.gram import shared_inputs
+from qprobe.calibration.codes import Rounded
+from qprobe.calibration.gram import SharedInput, shared_inputs
 from qprobe.formats.codes_file import FILE_NAME, sha256_of
 from qprobe.measure.subject import Subject
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.notes import TokensCount
-from tests import tiny
+from tests import reference, tiny
 from tests.calibration.test_calibrate import subject_for, work_in
 
 TinyFolder = Callable[[str], Path]
@@ -77,6 +79,37 @@ def test_layers_are_fitted_to_most_samples_and_compared_on_the_others(
     batches = [subject.encode(group).in_dtype(subject.path.dtype) for group in again]
     other = decide.decided(subject, inputs, lambda: batches, 14, weights, work.format, 2**30)
     assert other.plain is not None and other.plain > 0 and other.plain != found.plain
+
+
+@pytest.mark.slow
+def test_layers_that_calibration_leaves_out_are_compared_as_they_will_be_stored(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Were they compared in 16-bit, the way that leaves more of them out would seem to do less damage.
+    work = work_of(tmp_path, subject_for(tiny_folder("llama")), 16)
+    subject = work.subject
+    inputs = shared_inputs(subject, work.batches)
+
+    def none(_subject: object, group: list[SharedInput], *_: object) -> list[dict[str, Rounded]]:
+        return [{name: Rounded(None, why="left out") for name in one.names} for one in group]
+
+    monkeypatch.setattr(decide, "rounded_layers", none)
+    training, kept_back = work.split
+    found = decide.decided(
+        subject, inputs, lambda: work.widened, len(training), lambda *_: None, work.format, 2**30
+    )
+    names = frozenset(name for one in decide.trial_inputs(subject, inputs) for name in one.names)
+    own, swapped = deepcopy(subject.model).float(), deepcopy(subject.model).float()
+    for name in names:
+        swapped.get_submodule(name).weight.data = subject.dequantized.weight(name).float()
+    kl, tokens = 0.0, 0
+    for batch in map(subject.encode, kept_back):
+        with torch.no_grad():
+            p, q = (one(**batch.inputs).logits for one in (own, swapped))
+        for row, (start, end) in enumerate(batch.answers):
+            kl += reference.kl_nats(p[row, start - 1 : end - 1], q[row, start - 1 : end - 1])
+            tokens += end - start
+    assert found.plain == pytest.approx(kl / tokens, rel=1e-3) and kl > 0
 
 
 def test_too_few_samples_to_decide_are_noted_with_their_number(tiny_folder: TinyFolder, tmp_path: Path):
