@@ -42,6 +42,7 @@ from qprobe.options import KeptExperts, Progress, no_progress
 from qprobe.records import FormatSpec
 from qprobe.registry.precisions import SIXTEEN_BIT, sixteen_bit_bytes
 from qprobe.system.devices import AskedDevice, parse_device
+from qprobe.system.files import make_named_folder
 from qprobe.system.locks import held_alone, try_lock
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
@@ -275,7 +276,7 @@ def alone_at(target: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_named_folder(target.parent)
             is_held = stack.enter_context(held_alone(target.with_name(f".{target.name}.lock")))
         except OSError as error:
             reason = error.strerror or error

@@ -25,7 +25,7 @@ from qprobe.report.payload import page_data
 from qprobe.runs.folder import AnyRun, RunFolder, run_folder
 from qprobe.runs.key import DAMAGE, Key
 from qprobe.selection.scores import predicted_kl
-from qprobe.system.files import make_folder, write_atomic
+from qprobe.system.files import make_folder, make_named_folder, write_atomic
 
 MANIFEST = "skiplist.json"
 FRONTIER = "frontier.csv"
@@ -46,7 +46,7 @@ def write_report(run: AnyRun, out: Path | None = None, against: AnyRun | None = 
     target = out if out is not None else mine.path / "report"
     try:
         # Before the work: a place that cannot be written costs none. What a user names may be a link.
-        target.mkdir(parents=True, exist_ok=True) if out is not None else make_folder(target)
+        make_named_folder(target) if out is not None else make_folder(target)
         files = {PAGE_FILE: page_of(mine), **_pictures(mine, scan, table)}
         if other is not None and theirs is not None:
             files |= _both("against", _against(mine, other, (scan, table), theirs), PAGE)

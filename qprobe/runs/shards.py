@@ -16,6 +16,7 @@ from typing import BinaryIO, Literal
 from qprobe.errors import RunError
 from qprobe.runs.access import cannot_write, read_file
 from qprobe.runs.folder import RunFolder
+from qprobe.system.files import make_named_folder
 from qprobe.system.locks import open_lock, try_lock, try_share, wait_for_lock
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
@@ -38,7 +39,7 @@ def entered(folder: Path, shard: Shard) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_named_folder(folder)
             free = _lock(held, folder / _LOCK, try_lock if shard.is_alone else try_share)
             if free and not shard.is_alone:
                 free = _lock(held, folder / f"{_LOCK}-{shard.rank}", try_lock)

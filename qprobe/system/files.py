@@ -56,12 +56,24 @@ def write_first(path: Path, data: bytes) -> bool:
         return True
 
 
+def make_named_folder(path: Path) -> None:
+    """Makes the folder `path` that a user named, and those above it, if it is not there; it may be a link.
+
+    Raises OSError, which names what stands in the way.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        there = next(x for x in (path, *path.parents) if os.path.lexists(x))
+        raise OSError(error.errno, f"{there} is no folder", str(path)) from error
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder `path`, and those above it, if it is not there. Raises OSError.
 
     Also where a symbolic link stands in its place: in a run folder from elsewhere it could lead anywhere.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    make_named_folder(path)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a symbolic link to another folder", str(path))
 

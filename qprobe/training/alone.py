@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import RunError
-from qprobe.system.files import remove_left_behind
+from qprobe.system.files import make_named_folder, remove_left_behind
 from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.locks import held_alone
 from qprobe.training.record import Record, read_record, write_record
@@ -31,7 +31,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_named_folder(folder)
             is_held = stack.enter_context(held_alone(folder / LOCK))
             if is_held:
                 remove_left_behind(folder)

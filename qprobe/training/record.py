@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qprobe.errors import RunError
 from qprobe.system.decoding import decode, strict_json
-from qprobe.system.files import write_atomic
+from qprobe.system.files import make_named_folder, write_atomic
 from qprobe.system.foreign import read_foreign_if_there
 
 RECORD = "finetune.json"
@@ -50,7 +50,7 @@ def read_record(folder: Path) -> Record | None:
 def write_record(folder: Path, record: Record) -> None:
     """Write finetune.json whole or not at all; raises RunError if the folder cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_named_folder(folder)
         write_atomic(folder / RECORD, (json.dumps(asdict(record), indent=2) + "\n").encode())
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}). Pass another folder.") from error

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qprobe.system import files as atomic
-from qprobe.system.files import atomic_file, remove_left_behind, write_atomic, write_first
+from qprobe.system.files import atomic_file, make_named_folder, remove_left_behind, write_atomic, write_first
 
 
 def test_the_last_writer_of_a_file_wins_and_leaves_nothing_else(tmp_path: Path):
@@ -92,3 +92,11 @@ def test_a_file_that_gets_its_name_meanwhile_is_no_error(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "is_file", renamed_next)
     remove_left_behind(tmp_path)
     assert (tmp_path / "unit").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("below", ["", "a", "a/b"])
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, below: str):
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(OSError) as caught:
+        make_named_folder(tmp_path / "rows.jsonl" / below)
+    assert caught.value.strerror == f"{tmp_path / 'rows.jsonl'} is no folder"
