@@ -109,7 +109,7 @@ def language_of(config: Mapping[str, Any], release: str | None) -> Language:
         unknown = [key for key in unknown if key not in found.keys]
     if unknown:
         raise ManifestError(
-            f"The config says under {named(unknown)} what stays in 16-bit, in a language of "
+            f"The config says under {shortened(named(unknown), 200)} what stays in 16-bit, in a language of "
             f"{shortened(method, 40) or 'a tool'} that is not known here"
             f"{'' if found is None else f' beside that of {found.label}'}. Pass the names of those layers "
             "as a JSON list."

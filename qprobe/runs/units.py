@@ -16,6 +16,7 @@ import io
 import math
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 
 from qprobe.errors import RunError
 from qprobe.registry import measures
-from qprobe.system.headers.parquet import page_sizes
+from qprobe.system.headers.parquet import columns_of, page_sizes
 from qprobe.system.wording import shortened
 
 _KINDS = {"text": pa.string(), "count": pa.int64(), "number": pa.float64()}
@@ -42,7 +43,7 @@ UNIT_CELLS = 2**26
 UNIT_BYTES = 8 * UNIT_CELLS
 """Of a unit, which has a row per layer (or expert) and sample of a batch, a million cells at most; of its
 file, and of its texts. A few bytes of Parquet can stand for any number of rows, or copies of a long text."""
-_ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}  # those that pyarrow writes
+_ENCODINGS = {0, 2, 3, 4, 8}  # those that pyarrow writes: plain, dictionaries and their indices, run lengths
 
 
 _GIVEN = ("answer_tokens", "n")
@@ -151,11 +152,11 @@ def _check_size(found: pq.FileMetaData, pages: io.BytesIO) -> None:
     for group in map(found.row_group, range(found.num_row_groups)):
         if group.total_byte_size > UNIT_BYTES:
             raise pa.ArrowException(f"it claims {group.total_byte_size:,} bytes")
-        for column in map(group.column, range(group.num_columns)):
-            if not _ENCODINGS >= set(column.encodings) or column.num_values > UNIT_CELLS:
-                raise pa.ArrowException(f"{column.path_in_schema} is stored otherwise")
-            if (size := sum(page_sizes(pages, column))) > UNIT_BYTES:
-                raise pa.ArrowException(f"{column.path_in_schema} would take {size:,} bytes")
+    for column in chain.from_iterable(columns_of(pages)):
+        if not _ENCODINGS >= column.encodings or column.values > UNIT_CELLS:
+            raise pa.ArrowException(f"{column.name} is stored otherwise")
+        if (size := sum(page_sizes(pages, column))) > UNIT_BYTES:
+            raise pa.ArrowException(f"{column.name} would take {size:,} bytes")
 
 
 def _read(data: bytes, schema: pa.Schema) -> pa.Table:

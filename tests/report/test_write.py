@@ -96,7 +96,7 @@ def test_another_run_is_drawn_beside_this_one(tmp_path: Path, monkeypatch: pytes
     assert [f.name for f in files[-2:]] == ["against.png", "against.svg"]
     assert [side.name for side in names[:2]] == [f"{run}: owner/model, nf4" for run in "ab"]
     assert names[2] == "a against b"
-    with pytest.raises(RunError, match=r"scan\.json"):
+    with pytest.raises(RunError, match="missing is no run folder: it does not exist"):
         write_report(tmp_path / "a", against=tmp_path / "missing")
 
 

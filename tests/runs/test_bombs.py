@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qprobe.runs import access, shown, units
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shown import ShownSample, write_shown
 from qprobe.runs.units import DamagedUnitError, decode_unit, encode_unit
-from qprobe.system.headers.parquet import page_sizes
+from qprobe.system.headers.parquet import columns_of, page_sizes
 from tests.runs.runs import make_run, rows
 
 UNIT = Path("kl-00000.parquet")
@@ -95,20 +96,33 @@ def test_a_footer_that_says_less_than_its_pages_hold_is_not_believed(
 def test_the_pages_of_a_file_are_as_large_as_its_honest_footer_says(how: dict[str, Any]):
     data = unit(3000, "a text", data_page_size=500, **how)
     found = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0)
-    for column in map(found.column, range(found.num_columns)):
-        sizes = list(page_sizes(io.BytesIO(data), column))
+    (columns,) = columns_of(io.BytesIO(data))
+    for one, column in zip(columns, map(found.column, range(found.num_columns)), strict=True):
+        assert (one.name, one.values) == (column.path_in_schema, column.num_values)
+        assert one.packed == column.total_compressed_size and len(one.encodings) == len(set(column.encodings))
+        sizes = list(page_sizes(io.BytesIO(data), one))
         headers = column.total_uncompressed_size - sum(sizes)  # which the footer counts too
         assert 10 * len(sizes) < headers < 200 * len(sizes)
-    with pytest.raises(ValueError, match="header of a page"):
-        list(page_sizes(io.BytesIO(b"\xff" * len(data)), found.column(0)))
+    with pytest.raises(ValueError, match="header or footer"):
+        list(page_sizes(io.BytesIO(b"\xff" * len(data)), columns[0]))
+
+
+def test_a_footer_damaged_anywhere_is_an_error_and_never_the_end_of_the_process():
+    # pyarrow ends the process where the histograms of sizes in a footer are not as long as they must be.
+    data = unit(30, "a text")
+    end = len(data) - 8
+    for place in range(end - int.from_bytes(data[end : end + 4], "little"), len(data)):
+        for byte in (0, 0xFF, data[place] ^ 1):
+            with suppress(DamagedUnitError, RunError):
+                decode_unit(UNIT, data[:place] + bytes([byte]) + data[place + 1 :])
 
 
 def test_rows_that_share_a_long_text_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     frame = pd.DataFrame({"prompt": ["x" * 2**12] * 100, "answer": [f"{i}" for i in range(100)]})
     frame.to_parquet(tmp_path / "a.parquet", compression=None)
     monkeypatch.setattr(parquet, "_AT_ONCE_BYTES", 2**15)
-    with pq.ParquetFile(tmp_path / "a.parquet") as file, open(tmp_path / "a.parquet", "rb") as pages:
-        assert parquet._rows_at_once(file.metadata, pages) in range(2, 9)
+    with open(tmp_path / "a.parquet", "rb") as file:
+        assert parquet._rows_at_once(file) in range(2, 9)
     assert len(read_conversations(tmp_path / "a.parquet").good) == 100
     monkeypatch.setattr(parquet, "_GROUP_VALUES", 99)
     with pytest.raises(SampleError, match="100 values of one column, more than can be read; write it with"):
@@ -164,9 +178,8 @@ def test_headers_of_small_pages_are_read_without_what_follows_them():
         pages, written, use_dictionary=False, compression="none", data_page_size=1, write_batch_size=1
     )
     file = Counted(written.getvalue())
-    found = list(
-        page_sizes(file, pq.ParquetFile(io.BytesIO(written.getvalue())).metadata.row_group(0).column(0))
-    )
+    ((column,),) = columns_of(io.BytesIO(written.getvalue()))
+    found = list(page_sizes(file, column))
     assert sum(found) > 20 * 50_000 and len(found) == 20
     # The first header holds the longest and shortest text of all, so it alone is longer than usual.
     assert file.taken < 300_000

@@ -14,6 +14,7 @@ from qprobe.calibration import gram
 from qprobe.checkpoint.comparing import course
 from qprobe.inputs import answers
 from qprobe.measure import nonfinite, outputs, runner
+from qprobe.measure.attribution import MOST_NODES
 from qprobe.runs.folder import RunFolder
 from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
@@ -55,10 +56,13 @@ class Small:
 
 @pytest.mark.slow
 def test_a_scan_goes_on_in_halves_and_finds_the_same(
-    scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    small, whole = Small(monkeypatch), RunFolder(scanned("llama").run)
-    found = scan(**options(tiny_folder("llama"), tmp_path / "run"))
+    # As many nodes as there may be: with fewer, each half gets more of them by what its own sums miss.
+    asked = {"nodes": MOST_NODES}
+    whole = RunFolder(scan(**options(tiny_folder("llama"), tmp_path / "whole", **asked)).run)
+    small = Small(monkeypatch)
+    found = scan(**options(tiny_folder("llama"), tmp_path / "run", **asked))
     assert small.refused and any(x.startswith(f"{SAID} 4, so they ran in parts") for x in found.notes)
     run = RunFolder(found.run)
     assert run.key == whole.key and run.unit_files() == whole.unit_files()

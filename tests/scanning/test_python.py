@@ -177,7 +177,7 @@ def test_its_manifest_names_no_folder_and_loading_it_asks_for_the_model(
     assert all(str(folder.parent) not in x.read_text() for x in files)
     manifest = json.loads(files[1].read_text())
     assert manifest["model"]["id"] == "LlamaForCausalLM"
-    made = "qprobe.scan(model, processor=processor, samples=6, budget='+10%', max_new_tokens=5)"
+    made = "qprobe.scan(model, processor=processor, samples=6, max_new_tokens=5, budget='+10%')"
     assert manifest["made_by"]["command"] == f"{made}  # model: a loaded LlamaForCausalLM"
 
     with pytest.raises(ModelError, match="Pass model="):

@@ -81,7 +81,7 @@ def _arrays(text: str) -> dict[str, int]:
     try:
         while True:
             key, end = decoder.raw_decode(text, _end(_PUNCTUATION, text, at))
-            if key in OPENING:
+            if not isinstance(key, str) or key in OPENING:
                 return {}
             start = _end(_PUNCTUATION, text, end)
             value, at = decoder.raw_decode(text, start)

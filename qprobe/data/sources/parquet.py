@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from qprobe.data.source import Rows, Source, refuse_split, rows_of_arrow
 from qprobe.errors import SampleError
 from qprobe.system.foreign import check_foreign
-from qprobe.system.headers.parquet import page_sizes
+from qprobe.system.headers.parquet import columns_of, page_sizes
 
 _FIX = "Pass a .parquet file to --data."
 _ROWS_AT_ONCE = 64  # with the bytes of their images
@@ -35,7 +35,7 @@ def _rows(data: Any, split: str | None) -> Rows:
     number = 0
     try:
         with parquet.ParquetFile(path) as file, open(path, "rb") as pages:
-            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata, pages)):
+            for batch in file.iter_batches(batch_size=_rows_at_once(pages)):
                 for row in rows_of_arrow(batch):
                     number += 1
                     yield number, row
@@ -45,20 +45,19 @@ def _rows(data: Any, split: str | None) -> Rows:
         raise SampleError(f"{data} has no rows. {_FIX}")
 
 
-def _rows_at_once(found: Any, pages: BinaryIO) -> int:
-    """How many rows of a file that says this (pyarrow's FileMetaData) of itself can be held at once.
+def _rows_at_once(file: BinaryIO) -> int:
+    """How many rows of the open `file` can be held at once.
 
-    pages: the same file, whose pages are looked at since a footer may say anything. Raises ValueError where
-    a page or a row group is too large: a few bytes can stand for any number of rows, or a long one.
+    Its pages are looked at, since a footer may say anything. Raises ValueError where a page or a row group is
+    too large: a few bytes can stand for any number of rows, or a long one.
     """
-    groups = [found.row_group(i) for i in range(found.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    sizes = [list(page_sizes(pages, x)) for x in columns]
+    columns = [column for group in columns_of(file) for column in group]
+    sizes = [list(page_sizes(file, x)) for x in columns]
     page = max((size for one in sizes for size in one), default=0)
     if page > _PAGE_BYTES:
         raise ValueError(f"a page has {page:,} bytes, more than can be read; write it with smaller pages")
     largest = max((sum(one) for one in sizes), default=0)
-    values = max((x.num_values for x in columns), default=0)
+    values = max((x.values for x in columns), default=0)
     if largest > _GROUP_BYTES or values > _GROUP_VALUES:
         raise ValueError(
             f"a row group claims {largest:,} bytes and {values:,} values of one column, more than can be "

@@ -162,7 +162,7 @@ def parse_table(path: Path, data: bytes, inventory: Inventory) -> pd.DataFrame:
     """
     try:
         table = _parse(data.decode("utf-8"))
-    except (ValueError, csv.Error) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         raise RunError(f"{path} is damaged ({shortened(str(error), 200)}). Run the scan again.") from None
     if sorted(table["layer"]) != sorted(x.name for x in inventory.layers):
         count = len(inventory.layers)

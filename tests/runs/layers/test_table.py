@@ -264,6 +264,7 @@ def test_a_missing_damaged_or_foreign_table_is_explained(tmp_path: Path):
         "\x00",
         "layer\nmodel.a\n",
         good.replace("8192", "many"),
+        good.replace("8192", "9" * 60),
         good.replace("tokens", "tok"),
     ):
         path.write_text(broken)
