@@ -131,7 +131,7 @@ def model_class(config: Any) -> Any:
     if named is not None and getattr(named, "config_class", None) is type(config):
         return named
     raise ModelError(
-        f"Its config.json names the class {wanted or '(none)'}, which transformers "
+        f"Its config.json names the class {shortened(str(wanted), 100) or '(none)'}, which transformers "
         f"{transformers.__version__} does not have for the model type {config.model_type!r}. Name one that "
         "it has in architectures, or use another transformers."
     )
