@@ -67,6 +67,8 @@ def takes(options: Callable[P, Options]) -> Callable[[Callable[[Options], R]], C
     known = list(signature.parameters)
 
     def decorate(function: Callable[[Options], R]) -> Callable[P, R]:
+        """`function` with the options as its own arguments."""
+
         @wraps(function)
         def call(*args: P.args, **named: P.kwargs) -> R:
             """`function` of the options that were passed."""

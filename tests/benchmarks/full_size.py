@@ -294,10 +294,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--share", type=float, default=1.0, help="of the layers, for the parts")
     options = parser.parse_args()
-    options.parts = options.parts.split(",")
-    if unknown := set(options.parts) - {*PARTS, *ON_REQUEST}:
-        parser.error(f"no part is called {sorted(unknown)[0]}; there are {', '.join(PARTS + ON_REQUEST)}")
+    options.parts = parts_of(options.parts, PARTS + ON_REQUEST, parser)
     return options
+
+
+def parts_of(text: str, known: tuple[str, ...], parser: argparse.ArgumentParser) -> list[str]:
+    """The parts in `text`, with commas between them; the parser ends the program for one not `known`."""
+    parts = text.split(",")
+    if unknown := set(parts) - {*known}:
+        parser.error(f"no part is called {sorted(unknown)[0]}; there are {', '.join(known)}")
+    return parts
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tests.benchmarks.full_size import GIB, head, machine, say
+from tests.benchmarks.full_size import GIB, head, machine, parts_of, say
 from tests.benchmarks.full_size_parts import Ran, run
 
 PARTS = ("write", "scan", "load")
@@ -239,9 +239,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where to work; kept if passed")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.parts = options.parts.split(",")
-    if unknown := set(options.parts) - {*PARTS, *ON_REQUEST}:
-        parser.error(f"no part is called {sorted(unknown)[0]}; there are {', '.join(PARTS + ON_REQUEST)}")
+    options.parts = parts_of(options.parts, PARTS + ON_REQUEST, parser)
     return options
 
 

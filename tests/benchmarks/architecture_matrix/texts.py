@@ -26,20 +26,7 @@ ENCODER = {
     **IDS,
 }
 GPT = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, **IDS}
-SEQUENCES = {
-    "vocab_size": VOCAB,
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96,
-    "max_position_embeddings": 512,
-    "decoder_start_token_id": tiny.BOS,
-    "forced_eos_token_id": None,
-    **IDS,
-}
+SEQUENCES = {**sequences.BART, "decoder_start_token_id": tiny.BOS}
 T5 = {"vocab_size": VOCAB, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 EXPERTS = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
 MULTI_QUERY = {"num_key_value_heads": 4}
