@@ -314,4 +314,7 @@ def test_doctor_exits_1_if_4bit_works_nowhere(qprobe: Run, fake: Fake, ok: bool,
 def test_models_names_the_embedded_ones(qprobe: Run):
     assert "demo-outliers" in qprobe("models").stdout
     known = {m["alias"]: m for m in json.loads(qprobe("models", "--json").stdout)["models"]}
-    assert known["demo"]["hub_id"] is None and known["llama-3.2-11b-vision"]["published_lists"] == ["unsloth"]
+    assert known["demo"]["hub_id"] is None and known["llama-3.2-11b-vision"]["published_lists"] == [
+        "unsloth",
+        "llm-compressor",
+    ]

@@ -17,7 +17,8 @@ from qprobe.models.catalogue import entries, find, nearest
 from qprobe.models.entry import Entry
 from qprobe.models.families import family_of
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
-from qprobe.models.family import FUSED, FUSED_CROSS, OTHER, VISION
+from qprobe.models.families.qwen2_5_vl import VECTORDB_QWEN_3B
+from qprobe.models.family import FUSED, FUSED_CROSS, OTHER, PROJECTOR, VISION
 from qprobe.models.geometry import FOLDER, Sizes, read_geometry
 from qprobe.records import FormatSpec, Inventory
 from tests.loading import by_hand
@@ -210,6 +211,33 @@ def test_nothing_is_near_to_nonsense() -> None:
 def test_entries_of_a_published_list_that_match_nothing_are_told() -> None:
     _, _, inventory = built("llama-3.2-11b-vision")
     assert UNSLOTH_LLAMA_11B.dead(inventory) == ("merger", "modality_projection")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alias", EACH)
+def test_every_entry_of_a_published_list_names_a_linear_of_its_model(alias: str) -> None:
+    entry = entry_of(alias)
+    _, _, inventory = built(entry.geometry)
+    authors = [x.author for x in entry.published]
+    assert len(authors) == len(set(authors))
+    for one in entry.published:
+        assert one is UNSLOTH_LLAMA_11B or one.dead(inventory) == ()
+        assert any(x.name in one.kept(inventory) for x in inventory.layers if not x.fixed)
+
+
+@pytest.mark.parametrize("alias", ["qwen2-vl-2b", "llava-1.5-7b"])
+def test_unsloths_rule_keeps_vision_and_projector_whole_and_nothing_of_the_decoder(alias: str) -> None:
+    entry = entry_of(alias)
+    _, _, inventory = built(entry.geometry)
+    (rule,) = entry.published
+    vision = {x.name for x in inventory.layers if x.tower in (VISION, PROJECTOR)}
+    assert rule.kept(inventory) == vision | {x.name for x in inventory.layers if x.fixed}
+
+
+def test_the_list_for_qwen2_5_vl_3b_keeps_58_linears_and_the_head() -> None:
+    _, _, inventory = built("qwen2.5-vl-3b")
+    # 8 blocks' attention of 2, 13 blocks' MLP of 3, one more down_proj, the merger of 2, and lm_head.
+    assert len(VECTORDB_QWEN_3B.kept(inventory)) == 8 * 2 + 13 * 3 + 1 + 2 + 1
 
 
 def test_building_leaves_the_stored_config_as_it_was() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qprobe.models.entry import GATED, on_the_hub
 from qprobe.models.family import BARE_TOWER, SIDE_BY_SIDE, Family
+from qprobe.models.published import unsloth_loader
 
 FAMILY = Family(
     architectures=("Gemma3ForConditionalGeneration",),
@@ -18,5 +19,6 @@ FAMILY = Family(
         ("gemma-3-12b-it", "google/gemma-3-12b-it", "gemma-3-12b"),
         ("gemma-3-27b", "google/gemma-3-27b-pt", "gemma-3-27b"),
         ("gemma-3-27b-it", "google/gemma-3-27b-it", "gemma-3-27b"),
+        published=(unsloth_loader("vision_tower"),),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qprobe.models.entry import OPEN, on_the_hub
 from qprobe.models.family import FUSED, LANGUAGE, PROJECTOR, VISION, Family
+from qprobe.models.published import unsloth_loader
 
 FAMILY = Family(
     architectures=("Gemma4ForConditionalGeneration",),
@@ -18,5 +19,6 @@ FAMILY = Family(
         OPEN,
         ("gemma-4-26b-a4b", "google/gemma-4-26B-A4B", "gemma-4-26b-a4b"),
         ("gemma-4-26b-a4b-it", "google/gemma-4-26B-A4B-it", "gemma-4-26b-a4b"),
+        published=(unsloth_loader("vision_tower", "embed_vision"),),
     ),
 )

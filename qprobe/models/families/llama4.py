@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qprobe.models.entry import GATED, on_the_hub
 from qprobe.models.family import LANGUAGE, PROJECTOR, VISION, Family
+from qprobe.models.published import llm_compressor
 
 FAMILY = Family(
     architectures=("Llama4ForConditionalGeneration",),
@@ -17,5 +18,8 @@ FAMILY = Family(
         GATED,
         ("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E", "llama-4-scout"),
         ("llama-4-scout-instruct", "meta-llama/Llama-4-Scout-17B-16E-Instruct", "llama-4-scout"),
+        published=(
+            llm_compressor("llama4_example.py", "self_attn", "vision_model", "multi_modal_projector"),
+        ),
     ),
 )

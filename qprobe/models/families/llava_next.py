@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qprobe.models.entry import OPEN, on_the_hub
 from qprobe.models.family import BARE_TOWER, SIDE_BY_SIDE, Family
+from qprobe.models.published import unsloth_loader
 
 _HUB_ID, _GEOMETRY = "llava-hf/llava-v1.6-mistral-7b-hf", "llava-v1.6-mistral-7b"
 
@@ -16,5 +17,6 @@ FAMILY = Family(
         OPEN,
         ("llava-next", _HUB_ID, _GEOMETRY),
         ("llava-v1.6-mistral-7b", _HUB_ID, _GEOMETRY),
+        published=(unsloth_loader("vision_tower", "multi_modal_projector"),),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qprobe.models.entry import GATED, PublishedList, PublishedSize, on_the_hub
 from qprobe.models.family import CROSS, LANGUAGE, PROJECTOR, VISION, VLLM_FUSED, Engine, Family
+from qprobe.models.published import llm_compressor
 
 _MLLAMA = "MllamaForConditionalGeneration"
 _11B = "meta-llama/Llama-3.2-11B-Vision-Instruct"
@@ -25,6 +26,7 @@ UNSLOTH_LLAMA_11B = PublishedList(
         "language_model.model.layers.18.mlp.down_proj",
     ),
 )
+_VISION_KEPT = llm_compressor("mllama_example.py", "multi_modal_projector", "vision_model")
 
 FAMILY = Family(
     architectures=(_MLLAMA,),
@@ -45,7 +47,7 @@ FAMILY = Family(
             GATED,
             ("llama-3.2-11b-vision", _11B, "llama-3.2-11b-vision"),
             ("llama-3.2-11b-vision-instruct", _11B, "llama-3.2-11b-vision"),
-            published=(UNSLOTH_LLAMA_11B,),
+            published=(UNSLOTH_LLAMA_11B, _VISION_KEPT),
             sizes=(
                 PublishedSize("16-bit", 19.87, _BLOG),
                 PublishedSize("nf4", 6.54, _BLOG),
@@ -56,7 +58,7 @@ FAMILY = Family(
             _MLLAMA,
             GATED,
             ("llama-3.2-11b-vision-base", "meta-llama/Llama-3.2-11B-Vision", "llama-3.2-11b-vision-448"),
-            published=(UNSLOTH_LLAMA_11B,),
+            published=(UNSLOTH_LLAMA_11B, _VISION_KEPT),
         ),
         *on_the_hub(
             _MLLAMA,

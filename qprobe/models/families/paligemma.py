@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qprobe.models.entry import GATED, on_the_hub
 from qprobe.models.family import BARE_TOWER, SIDE_BY_SIDE, Family
+from qprobe.models.published import unsloth_loader
 
 FAMILY = Family(
     architectures=("PaliGemmaForConditionalGeneration",),
@@ -15,5 +16,6 @@ FAMILY = Family(
         ("paligemma", "google/paligemma-3b-pt-224", "paligemma-3b"),
         ("paligemma-3b", "google/paligemma-3b-pt-224", "paligemma-3b"),
         ("paligemma2-3b", "google/paligemma2-3b-pt-224", "paligemma2-3b"),
+        published=(unsloth_loader("vision_tower", "multi_modal_projector"),),
     ),
 )

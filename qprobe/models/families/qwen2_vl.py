@@ -5,6 +5,7 @@ from __future__ import annotations
 from qprobe.models.entry import OPEN, PublishedSize, on_the_hub
 from qprobe.models.family import MERGER, VLLM_FUSED, Engine, Family
 from qprobe.models.grid import grid_of_thw
+from qprobe.models.published import unsloth_loader
 
 _QWEN2_VL = "Qwen2VLForConditionalGeneration"
 _BLOG = "https://unsloth.ai/blog/dynamic-4bit"
@@ -30,6 +31,7 @@ FAMILY = Family(
             OPEN,
             (_2B, "Qwen/Qwen2-VL-2B", _2B),
             ("qwen2-vl-2b-instruct", "Qwen/Qwen2-VL-2B-Instruct", _2B),
+            published=(unsloth_loader("visual"),),
             sizes=(
                 PublishedSize("16-bit", 4.11, _BLOG),
                 PublishedSize("nf4", 1.36, _BLOG),
@@ -43,6 +45,7 @@ FAMILY = Family(
             ("qwen2-vl-7b-instruct", "Qwen/Qwen2-VL-7B-Instruct", "qwen2-vl-7b"),
             ("qwen2-vl-72b", "Qwen/Qwen2-VL-72B", "qwen2-vl-72b"),
             ("qwen2-vl-72b-instruct", "Qwen/Qwen2-VL-72B-Instruct", "qwen2-vl-72b"),
+            published=(unsloth_loader("visual"),),
         ),
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qprobe.models.entry import OPEN, on_the_hub
 from qprobe.models.family import LANGUAGE, PROJECTOR, VISION, VLLM_FUSED, Engine, Family
 from qprobe.models.grid import grid_of_thw
+from qprobe.models.published import unsloth_loader
 
 FAMILY = Family(
     architectures=("Qwen3VLMoeForConditionalGeneration",),
@@ -33,5 +34,6 @@ FAMILY = Family(
             (alias, "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3-vl-30b-a3b")
             for alias in ("qwen3-vl-30b-a3b", "qwen3-vl-30b-a3b-instruct")
         ),
+        published=(unsloth_loader("visual"),),
     ),
 )
