@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qprobe.calibration.columns import (
+from qprobe.calibration.columns.grid import nf4_grid
+from qprobe.calibration.columns.rounding import (
     best_scales,
     inverse,
-    nf4_grid,
     round_columns,
     searched_scales,
     spread,

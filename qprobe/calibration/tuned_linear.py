@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qprobe.calibration.columns import inverse, nf4_grid
+from qprobe.calibration.columns.grid import nf4_grid
+from qprobe.calibration.columns.rounding import inverse
 from qprobe.formats.nf4 import PackedNf4
 from qprobe.measure.experts.routing import owned
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qprobe.checkpoint.experts import four_bit
 from qprobe.checkpoint.verify import ExpectedLayer
 from qprobe.errors import ManifestError
 from qprobe.formats.codes_file import CodesReader, open_codes
 from qprobe.formats.nf4 import StoredNf4
-from qprobe.loading.experts import four_bit
 
 # Of the energy of a weight as loaded: calibration moves it by a few percent, another model's weight by 200 %.
 MOST_CHANGE = 0.5

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from qprobe.checkpoint.codes import keep_codes_as_stored, put_calibrated
+from qprobe.checkpoint.experts import four_bit
+from qprobe.checkpoint.experts.packed import load_packed
 from qprobe.checkpoint.hub import MANIFEST_FILE, fetched, manifest_in
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
@@ -20,8 +22,6 @@ from qprobe.checkpoint.verify import ExpectedLayer, expected_layer, expected_lay
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
 from qprobe.formats.codes_file import checked
 from qprobe.loading.device import pick_device
-from qprobe.loading.experts import four_bit
-from qprobe.loading.experts.packed import load_packed
 from qprobe.loading.inventory import refuse_rewriting
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.pretrained import check_files, load_pretrained, refuse_quantized
@@ -286,9 +286,9 @@ def _quantization(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[Expec
         ),
     }
     if any(p.is_experts for p in expected):
-        return four_bit.experts_config(
-            [p.name for p in expected if p.is_four_bit and p.is_experts], **options
-        )
+        from qprobe.checkpoint.experts.quantizer import ExpertsConfig
+
+        return ExpertsConfig([p.name for p in expected if p.is_four_bit and p.is_experts], **options)
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**options)

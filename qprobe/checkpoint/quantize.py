@@ -21,6 +21,7 @@ from torch import nn
 from qprobe.checkpoint.auditing.audit import audit_files
 from qprobe.checkpoint.auditing.loaded import loaded_problems
 from qprobe.checkpoint.card import model_card
+from qprobe.checkpoint.experts.four_bit import four_bit_experts
 from qprobe.checkpoint.hub import MANIFEST_FILE, push, refuse_to_push
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, with_dtype
 from qprobe.checkpoint.matching import check_keys
@@ -28,7 +29,6 @@ from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError
 from qprobe.exports.config_format import refused_by_others
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
-from qprobe.loading.experts.four_bit import four_bit_experts
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton

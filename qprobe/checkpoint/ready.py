@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qprobe.checkpoint.experts.four_bit import four_bit_experts
 from qprobe.errors import ModelError
 from qprobe.exports.keys import one_pattern
-from qprobe.loading.experts.four_bit import four_bit_experts
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.inventory import linear_modules
 from qprobe.models.adapting import Adapted, adapted, refuse_experts

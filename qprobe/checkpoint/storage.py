@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qprobe.loading.experts.four_bit import four_bit_experts
+from qprobe.checkpoint.experts.four_bit import four_bit_experts
 
 
 @dataclass(frozen=True)

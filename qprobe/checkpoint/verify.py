@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qprobe.checkpoint.experts.four_bit import codes_of_experts, four_bit_experts
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import VerificationError
-from qprobe.loading.experts.four_bit import codes_of_experts, four_bit_experts
 from qprobe.loading.experts.weights import expert_weight, expert_weights, form_of
 from qprobe.manifest.records import Manifest
 from qprobe.records import FormatSpec, Uncovered

@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qprobe.demo.folder import demo_folder
 from qprobe.errors import MachineError
 
 WEIGHTS = "model.safetensors"
@@ -116,8 +117,6 @@ def _file_name(module: str) -> str:
 
 def write_outliers(folder: Path) -> Path:
     """Writes the model with its processor into `folder`, which `from_pretrained` then loads."""
-    from qprobe.demo import demo_folder
-
     source = demo_folder()
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
@@ -127,14 +126,15 @@ def write_outliers(folder: Path) -> Path:
     return folder
 
 
-def cached_outliers(source: Path) -> Path:
-    """The model's folder in the user's cache, written on the first call only.
+def outliers_folder() -> Path:
+    """The folder of `demo-outliers`, made in the user's cache on first use.
 
-    source: the demo's folder; its files and the table above make the key, so a new demo makes a new
-    folder. Raises MachineError if the cache cannot be written.
+    It holds the demo's weights after an exact re-parameterization: known ground truth for tests, not
+    a naturally trained model. The demo's files and the table above make the key, so a new demo makes a
+    new folder. Raises MachineError if the cache cannot be written.
     """
     root = _cache_root()
-    target = root / f"demo-outliers-{_key(source)}"
+    target = root / f"demo-outliers-{_key(demo_folder())}"
     if target.is_dir():
         return target
     try:

@@ -163,7 +163,7 @@ def catalogue_config(entry: Entry) -> Any:
 
     config = read_geometry(entry.geometry).config
     if config is None:
-        from qprobe.demo import demo_folder
+        from qprobe.demo.folder import demo_folder
 
         return AutoConfig.from_pretrained(demo_folder(), trust_remote_code=False)
     # transformers fills the dictionaries that it is given, and these are cached.

@@ -39,40 +39,15 @@ def resolve(model: str, trusts_code: bool = False) -> Source:
     trusts_code: see `Source`. Raises ModelError if it is none of them, or an alias and the name of a
     checkpoint's folder here.
     """
-    if not isinstance(model, str):
-        raise ModelError(
-            f"The model is of type {type(model).__name__}, where weights are read from files. Save it with "
-            "save_pretrained, its processor too, and pass the folder."
-        )
-    if not model.strip():
-        raise ModelError("The model is an empty name. Pass a folder, a hub id (owner/name) or a known name.")
+    _refuse_no_name(model)
     folder = Path(model).expanduser()
     entry = find(model)
-    if _is_checkpoint(folder) and entry is not None and entry.alias == model.lower():
-        elsewhere = f"pass {entry.hub_id}" if entry.hub_id else "run the command from another folder"
-        raise ModelError(
-            f"{model!r} is both a model that qprobe knows and a folder with a model here. Pass ./{model} for "
-            f"the folder; for the known model {elsewhere}."
-        )
     if folder.is_dir() and (entry is None or _is_checkpoint(folder)):
-        _refuse_irregular(folder)
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"Folder {model} holds no config.json, so it is no model. Pass the checkpoint's folder."
-            )
-        if (folder / _ADAPTER).exists():
-            raise ModelError(
-                f"Folder {model} holds an adapter ({_ADAPTER}) beside its model, which transformers would "
-                "put into it. Merge it first, or move its files into a folder of their own."
-            )
-        return Source(folder.resolve().name, str(folder), trusts_code=trusts_code)
-    if entry is not None and entry.hub_id is None:
-        from qprobe.demo import demo_folder, outliers_folder
-
-        embedded = {"demo": demo_folder, "demo-outliers": outliers_folder}
-        return Source(entry.alias, str(embedded[entry.alias]()))
-    if entry is not None and entry.hub_id is not None:
-        return Source(entry.hub_id, entry.hub_id, trusts_code=trusts_code)
+        if entry is not None and entry.alias == model.lower():
+            raise _two_of_that_name(model, entry)
+        return _of_folder(model, folder, trusts_code)
+    if entry is not None:
+        return _of_entry(entry, trusts_code)
     if folder.parent.is_dir() and folder.parent.name and not folder.exists():
         raise ModelError(
             f"There is a folder {folder.parent} here, but none in it called {folder.name!r}. Pass the "
@@ -86,6 +61,48 @@ def resolve(model: str, trusts_code: bool = False) -> Source:
         f"No model {model!r}: it is no folder, no hub id (owner/name) and none of the {len(entries())} known "
         f"names. {meant} `qprobe models` lists what is known."
     )
+
+
+def _refuse_no_name(model: object) -> None:
+    if not isinstance(model, str):
+        raise ModelError(
+            f"The model is of type {type(model).__name__}, where weights are read from files. Save it with "
+            "save_pretrained, its processor too, and pass the folder."
+        )
+    if not model.strip():
+        raise ModelError("The model is an empty name. Pass a folder, a hub id (owner/name) or a known name.")
+
+
+def _two_of_that_name(model: str, entry: Entry) -> ModelError:
+    elsewhere = f"pass {entry.hub_id}" if entry.hub_id else "run the command from another folder"
+    return ModelError(
+        f"{model!r} is both a model that qprobe knows and a folder with a model here. Pass ./{model} for "
+        f"the folder; for the known model {elsewhere}."
+    )
+
+
+def _of_folder(model: str, folder: Path, trusts_code: bool) -> Source:
+    _refuse_irregular(folder)
+    if not _is_checkpoint(folder):
+        raise ModelError(
+            f"Folder {model} holds no config.json, so it is no model. Pass the checkpoint's folder."
+        )
+    if (folder / _ADAPTER).exists():
+        raise ModelError(
+            f"Folder {model} holds an adapter ({_ADAPTER}) beside its model, which transformers would "
+            "put into it. Merge it first, or move its files into a folder of their own."
+        )
+    return Source(folder.resolve().name, str(folder), trusts_code=trusts_code)
+
+
+def _of_entry(entry: Entry, trusts_code: bool) -> Source:
+    if entry.hub_id is not None:
+        return Source(entry.hub_id, entry.hub_id, trusts_code=trusts_code)
+    from qprobe.demo.folder import demo_folder
+    from qprobe.demo.outliers import outliers_folder
+
+    embedded = {"demo": demo_folder, "demo-outliers": outliers_folder}
+    return Source(entry.alias, str(embedded[entry.alias]()))
 
 
 def _refuse_irregular(folder: Path) -> None:

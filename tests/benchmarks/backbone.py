@@ -36,8 +36,8 @@ from transformers import (
     MllamaProcessor,
 )
 
-from qprobe.demo import demo_folder
 from qprobe.demo.evaluate import RECORD, record_evaluation
+from qprobe.demo.folder import demo_folder
 from qprobe.demo.tokens import IMAGE
 from qprobe.demo.tokens import processor as demo_processor
 from qprobe.demo.train import IGNORED, Pace, Recipe, answer_losses, batches, compile_layers, learning_rate

@@ -205,9 +205,9 @@ def child_write(bench: Bench) -> dict[str, Any]:
 def child_load(bench: Bench) -> dict[str, Any]:
     import torch
 
+    from qprobe.checkpoint.experts.four_bit import four_bit_experts
     from qprobe.checkpoint.load import load_dynamic_4bit
     from qprobe.checkpoint.storage import stored_bytes
-    from qprobe.loading.experts.four_bit import four_bit_experts
     from qprobe.measure.memory import peak_bytes
 
     device = torch.device(bench.options.device)

@@ -45,7 +45,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 
 ROOMS = ("measure", "calibration", "selection", "runs", "checkpoint", "data")
 ROOT = Path(__file__).parents[2]
-GPU_ONLY = ("columns_cuda.py",)
+GPU_ONLY = ("cuda.py",)
 RUNS = ("named", "quick", "slow")  # in this order; the first is of files that are named after the module
 PATIENCE = 3.0  # times the seconds of the same tests without a change, and a minute
 # anyio, which a library imports, is a plugin as well.

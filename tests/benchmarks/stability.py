@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import qprobe
-from qprobe.demo import demo_folder, outliers_folder
 from qprobe.demo.evaluate import greedy_answers, score
+from qprobe.demo.folder import demo_folder
+from qprobe.demo.outliers import outliers_folder
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.options import Base
 from qprobe.records import Sample, asked

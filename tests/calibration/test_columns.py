@@ -10,11 +10,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from qprobe.calibration.columns import (
+from qprobe.calibration.columns.grid import nf4_grid
+from qprobe.calibration.columns.rounding import (
     LEAF,
     best_scales,
     fused_kernels,
-    nf4_grid,
     one_by_one,
     round_columns,
     searched_scales,
@@ -84,8 +84,9 @@ def test_scales_are_searched_under_the_costs_of_each_layer():
 
 KERNEL = """
 import torch
-from qprobe.calibration.columns import best_scales, nf4_grid, round_columns
-from qprobe.calibration.columns_cuda import best_scales as fused_search, round_columns as fused
+from qprobe.calibration.columns.grid import nf4_grid
+from qprobe.calibration.columns.rounding import best_scales, round_columns
+from qprobe.calibration.columns.cuda import best_scales as fused_search, round_columns as fused
 from tests.calibration.reference import rounded_columns
 from tests.calibration.test_columns import SHAPES, agree, case, layers
 grid = nf4_grid(torch.device("cpu"))

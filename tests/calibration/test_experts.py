@@ -19,10 +19,10 @@ from qprobe.calibration.experts.gram import at_once, gathered_experts
 from qprobe.calibration.experts.rounding import FEWEST_TOKENS, TRANSPOSED, rounded_experts
 from qprobe.calibration.gram import Gram
 from qprobe.calibration.room import check_limit
+from qprobe.checkpoint.experts.four_bit import codes_of_experts
 from qprobe.formats.codes_file import open_codes
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import PAD
-from qprobe.loading.experts.four_bit import codes_of_experts
 from qprobe.manifest.read import read_manifest
 from qprobe.measure.attribution import walking
 from qprobe.records import Sample, asked

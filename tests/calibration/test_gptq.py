@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from qprobe.calibration import codes
 from qprobe.calibration.codes import Readers, calibrate, calibrate_together, packed_codes, workspace_bytes
-from qprobe.calibration.columns import nf4_grid, searched_scales
+from qprobe.calibration.columns.grid import nf4_grid
+from qprobe.calibration.columns.rounding import searched_scales
 from qprobe.calibration.gptq import Metrics, choose_codes, metric_of, output_error, shrunk
 from qprobe.formats.nf4 import Nf4
 from tests.calibration.reference import bitsandbytes_thresholds, brute_force, unpacked

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from qprobe.calibration import tuning
 from qprobe.calibration.codes import unpacked_codes
-from qprobe.calibration.columns import nf4_grid
+from qprobe.calibration.columns.grid import nf4_grid
 from qprobe.calibration.damage import split_samples
 from qprobe.calibration.tuned_linear import TunedLinear, nearest_codes, units_of
 from qprobe.calibration.tuning import tune

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qprobe.demo import demo_folder
 from qprobe.demo.evaluate import greedy_answers
+from qprobe.demo.folder import demo_folder
 from qprobe.demo.outliers import write_outliers
 from qprobe.demo.scenes import HELD_OUT_SEED, scenes
 from qprobe.records import Sample

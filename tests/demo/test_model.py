@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoProcessor
 
-from qprobe.demo import demo_folder
 from qprobe.demo.evaluate import greedy_answers, inputs, score, score_by_kind
+from qprobe.demo.folder import demo_folder
 from qprobe.demo.scenes import STYLES, scenes
 from qprobe.demo.tokens import chat
 from qprobe.demo.train import Recipe, Shape, batches, learning_rate, run

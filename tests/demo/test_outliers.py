@@ -10,9 +10,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
-import qprobe.demo
 from qprobe.demo.evaluate import inputs, score
-from qprobe.demo.outliers import PLANTED, planted_layers
+from qprobe.demo.outliers import PLANTED, outliers_folder, planted_layers
 from qprobe.demo.scenes import CALIBRATION_SEED, scenes
 from qprobe.errors import MachineError
 from qprobe.inputs.batch import Batch
@@ -181,10 +180,10 @@ def test_planted_layers_head_the_ranking_by_attribution(subject: Subject, calibr
 
 def test_the_cached_folder_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = qprobe.demo.outliers_folder()
+    first = outliers_folder()
     assert first.parent == tmp_path / "qprobe"
     written = (first / "model.safetensors").stat().st_mtime_ns
-    assert qprobe.demo.outliers_folder() == first
+    assert outliers_folder() == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
     assert [f.name for f in first.parent.iterdir()] == [first.name]  # no temporary folder is left
     assert not (first / "training.json").exists()
@@ -192,13 +191,13 @@ def test_the_cached_folder_is_written_once(tmp_path: Path, monkeypatch: pytest.M
 
 def test_another_table_makes_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = qprobe.demo.outliers_folder()
+    first = outliers_folder()
     monkeypatch.setattr("qprobe.demo.outliers.PLANTED", PLANTED[:1])
-    assert qprobe.demo.outliers_folder() != first
+    assert outliers_folder() != first
 
 
 def test_a_cache_that_cannot_be_written_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(MachineError, match="XDG_CACHE_HOME"):
-        qprobe.demo.outliers_folder()
+        outliers_folder()

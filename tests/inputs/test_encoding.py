@@ -12,7 +12,7 @@ import torch
 from qprobe.data.conversation import Conversation
 from qprobe.data.reasons import Refused
 from qprobe.data.turns import samples_of
-from qprobe.demo import demo_folder
+from qprobe.demo.folder import demo_folder
 from qprobe.errors import SampleError
 from qprobe.inputs.batch import prompt_text, tokenizer_of
 from qprobe.inputs.encoding import (

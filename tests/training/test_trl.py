@@ -14,7 +14,7 @@ from PIL import Image
 
 import qprobe
 from qprobe.data import sampling
-from qprobe.demo import demo_folder
+from qprobe.demo.folder import demo_folder
 from qprobe.demo.scenes import TRAINING_SEED, scenes
 from qprobe.errors import SampleError
 from qprobe.loading.processor import load_processor

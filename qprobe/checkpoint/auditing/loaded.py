@@ -10,13 +10,13 @@ from torch import nn
 
 from qprobe.checkpoint.auditing.found import AuditedLayer
 from qprobe.checkpoint.codes import keep_codes_as_stored
+from qprobe.checkpoint.experts.four_bit import as_bitsandbytes, four_bit_experts
+from qprobe.checkpoint.experts.packed import load_packed
 from qprobe.checkpoint.plain import load_plainly
 from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import verify
 from qprobe.errors import ModelError, VerificationError
 from qprobe.loading.device import pick_device
-from qprobe.loading.experts.four_bit import as_bitsandbytes, four_bit_experts
-from qprobe.loading.experts.packed import load_packed
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.pretrained import incomplete
 from qprobe.loading.processor import load_processor

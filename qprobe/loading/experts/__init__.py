@@ -1,1 +1,1 @@
-"""Fused weights of experts: which there are, and how they are loaded in 4-bit."""
+"""Fused weights of experts: which there are, and where they lie in a checkpoint."""

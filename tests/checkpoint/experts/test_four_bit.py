@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qprobe.checkpoint.auditing.audit import audit
+from qprobe.checkpoint.experts.four_bit import codes_of_experts, four_bit_experts
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.checkpoint.verify import verify
 from qprobe.errors import ModelError, QprobeError, VerificationError
-from qprobe.loading.experts.four_bit import codes_of_experts, four_bit_experts
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.reference import load_reference
 from qprobe.manifest.read import read_manifest

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from qprobe.checkpoint.experts.four_bit import read_states
 from qprobe.loading.config import model_class
-from qprobe.loading.experts.four_bit import read_states
 from qprobe.loading.pretrained import REPORT, refuse_incomplete
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import explained
@@ -23,7 +23,7 @@ def load_packed(skeleton: Skeleton, experts: Sequence[str], place: torch.device)
     place: the device. transformers loads all but the quantization states of experts. Raises ModelError for
     tensors that the files lack.
     """
-    from qprobe.loading.experts import quantizer  # transformers knows it once it is imported
+    from qprobe.checkpoint.experts import quantizer  # transformers knows it once it is imported
 
     source, config = skeleton.source, copy.deepcopy(skeleton.config)
     given: dict[str, Any] = config.quantization_config

@@ -1,4 +1,4 @@
-"""The loops of `qprobe.calibration.columns` as kernels, in Triton, which comes with PyTorch for CUDA.
+"""The loops of `rounding.py` as kernels, in Triton, which comes with PyTorch for CUDA.
 
 A program has 32 rows of one layer. To round columns it has a thread for each row and keeps their errors in
 registers; nothing passes between threads. The loops would launch five small kernels a column, of which an 11B
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qprobe.calibration.columns import RATIOS, Grid
+from qprobe.calibration.columns.grid import RATIOS, Grid
 
 ROWS = 32  # a warp
 
@@ -52,7 +52,7 @@ def _round(
 def round_columns(
     base: Tensor, own: Tensor, scales: Tensor, coupling: Tensor, widths: tuple[int, ...], grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """What `qprobe.calibration.columns.round_columns` gives; `base` stays as it is."""
+    """What `rounding.round_columns` gives; `base` stays as it is."""
     width, rows = base.shape
     assert width % len(scales) == 0
     assert base.stride(1) == own.stride(1) == scales.stride(1) == 1 or rows == 1
@@ -106,7 +106,7 @@ def _search(
 
 
 def best_scales(values: Tensor, costs: Tensor, widths: tuple[int, ...], grid: Grid) -> Tensor:
-    """What `qprobe.calibration.columns.best_scales` gives, but for the order in which sums are taken."""
+    """What `rounding.best_scales` gives, but for the order in which sums are taken."""
     size, rows = values.shape
     assert values.stride(1) == 1 or rows == 1
     found = torch.empty(rows, dtype=torch.float32, device=values.device)

@@ -12,8 +12,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from qprobe.checkpoint.experts.four_bit import METHOD, put_state, quantized
 from qprobe.errors import ModelError
-from qprobe.loading.experts.four_bit import METHOD, put_state, quantized
 from qprobe.system.log_filters import Remark, without_remarks
 from qprobe.system.wording import named
 

@@ -1,7 +1,7 @@
 """Experts in 4-bit in a model that transformers loads, each through a parametrization of bitsandbytes.
 
-transformers converts linears only. Its loader is open to other quantizers, though: the one here has it
-quantize fused weights of experts as it reads them, one at a time, and leaves linears to transformers' own.
+transformers converts linears only. Its loader is open to other quantizers, though: that of `quantizer.py`
+rounds fused weights of experts as they are read, one at a time, and leaves linears to transformers' own.
 """
 
 from __future__ import annotations
@@ -21,19 +21,8 @@ METHOD = "bitsandbytes_with_experts"
 """What transformers knows the quantizer here by, while it loads."""
 
 
-def experts_config(experts: Sequence[str], **options: Any) -> Any:
-    """A quantization config with which transformers loads the parameters `experts` in 4-bit as well.
-
-    options: of BitsAndBytesConfig.
-    """
-    from qprobe.loading.experts import quantizer
-
-    config: Any = quantizer.ExpertsConfig
-    return config(experts=tuple(experts), **options)
-
-
 def as_bitsandbytes(model: Any) -> None:
-    """Lets `model`, loaded with `experts_config`, say what it is to others: one of bitsandbytes."""
+    """Lets `model`, loaded with `ExpertsConfig`, say what it is to others: one of bitsandbytes."""
     from transformers import BitsAndBytesConfig
     from transformers.utils.quantization_config import QuantizationMethod
 
