@@ -234,23 +234,17 @@ class MergeOptions(ModelOptions, SampleOptions):
         check_types(self)
 
 
-@dataclass(frozen=True)
-class FinetuneOptions:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(ModelOptions, DataOptions):
     """What `finetune` was asked, as typed; its docstring says what each means."""
 
-    manifest: Path
+    manifest: AskedPath = field(kw_only=False)
     data: Any
-    out: Path
+    out: AskedPath
     base: Base = "dynamic"
     model: str | None = None
-    device: str | None = None
-    dtype: Dtype | None = None
     eval_data: Any = None
     held_out: float = 0.1
-    turns: Turns = "each"
-    split: str | None = None
-    bad_data: BadData = "refuse"
-    allow_downloads: bool = False
     steps: int | None = None
     epochs: float = 1.0
     rank: int = 16
@@ -265,7 +259,7 @@ class FinetuneOptions:
     distill: int = 0
     save_every: int = 50
     seed: int = 0
-    trust_remote_code: bool = False
+    progress: Progress = no_progress
 
     def __post_init__(self) -> None:
         check_types(self)

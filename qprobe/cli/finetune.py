@@ -3,143 +3,112 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.options.declared import PATH
+from qprobe.cli.options.declared import NOT_NEGATIVE, PATH, POSITIVE, option, options
 from qprobe.cli.options.model import adapt_option, device_option, dtype_option, trust_option
 from qprobe.cli.options.samples import data_help, data_options
 from qprobe.cli.output.speaking import say
-from qprobe.options import FOR, Base, Optimizer
+from qprobe.options import FOR, FinetuneOptions
 from qprobe.system.processes import shard_from
 from qprobe.system.wording import counted
 
-_POSITIVE = click.IntRange(min=1)
-_OPTIONS = (
-    click.option(
-        "--data",
-        type=PATH,
-        required=True,
-        metavar="FILE",
-        help=data_help("Conversations"),
-    ),
-    click.option("--out", type=PATH, required=True, metavar="DIR", help="Folder for the adapter."),
-    click.option(
-        "--base",
-        type=click.Choice(get_args(Base)),
-        default="dynamic",
-        show_default=True,
+_OPTIONS = options(
+    option(FinetuneOptions, "data", type=PATH, metavar="FILE", help=data_help("Conversations")),
+    option(FinetuneOptions, "out", metavar="DIR", help="Folder for the adapter."),
+    option(
+        FinetuneOptions,
+        "base",
         help="What the adapter goes on: the model in 16-bit, in standard 4-bit, or as F lists it.",
     ),
-    click.option(
-        "--model",
+    option(
+        FinetuneOptions,
+        "model",
         metavar="M",
         help="Where the 16-bit weights are: known name, hub id or folder.  [default: the model F names]",
     ),
-    click.option("--eval-data", type=PATH, metavar="FILE", help="Lines to evaluate on, never trained on."),
-    click.option(
-        "--held-out",
+    option(
+        FinetuneOptions,
+        "eval_data",
+        type=PATH,
+        metavar="FILE",
+        help="Lines to evaluate on, never trained on.",
+    ),
+    option(
+        FinetuneOptions,
+        "held_out",
         type=click.FloatRange(0, 1, max_open=True),
-        default=0.1,
-        show_default=True,
         metavar="SHARE",
         help="Without --eval-data: share of the lines that is evaluated and not trained on.",
     ),
     data_options,
-    click.option(
-        "--steps", type=_POSITIVE, metavar="N", help="Optimizer steps.  [default: as many as --epochs takes]"
+    option(
+        FinetuneOptions,
+        "steps",
+        type=POSITIVE,
+        metavar="N",
+        help="Optimizer steps.  [default: as many as --epochs takes]",
     ),
-    click.option(
-        "--epochs",
-        type=float,
-        default=1.0,
-        show_default=True,
-        metavar="X",
-        help="Passes over the data; instead of --steps.",
-    ),
-    click.option(
-        "--rank", type=_POSITIVE, default=16, show_default=True, metavar="N", help="Of the adapters."
-    ),
-    click.option(
-        "--learning-rate",
-        type=float,
-        default=2e-4,
-        show_default=True,
+    option(FinetuneOptions, "epochs", metavar="X", help="Passes over the data; instead of --steps."),
+    option(FinetuneOptions, "rank", type=POSITIVE, metavar="N", help="Of the adapters."),
+    option(
+        FinetuneOptions,
+        "learning_rate",
         metavar="X",
         help="Highest one; it rises for 5 % of the steps and then falls to 0.",
     ),
-    click.option(
-        "--batch-size",
-        type=_POSITIVE,
-        default=1,
-        show_default=True,
-        metavar="N",
-        help="Lines that run at once.",
-    ),
-    click.option(
-        "--accumulation", type=_POSITIVE, default=4, show_default=True, metavar="N", help="Batches per step."
-    ),
-    click.option(
-        "--max-length",
-        type=_POSITIVE,
-        default=2048,
-        show_default=True,
+    option(FinetuneOptions, "batch_size", type=POSITIVE, metavar="N", help="Lines that run at once."),
+    option(FinetuneOptions, "accumulation", type=POSITIVE, metavar="N", help="Batches per step."),
+    option(
+        FinetuneOptions,
+        "max_length",
+        type=POSITIVE,
         metavar="N",
         help="Longest line in tokens, image included; a longer one is bad data, never cut.",
     ),
-    click.option(
-        "--optimizer",
-        type=click.Choice(get_args(Optimizer)),
+    option(
+        FinetuneOptions,
+        "optimizer",
         help="[default: adamw_8bit on CUDA; adamw_torch on a CPU, for which there is no 8-bit one]",
     ),
     adapt_option("Where adapters go"),
-    click.option(
-        "--start",
-        type=click.Choice(["zero", "corrected"]),
-        default="zero",
-        show_default=True,
+    option(
+        FinetuneOptions,
+        "start",
         help="Begin at nothing, or at what calibrated 4-bit leaves of each weight (scan --keep-correction).",
     ),
-    click.option(
-        "--distill",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
+    option(
+        FinetuneOptions,
+        "distill",
+        type=NOT_NEGATIVE,
         metavar="N",
         help="Steps before the first one in which the adapter learns to answer as the 16-bit model does.",
     ),
-    click.option(
-        "--for",
+    option(
+        FinetuneOptions,
         "for_tool",
         type=click.Choice(FOR),
         help="Tool that will serve the adapter: what it serves none on is left out and named.",
     ),
-    click.option(
-        "--save-every",
-        type=_POSITIVE,
-        default=50,
-        show_default=True,
+    option(
+        FinetuneOptions,
+        "save_every",
+        type=POSITIVE,
         metavar="N",
         help="Steps between two checkpoints, each with an evaluation.",
     ),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
+    option(
+        FinetuneOptions,
+        "seed",
+        type=NOT_NEGATIVE,
         metavar="N",
         help="Of the adapters, the order of the lines and the held-out ones.",
     ),
 )
-
-
-def _options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
 
 
 @shared.command(
@@ -149,7 +118,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     short_help="QLoRA on the dynamic model.",
 )
 @click.argument("manifest", type=PATH, metavar="F")
-@_options
+@_OPTIONS
 @device_option
 @dtype_option("the manifest's")
 @trust_option

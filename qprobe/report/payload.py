@@ -54,21 +54,8 @@ def page_data(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifes
             "format": asdict(scan.format),
             "damage": {"what": damage.what, "name": damage.name, "unit": damage.unit},
             "precisions": {"four_bit": scan.format.four_bit_name, "sixteen_bit": SIXTEEN_BIT.name},
-            "bytes": {
-                "standard": scan.inventory.standard_4bit_bytes,
-                "full": scan.inventory.total_bytes(frozenset(x.name for x in scan.inventory.layers)),
-            },
-            "measures": [
-                {
-                    "column": x.name,
-                    "error": x.error_name,
-                    "name": x.label,
-                    "unit": x.unit,
-                    "what": _what(run, x),
-                }
-                for x in columns()
-                if x.is_shown and table[x.name].notna().any()
-            ],
+            "bytes": _bytes(scan),
+            "measures": _measures(run, table),
             "panels": _panels(table),
             "layers": _layers(run, scan, table, worst, frontier),
             "samples": {name: _sample(sample) for name, sample in shown.items() if name in used},
@@ -110,6 +97,23 @@ def plain(value: Any) -> Any:
         return None
     scalar = value.item() if hasattr(value, "item") else value
     return None if isinstance(scalar, float) and not isfinite(scalar) else scalar
+
+
+def _bytes(scan: Scan) -> dict[str, int]:
+    """Of the model with every layer in 4-bit, and with every layer in 16-bit."""
+    return {
+        "standard": scan.inventory.standard_4bit_bytes,
+        "full": scan.inventory.total_bytes(frozenset(x.name for x in scan.inventory.layers)),
+    }
+
+
+def _measures(run: RunFolder, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The columns that are shown and were measured."""
+    return [
+        {"column": x.name, "error": x.error_name, "name": x.label, "unit": x.unit, "what": _what(run, x)}
+        for x in columns()
+        if x.is_shown and table[x.name].notna().any()
+    ]
 
 
 def _what(run: RunFolder, column: Column) -> str:

@@ -101,15 +101,8 @@ def parse_options(options: ScanOptions) -> ScanRequest:
     _check_measures(measures)
     _check_score(options.by, measures)
     _check_bound(skiplist, measures)
-    if limit is not None and device.kind == SPREAD:
-        raise QprobeError(
-            f"--max-memory keeps a scan to one GPU, and --device {SPREAD} takes all. Leave out one of them."
-        )
+    _check_excluding(options, device)
     _check_calibration(options)
-    if options.check is not None and options.out is not None:
-        raise QprobeError(
-            "--check measures a run again and writes nothing, so --out does not apply. Leave it out."
-        )
     _check_ablate(ablate, measures)
     pick_device(device.one)
     if measures.is_weight_alone:
@@ -148,6 +141,18 @@ def _as_given(options: ScanOptions, loaded: LoadedModel | None) -> ScanOptions:
         data=data_of(rows),
         measures=names_of(options.measures),
     )
+
+
+def _check_excluding(options: ScanOptions, device: AskedDevice) -> None:
+    """Raises QprobeError for two options of which each leaves the other nothing to do."""
+    if options.max_memory is not None and device.kind == SPREAD:
+        raise QprobeError(
+            f"--max-memory keeps a scan to one GPU, and --device {SPREAD} takes all. Leave out one of them."
+        )
+    if options.check is not None and options.out is not None:
+        raise QprobeError(
+            "--check measures a run again and writes nothing, so --out does not apply. Leave it out."
+        )
 
 
 def _check_calibration(options: ScanOptions) -> None:
