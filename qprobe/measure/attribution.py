@@ -71,7 +71,8 @@ class Path:
     """The straight path between a model (alpha = 0) and its all-4-bit form (alpha = 1).
 
     modules: the linears that are quantized. dtype: in which the path is walked; open `walking` around it.
-    room_bytes: what a backward pass may keep to run faster, see `checkpointed_blocks`.
+    room_bytes: what a backward pass may keep to run faster, see `checkpointed_blocks`. shared: names of those
+    that read rows which belong to no sample.
     """
 
     model: Any
@@ -79,6 +80,7 @@ class Path:
     dequantized: DequantizedWeights
     dtype: torch.dtype
     room_bytes: int = ROOM_BYTES
+    shared: frozenset[str] = frozenset()
 
     @cached_property
     def readout(self) -> Readout:
@@ -131,7 +133,7 @@ class Path:
 
         def forward(name: str, product: Product, x: Tensor) -> Tensor:
             x = x.to(self.dtype)
-            if not samples_apart(product, x, batch.size):
+            if name in self.shared or not samples_apart(product, x, batch.size):
                 return times(product, x, self.dequantized.between(name, alpha, self.dtype))
             if name not in steps:
                 steps[name] = torch.zeros(batch.size, device=x.device, requires_grad=True)

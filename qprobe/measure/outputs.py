@@ -70,7 +70,8 @@ class OutputErrors:
 
     doubled: the inputs hold the samples twice (see the module's first lines).
     quantized: names of the linears that run in 4-bit in the second half (not the fixed ones).
-    ran: the layers in execution order. apart: those of them that read rows which belong to no sample.
+    shared: names of layers known to read rows that belong to no sample, see `SharedRows`.
+    ran: the layers in execution order. apart: those of them that read such rows.
     """
 
     batch: Batch
@@ -78,6 +79,7 @@ class OutputErrors:
     dequantized: DequantizedWeights
     quantized: frozenset[str]
     doubled: bool
+    shared: frozenset[str] = frozenset()
     norms: dict[str, list[Norms]] = field(default_factory=dict)
     experts: dict[str, list[ExpertNorms]] = field(default_factory=dict)
     ran: dict[str, None] = field(default_factory=dict)
@@ -86,7 +88,8 @@ class OutputErrors:
     def forward(self, name: str, product: Product, x: Tensor) -> Tensor:
         """The layer's output; the norms of its errors are noted on the way."""
         self.ran[name] = None
-        if not samples_apart(product, x, self.batch.size * (2 if self.doubled else 1)):
+        halves = 2 if self.doubled else 1
+        if name in self.shared or not samples_apart(product, x, self.batch.size * halves):
             self.apart.add(name)
             return times(product, x, self.dequantized.own(name).to(x.dtype))
         own = self.dequantized.own(name).to(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -12,7 +13,7 @@ import torch
 from qprobe.formats.protocol import Format
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import Ends, Path, attribute, rows_by_sample, walking
-from qprobe.measure.experts.routing import Product, times
+from qprobe.measure.experts.routing import Product, times, tokens_read
 from qprobe.measure.hooks import LayerForward, replaced_forwards
 from qprobe.measure.kl import KlSums, in_four_bit, read_out, rows_of
 from qprobe.measure.outputs import OutputErrors, output_rows, run_model
@@ -79,16 +80,12 @@ def halves_are_independent(subject: Subject, batch: Batch) -> bool:
     """
     once, twice = Counter[str](), Counter[str]()
     errors = OutputErrors(batch, subject.layers, subject.dequantized, subject.quantized, doubled=True)
-
-    def own(name: str, product: Product, x: torch.Tensor) -> torch.Tensor:
-        return times(product, x, subject.dequantized.own(name).to(x.dtype))
-
     with torch.inference_mode():
-        with replaced_forwards(subject.modules, counted(once, own)):
+        with replaced_forwards(subject.modules, counted(once, partial(_own, subject))):
             alone = _rows(subject, batch)
         with replaced_forwards(subject.modules, counted(twice, errors.forward)):
             both = _rows(subject, batch.repeated(2))
-    if any(twice[name] != 2 * rows for name, rows in once.items()):
+    if subject.shared.note(once, twice):
         return False
     energy = sum(float(x.double().square().sum()) for x in alone)
     leaked, caused = (
@@ -99,12 +96,27 @@ def halves_are_independent(subject: Subject, batch: Batch) -> bool:
     return leaked <= max(rounding * energy, 0.01 * caused)
 
 
-def counted(rows: Counter[str], forward: LayerForward) -> LayerForward:
-    """`forward`, which adds to `rows` how many rows each linear layer reads."""
+def shared_layers(subject: Subject, batch: Batch) -> frozenset[str]:
+    """Names of the layers that read rows which belong to no sample; the first call may run `batch` twice."""
+    if subject.shared.names is None:
+        once, twice = Counter[str](), Counter[str]()
+        with torch.no_grad():
+            for rows, given in ((once, batch), (twice, batch.repeated(2))):
+                with replaced_forwards(subject.modules, counted(rows, partial(_own, subject))):
+                    run_model(subject.model, given)
+        return subject.shared.note(once, twice)
+    return subject.shared.names
+
+
+def _own(subject: Subject, name: str, product: Product, x: torch.Tensor) -> torch.Tensor:
+    return times(product, x, subject.dequantized.own(name).to(x.dtype))
+
+
+def counted(tokens: Counter[str], forward: LayerForward) -> LayerForward:
+    """`forward`, which adds to `tokens` how many each layer reads."""
 
     def counting(name: str, product: Product, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(product, torch.nn.Linear):
-            rows[name] += x.numel() // x.shape[-1]
+        tokens[name] += tokens_read(product, x)
         return forward(name, product, x)
 
     return counting
@@ -127,9 +139,9 @@ def observe(subject: Subject, measures: Measures, batch: Batch) -> dict[str, pd.
 
     Samples without answer tokens get outputs but no KL and no sensitivity.
     """
-    path = subject.path
-    batch = batch.in_dtype(path.dtype)
-    with walking(path):
+    batch = batch.in_dtype(subject.path.dtype)
+    with walking(subject.path):
+        path = _path(subject, batch)
         rows, logits = observe_outputs(subject, batch, measures)
         frames = {"outputs": rows}
         if measures.sensitivity:
@@ -152,10 +164,15 @@ def _observe_damage(
 
 def observe_isolated(subject: Subject, _measures: Measures, batch: Batch) -> dict[str, pd.DataFrame]:
     """The unit frame `ISOLATED` of one batch: each linear's isolated KL, in the dtype of the path."""
-    path = subject.path
-    batch = batch.in_dtype(path.dtype)
-    with walking(path):
+    batch = batch.in_dtype(subject.path.dtype)
+    with walking(subject.path):
+        path = _path(subject, batch)
         return {ISOLATED.name: rows_by_sample(path.readout, batch, path.isolated_kl(batch))}
+
+
+def _path(subject: Subject, batch: Batch) -> Path:
+    """The path of `subject`, which knows the layers whose rows belong to no sample."""
+    return replace(subject.path, shared=shared_layers(subject, batch))
 
 
 def isolated_half(samples: Iterable[Sample]) -> frozenset[str]:
@@ -179,7 +196,12 @@ def observe_outputs(
     measured, of the all-4-bit model, one tensor per sample; none for a model without a readout.
     """
     errors = OutputErrors(
-        batch, subject.layers, subject.dequantized, subject.quantized, doubled=measures.propagated
+        batch,
+        subject.layers,
+        subject.dequantized,
+        subject.quantized,
+        doubled=measures.propagated,
+        shared=shared_layers(subject, batch),
     )
     given = batch.repeated(2) if measures.propagated else batch
     with torch.no_grad(), replaced_forwards(subject.modules, errors.forward):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +39,22 @@ ROOM_SHARE = 10  # of a memory limit, one part may be what blocks keep so as not
 INPUTS_SHARE = 50  # and one of these, what the processor made of samples
 
 
+@dataclass
+class SharedRows:
+    """Which layers read rows that belong to no sample, as DeBERTa's read one table of positions for all.
+
+    Their number may well divide by that of the samples. What tells them is that a batch twice as large has
+    no more of them. names: None until that was seen.
+    """
+
+    names: frozenset[str] | None = None
+
+    def note(self, once: Counter[str], twice: Counter[str]) -> frozenset[str]:
+        """The names, from how many rows each layer reads of a batch and of the same batch doubled."""
+        self.names = frozenset(name for name, rows in once.items() if twice[name] != 2 * rows)
+        return self.names
+
+
 @dataclass(frozen=True)
 class Subject:
     """One loaded reference under measurement.
@@ -47,7 +64,7 @@ class Subject:
     processed: what the processor makes of samples, each held while there is room.
     limit: of the memory it may take; None where all of it is on the device.
     release: called with a parameter that was read from the host, and is not needed soon.
-    halving: of batches that memory does not suffice for.
+    halving: of batches that memory does not suffice for. shared: which layers read rows of no sample.
     """
 
     reference: Reference
@@ -59,6 +76,7 @@ class Subject:
     limit: MemoryLimit | None = None
     release: Callable[[Tensor], None] = lambda _: None
     halving: Halving = field(default_factory=Halving)
+    shared: SharedRows = field(default_factory=SharedRows)
 
     @property
     def model(self) -> Any:

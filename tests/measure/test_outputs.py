@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,8 +17,8 @@ from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums
 from qprobe.measure.outputs import split_by_sample
-from qprobe.measure.runner import halves_are_independent, kl_rows, observe_outputs
-from qprobe.measure.subject import subject_of
+from qprobe.measure.runner import halves_are_independent, kl_rows, observe, observe_outputs
+from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import error_sums, weight_rows
 from qprobe.records import FormatSpec, Sample, asked
 from qprobe.runs.key import Measures
@@ -113,8 +114,9 @@ def test_a_model_whose_samples_see_each_other_is_noticed(case: CaseOf) -> None:
         handle.remove()
 
 
-def test_a_layer_whose_rows_are_not_those_of_samples_is_noticed(tmp_path: Path) -> None:
-    # DeBERTa projects one table of relative positions for all samples.
+@pytest.fixture
+def deberta(tmp_path: Path) -> Subject:
+    """DeBERTa, which projects one table of 128 relative positions for all samples."""
     config = DebertaV2Config(
         vocab_size=tiny.VOCAB,
         hidden_size=32,
@@ -128,8 +130,21 @@ def test_a_layer_whose_rows_are_not_those_of_samples_is_noticed(tmp_path: Path) 
     recipe = tiny.Recipe("DebertaV2Model", lambda: config, tiny.encoder_tokenizer)
     found = load_reference(str(tiny.write_recipe(recipe, "deberta", tmp_path / "model")), "cpu")
     found.model.float()
-    subject = subject_of(found, FormatSpec())
-    assert not halves_are_independent(subject, subject.encode((Sample("a", asked("a red bag")),)))
+    return subject_of(found, FormatSpec())
+
+
+def test_a_layer_whose_rows_are_not_those_of_samples_is_noticed(deberta: Subject) -> None:
+    assert not halves_are_independent(deberta, deberta.encode((Sample("a", asked("a red bag")),)))
+
+
+def test_shared_rows_are_no_samples_rows_although_their_number_divides(deberta: Subject) -> None:
+    samples = tuple(Sample(f"{i}", asked("a red bag")) for i in range(2))  # 128 rows divide by 2
+    frames = observe(deberta, replace(MEASURES, propagated=False, sensitivity=True), deberta.encode(samples))
+    rows = frames["outputs"].set_index("layer")
+    tables = {name for name in rows.index if ".pos_" in name}
+    assert len(tables) == 2 and rows.loc[rows["tokens"].isna()].index.unique().tolist() == sorted(tables)
+    measured = set(frames["sensitivity"].dropna()["layer"])
+    assert measured == set(rows.index) - tables
 
 
 def test_nonfinite_pairs_are_counted_and_not_summed() -> None:

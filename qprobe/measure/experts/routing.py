@@ -99,10 +99,15 @@ def _by_expert(product: Routed, x: Tensor, weight: Tensor, turned: bool) -> Tens
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1 if turned else 2])
 
 
+def tokens_read(product: Product, x: Tensor) -> int:
+    """How many tokens the product reads: its rows, or those that are routed to its experts."""
+    return x.numel() // x.shape[-1] if isinstance(product, nn.Linear) else product.routing.tokens
+
+
 def samples_apart(product: Product, x: Tensor, count: int) -> bool:
-    """True if the rows of `count` samples can be told apart."""
-    rows = x.numel() // x.shape[-1] if isinstance(product, nn.Linear) else product.routing.tokens
-    return rows > 0 and rows % count == 0
+    """True if what the product reads can be cut into `count` equal shares, one for each sample."""
+    tokens = tokens_read(product, x)
+    return tokens > 0 and tokens % count == 0
 
 
 def by_sample(product: Product, values: Tensor, count: int) -> Tensor:
