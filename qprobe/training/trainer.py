@@ -80,8 +80,22 @@ def make_trainer(
     processes: int,
 ) -> Trainer:
     """The Trainer of one run: nothing is reported anywhere, checkpoints go to `checkpoints`."""
-    train, held_out = list(lines.train), list(lines.held_out)
     on_cpu = next(model.parameters()).device.type == "cpu"
+    trainer = Trainer(
+        model=model,
+        args=_arguments(options, lines, checkpoints, on_cpu, processes),
+        train_dataset=list(lines.train),  # pyright: ignore[reportArgumentType]  # any sized sequence will do
+        eval_dataset=list(lines.held_out) or None,  # pyright: ignore[reportArgumentType]
+        data_collator=encode,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
+    return trainer
+
+
+def _arguments(
+    options: FinetuneOptions, lines: Lines, checkpoints: Path, on_cpu: bool, processes: int
+) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=options.batch_size,
@@ -91,16 +105,16 @@ def make_trainer(
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(WARMUP * _steps(options, len(train), processes)),
+        warmup_steps=math.ceil(WARMUP * _steps(options, len(lines.train), processes)),
         optim=lines.spec["optimizer"],
         # Weights keep their dtypes: adapters are float32 and cast by themselves, so there is no autocast.
         bf16=False,
         fp16=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if held_out else "no",
+        eval_strategy="steps" if lines.held_out else "no",
         eval_steps=options.save_every,
-        eval_on_start=bool(held_out),
+        eval_on_start=bool(lines.held_out),
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=options.save_every,
@@ -115,16 +129,7 @@ def make_trainer(
         disable_tqdm=True,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # the Trainer would spread the model over all GPUs it sees
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,  # pyright: ignore[reportArgumentType]  # any sized sequence will do
-        eval_dataset=held_out or None,  # pyright: ignore[reportArgumentType]
-        data_collator=encode,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
-    return trainer
+    return arguments
 
 
 def with_its_steps(
