@@ -12,7 +12,7 @@ from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions, names_o
 GIVEN = {
     ScanOptions: ScanOptions("demo"),
     CompareOptions: CompareOptions(Path("skiplist.json")),
-    FinetuneOptions: FinetuneOptions(Path("skiplist.json"), Path("a.jsonl"), Path("out")),
+    FinetuneOptions: FinetuneOptions("skiplist.json", data="a.jsonl", out="out"),
 }
 
 

@@ -9,7 +9,6 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,25 +25,14 @@ from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
-from qprobe.manifest.records import Manifest, moved
+from qprobe.manifest.records import moved
 from qprobe.manifest.write import write_manifest
-from qprobe.options import (
-    DEFAULT_ADAPT,
-    BadData,
-    Base,
-    Dtype,
-    FinetuneOptions,
-    Optimizer,
-    Progress,
-    Start,
-    Turns,
-    data_of,
-    no_progress,
-)
+from qprobe.options import FinetuneOptions, data_of, no_progress, path_of, takes
 from qprobe.system.devices import parse_device
 from qprobe.system.files import write_atomic
 from qprobe.system.log_filters import Remark
 from qprobe.training.alone import CHECKPOINTS, alone_in, check_out, last_checkpoint, start_record
+from qprobe.training.asked import Training
 from qprobe.training.bases import (
     BASE_WEIGHTS,
     MANIFEST_FILE,
@@ -61,9 +49,16 @@ from qprobe.training.result import Finetuned, card
 from qprobe.training.rows import Lines, check_batches, encodable, learnable, split
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
 from qprobe.training.starts.corrected import correction_of, start_corrected
-from qprobe.training.starts.distilled import FEWEST, Lesson, distil, lessons_of
-from qprobe.training.together import Group, together
-from qprobe.training.trainer import Watch, check_adapter, make_trainer, with_its_steps
+from qprobe.training.starts.distilled import FEWEST, Distilled, Lesson, distil, lessons_of
+from qprobe.training.together import together
+from qprobe.training.trainer import (
+    Watch,
+    check_adapter,
+    has_last_loss,
+    losses_of,
+    make_trainer,
+    with_its_steps,
+)
 
 # Of tokenizers whose files name a length; lines that --max-length refuses are named one by one.
 TOO_LONG = Remark(
@@ -73,39 +68,9 @@ TOO_LONG = Remark(
 )
 
 
+@takes(FinetuneOptions)
 @quiet_models(TOO_LONG)
-def finetune(
-    manifest: str | Path,
-    *,
-    data: Any,
-    out: str | Path,
-    base: Base = "dynamic",
-    model: str | None = None,
-    device: str | None = None,
-    dtype: Dtype | None = None,
-    eval_data: Any = None,
-    held_out: float = 0.1,
-    turns: Turns = "each",
-    split: str | None = None,
-    bad_data: BadData = "refuse",
-    allow_downloads: bool = False,
-    steps: int | None = None,
-    epochs: float = 1.0,
-    rank: int = 16,
-    learning_rate: float = 2e-4,
-    batch_size: int = 1,
-    accumulation: int = 4,
-    max_length: int = 2048,
-    optimizer: Optimizer | None = None,
-    adapt: str = DEFAULT_ADAPT,
-    for_tool: str | None = None,
-    start: Start = "zero",
-    distill: int = 0,
-    save_every: int = 50,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    progress: Progress = no_progress,
-) -> Finetuned:
+def finetune(options: FinetuneOptions) -> Finetuned:
     """The run that trained an adapter; `out` has the adapter with manifest, processor and record.
 
     Run again with the same arguments after an interruption, it goes on from the last checkpoint.
@@ -135,65 +100,31 @@ def finetune(
     number of processes in steps of the same lines. Where the batches of a pass over the data do not divide
     among the processes, its first lines are seen once more.
     """
-    options = FinetuneOptions(
-        manifest=Path(manifest),
-        data=data_of(data),
-        out=Path(out),
-        base=base,
-        model=model,
-        device=device,
-        dtype=dtype,
-        eval_data=data_of(eval_data),
-        held_out=held_out,
-        turns=turns,
-        split=split,
-        bad_data=bad_data,
-        allow_downloads=allow_downloads,
-        steps=steps,
-        epochs=epochs,
-        rank=rank,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        max_length=max_length,
-        optimizer=optimizer,
-        adapt=adapt,
-        for_tool=for_tool,
-        start=start,
-        distill=distill,
-        save_every=save_every,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
-    return run_finetuning(options, progress)
-
-
-def run_finetuning(options: FinetuneOptions, progress: Progress) -> Finetuned:
-    """`finetune` as `options` ask."""
-    manifest = read_manifest(options.manifest)
-    check_options(options, manifest)
+    path, out = path_of(options.manifest), path_of(options.out)
+    manifest = read_manifest(path)
+    check_options(options, manifest, path.parent)
+    data, eval_data = data_of(options.data), data_of(options.eval_data)
     with together(os.environ, parse_device(options.device)) as group, ExitStack() as stack:
-        asked = replace(options, device=str(group.device) or None)
-        shown = progress if group.is_first else no_progress
+        progress = options.progress if group.is_first else no_progress
+        asked = Training(options, manifest, path.parent, data, eval_data, out, group, progress)
         skeleton = check_model(manifest, options.model, options.trust_remote_code)
         refuse_without_answers(skeleton.model)
         peft = peft_library()
-        lines = group.from_first(lambda: _checked(asked, skeleton, manifest, stack, shown))
-        return _finetune(asked, skeleton, manifest, lines, peft, group, shown)
+        lines = group.from_first(lambda: _checked(asked, skeleton, stack))
+        return _finetune(asked, skeleton, lines, peft)
 
 
-def _checked(
-    options: FinetuneOptions, skeleton: Skeleton, manifest: Manifest, stack: ExitStack, progress: Progress
-) -> Lines:
+def _checked(asked: Training, skeleton: Skeleton, stack: ExitStack) -> Lines:
     """What is trained on, before weights are loaded; until `stack` ends the folder is ours."""
-    spec = asked_spec(options, manifest)
-    check_out(options.out, spec)
-    found = [learnable(x, options, progress) for x in (options.data, options.eval_data) if x is not None]
+    options, manifest, progress = asked.options, asked.manifest, asked.progress
+    spec = asked_spec(options, asked.device, manifest)
+    check_out(asked.out, spec)
+    found = [learnable(x, options, progress) for x in (asked.data, asked.eval_data) if x is not None]
     spec |= {"data": texts_digest(found[0]), "images": images_digest(found)}
     if len(found) > 1:
         spec["eval_data"] = texts_digest(found[1])
-    stack.enter_context(alone_in(options.out))
-    check_out(options.out, spec)
+    stack.enter_context(alone_in(asked.out))
+    check_out(asked.out, spec)
     processor = load_processor(source_of(manifest, options.model, options.trust_remote_code))
     if processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer, so no text can be learned. Add its files.")
@@ -207,71 +138,48 @@ def _checked(
     check_batches(train, options.batch_size, processor, dtype)
     # The fingerprint knows names and shapes alone; another checkpoint of the architecture has it too.
     spec[BASE_WEIGHTS] = base_digest(manifest, options.model)
-    check_out(options.out, spec)
+    check_out(asked.out, spec)
     skipped = tuple(sentence for one in checked for sentence in one.sentences())
     notes = tuple(dict.fromkeys(note for one in checked for note in one.notes))
     return Lines(spec, train, held_out, skipped, notes)
 
 
-def _finetune(
-    options: FinetuneOptions,
-    skeleton: Skeleton,
-    manifest: Manifest,
-    lines: Lines,
-    peft: Any,
-    group: Group,
-    progress: Progress,
-) -> Finetuned:
+def _finetune(asked: Training, skeleton: Skeleton, lines: Lines, peft: Any) -> Finetuned:
     """The run on `lines`, in a folder that no other run trains into."""
-    is_new = group.from_first(lambda: last_checkpoint(options.out / CHECKPOINTS)) is None
-    lessons = _lessons(options, manifest, skeleton, lines) if options.distill and is_new else []
-    tuned, processor, left_out = _with_adapters(options, skeleton, manifest, peft)
-    distilled = None
-    if lessons:
-        distilled = distil(tuned, lessons, options.distill, options.accumulation, options.seed, progress)
+    manifest, group = asked.manifest, asked.group
+    is_new = group.from_first(lambda: last_checkpoint(asked.out / CHECKPOINTS)) is None
+    lessons = _lessons(asked, skeleton, lines) if asked.options.distill and is_new else []
+    tuned, processor, left_out = _with_adapters(asked, skeleton, peft)
+    distilled = _distilled(asked, tuned, lessons)
     begun = Record(
         "running",
         manifest.model.fingerprint,
         lines.spec,
-        model=model_folder(manifest, options.model),
+        model=model_folder(manifest, asked.options.model),
         processes=group.size,
     )
-    record = group.from_first(lambda: start_record(options.out, begun))
-    asked, said = with_its_steps(options, record.processes, group.size)
-
-    def train(now: FinetuneOptions) -> dict[str, Any]:
-        return _train(now, tuned, processor, lines, group, progress)
-
-    with disk_explained(options.out), loss_explained(options.out):
-        # Where memory runs out in one of several processes, the others wait for its gradients in vain.
-        result, smaller = in_smaller_batches(asked, tuned, train) if group.size == 1 else (train(asked), ())
+    record = group.from_first(lambda: start_record(asked.out, begun))
+    result, other_batches = _trained(asked, tuned, processor, lines, record.processes)
     done = Finetuned(
-        out=options.out,
-        base=options.base,
+        out=asked.out,
+        base=asked.options.base,
         fingerprint=manifest.model.fingerprint,
         skipped=lines.skipped,
         notes=lines.notes,
         left_out=left_out,
-        other_batches=(*said, *smaller),
+        other_batches=other_batches,
         processes=group.size,
         distilled=distilled,
         **result,
     )
-
-    def finish() -> None:
-        with disk_explained(options.out):
-            _finish(options, tuned, processor, manifest, record, done)
-
-    group.from_first(finish)  # the others go on once all is written
+    group.from_first(lambda: _finish(asked, tuned, processor, record, done))  # the others wait for it
     return done
 
 
-def _with_adapters(
-    options: FinetuneOptions, skeleton: Skeleton, manifest: Manifest, peft: Any
-) -> tuple[Any, Any, tuple[str, ...]]:
+def _with_adapters(asked: Training, skeleton: Skeleton, peft: Any) -> tuple[Any, Any, tuple[str, ...]]:
     """(peft model at its start, processor, a sentence per reason for which layers have no adapter)."""
-    device, folder = parse_device(options.device), options.manifest.parent
-    loaded, processor = open_base(manifest, folder, options.base, skeleton, device, options.dtype)
+    options, manifest, folder = asked.options, asked.manifest, asked.folder
+    loaded, processor = open_base(manifest, folder, options.base, skeleton, asked.device, options.dtype)
     model = ready_for_training(loaded)
     torch.manual_seed(options.seed)
     targets = adapted_linears(model, options.adapt, options.for_tool)
@@ -290,10 +198,10 @@ def _with_adapters(
     return tuned, processor, targets.notes()
 
 
-def _lessons(options: FinetuneOptions, manifest: Manifest, skeleton: Skeleton, lines: Lines) -> list[Lesson]:
+def _lessons(asked: Training, skeleton: Skeleton, lines: Lines) -> list[Lesson]:
     """What the 16-bit model, which is gone again afterwards, answers on as many lines as distilling takes."""
-    device = parse_device(options.device)
-    model, processor = open_base(manifest, None, "16-bit", skeleton, device, options.dtype)
+    options = asked.options
+    model, processor = open_base(asked.manifest, None, "16-bit", skeleton, asked.device, options.dtype)
     most = max(FEWEST, options.distill * options.accumulation * options.batch_size)
     shuffled = random.Random(options.seed).sample(lines.train, min(most, len(lines.train)))
     size = options.batch_size
@@ -307,25 +215,45 @@ def _lessons(options: FinetuneOptions, manifest: Manifest, skeleton: Skeleton, l
     return lessons
 
 
-def _train(
-    options: FinetuneOptions,
-    tuned: Any,
-    processor: Any,
-    lines: Lines,
-    group: Group,
-    progress: Progress,
-) -> dict[str, Any]:
+def _distilled(asked: Training, tuned: Any, lessons: list[Lesson]) -> Distilled | None:
+    """What the adapter of `tuned` learned from the 16-bit model's answers; None without `lessons`."""
+    if not lessons:
+        return None
+    options = asked.options
+    return distil(tuned, lessons, options.distill, options.accumulation, options.seed, asked.progress)
+
+
+def _trained(
+    asked: Training, tuned: Any, processor: Any, lines: Lines, began_with: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(fields of `Finetuned` that training decides, a sentence per reason for other batches than asked for).
+
+    began_with: how many processes the run had when it began.
+    """
+    options, said = with_its_steps(asked.options, began_with, asked.group.size)
+
+    def train(now: FinetuneOptions) -> dict[str, Any]:
+        return _train(replace(asked, options=now), tuned, processor, lines)
+
+    with disk_explained(asked.out), loss_explained(asked.out):
+        # Where memory runs out in one of several processes, the others wait for its gradients in vain.
+        if asked.group.size > 1:
+            return train(options), said
+        result, smaller = in_smaller_batches(options, tuned, train)
+        return result, (*said, *smaller)
+
+
+def _train(asked: Training, tuned: Any, processor: Any, lines: Lines) -> dict[str, Any]:
     """Runs the Trainer; the fields of `Finetuned` that it decides."""
-    dtype = tuned.get_base_model().dtype
-    device = next(tuned.parameters()).device
-    checkpoints = options.out / CHECKPOINTS
-    watch = Watch(progress)
+    group, device = asked.group, next(tuned.parameters()).device
+    dtype, decoder = tuned.get_base_model().dtype, layout_of(tuned.get_base_model()).decoder
+    checkpoints, watch = asked.out / CHECKPOINTS, Watch(asked.progress)
     trainer = make_trainer(
         tuned,
-        options,
+        asked.options,
         lines,
         checkpoints,
-        lambda rows: encode_conversations(processor, rows, dtype, layout_of(tuned.get_base_model()).decoder),
+        lambda rows: encode_conversations(processor, rows, dtype, decoder),
         # Every process comes to the same losses; the first one says what is wrong with them.
         [watch] if group.is_first else [],
         group.size,
@@ -337,45 +265,33 @@ def _train(
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    log = trainer.state.log_history
-    if lines.held_out and not any("eval_loss" in x and x["step"] == trainer.state.global_step for x in log):
+    if lines.held_out and not has_last_loss(trainer):
         trainer.evaluate()
     if group.is_first:
         check_adapter(tuned, watch)
-    evaluations = tuple((x["step"], x["eval_loss"]) for x in log if "eval_loss" in x)
     return {
-        "steps": trainer.state.global_step,
+        **losses_of(trainer),
         "resumed_from": None if resume is None else int(resume.name.rpartition("-")[2]),
         "trained_lines": len(lines.train),
         "held_out_lines": len(lines.held_out),
         "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         "optimizer": lines.spec["optimizer"],
-        "eval_loss_before": evaluations[0][1] if evaluations else None,
-        "eval_loss": evaluations[-1][1] if evaluations else None,
-        "history": tuple((x["step"], x["loss"]) for x in log if "loss" in x),
-        "eval_history": evaluations,
         "seconds": time.perf_counter() - start,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
 
 
-def _finish(
-    options: FinetuneOptions,
-    tuned: Any,
-    processor: Any,
-    manifest: Manifest,
-    record: Record,
-    done: Finetuned,
-) -> None:
+def _finish(asked: Training, tuned: Any, processor: Any, record: Record, done: Finetuned) -> None:
     """The adapter and what belongs to it; the record that calls it finished is written last."""
-    out = options.out
+    out, manifest = asked.out, asked.manifest
     # So that the adapter loads again. peft would look the name up on the hub to see whether the vocabulary
     # grew, which it cannot have.
     tuned.peft_config["default"].base_model_name_or_path = record.model or manifest.model.id
-    tuned.save_pretrained(out, save_embedding_layers=False)
-    write_atomic(out / "README.md", card(manifest, done).encode())
-    save_processor(processor, out)
-    write_manifest(out / MANIFEST_FILE, moved(manifest, options.manifest.parent, out))
-    result = {key: value for key, value in done.to_json().items() if key != "out"}
-    write_record(out, replace(record, status="finished", result=result))
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    with disk_explained(out):
+        tuned.save_pretrained(out, save_embedding_layers=False)
+        write_atomic(out / "README.md", card(manifest, done).encode())
+        save_processor(processor, out)
+        write_manifest(out / MANIFEST_FILE, moved(manifest, asked.folder, out))
+        result = {key: value for key, value in done.to_json().items() if key != "out"}
+        write_record(out, replace(record, status="finished", result=result))
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from qprobe.errors import ModelError, QprobeError
@@ -13,8 +14,8 @@ from qprobe.options import FinetuneOptions
 from qprobe.training.starts.corrected import correction_of
 
 
-def check_options(options: FinetuneOptions, manifest: Manifest) -> None:
-    """Raises QprobeError for numbers that no run can be made of."""
+def check_options(options: FinetuneOptions, manifest: Manifest, folder: Path) -> None:
+    """Raises QprobeError for numbers that no run can be made of. folder: where the manifest lies."""
     for name, value in (("epochs", options.epochs), ("learning-rate", options.learning_rate)):
         if not (isfinite(value) and value > 0):
             raise QprobeError(f"--{name} {value:g} makes no training. Pass a number above 0.")
@@ -44,7 +45,7 @@ def check_options(options: FinetuneOptions, manifest: Manifest) -> None:
                 f"--start corrected repairs what calibrated 4-bit leaves, and --base is {options.base}. "
                 "Leave one of them out."
             )
-        with correction_of(manifest, options.manifest.parent):
+        with correction_of(manifest, folder):
             pass
     most = _highest_rank(manifest, options)
     if options.rank > most:

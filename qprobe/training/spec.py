@@ -16,17 +16,17 @@ from qprobe.errors import MachineError
 from qprobe.loading.device import pick_device
 from qprobe.manifest.records import Manifest
 from qprobe.options import FinetuneOptions, Optimizer
-from qprobe.system.devices import parse_device
+from qprobe.system.devices import AskedDevice
 
 _NOT_ASKED = (  # what decides nothing, or is told by digests of what was read
     "manifest", "data", "eval_data", "out", "model", "device", "save_every", "optimizer", "allow_downloads",
-    "trust_remote_code",
+    "trust_remote_code", "progress",
 )  # fmt: skip
 
 
-def asked_spec(options: FinetuneOptions, manifest: Manifest) -> dict[str, Any]:
+def asked_spec(options: FinetuneOptions, on: AskedDevice, manifest: Manifest) -> dict[str, Any]:
     """Everything that decides the adapter, in JSON values; two runs with equal specs may share a folder."""
-    device = pick_device(parse_device(options.device))
+    device = pick_device(on)
     if (device.index or 0) > 0:
         raise MachineError(
             f"transformers' Trainer works on the first GPU it sees, not on {device}. Set "

@@ -132,6 +132,25 @@ def _arguments(
     return arguments
 
 
+def has_last_loss(trainer: Trainer) -> bool:
+    """True if the held-out lines were evaluated at the step where training ended."""
+    state = trainer.state
+    return any("eval_loss" in x and x["step"] == state.global_step for x in state.log_history)
+
+
+def losses_of(trainer: Trainer) -> dict[str, Any]:
+    """The fields of `Finetuned` that tell the steps and their losses."""
+    log = trainer.state.log_history
+    evaluations = tuple((x["step"], x["eval_loss"]) for x in log if "eval_loss" in x)
+    return {
+        "steps": trainer.state.global_step,
+        "eval_loss_before": evaluations[0][1] if evaluations else None,
+        "eval_loss": evaluations[-1][1] if evaluations else None,
+        "history": tuple((x["step"], x["loss"]) for x in log if "loss" in x),
+        "eval_history": evaluations,
+    }
+
+
 def with_its_steps(
     options: FinetuneOptions, began_with: int, processes: int
 ) -> tuple[FinetuneOptions, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from qprobe.options import FinetuneOptions
 from qprobe.training import alone
 from qprobe.training.faults import disk_explained, in_smaller_batches
 
-ASKED = FinetuneOptions(Path("skiplist.json"), Path("train.jsonl"), Path("out"), batch_size=6, accumulation=2)
+ASKED = FinetuneOptions("skiplist.json", data="train.jsonl", out="out", batch_size=6, accumulation=2)
 full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 
 

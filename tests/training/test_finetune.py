@@ -34,7 +34,7 @@ BASES = ("16-bit", "nf4", "dynamic")
 
 
 def finetune(asked: FinetuneOptions, progress: Progress = no_progress) -> Finetuned:
-    return library.finetune(**vars(asked), progress=progress)
+    return library.finetune(**{**vars(asked), "progress": progress})
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def asked(tiny_folder: Any, tmp_path: Path) -> FinetuneOptions:
     write_manifest(tmp_path / "skiplist.json", manifest_for(folder, every_third(folder)))
     write_data(tmp_path / "train.jsonl", 5)
     return FinetuneOptions(
-        tmp_path / "skiplist.json", tmp_path / "train.jsonl", tmp_path / "out", model=str(folder),
+        tmp_path / "skiplist.json", data=tmp_path / "train.jsonl", out=tmp_path / "out", model=str(folder),
         device="cpu", steps=4, accumulation=2, learning_rate=2e-2, rank=4, max_length=128, save_every=2,
     )  # fmt: skip
 

@@ -84,24 +84,24 @@ def test_the_adapter_starts_at_the_kept_factors(rank: int, run: Path, tiny_folde
 def test_what_is_no_correction_of_these_weights_is_one_sentence(run: Path, tmp_path: Path):
     manifest = read_manifest(run / "skiplist.json")
     assert manifest.codes is not None
-    asked = FinetuneOptions(run / "skiplist.json", None, tmp_path / "out", start="corrected", rank=2)
-    check_options(asked, manifest)
+    asked = FinetuneOptions(run / "skiplist.json", data=None, out=tmp_path / "out", start="corrected", rank=2)
+    check_options(asked, manifest, run)
     with pytest.raises(QprobeError, match="--base is nf4"):
-        check_options(replace(asked, base="nf4"), manifest)
+        check_options(replace(asked, base="nf4"), manifest, run)
     with pytest.raises(ManifestError, match="needs calibrated weights"):
-        check_options(asked, replace(manifest, codes=None))
+        check_options(asked, replace(manifest, codes=None), run)
     other = replace(manifest, codes=replace(manifest.codes, sha256="0" * 64))
     with pytest.raises(ManifestError, match="of other calibrated weights"):
-        check_options(asked, other)
+        check_options(asked, other, run)
     path = run / "correction.safetensors"
     before, data = sha256_of(path), path.read_bytes()
     try:
         path.write_bytes(data[:-1])
         with pytest.raises(ManifestError, match="is damaged"):
-            check_options(asked, manifest)
+            check_options(asked, manifest, run)
         path.unlink()
         with pytest.raises(ManifestError, match="keeps no correction"):
-            check_options(asked, manifest)
+            check_options(asked, manifest, run)
     finally:
         path.write_bytes(data)
     assert sha256_of(path) == before

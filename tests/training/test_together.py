@@ -147,7 +147,7 @@ def test_batches_that_do_not_divide_are_refused(found):
     from qprobe.options import FinetuneOptions
     from qprobe.training.trainer import with_its_steps
 
-    asked = FinetuneOptions(Path("f"), None, Path("out"), accumulation=3)
+    asked = FinetuneOptions(Path("f"), data=None, out=Path("out"), accumulation=3)
     assert with_its_steps(asked, 4, 2) == (replace(asked, accumulation=6), with_its_steps(asked, 4, 2)[1])
     with pytest.raises(
         RunError, match="began with 1 process and 3 batches per step, which do not divide among 2"
