@@ -286,9 +286,10 @@ def _quantization(skeleton: Skeleton, spec: FormatSpec, expected: Sequence[Expec
         ),
     }
     if any(p.is_experts for p in expected):
-        from qprobe.checkpoint.experts.quantizer import ExpertsConfig
+        from qprobe.checkpoint.experts import quantizer
 
-        return ExpertsConfig([p.name for p in expected if p.is_four_bit and p.is_experts], **options)
+        config: Any = quantizer.ExpertsConfig  # the decorator that registers it hides its type
+        return config([p.name for p in expected if p.is_four_bit and p.is_experts], **options)
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**options)
