@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
 
 import psutil
 import torch
@@ -12,6 +10,7 @@ import torch
 from qprobe.calibration.codes import workspace_bytes
 from qprobe.calibration.gram import SharedInput, gram_bytes
 from qprobe.measure.subject import Subject
+from qprobe.system.processes import even_runs
 
 MOST_MEMORY = 4 * 2**30  # by default: more saves few passes, and rounding needs room beside it
 MOST_RECORDED = 6 * 2**30  # what blocks of an 11B are called with for 32 images; to fetch it takes longer
@@ -105,9 +104,7 @@ def shares(subject: Subject, inputs: Sequence[SharedInput], world: int) -> list[
     """The numbers of `inputs` in `world` runs that take about as long to round, by matrix products."""
     rows = [sum(subject.modules[name].out_features for name in one.names) for one in inputs]
     costs = [count * one.in_features**2 for count, one in zip(rows, inputs, strict=True)]
-    until = list(accumulate(costs, initial=0))
-    cuts = [bisect_left(until, until[-1] * part / world) for part in range(world)]
-    return [range(*ends) for ends in pairwise([*cuts, len(inputs)])]
+    return even_runs(costs, world)
 
 
 def _held(subject: Subject, inputs: Iterable[SharedInput]) -> int:

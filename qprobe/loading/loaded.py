@@ -161,7 +161,7 @@ def loaded_reference(
     Raises MachineError for a device that is not here.
     """
     shell: Any = meta_model(skeleton.config, skeleton.dtype)
-    place = next(loaded.model.parameters()).device if device == BEST else pick_device(device)
+    place = next(loaded.model.parameters()).device if device.kind is None else pick_device(device)
     _share_parameters(shell, loaded.model, place)
     _copy_tensors(shell, loaded.model, place)
     if hasattr(loaded.model, "generation_config"):

@@ -111,9 +111,12 @@ def _layout(skeleton: Skeleton, asked: AskedDevice, place: torch.device) -> dict
     asked: the device that the user named. Raises MachineError if all GPUs together are too few.
     """
     alone: dict[str, Any] = {"device_map": {"": place}}
-    if not asked.may_be_all or place.type != "cuda" or torch.cuda.device_count() < 2:
+    if not asked.may_be_all or place.type != "cuda":
         return alone
-    needed, free = needed_bytes(skeleton.model), free_bytes()
-    if asked == BEST and not is_too_large(needed, free):
+    cards = asked.cards or tuple(range(torch.cuda.device_count()))
+    if len(cards) < 2:
+        return alone
+    needed, free = needed_bytes(skeleton.model), free_bytes(cards)
+    if asked.kind is None and not is_too_large(needed, free, cards[0]):
         return alone
     return {"device_map": "auto", "max_memory": room_for_weights(needed, free)}

@@ -6,7 +6,8 @@ runs as one that is not, a part after the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -24,9 +25,9 @@ ROOM_BYTES = 10 * GIB
 LEAST_ROOM_BYTES = 2 * GIB
 
 
-def free_bytes() -> dict[int, int]:
-    """Free memory of each CUDA device that this process sees, by its number."""
-    return {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
+def free_bytes(cards: Iterable[int]) -> dict[int, int]:
+    """Free memory of each of these CUDA devices, by its number."""
+    return {i: torch.cuda.mem_get_info(i)[0] for i in cards}
 
 
 def needed_bytes(model: nn.Module) -> int:
@@ -71,6 +72,21 @@ def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
     return tuple(dict.fromkeys(p.device for p in model.parameters()))
 
 
+def devices_for(shard: Shard, asked: AskedDevice) -> AskedDevice:
+    """The device `asked` for as a scan takes it: a model may be spread over the GPUs of this process.
+
+    Where the processes of a machine are fewer than its GPUs, each has as many for itself, those of lower
+    LOCAL_RANK the first. Else as of `device_of`, with its errors.
+    """
+    if shard.local is None or shard.local_world is None or not asked.may_be_all:
+        return device_of(shard, asked)
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    each = seen // shard.local_world
+    if each < 2:
+        return device_of(shard, asked)
+    return replace(asked, cards=tuple(range(shard.local * each, (shard.local + 1) * each)))
+
+
 def device_of(shard: Shard, asked: AskedDevice) -> AskedDevice:
     """The device `asked` for; where that leaves the GPU open, the one of this process on its machine.
 
@@ -80,8 +96,8 @@ def device_of(shard: Shard, asked: AskedDevice) -> AskedDevice:
     """
     if asked.kind == SPREAD and shard.local is not None and not shard.is_alone:
         raise MachineError(
-            "--device auto takes all GPUs of a machine, and torchrun starts several processes there. Run "
-            "without torchrun, or leave out --device."
+            "--device auto takes all GPUs of a machine, and torchrun starts several processes there. Start "
+            "so few that each has two GPUs or more to itself, or leave out --device."
         )
     if shard.local is None or asked not in (BEST, AskedDevice("cuda")):
         return asked

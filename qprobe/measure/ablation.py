@@ -24,12 +24,13 @@ from qprobe.measure.kl import read_out
 from qprobe.measure.runner import STANDARD, kl_rows
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
-from qprobe.records import Inventory, Sample
+from qprobe.records import Inventory, Sample, Scan
 from qprobe.registry.measures import SENSITIVITY_KL
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import rank_table
 from qprobe.runs.units import ablation_stage
-from qprobe.selection.derived.ablated import ALONE, KEPT, write_ablation
+from qprobe.selection.derived.ablated import ALONE, KEPT
+from qprobe.system.processes import Shard
 
 ALL: Literal["all"] = "all"
 Ablated = Literal["all"] | int | tuple[str, ...]
@@ -67,17 +68,19 @@ def check_ablated(asked: Ablated, inventory: Inventory) -> None:
             raise QprobeError(f"--ablate names {name}, which is never in 4-bit ({fixed[name]}). Drop it.")
 
 
-def ablated_layers(asked: Ablated, run: RunFolder) -> tuple[str, ...]:
-    """The layers to ablate, in execution order; of those that are quantized and ran on the samples."""
-    record, table = run.scan, run.table
-    ran = {x.name for x in record.inventory.layers if not x.fixed} - set(record.unmeasured)
+def ablated_layers(asked: Ablated, scan: Scan, table: pd.DataFrame) -> tuple[str, ...]:
+    """The layers to ablate, in execution order; of those that are quantized and ran on the samples.
+
+    table: the layer table of `scan`.
+    """
+    ran = {x.name for x in scan.inventory.layers if not x.fixed} - set(scan.unmeasured)
     wanted = ran
     if isinstance(asked, int):
         ranked = rank_table(table, SENSITIVITY_KL.score)["layer"].tolist()
         wanted = set([name for name in ranked if name in ran][:asked])
     elif isinstance(asked, tuple):
         wanted = ran & set(asked)
-    return tuple(x.name for x in record.inventory.layers if x.name in wanted)
+    return tuple(x.name for x in scan.inventory.layers if x.name in wanted)
 
 
 def measure_ablation(
@@ -86,22 +89,23 @@ def measure_ablation(
     groups: list[tuple[Sample, ...]],
     layers: tuple[str, ...],
     progress: Progress,
+    shard: Shard = Shard(),  # noqa: B008  frozen
 ) -> None:
-    """Measure what is missing of `layers` on the batches `groups`, and write RUN/ablation.csv.
+    """Measure what is missing of `layers` on those of the batches `groups` that are the share of `shard`.
 
     Two forward passes for each layer and batch, and two per batch for what they are compared with.
     """
     stage = ablation_stage(frozenset(layers))
-    missing = run.missing_units(stage, len(groups))
-    done = len(groups) - len(missing)
+    missing = shard.own(run.missing_units(stage, len(groups)))
+    count = len(shard.own(range(len(groups))))
+    done = count - len(missing)
     for unit in missing:
-        tick = partial(_tick, progress, done, len(groups))
+        tick = partial(_tick, progress, done, count)
         frames = subject.measured(
             "ablation", groups[unit], lambda batch, tick=tick: {stage: _unit(subject, batch, layers, tick)}
         )
         run.write_unit(stage, unit, frames[stage])
         done += 1
-    write_ablation(run, run.units(stage), layers)
 
 
 def _tick(progress: Progress, batches_done: int, batches: int, layers_done: int, layers: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -15,49 +16,83 @@ from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.units import NEAREST_STAGE, candidate_stage
 
+Groups = list[tuple[Sample, ...]]
+
+
+class Piece(NamedTuple):
+    """One list on one batch of held-out samples: a unit. stage: of the list."""
+
+    unit: int
+    stage: str
+
+
+def pieces_of(groups: Groups, stages: Iterable[str]) -> list[Piece]:
+    """Each of `stages` on each batch of `groups`, batch by batch."""
+    each = list(stages)
+    return [Piece(unit, stage) for unit in range(len(groups)) for stage in each]
+
+
+def measure_pieces(
+    subject: Subject,
+    run: RunFolder,
+    groups: Groups,
+    lists: Mapping[str, frozenset[str]],
+    pieces: Iterable[Piece],
+    progress: Progress,
+) -> None:
+    """Measure those of `pieces` that are not there yet.
+
+    lists: by stage the linears that are kept in 16-bit. Each costs one forward pass per batch, and the
+    reference one.
+    """
+    wanted: dict[int, list[str]] = {}
+    for unit, stage in pieces:
+        wanted.setdefault(unit, []).append(stage)
+    missing = {stage: set(run.missing_units(stage, len(groups))) for stage in lists}
+    for done, (unit, stages) in enumerate(wanted.items(), start=1):
+        kept = {stage: lists[stage] for stage in stages if unit in missing[stage]}
+        if kept:
+            frames = subject.measured(
+                "candidates",
+                groups[unit],
+                lambda batch, kept=kept: candidate_kl(subject, batch, kept),
+                "measure",
+            )
+            for stage, frame in frames.items():
+                run.write_unit(stage, unit, frame)
+        progress("candidates", done, len(wanted))
+
 
 def measure_candidates(
     subject: Subject,
     run: RunFolder,
-    groups: list[tuple[Sample, ...]],
+    groups: Groups,
     candidates: Mapping[str, frozenset[str]],
     progress: Progress,
 ) -> dict[str, pd.DataFrame]:
     """For each candidate (name -> linears kept in 16-bit) its KL rows over all batches of `groups`.
 
-    Each distinct list costs one forward pass per batch, and the reference one; finished units are kept.
+    Equal lists are measured once; finished units are kept.
     """
     lists = {candidate_stage(kept): kept for kept in candidates.values()}
-    missing = {stage: set(run.missing_units(stage, len(groups))) for stage in lists}
-    for unit, group in enumerate(groups):
-        wanted = {stage: kept for stage, kept in lists.items() if unit in missing[stage]}
-        if wanted:
-            frames = subject.measured(
-                "candidates",
-                group,
-                lambda batch, wanted=wanted: candidate_kl(subject, batch, wanted),
-                "measure",
-            )
-            for stage, frame in frames.items():
-                run.write_unit(stage, unit, frame)
-        progress("candidates", unit + 1, len(groups))
+    measure_pieces(subject, run, groups, lists, pieces_of(groups, lists), progress)
     return {name: run.units(candidate_stage(kept)) for name, kept in candidates.items()}
 
 
 def measure_nearest(
-    subject: Subject, run: RunFolder, groups: list[tuple[Sample, ...]], fmt: Format, progress: Progress
-) -> pd.DataFrame:
-    """The KL rows over `groups` with nothing kept and every weight rounded to nearest, whatever is in place.
+    subject: Subject, run: RunFolder, groups: Groups, fmt: Format, units: Iterable[int], progress: Progress
+) -> None:
+    """Measure the KL of standard 4-bit, every weight rounded to nearest, on the batches `units` of `groups`.
 
-    Two forward passes per batch; finished units are not repeated.
+    Whatever weights are in place. Two forward passes per batch; finished units are not repeated.
     """
 
     def measure(batch: Batch) -> dict[str, pd.DataFrame]:
         return {NEAREST_STAGE: nearest_kl(subject, batch, fmt, NEAREST_STAGE)}
 
-    missing = run.missing_units(NEAREST_STAGE, len(groups))
+    left = set(run.missing_units(NEAREST_STAGE, len(groups)))
+    missing = [unit for unit in units if unit in left]
     for done, unit in enumerate(missing, start=1):
         frames = subject.measured("nearest", groups[unit], measure)
         run.write_unit(NEAREST_STAGE, unit, frames[NEAREST_STAGE])
         progress("nearest", done, len(missing))
-    return run.units(NEAREST_STAGE)

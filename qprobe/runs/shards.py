@@ -2,7 +2,8 @@
 
 The variables are those that torchrun sets, and any scheduler can: RANK of WORLD_SIZE processes takes the
 units `units[RANK::WORLD_SIZE]`, LOCAL_RANK says which GPU of its machine is its own. Processes never talk to
-each other; all they share is the folder, or nothing, where folders are joined later.
+each other; all they share is the folder, or nothing, where folders are joined later. In one folder they wait
+for each other's locks, which the system lets go of when a process ends.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qprobe.system.wording import counted
 
 SKIPLIST = "skiplist.json"
 _LOCK = ".lock"
+_SELECTION = f"{_LOCK}-selection"  # locked while somebody chooses; then it holds what was asked for
 _LONGEST = 2**20  # bytes of what a lock file says
 
 Turn = Literal["ours", "units left", "another's", "chosen"]
@@ -70,6 +72,33 @@ def waiting(folder: Path, work: str) -> Iterator[None]:
 
 
 @contextmanager
+def measuring(folder: Path, shard: Shard) -> Iterator[None]:
+    """While open, `wait_for_units` of the other processes waits for this one. RunError as of `waiting`."""
+    if shard.is_alone:
+        yield
+        return
+    with waiting(folder, f"units-{shard.rank}"):
+        yield
+
+
+def wait_for_units(folder: Path, shard: Shard) -> None:
+    """Comes back once no other process is `measuring` in `folder`; at once where the others work elsewhere.
+
+    RunError as of `waiting`.
+    """
+    for rank in range(shard.world):
+        if rank != shard.rank:
+            with waiting(folder, f"units-{rank}"):
+                pass
+
+
+def is_chosen(folder: Path, request: str) -> bool:
+    """True if the list that `request` asks for lies in `folder` already."""
+    met = _met(folder, request)
+    return met is not None and read_file(folder / _SELECTION) == met
+
+
+@contextmanager
 def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[Turn]:
     """Whether this process goes on to choose the list that `request` asks for, which only one of all may.
 
@@ -81,7 +110,7 @@ def finishing(folder: Path, shard: Shard, left: int, request: str) -> Iterator[T
     if left:
         yield "units left"
         return
-    path = folder / f"{_LOCK}-selection"  # locked while somebody chooses; then it holds what was asked for
+    path = folder / _SELECTION
     with ExitStack() as held:
         try:
             file = held.enter_context(open_lock(path))

@@ -6,7 +6,7 @@ Where a metric is asked for, the answers of what was chosen are scored on the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from qprobe.calibration.experts.notes import experts_note
@@ -24,6 +24,7 @@ from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.scored import Scored, scored
 from qprobe.runs.shards import SKIPLIST
+from qprobe.runs.units import NEAREST_STAGE
 from qprobe.scanning.answers import AnsweredBy, own_answers
 from qprobe.scanning.process import Process
 from qprobe.scanning.samples import ScanSamples
@@ -80,9 +81,13 @@ class HeldOut:
         """Standard 4-bit, measured beside calibrated weights; none where they are it."""
         if not run.scan.format.is_calibrated:
             return []
-        fmt = format_from(run.scan.format)
-        frame = measure_nearest(self.subject, self.run, self.groups, fmt, self.progress)
-        return [Candidate(NEAREST, frozenset(), run.standard_bytes, frame)]
+        self.measure_nearest(range(len(self.groups)))
+        return [Candidate(NEAREST, frozenset(), run.standard_bytes, self.run.units(NEAREST_STAGE))]
+
+    def measure_nearest(self, units: Iterable[int]) -> None:
+        """Measure standard 4-bit on the batches `units`, beside calibrated weights."""
+        fmt = format_from(self.run.key.format)
+        measure_nearest(self.subject, self.run, self.groups, fmt, units, self.progress)
 
 
 def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
@@ -104,20 +109,25 @@ def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
     return Selection(manifest, frozenset(outcome.skiplist.kept), outcome.verdict, outcome.notes)
 
 
-def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest) -> Outcome:
-    """The outcome of measuring; of the first score alone where no sample has a finite KL under every list.
+def proposed(run: ScoredRun, request: ListRequest) -> tuple[dict[str, SkipList], dict[str, SkipList]]:
+    """(the lists to choose from, nothing kept first, those of the frontier), by name.
 
     Where sensitivities do not add up, the lists of the frontier are by isolated KL, and one more candidate.
     """
     limit = request.limit
-    budget = None if isinstance(limit, Bound) else limit.within(run.standard_bytes)
     own = ISOLATED_KL if run.is_bent and run.score == ISOLATED_KL else None
-    proposed = {} if budget is None else candidates(run, request, budget, own)
-    skiplists = {NOTHING: nothing_kept(run, request.by), **proposed}
-    lines = frontier(run, request.by or own)
-    found = held_out.measure(
-        {**skiplists, **lines}
-    )  # in one go, so that the 16-bit model runs once per batch
+    skiplists = {NOTHING: nothing_kept(run, request.by)}
+    if not isinstance(limit, Bound):
+        skiplists |= candidates(run, request, limit.within(run.standard_bytes), own)
+    return skiplists, frontier(run, request.by or own)
+
+
+def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest) -> Outcome:
+    """The outcome of measuring; of the first score alone where no sample has a finite KL under every list."""
+    limit = request.limit
+    skiplists, lines = proposed(run, request)
+    # In one go, so that the 16-bit model runs once per batch.
+    found = held_out.measure({**skiplists, **lines})
     write_frontier(held_out.run, run.table, on_common_samples([found[name] for name in lines]))
     compared = on_common_samples([*(found[name] for name in skiplists), *held_out.nearest(run)])
     if compared[0].measured.empty:
@@ -125,8 +135,7 @@ def _measured(run: ScoredRun, held_out: HeldOut, request: ListRequest) -> Outcom
     elif isinstance(limit, Bound):
         outcome = within_bound(run, limit, compared[0], held_out)
     else:
-        assert budget is not None
-        outcome = within_budget(run, budget, skiplists, compared)
+        outcome = within_budget(run, limit.within(run.standard_bytes), skiplists, compared)
     return replace(outcome, notes=(*outcome.notes, *_left_out(held_out, outcome.candidates)))
 
 

@@ -13,11 +13,13 @@ from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.notes import Ended
 from qprobe.runs.scored import Scored
 from qprobe.runs.shards import SKIPLIST
+from qprobe.runs.units import ablation_stage
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.choose import HeldOut, Scoring, choose
 from qprobe.scanning.process import Clock, Process
 from qprobe.scanning.run import ScanResult
 from qprobe.scanning.samples import ScanSamples
+from qprobe.selection.derived.ablated import write_ablation
 from qprobe.selection.verdict import fewer_measured, metric_verdict
 
 
@@ -28,8 +30,9 @@ def finish(subject: Subject, work: ScanSamples, asked: ScanRequest, process: Pro
         write_findings(run)
     if asked.ablate is not None:
         with clock.stage("ablate"):
-            layers = ablated_layers(asked.ablate, run)
+            layers = ablated_layers(asked.ablate, run.scan, run.table)
             measure_ablation(subject, run, work.calibration, layers, process.progress)
+            write_ablation(run, run.units(ablation_stage(frozenset(layers))), layers)
     with clock.stage("choose"):
         held_out = HeldOut(subject, run, work.held_out, process.progress)
         selection = choose(held_out, asked.skiplist, asked.command)

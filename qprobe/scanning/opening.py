@@ -12,7 +12,7 @@ from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.loaded import loaded_reference
 from qprobe.loading.reference import Reference, reference_of
 from qprobe.loading.skeleton import Skeleton
-from qprobe.loading.spread import device_of
+from qprobe.loading.spread import devices_for
 from qprobe.measure.digests import inputs_digest, reading_digest
 from qprobe.measure.nonfinite import first_finite
 from qprobe.measure.runner import applicable_measures
@@ -37,7 +37,7 @@ def open_model(
     Raises QprobeError, before anything is measured, for what this model can never be asked.
     """
     with process.clock.stage("load"):
-        device, on_host = device_of(process.shard, asked.device), asked.max_memory_bytes is not None
+        device, on_host = devices_for(process.shard, asked.device), asked.max_memory_bytes is not None
         if asked.loaded is None:
             reference = reference_of(skeleton, device, on_host, processed.processor)
         else:

@@ -17,7 +17,7 @@ from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.device import DTYPES, pick_device
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
-from qprobe.loading.spread import device_of
+from qprobe.loading.spread import devices_for
 from qprobe.measure.kl import EMBEDDINGS, readout_of
 from qprobe.measure.nonfinite import first_nonfinite
 from qprobe.measure.runner import isolated_half
@@ -26,7 +26,6 @@ from qprobe.records import Sample
 from qprobe.scanning.answers import with_answers
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.process import Process
-from qprobe.system.devices import BEST
 from qprobe.system.wording import counted
 
 Groups = list[tuple[Sample, ...]]
@@ -140,8 +139,8 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
 
 def _device(asked: ScanRequest, process: Process) -> torch.device:
     """Where the model will be, or one of the devices."""
-    named = device_of(process.shard, asked.device)
-    if asked.loaded is not None and named == BEST:
+    named = devices_for(process.shard, asked.device)
+    if asked.loaded is not None and named.kind is None:
         return next(asked.loaded.model.parameters()).device
     return pick_device(named.one)
 

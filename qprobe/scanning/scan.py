@@ -7,9 +7,10 @@ from contextlib import nullcontext
 
 from qprobe.calibration.tuning import tune_steps
 from qprobe.loading.log_filters import quiet_models
+from qprobe.measure.subject import Subject
 from qprobe.options import ScanOptions, takes
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.shards import entered, finishing, left_to_others
+from qprobe.runs.shards import entered, finishing, left_to_others, measuring
 from qprobe.scanning.asked.request import ScanRequest, parse_options
 from qprobe.scanning.check import check_model
 from qprobe.scanning.finish import finish, unfinished
@@ -18,8 +19,9 @@ from qprobe.scanning.opening import open_model, open_units
 from qprobe.scanning.process import Process
 from qprobe.scanning.repeat import repeat_units
 from qprobe.scanning.run import Run, ScanResult
-from qprobe.scanning.samples import prepare_samples, read_samples
+from qprobe.scanning.samples import Chosen, ScanSamples, prepare_samples, read_samples
 from qprobe.scanning.show import show_samples
+from qprobe.scanning.together import measure_together
 from qprobe.scanning.weights import scan_weights
 from qprobe.system.bars import progress_bars
 from qprobe.system.processes import shard_from
@@ -94,18 +96,27 @@ def scan_model(asked: ScanRequest, process: Process) -> ScanResult:
         chosen = read_samples(skeleton, asked, process)
     subject = open_model(skeleton, asked, process, chosen.processed)
     with subject.streaming(), entered(run.path, shard):
-        with clock.stage("answers"):
-            work = prepare_samples(subject, chosen, asked, process)
-        with clock.stage("prepare"):
-            with subject.running("start"):
-                measures = open_units(subject, work, asked, run)
-            show_samples(subject, work.calibration, run)
-        if asked.format.is_calibrated:
-            with clock.stage("calibrate"):
-                calibrate(subject, work, tune_steps(subject, asked.tune), process, asked.keep_correction)
-        with clock.stage("measure"):
-            measure_units(subject, work, measures, process)
+        with measuring(run.path, shard):
+            work = measure_layers(subject, chosen, asked, process)
+        measure_together(subject, work, asked, process)
         with finishing(run.path, shard, run.units_left, asked.after_units) as turn:
             if turn == "ours":
                 return finish(subject, work, asked, process)
             return unfinished(subject, work, process, left_to_others(shard, turn, run))
+
+
+def measure_layers(subject: Subject, chosen: Chosen, asked: ScanRequest, process: Process) -> ScanSamples:
+    """The samples of the scan, after this process has measured its share of the units of the layer table."""
+    run, clock = process.run, process.clock
+    with clock.stage("answers"):
+        work = prepare_samples(subject, chosen, asked, process)
+    with clock.stage("prepare"):
+        with subject.running("start"):
+            measures = open_units(subject, work, asked, run)
+        show_samples(subject, work.calibration, run)
+    if asked.format.is_calibrated:
+        with clock.stage("calibrate"):
+            calibrate(subject, work, tune_steps(subject, asked.tune), process, asked.keep_correction)
+    with clock.stage("measure"):
+        measure_units(subject, work, measures, process)
+    return work

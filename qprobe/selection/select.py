@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 
+import pandas as pd
+
 from qprobe.errors import QprobeError
 from qprobe.manifest.records import Manifest
 from qprobe.options import KeptExperts
@@ -47,9 +49,12 @@ def select(
     )
 
 
-def scored_run(run: RunFolder, request: ListRequest) -> ScoredRun:
-    """The finished `run`, with the groups and the experts that `request` keeps."""
-    record, table = run.scan, run.table
+def scored_run(run: RunFolder, request: ListRequest, table: pd.DataFrame | None = None) -> ScoredRun:
+    """The finished `run`, with the groups and the experts that `request` keeps.
+
+    table: its layer table, where that is not written yet; None for the one in the folder.
+    """
+    record, table = run.scan, run.table if table is None else table
     inventory = grouped_for(record.inventory, request.for_tool)
     if request.experts is not None:
         _refuse_without_experts(inventory)

@@ -19,14 +19,18 @@ class AskedDevice:
     """A device as it was asked for.
 
     kind: None for the best there is, "auto" for all GPUs. index: None for the first CPU or current GPU.
+    cards: the GPUs that these two may take, by number; None for all.
     """
 
     kind: Literal["cpu", "cuda", "auto"] | None = None
     index: int | None = None
+    cards: tuple[int, ...] | None = None
 
     @property
     def one(self) -> AskedDevice:
-        """It for what runs on one device: the best there is in place of all GPUs."""
+        """It for what runs on one device: the best there is, or the first of `cards`, in place of several."""
+        if self.cards:
+            return AskedDevice("cuda", self.cards[0])
         return BEST if self.kind == SPREAD else self
 
     @property

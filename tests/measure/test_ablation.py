@@ -17,7 +17,7 @@ from qprobe.options import no_progress
 from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.units import ablation_stage
-from qprobe.selection.derived.ablated import COLUMNS, ablation_rows
+from qprobe.selection.derived.ablated import COLUMNS, ablation_rows, write_ablation
 from tests import reference
 from tests.measure.conftest import WITH_HEAD, Case
 from tests.runs.runs import inventory_of, linear, rows
@@ -35,6 +35,11 @@ def some_layers(case: Case) -> tuple[str, ...]:
 def run(tmp_path: Path) -> Path:
     (tmp_path / "units").mkdir()
     return tmp_path
+
+
+def write(run: Path, layers: tuple[str, ...]) -> None:
+    folder = RunFolder(run)
+    write_ablation(folder, folder.units(ablation_stage(frozenset(layers))), layers)
 
 
 def table(run: Path) -> pd.DataFrame:
@@ -74,6 +79,7 @@ def test_the_table_equals_a_slow_oracle(case: CaseOf, run: Path, name: str) -> N
     found, layers = case(name), some_layers(case(name))
     subject = found.subject
     measure_ablation(subject, RunFolder(run), [(s,) for s in found.samples], layers, no_progress)
+    write(run, layers)
     result = table(run)
     assert list(result.index) == list(layers) and list(result.columns) == list(COLUMNS[1:])
     assert (result["samples"] == 3).all()
@@ -105,12 +111,14 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(case: CaseOf, tmp_path
     with pytest.raises(KeyboardInterrupt):
         measure_ablation(found.subject, RunFolder(broken), groups, layers, stop_in_the_second_batch)
     assert all("forward" not in m.__dict__ for m in found.subject.model.modules())
-    assert len(list((broken / "units").iterdir())) == 1 and not (broken / "ablation.csv").exists()
+    assert len(list((broken / "units").iterdir())) == 1
     measure_ablation(
         found.subject, RunFolder(broken), groups, layers, lambda _, done, total: steps.append((done, total))
     )
     assert steps == [(i, 9) for i in range(4, 10)]  # three layers a batch; the first batch is not run again
     measure_ablation(found.subject, RunFolder(whole), groups, layers, no_progress)
+    write(broken, layers)
+    write(whole, layers)
     assert (broken / "ablation.csv").read_bytes() == (whole / "ablation.csv").read_bytes()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -12,11 +13,12 @@ from accelerate import dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 from qprobe.errors import MachineError, QprobeError
+from qprobe.loading import reference
 from qprobe.loading.reference import reference_of
-from qprobe.loading.spread import device_of
+from qprobe.loading.spread import GIB, device_of, devices_for
 from qprobe.measure.attribution import on_host
 from qprobe.measure.hooks import replaced_forwards
-from qprobe.system.devices import parse_device
+from qprobe.system.devices import BEST, AskedDevice, parse_device
 from qprobe.system.processes import Shard
 from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
@@ -76,6 +78,42 @@ def test_several_processes_of_a_machine_do_not_each_take_all_gpus() -> None:
         device_of(Shard(0, 2, 0), parse_device("auto"))
     asked = parse_device("auto")
     assert device_of(Shard(0, 2), asked) == asked  # of a scheduler that gives each process GPUs of its own
+
+
+@pytest.mark.parametrize(
+    ("local", "local_world", "cards"),
+    [(0, 2, (0, 1)), (1, 2, (2, 3)), (0, 1, (0, 1, 2, 3)), (3, 4, None), (1, 3, None)],
+)
+def test_processes_that_are_fewer_than_the_gpus_spread_over_their_own(
+    local: int, local_world: int, cards: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    shard = Shard(local, local_world, local, local_world)
+    if cards is None:  # a GPU each: that of its number
+        assert devices_for(shard, BEST) == parse_device(f"cuda:{local}")
+        with pytest.raises(MachineError, match="so few that each has two GPUs"):
+            devices_for(shard, parse_device("auto"))
+        return
+    for asked in (BEST, parse_device("auto")):
+        found = devices_for(shard, asked)
+        assert (found.kind, found.cards, str(found.one)) == (asked.kind, cards, f"cuda:{cards[0]}")
+    assert str(devices_for(shard, parse_device("cuda"))) == f"cuda:{local}"
+    assert devices_for(shard, parse_device("cuda:1")) == parse_device("cuda:1")
+
+
+@pytest.mark.parametrize(("kind", "size", "spread"), [(None, 4, False), (None, 40, True), ("auto", 4, True)])
+def test_a_model_is_laid_over_the_cards_of_its_process_alone(
+    kind: Any, size: int, spread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qprobe.loading.reference.needed_bytes", lambda _: size * GIB)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda card: {2: (30 * GIB, 0), 3: (20 * GIB, 0)}[card])
+    skeleton: Any = SimpleNamespace(model=None)
+    asked = AskedDevice(kind, cards=(2, 3))
+    layout = reference._layout(skeleton, asked, torch.device("cuda:2"))
+    # Of what is free 2 GiB are left; 32 of 41 parts are 16-bit weights, the others 4-bit forms.
+    over = {"device_map": "auto", "max_memory": {2: 28 * GIB * 32 // 41, 3: 18 * GIB * 32 // 41}}
+    assert layout == (over if spread else {"device_map": {"": torch.device("cuda:2")}})
 
 
 @TWO_GPUS

@@ -127,6 +127,7 @@ def test_a_file_system_without_locks_is_worked_on_without(tmp_path: Path, monkey
         ({"RANK": "0", "WORLD_SIZE": "1"}, Shard()),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Shard(5, 8, 1)),
         ({"RANK": "2", "WORLD_SIZE": "3"}, Shard(2, 3)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, Shard(5, 8, 1, 4)),
     ],
 )
 def test_the_variables_say_which_process_this_is(environment: dict[str, str], shard: Shard):
@@ -142,6 +143,8 @@ def test_the_variables_say_which_process_this_is(environment: dict[str, str], sh
         {"RANK": "-1", "WORLD_SIZE": "2"},
         {"RANK": "one", "WORLD_SIZE": "2"},
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "two"},
     ],
 )
 def test_variables_that_make_no_sense_are_shown(environment: dict[str, str]):

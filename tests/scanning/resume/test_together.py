@@ -1,0 +1,121 @@
+"""Processes that share a scan at the same time: all of them measure, until one chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier, Lock, get_ident
+from typing import Any
+
+import pytest
+
+from qprobe.measure import held_out
+from qprobe.options import ScanOptions, no_progress
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.shards import is_chosen, measuring, wait_for_units
+from qprobe.scanning import measure as measuring_step
+from qprobe.scanning import scan as road
+from qprobe.scanning import together
+from qprobe.scanning.asked.request import parse_options
+from qprobe.scanning.process import Process
+from qprobe.scanning.run import ScanResult
+from qprobe.system.processes import Shard, even_runs
+from tests.scanning.resume.runs import contents, options, table, units
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def at_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[ScanResult]]:
+    """`at_once(world, out)`: the scan by so many threads, each with a model of its own, as processes have."""
+    # transformers sets torch's default dtype while it makes a model, and backward passes replace attention.
+    one_at_a_time = Lock()
+
+    def alone(real: Any) -> Any:
+        def call(*asked: Any) -> Any:
+            with one_at_a_time:
+                return real(*asked)
+
+        return call
+
+    monkeypatch.setattr(road, "check_model", alone(road.check_model))
+    monkeypatch.setattr(road, "open_model", alone(road.open_model))
+
+    def run(world: int, out: Path, **changes: Any) -> list[ScanResult]:
+        asked = parse_options(ScanOptions(**options(llama, out, **changes)))
+        there = Barrier(world)
+        measured_alone = alone(measuring_step.measure_units)
+
+        def measure_units(*given: Any) -> None:
+            there.wait(60)  # as processes that torchrun starts together
+            measured_alone(*given)
+
+        monkeypatch.setattr(road, "measure_units", measure_units)
+
+        def one(rank: int) -> ScanResult:
+            return road.scan_model(asked, Process(RunFolder(out), Shard(rank, world), no_progress))
+
+        with ThreadPoolExecutor(world) as pool:
+            return list(pool.map(one, range(world)))
+
+    return run
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_processes_share_what_is_measured_of_the_candidates_and_leave_the_files_of_one(
+    world: int, whole: Path, at_once: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    passes: list[tuple[int, int]] = []  # thread, lists
+    real = held_out.candidate_kl
+
+    def noted(subject: Any, batch: Any, lists: dict[str, Any]) -> Any:
+        passes.append((get_ident(), len(lists)))
+        return real(subject, batch, lists)
+
+    monkeypatch.setattr(held_out, "candidate_kl", noted)
+    results = at_once(world, tmp_path / "run")
+    assert sum(r.skiplist is not None for r in results) == 1
+    measured = len([x for x in units(whole) if x.startswith("heldout-")])
+    # Each list on each batch once, in all processes but those that came too late for a share.
+    assert sum(count for _, count in passes) == measured
+    assert len({thread for thread, _ in passes}) > 1
+    assert units(tmp_path / "run") == units(whole) and table(tmp_path / "run") == table(whole)
+    same = ("frontier.csv", "ranks.csv", "peaks.csv", "samples.json")
+    found, expected = contents(tmp_path / "run"), contents(whole)
+    assert {x: found[x] for x in same} == {x: expected[x] for x in same}
+    assert RunFolder(tmp_path / "run").notes.sentences == RunFolder(whole).notes.sentences
+
+
+def test_ablation_is_shared_as_well(at_once: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, shares = together.measure_ablation, []
+    monkeypatch.setattr(together, "measure_ablation", lambda *a: (shares.append(a[-1]), real(*a)))
+    at_once(2, tmp_path / "run", ablate="2")
+    assert {shard.rank for shard in shares} == {0, 1}
+    at_once(1, tmp_path / "alone", ablate="2")
+    for file in ("ablation.csv", "layers.csv"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+
+
+def test_a_process_waits_for_those_that_measure_and_for_no_other(tmp_path: Path):
+    with ThreadPoolExecutor(1) as pool:
+        with measuring(tmp_path, Shard(1, 3)):
+            waiter = pool.submit(wait_for_units, tmp_path, Shard(0, 3))
+            with pytest.raises(TimeoutError):
+                waiter.result(0.1)
+        waiter.result(30)
+    wait_for_units(tmp_path, Shard(0, 3))  # nobody is there any more
+
+
+def test_a_list_is_chosen_once_it_was_written_for_this_request(whole: Path, llama: Path):
+    asked = parse_options(ScanOptions(**options(llama, whole)))
+    other = parse_options(ScanOptions(**options(llama, whole, budget="+20%")))
+    assert is_chosen(whole, asked.after_units) and not is_chosen(whole, other.after_units)
+
+
+def test_runs_of_work_cost_about_as_much():
+    # 20 in all: half, that is 10, is reached behind the third; 6.67 and 13.33 behind the second and fourth.
+    assert even_runs([4, 4, 2, 4, 4, 2], 2) == [range(0, 3), range(3, 6)]
+    assert even_runs([4, 4, 2, 4, 4, 2], 3) == [range(0, 2), range(2, 4), range(4, 6)]
+    assert [i for part in even_runs([1, 1], 5) for i in part] == [0, 1]
+    assert even_runs([], 2) == [range(0, 0)] * 2
