@@ -14,8 +14,21 @@ from typing import Literal
 from qprobe.registry.precisions import NF4, Precision, find, precision
 
 Role = Literal["system", "user", "assistant"]
-Part = str | bytes | Path
-"""Of a turn: text, or an image as the bytes of its file or the path of it."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video: its frames in order, each an image as the bytes of its file or the path of it.
+
+    is_file: `frames` is one file that holds them all, an animated image or a video file.
+    """
+
+    frames: tuple[bytes | Path, ...] = field(repr=False)
+    is_file: bool = False
+
+
+Part = str | bytes | Path | Video
+"""Of a turn: text, an image as the bytes of its file or the path of it, or a video."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: texts and images in their order. learned: whether an answer counts as one."""
+    """What one side says: texts, images and videos in order. learned: whether an answer counts as one."""
 
     role: Role
     parts: tuple[Part, ...] = field(repr=False)
@@ -45,8 +58,8 @@ class Turn:
         return "\n".join(x.strip() for x in self.parts if isinstance(x, str) and x.strip())
 
     @property
-    def images(self) -> tuple[bytes | Path, ...]:
-        """Its images, in their order."""
+    def seen(self) -> tuple[bytes | Path | Video, ...]:
+        """Its images and videos, in their order."""
         return tuple(x for x in self.parts if not isinstance(x, str))
 
 
@@ -59,7 +72,8 @@ def asked(prompt: str, image: bytes | None = None) -> tuple[Turn, ...]:
 class Sample:
     """What a model reads, and the answer on whose tokens damage counts.
 
-    turns: all that stands before the answer; the last one is the user's. Images are the bytes of image files.
+    turns: all that stands before the answer; the last one is the user's. Images, and the frames of videos,
+        are the bytes of image files.
     answer: None until it is known; then the reference's own greedy answer is used.
     ends: True if the end-of-answer token belongs to the answer (False for one cut at a length limit).
     """
@@ -79,7 +93,17 @@ class Sample:
     @property
     def images(self) -> tuple[bytes, ...]:
         """The images of all turns, in their order."""
-        return tuple(x for turn in self.turns for x in turn.parts if isinstance(x, bytes))
+        return tuple(x for x in self.seen if isinstance(x, bytes))
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        """The videos of all turns, in their order."""
+        return tuple(x for x in self.seen if isinstance(x, Video))
+
+    @property
+    def seen(self) -> tuple[bytes | Path | Video, ...]:
+        """The images and videos of all turns, in their order."""
+        return tuple(x for turn in self.turns for x in turn.seen)
 
     @cached_property
     def digest(self) -> str:
@@ -102,9 +126,18 @@ class Sample:
                 for turn in self.turns:
                     yield turn.role.encode()
                     for part in turn.parts:
-                        assert not isinstance(part, Path), "a sample holds its images"
-                        kind, data = ("text", part.encode()) if isinstance(part, str) else ("image", part)
-                        yield from (kind.encode(), data)
+                        yield from _told(part)
+
+
+def _told(part: Part) -> Iterator[bytes]:
+    """What a part is, and then its bytes."""
+    if isinstance(part, Video):
+        yield from (b"video", str(len(part.frames)).encode())
+        for frame in part.frames:
+            yield from _told(frame)
+        return
+    assert not isinstance(part, Path), "a sample holds its images"
+    yield from (b"text", part.encode()) if isinstance(part, str) else (b"image", part)
 
 
 @dataclass(frozen=True)

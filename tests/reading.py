@@ -15,9 +15,9 @@ from qprobe.records import Sample
 
 
 def encode(
-    processor: Any, samples: Sequence[Sample], dtype: torch.dtype, image_token_id: int | None = None
+    processor: Any, samples: Sequence[Sample], dtype: torch.dtype, vision: tuple[int, ...] = ()
 ) -> Batch:
-    return ProcessedSamples(processor, dtype, Layout(image_token_id)).batch(samples)
+    return ProcessedSamples(processor, dtype, Layout(vision)).batch(samples)
 
 
 def batches(processor: Any, samples: Sequence[Sample], size: int) -> list[tuple[Sample, ...]]:

@@ -137,6 +137,19 @@ def picture(seed: int) -> bytes:
     return file.getvalue()
 
 
+def frames(*seeds: int) -> list[Image.Image]:
+    """Images of 56 x 40 pixels, each of one gray, the same for the same seeds."""
+    return [Image.new("L", (56, 40), 40 * seed + 10) for seed in seeds]
+
+
+def animation(*seeds: int) -> bytes:
+    """A GIF of those `frames`."""
+    first, *more = frames(*seeds)
+    file = io.BytesIO()
+    first.save(file, format="GIF", save_all=True, append_images=more, duration=500)
+    return file.getvalue()
+
+
 # Tokenizers and processors ------------------------------------------------------------------------------
 
 

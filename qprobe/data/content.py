@@ -1,4 +1,4 @@
-"""The content of one turn, a string or a list of parts -> texts and images in their order."""
+"""The content of one turn, a string or a list of parts -> texts, images and videos in their order."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qprobe.data.reasons import Refused, checked_text, shown
 from qprobe.records import Part
 
 IMAGE_MARK = "<image>"  # where an image stands in the text, as LLaVA's data has it
+VIDEO_MARK = "<video>"
 _TAGS = re.compile(
     r"<img>(?P<file>[^<>]{1,4096})</img>|"
     r"<(?:image|picture)[ _-]?(?P<number>[1-9]\d?)>|"
@@ -21,13 +22,14 @@ _TAGS = re.compile(
 )
 _TEXT = ("text", "input_text", "output_text")
 _IMAGE = ("image", "image_url", "input_image")
+_VIDEO = ("video", "video_url", "input_video")
 _SOURCES = ("image", "image_url", "path", "url", "bytes", "data", "base64", "file", "source")
 _SILENT = ("type", "cache_control")  # what says nothing of what is read
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image stands that the row names elsewhere.
+    """Where an image or a video stands that the row names elsewhere.
 
     index: which of them, from 0; None for the next one. tag: how the text marks it.
     """
@@ -35,14 +37,19 @@ class Place:
     index: int | None = None
     tag: str = IMAGE_MARK
 
+    @property
+    def is_video(self) -> bool:
+        """Whether a video stands there."""
+        return self.tag == VIDEO_MARK
+
 
 Piece = Part | Place
 
 
 def pieces_of(content: Any, turn: int, pictures: Pictures) -> tuple[Piece, ...]:
-    """Texts, images and places of images in the order of `content`; outer white space is dropped.
+    """Texts, images, videos and places of them in the order of `content`; outer white space is dropped.
 
-    turn: its number, for reasons. Raises Refused for what is neither text nor an image.
+    turn: its number, for reasons. Raises Refused for what is neither text nor shown.
     """
     if isinstance(content, str):
         return _trimmed(_of_text(content, turn, pictures))
@@ -88,8 +95,11 @@ def _of_part(part: Mapping[str, Any], turn: int, pictures: Pictures) -> list[Pie
             return [pictures.find(source)]
         index = given.get("index")
         return [Place(index if isinstance(index, int) and not isinstance(index, bool) else None)]
-    advice = "; give the frames of a video as images" if kind in ("video", "video_url") else ""
-    raise Refused(f"turn {turn} has a part of type {shown(repr(kind))}; known are text and image{advice}")
+    if kind in _VIDEO or (kind is None and any(x in given for x in _VIDEO)):
+        _only(given, (*_SILENT, *_VIDEO, *_SOURCES), turn)
+        source = next((given[x] for x in (*_VIDEO, *_SOURCES) if x in given), None)
+        return [Place(tag=VIDEO_MARK) if source is None else pictures.find_video(source)]
+    raise Refused(f"turn {turn} has a part of type {shown(repr(kind))}; known are text, image and video")
 
 
 def _only(given: Mapping[str, Any], known: Sequence[str], turn: int) -> None:
@@ -108,8 +118,8 @@ def _of_text(text: str, turn: int, pictures: Pictures) -> list[Piece]:
         end = tag.end()
         if tag["file"] is not None:
             found.append(pictures.find(tag["file"]))
-        elif tag[0] == IMAGE_MARK:
-            found.append(Place())
+        elif tag[0] in (IMAGE_MARK, VIDEO_MARK):
+            found.append(Place(tag=tag[0]))
         elif tag["number"] is not None:
             found.append(Place(int(tag["number"]) - 1, tag[0]))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qprobe.records import Turn
+from qprobe.records import Turn, Video
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Conversation:
     turns: tuple[Turn, ...] = field(repr=False)
 
     @property
-    def images(self) -> tuple[bytes | Path, ...]:
-        """The images of all turns, in their order."""
-        return tuple(x for turn in self.turns for x in turn.images)
+    def seen(self) -> tuple[bytes | Path | Video, ...]:
+        """The images and videos of all turns, in their order."""
+        return tuple(x for turn in self.turns for x in turn.seen)
 
 
 @dataclass(frozen=True)

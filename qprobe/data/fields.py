@@ -20,6 +20,8 @@ _ORIGIN = re.compile(r"^(?:file|filename|file_name|filepath|file_path|path)$", r
 _OF_ID = re.compile(r"^(?:image|img)_?id$", re.IGNORECASE)
 _ADDRESS = re.compile(r"^https?://", re.IGNORECASE)
 _OF_MOVING = re.compile(r"(?:^|_)(?:videos?|clips?|frames?|audios?|sounds?|speech)(?:$|_|\d)", re.IGNORECASE)
+_OF_VIDEO = ("video", "videos")
+_ABOUT_VIDEO = re.compile(r"^videos?_?(?:id|name|path|file|file_?name|url|source)$", re.IGNORECASE)
 _NO_TEXT = re.compile(r"(?:^|_)(?:ids?|urls?|hash|sha256|licen[sc]e)$", re.IGNORECASE)
 _IMAGE_FILE = re.compile(
     r"^data:image/|\.(?:png|jpe?g|jfif|gif|bmp|tiff?|webp|avif|jp2|heic|heif|ppm)$", re.IGNORECASE
@@ -79,6 +81,16 @@ class Fields:
             found += _images_in(value)
         return found or self._take_files()
 
+    def take_videos(self) -> list[Any]:
+        """What the fields `video`, one file or the frames of one, and `videos` hold, one item per video."""
+        one, several = (self._row.get(x) for x in _OF_VIDEO)
+        self._taken.update(x for x in _OF_VIDEO if x in self._row)
+        listed = several if isinstance(several, list | tuple) else [several]
+        found = [one, *listed]
+        if isinstance(one, list | tuple) and one and all(isinstance(x, list | tuple) for x in one):
+            found = [*one, *listed]
+        return [x for x in found if not _names_nothing(x) and not _is_nothing(x)]
+
     def _take_files(self) -> list[Any]:
         """What a field of file names holds, where these are of images."""
         name = next((x for x in self._row if _OF_FILES.match(x)), None)
@@ -88,11 +100,11 @@ class Fields:
         self._taken.add(name)
         return found
 
-    def unused(self, images: Sequence[Any], shows_image: bool) -> frozenset[str]:
+    def unused(self, images: Sequence[Any], shows_image: bool, shows_video: bool = False) -> frozenset[str]:
         """Names of fields that hold something and were not read, but for what repeats a name in `images`.
 
-        shows_image: whether a turn shows an image. Raises Refused for a field that seems to hold or name an
-        image, a video or a sound, unless it says where the images came from.
+        shows_image, shows_video: whether a turn does. Raises Refused for a field that seems to hold or name
+        an image, a video or a sound, unless it says where those that are shown came from.
         """
         known, left = _file_names(images), self._left()
         is_held = any(map(_is_image, images))
@@ -100,10 +112,12 @@ class Fields:
             value = self._row[name]
             texts = [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, str)]
             holds = isinstance(value, str | bytes | list | tuple | Mapping)
-            if (holds and _OF_MOVING.search(name)) or any(_VIDEO_FILE.search(x) for x in texts):
+            is_about = shows_video and bool(_ABOUT_VIDEO.match(name))
+            is_moving = (holds and _OF_MOVING.search(name)) or any(_VIDEO_FILE.search(x) for x in texts)
+            if is_moving and not is_about:
                 raise Refused(
-                    f"its field {shown(name)} names a video or a sound, and neither is read; give the frames "
-                    "of a video as images"
+                    f"its field {shown(name)} names a video or a sound, and is not read; call it video or "
+                    "videos to have a video read"
                 )
             if _OF_ID.match(name) and not shows_image:
                 raise Refused(f"its field {shown(name)} names an image, and the row shows none")

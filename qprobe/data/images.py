@@ -48,7 +48,7 @@ _SAVE = "which is not read; save it as PNG or JPEG"
 _UNREAD = (
     (rb"version https://git-lfs", "is a pointer of Git LFS in place of the image; git lfs pull fetches it"),
     (rb"....ftyp(?:hei|hev|mif1|msf1)", f"is a HEIC image, {_SAVE}"),
-    (rb"....ftyp|\x1aE\xdf\xa3", "is a video, which is not read; give its frames as images"),
+    (rb"....ftyp|\x1aE\xdf\xa3", "is a video, and no image; call its field video to have it read"),
     (rb"II\*\0|MM\0\*", f"is a TIFF image of a kind {_SAVE}"),
     (rb"%PDF", f"is a PDF document, {_SAVE}"),
     (rb"\s*(?:<\?xml[^>]*>\s*)?<svg", f"is an SVG drawing, {_SAVE}"),

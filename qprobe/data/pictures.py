@@ -1,10 +1,10 @@
-"""What names or holds an image in a row -> the bytes of its file, or the path of it."""
+"""What names or holds an image or a video in a row -> the bytes of its file, or the path of it."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,31 @@ from urllib.request import url2pathname
 from qprobe.data import images
 from qprobe.data.downloads import download
 from qprobe.data.reasons import Refused, checked_text, shown
+from qprobe.data.videos import MAX_FRAMES, SAMPLED, check_frames, frames_of, is_video_file
+from qprobe.records import Video
+from qprobe.system.wording import counted
 
 # How base64 of image files begins: PNG, JPEG, GIF, WebP, BMP, TIFF of both byte orders.
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 _SHORTEST_BASE64 = 60  # characters: no image file is smaller, and such names of files are rare
 _KEYS = ("bytes", "image", "path", "url", "image_url", "data", "base64", "file", "source")
+_VIDEO = "its video"
 
 
 @dataclass
 class Pictures:
-    """Reads the images of one data file, each file once.
+    """Reads the images and videos of one data file, each file once.
 
     folder: that paths are relative to. downloads: whether addresses are fetched. used: names of `RULES`, and
-    how many images needed each.
+    how many images needed each. sampled: how many video files were read.
     """
 
     folder: Path
     downloads: bool = False
     used: dict[str, int] = field(default_factory=dict)
+    sampled: int = 0
     _seen: dict[Path, str | None] = field(default_factory=dict)
+    _videos: dict[Path, str | None] = field(default_factory=dict)
     _fetched: dict[str, bytes] = field(default_factory=dict)
 
     def find(self, value: Any) -> bytes | Path:
@@ -60,8 +66,29 @@ class Pictures:
             return self._of_memory(value)
         raise Refused(f"its image is {shown(repr(value))}, which is no path of a file")
 
-    def check(self, image: bytes | Path) -> None:
-        """Raises Refused, saying why, unless the image can be decoded within the limits."""
+    def find_video(self, value: Any) -> Video:
+        """The video that `value` is or names, which is not decoded yet.
+
+        value: a list of its frames, each as `find` takes images, or one file, named or held as an image is.
+        Raises Refused as `find` does.
+        """
+        is_list = isinstance(value, list | tuple)
+        if is_list and not 0 < len(value) <= MAX_FRAMES:
+            raise Refused(f"{_VIDEO} has {len(value):,} frames; 1 to {MAX_FRAMES} are read")
+        try:
+            return Video(tuple(map(self.find, value if is_list else [value])), is_file=not is_list)
+        except Refused as problem:
+            what = f"a frame of {_VIDEO}" if is_list else _VIDEO
+            raise Refused(str(problem).replace("its image", what)) from None
+
+    def check(self, seen: bytes | Path | Video) -> None:
+        """Raises Refused, saying why, unless the image or video can be decoded within the limits."""
+        if isinstance(seen, Video):
+            self._check_video(seen)
+        else:
+            self._check_image(seen)
+
+    def _check_image(self, image: bytes | Path) -> None:
         if isinstance(image, bytes):
             self._check_bytes(image, "its image")
             return
@@ -76,14 +103,51 @@ class Pictures:
             raise Refused(problem)
 
     def notes(self) -> tuple[str, ...]:
-        """A sentence for each rule that images needed."""
-        return images.rule_notes(self.used)
+        """A sentence for each rule that images and videos needed."""
+        by_rate = (f"{counted(self.sampled, 'video file')} {SAMPLED}.",) if self.sampled else ()
+        return (*images.rule_notes(self.used), *by_rate)
 
-    def _read(self, path: Path) -> bytes:
+    def _check_video(self, video: Video) -> None:
+        """The frames one by one, and that they are of one size and few enough to be held together."""
+        if not video.is_file:
+            for frame in video.frames:
+                self._check_image(frame)
+            held = [x if isinstance(x, bytes) else images.file_bytes(x) for x in video.frames]
+            self._check_frames(held, _VIDEO)
+            return
+        (file,) = video.frames
+        if isinstance(file, bytes):
+            self._check_video_file(file, _VIDEO)
+            return
+        if file not in self._videos:
+            try:
+                self._check_video_file(self._read(file, "video"), f"video {shown(file.name)}")
+                self._videos[file] = None
+            except Refused as problem:
+                self._videos[file] = str(problem)
+        problem = self._videos[file]
+        if problem is not None:
+            raise Refused(problem)
+
+    def _check_video_file(self, data: bytes, what: str) -> None:
+        try:
+            frames = frames_of(data)
+        except Refused as problem:
+            raise Refused(f"{what} {problem}") from None
+        self._check_frames(frames, what)
+        self.sampled += is_video_file(data)
+
+    def _check_frames(self, frames: Sequence[bytes], what: str) -> None:
+        try:
+            check_frames([images.decode(x).image.size for x in frames])
+        except Refused as problem:
+            raise Refused(f"{what} {problem}") from None
+
+    def _read(self, path: Path, what: str = "image") -> bytes:
         try:
             return images.file_bytes(path)
         except Refused as problem:
-            raise Refused(f"image {shown(str(path), 200)} {problem}") from None
+            raise Refused(f"{what} {shown(str(path), 200)} {problem}") from None
 
     def _check_bytes(self, data: bytes, what: str) -> None:
         try:

@@ -75,8 +75,8 @@ def read_conversations(
             parsed = parse_row(row, pictures, how.asked)
             given = parsed.name or f"{Path(name).stem}-{number}"
             found = Conversation(number, names.free(given, number), parsed.turns)
-            for image in found.images:
-                pictures.check(image)
+            for seen in found.seen:
+                pictures.check(seen)
             use(found)
             names.take(given, found)
             good.append(found)

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from qprobe.data.reasons import Refused, shown
-from qprobe.records import Role, Turn
+from qprobe.records import Part, Role, Turn, Video
 from qprobe.system.limits import MEMORY_BYTES, limited
 
 EVERYBODY: frozenset[Role] = frozenset({"system", "user", "assistant"})
 WAYS: tuple[frozenset[Role], ...] = (EVERYBODY, frozenset({"user"}), frozenset())
 """Whose content is a list of parts; that of the others is a string."""
 SECONDS = 3.0  # for one conversation; templates take about a millisecond
-_SOURCE = re.compile(r"""['"]type['"]: ?['"](?:text|image)['"]""")
+_SOURCE = re.compile(r"""['"]type['"]: ?['"](?:text|image|video)['"]""")
+_ARTICLES = {"image": "an", "video": "a"}  # of what a turn may show
 _THOUGHTS = re.compile(r".*</\w+>", re.DOTALL)  # what templates take out of earlier answers
 
 
@@ -27,7 +28,9 @@ class Template:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._token: str | None = getattr(processor, "image_token", None)
+        self._tokens: dict[str, str | None] = {
+            kind: getattr(processor, f"{kind}_token", None) for kind in _ARTICLES
+        }
         self._too_much = ""
         # A tokenizer by itself has a template for strings.
         self._ways = WAYS if hasattr(processor, "tokenizer") else WAYS[::-1]
@@ -72,7 +75,7 @@ class Template:
         return text
 
     def check(self, text: str, turns: Sequence[Turn]) -> None:
-        """Raises Refused unless every text and image of `turns` stands in `text`, in order and as written.
+        """Raises Refused unless every part of `turns` stands in `text`, in order and as written.
 
         Up to outer white space, which templates trim; of an answer before the last turn what stands behind
         its thoughts is enough.
@@ -85,18 +88,23 @@ class Template:
             earlier = turn.role == "assistant" and place < len(turns) - 1
             for part in turn.parts:
                 end = self._behind(text, part, end, earlier, place)
-        if self._token and text.count(self._token, end):
-            raise Refused("it shows more images than there are")
+        for kind, token in self._tokens.items():
+            if token and text.count(token, end):
+                raise Refused(f"it shows more {kind}s than there are")
 
-    def _behind(self, text: str, part: Any, start: int, earlier: bool, place: int) -> int:
+    def _behind(self, text: str, part: Part, start: int, earlier: bool, place: int) -> int:
         """Where `part` of a turn ends in `text`, from `start` on."""
         if not isinstance(part, str):
-            if not self._token:
+            kind = _kind_of(part)
+            token = self._tokens[kind]
+            if not token:
                 return start
-            found = text.find(self._token, start)
+            found = text.find(token, start)
             if found < 0:
-                raise Refused(f"it does not show an image of turn {place + 1} where it stands")
-            return found + len(self._token)
+                raise Refused(
+                    f"it does not show {_ARTICLES[kind]} {kind} of turn {place + 1} where it stands"
+                )
+            return found + len(token)
         wanted = part.strip()
         found = text.find(wanted, start)
         if found < 0 and earlier:
@@ -109,13 +117,19 @@ class Template:
     def _content(self, turn: Turn, in_parts: bool) -> str | list[dict[str, str]]:
         if in_parts:
             return [
-                {"type": "text", "text": x} if isinstance(x, str) else {"type": "image"} for x in turn.parts
+                {"type": "text", "text": x} if isinstance(x, str) else {"type": _kind_of(x)}
+                for x in turn.parts
             ]
-        if not turn.images:
+        if not turn.seen:
             return turn.text
-        if not self._token:
-            raise Refused("there is no text that stands for an image")
-        return "".join(x if isinstance(x, str) else self._token for x in turn.parts)
+        missing = next((x for x in map(_kind_of, turn.seen) if not self._tokens[x]), None)
+        if missing:
+            raise Refused(f"there is no text that stands for {_ARTICLES[missing]} {missing}")
+        return "".join(x if isinstance(x, str) else self._tokens[_kind_of(x)] or "" for x in turn.parts)
+
+
+def _kind_of(part: Part) -> str:
+    return "video" if isinstance(part, Video) else "image"
 
 
 def _kind(way: frozenset[Role]) -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qprobe.data.builtin import DEFAULT_PROMPT
-from qprobe.data.content import IMAGE_MARK, Place, number_text, pieces_of
+from qprobe.data.content import IMAGE_MARK, VIDEO_MARK, Place, number_text, pieces_of
 from qprobe.data.fields import Fields
 from qprobe.data.pictures import Pictures
 from qprobe.data.reasons import Refused, checked_text, shown
-from qprobe.data.shapes.choices import CHOICES_LISTED, NUMBER_IS_LETTER, asked_with, choices_of, chosen
+from qprobe.data.shapes.choices import CHOICES_LISTED, asked_with, choices_of, chosen
 from qprobe.data.shapes.spoken import (
     PAIRS,
     Noted,
@@ -24,7 +24,7 @@ from qprobe.data.shapes.spoken import (
     turns_of_history,
     turns_of_pairs,
 )
-from qprobe.records import Part, Turn
+from qprobe.records import Part, Turn, Video
 from qprobe.system.wording import counted
 
 _LISTS = ("conversations", "messages", "conversation")
@@ -40,6 +40,7 @@ OPENING = (*_LISTS, *_QUESTION, *_ALPACA, *_ANSWER)
 CHOSEN_COUNTS = f"{_CHOSEN} is read as the answer, and {_REJECTED} is not used"
 NO_LAST_QUESTION = "a last question without an answer is left out"
 TURNS_JOINED = "turns of the user that follow one another, with an image between, are read as one"
+_ARTICLES = {"image": "an", "video": "a"}
 _FIRST = ("system", "user", "human")  # who opens a conversation
 
 
@@ -61,8 +62,8 @@ class Parsed:
 class Asked:
     """What is asked where a row has an image and no question.
 
-    prompt: the user's. describe: whether without one `DEFAULT_PROMPT` is asked where the row brings no text
-    at all; of an image with a caption it always is. Else the row is left out.
+    prompt: the user's, also of videos. describe: whether without one `DEFAULT_PROMPT` is asked where the row
+    brings no text at all; of an image with a caption it always is. Else the row is left out.
     """
 
     prompt: str | None = None
@@ -82,13 +83,15 @@ def parse_row(row: Any, pictures: Pictures, asked: Asked = Asked()) -> Parsed:
     if not isinstance(row, Mapping):
         raise Refused("it is no JSON object")
     fields, noted = Fields(row), Noted()
-    beside = fields.take_images()
-    said = _said(fields, pictures, asked if beside else None, noted)
+    beside, videos = fields.take_images(), fields.take_videos()
+    is_asked = bool(beside) or (bool(videos) and asked.prompt is not None)
+    said = _said(fields, pictures, asked if is_asked else None, noted)
     system = fields.take("system", "system_prompt")
     if system is not None:
         said = _with_system(said, system, pictures)
-    turns = _placed(said, [pictures.find(x) for x in beside])
-    turns = _joined(turns, noted)
+    said = _placed(said, [pictures.find_video(x) for x in videos], VIDEO_MARK)
+    said = _placed(said, [pictures.find(x) for x in beside], IMAGE_MARK)
+    turns = _joined(_turns(said), noted)
     _check_turns(turns)
     if turns[-1].role == "user" and any(x.role == "assistant" for x in turns):
         turns = turns[:-1]
@@ -97,7 +100,10 @@ def parse_row(row: Any, pictures: Pictures, asked: Asked = Asked()) -> Parsed:
     if isinstance(name, bool) or not isinstance(name, str | int):
         noted.unread |= set() if name is None else {"id"}
         name = None
-    unused = fields.unused(beside, any(x.images for x in turns))
+    seen = [isinstance(x, Video) for turn in turns for x in turn.seen]
+    if any(seen) and not all(seen):
+        raise Refused("it shows a video beside images, and both together are not read; leave one of them out")
+    unused = fields.unused(beside, False in seen, True in seen)
     if noted.is_silent:
         _refuse_texts(fields.texts(beside))
     given = None if name is None else checked_text(number_text(name) or str(name), "its id")
@@ -173,9 +179,8 @@ def _with_choices(fields: Fields, question: str, answer: Any, noted: Noted) -> t
     asked = asked_with(question, choices)
     if asked is not None:
         noted.rules.add(CHOICES_LISTED)
-    answer, is_letter = chosen(answer, choices)
-    if is_letter:
-        noted.rules.add(NUMBER_IS_LETTER)
+    answer, rule = chosen(answer, choices)
+    noted.rules.update(filter(None, [rule]))
     return asked or question, answer
 
 
@@ -293,19 +298,23 @@ def _with_system(said: Sequence[Said], system: Any, pictures: Pictures) -> list[
     return [turn, *said]
 
 
-def _placed(said: Sequence[Said], images: Sequence[Part]) -> tuple[Turn, ...]:
-    """The turns with each of `images` where the row says, or in front of the first question."""
-    places = [x for turn in said for x in turn.pieces if isinstance(x, Place)]
+def _placed(said: Sequence[Said], shown_there: Sequence[Part], mark: str) -> list[Said]:
+    """The turns with each of `shown_there` where the row says, or in front of the first question.
+
+    shown_there: images, or videos; mark: what marks one in the text.
+    """
+    kind, is_video = ("video", True) if mark == VIDEO_MARK else ("image", False)
+    places = [x for turn in said for x in turn.pieces if isinstance(x, Place) and x.is_video == is_video]
     inside = [x for turn in said for x in turn.pieces if not isinstance(x, str | Place)]
-    distinct = [x for i, x in enumerate(images) if places or x not in (*inside, *images[:i])]
-    if places and len(images) > len(places):  # fields that name one image twice
-        distinct = list(dict.fromkeys(images))
+    distinct = [x for i, x in enumerate(shown_there) if places or x not in (*inside, *shown_there[:i])]
+    if places and len(shown_there) > len(places):  # fields that name one image twice
+        distinct = list(dict.fromkeys(shown_there))
     if places and not distinct:
-        turn = next(i for i, x in enumerate(said, start=1) if any(isinstance(p, Place) for p in x.pieces))
+        turn = next(i for i, x in enumerate(said, start=1) if any(p in places for p in x.pieces))
         tag = places[0].tag
-        if tag != IMAGE_MARK:
+        if tag != mark:
             raise Refused(f"turn {turn} has {tag}, which is not read; {IMAGE_MARK} marks an image")
-        raise Refused(f"turn {turn} has an {IMAGE_MARK}, but the row names no image file")
+        raise Refused(f"turn {turn} has {_ARTICLES[kind]} {mark}, but the row names no {kind} file")
     if any(x.index is not None for x in places):
         order = [x.index if x.index is not None else -1 for x in places]
         if sorted(order) != list(range(len(distinct))):
@@ -313,19 +322,23 @@ def _placed(said: Sequence[Said], images: Sequence[Part]) -> tuple[Turn, ...]:
         distinct = [distinct[x] for x in order]
     if places and len(places) != len(distinct):
         raise Refused(
-            f"it has {counted(len(places), 'place')} for images and {counted(len(distinct), 'image')}"
+            f"it has {counted(len(places), 'place')} for {kind}s and {counted(len(distinct), kind)}"
         )
     left = iter(distinct)
     if not places and distinct:
         first = next((i for i, x in enumerate(said) if x.role == "user"), None)
         if first is None:
-            raise Refused("it has an image, and no turn of the user to show it")
-        said = [
+            raise Refused(f"it has {_ARTICLES[kind]} {kind}, and no turn of the user to show it")
+        return [
             Said(x.role, (*distinct, *x.pieces), x.learned) if i == first else x for i, x in enumerate(said)
         ]
+    return [Said(x.role, tuple(next(left) if p in places else p for p in x.pieces), x.learned) for x in said]
+
+
+def _turns(said: Sequence[Said]) -> tuple[Turn, ...]:
+    """`said`, all of whose places are filled."""
     return tuple(
-        Turn(x.role, tuple(next(left) if isinstance(p, Place) else p for p in x.pieces), x.learned)
-        for x in said
+        Turn(x.role, tuple(p for p in x.pieces if not isinstance(p, Place)), x.learned) for x in said
     )
 
 

@@ -296,5 +296,5 @@ def _beginning(sample: Sample) -> tuple[tuple[Turn, ...], str]:
     first = next(i for i, turn in enumerate(sample.turns) if turn.role == "user")
     begun, later = sample.turns[: first + 1], sample.turns[first + 1 :]
     answer = later[0].text if later else sample.answer or ""
-    has_image = any(turn.images for turn in begun)
+    has_image = any(turn.seen for turn in begun)
     return tuple(Turn(turn.role, turn.parts) for turn in begun), "" if has_image else answer.strip()

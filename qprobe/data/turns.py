@@ -8,8 +8,9 @@ from dataclasses import replace
 from qprobe.data.conversation import Conversation
 from qprobe.data.images import file_bytes
 from qprobe.data.reasons import Refused
+from qprobe.data.videos import frames_of
 from qprobe.options import Turns
-from qprobe.records import Sample, Turn
+from qprobe.records import Part, Sample, Turn, Video
 
 
 def counting(conversation: Conversation, which: Turns) -> tuple[int, ...]:
@@ -57,8 +58,12 @@ def samples_of(conversation: Conversation, which: Turns) -> tuple[Sample, ...]:
 
 
 def held(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """`turns` with the bytes of their images. Raises Refused if a file is gone."""
-    return tuple(
-        replace(turn, parts=tuple(x if isinstance(x, str | bytes) else file_bytes(x) for x in turn.parts))
-        for turn in turns
-    )
+    """`turns` with the bytes of their images and of all frames. Raises Refused if a file is gone."""
+    return tuple(replace(turn, parts=tuple(map(_held, turn.parts))) for turn in turns)
+
+
+def _held(part: Part) -> Part:
+    if isinstance(part, Video):
+        frames = [x if isinstance(x, bytes) else file_bytes(x) for x in part.frames]
+        return Video(frames_of(frames[0]) if part.is_file else tuple(frames))
+    return part if isinstance(part, str | bytes) else file_bytes(part)

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qprobe.data.images import decode
 from qprobe.data.reasons import Refused, shown
 from qprobe.data.rendering import Template
+from qprobe.data.videos import PER_SECOND
 from qprobe.errors import SampleError
 from qprobe.inputs.counting import counting_each
 from qprobe.loading.processor import pad_tokenizer
-from qprobe.records import Sample
+from qprobe.records import Part, Sample, Video
 
 PAD, VISION, TEXT, ANSWER = 0, 1, 2, 3
 KIND_NAMES = {VISION: "vision", TEXT: "text", ANSWER: "answer"}
@@ -30,6 +33,9 @@ PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, OSError
 # Processors that write bos and a line break around the text themselves, and take the answer apart from it:
 # the answer follows that line break, and the model reads it causally by its token types.
 SUFFIXED = ("PaliGemmaProcessor",)
+
+# Processors whose videos were tried: they take them as arrays of frames, and tell how often these were taken.
+TAKING_VIDEOS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor", "LlavaOnevisionProcessor")
 
 # Processors that write the tokens of an image ahead of the text themselves, and what else stands around it.
 WRITING_IMAGES = ("Florence2Processor", "Blip2Processor", "InstructBlipProcessor")
@@ -114,6 +120,19 @@ def reads_images(processor: Any) -> bool:
     return hasattr(processor, "image_processor")
 
 
+def video_problem(processor: Any, seen: Sequence[bytes | Path | Video]) -> str | None:
+    """Why the model's processor does not take the videos in `seen`, a clause; None if it does."""
+    if not any(isinstance(x, Video) for x in seen):
+        return None
+    if tokenizer_of(processor) is processor:
+        return "it has a video, but the model reads text only"
+    if not _is_one_of(processor, TAKING_VIDEOS):
+        return f"it has a video, which a {type(processor).__name__} is not given; give its frames as images"
+    if getattr(processor, "video_processor", None) is None:
+        return "it has a video, and the model's processor needs torchvision for it: pip install torchvision"
+    return None
+
+
 def has_template(processor: Any) -> bool:
     """True if a chat template writes the text; else it is the plain one of `prompt_text`."""
     return bool(getattr(processor, "chat_template", None)) and not _takes_suffix(processor)
@@ -132,17 +151,29 @@ def prompt_text(processor: Any, sample: Sample) -> str:
 
     Plain, each turn stands on a line of its own; the answer follows behind a space, or white space that is
     there.
-    Raises UnreadableError where the template does not keep the texts of the sample.
+    Raises UnreadableError where the template does not keep the texts of the sample, and for a video that the
+    processor does not take.
     """
+    problem = video_problem(processor, sample.seen)
+    if problem is not None:
+        raise UnreadableError(f"Sample {sample.id!r} cannot be read: {problem}.", problem)
     if has_template(processor):
         try:
             return Template(processor).prompt(sample.turns)
         except Refused as reason:
             said = f"Sample {sample.id!r} cannot be read: {reason}. Leave it out."
             raise UnreadableError(said, str(reason)) from None
-    token = "" if _is_one_of(processor, WRITING_IMAGES) else getattr(processor, "image_token", "")
-    lines = ["".join(x if isinstance(x, str) else token for x in turn.parts) for turn in sample.turns]
+    lines = ["".join(_plain(processor, x) for x in turn.parts) for turn in sample.turns]
     return "\n".join([*lines, ""] if _takes_suffix(processor) else lines)
+
+
+def _plain(processor: Any, part: Part) -> str:
+    """`part` in a text without a template."""
+    if isinstance(part, str):
+        return part
+    if _is_one_of(processor, WRITING_IMAGES):
+        return ""
+    return getattr(processor, "video_token" if isinstance(part, Video) else "image_token", "")
 
 
 def full_text(processor: Any, sample: Sample) -> str:
@@ -161,9 +192,10 @@ def mark_in(processor: Any, texts: Sequence[str]) -> str | None:
     A special token would end an answer or open a turn in its middle. Without a chat template the text is the
     whole prompt, and only what stands for an image cannot be meant.
     """
-    token = str(getattr(processor, "image_token", None) or "")
-    if token and any(token in x for x in texts):
-        return f"its text contains {token}, which stands for an image in this model"
+    for kind in ("an image", "a video"):
+        token = str(getattr(processor, f"{kind.split()[1]}_token", None) or "")
+        if token and any(token in x for x in texts):
+            return f"its text contains {token}, which stands for {kind} in this model"
     if not has_template(processor):
         return None
     # Of one character are a few models' padding tokens, such as CLIP's "!".
@@ -177,9 +209,9 @@ def mark_in(processor: Any, texts: Sequence[str]) -> str | None:
 def process(
     processor: Any, samples: Sequence[Sample], texts: list[str], side: Literal["left", "right"]
 ) -> dict:
-    """What `processor` makes of the samples' images and of `texts`, padded on `side`.
+    """What `processor` makes of the samples' images and videos and of `texts`, padded on `side`.
 
-    Raises UnreadableError if a sample has an image and the model takes none, or the processor refuses it.
+    Raises UnreadableError if a sample shows what the model does not take, or the processor refuses it.
     """
     try:
         return _processed(processor, samples, texts, side)
@@ -199,7 +231,7 @@ def _processed(
     tokenizer = tokenizer_of(processor)
     pad_tokenizer(tokenizer)
     bos = tokenizer.bos_token
-    options = dict(return_tensors="pt", padding=True, padding_side=side)
+    options: dict[str, Any] = dict(return_tensors="pt", padding=True, padding_side=side)
     options["add_special_tokens"] = not (bos and all(t.startswith(bos) for t in texts))
     with_image = [s for s in samples if s.images]
     if _takes_suffix(processor):
@@ -211,10 +243,32 @@ def _processed(
         return dict(processor(texts, **options))
     if _is_one_of(processor, WRITING_IMAGES):
         options.pop("add_special_tokens")
-    if not with_image:
-        return dict(processor(text=texts, **options))
-    images = [[decode(x).image for x in s.images] for s in with_image]
-    return dict(counting_each(processor)(images=images, text=texts, **options))
+    videos = [x for s in samples for x in s.videos]
+    if videos:
+        options |= _of_videos(videos)
+    if with_image:
+        options["images"] = [[decode(x).image for x in s.images] for s in with_image]
+    return dict(counting_each(processor)(text=texts, **options))
+
+
+def _of_videos(videos: Sequence[Video]) -> dict[str, Any]:
+    """What a processor is told of `videos`: all frames as they are, (frames, height, width, 3) of uint8."""
+    arrays = [
+        np.stack([np.asarray(decode(x).image) for x in video.frames if isinstance(x, bytes)])
+        for video in videos
+    ]
+    told = [
+        {
+            "total_num_frames": len(x),
+            "fps": PER_SECOND,
+            "duration": len(x) / PER_SECOND,
+            "frames_indices": list(range(len(x))),
+            "height": x.shape[1],
+            "width": x.shape[2],
+        }
+        for x in arrays
+    ]
+    return {"videos": arrays, "videos_kwargs": {"video_metadata": told, "do_sample_frames": False}}
 
 
 def _suffixed(processor: Any, samples: Sequence[Sample], texts: list[str], options: dict) -> dict:
@@ -231,11 +285,11 @@ def _suffixed(processor: Any, samples: Sequence[Sample], texts: list[str], optio
 
 
 def marked(
-    processor: Any, samples: Sequence[Sample], inputs: dict[str, Tensor], image_token_id: int | None
+    processor: Any, samples: Sequence[Sample], inputs: dict[str, Tensor], vision_token_ids: Sequence[int]
 ) -> Batch:
     """The batch of `inputs`, padded on the right, with the kind of each token and where the answers are.
 
-    image_token_id marks vision tokens in the sequence (the model config's; None if it has none).
+    vision_token_ids mark vision tokens in the sequence (the model config's).
     """
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     answers = tuple(
@@ -243,8 +297,7 @@ def marked(
         for i, (sample, length) in enumerate(zip(samples, lengths, strict=True))
     )
     kinds = torch.full(inputs["input_ids"].shape, TEXT, dtype=torch.uint8)
-    if image_token_id is not None:
-        kinds[inputs["input_ids"] == image_token_id] = VISION
+    kinds[torch.isin(inputs["input_ids"], torch.tensor(vision_token_ids, dtype=torch.long))] = VISION
     for i, (start, end) in enumerate(answers):
         kinds[i, start:end] = ANSWER
         kinds[i, end:] = PAD
@@ -275,13 +328,13 @@ def text_ids(processor: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=adds)["input_ids"]
 
 
-def image_token_id(config: Any) -> int | None:
-    """The id of the token that stands for (a patch of) an image in the text, None if there is none."""
-    for key in ("image_token_id", "image_token_index"):
-        value = getattr(config, key, None)
-        if isinstance(value, int):
-            return value
-    return None
+def vision_token_ids(config: Any) -> tuple[int, ...]:
+    """Ids of the tokens that stand for (a patch of) an image and of a video, of which there may be none."""
+    found = []
+    for kind in ("image", "video"):
+        values = (getattr(config, f"{kind}_token_{x}", None) for x in ("id", "index"))
+        found += [x for x in values if isinstance(x, int)][:1]
+    return tuple(found)
 
 
 def cut(groups: Iterable[Sequence[Sample]], size: int) -> list[tuple[Sample, ...]]:

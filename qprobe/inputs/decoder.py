@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qprobe.errors import ModelError
-from qprobe.inputs.batch import ANSWER, PAD, Batch, image_token_id, tokenizer_of
+from qprobe.inputs.batch import ANSWER, PAD, Batch, tokenizer_of, vision_token_ids
 from qprobe.loading.inventory import has_language_head
 from qprobe.records import Sample
 
@@ -33,11 +33,11 @@ class Decoder:
 class Layout:
     """How a model reads samples.
 
-    image_token_id: marks vision tokens in the text; None if there are none. decoder: None for a model that
-    reads prompt and answer as one sequence.
+    vision_token_ids: mark vision tokens in the text. decoder: None for a model that reads prompt and answer
+    as one sequence.
     """
 
-    image_token_id: int | None = None
+    vision_token_ids: tuple[int, ...] = ()
     decoder: Decoder | None = None
 
 
@@ -54,7 +54,7 @@ def layout_of(model: Any) -> Layout:
 
     Raises ModelError for a decoder whose configs do not say how it begins.
     """
-    return Layout(image_token_id(model.config), _decoder_of(model) if is_encoder_decoder(model) else None)
+    return Layout(vision_token_ids(model.config), _decoder_of(model) if is_encoder_decoder(model) else None)
 
 
 def is_encoder_decoder(model: Any) -> bool:

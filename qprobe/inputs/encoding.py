@@ -23,6 +23,7 @@ from qprobe.inputs.batch import (
     process,
     prompt_text,
     tokenizer_of,
+    video_problem,
 )
 from qprobe.inputs.decoder import Decoder, Layout, answer_of, layout_of
 from qprobe.inputs.joining import Inputs, joined
@@ -44,9 +45,12 @@ def render(processor: Any, conversation: Conversation) -> Rendered:
     """The conversation in the words of the processor's chat template; answers: those that are learned.
 
     Without a template the text is the plain one that a scan reads. Raises Refused if the template does not
-    keep texts, or rewrites a turn that is learned once others follow it, and for more than the last answer of
-    plain text.
+    keep texts, or rewrites a turn that is learned once others follow it, for more than the last answer of
+    plain text, and for a video that the processor does not take.
     """
+    problem = video_problem(processor, conversation.seen)
+    if problem is not None:
+        raise Refused(problem)
     if not has_template(processor):
         return _plain(processor, conversation)
     template, turns = Template(processor), conversation.turns
@@ -243,7 +247,7 @@ def encoding_problem(
     decoder: Decoder | None = None,
 ) -> str | None:
     """Why the conversation cannot be trained on once it is tokens; None if it can."""
-    if conversation.images and tokenizer_of(processor) is processor:
+    if conversation.seen and tokenizer_of(processor) is processor:
         return "it has an image, but the model reads text only"
     mark = mark_in(processor, [x.text for x in conversation.turns])
     if mark is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,11 +27,11 @@ from qprobe.inputs.batch import (
 )
 from qprobe.inputs.decoder import Decoder, Layout, with_answers
 from qprobe.inputs.joining import TEXT_KEYS, Inputs, Side, joined
-from qprobe.records import Sample
+from qprobe.records import Sample, Video
 
 ROOM_BYTES = 2**29  # of inputs that are held: those of 35 images of four tiles of 560 pixels, in 16-bit
 
-Key = tuple[tuple[bytes, ...], str]  # images and text
+Key = tuple[tuple[bytes | Path | Video, ...], str]  # what is shown, and the text
 
 _NOT_INPUTS = ("labels",)  # what PaliGemma's processor adds for training: the model would compute a loss
 
@@ -64,12 +65,12 @@ class ProcessedSamples:
 
         Raises SampleError if the processor cannot read them.
         """
-        decoder, image_token_id = self._layout.decoder, self._layout.image_token_id
+        decoder, vision = self._layout.decoder, self._layout.vision_token_ids
         if decoder is None:
             inputs = self._joined(samples, "full", "right")
-            return marked(self.processor, samples, inputs, image_token_id)
+            return marked(self.processor, samples, inputs, vision)
         prompts = [replace(s, answer=None) for s in samples]
-        read = marked(self.processor, prompts, self.prompts(samples), image_token_id)
+        read = marked(self.processor, prompts, self.prompts(samples), vision)
         return with_answers(replace(read, samples=tuple(samples)), self.processor, decoder)
 
     def prompts(self, samples: Sequence[Sample]) -> Inputs:
@@ -114,9 +115,9 @@ class ProcessedSamples:
         return [tuple(group) for group in by_shape.values()]
 
     def _shape(self, sample: Sample) -> tuple:
-        if not sample.images:
+        if not sample.seen:
             return ()
-        key = (sample.images, prompt_text(self.processor, sample))
+        key = (sample.seen, prompt_text(self.processor, sample))
         if key not in self._shapes:
             self._inputs(sample, self._kind_of(sample))
         return self._shapes[key]
@@ -127,7 +128,7 @@ class ProcessedSamples:
 
     def _inputs(self, sample: Sample, kind: Literal["prompt", "full"]) -> Inputs:
         text = (prompt_text if kind == "prompt" else full_text)(self.processor, sample)
-        key = (sample.images, text)
+        key = (sample.seen, text)
         if key not in self._held:
             found = self._made(sample, text)
             self._hold(key, found, kind)
@@ -145,7 +146,7 @@ class ProcessedSamples:
         found.setdefault(
             "attention_mask", torch.ones_like(found["input_ids"])
         )  # SigLIP's tokenizer gives none
-        self._shapes[sample.images, prompt_text(self.processor, sample)] = _shape_of(found)
+        self._shapes[sample.seen, prompt_text(self.processor, sample)] = _shape_of(found)
         return found
 
     def _hold(self, key: Key, inputs: Inputs, kind: str) -> None:

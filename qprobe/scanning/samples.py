@@ -11,7 +11,7 @@ import torch
 from qprobe.calibration.calibrate import samples_wanted
 from qprobe.data.sampling import choose_samples, independent_of, scan_count, split_held_out, unanswered_note
 from qprobe.errors import ModelError, SampleError
-from qprobe.inputs.batch import cut, image_token_id, reads_images
+from qprobe.inputs.batch import cut, reads_images, vision_token_ids
 from qprobe.inputs.decoder import Layout, layout_of
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.device import DTYPES, pick_device
@@ -116,7 +116,7 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
         )
     model: Any = skeleton.model if skeleton.is_buildable else None
     dtype = DTYPES[skeleton.dtype] if model is None else model.dtype
-    layout = Layout(image_token_id(skeleton.config)) if model is None else layout_of(model)
+    layout = Layout(vision_token_ids(skeleton.config)) if model is None else layout_of(model)
     processed = processed_samples(processor, layout, dtype, asked.max_memory_bytes)
     count = scan_count(model_id, asked.samples)
     fit_to = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from qprobe.inputs.batch import PAD, VISION, Batch, tokenizer_of
 from qprobe.measure.subject import Subject
 from qprobe.models.families import family_of
 from qprobe.models.grid import Grid, ImageTensors
-from qprobe.records import Sample
+from qprobe.records import Sample, Video
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shown import FILE, ShownSample, write_shown
 
@@ -42,13 +42,20 @@ def shown_samples(subject: Subject, batch: Batch) -> list[ShownSample]:
         kinds = batch.kinds[i].tolist()
         row = zip(ids[i].tolist(), kinds, strict=True)
         tokens = tuple(None if kind == VISION else tokenizer.decode([t]) for t, kind in row if kind != PAD)
-        picture, size = thumbnail(next(iter(sample.images), None))
+        picture, size = thumbnail(next(_pictures(sample), None))
         grid = None if len(sample.images) != 1 else image_grid(batch, i, subject.model)
         decoded = _decoded(tokenizer, batch, i)
         found.append(
             ShownSample(sample.id, sample.prompt, sample.answer, picture, size, tokens, grid, decoded)
         )
     return found
+
+
+def _pictures(sample: Sample) -> Iterator[bytes]:
+    """Its images, and the frames of its videos."""
+    for one in sample.seen:
+        frames = one.frames if isinstance(one, Video) else (one,)
+        yield from (x for x in frames if isinstance(x, bytes))
 
 
 def _decoded(tokenizer: Any, batch: Batch, index: int) -> tuple[str, ...]:

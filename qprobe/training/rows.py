@@ -82,10 +82,10 @@ def encodable(
 
 def check_batches(lines: Sequence[Conversation], batch_size: int, processor: Any, dtype: torch.dtype) -> None:
     """Raises SampleError if a batch could mix lines with and without an image and the model takes none."""
-    with_image = [x for x in lines if x.images]
+    with_image = [x for x in lines if x.seen]
     if batch_size == 1 or len(with_image) in (0, len(lines)):
         return
-    without = next(x for x in lines if not x.images)
+    without = next(x for x in lines if not x.seen)
     try:
         encode_conversations(processor, [with_image[0], without], dtype)
     except SampleError:

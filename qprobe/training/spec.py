@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from qprobe.errors import MachineError
 from qprobe.loading.device import pick_device
 from qprobe.manifest.records import Manifest
 from qprobe.options import FinetuneOptions, Optimizer
+from qprobe.records import Video
 from qprobe.system.devices import AskedDevice
 
 _NOT_ASKED = (  # what decides nothing, or is told by digests of what was read
@@ -44,15 +46,20 @@ def asked_spec(options: FinetuneOptions, on: AskedDevice, manifest: Manifest) ->
 
 
 def images_digest(files: Sequence[Conversations]) -> str:
-    """SHA-256 over the bytes of every image that a good row shows: the rows name files alone."""
-    images = {x for one in files for row in one.good for x in row.images}
-    digests = {_digest(x) if isinstance(x, bytes) else _digest(file_bytes(x)) for x in images}
-    return _digest("\n".join(sorted(digests)).encode())
+    """SHA-256 over the bytes of every image and video that a good row shows: the rows name files alone."""
+    seen = {x for one in files for row in one.good for x in row.seen}
+    return _digest("\n".join(sorted(map(_seen_digest, seen))).encode())
+
+
+def _seen_digest(seen: bytes | Path | Video) -> str:
+    if isinstance(seen, Video):
+        return _digest("\n".join(["video", *map(_seen_digest, seen.frames)]).encode())
+    return _digest(seen if isinstance(seen, bytes) else file_bytes(seen))
 
 
 def texts_digest(found: Conversations) -> str:
     """SHA-256 over what is said in the good rows, and which answers are learned."""
-    rows = [[(x.role, x.learned, x.text, len(x.images)) for x in row.turns] for row in found.good]
+    rows = [[(x.role, x.learned, x.text, len(x.seen)) for x in row.turns] for row in found.good]
     return _digest(json.dumps(rows).encode())
 
 

@@ -8,29 +8,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import pathname2url
 
+from qprobe.data.images import in_memory, png
 from tests import tiny
 
 A, B = tiny.picture(0), tiny.picture(1)
+AB = tiny.animation(0, 1)
 QUESTION, ANSWER = "What is it?", "A cat."
 ONE = [("user", [A, QUESTION]), ("assistant", [ANSWER])]
 TEXT = [("user", [QUESTION]), ("assistant", [ANSWER])]
 
 
 class Shape(NamedTuple):
-    """row: of the folder that a.png and b.png lie in. turns: (role, texts and bytes of images) each.
+    """row: of the folder that a.png, b.png and ab.gif, an animation, lie in. turns: (role, texts and bytes of
+    images, of videos those of all frames) each.
 
     notes: what is told of it, behind the name of its source.
     """
 
     name: str
     row: Callable[[Path], dict[str, Any]]
-    turns: list[tuple[str, list[str | bytes]]]
+    turns: list[tuple[str, list[str | bytes | tuple[bytes, ...]]]]
     notes: tuple[str, ...] = ()
 
 
 def files(folder: Path) -> Path:
     (folder / "a.png").write_bytes(A)
     (folder / "b.png").write_bytes(B)
+    (folder / "ab.gif").write_bytes(AB)
     return folder
 
 
@@ -67,7 +71,10 @@ CHOSEN = "in 1 line chosen is read as the answer, and rejected is not used."
 JOINED = "in 1 line turns of the user that follow one another, with an image between, are read as one."
 LISTED = "in 1 line the choices stand below the question, each behind its letter."
 LETTER = "in 1 line the answer's number, counted from 0, became the letter of its choice."
+CHOICE = "in 1 line the answer's number is one of the choices, and is not read as the place of another."
 LAST = "in 1 line a last question without an answer is left out."
+MOVING = [("user", [(A, B), QUESTION]), TEXT[1]]
+ANIMATED = [("user", [tuple(png(in_memory(x).image) for x in tiny.frames(0, 1)), QUESTION]), TEXT[1]]
 SAID = [{"role": "assistant", "content": ANSWER}]
 SYSTEM = ("system", ["Be short."])
 SHAPES = (
@@ -251,6 +258,23 @@ SHAPES = (
     plain("a link to the image", asked(image="a.png", flickr_url="https://x.org/1.jpg"), ONE,
           "not used are the fields flickr_url."),
     plain("a file name", asked(file_name="a.png")),
+    # videos
+    plain("the frames of a video", asked(video=["a.png", "b.png"]), MOVING),
+    plain("two videos", asked(videos=[["a.png", "b.png"], ["b.png"]]),
+          [("user", [(A, B), (B,), QUESTION]), TEXT[1]]),
+    plain("frames of two videos in one field", asked(video=[["a.png", "b.png"], ["b.png"]]),
+          [("user", [(A, B), (B,), QUESTION]), TEXT[1]]),
+    plain("a mark of a video", messages(f"{QUESTION}<video>", videos=[["a.png", "b.png"]], video_id="v1"),
+          [("user", [QUESTION, (A, B)]), TEXT[1]], "not used are the fields video_id."),
+    plain("a part with frames", messages(part(type="video", video=["a.png", "b.png"])), MOVING),
+    plain("a part whose frames stand beside", messages(part(type="video"), video=["a.png", "b.png"]), MOVING),
+    plain("an animated image as a video", asked(video="ab.gif"), ANIMATED),
+    plain("a list of animated images", asked(videos=["ab.gif"]), ANIMATED),
+    plain("an animated image in base64", asked(video={"bytes": None, "path": None, "data": in_base64(AB)}),
+          ANIMATED),
+    Shape("an address of a video", lambda folder: messages(part(
+        type="video_url", video_url={"url": f"file://{pathname2url(str(folder / 'ab.gif'))}"}
+    )), ANIMATED),
     # choices
     plain("choices and the number of one", {"question": QUESTION, "choices": ["a cat", "a dog"], "answer": 1},
           [("user", [f"{QUESTION}\nA. a cat\nB. a dog"]), ("assistant", ["B"])], LETTER, LISTED),
@@ -260,7 +284,13 @@ SHAPES = (
     plain("options and a number as text", {"question": QUESTION, "options": ["2", "4"], "answer": "0"},
           [("user", [f"{QUESTION}\nA. 2\nB. 4"]), ("assistant", ["A"])], LETTER, LISTED),
     plain("options of numbers and one of them", {"question": QUESTION, "options": [1, 0], "answer": 1},
-          [("user", [f"{QUESTION}\nA. 1\nB. 0"]), ("assistant", ["1"])], LISTED),
+          [("user", [f"{QUESTION}\nA. 1\nB. 0"]), ("assistant", ["1"])], CHOICE, LISTED),
+    plain("options of numbers and one that is no place", {
+        "question": QUESTION, "options": [1, 2], "answer": 2
+    }, [("user", [f"{QUESTION}\nA. 1\nB. 2"]), ("assistant", ["2"])], LISTED),
+    plain("options of numbers and one in its own place", {
+        "question": QUESTION, "options": ["0", "1"], "answer": "1"
+    }, [("user", [f"{QUESTION}\nA. 0\nB. 1"]), ("assistant", ["1"])], LISTED),
     plain("choices by their letters", {
         "question": QUESTION, "A": "a cat", "B": "a dog", "C": None, "answer": "B"
     }, [("user", [f"{QUESTION}\nA. a cat\nB. a dog"]), ("assistant", ["B"])], LISTED),

@@ -1,7 +1,11 @@
-"""Any JSON value in any field gives a sample or one named reason, and no other exception."""
+"""Any JSON value in any field gives a sample or one named reason, and no other exception.
+
+ANY_JSON_EXAMPLES=100000 tries so many.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from qprobe.data.reading import read_conversations
 from qprobe.data.reasons import Refused
 from qprobe.data.turns import learning, samples_of
 
-EXAMPLES = 2_000
+EXAMPLES = int(os.environ.get("ANY_JSON_EXAMPLES", "2000"))
 WORDS = (
     "", " ", "a", "<image>", "<image>\n<image> x", "<img>a.png</img>", "<video>", "a.png", "user", "gpt",
     "system", "human", "assistant", "image", "image_url", "file:///a", "http://[", "data:,", "s3://", "../",

@@ -82,13 +82,23 @@ BAD = [
     (talk(HUMAN, GPT), "turn 1 has an <image>, but the row names no image file"),
     (talk(HUMAN, {"from": "gpt", "value": "<image>"}, image="a.png"), "only the user"),
     # what shows something else
-    ({**spoken("<video>what happens?", "it runs"), "videos": ["v.mp4"]}, "<video>, which is not read"),
-    ({**ASKED, "video": "v.mp4"}, "neither is read; give the frames of a video as images"),
+    ({**spoken("<video>what happens?", "it runs"), "videos": ["v.mp4"]}, "v.mp4 does not exist"),
+    (spoken("<video>what happens?", "it runs"), "turn 1 has a <video>, but the row names no video file"),
+    ({**ASKED, "video": "v.mp4"}, "v.mp4 does not exist"),
+    ({**ASKED, "video": "a.png"}, "video a.png is a still image; give the frames of one video as a list"),
+    ({**ASKED, "video": ["a.png", "gone.png"]}, "gone.png does not exist"),
+    ({**ASKED, "video": ["a.png", 7]}, "a frame of its video is 7, which is no path of a file"),
+    ({**ASKED, "video": 7}, "its video is 7, which is no path of a file"),
+    ({**ASKED, "video": ["a.png"] * 769}, "its video has 769 frames; 1 to 768 are read"),
+    ({**ASKED, "video": ["a.png"], "image": "b.png"}, "shows a video beside images, and both together"),
+    ({**ASKED, "video": ["a.png"], "clip": "other"}, "clip names a video or a sound, and is not read"),
+    ({**ASKED, "video": "notes.txt"}, "video notes.txt is neither an animated image nor a video file"),
+    (spoken([{"type": "video"}, {"type": "text", "text": "a"}], "x"), "the row names no video file"),
     ({**ASKED, "clip": {"path": "v"}}, "clip names a video or a sound"),
     ({**ASKED, "where": "v.mp4"}, "where names a video or a sound"),
     ({**ASKED, "scan": "other.png"}, "scan seems to hold an image"),
     ({**ASKED, "views": ["other.png"]}, "views seems to hold an image"),
-    (spoken([{"type": "video", "video": "v.mp4"}], "x"), "give the frames of a video as images"),
+    (spoken([{"type": "video", "video": "v.mp4"}], "x"), "v.mp4 does not exist"),
     (spoken([{"type": "audio"}], "x"), "part of type 'audio'"),
     (spoken('<img src="a.png"> what?', "x"), "<img src"),
     (spoken("<image_1> what?", "x"), "<image_1>, which is not read"),
@@ -229,7 +239,7 @@ def test_an_image_in_a_field_that_is_not_read_is_never_dropped(held: Any):
 def test_beside_an_image_itself_a_name_says_where_it_came_from(field: str):
     image = {"bytes": tiny.picture(0), "path": "a.png"}
     found = read_conversations([{**ASKED, "image": image, field: "train/000017.jpg"}])
-    assert [x.images for x in found.good] == [(tiny.picture(0),)]
+    assert [x.seen for x in found.good] == [(tiny.picture(0),)]
     assert found.notes == (f"data: not used are the fields {field}.",)
 
 

@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 
-from qprobe.data.images import file_bytes
 from qprobe.data.reading import read_conversations
 from qprobe.data.sampling import Wanted, choose_samples
-from qprobe.data.turns import learning
-from qprobe.records import Turn
+from qprobe.data.turns import held, learning
+from qprobe.records import Turn, Video
 from tests.data.shapes import SHAPES, Shape, files
 
-
-def said(turns: tuple[Turn, ...]) -> list[tuple[str, list[str | bytes]]]:
-    return [(x.role, [file_bytes(p) if isinstance(p, Path) else p for p in x.parts]) for x in turns]
+Turns = list[tuple[str, list[str | bytes | tuple[bytes, ...]]]]
 
 
-Turns = list[tuple[str, list[str | bytes]]]
+def said(turns: tuple[Turn, ...]) -> Turns:
+    """Of a video its frames."""
+    return [(x.role, [p.frames if isinstance(p, Video) else p for p in x.parts]) for x in held(turns)]
 
 
 def read_in(command: str, data: Any) -> tuple[Turns, list[str]]:

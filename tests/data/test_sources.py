@@ -150,7 +150,7 @@ def answers(data: Any, how: Reading = Reading()) -> list[str]:  # noqa: B008
     found = read_conversations(data, how)
     assert found.skipped == () and found.notes == ()
     for one in found.good:
-        (image,) = one.images
+        (image,) = one.seen
         assert (image if isinstance(image, bytes) else file_bytes(image)) == tiny.picture(0)
     return [x.turns[-1].text for x in found.good]
 
@@ -225,7 +225,7 @@ def test_pictures_in_memory_keep_their_pixels():
     (found,) = read_conversations(
         [{"prompt": [{"role": "user", "content": "What?"}], "images": [image]}]
     ).good
-    assert decode(found.images[0]).image.tobytes() == image.tobytes()  # pyright: ignore[reportArgumentType]
+    assert decode(found.seen[0]).image.tobytes() == image.tobytes()  # pyright: ignore[reportArgumentType]
 
 
 def test_an_id_of_the_hub_is_loaded_where_datasets_is_installed(monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,8 @@
 
 Prints how many inputs each reader was given, and every finding: an error of another kind than the reader
 explains, a message of more than 2,000 characters, or more than 5 s. Findings are kept in tests/fuzz/corpus.
+An input that is still being read after a minute ends the run: it stays in tests/fuzz/hung under its reader's
+name, and stderr shows where it hung.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from pathlib import Path
 
 from tests.fuzz.trying import CORPUS, tried
 
+HUNG = CORPUS.with_name("hung")
+
 
 def main() -> int:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 600.0
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     with tempfile.TemporaryDirectory() as folder:
-        counts, findings = tried(Path(folder), seconds, seed)
+        counts, findings = tried(Path(folder), seconds, seed, HUNG)
     for name, count in counts.items():
         print(f"{count:9,}  {name}")
     print(f"{sum(counts.values()):9,}  in all, {len(findings)} findings")

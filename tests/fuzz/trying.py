@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import random
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.fuzz.readers import Reader, readers
 
 CORPUS = Path(__file__).with_name("corpus")
 LONGEST_SECONDS, LONGEST_MESSAGE = 5.0, 2000
+HUNG_SECONDS = 60.0  # by the clock: a reader that takes longer is not waited for
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 10**30, 1e308, "", "x" * 9999, "\x1b[2J", "\u202e", "\ud800", "../../x",
     "/dev/zero", "=1+1", "a\nb", "(a|aa)+\\d$", "[[:alpha:]]", "{e<2}", "*", "(", [], {}, [[]], {"": {}},
@@ -36,8 +38,14 @@ class Finding:
     what: str
 
 
-def tried(folder: Path, seconds: float, seed: int) -> tuple[Mapping[str, int], list[Finding]]:
-    """(inputs by reader, findings): each reader has an equal share of the time."""
+def tried(
+    folder: Path, seconds: float, seed: int, hung: Path | None = None
+) -> tuple[Mapping[str, int], list[Finding]]:
+    """(inputs by reader, findings): each reader has an equal share of the time.
+
+    hung: a folder that holds the input being read, under its reader's name. An input that takes more than
+    `HUNG_SECONDS` ends the process, stays there, and stderr shows where it hung.
+    """
     draw = random.Random(seed)
     counts: dict[str, int] = {}
     findings: dict[tuple[str, str], Finding] = {}
@@ -47,10 +55,30 @@ def tried(folder: Path, seconds: float, seed: int) -> tuple[Mapping[str, int], l
         while time.monotonic() < end:
             data = damaged(draw.choice(reader.seeds), draw)
             counts[name] += 1
-            what = problem(reader, data)
+            with watched(None if hung is None else hung / name, data):
+                what = problem(reader, data)
             if what is not None:
                 findings.setdefault((name, what[:40]), Finding(name, data, what))
     return counts, list(findings.values())
+
+
+@contextmanager
+def watched(kept: Path | None, data: bytes, limit_s: float = HUNG_SECONDS) -> Iterator[None]:
+    """While open, `data` lies in `kept`; after `limit_s` the process ends with a traceback. None: neither.
+
+    The watchdog is a thread of its own: a loop in C, which holds up signals, does not hold it up.
+    """
+    if kept is None:
+        yield
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(data)
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=2)  # pytest has another stderr
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        kept.unlink()
 
 
 def problem(reader: Reader, data: bytes) -> str | None:

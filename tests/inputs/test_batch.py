@@ -11,7 +11,7 @@ import torch
 
 from qprobe.data.builtin import photographs
 from qprobe.errors import SampleError
-from qprobe.inputs.batch import ANSWER, PAD, VISION, image_token_id, tokenizer_of
+from qprobe.inputs.batch import ANSWER, PAD, VISION, tokenizer_of, vision_token_ids
 from qprobe.loading.reference import Reference, load_reference
 from qprobe.records import Sample, asked
 from tests import tiny
@@ -31,7 +31,7 @@ def test_the_answer_span_decodes_to_the_answer(load: Load, name: str) -> None:
     samples = [replace(s, answer=a) for s, a in zip(_samples(name), ("a red bag", "seven"), strict=True)]
     tokenizer = tokenizer_of(reference.processor)
     for group in batches(reference.processor, samples, 2):
-        batch = encode(reference.processor, group, torch.bfloat16, image_token_id(reference.model.config))
+        batch = encode(reference.processor, group, torch.bfloat16, vision_token_ids(reference.model.config))
         for i, (sample, (start, end)) in enumerate(zip(group, batch.answers, strict=True)):
             ids = batch.inputs["input_ids"][i]
             assert tokenizer.decode(ids[start:end], skip_special_tokens=True).strip() == sample.answer
@@ -45,7 +45,7 @@ def test_the_answer_span_decodes_to_the_answer(load: Load, name: str) -> None:
 def test_vision_tokens_in_the_text_are_marked(load: Load) -> None:
     reference = load("qwen2_vl")
     (sample, _) = _samples("qwen2_vl")
-    batch = encode(reference.processor, [sample], torch.bfloat16, image_token_id(reference.model.config))
+    batch = encode(reference.processor, [sample], torch.bfloat16, vision_token_ids(reference.model.config))
     grid = batch.inputs["image_grid_thw"][0]
     assert (batch.kinds == VISION).sum() == grid.prod() // 4  # Qwen2-VL merges 2 x 2 patches into a token
 

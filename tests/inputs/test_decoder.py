@@ -98,7 +98,7 @@ def test_the_two_sequences_of_a_batch_never_have_one_length():
 def test_florence_2_writes_the_tokens_of_an_image_itself():
     (processor,) = sequences.florence2_processor()
     tokenizer, image = processor.tokenizer, tiny.picture(0)
-    layout = Layout(processor.image_token_id, Decoder(END))
+    layout = Layout((processor.image_token_id,), Decoder(END))
     batch = ProcessedSamples(processor, torch.float32, layout).batch(
         [Sample("a", asked("a cat", image), "<loc_1> a cat")]
     )
@@ -177,4 +177,4 @@ def test_models_of_one_sequence_have_no_decoder():
         def forward(self, input_ids: Any, decoder_input_ids: Any = None) -> None:
             """As BLIP-2 with a decoder alone."""
 
-    assert layout_of(Takes(SimpleNamespace(image_token_id=5))) == Layout(5)
+    assert layout_of(Takes(SimpleNamespace(image_token_id=5))) == Layout((5,))

@@ -15,11 +15,13 @@ from itertools import pairwise
 from string import ascii_uppercase
 from typing import Any
 
+from qprobe.data.content import number_text
 from qprobe.data.fields import Fields
 from qprobe.data.reasons import Refused, shown
 
 CHOICES_LISTED = "the choices stand below the question, each behind its letter"
 NUMBER_IS_LETTER = "the answer's number, counted from 0, became the letter of its choice"
+NUMBER_IS_CHOICE = "the answer's number is one of the choices, and is not read as the place of another"
 _NAMES = ("choices", "options")
 _LONGEST = 100_000  # characters of a list that Python wrote
 
@@ -55,20 +57,25 @@ def asked_with(question: str, choices: Sequence[Any]) -> str | None:
     return "\n".join([question, *listed])
 
 
-def chosen(answer: Any, choices: Sequence[Any]) -> tuple[Any, bool]:
-    """(the answer, whether a number became a letter): a letter, or what one of the choices is, stays.
+def chosen(answer: Any, choices: Sequence[Any]) -> tuple[Any, str | None]:
+    """(the answer, the rule by which a number was read): a letter, or what one of the choices is, stays.
 
-    Raises Refused for a number that none of the choices has.
+    So does a number that is one choice and the place of another: who writes places for answers has no use for
+    the words of a choice. Raises Refused for a number that none of the choices has.
     """
     text = answer.strip() if isinstance(answer, str) else answer
-    if isinstance(text, bool) or not isinstance(text, int | str) or text in choices:
-        return answer, False
-    if isinstance(text, str) and not (text.isascii() and text.isdigit()):
-        return answer, False
-    place = int(str(text)[:9])
-    if not 0 <= place < len(choices):
+    if isinstance(text, bool) or not isinstance(text, int | str):
+        return answer, None
+    is_number = isinstance(text, int) or (text.isascii() and text.isdigit())
+    place = int((number_text(text) or str(text))[:9]) if is_number else -1
+    is_place = 0 <= place < len(choices)
+    if text in choices:
+        return answer, NUMBER_IS_CHOICE if is_place and choices[place] != text else None
+    if not is_number:
+        return answer, None
+    if not is_place:
         raise Refused(f"its answer is {shown(repr(answer))}, and its choices are 0 to {len(choices) - 1}")
-    return ascii_uppercase[place], True
+    return ascii_uppercase[place], NUMBER_IS_LETTER
 
 
 def written_list(text: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qprobe.data.content import IMAGE_MARK, Piece, Place, pieces_of
+from qprobe.data.content import Piece, Place, pieces_of
 from qprobe.data.pictures import Pictures
 from qprobe.data.reasons import Refused, shown
 from qprobe.records import Role
@@ -109,7 +109,7 @@ def turns_of(listed: Any, name: str, pictures: Pictures, noted: Noted, before: i
 def checked(said: Said, place: int) -> Said:
     """`said`. Raises Refused if it is empty, or another than the user shows an image."""
     if said.role != "user" and not all(isinstance(x, str) for x in said.pieces):
-        raise Refused(f"turn {place} of the {said.role} has an {IMAGE_MARK}; only the user shows one")
+        raise Refused(f"turn {place} of the {said.role} has an image or a video; only the user shows one")
     if not said.pieces:
         raise Refused(f"turn {place} of the {said.role} is empty")
     return said
@@ -123,13 +123,13 @@ def _with_images(
     if not given:
         return pieces
     several = given[0] if isinstance(given[0], list | tuple) else given
-    marks = [x for x in pieces if isinstance(x, Place)]
+    marks = [x for x in pieces if isinstance(x, Place) and not x.is_video]
     if len(given) > 1 or (marks and (len(marks) != len(several) or any(x.index is not None for x in marks))):
         raise Refused(f"turn {place} has other images than it has places for")
     found = iter([pictures.find(x) for x in several])
     if not marks:
         return (*found, *pieces)
-    return tuple(next(found) if isinstance(x, Place) else x for x in pieces)
+    return tuple(next(found) if isinstance(x, Place) and not x.is_video else x for x in pieces)
 
 
 def _one_of(turn: Mapping[str, Any], keys: tuple[str, str], place: int) -> Any:
