@@ -1,5 +1,7 @@
 """Tiny encoder-decoders with what stands around their texts: T5 ends them, BART and Florence-2 frame them.
 
+The encoders of Donut, TrOCR and Pix2Struct read an image alone.
+
 `tiny.write_recipe` writes them. Markers, as everywhere in `tests.tiny`, follow the controls.
 """
 
@@ -12,13 +14,21 @@ from transformers import (
     BartConfig,
     Blip2Config,
     Blip2Processor,
+    DonutProcessor,
     Florence2Config,
     Florence2Processor,
     MarianConfig,
+    Pix2StructConfig,
+    Pix2StructProcessor,
     T5Config,
+    TrOCRProcessor,
+    VisionEncoderDecoderConfig,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.donut.image_processing_pil_donut import DonutImageProcessorPil
+from transformers.models.pix2struct.image_processing_pil_pix2struct import Pix2StructImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests.tiny import BOS, END, FIRST_MARKER, IDS, PAD, VOCAB, Recipe, make_tokenizer
 
@@ -119,6 +129,58 @@ def blip2_processor(around: str) -> tuple[Any, ...]:
     return (Blip2Processor(images, tokenizer_with(around, ("<image>",)), num_query_tokens=QUERIES),)
 
 
+def seeing(encoder: dict[str, Any], decoder: dict[str, Any]) -> VisionEncoderDecoderConfig:
+    answers = {"is_decoder": True, "add_cross_attention": True, "tie_word_embeddings": False}
+    return VisionEncoderDecoderConfig(
+        encoder=encoder, decoder={**BART, **decoder, **answers}, decoder_start_token_id=BOS, **IDS
+    )
+
+
+def donut() -> VisionEncoderDecoderConfig:
+    """Three stages of Swin, whose widths double: the last is as wide as the decoder."""
+    tower = {
+        "image_size": [32, 32], "patch_size": 4, "embed_dim": 16, "depths": [1, 1, 1],
+        "num_heads": [2, 2, 4], "window_size": 2, "mlp_ratio": 2.0,
+    }  # fmt: skip
+    return seeing({"model_type": "donut-swin", **tower}, {"model_type": "mbart"})
+
+
+def donut_processor() -> tuple[Any, ...]:
+    images = DonutImageProcessorPil(size={"height": 32, "width": 32})
+    return (DonutProcessor(images, tokenizer_with("<|bos|> $A <|end|>", ("<s_answer>",))),)
+
+
+def trocr() -> VisionEncoderDecoderConfig:
+    tower = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return seeing(
+        {"model_type": "vit", **tower, "image_size": 28, "patch_size": 14},
+        {"model_type": "trocr", "cross_attention_hidden_size": 64},
+    )
+
+
+def trocr_processor() -> tuple[Any, ...]:
+    images = ViTImageProcessorPil(size={"height": 28, "width": 28})
+    return (TrOCRProcessor(images, tokenizer_with("<|bos|> $A <|end|>")),)
+
+
+def pix2struct() -> Pix2StructConfig:
+    heads = {"hidden_size": 64, "d_kv": 16, "d_ff": 96}
+    tower = {"num_hidden_layers": 2, "num_attention_heads": 4, "patch_embed_hidden_size": 3 * 8 * 8}
+    text = {"vocab_size": VOCAB, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": PAD, **IDS}
+    return Pix2StructConfig(
+        vision_config={**heads, **tower, "seq_len": 64},
+        text_config={**heads, **text},
+        decoder_start_token_id=PAD,
+        **IDS,
+    )
+
+
+def pix2struct_processor() -> tuple[Any, ...]:
+    # 40 x 56 pixels become 3 x 4 patches, and three are padding.
+    images = Pix2StructImageProcessorPil(max_patches=15, patch_size={"height": 8, "width": 8})
+    return (Pix2StructProcessor(images, tokenizer_with("$A <|end|>")),)
+
+
 RECIPES = {
     "t5": Recipe("T5ForConditionalGeneration", t5, lambda: (tokenizer_with("$A <|end|>"),)),
     "bart": Recipe("BartForConditionalGeneration", bart, lambda: (tokenizer_with("<|bos|> $A <|end|>"),)),
@@ -130,4 +192,7 @@ RECIPES = {
         lambda: blip2_processor("$A <|end|>"),
     ),
     "blip2_opt": Recipe("Blip2ForConditionalGeneration", blip2_opt, lambda: blip2_processor("<|bos|> $A")),
+    "donut": Recipe("VisionEncoderDecoderModel", donut, donut_processor),
+    "trocr": Recipe("VisionEncoderDecoderModel", trocr, trocr_processor),
+    "pix2struct": Recipe("Pix2StructForConditionalGeneration", pix2struct, pix2struct_processor),
 }

@@ -207,8 +207,8 @@ def counted_tokens(layer: Linear, tokens: int, batch: Batch, tiles: Tensor | Non
 
     tokens: rows of that input, of the whole batch. tiles: see `tiles_that_count`.
     """
-    if layer.reads == "text":
-        kinds = None if tokens % batch.size else batch.kinds_of(tokens // batch.size)
+    kinds = None if tokens % batch.size else batch.kinds_of(tokens // batch.size, layer.reads)
+    if layer.reads == "text" or kinds is not None:
         return None if kinds is None or bool((kinds != PAD).all()) else (kinds != PAD).reshape(-1)
     if tiles is None or layer.tower == "vision" or tokens % len(tiles):
         return None

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from qprobe.checkpoint.experts.four_bit import four_bit_experts
-from qprobe.errors import ModelError
 from qprobe.exports.keys import one_pattern
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.inventory import linear_modules
@@ -17,7 +16,8 @@ from qprobe.options import DEFAULT_ADAPT
 
 
 def ready_for_training(model: Any) -> Any:
-    """`model` (16-bit or 4-bit), frozen and ready for adapters: every weight in its dtype, blocks recomputed.
+    """`model` (16-bit or 4-bit), frozen and ready for adapters: every weight in its dtype, blocks recomputed
+    where the model can, see `kept_whole`.
 
     Differs from `peft.prepare_model_for_kbit_training` in what costs memory and brings nothing:
     - nothing in 16-bit becomes float32. Norms compute in float32 anyway, and in float32 they would hand
@@ -26,22 +26,30 @@ def ready_for_training(model: Any) -> Any:
       backward pass would otherwise keep for no adapter to use. `model.enable_input_require_grads`, which
       trainers call, does the same from now on.
     Blocks are checkpointed without re-entry, so adapters train in the vision tower as well. Key-value
-    caching is off. Raises ModelError if the architecture cannot be checkpointed.
+    caching is off.
     """
     model.requires_grad_(False)
     model.enable_input_require_grads = MethodType(_text_gradients, model)
-    # transformers 5.17 knows it by its old name only; can go with the first release required that has both.
-    recompute = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        recompute({"use_reentrant": False})
-    except ValueError as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot recompute its blocks in the backward pass ({error}), so training "
-            f"it would need its activations whole. Load it without for_training."
-        ) from error
+    if kept_whole(model) is None:
+        # transformers 5.17 knows it by its old name only; can go with the first release required that has
+        # both.
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = False
     return model
+
+
+def kept_whole(model: Any) -> str | None:
+    """That the activations of all blocks stay in memory, where transformers cannot recompute those of
+    `model`; None where it can.
+    """
+    if model.supports_gradient_checkpointing:
+        return None
+    return (
+        f"transformers cannot recompute the blocks of {type(model).__name__} in the backward pass, so the "
+        "activations of a whole batch stay in memory. Smaller batches or lines need less."
+    )
 
 
 def lora_targets(model: nn.Module, adapt: str = DEFAULT_ADAPT, for_tool: str | None = None) -> str:

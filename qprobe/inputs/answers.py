@@ -86,10 +86,8 @@ def _generate(
     )
     with torch.inference_mode():
         output = model.generate(**inputs, generation_config=config)
-    if decoder is None:
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-    else:
-        rows = output[:, 1:].tolist()
+    prompts = inputs.get("input_ids" if decoder is None else "decoder_input_ids")
+    rows = output[:, 1 if prompts is None else prompts.shape[1] :].tolist()
     forced = getattr(model.generation_config, "forced_eos_token_id", None)
     results = []
     for row in rows:

@@ -6,7 +6,8 @@ rows can be told apart by sample; texts are padded on the right and pads are mar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -54,11 +55,12 @@ class Batch:
     """Model inputs of B samples.
 
     inputs: keyword arguments of the model's forward, sample-major along dimension 0.
-    kinds: (B, T) uint8 on the CPU: PAD, VISION, TEXT or ANSWER of each token.
+    kinds: (B, T) uint8 on the CPU: PAD, VISION, TEXT or ANSWER of each token. Of an encoder that reads an
+    image alone: of its patches, or (B, 0) where only the model knows how many there are.
     answers: for each sample (start, end), its answer tokens in the sequence; start == end if it has none.
-    decoder_kinds: (B, U) as `kinds`, of what a decoder behind an encoder reads, PAD or ANSWER; U is never T.
-    None for a model that reads one sequence. With it `kinds` are the encoder's, and `answers` count the
-    tokens that the decoder reads and, behind them, the last one that it puts out.
+    decoder_kinds: (B, U) as `kinds`, of what a decoder behind an encoder reads: PAD, ANSWER, or TEXT of a
+    prompt; U is never T. None for a model that reads one sequence. With it `kinds` are the encoder's, and
+    `answers` count the tokens that the decoder reads and, behind them, the last one that it puts out.
     """
 
     samples: tuple[Sample, ...]
@@ -76,9 +78,14 @@ class Batch:
         """The kinds of the sequence whose tokens predict the answers."""
         return self.kinds if self.decoder_kinds is None else self.decoder_kinds
 
-    def kinds_of(self, rows: int) -> Tensor | None:
-        """The kinds of the sequence with `rows` tokens; None if none has so many."""
-        sequences = (self.kinds, self.decoder_kinds)
+    def kinds_of(self, rows: int, reads: Literal["text", "vision"] = "text") -> Tensor | None:
+        """The kinds of the sequence with `rows` tokens; None if none has so many.
+
+        reads: of the layer that reads it, see `qprobe.records.Linear`. What reads vision tokens alone reads a
+        sequence of the batch only if its encoder does.
+        """
+        encoders = self.kinds if reads == "text" or "input_ids" not in self.inputs else None
+        sequences = (encoders, self.decoder_kinds if reads == "text" else None)
         return next((x for x in sequences if x is not None and x.shape[1] == rows), None)
 
     @property
@@ -213,8 +220,31 @@ def process(
 
     Raises UnreadableError if a sample shows what the model does not take, or the processor refuses it.
     """
-    try:
+    with _refusals_explained(samples):
         return _processed(processor, samples, texts, side)
+
+
+def process_image(processor: Any, sample: Sample, text: str | None) -> dict:
+    """What an encoder that reads one image and no text reads of `sample`; text: drawn onto the image.
+
+    Raises UnreadableError if the sample has not one image, or the processor refuses it.
+    """
+    if len(sample.images) != 1:
+        has = f"it has {len(sample.images)} images" if sample.images else "it has no image"
+        why = f"{has}, and the model's encoder reads one image per row"
+        raise UnreadableError(f"Sample {sample.id!r} cannot be read: {why}. Leave it out.", why)
+    with _refusals_explained([sample]):
+        image = decode(sample.images[0]).image
+        if text is None:
+            return dict(processor.image_processor([image], return_tensors="pt"))
+        return dict(processor(images=[image], text=[text], return_tensors="pt"))
+
+
+@contextmanager
+def _refusals_explained(samples: Sequence[Sample]) -> Iterator[None]:
+    """Turns what a processor raises into an UnreadableError."""
+    try:
+        yield
     except PROCESSOR_ERRORS as error:
         names = ", ".join(repr(s.id) for s in samples)
         said = shown(str(error).strip().partition("\n")[0], 200) or type(error).__name__
@@ -302,6 +332,13 @@ def marked(
         kinds[i, start:end] = ANSWER
         kinds[i, end:] = PAD
     return Batch(tuple(samples), inputs, kinds, answers)
+
+
+def seen(samples: Sequence[Sample], inputs: dict[str, Tensor]) -> Batch:
+    """The batch of `inputs` of images alone, whose patches are known where the processor cuts them."""
+    mask = inputs.get("attention_mask", torch.zeros(len(samples), 0))
+    kinds = torch.where(mask > 0, VISION, PAD).to(torch.uint8)
+    return Batch(tuple(samples), inputs, kinds, ((0, 0),) * len(samples))
 
 
 def _answer_length(processor: Any, sample: Sample, ids: list[int]) -> int:

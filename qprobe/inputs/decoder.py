@@ -1,20 +1,21 @@
 """How a model reads a sample: as one sequence, or the prompt by its encoder and the answer by its decoder.
 
 A decoder behind an encoder begins as `generate` of transformers begins it, and reads the answer moved by one
-token, as it does when it is trained: `start`, then all but the last of the tokens that it is to put out.
+token, as it does when it is trained: `start`, then all but the last of the tokens that it is to put out. An
+encoder may read an image alone; the prompt is then drawn onto the image, or its decoder begins with it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from qprobe.errors import ModelError
-from qprobe.inputs.batch import ANSWER, PAD, Batch, tokenizer_of, vision_token_ids
+from qprobe.inputs.batch import ANSWER, PAD, TEXT, Batch, prompt_text, tokenizer_of, vision_token_ids
 from qprobe.loading.inventory import has_language_head
 from qprobe.records import Sample
 
@@ -23,10 +24,22 @@ from qprobe.records import Sample
 class Decoder:
     """How the decoder begins. start: id ahead of all it puts out. forced: id that every answer is made to
     begin with, such as a language; None where the tokenizer decides.
+
+    prompt: what reads it: the encoder, with the image if there is one; the encoder as a part of the image,
+    onto which the processor draws it (Pix2Struct for questions); or the decoder ahead of the answer, behind
+    an encoder that reads the image alone (Donut, TrOCR). leads: a prompt in the decoder takes the place of
+    `start`.
     """
 
     start: int
     forced: int | None = None
+    prompt: Literal["encoder", "image", "decoder"] = "encoder"
+    leads: bool = False
+
+    @property
+    def sees_alone(self) -> bool:
+        """True if the encoder reads one image and no text."""
+        return self.prompt != "encoder"
 
 
 @dataclass(frozen=True)
@@ -43,8 +56,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a decoder is to put out for a sample: `ids`, of which those from `begin` on are the answer's."""
+    """What a decoder is to put out for a sample behind `start`: `ids`, of which those from `begin` on are the
+    answer's.
+    """
 
+    start: int
     ids: tuple[int, ...]
     begin: int
 
@@ -58,11 +74,14 @@ def layout_of(model: Any) -> Layout:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """True for a model whose encoder reads the prompt, and whose decoder answers."""
+    """True for a model whose encoder reads prompt or image, and whose decoder answers."""
     takes = inspect.signature(model.forward).parameters
-    reads_both = {"input_ids", "decoder_input_ids"} <= set(takes)
+    reads_both = "decoder_input_ids" in takes and ("input_ids" in takes or _IMAGES & set(takes))
     is_asked = getattr(model.config, "is_encoder_decoder", False)
-    return bool(is_asked) and reads_both and has_language_head(model) and model.can_generate()
+    return bool(is_asked and reads_both) and has_language_head(model) and model.can_generate()
+
+
+_IMAGES = {"pixel_values", "flattened_patches"}  # what an encoder of images alone reads
 
 
 def _decoder_of(model: Any) -> Decoder:
@@ -76,7 +95,24 @@ def _decoder_of(model: Any) -> Decoder:
             "decoder_start_token_id into generation_config.json, as its model card says."
         )
     forced = getattr(configs[0], "forced_bos_token_id", None)
-    return Decoder(start, forced if isinstance(forced, int) else None)
+    decoder = Decoder(start, forced if isinstance(forced, int) else None)
+    if "input_ids" in inspect.signature(model.forward).parameters:
+        return decoder
+    # As `generate` does: a prompt takes the place of the start in Donut alone.
+    is_donut = "donut" in getattr(getattr(model.config, "encoder", None), "model_type", "")
+    prompt = "image" if getattr(model.config, "is_vqa", False) else "decoder"
+    return replace(decoder, prompt=prompt, leads=is_donut)
+
+
+def read_ahead(processor: Any, decoder: Decoder, sample: Sample) -> tuple[int, ...]:
+    """The ids that the decoder reads ahead of the answer and what the tokenizer puts before that."""
+    if decoder.prompt != "decoder":
+        return (decoder.start,)
+    tokenizer = tokenizer_of(processor)
+    prompt = prompt_text(processor, sample)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    is_led = ids and (decoder.leads or ids[0] == decoder.start)
+    return tuple(ids if is_led else [decoder.start, *ids])
 
 
 def answer_of(processor: Any, decoder: Decoder, sample: Sample) -> Answer:
@@ -89,11 +125,13 @@ def answer_of(processor: Any, decoder: Decoder, sample: Sample) -> Answer:
     around, ids = (tokenizer(text_target=x)["input_ids"] for x in ("", sample.answer or ""))
     ahead = _common(around, ids) if sample.answer else _ahead(tokenizer, around)
     behind = min(_common(around[::-1], ids[::-1]), len(around) - ahead)
-    lead = ids[:ahead] if decoder.forced is None else [decoder.forced]
+    start, *prompt = read_ahead(processor, decoder, sample)
+    # An answer goes on from a prompt, without what the tokenizer puts ahead of a text by itself.
+    lead = prompt or (ids[:ahead] if decoder.forced is None else [decoder.forced])
     if not sample.answer:
-        return Answer(tuple(lead), len(lead))
+        return Answer(start, tuple(lead), len(lead))
     end = [tokenizer.eos_token_id] if sample.ends and tokenizer.eos_token_id is not None else []
-    return Answer((*lead, *ids[ahead : len(ids) - behind], *end), len(lead))
+    return Answer(start, (*lead, *ids[ahead : len(ids) - behind], *end), len(lead))
 
 
 def _ahead(tokenizer: Any, around: Sequence[int]) -> int:
@@ -108,7 +146,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def with_answers(batch: Batch, processor: Any, decoder: Decoder) -> Batch:
-    """`batch`, of prompts for the encoder, with what the decoder reads, padded on the right.
+    """`batch`, of what the encoder reads, with what the decoder reads, padded on the right.
 
     Both sequences have unequal lengths, so that the rows of a layer tell which of them it reads.
     """
@@ -119,9 +157,11 @@ def with_answers(batch: Batch, processor: Any, decoder: Decoder) -> Batch:
     ids = torch.full((batch.size, length), pad_id)
     kinds = torch.full(ids.shape, PAD, dtype=torch.uint8)
     for row, answer in enumerate(answers):
-        read = [decoder.start, *answer.ids][: max(1, len(answer.ids))]
+        read = [answer.start, *answer.ids][: max(1, len(answer.ids))]
         ids[row, : len(read)] = torch.tensor(read)
         kinds[row, : len(read)] = ANSWER
+        if decoder.prompt == "decoder":
+            kinds[row, : answer.begin] = TEXT
     return Batch(
         batch.samples,
         {**batch.inputs, "decoder_input_ids": ids},

@@ -130,9 +130,9 @@ def encode_conversations(
 ) -> dict[str, Tensor]:
     """Model inputs of a batch on the CPU, padded on the right, with `labels` (B, T): IGNORED but at answers.
 
-    decoder: of a model whose encoder reads the prompts; the labels are then all that it is to put out, as
-    transformers' own training scripts have them. Floating tensors are in `dtype`. Raises SampleError for what
-    the processor cannot read or tell apart.
+    decoder: of an encoder-decoder; the labels are then all that it is to put out but for a prompt that it
+    reads itself, as transformers' own training scripts have them. Floating tensors are in `dtype`. Raises
+    SampleError for what the processor cannot read or tell apart.
     """
     if decoder is not None:
         return _encoded_apart(processor, conversations, dtype, decoder)
@@ -160,7 +160,8 @@ def _encoded_apart(
         answer = answer_of(processor, decoder, sample)
         if len(answer.ids) == answer.begin:
             raise SampleError("no token of it belongs to an answer")
-        labels[row, : len(answer.ids)] = torch.tensor(answer.ids)
+        learned = answer.begin if decoder.prompt == "decoder" else 0
+        labels[row, learned : len(answer.ids)] = torch.tensor(answer.ids[learned:])
     return {**batch.inputs, "labels": labels}
 
 
@@ -258,7 +259,7 @@ def encoding_problem(
         return error.why
     except (SampleError, Refused) as error:
         return str(error)
-    length = max(inputs[x].shape[1] for x in ("input_ids", "labels"))
+    length = max(inputs[x].shape[1] for x in ("input_ids", "labels") if x in inputs)
     if length > max_length:
         return f"it has {length:,} tokens, more than --max-length {max_length:,}"
     return None

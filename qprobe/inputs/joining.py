@@ -36,6 +36,13 @@ def joined(found: Sequence[Inputs], side: Side, pad_id: int) -> Inputs:
     return {key: _joined(key, found, length, side, pad_id) for key in keys}
 
 
+def stacked(found: Sequence[Inputs]) -> Inputs:
+    """The inputs of a batch of images alone, (1, ...) each. Raises SampleError if their shapes differ."""
+    if any({k: v.shape for k, v in x.items()} != {k: v.shape for k, v in found[0].items()} for x in found):
+        raise SampleError("a batch mixes images of several processed shapes; pass --batch-size 1")
+    return {key: torch.cat([x[key] for x in found]) for key in found[0]}
+
+
 def _joined(key: str, found: Sequence[Inputs], length: int, side: Side, pad_id: int) -> Tensor:
     if key not in TEXT_KEYS:
         return torch.cat(_of_one_shape(key, [x[key] for x in found if key in x]))

@@ -22,11 +22,13 @@ from qprobe.inputs.batch import (
     mark_in,
     marked,
     process,
+    process_image,
     prompt_text,
+    seen,
     tokenizer_of,
 )
-from qprobe.inputs.decoder import Decoder, Layout, with_answers
-from qprobe.inputs.joining import TEXT_KEYS, Inputs, Side, joined
+from qprobe.inputs.decoder import Decoder, Layout, read_ahead, with_answers
+from qprobe.inputs.joining import TEXT_KEYS, Inputs, Side, joined, stacked
 from qprobe.records import Sample, Video
 
 ROOM_BYTES = 2**29  # of inputs that are held: those of 35 images of four tiles of 560 pixels, in 16-bit
@@ -42,7 +44,7 @@ class ProcessedSamples:
     Holds the inputs of one kind of text at a time, prompts or prompts with answers, up to `room_bytes`; what
     does not fit is processed again when it is next asked for. All shapes of processed images are
     held.
-    layout: how the model reads them, see `layout_of`. An encoder reads prompts alone.
+    layout: how the model reads them, see `layout_of`. An encoder reads no answers.
     """
 
     def __init__(
@@ -70,19 +72,38 @@ class ProcessedSamples:
             inputs = self._joined(samples, "full", "right")
             return marked(self.processor, samples, inputs, vision)
         prompts = [replace(s, answer=None) for s in samples]
-        read = marked(self.processor, prompts, self.prompts(samples), vision)
+        inputs = self._encoded(samples)
+        if decoder.sees_alone:
+            read = seen(prompts, inputs)
+        else:
+            read = marked(self.processor, prompts, inputs, vision)
         return with_answers(replace(read, samples=tuple(samples)), self.processor, decoder)
 
     def prompts(self, samples: Sequence[Sample]) -> Inputs:
         """Inputs of `samples` without their answers. Errors as of `batch`.
 
-        Padded on the left, where the answer follows them; on the right where an encoder reads them.
+        Padded on the left, where the answer follows them; on the right where an encoder reads them. Those
+        that a decoder reads are of one length, as `batches` cuts them.
         """
-        return self._joined(samples, "prompt", "left" if self._layout.decoder is None else "right")
+        decoder = self._layout.decoder
+        if decoder is None:
+            return self._joined(samples, "prompt", "left")
+        inputs = self._encoded(samples)
+        if decoder.prompt != "decoder":
+            return inputs
+        ids = [read_ahead(self.processor, decoder, s) for s in samples]
+        return {**inputs, "decoder_input_ids": torch.tensor(ids)}
+
+    def _encoded(self, samples: Sequence[Sample]) -> Inputs:
+        """What the encoder reads of `samples`."""
+        decoder = self._layout.decoder
+        if decoder is not None and decoder.sees_alone:
+            return stacked([self._inputs(s, "prompt") for s in samples])
+        return self._joined(samples, "prompt", "right")
 
     @property
     def decoder(self) -> Decoder | None:
-        """Of a model whose encoder reads the prompts."""
+        """Of an encoder-decoder."""
         return self._layout.decoder
 
     def refusal(self, sample: Sample) -> str | None:
@@ -111,7 +132,7 @@ class ProcessedSamples:
         """`samples` in groups whose images have one processed shape, in stable order."""
         by_shape: dict[tuple, list[Sample]] = {}
         for sample in samples:
-            by_shape.setdefault(self._shape(sample), []).append(sample)
+            by_shape.setdefault((*self._shape(sample), *self._ahead(sample)), []).append(sample)
         return [tuple(group) for group in by_shape.values()]
 
     def _shape(self, sample: Sample) -> tuple:
@@ -121,6 +142,12 @@ class ProcessedSamples:
         if key not in self._shapes:
             self._inputs(sample, self._kind_of(sample))
         return self._shapes[key]
+
+    def _ahead(self, sample: Sample) -> tuple[int, ...]:
+        """How many tokens a decoder reads ahead of the answer: positions of some do not take padding."""
+        if self.decoder is None or self.decoder.prompt != "decoder":
+            return ()
+        return (len(read_ahead(self.processor, self.decoder, sample)),)
 
     def _kind_of(self, sample: Sample) -> Literal["prompt", "full"]:
         """The text of `sample` that is processed first."""
@@ -137,15 +164,17 @@ class ProcessedSamples:
 
     def _made(self, sample: Sample, text: str) -> Inputs:
         """The inputs of `sample`, of which the shape of its images is kept."""
-        made = process(self.processor, [sample], [text], "right")
+        if self.decoder is not None and self.decoder.sees_alone:
+            made = process_image(self.processor, sample, text if self.decoder.prompt == "image" else None)
+        else:
+            made = process(self.processor, [sample], [text], "right")
         found = {
             k: v.to(self._dtype) if v.is_floating_point() else v
             for k, v in made.items()
             if isinstance(v, Tensor) and k not in _NOT_INPUTS
         }
-        found.setdefault(
-            "attention_mask", torch.ones_like(found["input_ids"])
-        )  # SigLIP's tokenizer gives none
+        if "input_ids" in found:  # for which SigLIP's tokenizer gives no mask
+            found.setdefault("attention_mask", torch.ones_like(found["input_ids"]))
         self._shapes[sample.seen, prompt_text(self.processor, sample)] = _shape_of(found)
         return found
 

@@ -107,15 +107,21 @@ def readout_of(model: Any) -> Readout | None:
 
 
 _MULTI_LABEL = "multi_label_classification"
+_AUDIO = ("input_features", "input_values", "audio_values", "speech_input_features")
 
 
 def refuse_unread(model: Any) -> None:
-    """Raises ModelError for a model whose inputs samples do not make: speech, images alone, a decoder behind
-    an encoder that gives no answers.
+    """Raises ModelError for a model whose inputs samples do not make: speech, images without an answer, a
+    decoder behind an encoder that gives no answers.
     """
     takes = inspect.signature(model.forward).parameters
     name = type(model).__name__
-    if "input_ids" not in takes:
+    if model.main_input_name in _AUDIO and "input_ids" not in takes:
+        raise ModelError(
+            f"{name} reads audio ({model.main_input_name}), and qprobe measures text and images. Pass "
+            "--measures weight, which runs no sample."
+        )
+    if "input_ids" not in takes and not is_encoder_decoder(model):
         raise ModelError(
             f"{name} reads {model.main_input_name}, and samples here are texts, with or without images. Pass "
             "--measures weight, which runs no sample."

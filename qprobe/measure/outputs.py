@@ -203,9 +203,9 @@ class OutputErrors:
 
     def _kinds(self, name: str, rows: int) -> Tensor | None:
         """The kinds of the tokens that layer `name` reads, where it reads one of the sequences of the batch;
-        None where its `rows` are vision tokens.
+        None where its `rows` are vision tokens beside it.
         """
-        return self.batch.kinds_of(rows) if self.layers[name].reads == "text" else None
+        return self.batch.kinds_of(rows, self.layers[name].reads)
 
 
 PROPAGATED = (

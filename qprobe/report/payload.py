@@ -30,6 +30,11 @@ from qprobe.runs.layers.table import attribution_residual
 from qprobe.runs.shown import ShownSample
 from qprobe.system.wording import visible
 
+TRANSPOSED = (
+    "Its weights lie transposed, so that weights of different outputs share the scale of a block. One large "
+    "output takes the scale from the others of its blocks, and hides what they lose in the activation error, "
+    "which is a share of all outputs together. The sensitivity shows it."
+)
 _OF_A_SCAN = ("qprobe scan ", "qprobe.scan(")  # how the record of a list begins that a scan chose
 
 
@@ -162,6 +167,7 @@ def _layers(
             "rank": known.get(linear.name),
             "worst": asdict(worst[linear.name]) if linear.name in worst else None,
             "experts": _experts(fused.get(linear.name, ())),
+            "note": TRANSPOSED if linear.transposed else None,
         }
         for linear, row, without, with_it in zip(
             scan.inventory.layers, table.to_dict("records"), not_kept, kept, strict=True

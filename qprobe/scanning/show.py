@@ -36,7 +36,7 @@ def show_samples(subject: Subject, groups: Sequence[tuple[Sample, ...]], run: Ru
 def shown_samples(subject: Subject, batch: Batch) -> list[ShownSample]:
     """The samples of `batch` as a reader is shown them."""
     tokenizer = tokenizer_of(subject.reference.processor)
-    ids = batch.inputs["input_ids"].cpu()
+    ids = batch.inputs.get("input_ids", batch.kinds).cpu()  # images alone have none
     found = []
     for i, sample in enumerate(batch.samples):
         kinds = batch.kinds[i].tolist()

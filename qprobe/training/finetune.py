@@ -15,7 +15,7 @@ import torch
 
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
-from qprobe.checkpoint.ready import adapted_linears, ready_for_training
+from qprobe.checkpoint.ready import adapted_linears, kept_whole, ready_for_training
 from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
 from qprobe.errors import ModelError
 from qprobe.exports.keys import one_pattern
@@ -140,7 +140,9 @@ def _checked(asked: Training, skeleton: Skeleton, stack: ExitStack) -> Lines:
     spec[BASE_WEIGHTS] = base_digest(manifest, options.model)
     check_out(asked.out, spec)
     skipped = tuple(sentence for one in checked for sentence in one.sentences())
+    whole = kept_whole(skeleton.model)
     notes = tuple(dict.fromkeys(note for one in checked for note in one.notes))
+    notes += () if whole is None else (whole,)
     return Lines(spec, train, held_out, skipped, notes)
 
 

@@ -21,7 +21,7 @@ class Finetuned:
     eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
     base's; both are None without held-out lines. history: (step, loss), over the step
     peak_bytes: of device memory, None on a CPU. skipped: one sentence per row that was left out;
-    notes: on fields that were not read and what was done to read others;
+    notes: on fields that were not read, what was done to read others, and activations that stay whole;
     left_out: one per reason for which layers have to do without an adapter. other_batches: sentences where
     batches are not those that were asked for: memory did not suffice, or the run went on with another number
     of processes. processes: that trained at last, a device each. distilled: what `distill` gave; None without

@@ -22,7 +22,7 @@ from qprobe.options import FinetuneOptions, Progress
 @dataclass(frozen=True)
 class Lines:
     """What a run trains on and evaluates. spec: everything that decides the adapter; skipped: one sentence
-    per row that was left out; notes: on what of the others was not read.
+    per row that was left out; notes: on what of the others was not read, and as of `kept_whole`.
     """
 
     spec: Mapping[str, Any]
@@ -61,7 +61,7 @@ def encodable(
 ) -> Conversations:
     """`found` as rows that can be learned; those that the model's processor cannot encode are skipped.
 
-    decoder: of a model whose encoder reads the prompts.
+    decoder: of an encoder-decoder.
     """
     good: list[Conversation] = []
     skipped = list(found.skipped)

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.architectures [NAME ...] [--work DIR] [--report] [--jobs N]
 
 Tiny models with random weights of every kind that transformers loads are taken through plan, both scans,
-select, load, verify, quantize, audit, reload and compare, and oracles with no rule in common with qprobe
-compute a second time which modules are in 4-bit, weight and activation errors, KL, and bytes. Prints
+select, load, verify, quantize, audit, reload, compare and finetune, and oracles with no rule in common with
+qprobe compute a second time which modules are in 4-bit, weight and activation errors, KL, bytes, and the loss
+of a training. Prints
 architecture x step; exits with 1 where a step fell with a traceback, an oracle disagrees, or a refusal came
 only after weights were read. A finished model is kept in --work and not made again: remove its file there to
 do so. --report writes reports/architectures/README.md.
@@ -44,7 +45,7 @@ def outcome(name: str) -> dict[str, Any]:
     from qprobe.loading.processor import load_processor
     from qprobe.loading.source import resolve
     from tests import tiny
-    from tests.benchmarks.architecture_matrix import images, oracles, outputs, road, texts
+    from tests.benchmarks.architecture_matrix import adapters, images, oracles, outputs, road, texts
 
     recipe = {**texts.recipes(), **images.recipes()}[name]
     start = time.perf_counter()
@@ -54,9 +55,11 @@ def outcome(name: str) -> dict[str, Any]:
         course = road.walk(folder, Path(work), images.reads_images(name))
         try:
             wrong = oracles.untrue(course)
+            processor = load_processor(resolve(str(folder)))
             if course.cells["scan"][0] == road.OK:
-                processor = load_processor(resolve(str(folder)))
                 wrong |= outputs.untrue_outputs(course, processor)
+            if course.cells["finetune"][0] == road.OK:
+                wrong |= adapters.untrue_training(course, processor)
         except Exception:
             wrong = {"oracles": [traceback.format_exc(limit=-1)]}
     return {

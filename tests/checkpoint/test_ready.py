@@ -11,8 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.checkpoint.quantize import quantize
-from qprobe.checkpoint.ready import lora_targets, ready_for_training
-from qprobe.errors import ModelError
+from qprobe.checkpoint.ready import kept_whole, lora_targets, ready_for_training
 from qprobe.formats.nf4 import Nf4
 from qprobe.loading.reference import load_reference
 from qprobe.models.family import VISION
@@ -190,8 +189,16 @@ def _adapted(tuned: Any) -> set[str]:
     return {n for n, m in tuned.named_modules() if hasattr(m, "lora_A")}
 
 
-def test_a_model_that_cannot_recompute_is_refused(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_cannot_recompute_trains_all_the_same_and_that_is_said(
+    tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+):
     model = load_reference(str(tiny_folder("llama")), "cpu").model
+    assert kept_whole(model) is None
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-    with pytest.raises(ModelError, match="without for_training"):
-        ready_for_training(model)
+    said = kept_whole(model)
+    assert said is not None and "LlamaForCausalLM" in said
+    tuned = get_peft_model(ready_for_training(model), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in tuned.modules())
+    ids = torch.arange(20, 28)[None]
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_B" in n)

@@ -133,7 +133,7 @@ def test_only_computing_with_a_weight_counts():
         (
             "WhisperForConditionalGeneration",
             transformers.WhisperConfig(encoder_layers=1),
-            "reads input_features",
+            r"reads audio \(input_features\), and qprobe measures text and images",
         ),
     ],
 )

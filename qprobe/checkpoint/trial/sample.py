@@ -13,7 +13,7 @@ from PIL import Image
 from qprobe.data.builtin import QUESTIONS
 from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import TEXT, Batch, reads_images
-from qprobe.inputs.decoder import Decoder, Layout, layout_of
+from qprobe.inputs.decoder import Decoder, Layout, is_encoder_decoder, layout_of
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.measure.kl import ANSWERS, readout_of
 from qprobe.records import Sample, asked
@@ -23,13 +23,14 @@ _SIDE = 56  # pixels: two tokens of Qwen2-VL, whose processor takes no less
 
 
 def trial_batch(model: Any, processor: Any) -> Batch | None:
-    """A batch of one sample on the device and in the dtype of `model`; None for a model that reads no text.
+    """A batch of one sample on the device and in the dtype of `model`; None for a model that reads neither
+    text nor, ahead of a decoder, images.
 
     processor: None, or one that takes no such sample, gives bare tokens and no picture. The decoder behind an
     encoder begins its answer.
     """
     takes = inspect.signature(model.forward).parameters
-    if "input_ids" not in takes:
+    if "input_ids" not in takes and not is_encoder_decoder(model):
         return None
     batch = _processed(model, processor) or _bare(model)
     if batch is not None and batch.decoder_kinds is None and _needs_decoder(model):

@@ -22,7 +22,11 @@ function showDetail() {
     ["16-bit costs", `+${bytes(layer.bytes_16bit - layer.bytes_4bit)}`],
     ...DATA.measures.map((m) => [m.name, valueOf(layer, m)]),
     rankOf(layer),
-  ]), element("p", { class: "hint" }, layer.reasons[kept ? 1 : 0]), ...expertsOf(layer), ...worstOf(layer));
+  ]), element("p", { class: "hint" }, layer.reasons[kept ? 1 : 0]), ...noteOf(layer), ...expertsOf(layer), ...worstOf(layer));
+}
+
+function noteOf(layer) {
+  return layer.note ? [element("p", { class: "hint" }, layer.note)] : [];
 }
 
 function expertsOf(layer) {

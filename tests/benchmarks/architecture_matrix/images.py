@@ -196,6 +196,11 @@ WRITING_IMAGES = {  # processors that write the tokens of an image themselves
     "Blip2ForConditionalGeneration, T5": "blip2_t5",
     "Blip2ForConditionalGeneration, OPT": "blip2_opt",
 }
+SEEING_ALONE = {  # encoders of an image alone
+    "VisionEncoderDecoderModel, Donut": "donut",
+    "VisionEncoderDecoderModel, TrOCR": "trocr",
+    "Pix2StructForConditionalGeneration": "pix2struct",
+}
 
 
 def pair(text: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -224,7 +229,7 @@ def _whisper() -> dict[str, Any]:
 def recipes() -> dict[str, Recipe]:
     """Recipes by name, which is the class's unless one class is there twice."""
     found = {name: tiny.RECIPES[key] for name, key in TINY.items()}
-    found |= {name: sequences.RECIPES[key] for name, key in WRITING_IMAGES.items()}
+    found |= {name: sequences.RECIPES[key] for name, key in {**WRITING_IMAGES, **SEEING_ALONE}.items()}
     for name, (architecture, family, config) in FAMILIES.items():
         found[name] = _of_family(architecture or name, family, config)
     kin: dict[str, tuple[dict[str, Any], Callable[[], tuple[Any, ...]]]] = {
@@ -273,5 +278,6 @@ def reads_images(name: str) -> bool:
         name in TINY
         or name in FAMILIES
         or name in WRITING_IMAGES
+        or name in SEEING_ALONE
         or name in ("CLIPModel", "SiglipModel", "Qwen3VLMoeForConditionalGeneration")
     )

@@ -43,7 +43,7 @@ def untrue_outputs(course: Course, processor: Any) -> dict[str, list[str]]:
     processed = ProcessedSamples(processor, torch.bfloat16, layout_of(model))
 
     def batches(keys: Any) -> list[Batch]:
-        return [_unpadded(processed.batch([sample_of(course, key.id)])) for group in keys for key in group]
+        return [unpadded(processed.batch([sample_of(course, key.id)])) for group in keys for key in group]
 
     return {
         "activation": activation_errors(model, table, batches(spec.calibration)),
@@ -51,12 +51,20 @@ def untrue_outputs(course: Course, processor: Any) -> dict[str, list[str]]:
     }
 
 
-def _unpadded(batch: Batch) -> Batch:
-    """A batch of one sample without the token that tells a decoder's sequence from an encoder's."""
+def unpadded(batch: Batch) -> Batch:
+    """A batch of one sample without the token that tells a decoder's sequence from an encoder's, and without
+    patches that only fill up.
+    """
     if batch.decoder_kinds is None:
         return batch
-    read = batch.inputs["decoder_input_ids"][:, batch.decoder_kinds[0] != PAD]
-    return replace(batch, inputs={**batch.inputs, "decoder_input_ids": read})
+    inputs = {
+        **batch.inputs,
+        "decoder_input_ids": batch.inputs["decoder_input_ids"][:, batch.decoder_kinds[0] != PAD],
+    }
+    if "flattened_patches" in inputs:
+        is_there = inputs["attention_mask"][0] > 0
+        inputs |= {key: inputs[key][:, is_there] for key in ("flattened_patches", "attention_mask")}
+    return replace(batch, inputs=inputs)
 
 
 def sample_of(course: Course, name: str) -> Sample:
@@ -142,7 +150,7 @@ def rows_of(model: Any, batch: Batch) -> Tensor:
     """(rows, features) in float64 of one sample: answer logits, else what the model puts out."""
     with torch.no_grad():
         output = model(**batch.inputs)
-    if hasattr(output, "image_embeds"):
+    if hasattr(output, "image_embeds") and hasattr(output, "text_embeds"):
         return torch.cat([output.image_embeds, output.text_embeds]).double()
     logits = getattr(output, "logits", getattr(output, "prediction_logits", None))
     if logits is None:

@@ -13,8 +13,9 @@ from tests.benchmarks.hardware import made_with
 
 STEPS = (
     "plan", "scan weights", "scan", "select", "load", "verify", "quantize", "audit", "reload", "compare",
+    "finetune",
 )  # fmt: skip
-ORACLES = ("modules", "weight", "activation", "KL", "bytes")
+ORACLES = ("modules", "weight", "activation", "KL", "bytes", "loss", "adapter")
 BAD = ("traceback", "refused late")
 COMMAND = "python -m tests.benchmarks.architectures --report --jobs 2"
 
@@ -32,7 +33,11 @@ The columns behind the steps are oracles that share no rule with qprobe:
   `tests/measure/test_experts.py`);
 - KL: on held-out samples from logits, of 4-bit weights put into the 16-bit model (within 0.5 %) and of the
   models as loaded (within 10 %, since their products round otherwise);
-- bytes: from the tensors of the 16-bit, the loaded and the reloaded model.
+- bytes: from the tensors of the 16-bit, the loaded and the reloaded model;
+- loss: of the held-out answers ahead of the first of two LoRA steps, from logits of the loaded model (within
+  1 %);
+- adapter: the tensors of its file, which two steps have moved, against those of the model that
+  `load_finetuned` gives.
 
 Seconds are those of the clock, on a machine that was busy with other work. A finished model is not run again:
 those whose results a later change could touch were, the others ran some commits before."""

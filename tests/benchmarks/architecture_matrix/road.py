@@ -37,9 +37,7 @@ ANSWERS = (
     "the moon",
     "seven",
 )
-STEPS = (
-    "plan", "scan weights", "scan", "select", "load", "verify", "quantize", "audit", "reload", "compare",
-)  # fmt: skip
+HELD_OUT = 2  # samples behind the others, on which a training is evaluated
 OK, REFUSED, LATE, TRACEBACK, SKIPPED = "ok", "refused", "refused late", "traceback", "-"
 
 
@@ -120,6 +118,7 @@ def walk(folder: Path, work: Path, sees: bool) -> Course:
             manifest(), model=model, data=course.data, samples=2, max_new_tokens=4, device="cpu"
         ),
     )
+    course.step("finetune", ("load",), lambda: _finetuned(course, manifest()))
     return course
 
 
@@ -134,6 +133,26 @@ def _scan(course: Course) -> Any:
         out=course.work / "run",
         progress=_silent,
     )
+
+
+def _finetuned(course: Course, manifest: Path) -> tuple[Any, Any]:
+    """(what a training of two steps gave, its adapter on its base again)."""
+    train, held_out = course.work / "train.jsonl", course.work / "held-out.jsonl"
+    lines = course.data.read_text().splitlines()
+    train.write_text("\n".join(lines[:-HELD_OUT]))
+    held_out.write_text("\n".join(lines[-HELD_OUT:]))
+    done = qprobe.finetune(
+        manifest,
+        model=str(course.folder),
+        data=train,
+        eval_data=held_out,
+        out=course.work / "adapter",
+        steps=2,
+        accumulation=1,
+        rank=1,  # of a gate with one output, too
+        device="cpu",
+    )
+    return done, qprobe.load_finetuned(done.out, device="cpu")[0]
 
 
 def _audit(out: Path, manifest: Path) -> Any:
