@@ -26,7 +26,7 @@ from qprobe.checkpoint.hub import MANIFEST_FILE, push, refuse_to_push
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, with_dtype
 from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.storage import stored_bytes
-from qprobe.errors import ManifestError, ModelError, VerificationError
+from qprobe.errors import ManifestError, ModelError, VerificationError, is_out_of_memory
 from qprobe.exports.config_format import refused_by_others
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.loading.log_filters import quiet_models
@@ -315,6 +315,8 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         with _locked(folder):
             yield folder
     except (OSError, SafetensorError, ManifestError) as error:  # the full disk of a shard is the second
+        if is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise ModelError(
             f"{target} cannot be written ({reason}). Make room, or pass another folder."

@@ -16,7 +16,7 @@ import click
 
 from qprobe.cli.output.debug import debugged, stage_times
 from qprobe.cli.output.speaking import one_line, say, visible_json
-from qprobe.errors import LeftOutWarning, QprobeError, is_out_of_memory
+from qprobe.errors import LeftOutWarning, QprobeError, is_host_out_of_memory, is_out_of_memory
 from qprobe.options import Progress
 from qprobe.system.bars import progress_bars as bars
 from qprobe.system.log_filters import quiet
@@ -60,19 +60,22 @@ def _explained(function: Command, interrupted: str, out_of_memory: str) -> Comma
                 return function(*args, **kwargs)
         except QprobeError as error:
             raise click.ClickException(one_line(error)) from error
-        except OSError as error:  # of a file that no reader or writer of ours explains
-            if error.errno == errno.EPIPE:  # click ends quietly
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise click.ClickException(_of_memory(error, out_of_memory)) from error
+            # Of a file that no reader or writer of ours explains; of a closed pipe click ends quietly.
+            if not isinstance(error, OSError) or error.errno == errno.EPIPE:
                 raise
             raise click.ClickException(one_line(_of_the_system(error))) from error
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            what = "This machine" if isinstance(error, MemoryError) else "The device"
-            first = shortened("".join(str(error).strip().splitlines()[:1]), 200)
-            said = f": {first}" if first else "."
-            raise click.ClickException(f"{what} ran out of memory{said} {out_of_memory}") from error
 
     return run
+
+
+def _of_memory(error: Exception, advice: str) -> str:
+    what = "This machine" if is_host_out_of_memory(error) else "The device"
+    first = shortened("".join(str(error).strip().splitlines()[:1]), 200)
+    said = f": {first}" if first else "."
+    return f"{what} ran out of memory{said}{'' if said.endswith('.') else '.'} {advice}"
 
 
 def _of_the_system(error: OSError) -> str:

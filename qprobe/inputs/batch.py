@@ -20,7 +20,7 @@ from qprobe.data.images import decode
 from qprobe.data.reasons import Refused, shown
 from qprobe.data.rendering import Template
 from qprobe.data.videos import PER_SECOND
-from qprobe.errors import SampleError
+from qprobe.errors import SampleError, is_out_of_memory
 from qprobe.inputs.counting import counting_each
 from qprobe.loading.processor import pad_tokenizer
 from qprobe.records import Part, Sample, Video
@@ -246,6 +246,8 @@ def _refusals_explained(samples: Sequence[Sample]) -> Iterator[None]:
     try:
         yield
     except PROCESSOR_ERRORS as error:
+        if is_out_of_memory(error):  # which halves of the batch may not need
+            raise
         names = ", ".join(repr(s.id) for s in samples)
         said = shown(str(error).strip().partition("\n")[0], 200) or type(error).__name__
         raise UnreadableError(

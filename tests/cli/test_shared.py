@@ -103,6 +103,16 @@ def test_running_out_of_memory_is_a_mistake_to_mend_with_options_that_the_comman
     assert {name.removesuffix(" auto") for name in advised} <= options
     fake(module, **{command: raising(MemoryError())})
     assert qprobe(*line.split()).stderr == f"Error: This machine ran out of memory. Pass {said}"
+    for error in (
+        OSError(12, "no room"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: no room"),
+    ):
+        fake(module, **{command: raising(error)})
+        result = qprobe(*line.split())
+        assert result.exit_code == 1
+        assert re.fullmatch(
+            r"Error: This machine ran out of memory: .*no room\. Pass " + re.escape(said), result.stderr
+        )
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,38 @@ def test_an_interrupted_merge_leaves_nothing(family, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("place", "error", "what"),
+    [
+        ("merging.forms.save_four_bit", torch.OutOfMemoryError("CUDA out of memory."), "The device"),
+        ("merging.forms.fold", MemoryError(), "This machine"),
+        (
+            "merging.merge.load_plainly",
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "This machine",
+        ),
+    ],
+)
+def test_nothing_is_left_of_a_merge_that_memory_does_not_suffice_for(
+    place, error, what, family, tmp_path, monkeypatch
+):
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    root, out = family("llama"), tmp_path / "there" / "out"
+    monkeypatch.setattr(f"qprobe.training.{place}", fail)
+    done = CliRunner().invoke(
+        main,
+        ["merge", str(root / "adapter"), "--out", str(out), "--as", "4-bit", "--samples", "1",
+         "--device", "cpu", "--manifest", str(root / "skiplist.json"), "--max-new-tokens", "2",
+         "--model", str(root / "model")],
+    )  # fmt: skip
+    assert done.exit_code == 1
+    (said,) = done.stderr.splitlines()[-1:]
+    assert said.startswith(f"Error: {what} ran out of memory") and "Pass a smaller --batch-size" in said
+    assert list(out.parent.iterdir()) == []
+
+
 def test_the_command_prints_what_was_measured_and_audit_agrees(family, tmp_path):
     root = family("llama")
     run = CliRunner()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from qprobe.checkpoint.auditing.found import AuditedLayer
@@ -15,7 +14,7 @@ from qprobe.checkpoint.experts.packed import load_packed
 from qprobe.checkpoint.plain import load_plainly
 from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import verify
-from qprobe.errors import ModelError, VerificationError
+from qprobe.errors import ModelError, VerificationError, is_out_of_memory
 from qprobe.loading.device import pick_device
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.pretrained import incomplete
@@ -44,9 +43,9 @@ def loaded_problems(
         else:
             model, info = load_plainly(skeleton, place)
             problems = [*incomplete(skeleton.source, model, info)]
-    except (torch.OutOfMemoryError, MemoryError):
-        raise  # says nothing of the checkpoint
     except Exception as error:  # a checkpoint can be wrong in as many ways as there are model classes
+        if is_out_of_memory(error):  # says nothing of the checkpoint
+            raise
         first = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
         yield f"transformers cannot load the checkpoint: {first}."
         return

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qprobe.checkpoint.trial.sample import trial_batch
-from qprobe.errors import VerificationError
+from qprobe.errors import VerificationError, is_out_of_memory
 from qprobe.measure.outputs import run_model
 from qprobe.system.wording import counted, named
 
@@ -41,8 +41,9 @@ class _Watch(TorchFunctionMode):
         used = [] if self.depth else [n for x in given if (n := self.names.get(id(x))) is not None]
         try:
             found = func(*args, **(kwargs or {}))
-        except Exception:
-            self.reads.beside.update(used)  # packed codes do not have the shape of the weight
+        except Exception as error:
+            if not is_out_of_memory(error):
+                self.reads.beside.update(used)  # packed codes do not have the shape of the weight
             raise
         if isinstance(found, Tensor):  # anything else, such as a dtype or a size, is asked for and not read
             self.reads.beside.update(used)
@@ -89,9 +90,9 @@ def prove_read(model: Any, processor: Any) -> Reads:
     with torch.inference_mode(), watching(model) as reads:
         try:
             run_model(model, batch)
-        except torch.OutOfMemoryError:
-            return reads
         except Exception as error:  # a model can fail in as many ways as there are classes
+            if is_out_of_memory(error):
+                return reads
             failed = error
     if reads.beside:
         raise VerificationError(

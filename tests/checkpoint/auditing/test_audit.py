@@ -328,13 +328,21 @@ def test_whatever_loading_ends_with_is_the_finding(
     assert problem == f"transformers cannot load the checkpoint: {said}."
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-def test_too_little_memory_is_no_finding(error: type[Exception], saved: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("too little"),
+        MemoryError("too little"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: too little"),
+        OSError(12, "Cannot allocate memory: too little"),
+    ],
+)
+def test_too_little_memory_is_no_finding(error: Exception, saved: Any, monkeypatch: pytest.MonkeyPatch):
     folder, _ = saved("llama")
 
     def fail(*_arguments: object, **_options: object) -> None:
-        raise error("too little")
+        raise error
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
-    with pytest.raises(error, match="too little"):
+    with pytest.raises(type(error), match="too little"):
         audit(folder, load=True, device="cpu")

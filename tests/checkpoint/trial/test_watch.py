@@ -59,6 +59,17 @@ def test_layers_that_read_their_own_weights_pass_and_no_hook_is_left():
     assert not model.first._forward_pre_hooks and not model.first._forward_hooks
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_where_memory_does_not_suffice_for_the_sample_nothing_is_held_against_the_model(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.nn.functional.embedding", fail)
+    assert prove_read(Mixed("asked"), None).beside == set()
+
+
 def test_a_failed_layer_leaves_the_watch_as_it_was():
     model = Mixed("bare")
     with watching(model) as reads, pytest.raises(RuntimeError):
