@@ -41,7 +41,7 @@ KeptExperts = Literal["16-bit"]
 """Where a list is made again: all of them stay in 16-bit, whatever the scan allowed."""
 Optimizer = Literal["adamw_8bit", "adamw_torch"]
 Start = Literal["zero", "corrected"]
-"""Where an adapter begins, see `qprobe.training.starts`."""
+"""Where an adapter begins: at nothing, or at the correction that calibration left."""
 AskedPath = str | Path
 AskedMetric = str | Callable[[Any, str], Any]
 """A declared name (`qprobe.registry.metrics`), or a function of (sample, answer) to a number."""
@@ -257,6 +257,7 @@ class FinetuneOptions(ModelOptions, DataOptions):
     for_tool: str | None = None
     start: Start = "zero"
     distill: int = 0
+    workers: int | None = None
     save_every: int = 50
     seed: int = 0
     progress: Progress = no_progress

@@ -8,16 +8,21 @@ the truncated singular value decomposition of (W - W-hat) R, times R^-1 (Eckart 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qprobe.calibration.calibrate import Work, gathering_turns
+from qprobe.calibration.damage import mean_damage, unit_of
 from qprobe.calibration.gptq import Metric, metric_of, shrunk
 from qprobe.calibration.gram import Gram, shared_inputs
 from qprobe.formats.codes_file import sha256_of
+from qprobe.inputs.batch import Batch
+from qprobe.measure.attribution import walking
+from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.subject import Subject
 from qprobe.runs.access import cannot_write
 from qprobe.runs.notes import CorrectionFile
@@ -31,17 +36,69 @@ SWEEPS = 4
 
 
 def keep_correction(work: Work, rank: int) -> None:
-    """Write RUN/correction.safetensors, and note it in the run; nothing where it is there for these codes.
+    """Write RUN/correction.safetensors, and note it in the run; nothing where that is done for these codes.
 
     For each layer NAME with calibrated codes `NAME.left` (out_features, r) and `NAME.right` (r, in_features),
-    bfloat16, whose product is to be added to the 4-bit weight; r is `rank` or as much as the shape has.
+    bfloat16, whose product is to be added to the 4-bit weight; r is `rank` or as much as the shape has. They
+    are fitted to all samples but those kept back, and are not written unless the damage on these is lower
+    with them: tuned scales make up for errors of other layers, which a correction of each undoes.
     """
     codes = work.run.codes
     assert codes is not None
     noted: CorrectionFile | None = work.run.notes.get("correction")
     path = Path(work.run.path) / FILE_NAME
-    if noted is not None and (noted.codes, noted.rank) == (codes.sha256, rank) and path.exists():
-        return
+    if noted is not None and (noted.codes, noted.rank) == (codes.sha256, rank):
+        if noted.sha256 is None or path.exists():
+            return
+    training, kept_back = work.split
+    fitting = replace(work, samples=tuple(training)) if kept_back else work
+    found = _all_corrections(fitting, rank)
+    told = ()
+    if kept_back:
+        batches = [work.subject.encode(group).in_dtype(work.subject.path.dtype) for group in kept_back]
+        before, after = (damage_with(work.subject, x, batches) for x in ({}, found))
+        told = (_comparison(before, after, unit_of(work.subject)),)
+        if not after < before:
+            path.unlink(missing_ok=True)
+            work.run.notes.put("correction", CorrectionFile(None, codes.sha256, rank, told))
+            return
+    try:
+        from safetensors.torch import save
+
+        write_atomic(path, save({key: t.contiguous() for key, t in found.items()}))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    work.run.notes.put("correction", CorrectionFile(sha256_of(path), codes.sha256, rank, told))
+
+
+def damage_with(subject: Subject, factors: Mapping[str, Tensor], batches: Sequence[Batch]) -> float:
+    """Damage of `subject` in 4-bit over `batches`, with the products of `factors` added to its weights."""
+
+    def forward(name: str, product: Product, x: Tensor) -> Tensor:
+        weights = subject.dequantized
+        weight = (weights.weight if name in subject.quantized else weights.own)(name)
+        y = times(product, x, weight.to(x.dtype))
+        if f"{name}.left" not in factors:
+            return y
+        left, right = (factors[f"{name}.{side}"].to(x) for side in ("left", "right"))
+        return y + x @ right.T @ left.T
+
+    with walking(subject.path):
+        return mean_damage(subject, batches, forward)
+
+
+def _comparison(before: float, after: float, unit: str) -> str:
+    """What a reader of the run is told."""
+    found = (
+        f"on calibration samples kept back 4-bit costs {before:.4g} {unit} without it and {after:.4g} with"
+    )
+    if after < before:
+        return f"A correction of the 4-bit weights is kept, for adapters to start at: {found} it."
+    return f"A correction of the 4-bit weights is no better than none, so it is not kept: {found} it."
+
+
+def _all_corrections(work: Work, rank: int) -> dict[str, Tensor]:
+    """Both factors for each layer with calibrated codes, fitted to all samples of `work`."""
     found: dict[str, Tensor] = {}
     subject = work.subject
     inputs = shared_inputs(subject, work.batches)
@@ -52,13 +109,7 @@ def keep_correction(work: Work, rank: int) -> None:
             gram = gathering.grams.pop(one.leader)
             with subject.running(f"correct {one.leader}"), torch.no_grad():
                 found |= _corrections(subject, set(one.names) - gathering.apart.keys(), gram, rank)
-    try:
-        from safetensors.torch import save
-
-        write_atomic(path, save({key: t.contiguous() for key, t in found.items()}))
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    work.run.notes.put("correction", CorrectionFile(FILE_NAME, sha256_of(path), codes.sha256, rank))
+    return found
 
 
 def _corrections(subject: Subject, names: Iterable[str], gram: Gram, rank: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qprobe.checkpoint.adapters.attached import AskedAdapter, check_asked, with_adapter
 from qprobe.checkpoint.codes import keep_codes_as_stored, put_calibrated
 from qprobe.checkpoint.experts import four_bit
 from qprobe.checkpoint.experts.packed import load_packed
@@ -30,7 +31,7 @@ from qprobe.loading.skeleton import Skeleton, skeleton_of
 from qprobe.loading.source import Source, at_revision, resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
-from qprobe.options import path_of
+from qprobe.options import DEFAULT_ADAPT, Start, path_of
 from qprobe.records import FormatSpec
 from qprobe.registry.precisions import SIXTEEN_BIT, measurable
 from qprobe.system.devices import AskedDevice, parse_device
@@ -48,10 +49,16 @@ def load_dynamic_4bit(
     dtype: str | None = None,
     folder: str | Path | None = None,
     for_training: bool = False,
+    start: Start | None = None,
+    rank: int = 16,
+    adapt: str = DEFAULT_ADAPT,
     trust_remote_code: bool = False,
     allow_downloads: bool = False,
 ) -> tuple[Any, Any]:
     """(model, processor) as `manifest` describes them, verified, in eval mode and frozen.
+
+    With `start` the model is a PeftModel, ready for training, with an adapter that any trainer takes as its
+    own (pass that no peft_config).
 
     manifest: also a folder that `qprobe quantize` wrote, or its hub id; its weights, which are in 4-bit, are
     loaded then. allow_downloads: fetch what the hub's cache lacks of that.
@@ -61,26 +68,34 @@ def load_dynamic_4bit(
     folder: where the manifest lies, from which it names its calibrated weights; None for that of the file
     `manifest`, or the working directory.
     for_training: recompute blocks and ask for gradients where adapters need them, see `ready_for_training`.
+    start: where an adapter begins, "zero" or at the correction of calibrated weights that
+    `scan --keep-correction` left, "corrected"; None for no adapter. rank: of the adapter; alpha equals it.
+    adapt: where it goes, as of `lora_targets`.
     trust_remote_code: run Python code that the checkpoint brings, for models that exist only as such code; it
     can do on this machine whatever you can.
-    Raises ManifestError if the manifest was written for another model, or its calibrated weights are missing,
-    changed, or of other weights; VerificationError if what was loaded is not what the manifest lists, or one
-    forward of a small sample fails or reads a 4-bit weight without its layer.
+    Raises ManifestError if the manifest was written for another model, or its calibrated weights or their
+    correction are missing, changed, or of other weights; VerificationError if what was loaded is not what the
+    manifest lists, or one forward of a small sample fails or reads a 4-bit weight without its layer.
     """
     place = parse_device(device)
+    packed = None
     if isinstance(manifest, Manifest):
-        written, beside = manifest, folder
+        written, beside = manifest, Path(folder or ".")
     else:
         given = fetched(path_of(manifest), allow_downloads)
-        if (given / "config.json").is_file():
-            packed, source = _packed(given, model, place, dtype)
-            processor = load_processor(source)
-            prove_read(packed, processor)
-            return (ready_for_training(packed) if for_training else packed), processor
+        packed = given if (given / "config.json").is_file() else None
         path = manifest_in(given)
         written, beside = read_manifest(path), path.parent
-    skeleton = check_model(written, model, trust_remote_code)
-    loaded, processor = proven_4bit(written, beside, skeleton, place, dtype)
+    asked = None if start is None else AskedAdapter(start, rank, adapt)
+    if asked is not None:
+        check_asked(asked, written, beside)
+    if packed is None:
+        skeleton = check_model(written, model, trust_remote_code)
+        loaded, processor = proven_4bit(written, beside, skeleton, place, dtype)
+    else:
+        loaded, processor = _packed(packed, written, model, place, dtype)
+    if asked is not None:
+        return with_adapter(ready_for_training(loaded), asked, written, beside)[0], processor
     return (ready_for_training(loaded) if for_training else loaded), processor
 
 
@@ -95,9 +110,10 @@ def proven_4bit(
     return loaded, processor
 
 
-def _packed(folder: Path, model: str | None, device: AskedDevice, dtype: str | None) -> tuple[Any, Source]:
-    """(model, where it lies) of the checkpoint that `qprobe quantize` wrote into `folder`, verified."""
-    manifest = read_manifest(folder / MANIFEST_FILE)
+def _packed(
+    folder: Path, manifest: Manifest, model: str | None, device: AskedDevice, dtype: str | None
+) -> tuple[Any, Any]:
+    """(model, processor) of the checkpoint that `qprobe quantize` wrote into `folder`, proven."""
     if model is not None or with_dtype(manifest.format, dtype) != manifest.format:
         raise QprobeError(
             f"{folder} holds weights in 4-bit, beside others in {manifest.format.compute_dtype}, so it is "
@@ -109,7 +125,9 @@ def _packed(folder: Path, model: str | None, device: AskedDevice, dtype: str | N
     refuse_another_model(manifest, skeleton)
     loaded = packed_4bit(skeleton, manifest, device)
     verify(loaded, manifest)
-    return loaded, skeleton.source
+    processor = load_processor(skeleton.source)
+    prove_read(loaded, processor)
+    return loaded, processor
 
 
 def packed_4bit(skeleton: Skeleton, manifest: Manifest, device: AskedDevice) -> Any:

@@ -96,6 +96,14 @@ _OPTIONS = options(
     ),
     option(
         FinetuneOptions,
+        "workers",
+        type=NOT_NEGATIVE,
+        metavar="N",
+        help="Processes that make batches ahead of the steps, the same ones.  [default: 2 on CUDA where "
+        "lines have images, if cores and shared memory suffice; else 0]",
+    ),
+    option(
+        FinetuneOptions,
         "save_every",
         type=POSITIVE,
         metavar="N",

@@ -71,13 +71,14 @@ class TokensCount:
 class CorrectionFile:
     """What 4-bit leaves of each weight (`qprobe.calibration.correction`), in the folder of the run.
 
-    sha256: of its bytes; codes: of the calibrated weights that it corrects; rank: of the factors, at most.
+    sha256: of its bytes, None where it was no better than nothing on samples kept back, and is not kept;
+    codes: of the calibrated weights that it corrects; rank: of the factors, at most.
     """
 
-    file: str
-    sha256: str
+    sha256: str | None
     codes: str
     rank: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

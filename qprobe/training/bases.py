@@ -8,7 +8,6 @@ from typing import Any
 
 from qprobe.checkpoint.load import check_model, proven_4bit, source_of, standard_4bit, with_dtype
 from qprobe.checkpoint.ready import ready_for_training
-from qprobe.errors import MachineError
 from qprobe.loading.device import pick_device
 from qprobe.loading.processor import load_processor
 from qprobe.loading.reference import reference_of
@@ -87,15 +86,3 @@ def base_digest(manifest: Manifest, model: str | None) -> str:
     folder = checkpoint_folder(source_of(manifest, model))
     tensors = sorted((n, t) for n, t in read_headers(folder).items() if t.elements and t.shape)
     return files_digest(folder, [(tensor.file, name) for name, tensor in tensors])
-
-
-def peft_library() -> Any:
-    """The module peft. Raises MachineError, saying how to get it, if it is not installed."""
-    try:
-        import peft
-    except ImportError as error:
-        raise MachineError(
-            f"Fine-tuning needs peft, which cannot be imported ({error}). Install it with "
-            f"`pip install 'qprobe[train]'`."
-        ) from error
-    return peft

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from qprobe.checkpoint.adapters.attached import save_adapter, with_adapter
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
-from qprobe.checkpoint.ready import adapted_linears, kept_whole, ready_for_training
+from qprobe.checkpoint.ready import kept_whole, ready_for_training
 from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
 from qprobe.errors import ModelError
-from qprobe.exports.keys import one_pattern
 from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.loading.log_filters import quiet_models
@@ -39,17 +39,15 @@ from qprobe.training.bases import (
     base_digest,
     model_folder,
     open_base,
-    peft_library,
 )
+from qprobe.training.collate import Collate, working_ahead
+from qprobe.training.distilled import FEWEST, Distilled, Lesson, distil, lessons_of
 from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
-from qprobe.training.names import names_as_written
 from qprobe.training.record import Record, write_record
-from qprobe.training.refused import check_options, refuse_without_answers
+from qprobe.training.refused import asked_adapter, check_options, refuse_without_answers
 from qprobe.training.result import Finetuned, card
 from qprobe.training.rows import Lines, check_batches, encodable, learnable, split
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
-from qprobe.training.starts.corrected import correction_of, start_corrected
-from qprobe.training.starts.distilled import FEWEST, Distilled, Lesson, distil, lessons_of
 from qprobe.training.together import together
 from qprobe.training.trainer import (
     Watch,
@@ -88,6 +86,8 @@ def finetune(options: FinetuneOptions) -> Finetuned:
     start: at nothing, or at the correction of calibrated weights that `scan --keep-correction` left.
     distill: steps, before the first one, in which the adapter learns to answer the lines as the 16-bit model
     does; that is loaded for it, before the base.
+    workers: processes that read images and make batches ahead of the steps, the same batches; None for two
+    where lines have images, a GPU trains, and cores and shared memory suffice, else 0.
     save_every: steps between checkpoints and evaluations. seed: of the adapters, the order of the lines and
     the held-out ones. trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     progress: called as work moves on, see `qprobe.options.Progress`.
@@ -109,9 +109,8 @@ def finetune(options: FinetuneOptions) -> Finetuned:
         asked = Training(options, manifest, path.parent, data, eval_data, out, group, progress)
         skeleton = check_model(manifest, options.model, options.trust_remote_code)
         refuse_without_answers(skeleton.model)
-        peft = peft_library()
         lines = group.from_first(lambda: _checked(asked, skeleton, stack))
-        return _finetune(asked, skeleton, lines, peft)
+        return _finetune(asked, skeleton, lines)
 
 
 def _checked(asked: Training, skeleton: Skeleton, stack: ExitStack) -> Lines:
@@ -146,12 +145,12 @@ def _checked(asked: Training, skeleton: Skeleton, stack: ExitStack) -> Lines:
     return Lines(spec, train, held_out, skipped, notes)
 
 
-def _finetune(asked: Training, skeleton: Skeleton, lines: Lines, peft: Any) -> Finetuned:
+def _finetune(asked: Training, skeleton: Skeleton, lines: Lines) -> Finetuned:
     """The run on `lines`, in a folder that no other run trains into."""
     manifest, group = asked.manifest, asked.group
     is_new = group.from_first(lambda: last_checkpoint(asked.out / CHECKPOINTS)) is None
     lessons = _lessons(asked, skeleton, lines) if asked.options.distill and is_new else []
-    tuned, processor, left_out = _with_adapters(asked, skeleton, peft)
+    tuned, processor, left_out = _with_adapters(asked, skeleton)
     distilled = _distilled(asked, tuned, lessons)
     begun = Record(
         "running",
@@ -178,25 +177,13 @@ def _finetune(asked: Training, skeleton: Skeleton, lines: Lines, peft: Any) -> F
     return done
 
 
-def _with_adapters(asked: Training, skeleton: Skeleton, peft: Any) -> tuple[Any, Any, tuple[str, ...]]:
+def _with_adapters(asked: Training, skeleton: Skeleton) -> tuple[Any, Any, tuple[str, ...]]:
     """(peft model at its start, processor, a sentence per reason for which layers have no adapter)."""
     options, manifest, folder = asked.options, asked.manifest, asked.folder
     loaded, processor = open_base(manifest, folder, options.base, skeleton, asked.device, options.dtype)
     model = ready_for_training(loaded)
     torch.manual_seed(options.seed)
-    targets = adapted_linears(model, options.adapt, options.for_tool)
-    config = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank,
-        lora_dropout=0.0,
-        target_modules=one_pattern(targets.names),
-        task_type=None if layout_of(skeleton.model).decoder is None else "SEQ_2_SEQ_LM",
-    )
-    with names_as_written():
-        tuned = peft.get_peft_model(model, config)
-    if options.start == "corrected":
-        with correction_of(manifest, folder) as factors:
-            start_corrected(tuned, factors)
+    tuned, targets = with_adapter(model, asked_adapter(options), manifest, folder)
     return tuned, processor, targets.notes()
 
 
@@ -255,7 +242,7 @@ def _train(asked: Training, tuned: Any, processor: Any, lines: Lines) -> dict[st
         asked.options,
         lines,
         checkpoints,
-        lambda rows: encode_conversations(processor, rows, dtype, decoder),
+        Collate(processor, dtype, decoder),
         # Every process comes to the same losses; the first one says what is wrong with them.
         [watch] if group.is_first else [],
         group.size,
@@ -266,9 +253,10 @@ def _train(asked: Training, tuned: Any, processor: Any, lines: Lines) -> dict[st
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if lines.held_out and not has_last_loss(trainer):
-        trainer.evaluate()
+    with working_ahead(trainer.args.dataloader_num_workers):
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if lines.held_out and not has_last_loss(trainer):
+            trainer.evaluate()
     if group.is_first:
         check_adapter(tuned, watch)
     return {
@@ -286,11 +274,8 @@ def _train(asked: Training, tuned: Any, processor: Any, lines: Lines) -> dict[st
 def _finish(asked: Training, tuned: Any, processor: Any, record: Record, done: Finetuned) -> None:
     """The adapter and what belongs to it; the record that calls it finished is written last."""
     out, manifest = asked.out, asked.manifest
-    # So that the adapter loads again. peft would look the name up on the hub to see whether the vocabulary
-    # grew, which it cannot have.
-    tuned.peft_config["default"].base_model_name_or_path = record.model or manifest.model.id
     with disk_explained(out):
-        tuned.save_pretrained(out, save_embedding_layers=False)
+        save_adapter(tuned, out, record.model or manifest.model.id)
         write_atomic(out / "README.md", card(manifest, done).encode())
         save_processor(processor, out)
         write_manifest(out / MANIFEST_FILE, moved(manifest, asked.folder, out))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import __version__
+from qprobe.checkpoint.adapters.attached import names_as_written, peft_library
 from qprobe.checkpoint.adapters.lora import Adapter, check_adapter
 from qprobe.checkpoint.load import with_dtype
 from qprobe.errors import ManifestError, RunError
@@ -18,8 +19,7 @@ from qprobe.manifest.records import MadeBy, Manifest, ManifestBudget, Quality
 from qprobe.options import Base
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.system.wording import is_or_are, named
-from qprobe.training.bases import BASE_WEIGHTS, MANIFEST_FILE, base_digest, load_base, peft_library
-from qprobe.training.names import names_as_written
+from qprobe.training.bases import BASE_WEIGHTS, MANIFEST_FILE, base_digest, load_base
 from qprobe.training.record import Record, read_record
 
 

@@ -6,12 +6,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from qprobe.checkpoint.adapters.attached import AskedAdapter, check_asked
 from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread
-from qprobe.models.adapting import adapted_layers
 from qprobe.options import FinetuneOptions
-from qprobe.training.starts.corrected import correction_of
 
 
 def check_options(options: FinetuneOptions, manifest: Manifest, folder: Path) -> None:
@@ -22,7 +21,6 @@ def check_options(options: FinetuneOptions, manifest: Manifest, folder: Path) ->
     if not 0 <= options.held_out < 1:
         raise QprobeError(f"--held-out {options.held_out:g} is no share. Pass 0 or more, and less than 1.")
     counts = {
-        "rank": options.rank,
         "batch-size": options.batch_size,
         "accumulation": options.accumulation,
         "max-length": options.max_length,
@@ -32,36 +30,24 @@ def check_options(options: FinetuneOptions, manifest: Manifest, folder: Path) ->
     for name, count in counts.items():
         if count < 1:
             raise QprobeError(f"--{name} {count} makes no training. Pass 1 or more.")
-    if options.start not in ("zero", "corrected"):
-        raise QprobeError(f"--start {options.start!r} is no start. Pass zero or corrected.")
+    if options.workers is not None and options.workers < 0:
+        raise QprobeError(f"--workers {options.workers} is no number of processes. Pass 0 or more.")
     if options.distill < 0 or (options.distill and options.base == "16-bit"):
         raise QprobeError(
             f"--distill {options.distill} on --base {options.base}: a 4-bit base learns to answer as the "
             "16-bit model, in a number of steps. Leave --distill out."
         )
-    if options.start == "corrected":
-        if options.base != "dynamic":
-            raise QprobeError(
-                f"--start corrected repairs what calibrated 4-bit leaves, and --base is {options.base}. "
-                "Leave one of them out."
-            )
-        with correction_of(manifest, folder):
-            pass
-    most = _highest_rank(manifest, options)
-    if options.rank > most:
+    if options.start == "corrected" and options.base != "dynamic":
         raise QprobeError(
-            f"--rank {options.rank:,} is higher than that of any layer of {manifest.model.id}, which is "
-            f"{most:,} at most. Pass less; 8 to 64 is usual."
+            f"--start corrected repairs what calibrated 4-bit leaves, and --base is {options.base}. "
+            "Leave one of them out."
         )
+    check_asked(asked_adapter(options), manifest, folder)
 
 
-def _highest_rank(manifest: Manifest, options: FinetuneOptions) -> int:
-    """The highest rank that a matrix of the adapted layers can have: the largest of their shorter sides.
-
-    Some models have linears of one or a few outputs (gates), so the smallest of all would refuse too much.
-    """
-    names = set(adapted_layers(manifest, options.adapt, options.for_tool).names)
-    return max(min(x.shape) for x in manifest.layers if x.name in names)
+def asked_adapter(options: FinetuneOptions) -> AskedAdapter:
+    """The adapter that `options` ask for."""
+    return AskedAdapter(options.start, options.rank, options.adapt, options.for_tool)
 
 
 def refuse_without_answers(model: Any) -> None:

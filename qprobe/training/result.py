@@ -10,8 +10,8 @@ from qprobe import __version__
 from qprobe.checkpoint.card import card_head
 from qprobe.manifest.records import Manifest
 from qprobe.system.markdown import plain
+from qprobe.training.distilled import Distilled
 from qprobe.training.record import RECORD
-from qprobe.training.starts.distilled import Distilled
 
 
 @dataclass(frozen=True)

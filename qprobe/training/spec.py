@@ -22,7 +22,7 @@ from qprobe.system.devices import AskedDevice
 
 _NOT_ASKED = (  # what decides nothing, or is told by digests of what was read
     "manifest", "data", "eval_data", "out", "model", "device", "save_every", "optimizer", "allow_downloads",
-    "trust_remote_code", "progress",
+    "trust_remote_code", "progress", "workers",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from qprobe.data.conversation import Conversation
 from qprobe.errors import QprobeError, RunError
 from qprobe.options import FinetuneOptions, Progress
+from qprobe.training.collate import workers_for
 from qprobe.training.rows import Lines
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises, so that the first ones do no harm
@@ -122,6 +123,7 @@ def _arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=workers_for(options, lines.train, on_cpu, processes),
         use_cpu=on_cpu,
         seed=options.seed,
         data_seed=options.seed,

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
+from qprobe.checkpoint.adapters.attached import peft_library
 from qprobe.checkpoint.ready import lora_targets, ready_for_training
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.loading.inventory import list_layers
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
 from qprobe.options import Optimizer
 from qprobe.records import FormatSpec, Inventory
-from qprobe.training.bases import peft_library
 from qprobe.training.memory import (
     CODE_TABLE_BYTES,
     Step,

@@ -50,12 +50,12 @@ from transformers import (
 )
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from qprobe.checkpoint.adapters.attached import peft_library
 from qprobe.checkpoint.ready import lora_targets
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
 from qprobe.manifest.write import write_manifest
-from qprobe.training.bases import peft_library
 from qprobe.training.finetune import finetune
 from tests import tiny
 from tests.benchmarks.cost import build, full_config, tiny_config

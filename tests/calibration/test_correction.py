@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 from qprobe.calibration import correction
-from qprobe.calibration.calibrate import calibrate_model
-from qprobe.calibration.correction import FILE_NAME, best_correction, keep_correction, largest_directions
+from qprobe.calibration.calibrate import Work, calibrate_model
+from qprobe.calibration.correction import (
+    FILE_NAME,
+    best_correction,
+    damage_with,
+    keep_correction,
+    largest_directions,
+)
 from qprobe.calibration.gptq import Metric, metric_of, output_error
 from qprobe.calibration.gram import gathered, shared_inputs
+from qprobe.formats.codes_file import sha256_of
 from qprobe.measure.attribution import walking
-from tests.calibration.test_calibrate import subject_for, work_in
+from tests.calibration.test_calibrate import samples_of, subject_for, work_in
 from tests.calibration.test_gptq import inputs
 
 TinyFolder = Callable[[str], Path]
@@ -57,6 +65,61 @@ def test_small_matrices_are_decomposed_exactly():
     u, s, vh = largest_directions(matrix, 8)
     torch.testing.assert_close(s, torch.linalg.svdvals(matrix)[:8], rtol=1e-5, atol=0)
     torch.testing.assert_close(u * s, matrix @ vh.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def enough(tiny_folder: TinyFolder, tmp_path: Path) -> Work:
+    """Calibrated weights of the tiny Llama, on samples of which two are kept back."""
+    subject = subject_for(tiny_folder("llama"))
+    work = work_in(tmp_path, subject, "llama")
+    work = replace(work, samples=subject.groups(tuple(samples_of("llama", 16)), 8))
+    calibrate_model(work)
+    return work
+
+
+@pytest.mark.slow
+def test_a_correction_is_kept_where_it_is_better_on_samples_it_was_not_fitted_to(
+    enough: Work, monkeypatch: pytest.MonkeyPatch
+):
+    training, kept_back = enough.split
+    keep_correction(enough, 64)
+    noted, path = enough.run.notes.get("correction"), enough.run.path / FILE_NAME
+    assert noted.sha256 == sha256_of(path) and "is kept, for adapters to start at" in noted.notes[0]
+    # As if those that are kept back had never been there.
+    alone = replace(enough, samples=tuple(training))
+    monkeypatch.setattr(Work, "split", property(lambda self: (list(self.samples), [])))
+    path.unlink()
+    keep_correction(alone, 64)
+    assert sha256_of(path) == noted.sha256 and kept_back
+
+
+@pytest.mark.slow
+def test_a_correction_that_does_harm_on_samples_kept_back_is_not_kept_and_said(
+    enough: Work, monkeypatch: pytest.MonkeyPatch
+):
+    def wrong_way(error: torch.Tensor, metric: Metric, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = best_correction(error, metric, rank)
+        return -2 * left, right
+
+    monkeypatch.setattr(correction, "best_correction", wrong_way)
+    keep_correction(enough, 16)
+    noted = enough.run.notes.get("correction")
+    assert noted.sha256 is None and not (enough.run.path / FILE_NAME).exists()
+    assert "no better than none, so it is not kept" in noted.notes[0]
+    assert noted.notes[0] in enough.run.notes.sentences
+    monkeypatch.setattr(correction, "best_correction", lambda *_: pytest.fail("it is decided already"))
+    keep_correction(enough, 16)
+
+
+@pytest.mark.slow
+def test_damage_with_the_whole_error_added_is_that_of_16bit(tiny_folder: TinyFolder):
+    subject = subject_for(tiny_folder("llama"))
+    batches = [subject.encode(tuple(samples_of("llama"))).in_dtype(subject.path.dtype)]
+    whole = {}
+    for name in subject.quantized:
+        error = subject.dequantized.own(name).float() - subject.dequantized.weight(name).float()
+        whole |= {f"{name}.left": error, f"{name}.right": torch.eye(error.shape[1])}
+    assert damage_with(subject, whole, batches) < 1e-4 * damage_with(subject, {}, batches)
 
 
 @pytest.mark.slow

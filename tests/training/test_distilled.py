@@ -12,9 +12,9 @@ import torch
 from qprobe.checkpoint.ready import lora_targets
 from qprobe.errors import QprobeError
 from qprobe.manifest.write import write_manifest
+from qprobe.training import distilled
 from qprobe.training.bases import load_base
 from qprobe.training.finetune import finetune
-from qprobe.training.starts import distilled
 from tests.checkpoint.manifests import manifest_for
 
 pytestmark = [

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
+from qprobe.checkpoint.adapters.attached import save_adapter
 from qprobe.checkpoint.adapters.effect import Arrived
 from qprobe.checkpoint.adapters.lora import read_adapter
 from qprobe.checkpoint.auditing.audit import audit
@@ -114,6 +115,30 @@ def test_both_forms_load_plainly_and_compute_what_a_merge_by_hand_does(name, fam
         else:
             module.weight.data = (module.weight.data.float() + more).to(module.weight.dtype)
     assert torch.equal(logits(plainly(tmp_path / "4-bit")), logits(four))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_on_a_4bit_base_loads_with_peft_alone_on_the_plain_model(name, family, tmp_path):
+    from peft import PeftModel, get_peft_model_state_dict
+
+    root, out = family(name), tmp_path / "adapter"
+    tuned, _ = load_dynamic_4bit(
+        root / "skiplist.json", str(root / "model"), "cpu", start="zero", rank=4, adapt="all"
+    )
+    torch.manual_seed(0)
+    for parameter in (p for n, p in tuned.named_parameters() if "lora_B" in n):
+        parameter.data = 0.05 * torch.randn(parameter.shape)
+    save_adapter(tuned, out, str(root / "model"))
+    base = plainly(root / "model")
+    before = logits(base)
+    again: Any = PeftModel.from_pretrained(base, str(out))
+    wanted, found = (get_peft_model_state_dict(x, save_embedding_layers=False) for x in (tuned, again))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+    assert set(
+        read_adapter(out).fits(skeleton_of(resolve(str(root / "model")), "bfloat16").model).values()
+    ) == {"fits"}
+    assert not torch.equal(logits(again), before)
+    assert again.peft_config["default"].base_model_name_or_path == str(root / "model")
 
 
 @pytest.fixture(scope="module")

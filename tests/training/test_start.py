@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qprobe.calibration import correction
+from qprobe.checkpoint.adapters.corrected import correction_of, start_corrected
+from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.formats.codes_file import FILE_NAME, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4
+from qprobe.inputs.encoding import answer_collator
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.options import FinetuneOptions
@@ -21,7 +26,6 @@ from qprobe.records import CodesFile
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.notes import CorrectionFile
 from qprobe.training.refused import check_options
-from qprobe.training.starts.corrected import correction_of, start_corrected
 from tests.checkpoint.manifests import every_third, manifest_for
 
 pytestmark = [
@@ -49,7 +53,7 @@ def run(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for x in plain.layers:  # those that the list keeps in 16-bit as well, as a scan does
         kept |= {f"{x.name}.left": torch.randn(x.shape[0], 4), f"{x.name}.right": torch.randn(4, x.shape[1])}
     save_file({k: t.bfloat16() for k, t in kept.items()}, run / correction.FILE_NAME)
-    noted = CorrectionFile(correction.FILE_NAME, sha256_of(run / correction.FILE_NAME), codes.sha256, rank=4)
+    noted = CorrectionFile(sha256_of(run / correction.FILE_NAME), codes.sha256, rank=4)
     (run / "notes").mkdir()
     RunFolder(run).notes.put("correction", noted)
     return run
@@ -81,6 +85,84 @@ def test_the_adapter_starts_at_the_kept_factors(rank: int, run: Path, tiny_folde
         assert not tuned.get_base_model().get_submodule(name).get_delta_weight("default").any()
 
 
+@pytest.fixture
+def loaded(run: Path, tiny_folder: Any) -> Callable[..., tuple[Any, Any]]:
+    return partial(load_dynamic_4bit, run / "skiplist.json", str(tiny_folder("llama")), "cpu")
+
+
+def test_the_loader_attaches_the_adapter_that_was_asked_for(run: Path, loaded: Callable[..., Any]):
+    kept = {k: t.float() for k, t in load_file(run / "correction.safetensors").items()}
+    four_bit = {x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit}
+    asked = {"rank": 4, "adapt": "model.layers.0"}
+    corrected, zero = (loaded(start=x, **asked)[0] for x in ("corrected", "zero"))
+    for tuned in (corrected, zero):
+        config = tuned.peft_config["default"]
+        assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 4, 0)
+        trained = {n.split(".lora_")[0] for n, p in tuned.named_parameters() if p.requires_grad}
+        assert {x.removeprefix("base_model.model.") for x in trained} == {
+            n for n in kept_names(kept) if n.startswith("model.layers.0.")
+        }
+    for name in four_bit & {n for n in kept_names(kept) if n.startswith("model.layers.0.")}:
+        added, nothing = (
+            x.get_base_model().get_submodule(name).get_delta_weight("default") for x in (corrected, zero)
+        )
+        assert torch.allclose(added, kept[f"{name}.left"] @ kept[f"{name}.right"], rtol=1e-5, atol=1e-5)
+        assert added.any() and not nothing.any()
+    plain, _ = loaded()
+    assert not hasattr(plain, "peft_config") and not any(p.requires_grad for p in plain.parameters())
+
+
+def kept_names(kept: dict[str, torch.Tensor]) -> set[str]:
+    return {x.rpartition(".")[0] for x in kept} - {"lm_head"}
+
+
+def test_trls_trainer_takes_the_model_with_its_start_and_trains_on_from_there(
+    loaded: Callable[..., Any], tmp_path: Path
+):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"prompt": f"what is {n}?", "completion": f"a coastal train {n}"} for n in range(2)]
+    losses = {}
+    for start in ("zero", "corrected"):
+        torch.manual_seed(0)
+        model, processor = loaded(start=start, rank=4)
+        collate = answer_collator(processor)
+        with torch.no_grad():
+            before = float(model(**collate(rows)).loss)
+        begun = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                str(tmp_path / start), max_steps=1, per_device_train_batch_size=2, logging_steps=1,
+                report_to="none", use_cpu=True, bf16=False, learning_rate=1e-3, save_strategy="no",
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=processor,
+            data_collator=collate,
+        )  # fmt: skip
+        trainer.train()
+        (losses[start],) = (x["loss"] for x in trainer.state.log_history if "loss" in x)
+        assert losses[start] == pytest.approx(before, rel=1e-3)  # TRL rounds adapters to bf16
+        after = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        assert after.keys() == begun.keys()
+        moved = {n for n, p in after.items() if not torch.equal(p.float(), begun[n].bfloat16().float())}
+        assert moved >= {n for n in after if "lora_B" in n}
+    assert losses["zero"] != pytest.approx(losses["corrected"], rel=1e-2)
+
+
+def test_no_such_start_and_no_such_rank_are_refused_before_weights_are_read(
+    loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.checkpoint.load.check_model", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(QprobeError, match="'loftq' is no start of an adapter"):
+        loaded(start="loftq")
+    with pytest.raises(QprobeError, match="--rank 0 makes no adapter"):
+        loaded(start="zero", rank=0)
+    with pytest.raises(QprobeError, match=r"--rank 1,000 is higher than that of any layer"):
+        loaded(start="corrected", rank=1000)
+
+
 def test_what_is_no_correction_of_these_weights_is_one_sentence(run: Path, tmp_path: Path):
     manifest = read_manifest(run / "skiplist.json")
     assert manifest.codes is not None
@@ -93,6 +175,14 @@ def test_what_is_no_correction_of_these_weights_is_one_sentence(run: Path, tmp_p
     other = replace(manifest, codes=replace(manifest.codes, sha256="0" * 64))
     with pytest.raises(ManifestError, match="of other calibrated weights"):
         check_options(asked, other, run)
+    notes = RunFolder(run).notes
+    noted = notes.get("correction")
+    try:
+        notes.put("correction", replace(noted, sha256=None))
+        with pytest.raises(ManifestError, match="no better than none on the samples"):
+            check_options(asked, manifest, run)
+    finally:
+        notes.put("correction", noted)
     path = run / "correction.safetensors"
     before, data = sha256_of(path), path.read_bytes()
     try:

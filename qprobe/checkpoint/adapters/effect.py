@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qprobe.checkpoint.adapters.lora import Adapter, Fit, Pair, read_adapter
 from qprobe.checkpoint.load import codes_of
 from qprobe.checkpoint.plain import load_plainly
+from qprobe.checkpoint.ready import is_four_bit
 from qprobe.errors import ModelError
 from qprobe.formats.codes_file import CodesReader, open_codes
 from qprobe.formats.nf4 import Nf4, StoredNf4
@@ -76,13 +77,6 @@ def weight_of(module: Any) -> Tensor:
     if is_four_bit(module):
         return StoredNf4(module.weight.data, module.weight.quant_state).packed().unpack()
     return module.weight.data.clone()
-
-
-def is_four_bit(module: nn.Module) -> bool:
-    """True for a linear that bitsandbytes holds in 4-bit."""
-    from bitsandbytes.nn.modules import Linear4bit
-
-    return isinstance(module, Linear4bit)
 
 
 @quiet_models()

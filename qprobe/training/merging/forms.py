@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qprobe.checkpoint.adapters.effect import Arrived, arrived, is_four_bit, weight_of
+from qprobe.checkpoint.adapters.attached import names_as_written, peft_library
+from qprobe.checkpoint.adapters.effect import Arrived, arrived, weight_of
 from qprobe.checkpoint.adapters.lora import Adapter
 from qprobe.checkpoint.auditing.audit import audit_files
 from qprobe.checkpoint.codes import put_stored
 from qprobe.checkpoint.load import dynamic_4bit
 from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.quantize import MAX_SHARD, refuse_rewritten, save_four_bit, save_processor
+from qprobe.checkpoint.ready import is_four_bit
 from qprobe.errors import VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.formats.nf4 import Nf4, StoredNf4
@@ -25,8 +27,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.options import Base, Form
 from qprobe.records import FormatSpec
 from qprobe.system.devices import BEST, AskedDevice
-from qprobe.training.bases import open_base, peft_library
-from qprobe.training.names import names_as_written
+from qprobe.training.bases import open_base
 from qprobe.training.origin import Origin, as_merged
 
 

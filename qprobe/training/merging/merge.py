@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from qprobe.checkpoint.adapters.attached import peft_library
 from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
 from qprobe.checkpoint.codes import keep_codes_as_stored
 from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_course, set_course, staged
@@ -26,7 +27,6 @@ from qprobe.loading.skeleton import Skeleton
 from qprobe.measure.kl import ANSWERS, readout_of
 from qprobe.options import Form, MergeOptions, Progress, path_if_given, path_of, takes
 from qprobe.system.devices import AskedDevice, parse_device
-from qprobe.training.bases import peft_library
 from qprobe.training.merging.forms import WRITERS, Arrived, Job
 from qprobe.training.merging.merged import Merged, card, chosen_form
 from qprobe.training.origin import origin_of

@@ -7,7 +7,7 @@ Bases: every linear in plain NF4; `dynamic`, the list of `qprobe scan` at +10 % 
 `calibrated` (untuned), all layers in 4-bit; and the same `tuned`. Starts, at rank 16 on the linears that
 `finetune` adapts: `zero`; `loftq`, by peft's replace_lora_weights_loftq on that base; `corrected`, the closed
 form of `qprobe.calibration.correction` with the Gram matrices that calibration gathers; `distilled`, that
-after --distill steps of `qprobe.training.starts.distilled`.
+after --distill steps of `qprobe.training.distilled`.
 
 The KL is to the 16-bit model in nats per answer token on held-out samples, before the first step. Training is
 that of `finetune` (AdamW, 2e-4, batches of 4). `smollm2` (see tests/benchmarks/models.py) calibrates and

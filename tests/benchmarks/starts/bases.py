@@ -17,6 +17,7 @@ from qprobe.calibration.gptq import metric_of, shrunk
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
 from qprobe.calibration.token_weights import token_weights
 from qprobe.calibration.tuning import tune
+from qprobe.checkpoint.adapters.corrected import Factors
 from qprobe.checkpoint.codes import put_stored
 from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.checkpoint.ready import lora_targets
@@ -29,7 +30,6 @@ from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample
 from qprobe.scanning.scan import scan
-from qprobe.training.starts.corrected import Factors
 from tests.benchmarks.calibration import rounded, stored
 from tests.benchmarks.models import smollm2_folder, texts
 from tests.benchmarks.stability import reversed_questions

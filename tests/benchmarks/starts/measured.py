@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qprobe.checkpoint.adapters.corrected import Factors, start_corrected
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.inputs.encoding import IGNORED
-from qprobe.training.starts.corrected import Factors, start_corrected
-from qprobe.training.starts.distilled import answer_logits, by_line, distil, lessons_of
+from qprobe.training.distilled import answer_logits, by_line, distil, lessons_of
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.starts.bases import (
     RANK,

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qprobe.calibration.correction import FILE_NAME
-from qprobe.checkpoint.adapters.effect import is_four_bit
+from qprobe.checkpoint.ready import is_four_bit
 from qprobe.errors import ManifestError, RunError
 from qprobe.formats.codes_file import sha256_of
 from qprobe.manifest.records import Manifest
@@ -37,12 +37,17 @@ def correction_of(manifest: Manifest, folder: Path) -> Iterator[Factors]:
 
     Raises ManifestError if there are none, or they are of other weights or damaged.
     """
-    fix = "Scan with --format nf4-calibrated --keep-correction RANK, or pass --start zero."
+    fix = "Scan with --format nf4-calibrated --keep-correction RANK, or begin at zero."
     if manifest.codes is None:
-        raise ManifestError(f"--start corrected needs calibrated weights, which the manifest has not. {fix}")
+        raise ManifestError(f"A corrected start needs calibrated weights, which the manifest has not. {fix}")
     run = (folder / manifest.codes.file).parent
     path = run / FILE_NAME
     noted = RunFolder(run).notes.get("correction")
+    if noted is not None and noted.codes == manifest.codes.sha256 and noted.sha256 is None:
+        raise ManifestError(
+            "The correction of these calibrated weights was no better than none on the samples that the scan "
+            "kept back, so it is not kept. Begin at zero."
+        )
     if noted is None or not path.is_file():
         raise ManifestError(f"{run} keeps no correction of its calibrated weights. {fix}")
     if noted.codes != manifest.codes.sha256 or sha256_of(path) != noted.sha256:

@@ -1,0 +1,85 @@
+"""How lines become batches: in this process, or in others that work ahead of the steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qprobe.data.conversation import Conversation
+from qprobe.errors import QprobeError, RunError
+from qprobe.inputs.decoder import Decoder
+from qprobe.inputs.encoding import encode_conversations
+from qprobe.options import FinetuneOptions
+
+WORKERS = 2  # an image of 4 tiles takes a tenth of a second, a step at full size on an H100 about one
+AHEAD = 2  # batches that each of them has ready: torch's own default
+SHARED_BYTES = 64 * 2**20  # of shared memory for each line that is ready; 4 tiles of 560 pixels take 8 MiB
+_SHARED = Path("/dev/shm")
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+_CAUGHT, _RAISED = "in DataLoader worker process", "DataLoader worker (pid"
+"""In what torch raises where a worker raised, and where it was killed."""
+
+
+@dataclass(frozen=True)
+class Collate:
+    """A collator that other processes take: conversations in, inputs with labels out, on the CPU."""
+
+    processor: Any
+    dtype: torch.dtype
+    decoder: Decoder | None
+
+    def __call__(self, rows: Sequence[Conversation]) -> dict[str, Tensor]:
+        return encode_conversations(self.processor, rows, self.dtype, self.decoder)
+
+
+def workers_for(options: FinetuneOptions, lines: Sequence[Conversation], on_cpu: bool, processes: int) -> int:
+    """How many processes make batches ahead; 0: the one that trains makes them.
+
+    As `options` say, or `WORKERS` where lines have images and a GPU trains, if each of the `processes` that
+    train has as many cores to spare and shared memory holds what is ready.
+    """
+    if options.workers is not None:
+        return options.workers
+    if on_cpu or not any(x.seen for x in lines) or not _SHARED.is_dir():
+        return 0
+    cores = len(os.sched_getaffinity(0)) // processes
+    room = shutil.disk_usage(_SHARED).free // processes
+    if cores <= WORKERS or room < WORKERS * AHEAD * options.batch_size * SHARED_BYTES:
+        return 0
+    return WORKERS
+
+
+@contextmanager
+def working_ahead(workers: int) -> Iterator[None]:
+    """While open, `workers` may be started, and what they raise is one sentence, as it is without them."""
+    if not workers:
+        yield
+        return
+    before = os.environ.get(_PARALLEL)
+    # A fork of threads in use could wait forever: tokenizers says so on stderr, unless they are off.
+    os.environ.setdefault(_PARALLEL, "false")
+    try:
+        yield
+    except QprobeError as error:
+        if _CAUGHT not in str(error):
+            raise
+        said = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+        raise type(error)(said) from error
+    except RuntimeError as error:
+        if _RAISED not in str(error):
+            raise
+        raise RunError(
+            f"A process that makes batches ahead ended ({str(error).splitlines()[0]}). Its memory, shared or "
+            "not, may not suffice: pass --workers 0. The same command goes on from the last checkpoint."
+        ) from error
+    finally:
+        if before is None:
+            os.environ.pop(_PARALLEL, None)

@@ -1,1 +1,0 @@
-"""Where an adapter begins: at nothing, at a correction of calibrated weights, or distilled."""
