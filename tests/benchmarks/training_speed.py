@@ -293,7 +293,7 @@ def report(found: Sequence[Timed], bench: Bench, geometry: str, collate_s: float
         f"{which}, random weights, one line per step of about {bench.tokens} tokens and {TILES} tiles, rank "
         f"{RANK}, {bench.optimizer}, {len(found[0].steps)} steps after {WARM_UP}. {made_with(bench.device)}. "
         f"Command: `python -m tests.benchmarks.training_speed --geometry {geometry} --device "
-        f"{bench.device}`.\n",
+        f"{bench.device} --steps {bench.steps}`.\n",
         "| training | seconds per step, median (range) | times plain | peak GiB |",
         "|---|---|---|---|",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from qprobe.calibration.gptq import Metric, metric_of, output_error
 from qprobe.calibration.gram import gathered, shared_inputs
 from qprobe.formats.codes_file import sha256_of
 from qprobe.measure.attribution import walking
+from qprobe.runs.folder import RunFolder
 from tests.calibration.test_calibrate import samples_of, subject_for, work_in
 from tests.calibration.test_gptq import inputs
 
@@ -67,14 +69,19 @@ def test_small_matrices_are_decomposed_exactly():
     torch.testing.assert_close(u * s, matrix @ vh.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def enough(tiny_folder: TinyFolder, tmp_path: Path) -> Work:
-    """Calibrated weights of the tiny Llama, on samples of which two are kept back."""
+@pytest.fixture(scope="module")
+def calibrated(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -> Work:
     subject = subject_for(tiny_folder("llama"))
-    work = work_in(tmp_path, subject, "llama")
+    work = work_in(tmp_path_factory.mktemp("run"), subject, "llama")
     work = replace(work, samples=subject.groups(tuple(samples_of("llama", 16)), 8))
     calibrate_model(work)
     return work
+
+
+@pytest.fixture
+def enough(calibrated: Work, tmp_path: Path) -> Work:
+    """Calibrated weights of the tiny Llama, on samples of which two are kept back."""
+    return replace(calibrated, run=RunFolder(copytree(calibrated.run.path, tmp_path / "run")))
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from qprobe.training import collate
 from qprobe.training.finetune import finetune
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
+from tests.emulation import compute_bf16_by_float32
 
 ONE = FinetuneOptions(Path("f"), data=None, out=Path("out"))
 GIB = 2**30
@@ -65,8 +66,9 @@ def stop(stage: str, done: int, _total: int) -> None:
 
 @pytest.mark.slow
 def test_workers_change_no_bit_of_a_run_nor_of_one_that_goes_on(
-    asked: dict[str, Any], makers: Path, tmp_path: Path
+    asked: dict[str, Any], makers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    compute_bf16_by_float32(monkeypatch.setattr)
     alone = finetune(**asked, workers=0, out=tmp_path / "alone")
     assert [x.name for x in makers.iterdir()] == [str(os.getpid())]
     (makers / str(os.getpid())).unlink()

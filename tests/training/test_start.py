@@ -18,7 +18,6 @@ from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.formats.codes_file import FILE_NAME, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4
-from qprobe.inputs.encoding import answer_collator
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.options import FinetuneOptions
@@ -32,6 +31,8 @@ pytestmark = [
     pytest.mark.slow,
     # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # trl 1.16.0 hands transformers the options by their old names; can go with the first that does not.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning"),
 ]
 
 
@@ -123,32 +124,31 @@ def test_trls_trainer_takes_the_model_with_its_start_and_trains_on_from_there(
     from trl import SFTConfig, SFTTrainer
 
     rows = [{"prompt": f"what is {n}?", "completion": f"a coastal train {n}"} for n in range(2)]
-    losses = {}
-    for start in ("zero", "corrected"):
-        torch.manual_seed(0)
-        model, processor = loaded(start=start, rank=4)
-        collate = answer_collator(processor)
-        with torch.no_grad():
-            before = float(model(**collate(rows)).loss)
-        begun = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(
-                str(tmp_path / start), max_steps=1, per_device_train_batch_size=2, logging_steps=1,
-                report_to="none", use_cpu=True, bf16=False, learning_rate=1e-3, save_strategy="no",
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=processor,
-            data_collator=collate,
-        )  # fmt: skip
-        trainer.train()
-        (losses[start],) = (x["loss"] for x in trainer.state.log_history if "loss" in x)
-        assert losses[start] == pytest.approx(before, rel=1e-3)  # TRL rounds adapters to bf16
-        after = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
-        assert after.keys() == begun.keys()
-        moved = {n for n, p in after.items() if not torch.equal(p.float(), begun[n].bfloat16().float())}
-        assert moved >= {n for n in after if "lora_B" in n}
-    assert losses["zero"] != pytest.approx(losses["corrected"], rel=1e-2)
+    torch.manual_seed(0)
+    model, processor = loaded(start="corrected", rank=4)
+    begun = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, report_to="none",
+            use_cpu=True, bf16=False, learning_rate=1e-3, save_strategy="no",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+    )  # fmt: skip
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with torch.no_grad():
+        before = float(model(**batch).loss)
+        with model.disable_adapter():
+            at_zero = float(model(**batch).loss)
+    trainer.train()
+    (loss,) = (x["loss"] for x in trainer.state.log_history if "loss" in x)
+    assert loss == pytest.approx(before, rel=1e-3) and loss != pytest.approx(at_zero, rel=1e-2)
+    after = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert after.keys() == begun.keys()
+    # TRL rounds adapters to bf16.
+    moved = {n for n, p in after.items() if not torch.equal(p.float(), begun[n].bfloat16().float())}
+    assert moved >= {n for n in after if "lora_B" in n}
 
 
 def test_no_such_start_and_no_such_rank_are_refused_before_weights_are_read(

@@ -3,27 +3,30 @@
     python -m tests.benchmarks.starts [--models demo-outliers smollm2] [--device cuda] [--seeds 0 1 2]
         [--steps 200] [--distill 200] [--jobs 4] [--out DIR]
 
-Bases: every linear in plain NF4; `dynamic`, the list of `qprobe scan` at +10 % on it; codes and scales
-`calibrated` (untuned), all layers in 4-bit; and the same `tuned`. Starts, at rank 16 on the linears that
-`finetune` adapts: `zero`; `loftq`, by peft's replace_lora_weights_loftq on that base; `corrected`, the closed
-form of `qprobe.calibration.correction` with the Gram matrices that calibration gathers; `distilled`, that
-after --distill steps of `qprobe.training.distilled`.
+Bases: codes and scales `calibrated` (untuned), all layers in 4-bit; the same `tuned`; every linear in plain
+`nf4`; and `dynamic`, the list of `qprobe scan` at +10 % on that. Starts, at rank 16 on the linears that
+`finetune` adapts: `zero`; `loftq`, the decomposition of W - W-hat of peft's replace_lora_weights_loftq;
+`corrected`, the closed form of `qprobe.calibration.correction` with the Gram matrices that calibration
+gathers; `distilled`, that after --distill steps of `qprobe.training.distilled`.
 
-The KL is to the 16-bit model in nats per answer token on held-out samples, before the first step. Training is
-that of `finetune` (AdamW, 2e-4, batches of 4). `smollm2` (see tests/benchmarks/models.py) calibrates and
-trains on 128 passages of Python's help topics and is judged on 48 of other topics. `demo-outliers` calibrates
-on 128 scenes, learns the new kind of question of tests/benchmarks/stability.py, and its KL is on 96 held-out
-scenes of the old kinds. Each base is a process of its own, --jobs of them side by side.
+The KL is to the 16-bit model in nats per answer token on held-out samples, before the first step. Training
+is that of `finetune` (AdamW, 2e-4, batches of 4), on the weights that the 4-bit codes read as, which is what
+bitsandbytes multiplies by; the starts of a seed, and then of other seeds, train side by side (`lanes.py`).
+`smollm2` (see tests/benchmarks/models.py) calibrates and trains on 128 passages of Python's help topics and
+is judged on 48 of other topics. `demo-outliers` calibrates on 128 scenes, learns the new kind of question of
+tests/benchmarks/stability.py, and its KL is on 96 held-out scenes of the old kinds.
+
+Each base is a process of its own, --jobs of them side by side, and DIR is rewritten whenever one of them
+knows more, so that a run that is cut keeps what it had.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import torch
 
 from tests.benchmarks.starts.bases import BASES, CALIBRATION, MODELS, Asked, without_template
 from tests.benchmarks.starts.measured import measure
-from tests.benchmarks.starts.report import report
+from tests.benchmarks.starts.report import keep
 
 
 def main() -> None:
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=CALIBRATION, help="samples")
     parser.add_argument("--judged", type=int, default=48, help="held-out samples; twice as many old scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--at-once", type=int, default=2, help="seeds that train side by side")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("reports/starts"))
     options = parser.parse_args()
@@ -57,6 +61,7 @@ def main() -> None:
                 base,
                 options.device,
                 tuple(options.seeds),
+                options.at_once,
                 options.steps,
                 options.distill,
                 options.calibration,
@@ -66,14 +71,11 @@ def main() -> None:
             for model in options.models
             for base in options.bases
         ]
-        found: list[dict[str, Any]] = []
         context = multiprocessing.get_context("spawn")  # CUDA bears no fork
         with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=1) as pool:
-            for future in as_completed([pool.submit(measure, x) for x in asked]):
-                found.append(asdict(future.result()))
-                options.out.mkdir(parents=True, exist_ok=True)
-                (options.out / "starts.json").write_text(json.dumps(found))
-                (options.out / "starts.md").write_text(report(found, _command(options)), "utf-8")
+            tell = partial(keep, options.out, _command(options))
+            for future in as_completed([pool.submit(measure, x, tell) for x in asked]):
+                future.result()
     print((options.out / "starts.md").read_text())
 
 

@@ -17,15 +17,12 @@ from qprobe.calibration.gptq import metric_of, shrunk
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
 from qprobe.calibration.token_weights import token_weights
 from qprobe.calibration.tuning import tune
-from qprobe.checkpoint.adapters.corrected import Factors
-from qprobe.checkpoint.codes import put_stored
-from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
-from qprobe.checkpoint.ready import lora_targets
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, TRAINING_SEED, scenes
-from qprobe.formats.nf4 import Nf4, StoredNf4
+from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import Batch
 from qprobe.inputs.encoding import IGNORED
 from qprobe.loading.reference import load_reference
+from qprobe.manifest.read import read_manifest
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample
@@ -33,9 +30,10 @@ from qprobe.scanning.scan import scan
 from tests.benchmarks.calibration import rounded, stored
 from tests.benchmarks.models import smollm2_folder, texts
 from tests.benchmarks.stability import reversed_questions
+from tests.benchmarks.starts.lanes import Adapter
 
 MODELS = ("demo-outliers", "smollm2")
-BASES = ("nf4", "dynamic", "calibrated", "tuned")
+BASES = ("calibrated", "tuned", "nf4", "dynamic")
 RANK, BATCH = 16, 4
 CALIBRATION = 128
 TUNE_STEPS = 200
@@ -44,12 +42,13 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Asked:
-    """One process. work: where the scan of the dynamic base and the weights for LoftQ go."""
+    """One process. at_once: seeds that train side by side. work: where the scan of the dynamic base goes."""
 
     model: str
     base: str
     device: str
     seeds: tuple[int, ...]
+    at_once: int
     steps: int
     distill: int
     calibration: int
@@ -138,65 +137,37 @@ def prepared(task: Task) -> Prepared:
         return Prepared(inputs, gathered(subject, inputs, part, weights=weights.of))
 
 
-def base_weights(task: Task, base: str, given: Prepared) -> dict[str, StoredNf4]:
-    """The 4-bit weight of every linear that standard 4-bit quantizes, as `base` stores it."""
+def base_weights(task: Task, asked: Asked, given: Prepared) -> dict[str, Tensor]:
+    """What the 4-bit weights of the base read as, by layer; layers that it keeps in 16-bit are not there."""
     subject = task.subject
-    if base in ("nf4", "dynamic"):
-        return {name: Nf4().stored(subject.modules[name].weight) for name in subject.quantized}
-    copy = replace(given.gathering, grams=dict(given.gathering.grams))
-    copy.grams.update(given.gathering.grams)
-    found = stored(subject, rounded(subject, copy, given.inputs))
-    found |= {n: Nf4().stored(subject.modules[n].weight) for n in subject.quantized - found.keys()}
-    if base == "tuned":
-        training, kept_back = (
-            [subject.encode(x) for x in subject.groups(tuple(part), 8)]
-            for part in split_samples(task.calibration)
-        )
-        found = dict(tune(subject, found, training, kept_back, TUNE_STEPS, Nf4()).stored)
-    return found
-
-
-def load(task: Task, asked: Asked, weights: Mapping[str, StoredNf4]) -> Any:
-    """The base as a model that trains, with a zero adapter; small enough to keep all activations."""
-    import peft
-
+    nearest = {name: Nf4().stored(subject.modules[name].weight) for name in sorted(subject.quantized)}
     if asked.base == "dynamic":
         rows = [{"prompt": x.prompt, "answer": x.answer} for x in task.calibration[:32]]
         data = {"data": rows} if asked.model == "smollm2" else {"samples": 64}
         run = scan(task.location, out=asked.work / f"scan-{asked.model}", device=asked.device, **data)
-        model, _ = load_dynamic_4bit(run.skiplist, task.location, asked.device)
-    else:
-        model, _ = load_standard_4bit(task.location, device=asked.device)
-        for name, one in weights.items():
-            put_stored(model.get_submodule(name), one)
-    model.config.use_cache = model.config.get_text_config().use_cache = False
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=lora_targets(model))
-    )
+        kept = set(read_manifest(run.skiplist).skip_modules)
+        nearest = {name: x for name, x in nearest.items() if name not in kept}
+    found = nearest
+    if asked.base in ("calibrated", "tuned"):
+        copy = replace(given.gathering, grams=dict(given.gathering.grams))
+        found = {**nearest, **stored(subject, rounded(subject, copy, given.inputs))}
+    if asked.base == "tuned":
+        training, kept_back = (
+            [subject.encode(x) for x in subject.groups(tuple(part), 8)]
+            for part in split_samples(task.calibration)
+        )
+        found = tune(subject, found, training, kept_back, TUNE_STEPS, Nf4()).stored
+    return {name: x.packed().unpack() for name, x in found.items()}
 
 
-class InMemory:
-    """Tensors under names, as `Factors` reads a file of them."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def keys(self) -> Iterable[str]:
-        return self.tensors.keys()
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
-def corrections(task: Task, weights: Mapping[str, StoredNf4], given: Prepared) -> Factors:
-    """The closed form for every 4-bit weight that has a Gram matrix."""
-    found: dict[str, Tensor] = {}
+def corrections(residuals: Mapping[str, Tensor], given: Prepared) -> Adapter:
+    """The closed form for every 4-bit weight that has a Gram matrix. residuals: W - W-hat."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, leader in given.leaders.items():
         gram = given.gathering.grams[leader]
-        metric = metric_of(shrunk(gram.total, gram.tokens))
-        if metric is None:
-            continue
-        error = task.subject.modules[name].weight.float() - weights[name].packed().unpack().float()
-        with torch.no_grad():
-            found[f"{name}.left"], found[f"{name}.right"] = best_correction(error, metric, RANK)
-    return Factors(InMemory(found))
+        metric = metric_of(shrunk(gram.total, gram.tokens)) if name in residuals else None
+        if metric is not None:
+            with torch.no_grad():
+                left, right = best_correction(residuals[name], metric, RANK)
+            found[name] = (right, left)
+    return found

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qprobe.checkpoint.adapters.corrected import Factors, start_corrected
-from qprobe.formats.nf4 import StoredNf4
-from qprobe.inputs.encoding import IGNORED
-from qprobe.training.distilled import answer_logits, by_line, distil, lessons_of
+from qprobe.checkpoint.ready import adapted_linears
+from qprobe.options import DEFAULT_ADAPT
+from qprobe.records import Sample
+from qprobe.training.distilled import by_line, distil, lessons_of
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.starts.bases import (
+    BATCH,
     RANK,
     Asked,
     Inputs,
     Task,
     base_weights,
     corrections,
-    load,
+    labelled,
     open_task,
     prepared,
 )
+from tests.benchmarks.starts.lanes import Adapter, Lanes, loftq_start, train, with_products, zero_start
 from tests.emulation import compute_bf16_by_float32
 
 STARTS = ("zero", "loftq", "corrected", "distilled")
@@ -36,138 +37,133 @@ RATE, WARMUP = 2e-4, 0.05
 LOOKS = (0, 20)  # and the last step
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
-    """One base of one model. kl: by start, of each held-out sample, summed over its `tokens`.
+    """One base of one model, as far as it was measured.
 
-    losses: by start and seed, for each look (step, mean loss of each judged line, nats per answer token).
+    kl: by start, of each held-out sample, summed over its `tokens`. losses: by start and seed, for each look
+    (step, mean loss of each judged line, nats per answer token). distilled: step of the best look, KL on what
+    was kept back before and there.
     """
 
     model: str
     base: str
-    tokens: list[int]
-    kl: dict[str, list[float]]
-    losses: dict[str, list[list[tuple[int, list[float]]]]]
-    distilled: tuple[int, float, float]
-    seconds: float
     made_with: str
+    tokens: list[int] = field(default_factory=list)
+    kl: dict[str, list[float]] = field(default_factory=dict)
+    losses: dict[str, list[list[tuple[int, list[float]]]]] = field(default_factory=dict)
+    distilled: tuple[int, float, float] | None = None
+    seconds: float = 0.0
 
 
-def begin(tuned: Any, start: str, seed: int, factors: Factors, weights_file: Path) -> None:
-    """Puts the adapter of `tuned` where `start` says; `distilled` begins as `corrected`."""
-    torch.manual_seed(seed)
-    for module in tuned.modules():
-        if hasattr(module, "reset_lora_parameters"):
-            module.reset_lora_parameters("default", True)
-    if start == "loftq":
-        loftq(tuned, weights_file)
-    elif start != "zero":
-        start_corrected(tuned, factors)
+Tell = Callable[[Found], None]
 
 
-def loftq(tuned: Any, weights_file: Path) -> None:
-    """peft's own on CUDA, which it asks for; elsewhere the same decomposition of the same residual."""
-    from peft import replace_lora_weights_loftq
-    from peft.tuners.lora import Linear4bit
-    from peft.utils.loftq_utils import _low_rank_decomposition
-    from safetensors import safe_open
-
-    if next(tuned.parameters()).device.type == "cuda":
-        replace_lora_weights_loftq(tuned, str(weights_file))
-        return
-    with safe_open(weights_file, "pt") as file:
-        for name, module in tuned.get_base_model().named_modules():
-            if isinstance(module, Linear4bit):
-                weight: Any = module.get_base_layer().weight
-                kept = StoredNf4(weight.data, weight.quant_state).packed().unpack().float()
-                residual = file.get_tensor(f"{name}.weight").float() - kept
-                parts = _low_rank_decomposition(residual, reduced_rank=RANK)
-                module.lora_A["default"].weight.data = parts["R"].contiguous()
-                module.lora_B["default"].weight.data = parts["L"].contiguous()
-
-
-# One base -------------------------------------------------------------------------------------------------
-
-
-def measure(asked: Asked) -> Found:
-    """Every start on one base: its KL, and what training makes of it."""
+def measure(asked: Asked, tell: Tell) -> Found:
+    """Every start on one base: its KL, and what training makes of it; `tell` is called with what there is."""
     begun = time.perf_counter()
     torch.set_num_threads(1)
     if asked.device == "cpu":
         compute_bf16_by_float32()  # the last bit apart, it is the processor's own bf16
+    found = Found(asked.model, asked.base, made_with(asked.device))
+
+    def done(what: str) -> None:
+        found.seconds = time.perf_counter() - begun
+        print(f"{asked.model} {asked.base}: {what} at {found.seconds:.0f} s", file=sys.stderr, flush=True)
+        tell(found)
+
     task = open_task(asked)
     given = prepared(task)
-    weights = base_weights(task, asked.base, given)
-    factors = corrections(task, weights, given)
-    weights_file = asked.work / f"{asked.model}-{asked.base}" / "model.safetensors"
-    weights_file.parent.mkdir(parents=True, exist_ok=True)
-    own = {f"{n}.weight": task.subject.modules[n].weight.data for n in task.subject.quantized}
-    save_file({n: x.cpu().contiguous().clone() for n, x in own.items()}, weights_file)
+    done("gathered")
+    weights = base_weights(task, asked, given)
+    done("rounded")
+    residuals = {n: task.subject.modules[n].weight.float() - w.float() for n, w in weights.items()}
+    products = {
+        "loftq": {n: loftq_start(x, RANK) for n, x in residuals.items()},
+        "corrected": corrections(residuals, given),
+    }
     held_out = lessons_of(task.subject.model, task.inputs(task.held_out, 8))
     lessons = lessons_of(task.subject.model, task.inputs(task.calibration, 8))
-    judged = task.inputs(task.judged, 8)
-    tuned = load(task, asked, weights)
-    del given, weights
-    gc.collect()
-    found: dict[str, list[float]] = {}
-    losses: dict[str, list[list[tuple[int, list[float]]]]] = {}
-    taught = (0, float("nan"), float("nan"))
-    adapter: list[Tensor] | None = None
-    trained = [x for x in tuned.parameters() if x.requires_grad]
-    for start in STARTS:
-        losses[start] = []
-        for seed in asked.seeds:
-            begin(tuned, start, seed, factors, weights_file)
-            if start == "distilled" and adapter is None:
-                done = distil(tuned, lessons, asked.distill, at_once=2)
-                taught, adapter = (done.steps, done.before, done.after), [x.detach().clone() for x in trained]
-            if start == "distilled" and adapter is not None:
-                for parameter, value in zip(trained, adapter, strict=True):
-                    parameter.data.copy_(value)
-            if start not in found:
-                found[start] = by_line(tuned, held_out)
-            losses[start].append(list(train(tuned, task, judged, seed, asked.steps)))
-            print(
-                f"{asked.model} {asked.base} {start} seed {seed}: {time.perf_counter() - begun:.0f} s",
-                flush=True,
-            )
-    tokens = [len(x) for lesson in held_out for x in lesson.logits]
-    seconds = time.perf_counter() - begun
-    return Found(asked.model, asked.base, tokens, found, losses, taught, seconds, made_with(asked.device))
-
-
-def train(
-    tuned: Any, task: Task, judged: list[Inputs], seed: int, steps: int
-) -> Iterator[tuple[int, list[float]]]:
-    """Trains as `finetune` does, and looks at the judged lines: (step, mean loss of each)."""
-    trained = [x for x in tuned.parameters() if x.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    warm = max(1, round(WARMUP * steps))
-    generator = torch.Generator().manual_seed(seed)
-    batches: list[Inputs] = []
-    for step in range(steps + 1):
-        if step in (*LOOKS, steps):
-            yield step, [x for inputs in judged for x in line_losses(tuned, inputs)]
-        if step == steps:
-            return
-        if not batches:
-            order = torch.randperm(len(task.training), generator=generator).tolist()
-            batches = task.inputs([task.training[i] for i in order])
-        rate = RATE * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        tuned(**batches.pop(0)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-
-
-def line_losses(tuned: Any, inputs: Inputs) -> list[float]:
-    """The mean loss of each line, nats per answer token."""
+    found.tokens = [len(x) for lesson in held_out for x in lesson.logits]
+    done("decomposed")
+    del given, residuals
+    model = task.subject.model
     with torch.no_grad():
-        answers = answer_logits(tuned, inputs)
-    labels = inputs["labels"][:, 1:]
-    return [
-        float(torch.nn.functional.cross_entropy(rows.float(), mine[mine != IGNORED].to(rows.device)))
-        for rows, mine in zip(answers, labels, strict=True)
-    ]
+        for name, w_hat in weights.items():
+            model.get_submodule(name).weight.copy_(w_hat)
+    names = adapted_linears(model, DEFAULT_ADAPT, None).names
+    zeros = [zero_start(model, names, RANK, seed) for seed in asked.seeds]
+
+    lane = Lanes(model, names, RANK, 1)
+    for start in ("zero", "loftq", "corrected"):
+        lane.set(0, with_products(zeros[0], products.get(start, {})))
+        found.kl[start] = by_line(model, held_out)
+    done("closed form")
+    taught = distil(model, lessons, asked.distill, at_once=2)
+    found.distilled = (taught.steps, taught.before, taught.after)
+    found.kl["distilled"], products["distilled"] = by_line(model, held_out), lane.adapter(0)
+    lane.remove()
+    done("distilled")
+    del held_out, lessons
+    gc.collect()
+    zero = dict(zip(asked.seeds, zeros, strict=True))
+    for part in _parts(asked.seeds, asked.at_once):
+        begins = [with_products(zero[seed], products.get(start, {})) for seed in part for start in STARTS]
+        for step, losses in looks(task, names, begins, part, asked.steps):
+            for (seed, start), of_lines in zip(product(part, STARTS), losses, strict=True):
+                curves = found.losses.setdefault(start, [[] for _ in asked.seeds])
+                curves[asked.seeds.index(seed)].append((step, of_lines))
+            done(f"step {step} of seeds {', '.join(map(str, part))}")
+    return found
+
+
+def _parts(seeds: Sequence[int], at_once: int) -> list[Sequence[int]]:
+    """The first seed alone, so that something is there early; then `at_once` of the others."""
+    return [seeds[:1], *(seeds[i : i + at_once] for i in range(1, len(seeds), at_once))]
+
+
+def looks(
+    task: Task, names: Sequence[str], begins: Sequence[Adapter], seeds: Sequence[int], steps: int
+) -> Iterator[tuple[int, list[list[float]]]]:
+    """Trains `begins`, all starts of the first seed and then of the next, from the base of `task`.
+
+    At each look (step, for each of `begins` the mean loss of each judged line).
+    """
+    model = task.subject.model
+    lanes = Lanes(model, names, RANK, len(begins))
+    for number, adapter in enumerate(begins):
+        lanes.set(number, adapter)
+    judged = task.inputs(task.judged, 8)
+    batches = step_batches(task, seeds, len(begins) // len(seeds))
+    for step in train(lanes, batches, steps, RATE, max(1, round(WARMUP * steps))):
+        if step in (*LOOKS, steps):
+            by_batch = [lanes.line_losses(inputs) for inputs in judged]
+            yield step, [[x for one in by_batch for x in one[n]] for n in range(len(begins))]
+    lanes.remove()
+
+
+def step_batches(task: Task, seeds: Sequence[int], copies: int) -> Iterator[Inputs]:
+    """Batches of `BATCH` training samples for each seed, in its own order, `copies` times each."""
+    orders = [_order(len(task.training), seed) for seed in seeds]
+    while True:
+        taken = [task.training[next(order)] for order in orders for _ in range(BATCH)]
+        yield in_lanes(task, taken, len(seeds), copies)
+
+
+def in_lanes(task: Task, samples: Sequence[Sample], groups: int, copies: int) -> Inputs:
+    """`samples`, which are `groups` of equal size, as one batch with each group `copies` times in a row."""
+    batch = labelled(task.subject.encode(tuple(samples)).in_dtype(task.subject.dtype))
+
+    def spread(x: Tensor) -> Tensor:
+        assert len(x) == len(samples), "rows of a batch are samples"
+        grouped = x.view(groups, 1, -1, *x.shape[1:])
+        return grouped.expand(-1, copies, *[-1] * (grouped.dim() - 2)).reshape(-1, *x.shape[1:])
+
+    return {key: spread(x) for key, x in batch.items()}
+
+
+def _order(count: int, seed: int) -> Iterator[int]:
+    """Places of samples, pass by pass in an order of its own, without a batch that is not full."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()[: count - count % BATCH]

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import fsum, sqrt
+from pathlib import Path
 from typing import Any
 
 from qprobe.runs.statistics import ratio_se
+from qprobe.system.files import write_atomic
 
 MARKS = {"corrected": 0.85, "distilled": 0.65}  # of the zero start's KL, on the calibrated, untuned base
+
+
+def keep(folder: Path, command: str, found: Any) -> None:
+    """Writes what is known of one base, and the report of all bases of which something is."""
+    parts = folder / "bases"
+    parts.mkdir(parents=True, exist_ok=True)
+    write_atomic(parts / f"{found.model}-{found.base}.json", json.dumps(asdict(found)).encode())
+    there = [json.loads(x.read_text()) for x in sorted(parts.iterdir()) if x.suffix == ".json"]
+    write_atomic(folder / "starts.md", report(there, command).encode())
 
 
 def report(found: Sequence[Mapping[str, Any]], command: str) -> str:
@@ -36,7 +49,10 @@ def share(kl: Mapping[str, Sequence[float]], start: str) -> tuple[float, float]:
 
 def kl_table(found: Sequence[Mapping[str, Any]]) -> str:
     """KL of the zero start, and every other start's share of it."""
-    starts = list(found[0]["kl"])
+    found = [x for x in found if "zero" in x["kl"]]
+    if not found:
+        return "No KL yet."
+    starts = max((list(x["kl"]) for x in found), key=len)
     lines = [
         f"| base | zero start's KL | {' | '.join(starts[1:])} | distilled: steps, KL on what is kept back |",
         "|---" * (len(starts) + 2) + "|",
@@ -44,17 +60,21 @@ def kl_table(found: Sequence[Mapping[str, Any]]) -> str:
     for x in found:
         tokens = sum(x["tokens"])
         zero = f"{fsum(x['kl']['zero']) / tokens:.4g} ± {ratio_se(x['kl']['zero'], x['tokens']):.2g}"
-        cells = ["{:.3f} ± {:.2g}".format(*share(x["kl"], start)) for start in starts[1:]]
-        step, before, after = x["distilled"]
-        lines.append(f"| {x['base']} | {zero} | {' | '.join(cells)} | {step}: {before:.4g} to {after:.4g} |")
+        cells = [
+            "{:.3f} ± {:.2g}".format(*share(x["kl"], start)) if start in x["kl"] else ""
+            for start in starts[1:]
+        ]
+        taught = "{}: {:.4g} to {:.4g}".format(*x["distilled"]) if x["distilled"] else ""
+        lines.append(f"| {x['base']} | {zero} | {' | '.join(cells)} | {taught} |")
     return "\n".join(lines)
 
 
 def paired(curves: Sequence[Any], zeros: Sequence[Any], look: int) -> tuple[float, float]:
-    """(difference of losses, its standard error over lines) at one look, averaged over seeds."""
+    """(difference of losses, its standard error over lines) at one look, averaged over seeds that have it."""
     by_seed = [
         [a - b for a, b in zip(mine[look][1], zero[look][1], strict=True)]
         for mine, zero in zip(curves, zeros, strict=True)
+        if look < min(len(mine), len(zero))
     ]
     lines = [statistics.fmean(x) for x in zip(*by_seed, strict=True)]
     error = statistics.stdev(lines) / sqrt(len(lines)) if len(lines) > 1 else float("nan")
@@ -62,25 +82,35 @@ def paired(curves: Sequence[Any], zeros: Sequence[Any], look: int) -> tuple[floa
 
 
 def loss_table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out losses at each look, with the spread of the seeds at the last one."""
-    looks = [step for step, _ in found[0]["losses"]["zero"][0]]
+    """Held-out losses at each look, with the spread of the seeds at the last one that was reached."""
+    found = [x for x in found if x["losses"]]
+    if not found:
+        return "No losses yet."
+    looks = max(([step for step, _ in x["losses"]["zero"][0]] for x in found), key=len)
     titles = [f"after {x} steps" if x else "before the first step" for x in looks]
-    lines = [f"| base | start | {' | '.join(titles)} | seeds, last |", "|---" * (len(looks) + 3) + "|"]
+    lines = [
+        f"| base | start | {' | '.join(titles)} | seeds, last | seeds |",
+        "|---" * (len(looks) + 4) + "|",
+    ]
     for x in found:
-        zeros = x["losses"]["zero"]
         for start, curves in x["losses"].items():
-            cells = []
-            for look in range(len(looks)):
-                mean = statistics.fmean(statistics.fmean(one[look][1]) for one in curves)
-                difference = (
-                    "" if start == "zero" else " ({:+.4f} ± {:.2g})".format(*paired(curves, zeros, look))
-                )
-                cells.append(f"{mean:.4f}{difference}")
-            last = [statistics.fmean(one[-1][1]) for one in curves]
+            cells = [_cell(curves, x["losses"]["zero"], look, start) for look in range(len(looks))]
+            most = max(map(len, curves))
+            last = [statistics.fmean(one[-1][1]) for one in curves if len(one) == most]
             lines.append(
-                f"| {x['base']} | {start} | {' | '.join(cells)} | {min(last):.4f} to {max(last):.4f} |"
+                f"| {x['base']} | {start} | {' | '.join(cells)} | {min(last):.4f} to {max(last):.4f} | "
+                f"{len(last)} of {len(curves)} |"
             )
     return "\n".join(lines)
+
+
+def _cell(curves: Sequence[Any], zeros: Sequence[Any], look: int, start: str) -> str:
+    """The mean loss at `look` of the seeds that have it, and its difference to the zero start."""
+    there = [statistics.fmean(one[look][1]) for one in curves if look < len(one)]
+    if not there:
+        return ""
+    mean = f"{statistics.fmean(there):.4f}"
+    return mean if start == "zero" else "{} ({:+.4f} ± {:.2g})".format(mean, *paired(curves, zeros, look))
 
 
 def marks(found: Sequence[Mapping[str, Any]]) -> str:
@@ -88,16 +118,20 @@ def marks(found: Sequence[Mapping[str, Any]]) -> str:
     said = []
     for x in (x for x in found if x["base"] == "calibrated"):
         for start, most in MARKS.items():
-            value, error = share(x["kl"], start)
-            kept = "kept" if value <= most else "missed"
-            said.append(
-                f"Mark of {start} on the calibrated base, at most {most}: {value:.3f} ± {error:.2g}, {kept}."
-            )
-    worse = []
-    for x in found:
+            if start in x["kl"]:
+                value, error = share(x["kl"], start)
+                kept = "kept" if value <= most else "missed"
+                said.append(
+                    f"Mark of {start} on the calibrated base, at most {most}: {value:.3f} ± {error:.2g}, "
+                    f"{kept}."
+                )
+    worse, ended = [], [x for x in found if x["losses"]]
+    for x in ended:
         for start in ("corrected", "distilled"):
-            difference, error = paired(x["losses"][start], x["losses"]["zero"], -1)
+            last = max(map(len, x["losses"][start])) - 1
+            difference, error = paired(x["losses"][start], x["losses"]["zero"], last)
             if difference > 2 * error:
                 worse.append(f"{start} on {x['base']} ({difference:+.4f} ± {error:.2g})")
-    said.append(f"Ended worse than zero by more than two errors: {', '.join(worse) or 'none'}.")
+    if ended:
+        said.append(f"Ended worse than zero by more than two errors: {', '.join(worse) or 'none'}.")
     return " ".join(said)
