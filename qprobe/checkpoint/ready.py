@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -74,14 +74,14 @@ def adapted_linears(model: nn.Module, adapt: str, for_tool: str | None) -> Adapt
     return adapted(names, fixed, type(model).__name__, adapt, for_tool)
 
 
-def is_four_bit(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_four_bit(module: nn.Module) -> bool:
     """True for a linear that bitsandbytes holds in 4-bit."""
     from bitsandbytes.nn.modules import Linear4bit
 
     return isinstance(module, Linear4bit)
 
 
-def _four_bit_modules(model: nn.Module) -> dict[str, nn.Linear]:
+def _four_bit_modules(model: Any) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if is_four_bit(module)}
 
 
