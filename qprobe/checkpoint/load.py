@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qprobe.checkpoint.adapters.attached import AskedAdapter, check_asked, with_adapter
 from qprobe.checkpoint.codes import keep_codes_as_stored, put_calibrated
 from qprobe.checkpoint.experts import four_bit
 from qprobe.checkpoint.experts.packed import load_packed
 from qprobe.checkpoint.hub import MANIFEST_FILE, fetched, manifest_in
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
+from qprobe.checkpoint.starts.attached import AskedAdapter, check_asked, with_adapter
 from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import ExpectedLayer, expected_layer, expected_layers, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from qprobe.checkpoint.adapters.attached import save_adapter, with_adapter
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import kept_whole, ready_for_training
+from qprobe.checkpoint.starts.attached import save_adapter, with_adapter
 from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
 from qprobe.errors import ModelError
 from qprobe.inputs.decoder import layout_of

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import __version__
-from qprobe.checkpoint.adapters.attached import names_as_written, peft_library
 from qprobe.checkpoint.adapters.lora import Adapter, check_adapter
 from qprobe.checkpoint.load import with_dtype
+from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import ManifestError, RunError
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.skeleton import Skeleton

@@ -6,7 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from qprobe.checkpoint.adapters.attached import AskedAdapter, check_asked
+from qprobe.checkpoint.starts.attached import AskedAdapter, check_asked
 from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread

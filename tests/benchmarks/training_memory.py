@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
-from qprobe.checkpoint.adapters.attached import peft_library
 from qprobe.checkpoint.ready import lora_targets, ready_for_training
+from qprobe.checkpoint.starts.attached import peft_library
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.loading.inventory import list_layers
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B

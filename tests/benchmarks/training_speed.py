@@ -50,8 +50,8 @@ from transformers import (
 )
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from qprobe.checkpoint.adapters.attached import peft_library
 from qprobe.checkpoint.ready import lora_targets
+from qprobe.checkpoint.starts.attached import peft_library
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve

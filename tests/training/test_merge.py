@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from qprobe.checkpoint.adapters.attached import save_adapter
 from qprobe.checkpoint.adapters.effect import Arrived
 from qprobe.checkpoint.adapters.lora import read_adapter
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.checkpoint.starts.attached import save_adapter
 from qprobe.cli import main
 from qprobe.errors import ManifestError, ModelError, QprobeError, RunError
 from qprobe.loading.config import model_class

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qprobe.calibration import correction
-from qprobe.checkpoint.adapters.corrected import correction_of, start_corrected
 from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.checkpoint.starts.corrected import correction_of, start_corrected
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.formats.codes_file import FILE_NAME, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qprobe.checkpoint.adapters.attached import names_as_written, peft_library
 from qprobe.checkpoint.adapters.effect import Arrived, arrived, weight_of
 from qprobe.checkpoint.adapters.lora import Adapter
 from qprobe.checkpoint.auditing.audit import audit_files
@@ -18,6 +17,7 @@ from qprobe.checkpoint.load import dynamic_4bit
 from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.quantize import MAX_SHARD, refuse_rewritten, save_four_bit, save_processor
 from qprobe.checkpoint.ready import is_four_bit
+from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import VerificationError
 from qprobe.exports.keys import exact, exact_entries, transformers_readers
 from qprobe.formats.nf4 import Nf4, StoredNf4

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from qprobe.checkpoint.adapters.attached import peft_library
 from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
 from qprobe.checkpoint.codes import keep_codes_as_stored
 from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_course, set_course, staged
@@ -18,6 +17,7 @@ from qprobe.checkpoint.quantize import (
     refuse_to_overwrite,
     scratch_folder,
 )
+from qprobe.checkpoint.starts.attached import peft_library
 from qprobe.errors import QprobeError
 from qprobe.inputs.metrics import metric_of
 from qprobe.loading.device import pick_device

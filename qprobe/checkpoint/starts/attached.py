@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qprobe.checkpoint.adapters.corrected import correction_of, start_corrected
 from qprobe.checkpoint.ready import adapted_linears
+from qprobe.checkpoint.starts.corrected import correction_of, start_corrected
 from qprobe.errors import MachineError, QprobeError
 from qprobe.exports.keys import one_pattern
 from qprobe.inputs.decoder import layout_of
