@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ from qprobe.exports.targets.vllm import vllm_modules
 from qprobe.loading.config import model_class
 from qprobe.manifest.read import read_manifest
 
+PLUGIN = "vllm_bnb_plugin"
 PROMPTS = ("The capital of France is", "To sort a list in Python, one", "A train enters the station and")
 
 
@@ -111,17 +113,22 @@ def plugin() -> Iterator[tuple[Any, Any]]:
     try:
         platforms = importlib.import_module("vllm.platforms")
         platforms.current_platform = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-            device_type="cpu", dispatch_key="CPU", is_rocm=lambda: False, is_cuda_alike=lambda: False
+            device_type="cpu", is_rocm=lambda: False, is_cuda_alike=lambda: False
         )
         files: Any = importlib.import_module("vllm.model_executor.model_loader.weight_utils")
         files.safetensors_weights_iterator = tensors
+        spec = importlib.util.find_spec(PLUGIN)
+        assert spec is not None and spec.submodule_search_locations, f"pip install --no-deps {PLUGIN}"
+        for name in (PLUGIN, f"{PLUGIN}.quantization"):  # without what they do when they are imported
+            sys.modules[name] = package = ModuleType(name)
+            package.__path__ = [str(Path(spec.submodule_search_locations[0], *name.split(".")[1:]))]
         yield (
-            importlib.import_module("vllm_bnb_plugin.bitsandbytes_loader"),
-            importlib.import_module("vllm_bnb_plugin.quantization.utils"),
+            importlib.import_module(f"{PLUGIN}.bitsandbytes_loader"),
+            importlib.import_module(f"{PLUGIN}.quantization.utils"),
         )
     finally:
         sys.meta_path.remove(finder)  # pyright: ignore[reportArgumentType]
-        for name in [x for x in sys.modules if x.partition(".")[0] in ("vllm", "vllm_bnb_plugin")]:
+        for name in [x for x in sys.modules if x.partition(".")[0] in ("vllm", PLUGIN)]:
             del sys.modules[name]
 
 
