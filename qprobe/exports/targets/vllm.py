@@ -77,8 +77,8 @@ def write(manifest: Manifest, entries: Sequence[str]) -> Written:
             "Put it into the config.json of the checkpoint; vLLM takes a skip-list from nowhere else, and "
             "its own --quantization bitsandbytes of a 16-bit checkpoint keeps nothing.",
             "Names of transformers and of vLLM stand in one list; each ignores the other's.",
-            "The rule is that of vLLM up to 0.19.1 at least, and of vllm-bnb-plugin 0.0.3, which later versions "
-            "need for bitsandbytes.",
+            "The rule is that of vLLM up to 0.19.1 at least, and of vllm-bnb-plugin 0.0.3, with which 0.33.0 "
+            "reads bitsandbytes.",
             *([f"vLLM serves no {architecture} since {dropped}."] if dropped else []),
             *experts(
                 manifest,
