@@ -15,7 +15,6 @@ import sys
 import sysconfig
 import tomllib
 import venv
-from importlib.metadata import version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -52,20 +51,10 @@ def install(python: Path, *asked: str) -> None:
     subprocess.run([*command, *shlex.split(os.environ.get("PIP_FLAGS", "")), *asked], check=True)
 
 
-def add_torchvision(python: Path) -> None:
-    """Add what Qwen2-VL's processor needs with older transformers, if this build of torch has one."""
-    install(python, f"torch=={version('torch')}", "torchvision")
-    if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
-        print("No torchvision for this build of torch (PIP_FLAGS may name its index): Qwen2-VL's tests fail.")
-
-
 def run(name: str, asked: list[str], arguments: list[str]) -> int:
     """The exit status of pytest with the packages `asked`."""
     python = environment(name)
     install(python, *asked)
-    if name == "lowest":
-        add_torchvision(python)
     shown = "import importlib.metadata as m, sys; print({name: m.version(name) for name in sys.argv[1:]})"
     subprocess.run([python, "-c", shown, *VARIED], check=True)
     # Editable installs of the base are not seen; processes that the tests start need the package as well.

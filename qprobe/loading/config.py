@@ -52,7 +52,10 @@ def load_generation(source: Source, config: Any) -> Any:
 def _given_config(source: Source, revision: str) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
-    found = PreTrainedConfig.get_config_dict(source.location, revision=revision)[0]
+    try:
+        found = PreTrainedConfig.get_config_dict(source.location, revision=revision)[0]
+    except TypeError:  # transformers 5.17 takes what the file holds for an object
+        found = None
     if not isinstance(found, dict):
         raise ModelError(
             f"The config.json of {source.id!r} is no JSON object with a model_type. Copy the file again."

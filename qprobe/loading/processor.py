@@ -161,7 +161,10 @@ def _without_video(source: Source, options: dict[str, Any]) -> Any:
     arguments are those of processor_config.json.
     Can go when transformers ships a video processor on Pillow, as it does for images.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+    from transformers import AutoTokenizer, ProcessorMixin
+
+    # Not from the top: without torchvision 5.17 has nothing but a message there.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     full = _processor_class(source)
 
