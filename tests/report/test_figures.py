@@ -1,6 +1,7 @@
 """What the plots say: points, labels, bands, marks; never pixels."""
 
 import re
+from functools import cache
 from importlib import resources
 from itertools import combinations
 
@@ -29,6 +30,19 @@ def points(figure: Figure, gid: str) -> list[tuple[int, float]]:
     return [(int(x), float(y)) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
 
 
+@cache
+def spikes_drawn(
+    count: int = 30, high: tuple[int, ...] = (), kept: tuple[int, ...] = (), layout: Layout = PAGE
+) -> Figure:
+    """The plot of `layer_table(count)`, drawn once for all tests that look at it; none may change it.
+
+    high: which of SPIKES it has. kept: places of layers in 16-bit, lm_head beside them.
+    """
+    table = layer_table(count, {at: SPIKES[at] for at in high})
+    always = frozenset(["lm_head"] if kept else ())
+    return spike_plot(table, Kept(frozenset(table["layer"].iloc[list(kept)]), always), "a model", layout)
+
+
 def texts(figure: Figure, gid: str) -> list[str]:
     return [t.get_text() for ax in figure.axes for t in ax.texts if t.get_gid() == gid]
 
@@ -41,18 +55,14 @@ def legend_texts(figure: Figure) -> list[str]:
 @pytest.mark.parametrize("count", [30, 600])
 def test_every_layer_is_drawn_once_at_its_place_and_value(count: int):
     table = layer_table(count, SPIKES)
-    kept = Kept(frozenset(table["layer"].iloc[[3, 14]]), frozenset(["lm_head"]))
-    figure = spike_plot(table, kept, "a model")
+    figure = spikes_drawn(count, tuple(SPIKES), (3, 14))
     for panel in panel_columns():
         drawn = [x for how in ("kept", "always", "quantized") for x in points(figure, f"{panel.name}:{how}")]
         assert sorted(drawn) == list(enumerate(table[panel.name]))
 
 
 def test_layers_in_16_bit_are_the_marked_ones():
-    table = layer_table(30, SPIKES)
-    figure = spike_plot(
-        table, Kept(frozenset(table["layer"].iloc[[3, 14]]), frozenset(["lm_head"])), "a model"
-    )
+    figure = spikes_drawn(30, tuple(SPIKES), (3, 14))
     assert [x for x, _ in points(figure, "activation_nmse:kept")] == [3, 14]
     assert "kept in 16-bit (2 layers)" in legend_texts(figure)
     assert [x for x, _ in points(figure, "activation_nmse:always")] == [29]
@@ -78,7 +88,7 @@ def test_layers_that_never_ran_are_counted_and_not_drawn():
 
 
 def test_the_tallest_spikes_are_named():
-    figure = spike_plot(layer_table(30, SPIKES), Kept(), "a model")
+    figure = spikes_drawn(30, tuple(SPIKES), (3, 14))
     activation = [t.get_text() for t in figure.axes[1].texts if t.get_gid() == "spike"]
     assert {"vision.0.self_attn.o_proj", "vision.0.mlp.fc1"} <= set(activation)
     assert len(activation) <= LABELLED_SPIKES
@@ -107,7 +117,7 @@ def test_the_legend_lies_below_the_panels_however_few_they_are(layout: Layout, m
 @pytest.mark.parametrize("layout", [PAGE, COLUMN])
 @pytest.mark.parametrize("count", [30, 90, 600])
 def test_names_of_spikes_overlap_neither_each_other_nor_a_leader(count: int, layout: Layout):
-    figure = spike_plot(layer_table(count, SPIKES), Kept(), "a model", layout)
+    figure = spikes_drawn(count, tuple(SPIKES), (3, 14), layout)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -130,8 +140,7 @@ def test_neighbouring_spikes_of_a_large_model_are_all_named():
 
 @pytest.mark.parametrize("count", [30, 600])
 def test_the_column_form_is_as_wide_as_a_column_and_loses_nothing_on_its_edges(count: int):
-    table = layer_table(count, SPIKES)
-    figure = spike_plot(table, Kept(frozenset(table["layer"].iloc[[3]])), "a model", COLUMN)
+    figure = spikes_drawn(count, tuple(SPIKES), (3, 14), COLUMN)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -147,7 +156,7 @@ def test_the_column_form_is_as_wide_as_a_column_and_loses_nothing_on_its_edges(c
 
 def test_standard_errors_of_the_sensitivity_are_drawn():
     table = layer_table(30)
-    figure = spike_plot(table, Kept(), "a model")
+    figure = spikes_drawn()
     (bars,) = figure.axes[4].containers
     (drawn,) = bars.lines[2]
     low, high = drawn.get_segments()[7][:, 1]
@@ -157,8 +166,7 @@ def test_standard_errors_of_the_sensitivity_are_drawn():
 
 
 def test_towers_are_bands_from_their_first_to_their_last_layer():
-    table = layer_table(30)
-    figure = spike_plot(table, Kept(), "a model")
+    figure = spikes_drawn()
     vision = [p for p in figure.axes[0].patches if p.get_gid() == "tower:vision"]
     assert [(p.get_x(), p.get_x() + p.get_width()) for p in vision] == [(-0.5, 9.5)]
     assert {"vision", "projector", "cross-attention", "language"} <= set(legend_texts(figure))
@@ -177,7 +185,7 @@ def test_tower_runs_and_spans():
 
 
 def test_small_models_name_every_layer_below_the_axis():
-    figure = spike_plot(layer_table(30), Kept(), "a model")
+    figure = spikes_drawn()
     ticks = [t.get_text() for t in figure.axes[-1].get_xticklabels()]
     assert len(ticks) == 30 and ticks[0] == "vision.0.self_attn.q_proj" and ticks[-1] == "lm_head"
     assert figure.axes[-1].get_xlabel() == "layer, in execution order"
