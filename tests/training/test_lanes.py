@@ -11,7 +11,7 @@ from torch import Tensor
 from qprobe.checkpoint.ready import adapted_linears
 from qprobe.loading.reference import load_reference
 from qprobe.options import DEFAULT_ADAPT
-from tests.benchmarks.starts.lanes import Lanes, train, zero_start
+from tests.benchmarks.starts.lanes import Lanes, loftq_start, train, zero_start
 
 RANK, STEPS, RATE = 4, 3, 1e-2
 
@@ -84,3 +84,14 @@ def test_lanes_that_train_side_by_side_end_where_each_ends_with_torchs_own_clipp
             torch.testing.assert_close(found[number][name][1], b, rtol=1e-3, atol=1e-4)
             assert bool(b.any())
         alone.remove()
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_the_start_of_loftq_is_the_product_that_peft_finds(shape: tuple[int, int]):
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    residual = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    a, b = loftq_start(residual, RANK)
+    theirs = _low_rank_decomposition(residual, reduced_rank=RANK)
+    torch.testing.assert_close(b @ a, theirs["L"] @ theirs["R"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a.norm(), theirs["R"].norm(), rtol=1e-4, atol=1e-5)

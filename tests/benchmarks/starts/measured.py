@@ -83,7 +83,7 @@ def measure(asked: Asked, tell: Tell) -> Found:
         "corrected": corrections(residuals, given),
     }
     held_out = lessons_of(task.subject.model, task.inputs(task.held_out, 8))
-    lessons = lessons_of(task.subject.model, task.inputs(task.calibration, 8))
+    lessons = lessons_of(task.subject.model, task.inputs(task.calibration, 16))
     found.tokens = [len(x) for lesson in held_out for x in lesson.logits]
     done("decomposed")
     del given, residuals
@@ -99,7 +99,7 @@ def measure(asked: Asked, tell: Tell) -> Found:
         lane.set(0, with_products(zeros[0], products.get(start, {})))
         found.kl[start] = by_line(model, held_out)
     done("closed form")
-    taught = distil(model, lessons, asked.distill, at_once=2)
+    taught = distil(model, lessons, asked.distill)
     found.distilled = (taught.steps, taught.before, taught.after)
     found.kl["distilled"], products["distilled"] = by_line(model, held_out), lane.adapter(0)
     lane.remove()
