@@ -98,6 +98,8 @@ def draw_weights(model: Any) -> None:
     head = model.get_output_embeddings()
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
+        if not parameter.numel():
+            continue
         if "gate" in leaf and parameter.ndim < 2:  # Mllama's tanh gates; zeros would cut the image off
             parameter.data.fill_(0.5)
         elif head is not None and parameter is head.weight:  # tied embeddings come here too

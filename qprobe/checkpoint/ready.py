@@ -105,5 +105,6 @@ def _text_gradients(model: Any) -> None:
     model._require_grads_hook = model._require_grads_hooks[0]
 
 
-def _require_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-    output.requires_grad_(True)
+def _require_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    # A copy, since models such as GIT add positions in place, which a leaf that asks for gradients refuses.
+    return output.requires_grad_(True).clone()

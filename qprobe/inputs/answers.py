@@ -12,6 +12,7 @@ from qprobe.inputs.batch import tokenizer_of
 from qprobe.inputs.decoder import Decoder
 from qprobe.inputs.halving import Halving
 from qprobe.inputs.processed import ProcessedSamples
+from qprobe.inputs.running import failure_explained
 from qprobe.options import Progress, no_progress
 from qprobe.records import Sample
 
@@ -84,7 +85,7 @@ def _generate(
         decoder_start_token_id=None if decoder is None else decoder.start,
         use_cache=False if type(model).__name__ in _WITHOUT_CACHE else None,
     )
-    with torch.inference_mode():
+    with failure_explained(model), torch.inference_mode():
         output = model.generate(**inputs, generation_config=config)
     prompts = inputs.get("input_ids" if decoder is None else "decoder_input_ids")
     rows = output[:, 1 if prompts is None else prompts.shape[1] :].tolist()

@@ -107,7 +107,16 @@ def readout_of(model: Any) -> Readout | None:
 
 
 _MULTI_LABEL = "multi_label_classification"
-_AUDIO = ("input_features", "input_values", "audio_values", "speech_input_features")
+_AUDIO = ("input_features", "input_values", "audio_values")
+_SPOKEN = ("user_audio_codes", "decoder_input_values")  # of what talks: Moshi, SpeechT5
+
+
+def audio_needed(model: Any) -> str | None:
+    """The input of `model` that is audio and cannot be left out; None if there is none."""
+    takes = inspect.signature(model.forward).parameters
+    if model.main_input_name in _AUDIO and "input_ids" not in takes:
+        return model.main_input_name
+    return next((x for x in _SPOKEN if x in takes), None)
 
 
 def refuse_unread(model: Any) -> None:
@@ -116,10 +125,11 @@ def refuse_unread(model: Any) -> None:
     """
     takes = inspect.signature(model.forward).parameters
     name = type(model).__name__
-    if model.main_input_name in _AUDIO and "input_ids" not in takes:
+    audio = audio_needed(model)
+    if audio is not None:
         raise ModelError(
-            f"{name} reads audio ({model.main_input_name}), and qprobe measures text and images. Pass "
-            "--measures weight, which runs no sample."
+            f"{name} works on audio ({audio}), and qprobe measures text and images. Pass --measures weight, "
+            "which runs no sample."
         )
     if "input_ids" not in takes and not is_encoder_decoder(model):
         raise ModelError(

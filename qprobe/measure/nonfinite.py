@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qprobe.inputs.running import failure_explained
 from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.outputs import run_model
@@ -15,7 +16,7 @@ from qprobe.records import Sample
 def first_nonfinite(subject: Subject, samples: tuple[Sample, ...]) -> str | None:
     """The first linear whose output on a batch of `samples` holds NaN or infinity; None if none does.
 
-    One forward pass of the 16-bit model.
+    One forward pass of the 16-bit model. Raises ModelError where it does not run.
     """
     parts = subject.halving.run("the first pass", samples, lambda part: _in_batch(subject, tuple(part)))
     return next((name for _, name in parts if name is not None), None)
@@ -30,7 +31,8 @@ def _in_batch(subject: Subject, samples: tuple[Sample, ...]) -> str | None:
         return y
 
     batch = subject.encode(samples)
-    with torch.inference_mode(), replaced_forwards(subject.modules, forward):
+    own_faults = failure_explained(subject.model)
+    with own_faults, torch.inference_mode(), replaced_forwards(subject.modules, forward):
         run_model(subject.model, batch)
     return next((name for name, is_finite in flags.items() if not is_finite), None)
 

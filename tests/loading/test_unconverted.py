@@ -133,7 +133,12 @@ def test_only_computing_with_a_weight_counts():
         (
             "WhisperForConditionalGeneration",
             transformers.WhisperConfig(encoder_layers=1),
-            r"reads audio \(input_features\), and qprobe measures text and images",
+            r"works on audio \(input_features\), and qprobe measures text and images",
+        ),
+        (
+            "SpeechT5ForTextToSpeech",
+            transformers.SpeechT5Config(encoder_layers=1, decoder_layers=1),
+            r"works on audio \(decoder_input_values\)",
         ),
     ],
 )

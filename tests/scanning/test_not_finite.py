@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from qprobe.errors import SampleError
+from qprobe.errors import ModelError, SampleError
 from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
 from tests import tiny
@@ -154,3 +154,17 @@ def test_a_model_that_is_finite_on_no_sample_is_refused_with_the_layer(
     with pytest.raises(SampleError, match=rf"None of the 4 samples has a finite KL.*{layer} \("):
         scan(**options(folder, tmp_path / "again", data=data))
     assert (tmp_path / "again" / "layers.csv").exists()  # the table shows where it begins
+
+
+@pytest.mark.parametrize("answer", [{}, {"answer": "a cup"}])
+def test_a_model_that_transformers_cannot_run_is_named_with_its_own_words(
+    answer: dict[str, str], tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_args: object, **_options: object) -> None:
+        raise RuntimeError("expected scalar type Float but found BFloat16\nsecond line")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", broken)
+    data = write_lines(tmp_path / "data.jsonl", *({"prompt": x, **answer} for x in ("a cat", "a dog", "why")))
+    said = r"LlamaForCausalLM does not run a sample in bfloat16 .* \(expected scalar type Float but found BF"
+    with pytest.raises(ModelError, match=said):
+        scan(**options(tiny_folder("llama"), tmp_path / "run", data=data))

@@ -11,14 +11,17 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import qprobe
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.manifest.read import read_manifest
+from qprobe.report.payload import TRANSPOSED, page_data
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual, rank_table
 from qprobe.selection.verdict import MOST_RESIDUAL
 from tests import mixtures
+from tests.benchmarks.architecture_matrix.oracles import through_nf4
 from tests.scanning.asked import options, scan
 from tests.scanning.test_experts import ROWS
 
@@ -77,6 +80,40 @@ def test_one_expert_with_outliers_heads_the_ranking(
     by_expert = pd.read_csv(found.run / "experts.csv")
     worst = by_expert.loc[by_expert["activation_nmse"].idxmax()]
     assert (worst["layer"], worst["expert"]) == (wanted, expert)
+
+
+@pytest.mark.slow
+def test_where_experts_lie_transposed_a_large_output_hides_what_its_blocks_lose_but_not_from_sensitivity(
+    mixture: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
+    layer, expert = "model.layers.0.feed_forward.experts", 3  # which reads most tokens
+    source = planted(mixture, "llama4", layer, expert, tmp_path)
+    found = scan(**options(source, tmp_path / "run", data=ROWS, samples=4, budget="+40%"))
+    run, wanted = RunFolder(found.run), f"{layer}.gate_up_proj"
+    weight = load_file(source / "model.safetensors")[wanted][expert]  # (in, out): a block is 64 outputs
+    others = torch.arange(64) != CHANNEL
+    along_memory, along_inputs = weight[:, 64:], weight[:, 64:].T.contiguous()
+    lost = [nmse(along_memory, through_nf4(along_memory), others)]
+    lost += [nmse(along_inputs.T, through_nf4(along_inputs).T, others)]
+    # The outlier is 64 times as large as the others: where its own weight is not small, they all become 0. Of
+    # the energy of all outputs it has 64² parts, and the others of its block have 63.
+    assert lost[0] > 0.5 and lost[1] < 0.02
+    by_expert = pd.read_csv(run.path / "experts.csv").query("layer == @wanted").set_index("expert")
+    assert by_expert["activation_nmse"][expert] < lost[0] / 10
+    assert rank_table(run.table, "sensitivity_kl", 1)["layer"].item() == wanted
+    shown = page_data(run, run.scan, run.table, None)["layers"]
+    assert {x["name"] for x in shown if x["note"] == TRANSPOSED} == {
+        f"model.layers.{number}.feed_forward.experts.{part}_proj"
+        for number in (0, 1)
+        for part in ("gate_up", "down")
+    }
+
+
+def nmse(weight: torch.Tensor, weight_hat: torch.Tensor, outputs: torch.Tensor) -> float:
+    """Of the columns `outputs`."""
+    error = (weight_hat - weight)[:, outputs].double().square().sum()
+    return float(error / weight[:, outputs].double().square().sum())
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import TEXT, Batch, reads_images
 from qprobe.inputs.decoder import Decoder, Layout, is_encoder_decoder, layout_of
 from qprobe.inputs.processed import ProcessedSamples
-from qprobe.measure.kl import ANSWERS, readout_of
+from qprobe.measure.kl import ANSWERS, audio_needed, readout_of
 from qprobe.records import Sample, asked
 
 TOKENS = 8  # bare ones, where there is no processor
@@ -24,13 +24,13 @@ _SIDE = 56  # pixels: two tokens of Qwen2-VL, whose processor takes no less
 
 def trial_batch(model: Any, processor: Any) -> Batch | None:
     """A batch of one sample on the device and in the dtype of `model`; None for a model that reads neither
-    text nor, ahead of a decoder, images.
+    text nor, ahead of a decoder, images, or needs audio.
 
     processor: None, or one that takes no such sample, gives bare tokens and no picture. The decoder behind an
     encoder begins its answer.
     """
     takes = inspect.signature(model.forward).parameters
-    if "input_ids" not in takes and not is_encoder_decoder(model):
+    if audio_needed(model) is not None or ("input_ids" not in takes and not is_encoder_decoder(model)):
         return None
     batch = _processed(model, processor) or _bare(model)
     if batch is not None and batch.decoder_kinds is None and _needs_decoder(model):

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from qprobe.inputs.decoder import answer_of, layout_of
 from qprobe.inputs.processed import ProcessedSamples
 from tests.benchmarks.architecture_matrix.oracles import unlike
-from tests.benchmarks.architecture_matrix.outputs import sample_of, unpadded
+from tests.benchmarks.architecture_matrix.outputs import answer_logits, output_of, sample_of, unpadded
 from tests.benchmarks.architecture_matrix.road import HELD_OUT, Course
 
 LOSS_TOLERANCE = 1e-2  # relative, of bf16 logits
@@ -39,15 +39,14 @@ def held_out_losses(course: Course, processor: Any) -> list[float]:
     for line in range(count - HELD_OUT, count):
         sample = sample_of(course, f"line-{line + 1}")
         batch = unpadded(processed.batch([sample]))
-        with torch.no_grad():
-            logits = model(**batch.inputs).logits[0].float()
         start, end = batch.answers[0]
         if layout.decoder is None:
             ids = batch.inputs["input_ids"][0, start:end]
         else:  # which learns what comes ahead of an answer too, as transformers' own scripts have it
             start = start if layout.decoder.prompt == "decoder" else 1
             ids = torch.tensor(answer_of(processor, layout.decoder, sample).ids[start - 1 :])
-        found.append(float(cross_entropy(logits[start - 1 : end - 1], ids)))
+        logits = answer_logits(output_of(model, batch).logits, batch, start)
+        found.append(float(cross_entropy(logits.float(), ids)))
     return found
 
 

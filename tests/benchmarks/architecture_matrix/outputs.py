@@ -95,8 +95,7 @@ def activation_errors(model: nn.Module, table: Any, batches: Iterable[Batch]) ->
 
         handles.append(linear.register_forward_hook(note))
     for batch in batches:
-        with torch.no_grad():
-            wide(**batch.in_dtype(torch.float32).inputs)
+        output_of(wide, batch.in_dtype(torch.float32))
     for handle in handles:
         handle.remove()
     return [
@@ -148,20 +147,34 @@ def _damage(
 
 def rows_of(model: Any, batch: Batch) -> Tensor:
     """(rows, features) in float64 of one sample: answer logits, else what the model puts out."""
-    with torch.no_grad():
-        output = model(**batch.inputs)
+    output = output_of(model, batch)
     if hasattr(output, "image_embeds") and hasattr(output, "text_embeds"):
         return torch.cat([output.image_embeds, output.text_embeds]).double()
     logits = getattr(output, "logits", getattr(output, "prediction_logits", None))
     if logits is None:
         return output[0].reshape(-1, output[0].shape[-1]).double()
     if model.can_generate():
-        start, end = batch.answers[0]
-        return logits[0, start - 1 : end - 1].double()
+        return answer_logits(logits, batch).double()
     rows = logits.reshape(-1, logits.shape[-1]).double()
     if rows.shape[-1] == 1:  # one label: yes against a no of 0
         return torch.cat([torch.zeros_like(rows), rows], dim=-1)
     return rows
+
+
+def output_of(model: Any, batch: Batch) -> Any:
+    """What the model puts out; a cache would have FSMT read its answers without a causal mask."""
+    with torch.no_grad():
+        return model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))
+
+
+def answer_logits(logits: Tensor, batch: Batch, start: int | None = None) -> Tensor:
+    """(tokens, vocabulary) that predict the answer's tokens, or those from `start` on.
+
+    Counted from the end: GIT puts the patches of an image ahead of its text.
+    """
+    read = batch.inputs["input_ids" if batch.decoder_kinds is None else "decoder_input_ids"].shape[1]
+    first, end = batch.answers[0]
+    return logits[0, -read:][(first if start is None else start) - 1 : end - 1]
 
 
 def _is_distance(model: Any) -> bool:
