@@ -12,7 +12,7 @@ from typing import Any
 
 from qprobe.data.reasons import Refused, shown
 from qprobe.records import Part, Role, Turn, Video
-from qprobe.system.limits import MEMORY_BYTES, limited
+from qprobe.system.limits import MEMORY_BYTES, bounded_arithmetic, limited
 
 EVERYBODY: frozenset[Role] = frozenset({"system", "user", "assistant"})
 WAYS: tuple[frozenset[Role], ...] = (EVERYBODY, frozenset({"user"}), frozenset())
@@ -60,7 +60,7 @@ class Template:
             raise Refused(self._too_much)
         messages = [{"role": x.role, "content": self._content(x, x.role in way)} for x in turns]
         try:
-            with limited(SECONDS):
+            with limited(SECONDS), bounded_arithmetic():
                 text = self._processor.apply_chat_template(
                     messages, add_generation_prompt=answer_next, tokenize=False
                 )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MEMORY_BYTES = 2**30
+INTEGER_BITS = 2**16  # of what a template computes; templates count messages
+_FURTHEST = 100  # digits that a number is rounded to
 
 
 @contextmanager
@@ -57,3 +60,61 @@ def _limited_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def bounded_arithmetic() -> Iterator[None]:
+    """While open, sandboxes of Jinja are made in which no arithmetic is an endless call into C.
+
+    A power of integers, a product of huge ones, a round to billions of digits and a sum of lists hold up all
+    threads, so that `limited` cannot end them, also while a template is compiled. They raise an OverflowError
+    instead, and sums are taken one by one.
+    """
+    from jinja2.filters import FILTERS
+    from jinja2.sandbox import SandboxedEnvironment as Sandbox
+
+    table, intercepted = Sandbox.default_binop_table, Sandbox.intercepted_binops
+    guarded = {name: _bounded(name, table[name]) for name in ("*", "/", "//", "%", "**")}
+    filters: dict[str, Any] = {x: FILTERS[x] for x in ("round", "sum")}
+    Sandbox.default_binop_table = {**table, **guarded}
+    Sandbox.intercepted_binops = intercepted | guarded.keys()
+    FILTERS.update(round=_bounded_round(FILTERS["round"]), sum=_summed())
+    try:
+        yield
+    finally:
+        Sandbox.default_binop_table, Sandbox.intercepted_binops = table, intercepted
+        FILTERS.update(filters)
+
+
+def _bounded(name: str, operate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def bounded(left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if name == "**" else left.bit_length() + right.bit_length()
+            if bits > INTEGER_BITS:
+                raise OverflowError("it computes with integers of thousands of digits")
+        return operate(left, right)
+
+    return bounded
+
+
+def _bounded_round(rounded: Callable[..., Any]) -> Callable[..., Any]:
+    def bounded(value: Any, precision: int = 0, method: str = "common") -> Any:
+        if not -_FURTHEST <= precision <= _FURTHEST:
+            raise OverflowError(f"it rounds to {precision} digits")
+        return rounded(value, precision, method)
+
+    return bounded
+
+
+def _summed() -> Callable[..., Any]:
+    from jinja2 import pass_environment
+    from jinja2.filters import make_attrgetter
+
+    @pass_environment
+    def summed(environment: Any, values: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
+        total = start
+        for value in values if attribute is None else map(make_attrgetter(environment, attribute), values):
+            total = total + value
+        return total
+
+    return summed

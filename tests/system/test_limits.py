@@ -11,7 +11,7 @@ import pytest
 from qprobe.data import rendering
 from qprobe.data.reasons import Refused
 from qprobe.records import Turn
-from qprobe.system.limits import limited
+from qprobe.system.limits import bounded_arithmetic, limited
 
 NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -75,3 +75,46 @@ def test_a_chat_template_that_takes_too_much_is_refused_once(
         with pytest.raises(Refused, match=said):
             one.prompt((Turn("user", ("hello",)),))
     assert len(calls) == 1
+
+
+def rendered(template: str) -> str:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    with bounded_arithmetic():
+        return ImmutableSandboxedEnvironment().from_string(template).render(rows=[{"n": 1}, {"n": 2}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 9 ** (9 ** 9) }}",
+        "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{{ ('f' * 100000000)|int(base=16) % ('e' * 10000000)|int(base=16) }}",
+        "{{ ('f' * 100000000)|int(base=16) // ('e' * 10000000)|int(base=16) }}",
+        "{{ 1|round(-1000000000) }}",
+    ],
+)
+def test_arithmetic_that_no_limit_of_time_ends_is_refused_at_once(template: str):
+    with pytest.raises(OverflowError, match=r"thousands of digits|rounds to"):
+        rendered(template)
+
+
+def test_a_sum_of_lists_is_ended_in_time():
+    with pytest.raises(TimeoutError), limited(0.1):
+        rendered("{{ ([[1] * 100] * 99999)|sum(start=[]) }}")
+
+
+def test_arithmetic_of_templates_stays_as_it_is():
+    template = (
+        "{{ 7 % 2 }} {{ 2 ** 10 }} {{ 7 // 2 }} {{ 1 / 2 }} {{ 'a' * 3 }} {{ '%03d' % 3 }} {{ 2 ** -1 }} "
+        "{{ 2.345|round(1) }} {{ 17|round(-1) }} {{ [1, 2]|sum }} {{ rows|sum('n', 10) }} {{ [1] * 2 }}"
+    )
+    assert rendered(template) == "1 1024 3 0.5 aaa 003 0.5 2.3 20 3 13 [1, 1]"
+
+
+def test_other_sandboxes_compute_as_before():
+    from jinja2.sandbox import SandboxedEnvironment
+
+    rendered("{{ 1 }}")
+    assert SandboxedEnvironment.intercepted_binops == frozenset()
+    assert SandboxedEnvironment().from_string("{{ (2 ** 70000) % 7 }}").render() == "2"  # 2^(70000 mod 3)
