@@ -62,14 +62,15 @@ class Experts4Bit(Bnb4BitHfQuantizer):
             codes = torch.empty(0, dtype=torch.uint8, device="meta")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(codes, requires_grad=False))
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Those of linears alone where experts are packed: all is stored under the model's own names then.
 
         model: not passed by transformers 5.17.
         """
         if self.pre_quantized and self.experts:
             return self.get_weight_conversions()
-        return super().update_weight_conversions(weight_conversions, *model)
+        more: Any = {} if model is None else {"model": model}
+        return super().update_weight_conversions(weight_conversions, **more)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         for name, experts in self.nonfinite.items():
