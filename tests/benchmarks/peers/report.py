@@ -1,0 +1,109 @@
+"""The table and the figure of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import fsum
+from pathlib import Path
+from typing import Any
+
+from qprobe.runs.statistics import ratio_se
+from tests.benchmarks.peers.passages import OWN
+
+Row = Mapping[str, Any]
+PLAIN, OURS = "nf4", "nf4-calibrated"
+
+
+def share(row: Row, other: Row, kind: str = OWN) -> tuple[float, float]:
+    """(KL of `row` as a share of `other`'s, its standard error over the same passages)."""
+    found, whole = row["kl"][kind], other["kl"][kind]
+    return fsum(found) / fsum(whole), ratio_se(found, whole)
+
+
+def is_ours(name: str) -> bool:
+    """True for our own formats."""
+    return name.startswith(PLAIN)
+
+
+def best_of_ours(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The best of our calibrated ones at the same or fewer bits; None if all take more."""
+    mine = [x for x in rows if x["name"].startswith(OURS) and x["bits"] <= row["bits"]]
+    return min(mine, key=lambda x: fsum(x["kl"][OWN]), default=None)
+
+
+def beside_ours(row: Row, rows: Sequence[Row]) -> str:
+    """Whether ours leaves less at the same or fewer bits, by the paired difference."""
+    mine = best_of_ours(row, rows)
+    if is_ours(row["name"]):
+        return ""
+    if mine is None:
+        return "none of ours is as small"
+    ratio, error = share(mine, row)
+    said = "ours leaves" if ratio < 1 else "**the peer is better**: ours leaves"
+    sure = "" if abs(ratio - 1) > 2 * error else ", within two errors"
+    return f"{said} {ratio:.2f} ± {error:.2f} of it at {mine['bits']:.2f} bits{sure}"
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: one row per format, by bits."""
+    rows = sorted(found["rows"], key=lambda x: (round(x["bits"], 2), fsum(x["kl"][OWN])))
+    plain = next(x for x in rows if x["name"] == PLAIN)
+    kinds = list(plain["kl"])
+    titles = ["format", "bits per weight", "MiB", *kinds, "seconds", "peak GiB", "beside ours"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for row in rows:
+        shares = [share(row, plain, kind) for kind in kinds]
+        cells = [
+            f"**{row['name']}**" if is_ours(row["name"]) else row["name"],
+            f"{row['bits']:.3f}",
+            f"{row['total_bytes'] / 2**20:.1f}",
+            *(f"{x:.3f} ± {se:.3f}" for x, se in shares),
+            f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 2**30:.1f}",
+            beside_ours(row, rows),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def heading(found: Mapping[str, Any], command: str) -> str:
+    """What was measured, with which command, where, and what was not run."""
+    plain = next(x for x in found["rows"] if x["name"] == PLAIN)
+    tokens = found["tokens"]
+    kl = {kind: fsum(sums) / sum(tokens[kind]) for kind, sums in plain["kl"].items()}
+    errors = {kind: ratio_se(sums, tokens[kind]) for kind, sums in plain["kl"].items()}
+    counts = ", ".join(
+        f"{kind} {len(x)} passages, KL of plain NF4 {kl[kind]:.4f} ± {errors[kind]:.4f}"
+        for kind, x in tokens.items()
+    )
+    missing = [f"- not run: {name}: {why}" for name, why in found["missing"].items()]
+    return "\n".join([f"    {command}\n", f"{found['machine']}. {counts}.\n", *missing, ""])
+
+
+def figure(found: Mapping[str, Any], path: Path) -> None:
+    """KL over bits per weight of every format, as a share of plain NF4's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plain = next(x for x in found["rows"] if x["name"] == PLAIN)
+    fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for row in found["rows"]:
+        point = (row["bits"], *share(row, plain))
+        if is_ours(row["name"]):
+            lines.setdefault(row["name"].partition(" with list")[0], []).append(point)
+        else:
+            ax.errorbar(point[0], point[1], 2 * point[2], fmt="o", color="tab:gray", capsize=2)
+            ax.annotate(row["name"], point[:2], xytext=(5, 3), textcoords="offset points", fontsize=7)
+    for name, points in lines.items():
+        bits, shares, errors = zip(*sorted(points), strict=True)
+        ax.errorbar(
+            bits, shares, [2 * x for x in errors], marker=".", capsize=2, label=f"qprobe: {name}, with list"
+        )
+    ax.set(yscale="log", xlabel="bits per weight of the linears, scales and zero points included")
+    ax.set_ylabel("held-out KL to the 16-bit model, share of plain NF4's")
+    ax.legend(fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

@@ -1,0 +1,113 @@
+"""The comparison with peers: bits are counted alike, weights come and go, and who is better is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qprobe.loading.reference import load_reference
+from qprobe.measure.attribution import walking
+from qprobe.measure.subject import Subject, subject_of
+from qprobe.records import FormatSpec, Sample, asked
+from tests.benchmarks.peers.judging import Judge
+from tests.benchmarks.peers.passages import OWN, Passages, batches_of, read_passages, token_rows
+from tests.benchmarks.peers.report import beside_ours, best_of_ours
+from tests.benchmarks.peers.workers.exchange import group_bits
+from tests.benchmarks.peers.workers.ggml import format_of, more_bits
+from tests.benchmarks.peers.workers.ours import bits_of, limit_bytes
+from tests.benchmarks.rankings.measured import Measured
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_folder: Callable[[str], Path]) -> Subject:
+    return subject_of(load_reference(str(tiny_folder("llama")), "cpu"), FormatSpec())
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return [Sample(str(i), asked("a red"), answer=" blue one" * (i + 1), ends=False) for i in range(2)]
+
+
+def row(name: str, bits: float, *kl: float) -> dict:
+    return {"name": name, "bits": bits, "kl": {OWN: list(kl)}}
+
+
+def test_a_group_that_the_row_cuts_short_has_a_scale_of_its_own():
+    # 576 = 4 x 128 + 64: 5 groups of 16 + 4 bits
+    assert group_bits(576, 4, 128, 20) == 4 + 5 * 20 / 576
+    assert group_bits(1536, 4, 64, 20) == 4.3125
+
+
+def test_a_mix_of_llama_cpp_gives_more_bits_to_outer_blocks_and_every_third_between():
+    # 30 // 8 = 3 and 7 * 30 // 8 = 26; between them the third, sixth ... block after the first three
+    found = [block for block in range(30) if more_bits(block, 30)]
+    assert found == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "kind"),
+    [
+        ("model.layers.0.mlp.down_proj", 1536, "Q6_K"),
+        ("model.layers.3.mlp.down_proj", 1536, "Q4_K"),
+        ("model.layers.0.self_attn.v_proj", 576, "Q8_0"),
+        ("model.layers.0.self_attn.q_proj", 576, "Q5_0"),
+    ],
+)
+def test_rows_that_are_no_multiple_of_256_fall_back_as_in_llama_cpp(name: str, columns: int, kind: str):
+    assert format_of(name, columns, "Q4_K_M", 30) == kind
+
+
+def test_passages_are_read_as_they_were_written(tmp_path: Path, samples: list[Sample]):
+    written = Passages(samples[:1], {OWN: samples[1:]})
+    written.write(tmp_path / "passages.json")
+    assert read_passages(tmp_path / "passages.json") == written
+
+
+def test_token_rows_leave_padding_out(subject: Subject, samples: list[Sample]):
+    (batch,) = batches_of(subject, samples)
+    rows = token_rows([batch])
+    assert [len(x) for x in rows] == batch.inputs["attention_mask"].sum(1).tolist()
+    assert len(rows[0]) < len(rows[1])
+
+
+def test_the_judge_measures_what_the_benchmark_of_rankings_does(subject: Subject, samples: list[Sample]):
+    batches = batches_of(subject, samples)
+    with walking(subject.path):
+        judge = Judge(subject, {OWN: batches})
+        weights = {n: subject.dequantized.between(n, 1.0, torch.float32) for n in subject.quantized}
+        wanted = Measured(subject, batches).frame(frozenset())["kl_sum"].tolist()
+        assert judge.kl(weights)[OWN] == pytest.approx(wanted, rel=1e-4)
+        assert judge.kl({})[OWN] == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+def test_the_judge_puts_parameters_back_after_an_error(subject: Subject, samples: list[Sample]):
+    name = next(n for n, _ in subject.model.named_parameters() if n.endswith("norm.weight"))
+    before = subject.model.get_parameter(name).clone()
+    with walking(subject.path):
+        judge = Judge(subject, {OWN: batches_of(subject, samples)})
+        assert sum(judge.kl({name: 2 * before.float()})[OWN]) > 0
+        with pytest.raises(RuntimeError):
+            judge.kl({name: torch.ones(3)})
+        assert judge.kl({})[OWN] == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert torch.equal(subject.model.get_parameter(name), before)
+
+
+def test_bytes_of_a_size_are_those_of_standard_4bit_at_its_own_bits(subject: Subject):
+    sizes = {n: x.in_features * x.out_features for n, x in subject.layers.items() if n in subject.quantized}
+    bits = sum(value * sizes[n] for n, value in bits_of(subject).items()) / sum(sizes.values())
+    assert abs(limit_bytes(subject, bits) - subject.inventory.standard_4bit_bytes) <= 1
+    everything = bits_of(subject, subject.quantized)
+    assert set(everything.values()) == {16.0}
+
+
+def test_a_peer_is_held_against_the_best_of_ours_that_is_no_larger():
+    rows = [row("nf4-calibrated", 4.1, 2.0, 2.0), row("nf4-calibrated with list, 5 bits", 5.0, 1.0, 1.0)]
+    peer, smaller = row("peer", 4.5, 4.0, 4.0), row("small", 4.0, 1.0, 1.0)
+    assert best_of_ours(peer, rows) is rows[0]
+    assert beside_ours(peer, rows) == "ours leaves 0.50 ± 0.00 of it at 4.10 bits"
+    assert beside_ours(smaller, rows) == "none of ours is as small"
+    better = row("better", 5.0, 0.5, 0.5)
+    assert beside_ours(better, rows) == "**the peer is better**: ours leaves 2.00 ± 0.00 of it at 5.00 bits"
