@@ -13,7 +13,7 @@ from qprobe.cli import main
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LAYERS, WITHOUT_TORCH = PROJECT["tool"]["importlinter"]["contracts"]
+LAYERS, WITHOUT_TORCH, *_ = PROJECT["tool"]["importlinter"]["contracts"]
 
 
 def drawn_rooms() -> list[tuple[str, bool]]:
