@@ -6,12 +6,15 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 MEMORY_BYTES = 2**30
 INTEGER_BITS = 2**16  # of what a template computes; templates count messages
 _FURTHEST = 100  # digits that a number is rounded to
+_LONGEST = 2**20  # characters of a text that a filter searches
+_SEARCHING = ("striptags", "title", "urlize", "wordcount", "wordwrap")  # filters that split texts by patterns
 
 
 @contextmanager
@@ -68,16 +71,17 @@ def bounded_arithmetic() -> Iterator[None]:
 
     A power of integers, a product of huge ones, a round to billions of digits and a sum of lists hold up all
     threads, so that `limited` cannot end them, also while a template is compiled. They raise an OverflowError
-    instead, and sums are taken one by one.
+    instead, as patterns do that long texts are searched for, and sums are taken one by one.
     """
     from jinja2.filters import FILTERS
     from jinja2.sandbox import SandboxedEnvironment as Sandbox
 
     table, intercepted = Sandbox.default_binop_table, Sandbox.intercepted_binops
     guarded = {name: _bounded(name, table[name]) for name in ("*", "/", "//", "%", "**")}
-    filters: dict[str, Any] = {x: FILTERS[x] for x in ("round", "sum")}
+    filters: dict[str, Any] = {x: FILTERS[x] for x in ("round", "sum", *_SEARCHING)}
     Sandbox.default_binop_table = {**table, **guarded}
     Sandbox.intercepted_binops = intercepted | guarded.keys()
+    FILTERS.update({x: _of_short_texts(x, FILTERS[x]) for x in _SEARCHING})
     FILTERS.update(round=_bounded_round(FILTERS["round"]), sum=_summed())
     try:
         yield
@@ -102,6 +106,16 @@ def _bounded_round(rounded: Callable[..., Any]) -> Callable[..., Any]:
         if not -_FURTHEST <= precision <= _FURTHEST:
             raise OverflowError(f"it rounds to {precision} digits")
         return rounded(value, precision, method)
+
+    return bounded
+
+
+def _of_short_texts(name: str, search: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(search)  # also what Jinja notes on it
+    def bounded(*given: Any, **named: Any) -> Any:
+        if any(isinstance(x, str) and len(x) > _LONGEST for x in given):
+            raise OverflowError(f"{name} reads more than {_LONGEST:,} characters")
+        return search(*given, **named)
 
     return bounded
 

@@ -92,10 +92,12 @@ def rendered(template: str) -> str:
         "{{ ('f' * 100000000)|int(base=16) % ('e' * 10000000)|int(base=16) }}",
         "{{ ('f' * 100000000)|int(base=16) // ('e' * 10000000)|int(base=16) }}",
         "{{ 1|round(-1000000000) }}",
+        "{{ ('x ' * 1000000)|wordwrap(1) }}",
+        "{{ ('x ' * 1000000)|urlize }}",
     ],
 )
 def test_arithmetic_that_no_limit_of_time_ends_is_refused_at_once(template: str):
-    with pytest.raises(OverflowError, match=r"thousands of digits|rounds to"):
+    with pytest.raises(OverflowError, match=r"thousands of digits|rounds to|1,048,576 characters"):
         rendered(template)
 
 
@@ -107,9 +109,10 @@ def test_a_sum_of_lists_is_ended_in_time():
 def test_arithmetic_of_templates_stays_as_it_is():
     template = (
         "{{ 7 % 2 }} {{ 2 ** 10 }} {{ 7 // 2 }} {{ 1 / 2 }} {{ 'a' * 3 }} {{ '%03d' % 3 }} {{ 2 ** -1 }} "
-        "{{ 2.345|round(1) }} {{ 17|round(-1) }} {{ [1, 2]|sum }} {{ rows|sum('n', 10) }} {{ [1] * 2 }}"
+        "{{ 2.345|round(1) }} {{ 17|round(-1) }} {{ [1, 2]|sum }} {{ rows|sum('n', 10) }} {{ [1] * 2 }} "
+        "{{ 'a b'|wordwrap(1)|length }} {{ 'www.x.org'|urlize|length > 9 }} {{ 'a b'|wordcount }}"
     )
-    assert rendered(template) == "1 1024 3 0.5 aaa 003 0.5 2.3 20 3 13 [1, 1]"
+    assert rendered(template) == "1 1024 3 0.5 aaa 003 0.5 2.3 20 3 13 [1, 1] 3 True 2"
 
 
 def test_other_sandboxes_compute_as_before():
