@@ -9,13 +9,15 @@ import torch
 
 from qprobe.data.sampling import Wanted, from_data
 from qprobe.loading.reference import load_reference
-from qprobe.loading.skeleton import meta_model
+from qprobe.loading.skeleton import meta_model, skeleton_of
+from qprobe.loading.source import resolve
 from qprobe.measure.subject import subject_of
 from qprobe.models.headers import read_headers
 from qprobe.records import FormatSpec
 from tests.benchmarks import mixture
 from tests.benchmarks.checkpoints import geometry, processor, write_checkpoint, write_samples
 from tests.benchmarks.full_size_streamed import column_differences, largest_difference
+from tests.benchmarks.generated import generated, write_outline
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
@@ -28,6 +30,33 @@ def test_the_geometry_is_that_of_the_published_model():
     assert sum(p.numel() for p in model.parameters()) == 10_670_220_835
     half = meta_model(geometry(0.5, False), "bfloat16")
     assert 0.5 < stored_bytes(half) / stored_bytes(model) < 0.56  # embeddings and head are not halved
+
+
+def test_the_larger_geometry_is_that_of_the_published_model_too():
+    # 88,593,355,323 parameters, counted by hand from its shapes in tests/models/by_hand.py.
+    model = meta_model(geometry(1.0, False, "90b"), "bfloat16")
+    assert sum(p.numel() for p in model.parameters()) == 88_593_355_323
+
+
+@pytest.mark.slow
+def test_weights_that_no_disk_holds_are_the_same_in_every_process(tmp_path: Path):
+    config = geometry(1.0, True, "90b")
+    total = write_outline(tmp_path / "model", config, [processor(config)])
+    file = tmp_path / "model" / "model.safetensors"
+    assert total == stored_bytes(meta_model(config, "bfloat16")) < file.stat().st_size
+    assert file.stat().st_blocks * 512 < total / 2  # a header, and a hole
+    skeleton = skeleton_of(resolve(str(tmp_path / "model")), "bfloat16")
+    first, second = (
+        generated(skeleton, dtype=torch.bfloat16, device_map={"": torch.device("cpu")}) for _ in range(2)
+    )
+    weights = dict(second.named_parameters())
+    for name, weight in first.named_parameters():
+        assert torch.equal(weight, weights[name]), name
+        assert weight.dim() < 2 or 0.015 < weight.float().std() < 0.025, name  # 0.02 is drawn
+    attention = [w for name, w in weights.items() if name.endswith("q_proj.weight")]
+    assert not torch.equal(attention[0], attention[1])  # of the same shape, by their names
+    ids = torch.full((1, 4), 5)
+    assert torch.isfinite(first(input_ids=ids, attention_mask=torch.ones_like(ids)).logits).all()
 
 
 def test_the_mixture_is_that_of_the_published_model():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import psutil
 import torch
 
 from qprobe.calibration.codes import workspace_bytes
 from qprobe.calibration.gram import SharedInput, gram_bytes
+from qprobe.measure.memory import free_memory
 from qprobe.measure.subject import Subject
 from qprobe.system.processes import even_runs
 
@@ -56,14 +56,6 @@ def gram_room(subject: Subject, inputs: Sequence[SharedInput]) -> int:
     largest = max((gram_bytes(one.in_features, device) for one in inputs), default=0)
     subject.limit.check_room(beside + largest, "calibration")
     return subject.limit.left_bytes - beside
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give, with those that PyTorch holds on a GPU but does not use."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def record_room(subject: Subject) -> int:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from qprobe.calibration.codes import packed_codes, quantization_state, unpacked_codes
 from qprobe.calibration.damage import damage_of, mean_damage, reference_outputs
-from qprobe.calibration.room import free_memory
 from qprobe.calibration.tuned_linear import Tunable, TunedLinear, nearest_codes, units_of
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
+from qprobe.measure.memory import free_memory
 from qprobe.measure.subject import Subject
 from qprobe.system.wording import counted
 

@@ -50,7 +50,7 @@ TOP = 10  # layers of the ranking that are shown
     "max_memory",
     metavar="SIZE",
     help="The most that the scan may hold on its device (on a CPU: in its process), such as 22GiB. Weights "
-    "that do not fit wait on the host and are copied when a layer runs.  [default: no limit]",
+    "that do not fit wait on the host and are copied when a layer runs.  [default: what is free]",
 )
 @option(
     ScanOptions,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
@@ -55,6 +56,34 @@ def held_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give, with those that PyTorch holds on a GPU but does not use.
+
+    On the CPU no more than what is left to this process's container.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return min((psutil.virtual_memory().available, *_left_to_container(_CGROUP)))
+
+
+_CGROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself (version 2)
+
+
+def _left_to_container(folder: Path) -> tuple[int, ...]:
+    """What the memory limit of a control group leaves; nothing where there is none.
+
+    Pages of files that were not used lately count as used, but are given up at once.
+    """
+    try:
+        most, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        unused = next((int(x[1]) for x in rows if x[0] == "inactive_file"), 0)
+        return () if most == "max" else (max(0, int(most) - int(used) + unused),)
+    except (OSError, ValueError, IndexError):
+        return ()
+
+
 @dataclass
 class MemoryLimit:
     """The most memory that a scan may hold on `device`: allocated on CUDA, of the whole process on the CPU.
@@ -62,12 +91,14 @@ class MemoryLimit:
     On the CPU no weight stays, since a copy costs little beside a product there. Its peak cannot begin
     again, so there a batch is refused for what an earlier one took as well.
     base_bytes: held before any batch ran, no streamed weight among them.
+    is_found: that it is what the device has free, and not what a user asked for.
     """
 
     limit_bytes: int
     device: torch.device
     store: WeightStore
     base_bytes: int = 0
+    is_found: bool = False
     _needed: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (bytes, size of the batch)
 
     def check(self, working_bytes: int, what: str) -> None:
@@ -89,14 +120,25 @@ class MemoryLimit:
         """A sentence if the scan held more than the limit after all; peak: the most that it held."""
         if peak <= self.limit_bytes:
             return ()
-        return (f"--max-memory {self.limit_bytes:,} B was exceeded: the scan held up to {peak:,} B.",)
+        limit = f"--max-memory {self.limit_bytes:,} B"
+        return (f"{limit}{self._found} was exceeded: the scan held up to {peak:,} B.",)
+
+    @property
+    def _found(self) -> str:
+        """Where the limit comes from, in brackets, if no user gave it."""
+        return f" (what {self.device} has free)" if self.is_found else ""
 
     def _refuse_below(self, least: int, what: str) -> None:
         if least > self.limit_bytes:
-            raise MachineError(
-                f"--max-memory {self.limit_bytes:,} B is too little: {what} takes {least:,} B. "
-                f"Pass --max-memory {_rounded_up(least)} or more."
-            )
+            self._refuse(f"{what} takes {least:,} B", least, "")
+
+    def _refuse(self, why: str, least: int, other: str) -> NoReturn:
+        """Raises MachineError. other: what else would do."""
+        more = "Free some memory, or take a device with" if self.is_found else "Pass --max-memory"
+        raise MachineError(
+            f"--max-memory {self.limit_bytes:,} B{self._found} is too little: {why}. {more} "
+            f"{_rounded_up(least)} or more{other}."
+        )
 
     @contextmanager
     def running(self, kind: str, size: int, like: str = "") -> Iterator[None]:
@@ -113,11 +155,8 @@ class MemoryLimit:
         if needed is None and peak + self.later_bytes > self.limit_bytes:
             least = int(peak * (1 + SPARE)) + self.later_bytes
             later = f", and {self.later_bytes:,} B are for what is loaded later" if self.later_bytes else ""
-            raise MachineError(
-                f"--max-memory {self.limit_bytes:,} B is too little: a batch took {peak:,} B with every "
-                f"weight streamed{later}. Pass --max-memory {_rounded_up(least)} or more, or a smaller "
-                "--batch-size."
-            )
+            why = f"a batch took {peak:,} B with every weight streamed{later}"
+            self._refuse(why, least, ", or a smaller --batch-size")
         beside = max(0, peak - self.store.resident_bytes - self.base_bytes)
         most, largest = self._needed.get(kind, (0, 0))
         self._needed[kind] = max(beside, most), max(size, largest)

@@ -192,11 +192,13 @@ def limited_subject(
     limit_bytes: int,
     folder: FilePath,
     processed: ProcessedSamples | None = None,
+    is_found: bool = False,
 ) -> Subject:
     """`subject_of` within `limit_bytes` of the device: weights of repeated blocks wait on the host.
 
     reference: loaded `on_host`; the rest of it is moved to the device. folder: where files may be made while
-    it lives, see `Mapped`. Open `Subject.streaming` around all that runs the model.
+    it lives, see `Mapped`. is_found: see `MemoryLimit`. Open `Subject.streaming` around all that runs the
+    model.
     Raises MachineError if the limit is too small, with the least that would do.
     """
     modules, inventory = measured_layers(reference.model), reference.inventory(spec)
@@ -209,7 +211,7 @@ def limited_subject(
             modules[name].weight.data = mapped.keep(modules[name].weight.data)
     host = Files(mapped) if device.type == "cpu" else PinnedMemory(device, mapped)
     store = WeightStore(host, window_bytes(reference.model, modules, streamed, fmt))
-    limit = MemoryLimit(limit_bytes, device, store, base_bytes=held_bytes(device))
+    limit = MemoryLimit(limit_bytes, device, store, base_bytes=held_bytes(device), is_found=is_found)
     largest = max((fmt.packing_bytes(shape_of(m), device) for m in modules.values()), default=0)
     work = store.window_bytes + largest
     limit.check(work, "what is never streamed, with one block of the model and one weight in work,")

@@ -56,7 +56,8 @@ def _subject(reference: Reference, asked: ScanRequest, processed: ProcessedSampl
     if limit_bytes is None:
         return subject_of(reference, fmt, processed)
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return limited_subject(reference, fmt, limit_bytes, there, processed)
+    is_found = asked.why_limited is not None
+    return limited_subject(reference, fmt, limit_bytes, there, processed, is_found)
 
 
 def open_units(subject: Subject, work: ScanSamples, asked: ScanRequest, run: RunFolder) -> Measures:
@@ -72,7 +73,8 @@ def open_units(subject: Subject, work: ScanSamples, asked: ScanRequest, run: Run
     measures, notes = tried[0][1] if tried else applicable(None)
     tune = tune_steps(subject, asked.tune)
     run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed, tune))
-    run.notes.add("start", (*work.notes, *notes))
+    limited = () if asked.why_limited is None else (asked.why_limited,)
+    run.notes.add("start", (*work.notes, *notes, *limited))
     set_aside_damaged(run)
     return measures
 

@@ -25,6 +25,7 @@ from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.check import check_model
 from qprobe.scanning.measure import measure_units
 from qprobe.scanning.opening import open_model, open_units
+from qprobe.scanning.planning.limit import within_memory
 from qprobe.scanning.process import Process
 from qprobe.scanning.run import ScanResult, result_of
 from qprobe.scanning.samples import prepare_samples, read_samples
@@ -79,7 +80,7 @@ def _of_model(asked: ScanRequest, run: RunFolder, again: Process) -> Iterator[tu
     """(the device, what measures a process's share of the units) of a scan that loads the model."""
     skeleton = check_model(asked, again)
     chosen = read_samples(skeleton, asked, again)
-    subject = open_model(skeleton, asked, again, chosen.processed)
+    subject = open_model(skeleton, within_memory(skeleton, asked, chosen, again), again, chosen.processed)
     with subject.streaming():
         _copy_answers(run, again.run)
         work = prepare_samples(subject, chosen, asked, again)

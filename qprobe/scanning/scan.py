@@ -16,6 +16,7 @@ from qprobe.scanning.check import check_model
 from qprobe.scanning.finish import finish, unfinished
 from qprobe.scanning.measure import calibrate, measure_units
 from qprobe.scanning.opening import open_model, open_units
+from qprobe.scanning.planning.limit import within_memory
 from qprobe.scanning.process import Process
 from qprobe.scanning.repeat import repeat_units
 from qprobe.scanning.run import Run, ScanResult
@@ -56,7 +57,7 @@ def scan(options: ScanOptions) -> Run:
     ablate: measure the KL of single layers as well, two forward passes each: "all", the number of layers to
         take from the head of the sensitivity ranking, or names with commas between them.
     max_memory: the most that the scan may hold on its device, on a CPU in its process, in bytes or as
-        "22GiB"; weights that do not fit wait on the host, for the same results. None for no limit.
+        "22GiB"; weights that do not fit wait on the host, for the same results. None for what is free.
     turns: which answers of a conversation count, "first", "last" or "each". split: of a data set that has
         several. bad_data: "refuse" where more than a tenth of the rows, and at least ten, are left out, or
         "skip" them. allow_downloads: fetch images that rows name by an address.
@@ -94,6 +95,7 @@ def scan_model(asked: ScanRequest, process: Process) -> ScanResult:
     with clock.stage("load"):
         skeleton = check_model(asked, process)  # whatever can be refused without weights
         chosen = read_samples(skeleton, asked, process)
+        asked = within_memory(skeleton, asked, chosen, process)
     subject = open_model(skeleton, asked, process, chosen.processed)
     with subject.streaming(), entered(run.path, shard):
         with measuring(run.path, shard):

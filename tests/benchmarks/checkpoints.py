@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import MllamaConfig, MllamaProcessor, PreTrainedTokenizerFast
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from qprobe.loading.config import catalogue_config
 from qprobe.loading.skeleton import meta_model
+from qprobe.models.catalogue import find
 from tests.benchmarks.cost import full_config, tiny_config
 from tests.tiny import CONTROLS, END, PAD, UNK, chat_template
 
@@ -28,9 +30,19 @@ _TEMPLATE_TOKENS = 5  # bos, user, image, end, assistant
 _LETTERS = string.ascii_lowercase + " "
 
 
-def geometry(share: float, is_tiny: bool) -> MllamaConfig:
-    """The config with that share of the layers of each tower; 1 is the whole model."""
-    config = tiny_config() if is_tiny else full_config()
+GEOMETRIES = ("11b", "90b")
+
+
+def geometry(share: float, is_tiny: bool, name: str = "11b") -> MllamaConfig:
+    """The config of one of `GEOMETRIES` with that share of the layers of each tower; 1 is the whole model."""
+    if is_tiny:
+        config: Any = tiny_config()
+    elif name == "11b":
+        config = full_config()
+    else:
+        entry = find(f"llama-3.2-{name}-vision")
+        assert entry is not None, name
+        config = catalogue_config(entry)
     text, vision = config.text_config, config.vision_config
     text.num_hidden_layers = max(2, round(text.num_hidden_layers * share))
     text.cross_attention_layers = [i for i in text.cross_attention_layers if i < text.num_hidden_layers]

@@ -9,8 +9,11 @@ that both see the same clocks. Prints Markdown, a row as soon as it is known, so
 table. Parts: write, bare, activation (weight + activation error only), scan, select, load4, quantize, and,
 on request, calibrated (the scan with calibrated weights), streamed (the default scan within --max-memory,
 its table beside that of the part scan, and its copies), spread and shards (the default scan with the model
-over two GPUs, and by two processes of torchrun, with their tables beside that of the part scan) and weight
-(the weight-only scan on the CPU beside the bare read of the files and the quantizer's own speed).
+over all GPUs, and by --processes of torchrun, with their tables beside that of the part scan),
+calibrated-shards, and weight (the weight-only scan on the CPU beside the bare read of the files and the
+quantizer's own speed). With fewer processes than half of the GPUs each spreads the model over its own.
+--geometry 90b takes the 90B model; with --generated no disk holds its 177 GB (`tests.benchmarks.generated`):
+then the parts are write, scan, calibrated, spread, shards and calibrated-shards.
 With --images or --layers it prints how scan time grows instead. `--tiny` checks all of it on a CPU.
 """
 
@@ -28,11 +31,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.full_size_parts import CHILDREN, Bench, Ran
+from tests.benchmarks.checkpoints import GEOMETRIES
+from tests.benchmarks.full_size_parts import CALIBRATED, CHILDREN, Bench, Ran
 from tests.benchmarks.full_size_streamed import column_differences, largest_difference
 
 PARTS = ("write", "bare", "activation", "scan", "select", "load4", "quantize")
-ON_REQUEST = ("calibrated", "streamed", "spread", "shards", "weight")
+ON_REQUEST = ("calibrated", "streamed", "spread", "shards", "calibrated-shards", "weight")
 GIB = 2**30
 
 
@@ -112,9 +116,14 @@ def stages(bench: Bench) -> None:
     if "spread" in parts:
         scanned(bench.spread(), "scan with the model over all GPUs", bare)
         compared(bench, "spread")
+    of = f"by {bench.options.processes} processes of torchrun, the one that chose"
     if "shards" in parts:
-        scanned(bench.shards(), "scan by two processes of torchrun, the one that chose", bare)
+        scanned(bench.shards("shards"), f"scan {of}", bare)
         compared(bench, "shards")
+        efficiency(bench, "scan", "shards")
+    if "calibrated-shards" in parts:
+        scanned(bench.shards("calibrated-shards", *CALIBRATED), f"calibrated scan {of}", bare)
+        efficiency(bench, "calibrated", "calibrated-shards")
     if "select" in parts:
         named(bench.select(), "select again, another budget: the whole process")
     if "load4" in parts:
@@ -215,6 +224,24 @@ def compared(bench: Bench, name: str) -> None:
             say("| {column} | {total:.1e} | {median:.1e} | {largest:.1e} |".format(**line))
 
 
+def efficiency(bench: Bench, alone: str, together: str) -> None:
+    """What share of the ideal speed several processes reach after loading, if one did the same here."""
+    after = [after_loading(bench.run_folder(name)) for name in (alone, together)]
+    if after[0] is not None and after[1] is not None:
+        count = bench.options.processes
+        share = after[0] / (count * after[1])
+        say(f"\n{after[0]:.1f} s by one process, {after[1]:.1f} s by {count}: {share:.2f} of the ideal.")
+
+
+def after_loading(run: Path) -> float | None:
+    """Seconds of the process that finished the scan in `run`; None if there is no such scan."""
+    path = run / "notes" / "end.json"
+    if not path.exists():
+        return None
+    seconds = json.loads(path.read_text())["seconds"]
+    return sum(seconds.values()) - seconds["load"]
+
+
 def weights(bench: Bench) -> None:
     """The weight-only scan beside the floor that reading and quantizing set."""
     speeds = bench.speeds()
@@ -282,6 +309,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="the same architecture at a size for a CPU")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="11b", help="of Llama-3.2-Vision")
+    parser.add_argument("--generated", action="store_true", help="draw weights where they lie, on no disk")
+    parser.add_argument("--processes", type=int, default=2, help="of the parts shards and calibrated-shards")
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas")
     parser.add_argument("--images", type=int, nargs="+", help="scan time by number of images")
     parser.add_argument("--layers", type=float, nargs="+", help="scan time by share of the layers")

@@ -14,6 +14,8 @@ from typing import Any
 
 from tests.alone import run_alone
 
+CALIBRATED = ("--format", "nf4-calibrated", "--tune", "0")
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -75,7 +77,8 @@ class Bench:
         out = self.run_folder(name)
         shutil.rmtree(out, ignore_errors=True)
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        asked = [*(torchrun if processes > 1 else ()), "-m", "qprobe", "scan", "--json"]
+        program = "tests.benchmarks.generated" if self.options.generated else "qprobe"
+        asked = [*(torchrun if processes > 1 else ()), "-m", program, "scan", "--json"]
         asked += ["--model", str(self.folder), "--out", str(out)]
         if "weight" not in more:
             asked += ["--data", str(self.samples), "--samples", str(images)]
@@ -115,20 +118,31 @@ class Bench:
 
     def calibrated(self) -> Ran:
         """The scan with calibrated weights, without tuning."""
-        more = ("--format", "nf4-calibrated", "--tune", "0")
-        return self.scan(self.most_images, "calibrated", *more)
+        spread = ("--device", "auto") if self.options.generated and self.options.device == "cuda" else ()
+        return self.scan(self.most_images, "calibrated", *CALIBRATED, *spread)
 
     def spread(self) -> Ran:
         """The default scan with the model over all GPUs."""
         return self.scan(self.most_images, "spread", "--device", "auto")
 
-    def shards(self) -> Ran:
-        """The default scan by two processes of torchrun, a GPU each; what the one that chose left behind."""
-        ran = self.scan(self.most_images, "shards", processes=2)
+    def shards(self, name: str, *more: str) -> Ran:
+        """A scan by `--processes` of torchrun, a GPU each, or several where there are twice as many or more.
+
+        What the one that chose left behind.
+        """
+        ran = self.scan(self.most_images, name, *more, *self.wide, processes=self.options.processes)
         if ran.found is None:
             return ran
-        left = json.loads((self.run_folder("shards") / "scan.json").read_text())
+        left = json.loads((self.run_folder(name) / "notes" / "end.json").read_text())
         return replace(ran, found={"seconds": left["seconds"], "peak_bytes": left["peak_bytes"]})
+
+    @property
+    def wide(self) -> tuple[str, ...]:
+        """What lets each of the processes spread the model over its GPUs, where it has several."""
+        import torch
+
+        has_several = torch.cuda.device_count() >= 2 * self.options.processes
+        return ("--device", "auto") if has_several else ()
 
     def copy(self) -> Ran:
         return run(self._child("copy"), self.options.limit)
@@ -141,6 +155,7 @@ class Bench:
         own = ["-m", "tests.benchmarks.full_size", "--child", part, "--folder", str(o.folder)]
         own += ["--device", o.device, "--share", str(self.share), "--bare-seconds", str(o.bare_seconds)]
         own += ["--batch-size", str(o.batch_size), "--shard-gb", str(o.shard_gb)]
+        own += ["--geometry", o.geometry, *(["--generated"] if o.generated else [])]
         return [*own, "--tiny"] if o.tiny else own
 
 
@@ -151,9 +166,13 @@ def child_write(bench: Bench) -> dict[str, Any]:
     from tests.benchmarks.checkpoints import geometry, processor, write_checkpoint, write_samples
 
     o = bench.options
-    config = geometry(bench.share, o.tiny)
+    config = geometry(bench.share, o.tiny, o.geometry)
     write_samples(bench.samples.parent, config, bench.most_images)
     parts = [processor(config)]
+    if o.generated:
+        from tests.benchmarks.generated import write_outline
+
+        return {"bytes": write_outline(bench.folder, config, parts)}
     return {"bytes": write_checkpoint(bench.folder, config, parts, o.device, int(o.shard_gb * 1e9))}
 
 

@@ -52,7 +52,8 @@ class ScanRequest:
     """What a scan is asked, in typed values.
 
     source: of the model. loaded: the model itself, where its user has loaded it. folder: of the run.
-    format: its compute_dtype is the reference's dtype. max_memory_bytes: None for no limit. tune: steps, None
+    format: its compute_dtype is the reference's dtype. max_memory_bytes: None for no limit; why_limited: says
+    so where it was found and not asked for, see `qprobe.scanning.planning.limit`. tune: steps, None
     for the default of the device; calibration_samples: for the codes, None likewise. keep_correction: its
     rank, None to keep none.
     ablate: None for no ablation. metric: of answers, beside KL. is_check: of the run that is there, see
@@ -76,6 +77,7 @@ class ScanRequest:
     metric: Metric | None
     is_check: bool
     command: str
+    why_limited: str | None = None
 
     @property
     def after_units(self) -> str:

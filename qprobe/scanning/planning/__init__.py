@@ -1,0 +1,1 @@
+"""What a scan takes, told before anything is loaded."""

@@ -1,0 +1,159 @@
+"""What a scan takes, told before it runs; and scans that do not fit, whose weights wait by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qprobe.checkpoint.plan import planned_skeleton
+from qprobe.errors import MachineError
+from qprobe.measure import memory as measured_memory
+from qprobe.measure.memory import MemoryLimit
+from qprobe.options import ScanOptions, no_progress
+from qprobe.records import FormatSpec
+from qprobe.runs.folder import RunFolder
+from qprobe.scanning.asked.request import ScanRequest, parse_options
+from qprobe.scanning.planning import limit
+from qprobe.scanning.planning.limit import within_memory
+from qprobe.scanning.planning.memory import BatchShape, DeviceNeed, device_need, weight_bytes
+from qprobe.scanning.process import Process
+from qprobe.system.processes import Shard
+from tests.scanning.asked import Scanned, TinyFolder, options, scan
+
+GIB = 2**30
+
+
+# Device memory, held against what scans took --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "vision_rows", "measured_gib"),
+    [("llama-3.2-11b-vision", 4 * 1601, 35.0), ("qwen3-30b-a3b", 0, 76.5)],  # reports/full-size
+)
+def test_device_memory_is_within_a_twentieth_of_what_full_size_scans_took(
+    model: str, vision_rows: int, measured_gib: float
+):
+    shape = BatchShape(samples=4, tokens=320, answer_tokens=64, vision_rows=vision_rows)
+    need = device_need(planned_skeleton(model, None), FormatSpec(), shape)
+    assert 0.99 < need.total / GIB / measured_gib < 1.05
+
+
+def test_weights_are_counted_in_all_forms_that_are_held():
+    # SmolVLM's path is walked in float32: 2 bytes and 4 of each parameter, and of the linears 9/16 in 4-bit.
+    skeleton = planned_skeleton("smolvlm-256m", None)
+    layers = skeleton.inventory(FormatSpec()).layers
+    linears = sum(x.out_features * x.in_features for x in layers)
+    parameters = sum(p.numel() for p in skeleton.model.parameters())
+    found = weight_bytes(skeleton.model, layers, FormatSpec())
+    assert found == pytest.approx(6 * parameters + 9 / 16 * linears, rel=1e-3)
+
+
+def test_a_batch_takes_more_the_more_it_holds():
+    skeleton = planned_skeleton("llama-3.2-11b-vision", None)
+
+    def batch(**changes: int) -> int:
+        shape = {"samples": 4, "tokens": 320, "answer_tokens": 64, "vision_rows": 6404, **changes}
+        return device_need(skeleton, FormatSpec(), BatchShape(**shape)).batch
+
+    for more in ({"samples": 8}, {"tokens": 4000}, {"answer_tokens": 256}, {"vision_rows": 12_808}):
+        assert batch(**more) > batch()
+
+
+# Scans that do not fit -------------------------------------------------------------------------------------
+
+
+class Here:
+    """What a scan knows before it loads; `limited(**asked)` is what the free memory makes of a request."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free_gib: float, need_gib: float) -> None:
+        monkeypatch.setattr(limit, "free_memory", lambda _: int(free_gib * GIB))
+        monkeypatch.setattr(limit, "held_bytes", lambda _: 0)
+        monkeypatch.setattr(limit, "weight_bytes", lambda *_: int(need_gib * GIB) - GIB)
+        monkeypatch.setattr(limit, "device_need", lambda *_: DeviceNeed(int(need_gib * GIB) - GIB, GIB))
+        monkeypatch.setattr(limit, "shape_of_batch", lambda *_: BatchShape(1, 1, 1))
+
+    def limited(self, shard: Shard = Shard(), **asked: Any) -> ScanRequest:  # noqa: B008  frozen
+        request = parse_options(ScanOptions("demo", **{"device": "cpu", **asked}))
+        skeleton: Any = SimpleNamespace(
+            is_buildable=True, model=None, config=None, inventory=lambda _: SimpleNamespace(layers=())
+        )
+        chosen: Any = SimpleNamespace(processed=None, samples=())
+        process = Process(RunFolder(Path("nowhere")), shard, no_progress)
+        return within_memory(skeleton, request, chosen, process)
+
+
+def test_a_scan_without_room_gets_a_limit_of_nine_tenths_of_what_is_free_and_says_so(monkeypatch):
+    found = Here(monkeypatch, free_gib=20, need_gib=35.8).limited()
+    assert found.max_memory_bytes == 18 * GIB
+    assert found.why_limited == (
+        "cpu has 20.0 GiB free, and with all weights on it this scan would take about 35.8 GiB, so they wait "
+        "on the host, as with --max-memory 18432MiB."
+    )
+
+
+@pytest.mark.parametrize(("free", "limited"), [(39.0, True), (40.5, False), (80.0, False)])
+def test_a_scan_is_limited_only_where_it_would_take_more_than_nine_tenths(
+    monkeypatch, free: float, limited: bool
+):
+    found = Here(monkeypatch, free_gib=free, need_gib=36).limited()  # 36 of 40 are nine tenths
+    assert (found.max_memory_bytes is not None) == limited == (found.why_limited is not None)
+
+
+def test_a_limit_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch):
+    found = Here(monkeypatch, free_gib=1, need_gib=36).limited(max_memory="30GiB")
+    assert found.max_memory_bytes == 30 * GIB and found.why_limited is None
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch):
+    here = Here(monkeypatch, free_gib=60, need_gib=36)
+    assert here.limited(Shard(1, 4, 1, 1)).max_memory_bytes is None
+    assert here.limited(Shard(1, 4, 1, 2)).max_memory_bytes == 27 * GIB
+
+
+@pytest.mark.parametrize(("each", "limited"), [(30, False), (15, True)])
+def test_several_gpus_with_room_together_take_the_model_whole(monkeypatch, each: int, limited: bool):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(limit, "pick_device", lambda _: torch.device("cuda:0"))
+    monkeypatch.setattr(limit, "needed_bytes", lambda _: 40 * GIB)
+    monkeypatch.setattr(limit, "free_bytes", lambda cards: dict.fromkeys(cards, each * GIB))
+    here = Here(monkeypatch, free_gib=each, need_gib=48)
+    assert (here.limited(device=None).max_memory_bytes is not None) == limited
+    assert here.limited(device="cuda:0").max_memory_bytes is not None  # one was named
+
+
+@pytest.mark.slow
+def test_a_scan_that_limits_itself_gives_the_same_table_and_notes_why(
+    scanned: Scanned, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plain = scanned("llama")
+    monkeypatch.setattr(limit, "free_memory", lambda _: 8 * GIB)
+    monkeypatch.setattr(limit, "device_need", lambda *_: DeviceNeed(7 * GIB, GIB))
+    found = scan(**options(tiny_folder("llama"), tmp_path / "run"))
+    assert found.streamed_bytes and plain.streamed_bytes is None
+    assert (found.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()
+    (told,) = set(found.notes) - set(plain.notes)
+    assert told.startswith("cpu has 8.0 GiB free, and with all weights on it this scan would take about 8.0")
+
+
+def test_a_limit_that_was_found_is_refused_with_what_would_help():
+    store: Any = None
+    found = MemoryLimit(2**20, torch.device("cpu"), store, is_found=True)
+    with pytest.raises(MachineError, match=r"B \(what cpu has free\) is too little: work takes .* Free some"):
+        found.check(2**30, "work")
+
+
+def test_free_memory_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, text in {
+        "memory.max": "1000000\n",
+        "memory.current": "700000\n",
+        "memory.stat": "anon 500000\ninactive_file 150000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(measured_memory, "_CGROUP", tmp_path)
+    assert measured_memory.free_memory(torch.device("cpu")) == 450_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert measured_memory.free_memory(torch.device("cpu")) > 10**8
