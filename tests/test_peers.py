@@ -14,7 +14,7 @@ from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
 from tests.benchmarks.peers.judging import Judge
 from tests.benchmarks.peers.passages import OWN, Passages, batches_of, read_passages, token_rows
-from tests.benchmarks.peers.report import beside_ours, best_of_ours
+from tests.benchmarks.peers.report import beside_ours, best_of_ours, joined
 from tests.benchmarks.peers.workers.exchange import group_bits
 from tests.benchmarks.peers.workers.ggml import format_of, more_bits
 from tests.benchmarks.peers.workers.ours import bits_of, limit_bytes
@@ -111,3 +111,13 @@ def test_a_peer_is_held_against_the_best_of_ours_that_is_no_larger():
     assert beside_ours(smaller, rows) == "none of ours is as small"
     better = row("better", 5.0, 0.5, 0.5)
     assert beside_ours(better, rows) == "**the peer is better**: ours leaves 2.00 ± 0.00 of it at 5.00 bits"
+
+
+def test_what_two_machines_found_is_joined_if_they_judged_the_same_passages():
+    one = {"tokens": {OWN: [3]}, "rows": [row("a", 4, 1.0)], "missing": {"b": "no time"}, "machine": "x"}
+    other = {**one, "rows": [row("a", 4, 2.0), row("b", 4, 3.0)], "missing": {}, "machine": "y"}
+    found = joined([one, other])
+    assert [x["kl"][OWN] for x in found["rows"]] == [[2.0], [3.0]]
+    assert found["missing"] == {} and found["machine"] == "x; y"
+    with pytest.raises(SystemExit, match="same passages"):
+        joined([one, {**other, "tokens": {OWN: [4]}}])

@@ -20,19 +20,15 @@ alone; memory is the device's, on a CPU the process'.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.peers.declared import BUDGETS, FORMATS, Peer
 from tests.benchmarks.peers.judging import judged
 from tests.benchmarks.peers.opening import Opened, add_options, begun, opened
-from tests.benchmarks.peers.report import PLAIN, figure, heading, table
+from tests.benchmarks.peers.report import write
 from tests.benchmarks.peers.running import run
-
-COMMAND = "python -m tests.benchmarks.peers"
 
 
 def main() -> None:
@@ -40,17 +36,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     names = [x.name for x in FORMATS]
     parser.add_argument("--formats", nargs="+", choices=names, default=names)
-    parser.add_argument("--bits", nargs="+", type=float, default=BUDGETS, help="sizes that our lists fill")
+    parser.add_argument("--bits", nargs="*", type=float, default=BUDGETS, help="sizes that our lists fill")
     parser.add_argument("--tune", type=int, default=200, help="steps of tuning our block scales")
     add_options(parser)
     options = parser.parse_args()
     with opened(options) as task:
-        found = begun(options.out / "peers.json", task)
+        found, text = begun(options.out / "peers.json", task), ""
         for peer in chosen(options, task):
             print(f"{peer.name} ...", flush=True)
             measure(peer, task, found)
-            write(found, options.out)
-    print((options.out / "peers.md").read_text())
+            text = write(found, options.out)
+    print(text)
 
 
 def chosen(options: Any, task: Opened) -> list[Peer]:
@@ -76,14 +72,6 @@ def measure(peer: Peer, task: Opened, found: dict[str, Any]) -> None:
         found["rows"] = [x for x in found["rows"] if x["name"] != result.name] + [result.to_json()]
         shutil.rmtree(made.parent)
     shutil.rmtree(out, ignore_errors=True)
-
-
-def write(found: dict[str, Any], out: Path) -> None:
-    """peers.json, and what follows from it once plain NF4 is known."""
-    (out / "peers.json").write_text(json.dumps(found))
-    if any(x["name"] == PLAIN for x in found["rows"]):
-        (out / "peers.md").write_text(f"{heading(found, COMMAND)}\n{table(found)}\n")
-        figure(found, out / "peers.png")
 
 
 if __name__ == "__main__":

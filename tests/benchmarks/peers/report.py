@@ -1,7 +1,15 @@
-"""The table and the figure of what was measured."""
+"""The table and the figure of what was measured.
+
+    python -m tests.benchmarks.peers.report DIR... --out reports/peers
+
+writes them from what several commands left in DIR..., side by side or on several machines; they must have
+judged the same passages (`--passages`).
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
 from math import fsum
 from pathlib import Path
@@ -12,6 +20,32 @@ from tests.benchmarks.peers.passages import OWN
 
 Row = Mapping[str, Any]
 PLAIN, OURS = "nf4", "nf4-calibrated"
+
+
+COMMAND = "python -m tests.benchmarks.peers"
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all of `parts` found; a later one's row replaces an earlier one's of the same name."""
+    tokens = parts[0]["tokens"]
+    if any(part["tokens"] != tokens for part in parts):
+        raise SystemExit("Not all of these were judged on the same passages.")
+    rows = {row["name"]: row for part in parts for row in part["rows"]}
+    missing = {name: why for part in parts for name, why in part["missing"].items() if name not in rows}
+    machines = dict.fromkeys(part["machine"] for part in parts)
+    return {"tokens": tokens, "rows": list(rows.values()), "missing": missing, "machine": "; ".join(machines)}
+
+
+def write(found: Mapping[str, Any], out: Path) -> str:
+    """Writes peers.json, and the table and the figure once plain NF4 is known; returns the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "peers.json").write_text(json.dumps(found))
+    if all(x["name"] != PLAIN for x in found["rows"]):
+        return f"Without {PLAIN} there is no table yet."
+    text = f"{heading(found)}\n{table(found)}\n"
+    (out / "peers.md").write_text(text)
+    figure(found, out / "peers.png")
+    return text
 
 
 def share(row: Row, other: Row, kind: str = OWN) -> tuple[float, float]:
@@ -66,7 +100,7 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def heading(found: Mapping[str, Any], command: str) -> str:
+def heading(found: Mapping[str, Any]) -> str:
     """What was measured, with which command, where, and what was not run."""
     plain = next(x for x in found["rows"] if x["name"] == PLAIN)
     tokens = found["tokens"]
@@ -77,7 +111,7 @@ def heading(found: Mapping[str, Any], command: str) -> str:
         for kind, x in tokens.items()
     )
     missing = [f"- not run: {name}: {why}" for name, why in found["missing"].items()]
-    return "\n".join([f"    {command}\n", f"{found['machine']}. {counts}.\n", *missing, ""])
+    return "\n".join([f"    {COMMAND}\n", f"{found['machine']}. {counts}.\n", *missing, ""])
 
 
 def figure(found: Mapping[str, Any], path: Path) -> None:
@@ -107,3 +141,17 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     ax.legend(fontsize=8)
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def main() -> None:
+    """Join what was found, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("reports/peers"))
+    options = parser.parse_args()
+    parts = [json.loads((folder / "peers.json").read_text()) for folder in options.folders]
+    print(write(joined(parts), options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -55,6 +55,8 @@ def hand_back_with_lists(job: Job, subject: Subject, name: str, batches: list[Ba
         )
 
     give(name, frozenset(), spent)
+    if not job.options["bits"]:
+        return
     with measured(job.device) as cost, walking(subject.path):
         damage = default_damage(subject.path, batches)
     cost.seconds += spent.seconds
