@@ -17,17 +17,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qprobe.calibration.codes import Rounded
 from qprobe.calibration.damage import FEWEST, split_samples
 from qprobe.calibration.decide import decided
 from qprobe.calibration.experts.turns import fused_experts, rounded_in_turn
 from qprobe.calibration.gptq import DAMPING
-from qprobe.calibration.gram import Gathering, SharedInput, Weights, shared_inputs
+from qprobe.calibration.gram import Gathering, SharedInput, shared_inputs
 from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.room import gram_room, record_room, rounded_together, shares
-from qprobe.calibration.token_weights import MIX, draws, token_weights
+from qprobe.calibration.token_weights import MIX, TokenWeights, draws, token_weights
 from qprobe.calibration.tuning import tune
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
@@ -48,23 +48,22 @@ from qprobe.system.background import in_background
 from qprobe.system.processes import Shard
 from qprobe.system.wording import counted
 
-VERSION = 9
+VERSION = 10
 """Of what decides the codes, beside weights and samples.
 
-Version 9 decides whether tokens are weighed with layers that calibration leaves out rounded to nearest, no
-longer in 16-bit. Version 8 calibrates fused experts. Version 7 keeps back every eighth sample, however they
-are batched, and lets tokens that no gradient comes back to weigh nothing. Version 6 holds outputs of encoders
-to the damage that the scan measures, row by row. Version 5 decides on samples kept back whether tokens are
-weighed. Version 4 counts tokens half by how much the answers depend on them, gathers in the dtype of the
-path, and tunes scales where that is asked for. Version 3 leaves out image tiles that no text attends to.
-Version 2 shrinks the Gram matrices by how few tokens they saw; version 1 did not.
+Version 10 moves codes of small models under the Gram matrix of the outputs' gradients as well. Version 9
+decides whether tokens are weighed with layers that calibration leaves out rounded to nearest, 8 calibrates
+fused experts, 7 keeps back every eighth sample, however they are batched, and 6 holds outputs of encoders to
+the damage that the scan measures. Version 5 decides on samples kept back whether tokens are weighed, 4 weighs
+them and tunes scales, 3 leaves out image tiles that no text attends to, 2 shrinks the Gram matrices.
 """
 
 
 def settings(subject: Subject, tune_steps: int = 0) -> Rounding:
     """What decides the codes; part of a run's key."""
     tokens = f"{MIX:g} by squared gradients, {counted(draws(subject), 'draw')}"
-    return Rounding("gptq", VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps)
+    method = "gptq, two-sided" if subject.path.dtype == torch.float32 else "gptq"
+    return Rounding(method, VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps)
 
 
 ALONE = Shard()
@@ -216,16 +215,18 @@ def calibrate_units(work: Work, inputs: Sequence[SharedInput], units: Iterable[i
     if not chosen:
         return
     limit = _limit(work, inputs)
-    runs, turns = gathering_turns(work, chosen, inputs)
-    step = _steps(work.progress, "calibrate", runs + len(numbers))
+    turns = gathering_turns(work, chosen, inputs)
+    step = _steps(work.progress, "calibrate", turns.runs + len(numbers))
     with in_background(UNWRITTEN if work.subject.limit is None else 0) as do:
-        for gathering in turns(step):
+        for gathering in turns.gathered(step):
             for group in rounded_together(work.subject, gathering.inputs, limit):
                 grams = [gathering.grams.pop(one.leader) for one in group]
                 with work.subject.running(
                     f"round {group[0].leader}"
                 ):  # of its own: no weight stays meanwhile
-                    found = rounded_layers(work.subject, group, grams, gathering.apart, work.format)
+                    found = rounded_layers(
+                        work.subject, group, grams, gathering.apart, work.format, turns.outputs
+                    )
                 for one, gram, rounded in zip(group, grams, found, strict=True):
                     do(partial(_finish, work, rounded, gram.tokens, numbers[one.leader]))
                     step()
@@ -245,22 +246,30 @@ def _calibrate_experts(work: Work, inputs: Sequence[SharedInput], units: Sequenc
         _finish(work, {name: found.whole}, found.tokens, numbers[name], found.nearest)
 
 
-def gathering_turns(
-    work: Work, chosen: Sequence[SharedInput], inputs: Sequence[SharedInput]
-) -> tuple[int, Callable[[Callable[[], None]], Iterator[Gathering]]]:
-    """(how often it calls back, what gives the matrices of `chosen` in turn, calling back as it goes on).
+@dataclass(frozen=True)
+class Turns:
+    """gathered: gives matrices in turn, and calls back `runs` times as it goes on.
 
-    inputs: all there are, of which `chosen` are some.
+    outputs: see `TokenWeights`; None where tokens are not weighed.
     """
+
+    runs: int
+    gathered: Callable[[Callable[[], None]], Iterator[Gathering]]
+    outputs: Mapping[str, Tensor] | None
+
+
+def gathering_turns(work: Work, chosen: Sequence[SharedInput], inputs: Sequence[SharedInput]) -> Turns:
+    """The matrices of `chosen`; inputs: all there are, of which `chosen` are some."""
     subject, limit, count = work.subject, _limit(work, inputs), len(work.groups)
     weights = _weights(work, chosen, inputs, limit)
     walk = Walk(subject, record_room(subject)) if can_walk(subject) else None
     plan = planned(walk, chosen, limit // 2, subject.reference.device)  # half is for rounding at once
 
     def turns(done: Callable[[], None]) -> Iterator[Gathering]:
-        return gathered_in_turn(subject, walk, plan, lambda: work.widened, count, weights, done)
+        of = None if weights is None else weights.of
+        return gathered_in_turn(subject, walk, plan, lambda: work.widened, count, of, done)
 
-    return plan.runs * count, turns
+    return Turns(plan.runs * count, turns, None if weights is None else weights.outputs)
 
 
 def _limit(work: Work, inputs: Sequence[SharedInput]) -> int:
@@ -269,7 +278,7 @@ def _limit(work: Work, inputs: Sequence[SharedInput]) -> int:
 
 def _weights(
     work: Work, chosen: Sequence[SharedInput], inputs: Sequence[SharedInput], limit_bytes: int
-) -> Weights | None:
+) -> TokenWeights | None:
     """What tokens count in the matrices of `chosen`; None for once each, if that was decided.
 
     It is decided once, on `inputs`, which are all there are, and noted in the run.
@@ -294,11 +303,12 @@ def _weights(
             if noted is None:
                 work.progress("decide", 0, 1)
                 noted = decided(
-                    subject, inputs, lambda: work.widened, len(training), found.of, work.format, limit_bytes
-                )
+                    subject, inputs, lambda: work.widened, len(training), found.of, work.format, limit_bytes,
+                    found.outputs,
+                )  # fmt: skip
                 notes.put("tokens", noted)
                 work.progress("decide", 1, 1)
-    return found.of if noted is not None and noted.is_weighted else None
+    return found if noted is not None and noted.is_weighted else None
 
 
 def _tuned(work: Work, codes: CodesFile) -> CodesFile:

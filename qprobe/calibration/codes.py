@@ -3,7 +3,8 @@
 The order matters, because a double-quantized scale is not known before all scales of a weight are:
     1. sweeps over the columns find a scale for each block of 64, and codes to go with it;
     2. the scales are double-quantized as bitsandbytes does it, and read back;
-    3. a last sweep chooses every code again, against the scales that were read back.
+    3. a last sweep chooses every code again, against the scales that were read back;
+    4. and one more under both Gram matrices, where that of the outputs' gradients is known.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from qprobe.calibration.gptq import (
     scales_of_blocks,
     shrunk,
 )
+from qprobe.calibration.two_sided import Sides, mixed, move_codes
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.registry.precisions import NESTED_BLOCKSIZE
 
@@ -61,11 +63,21 @@ class Readers:
 
     weights: (out_features, in_features) each, in one dtype; gram: (in_features, in_features) X^T X over the
     tokens X, on the weights' device; tokens: how many those are, by which it is shrunk (see `shrunk`).
+    outputs: of each weight, (out_features, out_features) of the gradients at its outputs, or None (see
+    `qprobe.calibration.two_sided`); empty for None of all.
     """
 
     weights: Sequence[Tensor]
     gram: Tensor
     tokens: int
+    outputs: Sequence[Tensor | None] = ()
+
+    @property
+    def sides(self) -> list[Tensor | None]:
+        """The matrices of `outputs` on the weights' device, `mixed`."""
+        if not self.outputs:
+            return [None] * len(self.weights)
+        return [None if x is None else mixed(x.to(self.gram.device)) for x in self.outputs]
 
     @property
     def rows(self) -> int:
@@ -109,7 +121,9 @@ def _together(readers: Sequence[Readers], metrics: Sequence[Metric], fmt: Nf4) -
     states = [quantization_state(s, w.shape, w.dtype, fmt) for s, w in zip(raw, weights, strict=True)]
     read_back = _standing([_absmax(s) for s in states], weights, fmt.blocksize)
     improve_codes(side_by_side, read_back, codes, joined)
-    del side_by_side, read_back
+    sides = Sides(heights, [side for one in readers for side in one.sides])
+    move_codes(side_by_side, read_back, codes, joined, sides)
+    del side_by_side, read_back, sides
     parts = codes.split(heights, dim=1)
     stored = iter([StoredNf4(packed_codes(c.T), state) for c, state in zip(parts, states, strict=True)])
     return [[next(stored) for _ in one.weights] for one in readers]

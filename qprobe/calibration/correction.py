@@ -102,9 +102,9 @@ def _all_corrections(work: Work, rank: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     subject = work.subject
     inputs = shared_inputs(subject, work.batches)
-    runs, turns = gathering_turns(work, inputs, inputs)
-    steps = iter(range(1, runs + 1))
-    for gathering in turns(lambda: work.progress("keep correction", next(steps), runs)):
+    turns = gathering_turns(work, inputs, inputs)
+    steps = iter(range(1, turns.runs + 1))
+    for gathering in turns.gathered(lambda: work.progress("keep correction", next(steps), turns.runs)):
         for one in gathering.inputs:
             gram = gathering.grams.pop(one.leader)
             with subject.running(f"correct {one.leader}"), torch.no_grad():

@@ -38,11 +38,13 @@ def decided(
     weights: Weights,
     fmt: Nf4,
     limit_bytes: int,
+    outputs: Mapping[str, Tensor] | None = None,
 ) -> TokensCount:
     """The decision, on every `TRIAL`-th of `inputs`.
 
     batches: gives the samples, each time from the first; the first `training` of them are fitted to, the
-    others kept back. weights: of their tokens. limit_bytes: for Gram matrices at once.
+    others kept back. weights: of their tokens. limit_bytes: for Gram matrices at once. outputs: what weighed
+    tokens go with, see `qprobe.calibration.token_weights.TokenWeights`.
     """
     trial = trial_inputs(subject, inputs)
     names = frozenset(name for one in trial for name in one.names)
@@ -53,7 +55,8 @@ def decided(
             gathering = Gathering(subject, part, counts)
             with walking(subject.path):
                 gathering.add_all(islice(batches(), training))
-            packed |= _rounded(subject, gathering, fmt, limit_bytes)
+            sides = None if counts is None else outputs
+            packed |= _rounded(subject, gathering, fmt, limit_bytes, sides)
         with walking(subject.path):
             return mean_damage(subject, islice(batches(), training, None), _reading(subject, names, packed))
 
@@ -66,12 +69,14 @@ def trial_inputs(subject: Subject, inputs: Sequence[SharedInput]) -> list[Shared
     return list(inputs[every // 2 :: every]) or list(inputs)
 
 
-def _rounded(subject: Subject, gathering: Gathering, fmt: Nf4, limit_bytes: int) -> dict[str, PackedNf4]:
+def _rounded(
+    subject: Subject, gathering: Gathering, fmt: Nf4, limit_bytes: int, outputs: Mapping[str, Tensor] | None
+) -> dict[str, PackedNf4]:
     found: dict[str, PackedNf4] = {}
     for group in rounded_together(subject, gathering.inputs, limit_bytes):
         grams = [gathering.grams.pop(one.leader) for one in group]
         with subject.running(f"round {group[0].leader}"):
-            rounded = rounded_layers(subject, group, grams, gathering.apart, fmt)
+            rounded = rounded_layers(subject, group, grams, gathering.apart, fmt, outputs)
         stored = {name: x.stored for of_one in rounded for name, x in of_one.items()}
         found |= {name: x.packed() for name, x in stored.items() if x is not None}
     return found

@@ -217,17 +217,17 @@ def choose_codes(weight: Tensor, scales: Tensor, metrics: Metrics) -> Tensor:
     """(n, rows) uint8 NF4 codes of `weight` (n, rows) by GPTQ, given `scales` (k, rows)."""
     errors = torch.zeros_like(weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for span in _spans(weight):
+    for span in spans(weight):
         targets = metrics.targets(weight, errors, span)
-        own = _scales_of(scales, span, len(weight))
+        own = scales_of(scales, span, len(weight))
         codes[span], errors[span] = _rounded(weight[span], own, targets, metrics, span)
     return codes
 
 
 def improve_codes(weight: Tensor, scales: Tensor, codes: Tensor, metrics: Metrics) -> None:
     """Change `codes` by one sweep of coordinate descent over the columns; shapes as of `choose_codes`."""
-    errors = _errors(weight, scales, codes)
-    for span in _spans(weight):
+    errors = errors_of(weight, scales, codes)
+    for span in spans(weight):
         within = metrics.within(span)
         curvature = within.diagonal(dim1=1, dim2=2)
         read = weight[span] - errors[span]  # the weights as they read now
@@ -236,7 +236,7 @@ def improve_codes(weight: Tensor, scales: Tensor, codes: Tensor, metrics: Metric
         codes[span], changes = round_columns(
             targets,
             read,
-            _scales_of(scales, span, len(weight)),
+            scales_of(scales, span, len(weight)),
             within / curvature[..., None],
             metrics.widths,
         )
@@ -252,7 +252,7 @@ def fitted_scales(weight: Tensor, scales: Tensor, codes: Tensor, metrics: Metric
     n = len(weight)
     assert n % blocksize == 0
     grid = nf4_grid(weight.device)
-    errors = _errors(weight, scales, codes)
+    errors = errors_of(weight, scales, codes)
     found = scales.clone()
     for block, start in enumerate(range(0, n, blocksize)):
         span = slice(start, start + blocksize)
@@ -264,23 +264,23 @@ def fitted_scales(weight: Tensor, scales: Tensor, codes: Tensor, metrics: Metric
     return found
 
 
-def _spans(weight: Tensor) -> list[slice]:
+def spans(weight: Tensor) -> list[slice]:
     n = len(weight)
     return [slice(start, min(start + WIDTH, n)) for start in range(0, n, WIDTH)]
 
 
-def _scales_of(scales: Tensor, span: slice, columns: int) -> Tensor:
+def scales_of(scales: Tensor, span: slice, columns: int) -> Tensor:
     """Those of `scales`, which serve `columns` columns, that serve the columns `span`."""
     each = columns // len(scales)
     return scales[span.start // each : -(-span.stop // each)]
 
 
-def _errors(weight: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+def errors_of(weight: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
     """`weight` less what `codes` and `scales` read as; a few columns at a time, which saves memory."""
     grid = nf4_grid(weight.device)
     errors = torch.empty_like(weight)
-    for span in _spans(weight):
-        own = spread(_scales_of(scales, span, len(weight)), span.stop - span.start)
+    for span in spans(weight):
+        own = spread(scales_of(scales, span, len(weight)), span.stop - span.start)
         torch.addcmul(weight[span], grid.read(codes[span].int()), own, value=-1, out=errors[span])
     return errors
 

@@ -8,6 +8,8 @@ import torch
 
 from qprobe.calibration.codes import workspace_bytes
 from qprobe.calibration.gram import SharedInput, gram_bytes
+from qprobe.calibration.token_weights import is_two_sided
+from qprobe.calibration.two_sided import moving_bytes
 from qprobe.measure.memory import free_memory
 from qprobe.measure.subject import Subject
 from qprobe.system.processes import even_runs
@@ -27,6 +29,7 @@ def check_limit(subject: Subject) -> None:
     needed = {
         x.name: (x.experts or 1) * gram_bytes(x.in_features, device)
         + rounding_bytes(x.out_features, x.in_features)
+        + (moving_bytes([x.out_features], x.in_features) if is_two_sided(subject, x.out_features) else 0)
         for x in subject.inventory.layers
         if not x.fixed and not x.transposed
     }
@@ -104,6 +107,8 @@ def _held(subject: Subject, inputs: Iterable[SharedInput]) -> int:
 
 
 def _rounding(subject: Subject, inputs: Sequence[SharedInput]) -> int:
-    """`rounding_bytes` of `inputs` at once."""
-    rows = sum(subject.modules[name].out_features for one in inputs for name in one.names)
-    return rounding_bytes(rows, inputs[0].in_features, len(inputs))
+    """`rounding_bytes` of `inputs` at once, and what it takes to move their codes."""
+    heights = [subject.modules[name].out_features for one in inputs for name in one.names]
+    moving = [height for height in heights if is_two_sided(subject, height)]
+    columns = inputs[0].in_features
+    return rounding_bytes(sum(heights), columns, len(inputs)) + moving_bytes(moving, columns)

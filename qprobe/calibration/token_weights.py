@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qprobe.calibration.gram import SharedInput, counted_tokens, tiles_that_count
+from qprobe.calibration.two_sided import MOST_OUTPUTS
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import FLOAT16_SCALE, direction, random_signs
 from qprobe.measure.experts.routing import Product, owned, times
@@ -44,12 +45,14 @@ class TokenWeights:
     """Weights of the tokens that shared inputs hold, by leader and number of the batch.
 
     raw: (tokens,) float32 on the CPU, squared gradient norms summed over the linears that read the tensor and
-    over draws. means: their mean over the tokens that count. A leader that ran more than once in a batch is
-    missing: its runs cannot be told apart in the backward pass.
+    over draws. means: their mean over the tokens that count. outputs: Gram matrices of the gradients by
+    linear, (out_features, out_features) float32, of those that `is_two_sided`. A leader that ran more than
+    once in a batch is missing, with its linears: its runs cannot be told apart in the backward pass.
     """
 
     raw: Mapping[str, Sequence[Tensor]]
     means: Mapping[str, float]
+    outputs: Mapping[str, Tensor]
 
     def of(self, leader: str, batch: int) -> Tensor | None:
         """(tokens,) float32 of mean one: what those of batch number `batch` count; None for once each."""
@@ -57,6 +60,14 @@ class TokenWeights:
         if not mean > 0:
             return None
         return (1 - MIX) + MIX * self.raw[leader][batch] / mean
+
+
+def is_two_sided(subject: Subject, out_features: int) -> bool:
+    """True if gradients at so many outputs of a linear are summed, for `qprobe.calibration.two_sided`.
+
+    That is in small models, of linears whose matrix is small as well.
+    """
+    return subject.path.dtype == torch.float32 and out_features <= MOST_OUTPUTS
 
 
 def token_weights(
@@ -76,8 +87,10 @@ def token_weights(
     raw: dict[str, list[Tensor]] = {one.leader: [] for one in inputs}
     counts = dict.fromkeys(raw, 0)
     repeated: set[str] = set()
+    outputs: dict[str, Tensor] = {}
+    wide = frozenset(name for name in leaders if not is_two_sided(subject, subject.layers[name].out_features))
     for batch in batches:
-        notes = _Notes(leaders)
+        notes = _Notes(leaders, outputs, wide, subject.limit is not None)
         with subject.running("weights of tokens", batch.elements):
             _run(subject, batch, notes)
         tiles = tiles_that_count(batch)
@@ -96,17 +109,22 @@ def token_weights(
         for leader, found in kept.items()
     }
     finite = {leader: mean for leader, mean in means.items() if mean < float("inf")}
-    return TokenWeights(kept, finite)
+    once = {name: one for name, one in outputs.items() if leaders[name] in kept}
+    return TokenWeights(kept, finite, once)
 
 
 class _Notes:
     """Squared gradient norms of one batch, by leader.
 
-    tokens: how many each leader's linears read. repeated: leaders of linears that ran twice in it.
+    outputs: sums of gradients' Gram matrices, to which those of this batch are added, but for `wide` linears;
+    they wait on the host if `is_limited`. tokens: how many each leader's linears read. repeated: leaders of
+    linears that ran twice in it.
     """
 
-    def __init__(self, leaders: Mapping[str, str]) -> None:
-        self.leaders = leaders
+    def __init__(
+        self, leaders: Mapping[str, str], outputs: dict[str, Tensor], wide: frozenset[str], is_limited: bool
+    ) -> None:
+        self.leaders, self.outputs, self.wide, self.is_limited = leaders, outputs, wide, is_limited
         self.weights: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.repeated: set[str] = set()
@@ -126,6 +144,12 @@ class _Notes:
         self._runs.add(name)
         so_far = self.weights.get(leader)
         self.weights[leader] = squares if so_far is None else so_far + squares.to(so_far.device)
+        if name not in self.wide:
+            rows = gradient.float().reshape(-1, gradient.shape[-1])
+            product = rows.T @ rows
+            there = self.outputs.get(name)
+            kept = product.cpu() if self.is_limited else product
+            self.outputs[name] = kept if there is None else there.add_(kept.to(there.device))
 
     def on_host(self) -> dict[str, Tensor]:
         """The weights on the CPU; one copy from each device."""

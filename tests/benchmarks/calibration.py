@@ -12,7 +12,8 @@ The damage is the KL to the 16-bit model in nats per answer token, and for `mini
 answers, 1 - cosine of its mean-pooled embeddings. It is measured in float32 with every linear in 4-bit, on
 samples that calibration did not see. Standard errors are over samples; that of the share is of the paired
 difference. "plain" Gram matrices count every token once, "weighted" ones half by how much the answers depend
-on it (`qprobe.calibration.token_weights`); with `--tune`, block scales are tuned afterwards. Text models are
+on it (`qprobe.calibration.token_weights`); "two-sided" codes are moved for the gradients at outputs as well,
+as a scan of a small model does; with `--tune`, block scales are tuned afterwards. Text models are
 measured on other kinds of text as well: descriptions of packages, licences and Python source.
 
 `--full-size` calibrates the exact geometry of Llama-3.2-11B-Vision with seeded random weights, on 32 images
@@ -145,13 +146,25 @@ def _batches(subject: Subject, samples: Iterable[Sample]) -> list[Batch]:
     return [subject.encode(group) for group in subject.groups(tuple(samples), BATCH)]
 
 
-def rounded(subject: Subject, gathering: Gathering, inputs: Sequence[SharedInput]) -> dict[str, Rounded]:
-    """Calibrate what reads `inputs`, by layer; their Gram matrices are used up."""
+def rounded(
+    subject: Subject,
+    gathering: Gathering,
+    inputs: Sequence[SharedInput],
+    outputs: Mapping[str, Tensor] | None = None,
+) -> dict[str, Rounded]:
+    """Calibrate what reads `inputs`, by layer; their Gram matrices are used up.
+
+    outputs: Gram matrices of the gradients at outputs, see `qprobe.calibration.two_sided`.
+    """
+    sides = outputs or {}
     found: dict[str, Rounded] = {}
     for group in rounded_together(subject, inputs, FULL_GRAM_BYTES):
         grams = [gathering.grams.pop(one.leader) for one in group]
         weights = [[subject.modules[name].weight for name in one.names] for one in group]
-        readers = [Readers(w, g.total, g.tokens) for w, g in zip(weights, grams, strict=True)]
+        readers = [
+            Readers(w, g.total, g.tokens, [sides.get(name) for name in one.names])
+            for w, g, one in zip(weights, grams, group, strict=True)
+        ]
         with torch.no_grad():
             results = calibrate_together(readers, Nf4())
         for one, of_one in zip(group, results, strict=True):
@@ -238,13 +251,15 @@ def table(name: str, counts: Sequence[int], device: str, steps: int, codes: Sequ
             weights = token_weights(subject, inputs, part)
         weighted = stored(subject, all_rounded(subject, inputs, part, weights.of))
         measured.add("weighted", count, weighted, f"{time.perf_counter() - start:.0f}")
+        weighted = stored(subject, all_rounded(subject, inputs, part, weights.of, weights.outputs))
+        measured.add("weighted, two-sided", count, weighted, f"{time.perf_counter() - start:.0f}")
         split = split_samples([s for batch in part for s in batch.samples])
         for codes_from in codes if steps and split[1] else ():
             start = time.perf_counter()
             training, kept_back = (_batches(subject, some) for some in split)
             tuned = tune(subject, weighted, training, kept_back, steps, Nf4(), codes_from=codes_from)
             moved = f", codes from {codes_from:g} of them on" if codes_from < 1 else ""
-            what = f"weighted, {steps} steps{moved} (kept back: {tuned.before:.4g} to {tuned.after:.4g})"
+            what = f"two-sided, {steps} steps{moved} (kept back: {tuned.before:.4g} to {tuned.after:.4g})"
             measured.add(what, count, tuned.stored, f"{time.perf_counter() - start:.0f}")
     what = "KL, nats per answer token" if subject.answers else "1 - cosine of embeddings"
     plain = f"{fsum(own.plain) / sum(own.tokens):.4g} ± {ratio_se(own.plain, own.tokens):.2g}"
@@ -258,12 +273,16 @@ def table(name: str, counts: Sequence[int], device: str, steps: int, codes: Sequ
 
 
 def all_rounded(
-    subject: Subject, inputs: Sequence[SharedInput], batches: list[Batch], weights: Weights | None
+    subject: Subject,
+    inputs: Sequence[SharedInput],
+    batches: list[Batch],
+    weights: Weights | None,
+    outputs: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Rounded]:
     """Calibrate what reads `inputs` on `batches`, by layer."""
     with walking(subject.path):
         gathering = gathered(subject, inputs, batches, weights=weights)
-    return rounded(subject, gathering, inputs)
+    return rounded(subject, gathering, inputs, outputs)
 
 
 def full_size(device: torch.device, tiny: bool, limit_s: float) -> None:

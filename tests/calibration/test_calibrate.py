@@ -17,6 +17,7 @@ from qprobe.calibration.gptq import shrunk
 from qprobe.calibration.gram import APART, Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
 from qprobe.calibration.room import gram_room, rounded_together, rounding_bytes
 from qprobe.calibration.token_weights import DRAWS, token_weights
+from qprobe.calibration.two_sided import moving_bytes
 from qprobe.errors import MachineError, ManifestError
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of
 from qprobe.formats.nf4 import Nf4
@@ -287,7 +288,7 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
     subject = limited_subject(reference, FormatSpec(NF4_CALIBRATED.name), 2**40, tmp_path)
     assert subject.limit is not None
     inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs, in 16-bit
-    rounding = workspace_bytes(64, 96) + 2 * 64 * 96
+    rounding = workspace_bytes(64, 96) + 2 * 64 * 96 + moving_bytes([64], 96)
     limits = [
         (1_000, rounding),
         (8_000_000, 10_000_000),
@@ -310,8 +311,11 @@ def test_what_is_rounded_at_once_has_one_width_and_fits_beside_the_matrices(tiny
     spread = replace(subject, modules=modules)
     inputs = [SharedInput((name,), module.in_features) for name, module in modules.items()]
     held = sum(gram_bytes(one.in_features, torch.device("meta")) for one in inputs)
-    widest = max(workspace_bytes(m.out_features, m.in_features) + 2 * m.weight.numel() for m in wide)
-    pair = workspace_bytes(80, 64, 2) + 2 * 80 * 64
+    widest = max(
+        rounding_bytes(m.out_features, m.in_features) + moving_bytes([m.out_features], m.in_features)
+        for m in wide
+    )
+    pair = workspace_bytes(80, 64, 2) + 2 * 80 * 64 + moving_bytes([32, 48], 64)
 
     def groups(limit: int) -> list[list[str]]:
         return [[one.leader for one in group] for group in rounded_together(spread, inputs, limit)]
@@ -326,7 +330,7 @@ def test_what_is_rounded_at_once_has_one_width_and_fits_beside_the_matrices(tiny
 def test_without_a_memory_limit_matrices_and_records_get_a_quarter_of_what_is_free(tiny_folder, monkeypatch):
     subject = subject_for(tiny_folder("llama"))
     inputs = [SharedInput(("model.layers.0.mlp.down_proj",), 96)]  # 64 outputs
-    rounding = rounding_bytes(64, 96)
+    rounding = rounding_bytes(64, 96) + moving_bytes([64], 96)
     for free, matrices in (
         (4 * rounding, rounding),
         (rounding + 5, 5),  # what rounding leaves

@@ -105,6 +105,7 @@ def test_a_memory_limit_below_the_matrices_of_all_experts_of_a_layer_is_refused_
     limited: Any = SimpleNamespace(
         inventory=subject.inventory,
         reference=subject.reference,
+        path=subject.path,
         limit=SimpleNamespace(check=lambda needed, what: asked.append((needed, what))),
     )
     check_limit(limited)

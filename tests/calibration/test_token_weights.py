@@ -46,10 +46,18 @@ def keep(
     return outputs[name]
 
 
-def slow_gradients(subject: Subject, samples: tuple) -> dict[str, list[torch.Tensor]]:
+def squares(gradient: torch.Tensor) -> torch.Tensor:
+    """(tokens,) of the gradient (tokens, out_features)."""
+    return gradient.square().sum(dim=-1)
+
+
+def slow_gradients(
+    subject: Subject, samples: tuple, of: Callable[[torch.Tensor], torch.Tensor] = squares
+) -> dict[str, list[torch.Tensor]]:
     """Squared norms of the gradient at every linear's output, by plain hooks and retained gradients.
 
-    One sample at a time, so that there is no padding; summed over draws: (tokens,) for each sample.
+    One sample at a time, so that there is no padding; summed over draws: (tokens,) for each sample. of: what
+    is summed of a gradient (tokens, out_features), float64.
     """
     found: dict[str, list[torch.Tensor]] = {name: [] for name in subject.quantized}
     for sample in samples:
@@ -76,13 +84,30 @@ def slow_gradients(subject: Subject, samples: tuple) -> dict[str, list[torch.Ten
             gradients = torch.autograd.grad(loss, [outputs[n] for n in names], allow_unused=True)
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
-                    squares = gradient.double().square().sum(dim=-1).reshape(-1)
-                    sums[name] = sums.get(name, torch.zeros_like(squares)) + squares
+                    own = of(gradient.double().flatten(0, -2))
+                    sums[name] = sums.get(name, torch.zeros_like(own)) + own
             for hook in hooks:
                 hook.remove()
-        for name, squares in sums.items():
-            found[name].append(squares)
+        for name, own in sums.items():
+            found[name].append(own)
     return found
+
+
+def test_outputs_are_sums_of_outer_products_of_gradients_but_for_wide_linears(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+):
+    subject, samples = subject_for(tiny_folder("llama")), samples_of("llama", 2)
+    batches = [subject.encode((sample,)) for sample in samples]
+    inputs = shared_inputs(subject, batches)
+    heights = {name: layer.out_features for name, layer in subject.quantized_modules.items()}
+    widest = max(heights.values())
+    monkeypatch.setattr("qprobe.calibration.token_weights.MOST_OUTPUTS", widest - 1)
+    found = token_weights(subject, inputs, batches).outputs
+    assert found.keys() == {name for name, height in heights.items() if height < widest}
+    wanted = slow_gradients(subject, samples, of=lambda g: g.T @ g)
+    for name, matrix in found.items():
+        total = sum(wanted[name])
+        torch.testing.assert_close(matrix.double(), total, rtol=1e-3, atol=1e-4 * float(total.abs().max()))
 
 
 def by_token(wanted: dict[str, list[torch.Tensor]], names: tuple[str, ...]) -> list[list[torch.Tensor]]:
@@ -179,6 +204,7 @@ def test_equal_weights_give_the_plain_matrix(tiny_folder: TinyFolder):
     equal = TokenWeights(
         {one.leader: [torch.full((len(counts),), 7.0)] for one in inputs},
         {one.leader: 7.0 for one in inputs},
+        {},
     )
     plain = gathered(subject, inputs, [batch])
     weighted = gathered(subject, inputs, [batch], weights=equal.of)

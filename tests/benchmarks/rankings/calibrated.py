@@ -14,6 +14,7 @@ import torch
 
 from qprobe.calibration.codes import Readers, calibrate
 from qprobe.calibration.gram import gathered, shared_inputs
+from qprobe.calibration.token_weights import token_weights
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
@@ -30,14 +31,21 @@ BOTH = "**calibrated, list by what it leaves**"
 
 
 def put_calibrated(subject: Subject, batches: tuple[Batch, ...]) -> None:
-    """Put calibrated weights in place; not while `walking`, which changes the dtype of the weights."""
+    """Put calibrated weights in place as a scan does where tokens are weighed.
+
+    Not while `walking`, which changes the dtype of the weights.
+    """
     inputs = shared_inputs(subject, batches)
-    gathering = gathered(subject, inputs, batches)
+    given = [batch.in_dtype(subject.path.dtype) for batch in batches]
+    with walking(subject.path):
+        counts = token_weights(subject, inputs, given)
+        gathering = gathered(subject, inputs, given, weights=counts.of)
     for one in inputs:
         weights = [subject.modules[name].weight for name in one.names]
         with torch.no_grad():
             gram = gathering.grams.pop(one.leader)
-            found = calibrate(Readers(weights, gram.total, gram.tokens), Nf4())
+            sides = [counts.outputs.get(name) for name in one.names]
+            found = calibrate(Readers(weights, gram.total, gram.tokens, sides), Nf4())
         for name, rounded in zip(one.names, found, strict=True):
             if rounded.stored is not None:
                 subject.dequantized.put(name, rounded.stored.packed())

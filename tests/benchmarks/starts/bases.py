@@ -119,6 +119,7 @@ class Prepared:
 
     inputs: list[SharedInput]
     gathering: Gathering
+    outputs: Mapping[str, Tensor]
 
     @property
     def leaders(self) -> dict[str, str]:
@@ -134,7 +135,7 @@ def prepared(task: Task) -> Prepared:
     part = [b.in_dtype(subject.path.dtype) for b in batches]
     with walking(subject.path):
         weights = token_weights(subject, inputs, part)
-        return Prepared(inputs, gathered(subject, inputs, part, weights=weights.of))
+        return Prepared(inputs, gathered(subject, inputs, part, weights=weights.of), weights.outputs)
 
 
 def base_weights(task: Task, asked: Asked, given: Prepared) -> dict[str, Tensor]:
@@ -150,7 +151,7 @@ def base_weights(task: Task, asked: Asked, given: Prepared) -> dict[str, Tensor]
     found = nearest
     if asked.base in ("calibrated", "tuned"):
         copy = replace(given.gathering, grams=dict(given.gathering.grams))
-        found = {**nearest, **stored(subject, rounded(subject, copy, given.inputs))}
+        found = {**nearest, **stored(subject, rounded(subject, copy, given.inputs, given.outputs))}
     if asked.base == "tuned":
         training, kept_back = (
             [subject.encode(x) for x in subject.groups(tuple(part), 8)]
