@@ -89,8 +89,8 @@ def move_codes(weight: Tensor, scales: Tensor, codes: Tensor, metrics: Metrics, 
         widths = owners[rows].bincount(minlength=len(metrics.widths)).tolist()
         pulls = sides.pulls(errors, own)
         rows = rows.to(weight.device)
-        parts = (x.index_select(1, rows) for x in (weight, scales, codes, errors))
-        some = _Some(*parts, pulls)
+        w, s, c, e = (x.index_select(1, rows) for x in (weight, scales, codes, errors))
+        some = _Some(w, s, c, e, pulls)
         _move(some, Metrics(metrics.each, tuple(widths)))
         codes[:, rows], errors[:, rows] = some.codes, some.errors
 
