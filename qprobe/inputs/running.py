@@ -20,9 +20,7 @@ def failure_explained(model: Any) -> Iterator[None]:
         if isinstance(error, QprobeError) or is_out_of_memory(error):
             raise
         said = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
-        dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
-            f"{type(model).__name__} does not run a sample in {dtype} with transformers "
-            f"{transformers_version} ({said}). Pass another --dtype, or --measures weight, which runs no "
-            "sample."
+            f"{type(model).__name__}, as transformers {transformers_version} loads it, does not run a sample "
+            f"({said}). Pass another --dtype, or --measures weight, which runs no sample."
         ) from error

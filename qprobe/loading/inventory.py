@@ -7,6 +7,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
@@ -216,7 +217,8 @@ def read_directly(model: nn.Module, names: frozenset[str]) -> frozenset[str]:
 def _weights_read(cls: type) -> frozenset[str]:
     """Names x with whose `self.x.weight` a method of `cls` computes; asking for its dtype does not count.
 
-    But turning inputs into that dtype does: that of packed codes is uint8, as in LongT5's `wo`.
+    But turning inputs into that dtype does: that of packed codes is uint8, as in LongT5's `wo`, or where
+    SigLIP 2 and ColPali give it a name first.
     """
     found = set()
     methods = [x for base in cls.__mro__ for x in vars(base).values() if isinstance(x, FunctionType)]
@@ -228,10 +230,35 @@ def _weights_read(cls: type) -> frozenset[str]:
             is_weight = before.opname == at.opname == "LOAD_ATTR" and at.argval == "weight"
             # `.weight.dtype`, and `isinstance(self.x.weight, torch.Tensor)` where T5 looks for its dtype
             is_asked = (after.opname == "LOAD_ATTR" and after.argval in _ASKED) or after.argval == "torch"
-            is_given = after.argval == "dtype" and then.opname in ("PRECALL", "CALL")
+            is_given = after.argval == "dtype" and _is_handed_on(then, steps)
             if is_weight and (is_given or not is_asked) and isinstance(before.argval, str):
                 found.add(before.argval)
     return frozenset(found)
+
+
+def _is_handed_on(then: dis.Instruction, steps: list[dis.Instruction]) -> bool:
+    """True if the value ahead of `then` is the last argument of a call, at once or by a local variable."""
+    if not then.opname.startswith("STORE_FAST"):
+        return _is_call(then)
+    (name, *_) = _variables(then)
+    return any(
+        name in _variables(a) and _is_call(b)
+        for a, b in pairwise(steps)
+        if a.opname.startswith(("LOAD_FAST", "STORE_FAST_LOAD_FAST"))
+    )
+
+
+def _variables(step: dis.Instruction) -> tuple[str, ...]:
+    """The local variables of `step`, which are two from Python 3.13 on."""
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
+
+
+def _is_call(step: dis.Instruction) -> bool:
+    """True if `step` begins a call whose arguments are there; from Python 3.13 on names of keywords are a
+    constant.
+    """
+    is_naming = step.opname == "LOAD_CONST" and isinstance(step.argval, tuple)
+    return step.opname in ("PRECALL", "CALL", "KW_NAMES") or is_naming
 
 
 _ASKED = ("dtype", "device", "shape", "size", "numel", "ndim", "requires_grad", "data_ptr")

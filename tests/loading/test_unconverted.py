@@ -105,17 +105,20 @@ def test_only_computing_with_a_weight_counts():
     class Asks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.d = (nn.Linear(2, 2) for _ in range(4))
+            self.a, self.b, self.c, self.d, self.e, self.f = (nn.Linear(2, 2) for _ in range(6))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             kind = self.a.weight.dtype
             if isinstance(self.b.weight, torch.Tensor) and x.dtype != kind:
                 x = self.b(self.a(x))
-            return self.d(x.to(self.d.weight.dtype)) @ self.c.weight
+            wide = self.e.weight.dtype
+            if (guarded := self.f.weight.dtype).is_floating_point:
+                x = self.f(x.to(guarded) + 1)
+            return self.d(x.to(self.d.weight.dtype)) @ self.c.weight + self.e(x.to(dtype=wide))
 
     model = nn.ModuleDict({"asks": Asks()})
-    found = read_directly(model, frozenset({"asks.a", "asks.b", "asks.c", "asks.d"}))
-    assert found == {"asks.c", "asks.d"}  # the type of 4-bit codes, uint8, is none for inputs
+    found = read_directly(model, frozenset(f"asks.{x}" for x in "abcdef"))
+    assert found == {"asks.c", "asks.d", "asks.e"}  # the type of 4-bit codes, uint8, is none for inputs
 
 
 @pytest.mark.parametrize(

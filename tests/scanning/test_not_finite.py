@@ -165,6 +165,6 @@ def test_a_model_that_transformers_cannot_run_is_named_with_its_own_words(
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", broken)
     data = write_lines(tmp_path / "data.jsonl", *({"prompt": x, **answer} for x in ("a cat", "a dog", "why")))
-    said = r"LlamaForCausalLM does not run a sample in bfloat16 .* \(expected scalar type Float but found BF"
+    said = r"LlamaForCausalLM, .*, does not run a sample \(expected scalar type Float but found BFloat16\)"
     with pytest.raises(ModelError, match=said):
         scan(**options(tiny_folder("llama"), tmp_path / "run", data=data))

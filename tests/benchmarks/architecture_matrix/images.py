@@ -11,11 +11,12 @@ from typing import Any
 import transformers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from tests import families, sequences, tiny
 from tests.benchmarks.architecture_matrix.texts import ENCODER, HEAD_16, SEQUENCES, config_of
 from tests.families import SIDE
-from tests.tiny import IDS, Recipe
+from tests.tiny import IDS, VOCAB, Recipe
 
 VISION = {
     "hidden_size": 64,
@@ -203,6 +204,12 @@ SEEING_ALONE = {  # encoders of an image alone
 }
 
 
+SEEING_KIN = (
+    "CLIPModel", "SiglipModel", "Siglip2Model", "Qwen3VLMoeForConditionalGeneration", "GitForCausalLM",
+    "Kosmos2ForConditionalGeneration", "InstructBlipForConditionalGeneration",
+)  # fmt: skip
+
+
 def pair(text: dict[str, Any] | None = None) -> dict[str, Any]:
     """The config of a tower for images beside one for text."""
     return {"text_config": {**ENCODER, **(text or {})}, "vision_config": VISION, "projection_dim": 32}
@@ -216,6 +223,90 @@ def clip_processor() -> tuple[Any, ...]:
 def siglip_processor() -> tuple[Any, ...]:
     images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     return (transformers.SiglipProcessor(images, tiny.make_tokenizer(())),)
+
+
+def siglip2_processor() -> tuple[Any, ...]:
+    return (transformers.Siglip2Processor(Siglip2ImageProcessorPil(), tiny.make_tokenizer(())),)
+
+
+def siglip2() -> dict[str, Any]:
+    """Images of their own aspect, in patches of 16 pixels: its processor takes no others."""
+    vision = {key: value for key, value in VISION.items() if key != "image_size"}
+    return {
+        "text_config": {**ENCODER, "max_position_embeddings": 64},
+        "vision_config": {**vision, "num_patches": 16, "patch_size": 16},
+    }
+
+
+def _clip_images() -> Any:
+    return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+
+
+def git_processor() -> tuple[Any, ...]:
+    return (transformers.GitProcessor(_clip_images(), tiny.make_tokenizer(())),)
+
+
+def kosmos2() -> dict[str, Any]:
+    text = {
+        "vocab_size": VOCAB + 16, "embed_dim": 64, "layers": 2, "ffn_dim": 96, "attention_heads": 4,
+        "max_position_embeddings": 512, **IDS,
+    }  # fmt: skip
+    return {"text_config": text, "vision_config": VISION}  # its processor writes 64 tokens for an image
+
+
+def kosmos2_processor() -> tuple[Any, ...]:
+    tokenizer = tiny.make_tokenizer(())
+    return (transformers.Kosmos2Processor(_clip_images(), tokenizer, num_patch_index_tokens=4),)
+
+
+def instruct_blip() -> dict[str, Any]:
+    qformer = {key: VISION[key] for key in VISION if key not in ("image_size", "patch_size")}
+    given = sequences.blip2_opt().to_dict()
+    return {
+        "vision_config": VISION,
+        "qformer_config": {
+            **qformer,
+            "vocab_size": VOCAB,
+            "encoder_hidden_size": 64,
+            "pad_token_id": tiny.PAD,
+        },
+        "text_config": given["text_config"],
+        "num_query_tokens": sequences.QUERIES,
+        "image_token_index": tiny.FIRST_MARKER,
+    }
+
+
+def instruct_blip_processor() -> tuple[Any, ...]:
+    ((blip2,), queries) = sequences.blip2_processor("<|bos|> $A"), tiny.make_tokenizer(())
+    return (
+        transformers.InstructBlipProcessor(
+            blip2.image_processor, blip2.tokenizer, queries, num_query_tokens=sequences.QUERIES
+        ),
+    )
+
+
+def qwen2_audio() -> dict[str, Any]:
+    """Read as a model of text, which it takes without a sound."""
+    audio = {
+        "model_type": "qwen2_audio_encoder", "num_mel_bins": 16, "encoder_layers": 1, "d_model": 64,
+        "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "max_source_positions": 64,
+    }  # fmt: skip
+    text = {"model_type": "qwen2", **tiny.decoder(64, 96, 2)}
+    return {"audio_config": audio, "text_config": text, "audio_token_index": 10}
+
+
+def moshi() -> dict[str, Any]:
+    depth = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 96}
+    sound = {
+        "model_type": "mimi", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 64, "num_filters": 4, "codebook_size": 64, "codebook_dim": 16,
+        "vector_quantization_hidden_dimension": 16, "num_quantizers": 4, "upsample_groups": 32,
+    }  # fmt: skip
+    books = {"num_codebooks": 2, "vocab_size": VOCAB}
+    return {
+        **tiny.decoder(64, 96, 2), **books, "ffn_dim": 192, "depth_decoder_config": {**depth, **books},
+        "audio_encoder_config": sound,
+    }  # fmt: skip
 
 
 def _images_alone() -> tuple[Any, ...]:
@@ -236,6 +327,13 @@ def recipes() -> dict[str, Recipe]:
         "CLIPModel": (pair(), clip_processor),
         "SiglipModel": (pair({"max_position_embeddings": 64}), siglip_processor),
         "CLIPTextModelWithProjection": ({**ENCODER, "projection_dim": 32}, tiny.encoder_tokenizer),
+        "Siglip2Model": (siglip2(), siglip2_processor),
+        "Kosmos2ForConditionalGeneration": (kosmos2(), kosmos2_processor),
+        "GitForCausalLM": ({**ENCODER, "vision_config": VISION}, git_processor),
+        "InstructBlipForConditionalGeneration": (instruct_blip(), instruct_blip_processor),
+        "Qwen2AudioForConditionalGeneration": (qwen2_audio(), tiny.text_tokenizer),
+        "MoshiForConditionalGeneration": (moshi(), tiny.text_tokenizer),
+        "DINOv3ViTModel": (VISION, _images_alone),
         "ViTForImageClassification": ({**VISION, "num_labels": 3}, _images_alone),
         "WhisperForConditionalGeneration": (_whisper(), tiny.text_tokenizer),
     }
@@ -279,5 +377,5 @@ def reads_images(name: str) -> bool:
         or name in FAMILIES
         or name in WRITING_IMAGES
         or name in SEEING_ALONE
-        or name in ("CLIPModel", "SiglipModel", "Qwen3VLMoeForConditionalGeneration")
+        or name in SEEING_KIN
     )

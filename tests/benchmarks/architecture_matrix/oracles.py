@@ -64,7 +64,7 @@ def in_four_bit(model: nn.Module) -> set[str]:
         if isinstance(weight, bnb.nn.Params4bit) and weight.dtype == torch.uint8:
             found.add(name)
         for leaf, parts in getattr(module, "parametrizations", {}).items():
-            if getattr(parts, "original", parts[0]).dtype == torch.uint8:
+            if getattr(getattr(parts, "original", None), "dtype", None) == torch.uint8:
                 found.add(f"{name}.{leaf}")
     return found
 

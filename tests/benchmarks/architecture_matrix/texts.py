@@ -31,6 +31,11 @@ T5 = {"vocab_size": VOCAB, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 
 EXPERTS = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
 MULTI_QUERY = {"num_key_value_heads": 4}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+MLA = {
+    **MULTI_QUERY, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}  # fmt: skip
+ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 RECURRENT = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, **IDS}
 
 DECODERS: dict[str, dict[str, Any]] = {
@@ -61,7 +66,17 @@ DECODERS: dict[str, dict[str, Any]] = {
     "HunYuanDenseV1ForCausalLM": HEAD_16,
     "SeedOssForCausalLM": HEAD_16,
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-}
+    "DiffLlamaForCausalLM": {},
+    "DogeForCausalLM": {},
+    "BitNetForCausalLM": {},
+    "MiniCPM3ForCausalLM": {**MLA, "dim_model_base": 64},
+    "Gemma3nForCausalLM": {  # embeddings per layer, alternating updates, layers that share keys and values
+        **HEAD_16, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 8,
+        "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    },
+}  # fmt: skip
 EXPERT_MODELS: dict[str, dict[str, Any]] = {
     "Qwen2MoeForCausalLM": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64},
     "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
@@ -85,6 +100,14 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
         "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
     },
+    "DeepseekV32ForCausalLM": {  # attention to what an indexer picks
+        **EXPERTS, **MLA, **ROUTED, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 2,
+        "head_dim": 16, "first_k_dense_replace": 1,
+    },
+    "LongcatFlashForCausalLM": {  # two of the experts do nothing
+        **MLA, "num_layers": 2, "ffn_hidden_size": 96, "head_dim": 16, "moe_topk": 2, "n_routed_experts": 4,
+        "zero_expert_num": 2, "expert_ffn_hidden_size": 64,
+    },
 }  # fmt: skip
 HYBRIDS: dict[str, dict[str, Any]] = {
     "JambaForCausalLM": {
@@ -106,6 +129,26 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "RecurrentGemmaForCausalLM": {
         "num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 64, **HEAD_16,
     },
+    "ZambaForCausalLM": {
+        **MULTI_QUERY, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_d_state": 8, "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
+    "NemotronHForCausalLM": {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "moe", "attention", "mamba"], **HEAD_16,
+        "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1,
+        "n_routed_experts": 4, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64,
+        "use_mamba_kernels": False,
+    },
+    "KimiLinearForCausalLM": {
+        **MLA, "q_lora_rank": None, "moe_intermediate_size": 64, "num_experts_per_tok": 2,
+        "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"], "linear_head_dim": 16, "linear_num_heads": 4,
+    },
+    "MiniMaxForCausalLM": {
+        **HEAD_16, "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"],
+        "block_size": 16,
+    },
 }  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": GPT,
@@ -122,6 +165,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "MambaForCausalLM": {**RECURRENT, "state_size": 8},
     "Mamba2ForCausalLM": {**RECURRENT, "state_size": 16, "head_dim": 16, "num_heads": 8, "n_groups": 1},
     "FalconMambaForCausalLM": {**RECURRENT, "state_size": 8},
+    "CTRLLMHeadModel": {**GPT, "dff": 96},
     "RwkvForCausalLM": {**RECURRENT, "attention_hidden_size": 64, "intermediate_size": 96},
 }  # fmt: skip
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -149,6 +193,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "LlamaModel": {},
 }
 T5_WHOLE = {**T5, "decoder_start_token_id": tiny.PAD, **IDS}
+GEMMA = {**DECODER, **HEAD_16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 TWIN = {"model_type": "bert", **{k: v for k, v in ENCODER.items() if k not in IDS}}
 SEQUENCE_MODELS: dict[str, dict[str, Any]] = {
     "T5ForConditionalGeneration": T5_WHOLE,
@@ -178,6 +223,16 @@ SEQUENCE_MODELS: dict[str, dict[str, Any]] = {
         "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
         "num_decoder_attention_heads": 4, "max_position_embeddings": 512,
         "decoder_start_token_id": tiny.BOS, **IDS,
+    },
+    "T5GemmaForConditionalGeneration": {"encoder": GEMMA, "decoder": GEMMA, "vocab_size": VOCAB},
+    "FSMTForConditionalGeneration": {
+        **{k: v for k, v in SEQUENCES.items() if k != "vocab_size"}, "langs": ["en", "de"],
+        "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "decoder": {"vocab_size": VOCAB},
+    },
+    "SpeechT5ForTextToSpeech": {
+        "vocab_size": VOCAB, "hidden_size": 64, "encoder_layers": 1, "decoder_layers": 1,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96, **IDS,
     },
     "EncoderDecoderModel": {
         "encoder": TWIN, "decoder": {**TWIN, "is_decoder": True, "add_cross_attention": True},
