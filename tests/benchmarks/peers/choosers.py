@@ -23,7 +23,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from qprobe.runs.statistics import ratio_se
-from tests.benchmarks.peers.declared import CHOOSERS, FORMATS, SHARES
+from tests.benchmarks.peers.declared import CHOOSERS, OURS, SHARES
 from tests.benchmarks.peers.opening import Opened, add_options, begun, opened
 from tests.benchmarks.peers.passages import OWN
 from tests.benchmarks.peers.running import run
@@ -60,12 +60,20 @@ def main() -> None:
 
 def made_weights(task: Opened) -> dict[str, dict[str, Any]]:
     """The two formats that lists are put on."""
-    ours = replace(FORMATS[0], options={"bits": (), "tune": 0, "passages": str(task.passages)})
-    out = task.work / "placed"
-    why = run(ours, task.task, out, task.machine)
-    if why:
-        raise SystemExit(why)
-    return {x: load_file(out / x / "weights.safetensors", device=task.machine.device) for x in PLACED}
+    found = {}
+    for name in PLACED:
+        peer = next(x for x in OURS if x.name == name)
+        out = task.work / name
+        why = run(
+            replace(peer, options={**peer.options, "bits": (), "passages": str(task.passages)}),
+            task.task,
+            out,
+            task.machine,
+        )
+        if why:
+            raise SystemExit(why)
+        found[name] = load_file(out / name / "weights.safetensors", device=task.machine.device)
+    return found
 
 
 def measured(task: Opened, path: Path, weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

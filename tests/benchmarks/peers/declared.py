@@ -34,8 +34,13 @@ def _torchao(name: str, algorithm: str) -> Peer:
     return Peer(name, "ao", "torchao", {"name": name, "group": 64, "algorithm": algorithm})
 
 
+def _ours(name: str, kind: str) -> Peer:
+    return Peer(name, "ours", "qprobe", {"name": name, "kind": kind})
+
+
+OURS = (_ours("nf4", "nf4"), _ours("nf4-calibrated", "calibrated"), _ours("nf4-calibrated, tuned", "tuned"))
 FORMATS = (
-    Peer("ours", "ours", "qprobe"),
+    *OURS,
     Peer("quanto", "quanto", "optimum.quanto"),
     _torchao("torchao int4 g64", "affine"),
     _torchao("torchao int4 g64, HQQ scales", "hqq_scale_only"),

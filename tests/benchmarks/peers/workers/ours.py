@@ -1,8 +1,7 @@
-"""qprobe's own: plain NF4, calibrated, calibrated and tuned, each alone and with its list by budget."""
+"""qprobe's own: plain NF4, calibrated, or calibrated and tuned, alone and with its list by budget."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -87,27 +86,23 @@ def subject_and_samples(job: Job) -> tuple[Subject, list[Sample]]:
 
 
 def main() -> None:
-    """Make every format and hand it back."""
+    """Make the format that is asked for and hand it back."""
     job = read_job()
     subject, samples = subject_and_samples(job)
     batches = batches_of(subject, samples)
-    with measured(job.device) as nearest:
-        for name in sorted(subject.quantized):
-            subject.dequantized.weight(name)
-    hand_back_with_lists(job, subject, "nf4", batches, nearest)
-    with measured(job.device) as calibrating:
-        found = calibrated(subject, batches)
-    put(subject, found)
-    hand_back_with_lists(job, subject, "nf4-calibrated", batches, calibrating)
-    if not job.options["tune"]:
+    if job.options["kind"] == "nf4":
+        with measured(job.device) as nearest:
+            for name in sorted(subject.quantized):
+                subject.dequantized.weight(name)
+        hand_back_with_lists(job, subject, "nf4", batches, nearest)
         return
-    start = time.perf_counter()
-    with measured(job.device) as tuning:
-        training, kept_back = (batches_of(subject, part) for part in split_samples(samples))
-        tuned = tune(subject, found, training, kept_back, job.options["tune"], Nf4())
-    tuning.seconds = calibrating.seconds + time.perf_counter() - start
-    put(subject, tuned.stored)
-    hand_back_with_lists(job, subject, f"nf4-calibrated, {job.options['tune']} steps", batches, tuning)
+    with measured(job.device) as cost:
+        found = calibrated(subject, batches)
+        if job.options["kind"] == "tuned":
+            training, kept_back = (batches_of(subject, part) for part in split_samples(samples))
+            found = dict(tune(subject, found, training, kept_back, job.options["tune"], Nf4()).stored)
+    put(subject, found)
+    hand_back_with_lists(job, subject, job.options["name"], batches, cost)
 
 
 if __name__ == "__main__":
