@@ -1,13 +1,17 @@
 """Do the tests notice when a line of the package is wrong?
 
     python -m tests.benchmarks.mutations [--seed 19] [--mutants 60] [--out FILE] [--log FILE] [--only N ...]
+        [--covered FILE] [--minutes M]
 
 Cosmic Ray says which changes there are (an operator, a comparison, a number, a keyword, a decorator, ...) in
 the rooms `ROOMS`. The seed draws places of the source, each as likely as any other, and one change at each.
-Every change is made in a copy of the files that git knows, one at a time, and the tests of its room run
-there: those of files named after the module, then all that are not slow, then the slow ones. A change
-is caught when a test fails, or when the run takes three times as long as without a change. Without one all
-pass, which is tried first. `--only` tries some of the drawn ones, by their number.
+Every change is made in a copy of the files that git knows, one at a time, and the files of tests that run
+the changed line run there, in the order of `STAGES`: the quick tests of its room, those of other rooms, and
+the slow ones of both; in each stage files named after the module first, then the quicker ones. Which tests
+run which lines coverage says (`tests.benchmarks.covering`), of a run without any change, kept in `--covered`;
+files with a test that fails then are left out and named. A change is caught when a test fails, or when the
+run takes three times the CPU time that it takes without it. `--only` tries some of the drawn ones, by their
+number; after `--minutes` no further one is begun, and the table says which are not tried to the end.
 
 Left out before drawing: annotations, which are never evaluated here (`from __future__ import annotations`),
 blocks for type checkers alone, and kernels that only a GPU runs.
@@ -22,14 +26,17 @@ import importlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -43,13 +50,16 @@ import transformers  # noqa: F401
 from cosmic_ray import mutating, plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 
+from tests.benchmarks.covering import Covered, files_for, gather
+
 ROOMS = ("measure", "calibration", "selection", "runs", "checkpoint", "data")
 ROOT = Path(__file__).parents[2]
 GPU_ONLY = ("cuda.py",)
-RUNS = ("named", "quick", "slow")  # in this order; the first is of files that are named after the module
-PATIENCE = 3.0  # times the seconds of the same tests without a change, and a minute
-# anyio, which a library imports, is a plugin as well.
-ALONE = ("-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+STAGES = ("quick", "quick elsewhere", "slow", "slow elsewhere")  # in this order; elsewhere: of other rooms
+PATIENCE = 3.0  # times the CPU time of the same tests without a change, and a minute
+LOG = ".mutations.log"  # in the copy: what the last run said
+LONGEST = 1800.0  # seconds by the clock, for what waits without end
+ALONE = ("-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 Place = tuple[int, int]  # line from 1, column from 0
 
@@ -68,11 +78,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one of `RUNS` made of a change. test: the first that failed, "" if none did."""
+    """What one of `STAGES` made of a change. test: the first that failed, "" if none did."""
 
     number: int
     change: Change
-    run: str
+    stage: str
     test: str
     seconds: float
 
@@ -152,54 +162,66 @@ def copied(to: Path) -> Path:
     return to
 
 
-def arguments_of(change: Change, run: str, copy: Path) -> list[str]:
-    """What pytest is told for a run of `RUNS`; nothing if the room has no such files."""
-    room, stem = Path(change.file).parts[1], Path(change.file).stem
-    everything = {str(x.relative_to(copy)) for x in (copy / "tests" / room).rglob("test_*.py")}
-    named = {x for x in everything if Path(x).stem == f"test_{stem}"}
-    files = named if run == "named" else everything
-    return ["-m", "slow" if run == "slow" else "not slow", *sorted(files)] if files else []
+class Tests:
+    """The tests of a copy, and what they cover, gathered when it is first asked for and kept in `kept`."""
+
+    def __init__(self, copy: Path, kept: Path) -> None:
+        self.copy, self.kept = copy, kept
+        self.folders = sorted({x.relative_to(copy).parts[1] for x in (copy / "tests").rglob("test_*.py")})
+
+    def of(self, change: Change, stage: str) -> list[Covered]:
+        """The files whose tests run the change, in order."""
+        room, marked = Path(change.file).parts[1], "slow" if stage.startswith("slow") else "not slow"
+        own = [x for x in self.folders if (x == room) != stage.endswith("elsewhere")]
+        covered = [one for folder in own for one in self._covered(folder, marked)]
+        return files_for(covered, change.file, change.line)
+
+    def _covered(self, folder: str, marked: str) -> list[Covered]:
+        path = self.kept / f"{folder} {marked}.jsonl"
+        if not path.is_file():
+            start = time.perf_counter()
+            arguments = [*ALONE, f"tests/{folder}"]
+            child = forked(self.copy, partial(gather, arguments, marked, self.copy, ROOMS, path), keeps=True)
+            os.waitpid(child, 0)
+            if not path.is_file():
+                raise SystemExit(f"The {marked} tests of {folder} do not run: {logged(self.copy)[-2000:]}")
+            print(f"{marked} tests of {folder} gathered in {time.perf_counter() - start:.0f} s", flush=True)
+        found = [Covered(**json.loads(x)) for x in path.read_text().splitlines()]
+        for one in found:
+            if one.fails:
+                print(
+                    f"{marked} tests of {one.file} fail without any change, so they are left out", flush=True
+                )
+        return found
 
 
-def tried(number: int, change: Change, run: str, copy: Path, known: dict[tuple[str, ...], float]) -> Outcome:
-    """What the tests of a run make of `change`. known: seconds of runs without a change, kept here."""
-    arguments = arguments_of(change, run, copy)
-    if not arguments:
-        return Outcome(number, change, run, "", 0.0)
-    limit_s = 60 + PATIENCE * unchanged_s(arguments, copy, known)
+def tried(number: int, change: Change, stage: str, tests: Tests) -> Outcome:
+    """What the tests of a stage make of `change`."""
+    files = tests.of(change, stage)
     start = time.perf_counter()
+    if not files:
+        return Outcome(number, change, stage, "", 0.0)
+    limit_s = 60 + PATIENCE * sum(x.seconds for x in files)
     with mutating.use_mutation(
-        copy / change.file, plugins.get_operator(change.operator)(), change.occurrence
+        tests.copy / change.file, plugins.get_operator(change.operator)(), change.occurrence
     ):
-        test = first_failure(arguments, copy, limit_s)
-    return Outcome(number, change, run, test or "", time.perf_counter() - start)
+        test = first_failure([x.file for x in files], files[0].marked, tests.copy, limit_s)
+    return Outcome(number, change, stage, test or "", time.perf_counter() - start)
 
 
-def unchanged_s(arguments: Sequence[str], copy: Path, known: dict[tuple[str, ...], float]) -> float:
-    """The seconds that these tests take without a change; ends the program if one of them fails."""
-    key = tuple(arguments)
-    if key not in known:
-        start = time.perf_counter()
-        failed = first_failure(arguments, copy, None)
-        if failed is not None:
-            raise SystemExit(f"Without any change {failed}")
-        known[key] = time.perf_counter() - start
-        print(f"without a change {known[key]:.0f} s: {' '.join(arguments[:3])} ...", flush=True)
-    return known[key]
-
-
-def first_failure(arguments: Sequence[str], copy: Path, limit_s: float | None) -> str | None:
+def first_failure(files: Sequence[str], marked: str, copy: Path, limit_s: float) -> str | None:
     """The first test that fails, or why the run ended otherwise; None if all pass or none is selected.
 
-    The run is a fork of this process, which has imported the large libraries once. Only runs without a limit,
-    in which nothing is changed, leave bytecode.
+    limit_s: of CPU time, which other processes of the machine do not change.
     """
-    log, child = copy / ".mutations.log", os.fork()
-    if child == 0:
-        run_pytest(arguments, copy, log, keeps_bytecode=limit_s is None)
-    start, status = time.monotonic(), 0
+
+    def run() -> int:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s) + 1, int(limit_s) + 10))
+        return int(pytest.main([*ALONE, "-x", "-m", marked, *files]))
+
+    child, start = forked(copy, run), time.monotonic()
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if limit_s is not None and time.monotonic() - start > limit_s:
+        if time.monotonic() - start > LONGEST:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return "time is up"
@@ -207,16 +229,35 @@ def first_failure(arguments: Sequence[str], copy: Path, limit_s: float | None) -
     status = os.waitstatus_to_exitcode(ended[1])
     if status in (0, 5):
         return None
-    lines = [x for x in log.read_text(errors="replace").splitlines() if x.startswith(("FAILED", "ERROR"))]
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "time is up"
+    lines = [x for x in logged(copy).splitlines() if x.startswith(("FAILED", "ERROR"))]
     return lines[0].split(" - ")[0] if lines else f"pytest ended with {status}"
 
 
-def run_pytest(arguments: Sequence[str], copy: Path, log: Path, keeps_bytecode: bool) -> NoReturn:
-    """Run pytest in `copy`, of which nothing is imported yet, and end this process with its exit code."""
+def logged(copy: Path) -> str:
+    """What the last run said."""
+    return (copy / LOG).read_text(errors="replace")
+
+
+def forked(copy: Path, work: Callable[[], int | None], keeps: bool = False) -> int:
+    """A process that does `work` in `copy`, of which nothing is imported yet, and exits with what that gives.
+
+    It is a fork of this one, which has imported the large libraries once. keeps: whether it leaves bytecode,
+    as only runs may in which nothing is changed.
+    """
+    child = os.fork()
+    if child == 0:
+        in_copy(copy, work, keeps)
+    return child
+
+
+def in_copy(copy: Path, work: Callable[[], int | None], keeps_bytecode: bool) -> NoReturn:
+    """Do `work` in `copy`, and end this process with what it gives."""
     code = 1
     try:
         os.setsid()
-        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        said = os.open(copy / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1)
         os.dup2(said, 2)
         os.chdir(copy)
@@ -226,7 +267,7 @@ def run_pytest(arguments: Sequence[str], copy: Path, log: Path, keeps_bytecode: 
         for name in [x for x in sys.modules if x.partition(".")[0] in ("qprobe", "tests")]:
             del sys.modules[name]
         importlib.invalidate_caches()
-        code = int(pytest.main([*ALONE, *arguments]))
+        code = work() or 0
     except BaseException:
         traceback.print_exc()
     finally:
@@ -238,13 +279,17 @@ def run_pytest(arguments: Sequence[str], copy: Path, log: Path, keeps_bytecode: 
 def table(outcomes: Sequence[Outcome], seed: int) -> str:
     """The Markdown of all `outcomes`."""
     caught = sum(bool(x.test) for x in outcomes)
-    head = f"Seed {seed}: {caught} of {len(outcomes)} changes are caught.\n"
+    open_yet = sum(not x.test and x.stage != STAGES[-1] for x in outcomes)
+    head = f"Seed {seed}: {caught} of {len(outcomes)} changes are caught"
+    head += f"; {open_yet} were not tried to the end.\n" if open_yet else ".\n"
     rows = ["| | where | was | is | caught by |", "|---|---|---|---|---|"]
     for x in outcomes:
         before, after = (
             f"`` {text.replace('|', chr(92) + '|')} ``" for text in (x.change.before, x.change.after)
         )
-        by = x.test.removeprefix("FAILED ").removeprefix("ERROR ").removeprefix("tests/") or "**nothing**"
+        by = x.test.removeprefix("FAILED ").removeprefix("ERROR ").removeprefix("tests/") or (
+            "**nothing**" if x.stage == STAGES[-1] else f"nothing up to {x.stage or 'now'}"
+        )
         where = f"{x.change.file.removeprefix('qprobe/')}:{x.change.line}"
         rows.append(f"| {x.number} | {where} | {before} | {after} | {by} |")
     return "\n".join([head, *rows, ""])
@@ -269,6 +314,10 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
     parser.add_argument("--log", type=Path, help="a JSON line for each run, which is not done again")
+    parser.add_argument(
+        "--covered", type=Path, help="a folder for what tests cover, which is not gathered again"
+    )
+    parser.add_argument("--minutes", type=float, default=inf, help="no change is begun after so many")
     parser.add_argument("--list", action="store_true", help="show what is drawn, and try nothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # threads would not outlive a fork
@@ -279,18 +328,24 @@ def main() -> None:
             print(f"{number} {x.file}:{x.line} {x.operator}\n  - {x.before}\n  + {x.after}")
         return
     found = known_outcomes(asked.log, dict(changes))
-    seconds: dict[tuple[str, ...], float] = {}
+    end = time.monotonic() + asked.minutes * 60
     with TemporaryDirectory() as folder:
         copy = copied(Path(folder))
         compileall.compile_dir(copy / "qprobe", quiet=1)
-        for run in RUNS:
+        kept = asked.covered or Path(folder) / "covered"
+        kept.mkdir(parents=True, exist_ok=True)
+        tests = Tests(copy, kept)
+        for stage in STAGES:
             for number, change in wanted:
-                last = found.get(number)
-                if last is not None and (last.test or RUNS.index(last.run) >= RUNS.index(run)):
+                last = found.setdefault(number, Outcome(number, change, "", "", 0.0))
+                is_done = last.stage and STAGES.index(last.stage) >= STAGES.index(stage)
+                if last.test or is_done or time.monotonic() > end:
                     continue
-                found[number] = last = tried(number, change, run, copy, seconds)
+                found[number] = last = tried(number, change, stage, tests)
                 said = f"caught by {last.test}" if last.test else "not caught"
-                print(f"{number} {run} {change.file}:{change.line} {last.seconds:.0f} s: {said}", flush=True)
+                print(
+                    f"{number} {stage} {change.file}:{change.line} {last.seconds:.0f} s: {said}", flush=True
+                )
                 if asked.log:
                     with asked.log.open("a") as log:
                         log.write(json.dumps(asdict(last)) + "\n")
