@@ -13,6 +13,7 @@ from qprobe.errors import SampleError
 
 # Tensors with a token axis; all others belong to images and decide which samples fit one batch.
 TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"}
+VIDEOS = "pixel_values_videos"  # whose frames are one axis where a model does not cut them into patches
 PER_IMAGE = "cross_attention_mask"  # what each text token sees of each image: a row of text alone has none
 
 Inputs = dict[str, Tensor]
@@ -24,12 +25,18 @@ def joined(found: Sequence[Inputs], side: Side, pad_id: int) -> Inputs:
 
     found: of each row by itself, (1, tokens, ...) and images. Texts are padded on `side`, images of several
     sizes or numbers of tiles with zeros behind. Raises SampleError for rows with and without an image where
-    the model needs a mask of images for each row.
+    the model needs a mask of images for each row, and for videos of several numbers of frames where it would
+    read the zeros.
     """
     keys = {key: None for inputs in found for key in inputs}
     if PER_IMAGE in keys and any(PER_IMAGE not in x for x in found):
         raise SampleError(
             "a batch mixes lines with and without an image, which the model does not take; pass "
+            "--batch-size 1"
+        )
+    if len({x[VIDEOS].shape[1:] for x in found if VIDEOS in x}) > 1:
+        raise SampleError(
+            "a batch mixes videos of several numbers of frames, which the model does not take; pass "
             "--batch-size 1"
         )
     length = max(x["input_ids"].shape[1] for x in found)

@@ -15,7 +15,7 @@ from qprobe.manifest.records import Manifest
 from qprobe.registry.precisions import SIXTEEN_BIT, measurable
 from qprobe.system.decoding import check_visible, decode, strict_json
 from qprobe.system.foreign import read_foreign_if_there
-from qprobe.system.wording import shortened
+from qprobe.system.wording import SAID, shortened
 
 SCHEMA_VERSION = 1
 """Of the manifests that this qprobe reads and writes. Version 1 is the first."""
@@ -41,7 +41,7 @@ def read_manifest(path: Path | str) -> Manifest:
     try:
         return manifest_from_json(strict_json(data))
     except ManifestError as error:
-        raise ManifestError(f"{path}: {error}") from None
+        raise ManifestError(f"{path}: {shortened(str(error), SAID)}") from None
     except ValueError as error:
         raise ManifestError(
             f"{path} is no valid JSON ({error}); make it again with qprobe select, or copy it again."

@@ -32,10 +32,13 @@ REMARKS = (
         "Failed to load CPU gemm_4bit_forward",
         "an optional kernel is not installed; the built-in one computes the same",
     ),
-    Remark(
-        "transformers.models.qwen2_vl.video_processing_qwen2_vl",
-        "does not apply the per-frame pixel cap",
-        "the checkpoint's own settings decide, as they do at inference",
+    *(
+        Remark(
+            f"transformers.models.{name}.video_processing_{name}",
+            "does not apply the per-frame pixel cap",
+            "the checkpoint's own settings decide, as they do at inference",
+        )
+        for name in ("qwen2_vl", "qwen3_vl")
     ),
 )
 

@@ -12,11 +12,13 @@ import torch
 from qprobe.data.conversation import Conversation, Conversations, Skipped
 from qprobe.data.reading import Reading, check_left_out, read_conversations
 from qprobe.data.reasons import Refused
-from qprobe.data.turns import learning
+from qprobe.data.turns import held, learning
 from qprobe.errors import SampleError
 from qprobe.inputs.decoder import Decoder
 from qprobe.inputs.encoding import encode_conversations, encoding_problem, rows_to_learn
 from qprobe.options import FinetuneOptions, Progress
+from qprobe.records import Video
+from qprobe.system.wording import named
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,11 @@ def encodable(
 
 
 def check_batches(lines: Sequence[Conversation], batch_size: int, processor: Any, dtype: torch.dtype) -> None:
-    """Raises SampleError if a batch could mix lines with and without an image and the model takes none."""
+    """Raises SampleError if a batch could mix lines that the model does not take in one.
+
+    Those with and without an image, or videos of several numbers of frames.
+    """
+    _check_frames(lines, batch_size, processor, dtype)
     with_image = [x for x in lines if x.seen]
     if batch_size == 1 or len(with_image) in (0, len(lines)):
         return
@@ -93,6 +99,26 @@ def check_batches(lines: Sequence[Conversation], batch_size: int, processor: Any
             f"{len(with_image)} of {len(lines)} lines have an image, and a batch cannot mix both kinds: this "
             "model takes none. "
             f"Pass --batch-size 1 with --accumulation {batch_size} times as large."
+        ) from None
+
+
+def _check_frames(lines: Sequence[Conversation], batch_size: int, processor: Any, dtype: torch.dtype) -> None:
+    with_video = [x for x in lines if any(isinstance(one, Video) for one in x.seen)]
+    if batch_size == 1 or len(with_video) < 2:
+        return
+    seen = [[one for turn in held(x.turns) for one in turn.seen] for x in with_video]
+    frames = [[len(one.frames) for one in some if isinstance(one, Video)] for some in seen]
+    shortest, longest = (choose(range(len(frames)), key=frames.__getitem__) for choose in (min, max))
+    if frames[shortest] == frames[longest]:
+        return
+    try:
+        encode_conversations(processor, [with_video[shortest], with_video[longest]], dtype)
+    except SampleError:
+        counts = named([str(x) for x in sorted({x for some in frames for x in some})])
+        raise SampleError(
+            f"Videos of {counts} frames are in the data, and a batch cannot mix several numbers: this model "
+            "takes none. Give all as many, or pass "
+            f"--batch-size 1 with --accumulation {batch_size} times as large."
         ) from None
 
 

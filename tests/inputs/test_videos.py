@@ -13,9 +13,11 @@ import torch
 from qprobe.data.conversation import Conversation
 from qprobe.data.images import png
 from qprobe.data.reasons import Refused
+from qprobe.errors import SampleError
 from qprobe.inputs.batch import ANSWER, VISION, vision_token_ids
 from qprobe.inputs.decoder import Layout
 from qprobe.inputs.encoding import IGNORED, encode_conversations, encoding_problem, rows_to_learn
+from qprobe.inputs.joining import joined
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
@@ -114,3 +116,11 @@ def test_a_text_that_spells_out_a_video_is_refused():
     assert processed(processor).refusal(sample) == why
     row = Conversation(1, "1", (*sample.turns, Turn("assistant", ("b",))))
     assert encoding_problem(processor, row, torch.float32, 100) == why
+
+
+def test_a_batch_of_videos_whose_frames_are_an_axis_takes_one_number_of_them():
+    whole = {"input_ids": torch.ones(1, 2, dtype=torch.long)}  # as LLaVA-OneVision's processor gives them
+    rows = [{**whole, "pixel_values_videos": torch.ones(1, frames, 3, 4, 4)} for frames in (2, 2, 3)]
+    assert joined(rows[:2], "right", 0)["pixel_values_videos"].shape == (2, 2, 3, 4, 4)
+    with pytest.raises(SampleError, match="videos of several numbers of frames"):
+        joined(rows, "right", 0)
