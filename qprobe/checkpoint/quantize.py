@@ -100,56 +100,66 @@ def quantize(
     if push_to_hub is not None:
         refuse_to_push(push_to_hub)
     with alone_at(target):
-        done = _quantize(manifest, target, model, asked, dtype, folder, trust_remote_code, experts, progress)
+        given = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+        given = given if experts is None else _with_experts_kept(given)
+        origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
+        skeleton = check_model(given, model, trust_remote_code)
+        made_from = _made_from(given, model, skeleton.source)
+        job = _Job(_computing_in(given, dtype), origin, skeleton, asked, made_from)
+        done = _quantize(job, target, progress)
     return done if push_to_hub is None else replace(done, pushed=push(target, push_to_hub))
 
 
-def _quantize(
-    manifest: Manifest | str | Path,
-    target: Path,
-    model: str | None,
-    device: AskedDevice,
-    dtype: str | None,
-    folder: Path | str | None,
-    trust_remote_code: bool,
-    experts: KeptExperts | None,
-    progress: Progress,
-) -> Quantized:
-    """`quantize`, of what no other process writes."""
-    given = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    given = given if experts is None else _with_experts_kept(given)
-    skeleton = check_model(given, model, trust_remote_code)
-    if not any(x.is_four_bit and x.is_experts for x in given.layers):  # else only qprobe reads it
+@dataclass(frozen=True)
+class _Job:
+    """What is quantized: `skeleton` as `manifest` lists it. folder: where the manifest's codes lie, if it has
+    some. made_from: see `_made_from`.
+    """
+
+    manifest: Manifest
+    folder: Path
+    skeleton: Skeleton
+    device: AskedDevice
+    made_from: str | None
+
+
+def _quantize(job: _Job, target: Path, progress: Progress) -> Quantized:
+    """What was written into `target`, which no other process writes."""
+    manifest, skeleton = job.manifest, job.skeleton
+    four_bit = [x for x in manifest.layers if x.is_four_bit]
+    if not any(x.is_experts for x in four_bit):  # else only qprobe reads it
         refuse_rewritten(skeleton.model)
-    written = _computing_in(given, dtype)
-    origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
-    entries = exact_entries(transformers_readers(written), str, exact)
+    entries = exact_entries(transformers_readers(manifest), str, exact)
     progress("load in 4-bit", 0, 3)
-    refuse_nonfinite(skeleton, [x.name for x in written.layers if x.is_four_bit])
-    loaded = dynamic_4bit(written, skeleton, device, codes_of(written, origin))
+    refuse_nonfinite(skeleton, [x.name for x in four_bit])
+    loaded = dynamic_4bit(manifest, skeleton, job.device, codes_of(manifest, job.folder))
     processor = load_processor(skeleton.source)
-    four_bit = [x.name for x in written.layers if x.is_four_bit]
-    check_keys(skeleton.model, entries, written)
+    check_keys(skeleton.model, entries, manifest)
     progress("write", 1, 3)
     with new_folder(target) as place:
-        save_four_bit(loaded, processor, moved(written, origin, target), entries, place)
-        made_from = _made_from(written, model, skeleton.source)
-        (place / "README.md").write_text(model_card(written, skeleton.architecture, made_from), "utf-8")
+        save_four_bit(loaded, processor, moved(manifest, job.folder, target), entries, place)
+        card = model_card(manifest, skeleton.architecture, job.made_from)
+        (place / "README.md").write_text(card, "utf-8")
         progress("audit", 2, 3)
         stored = stored_bytes(loaded)
         del loaded  # makes room for the one that is loaded from the files
         gc.collect()
-        copied = skeleton.of_copy(resolve(str(place), trust_remote_code))
-        found = audit_files(place, copied, written, origin)
-        for problem in found.problems or loaded_problems(copied, found.layers, written, device):
-            raise VerificationError(
-                f"The checkpoint that was written is not what its manifest lists: {problem} "
-                f"Nothing was kept; report this with the versions that `qprobe doctor` prints."
-            )
+        _check_written(job, place)
         files = {x.name: x.stat().st_size for x in sorted(place.iterdir())}
     progress("done", 3, 3)
-    kept = len(written.skip_modules)
+    kept = len(manifest.skip_modules)
     return Quantized(target, len(four_bit), kept, stored.parameter_bytes, stored.total_bytes, files)
+
+
+def _check_written(job: _Job, place: Path) -> None:
+    """Raises VerificationError unless the files in `place` are, and load as, what the manifest lists."""
+    copied = job.skeleton.of_copy(resolve(str(place), job.skeleton.source.trusts_code))
+    found = audit_files(place, copied, job.manifest, job.folder)
+    for problem in found.problems or loaded_problems(copied, found.layers, job.manifest, job.device):
+        raise VerificationError(
+            f"The checkpoint that was written is not what its manifest lists: {problem} "
+            f"Nothing was kept; report this with the versions that `qprobe doctor` prints."
+        )
 
 
 def refuse_rewritten(model: nn.Module) -> None:
