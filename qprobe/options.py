@@ -199,6 +199,7 @@ class ScanOptions(ModelOptions, SampleOptions):
     tune: int | None = None
     calibration_samples: int | None = None
     keep_correction: int | None = None
+    check_data: Any = None
     experts: Experts = "4-bit"
     progress: Progress | None = None
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.options.declared import NOT_NEGATIVE, POSITIVE, option
+from qprobe.cli.options.declared import NOT_NEGATIVE, PATH, POSITIVE, option
 from qprobe.cli.options.limits import for_option, limit_options, refuse_two_limits
 from qprobe.cli.options.model import devices_option, dtype_option, experts_option, trust_option
-from qprobe.cli.options.samples import metric_option, refuse_two_sources, sample_options
+from qprobe.cli.options.samples import data_help, metric_option, refuse_two_sources, sample_options
 from qprobe.cli.output.speaking import say
 from qprobe.options import DEFAULT_BUDGET, ScanOptions
 from qprobe.registry import measures, precisions
@@ -76,6 +76,13 @@ TOP = 10  # layers of the ranking that are shown
     metavar="RANK",
     help="Also keep what nf4-calibrated leaves of every weight, as factors of this rank at most, in "
     "RUN/correction.safetensors.",
+)
+@option(
+    ScanOptions,
+    "check_data",
+    type=PATH,
+    metavar="FILE",
+    help=data_help("Samples of another kind than those that are measured, for what 4-bit costs on them"),
 )
 @experts_option
 @limit_options(DEFAULT_BUDGET)

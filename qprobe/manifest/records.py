@@ -49,6 +49,18 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class OtherKinds:
+    """Damage on samples of another kind than those that were measured. data: the file that they are of.
+
+    compared: standard 4-bit, nothing kept where that is another model, and this list, on these samples.
+    """
+
+    data: str
+    samples: int
+    compared: tuple[Compared, ...]
+
+
+@dataclass(frozen=True)
 class ManifestLayer:
     """One linear, or one fused weight of experts, and its precision.
 
@@ -87,6 +99,7 @@ class Manifest:
     """What `skiplist.json` holds, except its schema version.
 
     compared: the lists that this one was chosen among by measured KL; empty where nothing was measured.
+    other_kinds: None where none were measured.
     layers: every linear in execution order. skip_modules: the exact names of those in 16-bit, in that order.
     codes: the file with the calibrated weights, its path from the manifest's folder; None for other formats.
     """
@@ -101,6 +114,7 @@ class Manifest:
     skip_modules: tuple[str, ...]
     made_by: MadeBy
     codes: CodesFile | None = None
+    other_kinds: OtherKinds | None = field(default=None, kw_only=True)
 
 
 def moved(manifest: Manifest, origin: Path, target: Path) -> Manifest:

@@ -34,6 +34,7 @@ def write_manifest(path: Path | str, manifest: Manifest) -> None:
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as the JSON object of its schema."""
     data = {"schema_version": SCHEMA_VERSION, **asdict(manifest)}
-    if manifest.codes is None:
-        del data["codes"]  # older readers know no such key
+    for key in ("codes", "other_kinds"):  # of few manifests
+        if data[key] is None:
+            del data[key]
     return data

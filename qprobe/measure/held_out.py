@@ -79,6 +79,32 @@ def measure_candidates(
     return {name: run.units(candidate_stage(kept)) for name, kept in candidates.items()}
 
 
+def measure_others(
+    subject: Subject,
+    groups: Groups,
+    kept: Mapping[str, frozenset[str]],
+    fmt: Format | None,
+    progress: Progress,
+) -> dict[str, pd.DataFrame]:
+    """For each list (name -> linears kept in 16-bit) its KL rows over `groups`, and of `NEAREST_STAGE`.
+
+    The latter is standard 4-bit, every weight rounded to nearest as `fmt` does it; None for without it.
+    """
+    found: dict[str, list[pd.DataFrame]] = {}
+
+    def measure(batch: Batch) -> dict[str, pd.DataFrame]:
+        frames = candidate_kl(subject, batch, dict(kept))
+        if fmt is not None:
+            frames[NEAREST_STAGE] = nearest_kl(subject, batch, fmt, NEAREST_STAGE)
+        return frames
+
+    for done, group in enumerate(groups, start=1):
+        for name, frame in subject.measured("other samples", group, measure).items():
+            found.setdefault(name, []).append(frame)
+        progress("other samples", done, len(groups))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
+
+
 def measure_nearest(
     subject: Subject, run: RunFolder, groups: Groups, fmt: Format, units: Iterable[int], progress: Progress
 ) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 
 from qprobe.calibration.experts.notes import experts_note
 from qprobe.formats.protocol import format_from
 from qprobe.inputs.answers import Batching
 from qprobe.inputs.metrics import Metric
-from qprobe.manifest.records import NEAREST, NOTHING, Manifest
+from qprobe.manifest.records import NEAREST, NOTHING, Compared, Manifest, OtherKinds
 from qprobe.manifest.write import write_manifest
-from qprobe.measure.held_out import measure_candidates, measure_nearest
+from qprobe.measure.held_out import measure_candidates, measure_nearest, measure_others
 from qprobe.measure.kl import in_four_bit
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
@@ -38,7 +39,7 @@ from qprobe.selection.scores import ISOLATED_KL, ScoredRun
 from qprobe.selection.select import scored_run
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.to_manifest import manifest_of
-from qprobe.selection.verdict import DYNAMIC, SIXTEEN_BIT, residual_verdict
+from qprobe.selection.verdict import DYNAMIC, SIXTEEN_BIT, others_verdict, residual_verdict
 from qprobe.system.wording import counted
 
 METRIC_STAGE = "metric"  # of progress, and a kind of work
@@ -90,11 +91,46 @@ class HeldOut:
         measure_nearest(self.subject, self.run, self.groups, fmt, units, self.progress)
 
 
-def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
+@dataclass(frozen=True)
+class Others:
+    """Samples of another kind, in batches. data: the name of the file that they are of."""
+
+    data: str
+    groups: list[tuple[Sample, ...]]
+
+    def measure(self, run: ScoredRun, held_out: HeldOut, skiplist: SkipList) -> list[Candidate]:
+        """Standard 4-bit, nothing kept where that is another model, and `skiplist` if it keeps anything."""
+        fmt = format_from(run.scan.format) if run.scan.format.is_calibrated else None
+        lists = {NOTHING: nothing_kept(run, None), **({DYNAMIC: skiplist} if skiplist.kept else {})}
+        kept = {name: frozenset(one.kept) for name, one in lists.items()}
+        frames = measure_others(held_out.subject, self.groups, kept, fmt, held_out.progress)
+        found = [Candidate(name, kept[name], one.total_bytes, frames[name]) for name, one in lists.items()]
+        if fmt is not None:
+            found.insert(0, Candidate(NEAREST, frozenset(), run.standard_bytes, frames[NEAREST_STAGE]))
+        return on_common_samples(found)
+
+
+def _on_others(
+    run: ScoredRun, held_out: HeldOut, others: Others, skiplist: SkipList
+) -> tuple[str, OtherKinds | None]:
+    """(a sentence, what the manifest says) of the damage on `others`."""
+    found = others.measure(run, held_out, skiplist) if held_out.subject.readout is not None else []
+    if not found or found[0].measured.empty:
+        return f"On the samples of another kind ({others.data}) no damage could be measured.", None
+    compared = tuple(
+        Compared(c.name, c.total_bytes, c.kl, c.kl_se if isfinite(c.kl_se) else None, c.name == DYNAMIC)
+        for c in found
+    )
+    told = others_verdict(others.data, found, run.scan.readout)
+    return told, OtherKinds(others.data, len(found[0].measured), compared)
+
+
+def choose(held_out: HeldOut, request: ListRequest, command: str, others: Others | None = None) -> Selection:
     """The selection among candidates that are measured on `held_out`; writes its manifest, RUN/skiplist.json.
 
     Without a language head or held-out samples nothing can be measured, and the first score chooses.
-    Also writes RUN/frontier.csv where KL was measured. command: what made it, for the manifest.
+    Also writes RUN/frontier.csv where KL was measured. command: what made it, for the manifest. others: on
+    which the damage of what was chosen is said as well.
     Raises BudgetError for what no list fits.
     """
     run, residual = scored_run(held_out.run, request), attribution_residual(held_out.run)
@@ -104,6 +140,10 @@ def choose(held_out: HeldOut, request: ListRequest, command: str) -> Selection:
     if run.scan.format.is_calibrated and (note := experts_note(held_out.run)):
         outcome = replace(outcome, verdict=f"{outcome.verdict} {note}")
     manifest = manifest_of(run, outcome.skiplist, outcome.budget, command, outcome.proof)
+    if others is not None:
+        told, other_kinds = _on_others(run, held_out, others, outcome.skiplist)
+        outcome = replace(outcome, verdict=f"{outcome.verdict} {told}")
+        manifest = replace(manifest, other_kinds=other_kinds)
     write_manifest(held_out.run.path / SKIPLIST, manifest)
     held_out.run.files.record(SKIPLIST, len(manifest.layers))
     return Selection(manifest, frozenset(outcome.skiplist.kept), outcome.verdict, outcome.notes)

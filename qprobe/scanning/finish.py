@@ -14,8 +14,9 @@ from qprobe.runs.notes import Ended
 from qprobe.runs.scored import Scored
 from qprobe.runs.shards import SKIPLIST
 from qprobe.runs.units import ablation_stage
+from qprobe.scanning.asked.recorded import data_name
 from qprobe.scanning.asked.request import ScanRequest
-from qprobe.scanning.choose import HeldOut, Scoring, choose
+from qprobe.scanning.choose import HeldOut, Others, Scoring, choose
 from qprobe.scanning.process import Clock, Process
 from qprobe.scanning.run import ScanResult
 from qprobe.scanning.samples import ScanSamples
@@ -35,7 +36,8 @@ def finish(subject: Subject, work: ScanSamples, asked: ScanRequest, process: Pro
             write_ablation(run, run.units(ablation_stage(frozenset(layers))), layers)
     with clock.stage("choose"):
         held_out = HeldOut(subject, run, work.held_out, process.progress)
-        selection = choose(held_out, asked.skiplist, asked.command)
+        others = None if asked.others is None else Others(data_name(asked.others.data), work.others)
+        selection = choose(held_out, asked.skiplist, asked.command, others)
     scored, verdict, unscored = None, selection.verdict, ()
     if asked.metric is not None:
         with clock.stage("metric"):

@@ -24,6 +24,7 @@ from qprobe.measure.runner import isolated_half
 from qprobe.measure.subject import Subject, processed_samples
 from qprobe.records import Sample
 from qprobe.scanning.answers import with_answers
+from qprobe.scanning.asked.recorded import data_name
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.process import Process
 from qprobe.system.wording import counted
@@ -37,9 +38,10 @@ class ScanSamples:
 
     calibration: measured for the layer table. isolated: those of them whose isolated KL is measured, see
     `isolated_half`, in batches as full as the others, so that a device sees few shapes. held_out: measured
-    for the selection alone, maybe none. codes: more samples, to which calibrated
-    codes are fitted. answered: ids of the samples that brought no answer of their own. share: of rows left
-    out, in a sentence. silent: how many samples are left out since the model answers nothing to them.
+    for the selection alone, maybe none. codes: more samples, to which calibrated codes are fitted. others: of
+    another kind, on which damage is said as well. answered: ids of samples that brought no answer of their
+    own. share: of rows left out, in a sentence. silent: how many samples are left out since the model answers
+    nothing to them.
     """
 
     calibration: Groups
@@ -48,6 +50,7 @@ class ScanSamples:
     notes: tuple[str, ...]
     answered: frozenset[str] = frozenset()
     codes: Groups = field(default_factory=list)
+    others: Groups = field(default_factory=list)
     share: str | None = None
     silent: int = 0
 
@@ -89,6 +92,7 @@ class Chosen:
     """The samples of a scan as they were given, all of which the model's processor takes.
 
     processed: what it made of them. more: samples beyond the measured ones, to which codes may be fitted.
+    others: of another kind, see `ScanRequest.others`.
     """
 
     processed: ProcessedSamples
@@ -96,6 +100,7 @@ class Chosen:
     more: tuple[Sample, ...]
     notes: tuple[str, ...]
     share: str | None = None
+    others: tuple[Sample, ...] = ()
 
     @property
     def unanswered(self) -> frozenset[str]:
@@ -134,7 +139,17 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
     more = found.samples[count:]
     if asked.calibration_samples is None:  # generating answers would take longer than all of calibration
         more = tuple(s for s in more if s.answer is not None)
-    return Chosen(processed, found.samples[:count], more, found.notes, found.share)
+    chosen = Chosen(processed, found.samples[:count], more, found.notes, found.share)
+    if asked.others is None:
+        return chosen
+    others = choose_samples(model_id, reads_images(processor), asked.others, "scan", refusal)
+    kept = independent_of(others.samples, found.samples)
+    if not kept:
+        raise SampleError(
+            f"--check-data {data_name(asked.others.data)} holds no other samples than those that are "
+            "measured. Pass some of another kind."
+        )
+    return replace(chosen, others=kept, notes=(*chosen.notes, *others.notes))
 
 
 def _device(asked: ScanRequest, process: Process) -> torch.device:
@@ -151,12 +166,13 @@ def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, proces
     Raises SampleError if no sample is usable.
     """
     batching, notes = asked.batching, list(chosen.notes)
-    samples, more = chosen.samples, chosen.more
+    samples, more, others = chosen.samples, chosen.more, chosen.others
     if subject.answers:
         notes += unanswered_note(samples, asked.samples)
-        samples, more = (with_answers(subject, some, batching, process) for some in (samples, more))
-        notes += why_silent(subject, tuple(s for s in (*samples, *more) if not s.answer))
-        samples, more = (tuple(s for s in some if s.answer) for some in (samples, more))
+        given = (samples, more, others)
+        samples, more, others = (with_answers(subject, some, batching, process) for some in given)
+        notes += why_silent(subject, tuple(s for s in (*samples, *more, *others) if not s.answer))
+        samples, more, others = (tuple(s for s in some if s.answer) for some in (samples, more, others))
     if not samples:
         raise SampleError(
             f"None of the {counted(len(chosen.samples), 'sample')} has an answer to measure ({notes[-1]}). "
@@ -169,7 +185,8 @@ def prepare_samples(subject: Subject, chosen: Chosen, asked: ScanRequest, proces
     work = cut_samples(subject, calibration, held_out, batching.size, tuple(notes))
     codes = subject.groups(independent_of(more, held_out), batching.size)
     silent = len(chosen.samples) - len(samples)
-    return replace(work, codes=codes, answered=chosen.unanswered, share=chosen.share, silent=silent)
+    work = replace(work, codes=codes, others=subject.groups(others, batching.size))
+    return replace(work, answered=chosen.unanswered, share=chosen.share, silent=silent)
 
 
 def why_silent(subject: Subject, samples: tuple[Sample, ...]) -> list[str]:

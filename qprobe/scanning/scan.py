@@ -67,6 +67,8 @@ def scan(options: ScanOptions) -> Run:
         source up to so many; None for what suits the device and the model.
     keep_correction: rank, 64 at most, of the factors of what "nf4-calibrated" leaves of each weight, which
         are kept in the run folder then.
+    check_data: samples of another kind than those that are measured, as `data` takes them: the verdict and
+        the manifest say what 4-bit costs on them as well.
     experts: "16-bit" keeps fused weights of experts so, for a checkpoint that plain transformers loads; in
         4-bit only `qprobe.load_dynamic_4bit` reads them.
     metric: of greedy answers to the held-out samples, beside KL, for the verdict: one of

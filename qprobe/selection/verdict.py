@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 
+from qprobe.manifest.records import NEAREST, NOTHING
 from qprobe.registry.precisions import precision
 from qprobe.runs.key import ANSWERS, DAMAGE
 from qprobe.runs.scored import Scored
@@ -62,6 +64,22 @@ def calibration_verdict(calibrated: Candidate, nearest: Candidate, stored: str) 
         f"than rounding to nearest at equal bytes{unsure}. Scan with --format {stored}, or calibrate on more "
         "samples."
     )
+
+
+def others_verdict(data: str, compared: Sequence[Candidate], readout: str = ANSWERS) -> str:
+    """What 4-bit costs on samples of another kind, those of the file `data`.
+
+    compared: standard 4-bit, named `NEAREST` or `NOTHING`, the calibrated form with nothing kept, and the
+    list, those that there are.
+    """
+    named = {NEAREST: "standard 4-bit costs", NOTHING: "standard 4-bit costs", DYNAMIC: "this list leaves"}
+    if any(c.name == NEAREST for c in compared):
+        named[NOTHING] = "calibrated 4-bit"
+    said = [f"{named[c.name]} {with_error(c.kl, c.kl_se)}" for c in compared]
+    *first, last = said
+    text = f"{', '.join(first)} and {last}" if first else last
+    samples = counted(len(compared[0].measured), "sample")
+    return f"On {samples} of another kind ({data}) {text} {DAMAGE[readout].unit}."
 
 
 def residual_verdict(residual: float) -> str:

@@ -19,7 +19,15 @@ from qprobe.manifest.read import (
     published_schema,
     read_manifest,
 )
-from qprobe.manifest.records import Compared, MadeBy, Manifest, ManifestBudget, ManifestLayer, Quality
+from qprobe.manifest.records import (
+    Compared,
+    MadeBy,
+    Manifest,
+    ManifestBudget,
+    ManifestLayer,
+    OtherKinds,
+    Quality,
+)
 from qprobe.manifest.write import manifest_to_json, write_manifest
 from qprobe.records import FormatSpec, ModelIdentity, Uncovered
 from qprobe.registry.precisions import SIXTEEN_BIT, measurable
@@ -135,6 +143,16 @@ def test_the_file_has_the_published_keys():
     assert list(data["layers"][0]) == [
         "name", "checkpoint_name", "shape", "precision", "bytes", "sensitivity_kl", "reason",
     ]  # fmt: skip
+
+
+def test_a_manifest_may_say_what_4_bit_costs_on_samples_of_another_kind():
+    assert "other_kinds" not in manifest_to_json(EXAMPLE)
+    found = replace(EXAMPLE, other_kinds=OtherKinds("more.jsonl", 8, EXAMPLE.compared))
+    data = json.loads(json.dumps(manifest_to_json(found)))
+    assert manifest_from_json(data) == found
+    del data["other_kinds"]["samples"]
+    with pytest.raises(ManifestError, match="other_kinds: 'samples' is a required property"):
+        manifest_from_json(data)
 
 
 def test_a_manifest_may_say_nothing_of_what_was_compared():

@@ -35,6 +35,7 @@ EVERY_OPTION: dict[str, Any] = {
     "tune": 20,
     "calibration_samples": 40,
     "keep_correction": 8,
+    "check_data": Path("other rows.jsonl"),
     "turns": "last",
     "split": "test",
     "bad_data": "skip",

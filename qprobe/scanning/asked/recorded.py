@@ -20,7 +20,7 @@ _DEFAULTS = {x.name: x.default for x in fields(ScanOptions)}
 def recorded(asked: ScanOptions, source: Source, loaded: LoadedModel | None) -> str:
     """What a reader of the results types: a command, or a line of Python for what lies in memory."""
     has_name = loaded is None or source.revision is not None
-    if has_name and (asked.data is None or isinstance(asked.data, Path)):
+    if has_name and all(x is None or isinstance(x, Path) for x in (asked.data, asked.check_data)):
         return scan_command(asked, source.id)
     return scan_call(asked, source.id if has_name else None, "" if has_name else source.id)
 
@@ -53,16 +53,16 @@ def _is_default(name: str, value: Any) -> bool:
 def _in_python(value: Any) -> str:
     """A value as Python writes it: a file by its name, a function by its own, rows in memory as `rows`."""
     if isinstance(value, Path):
-        return repr(_data_name(value))
+        return repr(data_name(value))
     if callable(value):
         return getattr(value, "__name__", type(value).__name__).strip("<>")
     return repr(value) if isinstance(value, str | int | float | tuple) else "rows"
 
 
-def _data_name(data: Path | None) -> str | None:
-    """A file's name, or the id of a data set of the hub."""
-    if data is None:
-        return None
+def data_name(data: Any) -> str:
+    """A file's name, or the id of a data set of the hub; "rows" for what lies in memory."""
+    if not isinstance(data, Path):
+        return "rows"
     return data.name if data.exists() or data.suffix else str(data)
 
 
@@ -73,7 +73,8 @@ def scan_command(asked: ScanOptions, model_id: str) -> str:
     """
     shown = {
         "images": None if asked.images is None else asked.images.resolve().name,
-        "data": _data_name(asked.data),
+        "data": None if asked.data is None else data_name(asked.data),
+        "check_data": None if asked.check_data is None else data_name(asked.check_data),
         "dtype": "fp16" if asked.dtype == "float16" else None,
         "budget": (asked.budget or DEFAULT_BUDGET) if asked.max_kl is None else None,
         "measures": ",".join(asked.measures) if asked.measures else None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from qprobe.calibration.correction import MOST_RANK
-from qprobe.data.sampling import Wanted, wanted_by
+from qprobe.data.sampling import Wanted, check_wanted, wanted_by
 from qprobe.errors import QprobeError
 from qprobe.inputs.answers import Batching
 from qprobe.inputs.metrics import Metric, metric_of
@@ -19,7 +19,7 @@ from qprobe.options import DEFAULT_DTYPE, ScanOptions, data_of, flag_of, names_o
 from qprobe.records import FormatSpec
 from qprobe.registry import measures as declared
 from qprobe.scanning.asked.given import given_model, images_or_rows
-from qprobe.scanning.asked.recorded import recorded
+from qprobe.scanning.asked.recorded import data_name, recorded
 from qprobe.selection.bound import Bound
 from qprobe.selection.budget import parse_size
 from qprobe.selection.request import ListRequest, parse_request
@@ -56,7 +56,8 @@ class ScanRequest:
     so where it was found and not asked for, see `qprobe.scanning.planning.limit`. tune: steps, None
     for the default of the device; calibration_samples: for the codes, None likewise. keep_correction: its
     rank, None to keep none.
-    ablate: None for no ablation. metric: of answers, beside KL. is_check: of the run that is there, see
+    ablate: None for no ablation. metric: of answers, beside KL. others: samples of another kind, on which the
+    damage is said as well; None for none. is_check: of the run that is there, see
     `qprobe.scanning.repeat`. command: what a reader of the results types.
     """
 
@@ -75,6 +76,7 @@ class ScanRequest:
     ablate: Ablated | None
     skiplist: ListRequest
     metric: Metric | None
+    others: Wanted | None
     is_check: bool
     command: str
     why_limited: str | None = None
@@ -83,6 +85,8 @@ class ScanRequest:
     def after_units(self) -> str:
         """What of it bears on what a scan does once all units are there, as text."""
         metric = () if self.metric is None else ("--metric", self.metric.name)
+        if self.others is not None:
+            metric += ("--check-data", data_name(self.others.data))
         return shlex.join([*self.skiplist.words, "--ablate", str(self.ablate), *metric])
 
 
@@ -128,6 +132,7 @@ def parse_options(options: ScanOptions) -> ScanRequest:
         ablate=ablate,
         skiplist=skiplist,
         metric=None if options.metric is None else metric_of(options.metric),
+        others=_others(options),
         is_check=options.check is not None,
         command=recorded(replace(asked, dtype=dtype), source, loaded),
     )
@@ -141,8 +146,19 @@ def _as_given(options: ScanOptions, loaded: LoadedModel | None) -> ScanOptions:
         model=str(options.model) if loaded is None else loaded.source.id,
         images=images,
         data=data_of(rows),
+        check_data=data_of(options.check_data),
         measures=names_of(options.measures),
     )
+
+
+def _others(options: ScanOptions) -> Wanted | None:
+    """The samples of another kind, None for none; raises SampleError if there is no such file."""
+    data = data_of(options.check_data)
+    if data is None:
+        return None
+    found = replace(wanted_by(options), images=None, data=data)
+    check_wanted("", found)
+    return found
 
 
 def _check_excluding(options: ScanOptions, device: AskedDevice) -> None:

@@ -1,0 +1,75 @@
+"""What 4-bit costs on samples of another kind than those that were measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import qprobe
+from qprobe.errors import QprobeError, SampleError
+from qprobe.manifest.records import NEAREST, NOTHING
+from qprobe.selection.decide import Candidate
+from qprobe.selection.verdict import DYNAMIC, others_verdict
+from tests.scanning.asked import TinyFolder, options, scan, write_lines
+
+FAST = {"measures": ("activation",), "samples": 6, "batch_size": 2}
+OTHERS = [{"prompt": f"Draw {n} boats", "answer": "a bag of red bars" * (n % 2 + 1)} for n in range(5)]
+
+
+def measured(name: str, *kl: float) -> Candidate:
+    rows = {"sample": [str(i) for i in range(len(kl))], "answer_tokens": [1] * len(kl), "kl_sum": list(kl)}
+    return Candidate(name, frozenset(), 0, pd.DataFrame(rows))
+
+
+def test_the_sentence_names_each_model_once():
+    plain = [measured(NOTHING, 0.2, 0.4), measured(DYNAMIC, 0.1, 0.1)]
+    assert others_verdict("x.jsonl", plain) == (
+        "On 2 samples of another kind (x.jsonl) standard 4-bit costs 0.30 ± 0.10 and this list leaves "
+        "0.1 ± 0 nats per answer token."
+    )
+    calibrated = [measured(NEAREST, 0.2), measured(NOTHING, 0.1)]
+    said = "standard 4-bit costs 0.2 (error unknown) and calibrated 4-bit 0.1 (error unknown)"
+    assert said in others_verdict("x.jsonl", calibrated)
+
+
+@pytest.mark.slow
+def test_the_damage_on_them_is_what_compare_finds_there(tiny_folder: TinyFolder, tmp_path: Path):
+    data = write_lines(tmp_path / "boats.jsonl", *OTHERS)
+    folder = tiny_folder("llama")
+    result = scan(**options(folder, tmp_path / "run", **FAST, budget="+60%", check_data=data))
+    manifest = qprobe.read_manifest(result.skiplist)
+    found = manifest.other_kinds
+    assert found is not None and (found.data, found.samples) == ("boats.jsonl", 5)
+    assert [(c.name, c.chosen) for c in found.compared] == [(NOTHING, False), (DYNAMIC, True)]
+    assert "On 5 samples of another kind (boats.jsonl) standard 4-bit costs" in result.verdict
+    compared = qprobe.compare(result.skiplist, model=str(folder), data=data, device="cpu").rows
+    for one, row in zip(found.compared, compared[1:], strict=True):
+        assert one.kl == pytest.approx(row.kl, rel=1e-3) and one.kl > 0
+    assert "--check-data boats.jsonl" in manifest.made_by.command
+    said = json.loads(result.skiplist.read_text())["other_kinds"]["compared"][0]
+    assert said["name"] == NOTHING
+
+
+@pytest.mark.slow
+def test_with_calibrated_weights_standard_4_bit_stands_beside_them(tiny_folder: TinyFolder, tmp_path: Path):
+    asked = options(tiny_folder("llama"), tmp_path / "run", **FAST, format="nf4-calibrated")
+    result = scan(**asked, check_data=OTHERS)
+    found = qprobe.read_manifest(result.skiplist).other_kinds
+    assert found is not None and found.data == "rows"
+    assert [c.name for c in found.compared][:2] == [NEAREST, NOTHING]
+    assert found.compared[0].kl != found.compared[1].kl
+    assert ", calibrated 4-bit" in result.verdict or "and calibrated 4-bit" in result.verdict
+
+
+def test_samples_that_are_measured_are_of_no_other_kind(tiny_folder: TinyFolder, tmp_path: Path):
+    data = write_lines(tmp_path / "boats.jsonl", *OTHERS)
+    asked = options(tiny_folder("llama"), tmp_path / "run", **FAST, data=data)
+    with pytest.raises(SampleError, match="holds no other samples than those that are measured"):
+        scan(**asked, check_data=data)
+    with pytest.raises(QprobeError, match="nowhere"):
+        scan(**asked, check_data=tmp_path / "nowhere.jsonl")
+    with pytest.raises(QprobeError, match="--check-data does not apply"):
+        scan(str(tiny_folder("llama")), measures=("weight",), check_data=data)
