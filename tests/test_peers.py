@@ -12,13 +12,21 @@ from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
-from tests.benchmarks.peers.judging import Judge
+from tests.benchmarks.peers.judging import Judge, judged
 from tests.benchmarks.peers.passages import OWN, Passages, batches_of, read_passages, token_rows
 from tests.benchmarks.peers.report import beside_ours, best_of_ours, joined
-from tests.benchmarks.peers.workers.exchange import group_bits
+from tests.benchmarks.peers.workers.exchange import Cost, Job, group_bits
 from tests.benchmarks.peers.workers.ggml import format_of, more_bits
-from tests.benchmarks.peers.workers.ours import bits_of, limit_bytes
+from tests.benchmarks.peers.workers.ours import (
+    bits_of,
+    calibrated,
+    hand_back_with_lists,
+    limit_bytes,
+    put,
+)
 from tests.benchmarks.rankings.measured import Measured
+
+LISTED = "nf4-calibrated with list, 8 bits"
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +109,23 @@ def test_bytes_of_a_size_are_those_of_standard_4bit_at_its_own_bits(subject: Sub
     assert abs(limit_bytes(subject, bits) - subject.inventory.standard_4bit_bytes) <= 1
     everything = bits_of(subject, subject.quantized)
     assert set(everything.values()) == {16.0}
+
+
+def test_our_formats_are_handed_back_and_judged_within_their_budgets(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], samples: list[Sample]
+):
+    subject = subject_of(load_reference(str(tiny_folder("llama")), "cpu"), FormatSpec())
+    batches = batches_of(subject, samples)
+    put(subject, calibrated(subject, batches))
+    job = Job(tmp_path, [], tmp_path, "cpu", {"bits": (8.0,)})
+    hand_back_with_lists(job, subject, "nf4-calibrated", batches, Cost(1.0, 2))
+    with walking(subject.path):
+        judge = Judge(subject, {OWN: batches})
+        found = [judged(judge, tmp_path / x, "", "cpu") for x in ("nf4-calibrated", LISTED)]
+    alone, listed = found
+    assert alone.total_bytes == subject.inventory.standard_4bit_bytes and alone.bits < 4.6
+    assert alone.bits < listed.bits <= 8.0 and listed.total_bytes <= limit_bytes(subject, 8.0)
+    assert 0 < sum(listed.kl[OWN]) < sum(alone.kl[OWN])
 
 
 def test_a_peer_is_held_against_the_best_of_ours_that_is_no_larger():
