@@ -6,8 +6,8 @@
 Cosmic Ray says which changes there are (an operator, a comparison, a number, a keyword, a decorator, ...) in
 the rooms `ROOMS`. The seed draws places of the source, each as likely as any other, and one change at each.
 Every change is made in a copy of the files that git knows, one at a time, and the files of tests that run
-the changed line run there, in the order of `STAGES`: the quick tests of its room, those of other rooms, and
-the slow ones of both; in each stage files named after the module first, then the quicker ones. Which tests
+the changed line run there, in the order of `STAGES`: the quick tests of its room, its slow ones, and the same
+of other rooms; in each stage files named after the module first, then the quicker ones. Which tests
 run which lines coverage says (`tests.benchmarks.covering`), of a run without any change, kept in `--covered`;
 files with a test that fails then are left out and named. A change is caught when a test fails, or when the
 run takes three times the CPU time that it takes without it. `--only` tries some of the drawn ones, by their
@@ -55,7 +55,7 @@ from tests.benchmarks.covering import Covered, files_for, gather
 ROOMS = ("measure", "calibration", "selection", "runs", "checkpoint", "data")
 ROOT = Path(__file__).parents[2]
 GPU_ONLY = ("cuda.py",)
-STAGES = ("quick", "quick elsewhere", "slow", "slow elsewhere")  # in this order; elsewhere: of other rooms
+STAGES = ("quick", "slow", "quick elsewhere", "slow elsewhere")  # in this order; elsewhere: of other rooms
 PATIENCE = 3.0  # times the CPU time of the same tests without a change, and a minute
 LOG = ".mutations.log"  # in the copy: what the last run said
 LONGEST = 1800.0  # seconds by the clock, for what waits without end
