@@ -23,8 +23,8 @@ SHARE, AT_LEAST = 0.1, 10
 made of other data than was meant."""
 FORMS = (
     'A row has "messages", "conversations", or "prompt" and, where it is known, "answer" (also question, '
-    'instruction, output, caption, chosen, texts); "image" or "images" where it shows any. Rows without '
-    'an image are fine; a plain text goes into "prompt".'
+    'instruction, output, caption, chosen, texts); "image", "images" or "video" where it shows any. Rows '
+    'without an image are fine; a plain text goes into "prompt".'
 )
 SHOWN = 5  # skipped rows that an error spells out
 
