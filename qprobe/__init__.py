@@ -31,6 +31,7 @@ _HOMES = {
     "merge": "qprobe.training.merging.merge",
     "open_run": "qprobe.scanning.run",
     "plan": "qprobe.checkpoint.plan",
+    "plan_scan": "qprobe.scanning.planning.plan",
     "quantize": "qprobe.checkpoint.quantize",
     "rank_table": "qprobe.runs.layers.table",
     "read_manifest": "qprobe.manifest.read",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from qprobe.runs.folder import layer_table
     from qprobe.runs.layers.table import rank_table
     from qprobe.scanning.join import join
+    from qprobe.scanning.planning.plan import plan_scan
     from qprobe.scanning.run import Run, open_run
     from qprobe.scanning.scan import scan
     from qprobe.selection.select import select
@@ -93,6 +95,7 @@ __all__ = [
     "merge",
     "open_run",
     "plan",
+    "plan_scan",
     "quantize",
     "rank_table",
     "read_manifest",

@@ -208,6 +208,25 @@ class ScanOptions(ModelOptions, SampleOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanScanOptions(ModelOptions):
+    """What `plan_scan` was asked, as typed; its docstring says what each means."""
+
+    model: str = field(kw_only=False)
+    samples: int | None = None
+    batch_size: int = 4
+    tokens: int = 512
+    answer_tokens: int = 64
+    tiles: int = 4
+    format: str = NF4.name
+    tune: int | None = None
+    max_memory: str | int | None = None
+    experts: Experts = "4-bit"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareOptions(ModelOptions, SampleOptions):
     """What `compare` was asked, as typed; its docstring says what each means."""
 

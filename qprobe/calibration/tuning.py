@@ -41,9 +41,14 @@ STEPS = {"small": 200, "large": 32}  # on CUDA; large: above `FLOAT32_UP_TO` par
 
 def tune_steps(subject: Subject, asked: int | None) -> int:
     """How many steps to tune: those `asked` for, or what suits the device and the size of the model."""
-    if asked is not None or subject.reference.device.type != "cuda":
-        return asked or 0
-    return STEPS["small" if subject.path.dtype == torch.float32 else "large"]
+    return default_steps(subject.reference.device, subject.path.dtype) if asked is None else asked
+
+
+def default_steps(device: torch.device, dtype: torch.dtype) -> int:
+    """How many steps suit the device, and a model whose path is walked in `dtype`."""
+    if device.type != "cuda":
+        return 0
+    return STEPS["small" if dtype == torch.float32 else "large"]
 
 
 def can_move_codes(subject: Subject) -> bool:

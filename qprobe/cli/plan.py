@@ -9,23 +9,25 @@ from typing import Any
 import click
 
 from qprobe.cli import shared
-from qprobe.cli.options.declared import PATH
-from qprobe.cli.options.model import adapt_option, experts_option, trust_option
+from qprobe.cli.options.declared import NOT_NEGATIVE, PATH, option, options
+from qprobe.cli.options.model import adapt_option, device_option, experts_option, trust_option
 from qprobe.cli.output.speaking import say
-from qprobe.options import Experts
+from qprobe.options import Experts, PlanScanOptions, flag_of
+from qprobe.registry import precisions
 
 _POSITIVE = click.IntRange(min=1)
 _STEP = (
     click.option(
-        "--batch-size", type=_POSITIVE, default=1, show_default=True, metavar="N", help="Of a step."
+        "--batch-size",
+        type=_POSITIVE,
+        metavar="N",
+        help="Of a step, or of a scan.  [default: 1; 4 of a scan]",
     ),
     click.option(
         "--tokens",
         type=_POSITIVE,
-        default=2048,
-        show_default=True,
         metavar="N",
-        help="Length of a sequence; image tokens that stand in it count.",
+        help="Length of a sequence; image tokens that stand in it count.  [default: 2048; 512 of a scan]",
     ),
     click.option(
         "--tiles",
@@ -58,18 +60,42 @@ _STEP = (
 
 def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a training step."""
-    for option in reversed(_STEP):
-        function = option(function)
+    for decorate in reversed(_STEP):
+        function = decorate(function)
     return function
 
 
-def refuse_step_without_training(training: bool) -> None:
-    """Raises UsageError where an option of a training step was passed without --training."""
+_SHARED = ("batch_size", "tokens", "tiles")  # of a training step and of a scan
+_OF_STEP = ("rank", "optimizer", "adapt", "processes")
+_OF_SCAN = ("samples", "format", "tune", "max_memory", "device")
+
+
+scan_options = options(
+    option(PlanScanOptions, "samples", type=_POSITIVE, metavar="N", help="Of a scan.  [default: 32]"),
+    option(
+        PlanScanOptions,
+        "format",
+        type=click.Choice([x.name for x in precisions.measurable()]),
+        help="4-bit format of a scan.",
+    ),
+    option(PlanScanOptions, "tune", type=NOT_NEGATIVE, metavar="N", help="Steps, as of `qprobe scan`."),
+    option(PlanScanOptions, "max_memory", metavar="SIZE", help="Limit of a scan, as of `qprobe scan`."),
+    device_option,
+)
+"""The options of a scan that decide what it takes."""
+
+
+def refuse_what_describes_nothing(training: bool, scan: bool) -> None:
+    """Raises UsageError where an option of a training step or a scan was passed without asking for that."""
     context = click.get_current_context()
-    names = ("batch_size", "tokens", "tiles", "rank", "optimizer", "adapt", "processes")
-    for name in names:
-        if not training and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} describes a training step; pass --training.")
+    needed = {
+        **dict.fromkeys(_SHARED, ("a training step or a scan", "--training or --scan", training or scan)),
+        **dict.fromkeys(_OF_STEP, ("a training step", "--training", training)),
+        **dict.fromkeys(_OF_SCAN, ("a scan", "--scan", scan)),
+    }
+    for name, (what, flag, is_asked) in needed.items():
+        if not is_asked and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{flag_of(name)} describes {what}; pass {flag}.")
 
 
 @shared.command("plan", short_help="Exact bytes of every layout, from the config alone.")
@@ -88,6 +114,8 @@ def refuse_step_without_training(training: bool) -> None:
 @experts_option
 @click.option("--training", is_flag=True, help="Also say what a QLoRA step occupies and which cards it fits.")
 @training_options
+@click.option("--scan", is_flag=True, help="Also say what a scan takes here: seconds, memory, disk.")
+@scan_options
 @trust_option
 def plan(
     as_json: bool,
@@ -95,8 +123,9 @@ def plan(
     manifest: Path | None,
     experts: Experts,
     training: bool,
+    scan: bool,
     trust_remote_code: bool,
-    **step: Any,
+    **asked: Any,
 ) -> None:
     """Say what a model occupies in 16-bit, in standard 4-bit, and with the lists others published for it.
 
@@ -117,17 +146,29 @@ def plan(
     adapted_layers, adapter_parameters, activations {kept, at_loss, in_block, peak}, layouts [{name,
     weight_bytes, adapter_bytes, gradient_bytes, exchange_bytes, optimizer_bytes, activation_bytes,
     total_bytes, cards [{gb, usable_bytes, margin_bytes, fits}]}]}, of one card.
+    With --scan also: scan {model, device, samples [measured, held out], batch {samples, tokens,
+    answer_tokens, vision_rows}, format, tune, seconds {stage: s}, total_seconds, device_bytes (at the
+    peak), free_bytes, needed_bytes (with all weights on the device), is_streamed, host_bytes, disk_bytes,
+    rates {products, products32, copies} (measured here), notes}.
     """
-    refuse_step_without_training(training)
+    refuse_what_describes_nothing(training, scan)
+    given = {name: value for name, value in asked.items() if value is not None}
     if training:
         from qprobe.training.memory import Step, training_plan
 
+        step = {name: value for name, value in given.items() if name in (*_SHARED, *_OF_STEP)}
         of_step = training_plan(model, Step(**step), manifest, trust_remote_code)
         found = {**of_step.sizes.to_json(), "training": of_step.to_json()}
     else:
         from qprobe.checkpoint.plan import plan as size_plan
 
         found = size_plan(model, manifest, trust_remote_code, experts).to_json()
+    if scan:
+        from qprobe.scanning.planning.plan import plan_scan
+
+        of_scan = {name: value for name, value in given.items() if name in (*_SHARED, *_OF_SCAN)}
+        takes = plan_scan(model, experts=experts, trust_remote_code=trust_remote_code, **of_scan)
+        found["scan"] = takes.to_json()
     if as_json:
         shared.print_json(found)
         return
@@ -139,3 +180,7 @@ def plan(
         from qprobe.report.training import training_text
 
         say("\n" + training_text(found["training"], terminal_width()))
+    if scan:
+        from qprobe.report.sizes import scan_text
+
+        say("\n" + scan_text(found["scan"], terminal_width()))

@@ -90,6 +90,34 @@ def _outside(outside: Sequence[Mapping[str, Any]], unit: str, size: int, width: 
     return text_table(cut[0], cut[1:], frozenset({2, 3}))
 
 
+def scan_text(scan: Mapping[str, Any], width: int) -> str:
+    """The object `scan` of `plan --scan --json`: what a scan takes on this machine."""
+    measured, held_out = scan["samples"]
+    batch = scan["batch"]
+    heading = (
+        f"A scan here: {measured + held_out} samples ({held_out} held out) of {batch['tokens']:,} tokens and "
+        f"{batch['vision_rows']:,} image patches, batch {batch['samples']}, {scan['format']}, on "
+        f"{scan['device']}."
+    )
+    stages = [[name, f"{seconds:,.1f}"] for name, seconds in scan["seconds"].items()]
+    stages.append(["all", f"{scan['total_seconds']:,.1f}"])
+    needed = "with all weights there" if scan["is_streamed"] else "of which are free"
+    beside = scan["needed_bytes"] if scan["is_streamed"] else scan["free_bytes"]
+    memory = [["device, at its peak", _gib(scan["device_bytes"])], [f"  {needed}", _gib(beside)]]
+    if scan["host_bytes"] is not None:
+        memory.append(["host, of the process", _gib(scan["host_bytes"])])
+    memory.append(["disk, of the run folder", _gib(scan["disk_bytes"])])
+    rate = f"Products of {scan['rates']['products'] / 1e12:.3g} TFLOP/s were measured here."
+    return "\n\n".join(
+        [
+            paragraphs([heading], width, mark=""),
+            text_table(["stage", "seconds"], stages, frozenset({0})),
+            text_table(["memory", "GiB"], memory, frozenset({0})),
+            paragraphs([rate, *scan["notes"]], width),
+        ]
+    )
+
+
 def models_text(models: Sequence[Mapping[str, Any]], width: int) -> str:
     """The known models (of the object of `models --json`), one per line; hub ids where there is room."""
     headings = ["model", "params", "16-bit GiB", "nf4 GiB", "lists", "weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import qprobe
 from qprobe.checkpoint.plan import planned_skeleton
 from qprobe.errors import MachineError
+from qprobe.loading.skeleton import Skeleton
 from qprobe.measure import memory as measured_memory
 from qprobe.measure.memory import MemoryLimit
 from qprobe.options import ScanOptions, no_progress
@@ -20,8 +23,11 @@ from qprobe.scanning.asked.request import ScanRequest, parse_options
 from qprobe.scanning.planning import limit
 from qprobe.scanning.planning.limit import within_memory
 from qprobe.scanning.planning.memory import BatchShape, DeviceNeed, device_need, weight_bytes
+from qprobe.scanning.planning.plan import Here, ScanPlan, plan_of
+from qprobe.scanning.planning.seconds import EFFICIENCY, Rates, flops_of, measured_rates
 from qprobe.scanning.process import Process
 from qprobe.system.processes import Shard
+from tests.alone import run_alone
 from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
 GIB = 2**30
@@ -63,10 +69,83 @@ def test_a_batch_takes_more_the_more_it_holds():
         assert batch(**more) > batch()
 
 
+# Seconds, held against what full-size scans took (reports/full-size, reports/calibration) -----------------
+
+H100 = Rates(products=790e12 * 2.62 / 2.71, products32=67e12, copies=54.5e9)  # by its bare forward
+
+
+@pytest.fixture(scope="module")
+def flagship() -> Skeleton:
+    return planned_skeleton("llama-3.2-11b-vision", None)
+
+
+def planned(flagship: Skeleton, count: int, name: str = "nf4", **here: Any) -> ScanPlan:
+    """The plan of a scan of so many images on an empty H100."""
+    place = Here(**{"device": torch.device("cuda:0"), "free": 79 * GIB, "limit": None, "rates": H100, **here})
+    shape = BatchShape(samples=4, tokens=320, answer_tokens=64, vision_rows=6404)
+    return plan_of(flagship, FormatSpec(name), shape, count, 0, place)
+
+
+@pytest.mark.parametrize(
+    ("images", "measured"), [(4, 19.97), (8, 28.86), (16, 37.29), (32, 49.09), (64, 80.47)]
+)
+def test_seconds_after_loading_are_within_a_quarter_of_what_scans_took(
+    flagship: Skeleton, images: int, measured: float
+):
+    found = planned(flagship, images)
+    assert 0.75 < (found.total_seconds - found.seconds["load"]) / measured < 1.25
+    assert found.samples == (images - images // 3, images // 3) and not found.is_streamed
+
+
+def test_a_bare_forward_pass_takes_what_was_measured(flagship: Skeleton):
+    # 25.9 TFLOP an image: the vision tower's 0.84 billion weights x 2 x 6,404 rows and its attention over all
+    # tiles, the text's 8.7 billion x 2 x 320. 2.62 s for 32 images, at 0.4 of 790 TFLOP/s.
+    shape = BatchShape(samples=32, tokens=320, answer_tokens=64, vision_rows=6404)
+    flops = flops_of(flagship.model, flagship.inventory(FormatSpec()).layers, shape)
+    assert flops / (EFFICIENCY * 790e12) == pytest.approx(2.62, rel=0.02)
+
+
+def test_a_limited_scan_and_a_calibrated_one_take_what_was_measured(flagship: Skeleton):
+    limited = planned(flagship, 32, limit=22 * GIB)
+    assert limited.is_streamed and limited.device_bytes == 22 * GIB
+    assert limited.total_seconds - limited.seconds["load"] == pytest.approx(86.4, rel=0.15)
+    h200 = planned(flagship, 32, "nf4-calibrated", rates=Rates(790e12, 67e12, 54.5e9))
+    assert h200.tune == 0 and h200.seconds["calibrate"] == pytest.approx(80.9, rel=0.15)
+    assert h200.total_seconds - h200.seconds["load"] == pytest.approx(126.9, rel=0.15)
+    # Codes lie in the folder twice while they are joined: 5.3 GiB each.
+    assert h200.disk_bytes > 2 * 5 * GIB > planned(flagship, 32).disk_bytes
+
+
+def test_a_card_without_room_streams_and_says_what_all_weights_would_take(flagship: Skeleton):
+    small = planned(flagship, 32, free=24 * GIB)
+    assert small.is_streamed and small.device_bytes == int(0.9 * 24 * GIB)
+    assert any("All weights on the device would take 35.8 GiB" in note for note in small.notes)
+    host = small.host_bytes  # both forms of the weights, and libraries
+    assert host is not None and host / GIB == pytest.approx(19.87 + 5.28 + 1, abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_scan_on_a_cpu_holds_about_what_is_planned(tiny_folder: TinyFolder, tmp_path: Path):
+    model = str(tiny_folder("llama"))
+    plan = qprobe.plan_scan(model, samples=6, device="cpu", tokens=64, answer_tokens=5, tiles=0)
+    scan = f"qprobe.scan({model!r}, device='cpu', samples=6, max_new_tokens=5, out={str(tmp_path / 'run')!r})"
+    without_pictures = "import qprobe.scanning.finish as x, qprobe; x.write_report = lambda _: []"
+    done = run_alone([sys.executable, "-c", f"{without_pictures}; {scan}"], 300)
+    assert done.status == 0, done.err
+    assert 0.4 < done.peak_bytes / plan.device_bytes < 1.2  # libraries, of which this one needs fewer
+    lies = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*"))
+    assert lies < plan.disk_bytes < 3 * 2**20 + 10 * lies  # pictures, and the rest
+
+
+def test_products_are_timed_on_the_device_itself():
+    found = measured_rates(torch.device("cpu"), torch.float32)
+    assert 1e8 < found.products == found.products32 < 1e14 and found.copies is None
+
+
 # Scans that do not fit -------------------------------------------------------------------------------------
 
 
-class Here:
+class Asking:
     """What a scan knows before it loads; `limited(**asked)` is what the free memory makes of a request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free_gib: float, need_gib: float) -> None:
@@ -87,7 +166,7 @@ class Here:
 
 
 def test_a_scan_without_room_gets_a_limit_of_nine_tenths_of_what_is_free_and_says_so(monkeypatch):
-    found = Here(monkeypatch, free_gib=20, need_gib=35.8).limited()
+    found = Asking(monkeypatch, free_gib=20, need_gib=35.8).limited()
     assert found.max_memory_bytes == 18 * GIB
     assert found.why_limited == (
         "cpu has 20.0 GiB free, and with all weights on it this scan would take about 35.8 GiB, so they wait "
@@ -99,17 +178,17 @@ def test_a_scan_without_room_gets_a_limit_of_nine_tenths_of_what_is_free_and_say
 def test_a_scan_is_limited_only_where_it_would_take_more_than_nine_tenths(
     monkeypatch, free: float, limited: bool
 ):
-    found = Here(monkeypatch, free_gib=free, need_gib=36).limited()  # 36 of 40 are nine tenths
+    found = Asking(monkeypatch, free_gib=free, need_gib=36).limited()  # 36 of 40 are nine tenths
     assert (found.max_memory_bytes is not None) == limited == (found.why_limited is not None)
 
 
 def test_a_limit_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch):
-    found = Here(monkeypatch, free_gib=1, need_gib=36).limited(max_memory="30GiB")
+    found = Asking(monkeypatch, free_gib=1, need_gib=36).limited(max_memory="30GiB")
     assert found.max_memory_bytes == 30 * GIB and found.why_limited is None
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch):
-    here = Here(monkeypatch, free_gib=60, need_gib=36)
+    here = Asking(monkeypatch, free_gib=60, need_gib=36)
     assert here.limited(Shard(1, 4, 1, 1)).max_memory_bytes is None
     assert here.limited(Shard(1, 4, 1, 2)).max_memory_bytes == 27 * GIB
 
@@ -120,7 +199,7 @@ def test_several_gpus_with_room_together_take_the_model_whole(monkeypatch, each:
     monkeypatch.setattr(limit, "pick_device", lambda _: torch.device("cuda:0"))
     monkeypatch.setattr(limit, "needed_bytes", lambda _: 40 * GIB)
     monkeypatch.setattr(limit, "free_bytes", lambda cards: dict.fromkeys(cards, each * GIB))
-    here = Here(monkeypatch, free_gib=each, need_gib=48)
+    here = Asking(monkeypatch, free_gib=each, need_gib=48)
     assert (here.limited(device=None).max_memory_bytes is not None) == limited
     assert here.limited(device="cuda:0").max_memory_bytes is not None  # one was named
 

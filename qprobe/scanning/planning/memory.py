@@ -41,6 +41,11 @@ class BatchShape:
     answer_tokens: int
     vision_rows: int = 0
 
+    def rows_read(self, layer: Linear) -> int:
+        """How many rows of a sample `layer` reads, of fused experts each of its tokens once."""
+        is_vision = layer.tower == VISION or layer.reads == "vision"
+        return self.vision_rows if is_vision else self.tokens
+
 
 @dataclass(frozen=True)
 class DeviceNeed:
@@ -78,8 +83,8 @@ def weight_bytes(model: nn.Module, layers: Iterable[Linear], fmt: FormatSpec) ->
 
 def batch_bytes(model: nn.Module, layers: Iterable[Linear], shape: BatchShape) -> int:
     """Estimated bytes of a batch at the peak of the passes of a scan, beside the weights."""
-    size, blocks = path_dtype(model).itemsize, _blocks(model, layers)
-    each = [_block_bytes(members, shape, size, _chosen_experts(model)) for members in blocks.values()]
+    size, blocks = path_dtype(model).itemsize, blocks_of(model, layers)
+    each = [_block_bytes(members, shape, size, chosen_experts(model)) for members in blocks.values()]
     kept = sum(x.kept for x in each)
     whole, largest = sum(x.whole for x in each), max((x.whole for x in each), default=0)
     backward = min(whole, ROOM_BYTES + kept + largest)
@@ -112,13 +117,12 @@ def _block_bytes(layers: list[Linear], shape: BatchShape, size: int, experts: in
     rows = shape.samples * (shape.vision_rows if layers[0].tower == VISION else shape.tokens)
     whole = 0
     for x in layers:
-        own = rows if x.tower == VISION or x.reads == "text" else shape.samples * shape.vision_rows
-        own *= experts if x.experts else 1
+        own = shape.samples * shape.rows_read(x) * (experts if x.experts else 1)
         whole += size * 2 * (own * (x.in_features + x.out_features) + prod(x.shape))
     return _BlockBytes(KEPT_OF_A_ROW * rows * layers[0].in_features * size, whole)
 
 
-def _blocks(model: nn.Module, layers: Iterable[Linear]) -> Mapping[int, list[Linear]]:
+def blocks_of(model: nn.Module, layers: Iterable[Linear]) -> Mapping[int, list[Linear]]:
     """The layers of each repeated block that is counted apart, in their order."""
     number = {id(m): i for i, block in enumerate(repeated_blocks(model)) for m in block.modules()}
     found: dict[int, list[Linear]] = {}
@@ -130,7 +134,7 @@ def _blocks(model: nn.Module, layers: Iterable[Linear]) -> Mapping[int, list[Lin
     return found
 
 
-def _chosen_experts(model: nn.Module) -> int:
+def chosen_experts(model: nn.Module) -> int:
     """How many experts each token goes to, where the config says it."""
     config: Any = model.config
     text = config.get_text_config()

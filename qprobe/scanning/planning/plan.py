@@ -1,0 +1,158 @@
+"""`qprobe plan --scan`: seconds and memory of a scan here, before anything of the model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qprobe.calibration.tuning import default_steps
+from qprobe.checkpoint.plan import planned_skeleton
+from qprobe.data.sampling import SCAN_SAMPLES
+from qprobe.formats.protocol import format_from
+from qprobe.loading.device import pick_device
+from qprobe.loading.skeleton import Skeleton
+from qprobe.measure.attribution import path_dtype
+from qprobe.measure.memory import LIBRARIES_BYTES, free_memory
+from qprobe.options import PlanScanOptions, takes
+from qprobe.records import FormatSpec
+from qprobe.scanning.planning.limit import GIB, USED
+from qprobe.scanning.planning.memory import BatchShape, DeviceNeed, device_need
+from qprobe.scanning.planning.seconds import Rates, Work, measured_rates, seconds_of
+from qprobe.selection.budget import parse_size
+from qprobe.system.devices import parse_device
+from qprobe.system.wording import counted
+from qprobe.training.memory import vision_tokens
+
+PROCESS_BYTES = GIB  # of Python and its libraries; 0.9 to 1.1 GiB beside the weights (reports/full-size)
+REPORT_BYTES, SAMPLE_BYTES, ROW_BYTES = 3 * 2**20, 6 * 2**10, 120  # pictures; thumbnail; layer and sample
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """What a scan takes on this machine, by `qprobe.scanning.planning`.
+
+    samples: measured, and held out. seconds: by stage, those of the first scan of a machine are more.
+    device_bytes: at the peak, within free_bytes where is_streamed. needed_bytes: with all weights there.
+    host_bytes: of the process at its peak; None on a CPU, which is the device. disk_bytes: of the run folder.
+    rates: measured here; floating point operations and bytes a second. notes: sentences a reader must see.
+    """
+
+    model: str
+    device: str
+    samples: tuple[int, int]
+    batch: BatchShape
+    format: str
+    tune: int | None
+    seconds: dict[str, float]
+    device_bytes: int
+    free_bytes: int
+    needed_bytes: int
+    is_streamed: bool
+    host_bytes: int | None
+    disk_bytes: int
+    rates: Rates
+    notes: tuple[str, ...]
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The object `scan` of `plan --json`."""
+        return {**asdict(self), "total_seconds": self.total_seconds}
+
+
+@takes(PlanScanOptions)
+def plan_scan(options: PlanScanOptions) -> ScanPlan:
+    """What a scan of `model` takes here, told from its config and a moment of products on the device.
+
+    model, device, format, tune, max_memory, samples, batch_size, experts, dtype, trust_remote_code: as of
+    `qprobe.scan`. tokens: of a sample, its answer and the image tokens that stand among them included.
+    answer_tokens: of them. tiles: image tiles of a sample, of the config's image size each.
+    Raises ModelError for a model that cannot be had or built, MachineError for a device that is not here,
+    BudgetError for a size that cannot be read.
+    """
+    fmt = FormatSpec(options.format, compute_dtype=options.dtype or "bfloat16", experts=options.experts)
+    skeleton = planned_skeleton(options.model, None, options.trust_remote_code).in_dtype(fmt.compute_dtype)
+    place = pick_device(parse_device(options.device).one)
+    rows = vision_tokens(skeleton.config, options.tiles)
+    shape = BatchShape(options.batch_size, options.tokens, options.answer_tokens, rows)
+    limit = None if options.max_memory is None else parse_size(str(options.max_memory))
+    here = Here(place, free_memory(place), limit, measured_rates(place, path_dtype(skeleton.model)))
+    count = options.samples or SCAN_SAMPLES["given"]
+    return plan_of(skeleton, fmt, shape, count, options.tune, here)
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a scan is to run. limit: of its memory, as it was asked for; None without."""
+
+    device: torch.device
+    free: int
+    limit: int | None
+    rates: Rates
+
+
+def plan_of(
+    skeleton: Skeleton, fmt: FormatSpec, shape: BatchShape, count: int, asked_tune: int | None, here: Here
+) -> ScanPlan:
+    """`plan_scan` of `count` samples in batches of `shape`. asked_tune: steps, None for what suits."""
+    layers = list(skeleton.inventory(fmt).layers)
+    need, is_cuda = device_need(skeleton, fmt, shape), here.device.type == "cuda"
+    needed = need.total + (0 if is_cuda else PROCESS_BYTES + LIBRARIES_BYTES)
+    allowed = int(USED * here.free) if here.limit is None else here.limit
+    is_streamed = here.limit is not None or needed > allowed
+    held_out, tune = count // 3, None
+    if fmt.is_calibrated:
+        suits = default_steps(here.device, path_dtype(skeleton.model))
+        tune = suits if asked_tune is None else asked_tune
+    stored = sum(p.numel() * p.itemsize for p in skeleton.model.parameters())
+    four_bit = sum(format_from(fmt).held_bytes(x.stored_shape) for x in layers)
+    work = Work(count - held_out, held_out, shape, tune, stored, four_bit, is_streamed)
+    found = seconds_of(skeleton.model, layers, work, here.rates, is_cuda)
+    on_host = stored + four_bit if is_streamed else stored
+    return ScanPlan(
+        model=skeleton.source.id,
+        device=str(here.device),
+        samples=(count - held_out, held_out),
+        batch=shape,
+        format=fmt.name,
+        tune=tune,
+        seconds={name: round(value, 1) for name, value in found.items()},
+        device_bytes=min(needed, allowed) if is_streamed else needed,
+        free_bytes=here.free,
+        needed_bytes=needed,
+        is_streamed=is_streamed,
+        host_bytes=on_host + PROCESS_BYTES if is_cuda else None,
+        disk_bytes=_disk_bytes(len(layers), count, four_bit if fmt.is_calibrated else 0),
+        rates=here.rates,
+        notes=_notes(need, allowed, tune, is_streamed, any(x.experts for x in layers)),
+    )
+
+
+def _disk_bytes(layers: int, samples: int, codes: int) -> int:
+    """Of a run folder; the files of calibrated weights lie there twice while they are joined."""
+    return REPORT_BYTES + samples * SAMPLE_BYTES + layers * samples * ROW_BYTES + 2 * codes
+
+
+def _notes(
+    need: DeviceNeed, allowed: int, tune: int | None, streamed: bool, experts: bool
+) -> tuple[str, ...]:
+    notes = [
+        "Seconds were within a fifth of what full-size scans took, device memory within a twentieth "
+        "(reports/full-size); the first scan of a machine reads its libraries from the disk, and generating "
+        "answers for samples that bring none comes on top."
+    ]
+    if streamed:
+        notes.append(
+            f"All weights on the device would take {need.total / GIB:.1f} GiB, so weights wait on the host "
+            f"and are copied when a layer runs, within {allowed / GIB:.1f} GiB; the least that will do is "
+            "known once the model is loaded."
+        )
+    if tune:
+        notes.append(f"Of tuning ({counted(tune, 'step')}) there is no full-size figure to compare with.")
+    if experts:
+        notes.append("Scans of fused experts take longer than this; one of 30B took 1.7 times as long.")
+    return tuple(notes)
