@@ -248,6 +248,7 @@ class MergeOptions(ModelOptions, SampleOptions):
     manifest: AskedPath | None = None
     base: Base | None = None
     model: str | None = None
+    for_tool: str | None = None
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.storage import stored_bytes
 from qprobe.errors import ManifestError, ModelError, VerificationError, is_out_of_memory
 from qprobe.exports.config_format import refused_by_others
-from qprobe.exports.keys import exact, exact_entries, transformers_readers
+from qprobe.exports.export import config_entries
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
@@ -78,6 +78,7 @@ def quantize(
     folder: Path | str | None = None,
     trust_remote_code: bool = False,
     experts: KeptExperts | None = None,
+    for_tool: str | None = None,
     push_to_hub: str | None = None,
     progress: Progress = no_progress,
 ) -> Quantized:
@@ -89,6 +90,8 @@ def quantize(
     it, a hidden `.NAME.*.tmp`, the next one removes.
     With experts in 4-bit the folder is one that `load_dynamic_4bit` alone loads, and others refuse;
     experts="16-bit" keeps them all in 16-bit instead.
+    for_tool: "vllm" for a config whose list has vLLM's names of the layers as well, as `qprobe export --to
+    vllm` writes it; every transformers ignores them.
     push_to_hub: owner/name, to which the whole folder is uploaded as well once it is written; made private
     where it is new.
     Arguments and errors as of `load_dynamic_4bit`; ModelError if `out` is there already and not empty,
@@ -105,7 +108,7 @@ def quantize(
         origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
         skeleton = check_model(given, model, trust_remote_code)
         made_from = _made_from(given, model, skeleton.source)
-        job = _Job(_computing_in(given, dtype), origin, skeleton, asked, made_from)
+        job = _Job(_computing_in(given, dtype), origin, skeleton, asked, made_from, for_tool)
         done = _quantize(job, target, progress)
     return done if push_to_hub is None else replace(done, pushed=push(target, push_to_hub))
 
@@ -113,7 +116,7 @@ def quantize(
 @dataclass(frozen=True)
 class _Job:
     """What is quantized: `skeleton` as `manifest` lists it. folder: where the manifest's codes lie, if it has
-    some. made_from: see `_made_from`.
+    some. made_from: see `_made_from`. for_tool: see `config_entries`.
     """
 
     manifest: Manifest
@@ -121,6 +124,7 @@ class _Job:
     skeleton: Skeleton
     device: AskedDevice
     made_from: str | None
+    for_tool: str | None
 
 
 def _quantize(job: _Job, target: Path, progress: Progress) -> Quantized:
@@ -129,7 +133,7 @@ def _quantize(job: _Job, target: Path, progress: Progress) -> Quantized:
     four_bit = [x for x in manifest.layers if x.is_four_bit]
     if not any(x.is_experts for x in four_bit):  # else only qprobe reads it
         refuse_rewritten(skeleton.model)
-    entries = exact_entries(transformers_readers(manifest), str, exact)
+    entries = config_entries(manifest, job.for_tool)
     progress("load in 4-bit", 0, 3)
     refuse_nonfinite(skeleton, [x.name for x in four_bit])
     loaded = dynamic_4bit(manifest, skeleton, job.device, codes_of(manifest, job.folder))

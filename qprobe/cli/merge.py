@@ -11,7 +11,7 @@ from qprobe.cli.options.declared import PATH, option
 from qprobe.cli.options.model import device_option, dtype_option, trust_option
 from qprobe.cli.options.samples import metric_option, refuse_two_sources, sample_options
 from qprobe.cli.output.speaking import say
-from qprobe.options import MergeOptions
+from qprobe.options import FOR, MergeOptions
 
 
 @shared.command(
@@ -43,6 +43,12 @@ from qprobe.options import MergeOptions
     "model",
     metavar="M",
     help="Where the 16-bit weights are: name, hub id or folder.  [default: those it was trained on]",
+)
+@option(
+    MergeOptions,
+    "for_tool",
+    type=click.Choice(FOR),
+    help="Tool that will serve DIR: in 4-bit, the list in its config has that tool's names as well.",
 )
 @sample_options
 @metric_option("base + adapter and of what was merged")

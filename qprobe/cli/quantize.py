@@ -10,7 +10,7 @@ from qprobe.cli import shared
 from qprobe.cli.options.declared import PATH
 from qprobe.cli.options.model import device_option, dtype_option, kept_experts_option, trust_option
 from qprobe.cli.output.speaking import say
-from qprobe.options import KeptExperts
+from qprobe.options import FOR, KeptExperts
 from qprobe.system.wording import counted
 
 
@@ -33,6 +33,12 @@ from qprobe.system.wording import counted
     "[default: as F says]"
 )
 @click.option(
+    "--for",
+    "for_tool",
+    type=click.Choice(FOR),
+    help="Tool that will serve DIR: the list in its config has that tool's names as well.",
+)
+@click.option(
     "--push-to-hub",
     metavar="REPO",
     help="Upload DIR to owner/name on the hub as well; a new one is private.",
@@ -45,6 +51,7 @@ def quantize(
     device: str | None,
     dtype: str | None,
     experts: KeptExperts | None,
+    for_tool: str | None,
     push_to_hub: str | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -72,6 +79,7 @@ def quantize(
             dtype,
             trust_remote_code=trust_remote_code,
             experts=experts,
+            for_tool=for_tool,
             push_to_hub=push_to_hub,
             progress=progress,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import ManifestError, QprobeError
-from qprobe.exports.keys import first_exact
+from qprobe.exports.keys import exact, exact_entries, first_exact, transformers_readers
 from qprobe.exports.target import Target
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Manifest
@@ -66,6 +66,19 @@ def export_manifest(manifest: Manifest | str | Path, to: str, adapt: str | None 
     readers = target.readers(written)
     text, notes = target.write(written, first_exact(target.lists(written, readers), readers))
     return Export(to, text, (*notes, *_lost_codes(written, target)), written.skip_modules)
+
+
+def config_entries(manifest: Manifest, for_tool: str | None) -> list[str]:
+    """The skip-list of a checkpoint's config under which transformers keeps exactly the manifest's layers.
+
+    for_tool: a tool of `FOR` that has to do so as well, with names of its own in the same list; None for
+    transformers alone. Raises ManifestError, naming the layer, where that cannot be said.
+    """
+    if for_tool is None:
+        return exact_entries(transformers_readers(manifest), str, exact)
+    target = export_targets()[for_tool]
+    readers = target.readers(manifest)
+    return first_exact(target.lists(manifest, readers), readers)
 
 
 def _check_precision(manifest: Manifest, target: Target) -> None:

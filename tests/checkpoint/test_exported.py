@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 from qprobe.checkpoint.auditing.audit import audit
+from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.verify import verify
 from qprobe.exports import export_manifest
 from qprobe.loading.config import load_config, model_class
@@ -49,6 +51,30 @@ def test_exported_keywords_load_exactly_the_manifests_layers_and_so_does_the_sav
 
 
 SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "joint"),
+    [("llama", "model.layers.0"), ("qwen2_vl", "language_model.model.layers.0")],  # vLLM's own names
+)
+def test_a_checkpoint_for_vllm_lists_its_names_too_and_transformers_loads_it_as_ever(
+    name: str, joint: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+):
+    folder, out = tiny_folder(name), tmp_path / "out"
+    kept = {x.name for x in manifest_for(folder).layers if ".layers.0." in x.name}
+    manifest = manifest_for(folder, kept)
+    quantize(manifest, out, str(folder), "cpu", for_tool="vllm")
+    listed = json.loads((out / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert {f"{joint}.self_attn.qkv_proj", f"{joint}.mlp.gate_up_proj"} <= set(listed)
+    verify(plainly(out), manifest)
+    tensors = load_file(out / "model.safetensors")
+    states = [x for x in tensors if ".weight.quant_state.bitsandbytes__nf4" in x]
+    assert len(states) == sum(x.is_four_bit for x in manifest.layers)
+    for key in states:
+        # vllm-bnb-plugin 0.0.3 takes for a weight's state whatever key has its name and a dot anywhere.
+        weight = key.partition(".quant_state")[0]
+        assert all(x.startswith(f"{weight}.") for x in tensors if f"{weight}." in x)
 
 
 def test_the_python_snippet_loads_the_manifests_model(tiny_folder: Callable[[str], Path], tmp_path: Path):

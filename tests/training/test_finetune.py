@@ -21,6 +21,7 @@ from qprobe.inputs.encoding import encode_conversations
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.write import write_manifest
 from qprobe.options import FinetuneOptions, Progress, no_progress
+from qprobe.training import collate
 from qprobe.training import finetune as library
 from qprobe.training.alone import last_checkpoint
 from qprobe.training.origin import load_finetuned
@@ -272,14 +273,14 @@ def test_numbers_that_make_no_run_are_refused_before_a_model_loads(option, value
 
 def test_a_batch_that_memory_does_not_hold_is_halved_and_learns_the_same(asked, tmp_path, monkeypatch):
     small = finetune(replace(asked, out=tmp_path / "small", batch_size=1, accumulation=2, steps=2))
-    real = library.encode_conversations
+    real = collate.encode_conversations
 
     def short(processor: Any, rows: Any, dtype: Any, decoder: Any) -> Any:
         if len(rows) > 1:
             raise MemoryError
         return real(processor, rows, dtype, decoder)
 
-    monkeypatch.setattr(library, "encode_conversations", short)
+    monkeypatch.setattr(collate, "encode_conversations", short)
     done = finetune(replace(asked, batch_size=2, accumulation=1, steps=2))
     assert done.history == small.history and done.other_batches[0].startswith("Memory did not suffice")
     one, other = (load_file(x / "adapter_model.safetensors") for x in (asked.out, tmp_path / "small"))

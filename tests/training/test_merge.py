@@ -278,6 +278,22 @@ def test_an_adapter_beyond_linear_layers_is_refused(family, tmp_path):
         read_adapter(adapter)
 
 
+def test_a_merge_for_vllm_lists_its_names_or_is_refused_at_once(family, tmp_path, monkeypatch):
+    root = family("llama")
+    kept = {x.name for x in manifest_for(root / "model").layers if ".layers.0." in x.name}
+    write_manifest(tmp_path / "whole.json", manifest_for(root / "model", kept))
+    asked = {
+        "as_": "4-bit", "model": str(root / "model"), "device": "cpu", "samples": 1, "max_new_tokens": 2,
+        "for_tool": "vllm",
+    }  # fmt: skip
+    made = merge(root / "adapter", out=tmp_path / "out", manifest=tmp_path / "whole.json", **asked)
+    config = json.loads((made.out / "config.json").read_text())["quantization_config"]
+    assert "model.layers.0.self_attn.qkv_proj" in config["llm_int8_skip_modules"]
+    monkeypatch.setattr(Job, "base", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(ManifestError, match=r"vLLM makes one matrix model\.layers\..*_proj of layers with"):
+        merge(root / "adapter", out=tmp_path / "no", manifest=root / "skiplist.json", **asked)
+
+
 def test_an_interrupted_merge_leaves_nothing(family, tmp_path):
     root = family("llama")
 

@@ -19,7 +19,7 @@ from qprobe.checkpoint.quantize import MAX_SHARD, refuse_rewritten, save_four_bi
 from qprobe.checkpoint.ready import is_four_bit
 from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import VerificationError
-from qprobe.exports.keys import exact, exact_entries, transformers_readers
+from qprobe.exports.export import config_entries
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import resolve
@@ -63,7 +63,7 @@ def _rounded(spec: FormatSpec) -> Callable[[Tensor], StoredNf4]:
 
 @dataclass(frozen=True)
 class Job:
-    """What all forms share."""
+    """What all forms share. for_tool: as of `qprobe.exports.export.config_entries`."""
 
     adapter: Adapter
     origin: Origin
@@ -71,6 +71,7 @@ class Job:
     target: Path
     device: AskedDevice = BEST
     trusts_code: bool = False
+    for_tool: str | None = None
 
     def base(self, base: Base) -> tuple[Any, Any]:
         """(model, processor) without the adapter."""
@@ -108,7 +109,7 @@ def write_4bit(job: Job, folder: Path) -> Written:
     """The base's own weights with the adapter added, in 4-bit as the base was, in `folder`."""
     refuse_rewritten(job.skeleton.model)
     manifest = as_merged(job.origin, job.skeleton)
-    entries = exact_entries(transformers_readers(manifest), str, exact)
+    entries = config_entries(manifest, job.for_tool)
     model, processor = job.base(job.origin.base)
     beside = model
     if job.origin.base == "16-bit":

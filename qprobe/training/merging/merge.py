@@ -19,6 +19,7 @@ from qprobe.checkpoint.quantize import (
 )
 from qprobe.checkpoint.starts.attached import peft_library
 from qprobe.errors import QprobeError
+from qprobe.exports.export import config_entries
 from qprobe.inputs.metrics import metric_of
 from qprobe.loading.device import pick_device
 from qprobe.loading.log_filters import quiet_models
@@ -29,7 +30,7 @@ from qprobe.options import Form, MergeOptions, Progress, path_if_given, path_of,
 from qprobe.system.devices import AskedDevice, parse_device
 from qprobe.training.merging.forms import WRITERS, Arrived, Job
 from qprobe.training.merging.merged import Merged, card, chosen_form
-from qprobe.training.origin import origin_of
+from qprobe.training.origin import as_merged, origin_of
 
 REFERENCE = "base + adapter"
 
@@ -48,6 +49,7 @@ def merge(options: MergeOptions) -> Merged:
     adapter: folder of `finetune`, or of peft. as_: the form to make, without a choice.
     manifest, base: of an adapter that `finetune` did not make; what it was trained on, see `load_base`.
     model: where the 16-bit weights are; None for those that the adapter was trained on.
+    for_tool: of the form in 4-bit, as of `quantize`.
     metric: as of `compare`; None for exact answers, where samples bring some. Others as of `compare`.
     `out` has its name only once it is complete, audited and measured.
     Raises RunError for an adapter that is none, takes no effect or is of another base; ModelError if `out`
@@ -71,7 +73,9 @@ def merge(options: MergeOptions) -> Merged:
     origin.refuse_other_weights()
     forms = tuple(WRITERS) if options.as_ is None else (options.as_,)
     origin.refuse_experts(forms)
-    job = Job(found, origin, skeleton, target, device, options.trust_remote_code)
+    if "4-bit" in forms:  # refused before anything is loaded
+        config_entries(as_merged(origin, skeleton), options.for_tool)
+    job = Job(found, origin, skeleton, target, device, options.trust_remote_code, options.for_tool)
     return _merged(job, forms, asked, options.progress)
 
 
