@@ -143,9 +143,9 @@ class Gathering:
     subject: Subject
     inputs: Sequence[SharedInput]
     weights: Weights | None = None
-    grams: dict[str, Gram] = field(default_factory=dict)
-    apart: dict[str, str] = field(default_factory=dict)
-    batches: int = 0
+    grams: dict[str, Gram] = field(default_factory=dict, init=False)
+    apart: dict[str, str] = field(default_factory=dict, init=False)
+    batches: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.subject.limit is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,12 @@ from torch import Tensor
 
 from qprobe.checkpoint.ready import adapted_linears
 from qprobe.loading.reference import load_reference
+from qprobe.measure.subject import subject_of
 from qprobe.options import DEFAULT_ADAPT
+from qprobe.records import FormatSpec
+from tests.benchmarks.starts.bases import Asked, Task, base_weights, corrections, prepared
 from tests.benchmarks.starts.lanes import Lanes, loftq_start, train, zero_start
+from tests.calibration.test_calibrate import samples_of
 
 RANK, STEPS, RATE = 4, 3, 1e-2
 
@@ -84,6 +90,22 @@ def test_lanes_that_train_side_by_side_end_where_each_ends_with_torchs_own_clipp
             torch.testing.assert_close(found[number][name][1], b, rtol=1e-3, atol=1e-4)
             assert bool(b.any())
         alone.remove()
+
+
+@pytest.mark.slow
+def test_the_calibrated_base_of_the_study_is_calibrated_and_leaves_the_matrices(tiny_folder: Any):
+    folder = str(tiny_folder("llama"))
+    subject = subject_of(load_reference(folder, "cpu"), FormatSpec())
+    samples = samples_of("llama")
+    task = Task(subject, folder, samples, samples, samples, samples)
+    given = prepared(task)
+    asked = Asked("llama", "calibrated", "cpu", (0,), 1, 1, 1, 4, 4, Path())
+    calibrated, nearest = (base_weights(task, replace(asked, base=x), given) for x in ("calibrated", "nf4"))
+    assert calibrated.keys() == nearest.keys() == subject.quantized
+    assert not any(torch.equal(calibrated[n], nearest[n]) for n in nearest)
+    assert all(bool(x.total.any()) for x in given.gathering.grams.values())
+    residuals = {n: subject.modules[n].weight.float() - w.float() for n, w in calibrated.items()}
+    assert corrections(residuals, given).keys() == residuals.keys()
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,12 @@ def base_weights(task: Task, asked: Asked, given: Prepared) -> dict[str, Tensor]
         nearest = {name: x for name, x in nearest.items() if name not in kept}
     found = nearest
     if asked.base in ("calibrated", "tuned"):
-        copy = replace(given.gathering, grams=dict(given.gathering.grams))
-        found = {**nearest, **stored(subject, rounded(subject, copy, given.inputs, given.outputs))}
+        used_up = copy(given.gathering)
+        used_up.grams = dict(given.gathering.grams)
+        results = rounded(subject, used_up, given.inputs, given.outputs)
+        nearest_only = [name for name, x in results.items() if x.stored is None]
+        assert 10 * len(nearest_only) < len(results), f"not calibrated: {', '.join(nearest_only)}"
+        found = {**nearest, **stored(subject, results)}
     if asked.base == "tuned":
         training, kept_back = (
             [subject.encode(x) for x in subject.groups(tuple(part), 8)]
