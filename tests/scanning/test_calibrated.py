@@ -96,3 +96,18 @@ def test_too_few_samples_to_keep_any_back_leave_the_scales(tiny_folder: TinyFold
 def test_tuning_of_plain_nf4_is_refused(tiny_folder: TinyFolder, tmp_path: Path):
     with pytest.raises(QprobeError, match="--tune moves the scales that nf4-calibrated chose"):
         scan(**options(tiny_folder("llama"), tmp_path / "run"), tune=6)
+
+
+def test_a_bound_on_the_kl_takes_the_fewest_bytes_of_calibrated_weights(
+    tiny_folder: TinyFolder, tmp_path: Path
+):
+    asked = options(tiny_folder("llama"), tmp_path / "run", format="nf4-calibrated")
+    roomy = scan(**asked, max_kl=100.0)
+    found = read_manifest(roomy.skiplist)
+    (alone,) = [c for c in found.compared if c.name == "nothing kept"]
+    assert roomy.kl_dynamic == alone.kl is not None and "nothing is kept" in roomy.verdict
+    assert found.budget.total_bytes == found.budget.standard_4bit_bytes == alone.total_bytes
+    tight = scan(**asked, max_kl=0.8 * roomy.kl_dynamic)
+    kept = read_manifest(tight.skiplist)
+    assert tight.kl_dynamic is not None and tight.kl_dynamic <= 0.8 * roomy.kl_dynamic
+    assert kept.budget.total_bytes > alone.total_bytes and kept.codes == found.codes
