@@ -48,7 +48,7 @@ def asked_spec(options: FinetuneOptions, on: AskedDevice, manifest: Manifest) ->
 def images_digest(files: Sequence[Conversations]) -> str:
     """SHA-256 over the bytes of every image and video that a good row shows: the rows name files alone."""
     seen = {x for one in files for row in one.good for x in row.seen}
-    return _digest("\n".join(sorted(map(_seen_digest, seen))).encode())
+    return _digest("\n".join(sorted(set(map(_seen_digest, seen)))).encode())
 
 
 def _seen_digest(seen: bytes | Path | Video) -> str:

@@ -14,6 +14,7 @@ from qprobe.runs.findings import rerouted_note, write_findings
 from qprobe.runs.folder import RunFolder, layer_table
 from qprobe.runs.key import key_bytes
 from qprobe.runs.layers.table import (
+    answer_tokens,
     attribution_residual,
     dtypes,
     experts,
@@ -23,6 +24,11 @@ from qprobe.runs.layers.table import (
     write_table,
 )
 from tests.runs.runs import inventory_of, key_of, linear, make_run, output, rows
+
+
+def test_samples_without_answer_tokens_have_no_count_of_them():
+    found = pd.DataFrame({"sample": ["a", "b"], "answer_tokens": [2, 0]})
+    assert answer_tokens(found) == {"a": 2} and answer_tokens(found[["sample"]]) == {}
 
 
 def table_of(folder: Path, **units: list[pd.DataFrame]) -> pd.DataFrame:
