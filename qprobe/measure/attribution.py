@@ -37,6 +37,7 @@ from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.experts.routing import (
     Product,
     by_sample,
+    has_samples_behind,
     matmul,
     owned,
     samples_apart,
@@ -71,8 +72,8 @@ class Path:
     """The straight path between a model (alpha = 0) and its all-4-bit form (alpha = 1).
 
     modules: the linears that are quantized. dtype: in which the path is walked; open `walking` around it.
-    room_bytes: what a backward pass may keep to run faster, see `checkpointed_blocks`. shared: names of those
-    that read rows which belong to no sample.
+    room_bytes: what a backward pass may keep to run faster, see `checkpointed_blocks`. texts: names of those
+    that read texts. shared: of those that read rows which belong to no sample.
     """
 
     model: Any
@@ -80,6 +81,7 @@ class Path:
     dequantized: DequantizedWeights
     dtype: torch.dtype
     room_bytes: int = ROOM_BYTES
+    texts: frozenset[str] = frozenset()
     shared: frozenset[str] = frozenset()
 
     @cached_property
@@ -137,6 +139,11 @@ class Path:
                 return times(product, x, self.dequantized.between(name, alpha, self.dtype))
             if name not in steps:
                 steps[name] = torch.zeros(batch.size, device=x.device, requires_grad=True)
+            if name in self.texts and has_samples_behind(product, x, batch.size):
+                turned = _PathLayer.apply(
+                    x.transpose(0, 1), steps[name], product, self.dequantized, name, alpha
+                )
+                return turned.transpose(0, 1).contiguous()
             return _PathLayer.apply(x, steps[name], product, self.dequantized, name, alpha)
 
         keeping = checkpointed_blocks(self.model, self.room_bytes)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qprobe.inputs.batch import KIND_NAMES, PAD, VISION, Batch
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.experts.outputs import ExpertNorms, expert_rows, run_both
-from qprobe.measure.experts.routing import Product, samples_apart, times
+from qprobe.measure.experts.routing import Product, has_samples_behind, samples_apart, times
 from qprobe.records import Linear
 from qprobe.registry.measures import OUTPUTS
 
@@ -87,9 +87,15 @@ class OutputErrors:
 
     def forward(self, name: str, product: Product, x: Tensor) -> Tensor:
         """The layer's output; the norms of its errors are noted on the way."""
+        count = self.batch.size * (2 if self.doubled else 1)
+        if self.layers[name].reads == "text" and has_samples_behind(product, x, count):
+            return self._forward(name, product, x.transpose(0, 1), count).transpose(0, 1).contiguous()
+        return self._forward(name, product, x, count)
+
+    def _forward(self, name: str, product: Product, x: Tensor, count: int) -> Tensor:
+        """`forward` of the rows of `count` samples, one sample after the other."""
         self.ran[name] = None
-        halves = 2 if self.doubled else 1
-        if name in self.shared or not samples_apart(product, x, self.batch.size * halves):
+        if name in self.shared or not samples_apart(product, x, count):
             self.apart.add(name)
             return times(product, x, self.dequantized.own(name).to(x.dtype))
         own = self.dequantized.own(name).to(x.dtype)

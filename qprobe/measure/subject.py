@@ -104,7 +104,8 @@ class Subject:
     def path(self) -> Path:
         """The path from this model to its all-4-bit form."""
         room = ROOM_BYTES if self.limit is None else min(ROOM_BYTES, self.limit.limit_bytes // ROOM_SHARE)
-        return Path(self.model, self.quantized_modules, self.dequantized, path_dtype(self.model), room)
+        texts = frozenset(x.name for x in self.inventory.layers if x.reads == "text")
+        return Path(self.model, self.quantized_modules, self.dequantized, path_dtype(self.model), room, texts)
 
     def device_of(self, name: str) -> torch.device:
         """Where the linear `name` runs: a model may be spread over several devices."""

@@ -1,6 +1,6 @@
 """Does the whole road hold for every architecture, and is what it says true?
 
-    python -m tests.benchmarks.architectures [NAME ...] [--work DIR] [--report] [--jobs N]
+    python -m tests.benchmarks.architectures [NAME ...] [--work DIR] [--report] [--jobs N] [--finished]
 
 Tiny models with random weights of every kind that transformers loads are taken through plan, both scans,
 select, load, verify, quantize, audit, reload, compare and finetune, and oracles with no rule in common with
@@ -8,7 +8,8 @@ qprobe compute a second time which modules are in 4-bit, weight and activation e
 of a training. Prints
 architecture x step; exits with 1 where a step fell with a traceback, an oracle disagrees, or a refusal came
 only after weights were read. A finished model is kept in --work and not made again: remove its file there to
-do so. --report writes reports/architectures/README.md.
+do so. --report writes reports/architectures/README.md; with --finished of what --work holds, naming what it
+lacks.
 """
 
 from __future__ import annotations
@@ -71,9 +72,14 @@ def outcome(name: str) -> dict[str, Any]:
     }
 
 
+def outcome_path(name: str, work: Path) -> Path:
+    """Where the outcome of the model `name` is kept."""
+    return work / f"{name.replace(' ', '_').replace(',', '')}.json"
+
+
 def kept_outcome(name: str, work: Path) -> dict[str, Any]:
     """`outcome`, from `work` if it lies there."""
-    path = work / f"{name.replace(' ', '_').replace(',', '')}.json"
+    path = outcome_path(name, work)
     if path.is_file():
         return json.loads(path.read_text())
     found = outcome(name)
@@ -88,10 +94,13 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qprobe-architectures")
     parser.add_argument("--report", action="store_true", help=f"write {REPORT}/README.md")
     parser.add_argument("--jobs", type=int, default=1, help="models at once")
+    parser.add_argument("--finished", action="store_true", help="run no model")
     asked = parser.parse_args(given)
     asked.work.mkdir(parents=True, exist_ok=True)
     every = names()
     chosen = [x for x in every if not asked.names or any(part in x for part in asked.names)]
+    missing = [x for x in chosen if asked.finished and not outcome_path(x, asked.work).is_file()]
+    chosen = [x for x in chosen if x not in missing]
     outcomes = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(asked.jobs, mp_context=context, initializer=_quiet) as pool:
@@ -105,7 +114,7 @@ def main(given: Sequence[str] | None = None) -> int:
     for sentence in wrong:
         print(sentence)
     if asked.report:
-        write_report(REPORT, ordered, wrong)
+        write_report(REPORT, ordered, wrong, missing)
     return 1 if wrong else 0
 
 

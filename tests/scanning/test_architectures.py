@@ -18,6 +18,7 @@ from qprobe.manifest.read import read_manifest
 from qprobe.report.write import write_report
 from qprobe.runs.folder import RunFolder
 from tests import tiny
+from tests.benchmarks.architecture_matrix import texts
 from tests.reading import encode
 from tests.scanning.asked import Scanned, TinyFolder, options, scan, write_lines
 
@@ -191,3 +192,24 @@ def test_linears_that_never_run_are_named_and_stay_empty(tiny_folder: TinyFolder
     assert any(f"{len(unmeasured)} linears never ran" in n and unmeasured[0] in n for n in result.notes)
     reasons = {x.name: x.reason for x in read_manifest(result.run / "skiplist.json").layers}
     assert all(reasons[name] == "not measured on these samples, NF4" for name in unmeasured)
+
+
+@pytest.mark.slow
+def test_layers_that_have_samples_behind_tokens_are_measured_as_if_each_sample_came_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # FSMT computes on (tokens, samples, features); split as (samples, tokens) its two halves would mix.
+    monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
+    folder = tiny.write_recipe(texts.recipes()["FSMTForConditionalGeneration"], "fsmt", tmp_path / "model")
+    rows = [("what is it?", "a cat"), ("a red bag", "two lines cross"), ("read the dial", "seven")]
+    data = write_lines(tmp_path / "data.jsonl", *({"prompt": p, "answer": a} for p, a in rows))
+    asked = {"data": data, "measures": ("activation", "propagated", "sensitivity"), "nodes": 2}
+    alone, together = (
+        RunFolder(scan(**options(folder, tmp_path / f"run-{n}", batch_size=n, **asked)).run).table
+        for n in (1, 3)
+    )
+    for column, tolerance in (("activation_nmse", 0.01), ("propagated_nmse", 0.02), ("sensitivity_kl", 0.1)):
+        assert alone[column].notna().all(), column
+        near = 0.3 * tolerance * alone[column].abs().max()
+        wanted = pytest.approx(alone[column].to_numpy(), rel=tolerance, abs=near)
+        assert together[column].to_numpy() == wanted, column

@@ -110,6 +110,13 @@ def samples_apart(product: Product, x: Tensor, count: int) -> bool:
     return tokens > 0 and tokens % count == 0
 
 
+def has_samples_behind(product: Product, x: Tensor, count: int) -> bool:
+    """True if what a linear of texts reads has its `count` samples behind their tokens, as attention of
+    Longformer has them, and all of FSMT: (tokens, samples, features).
+    """
+    return isinstance(product, nn.Linear) and x.dim() == 3 and 1 < count == x.shape[1] != x.shape[0]
+
+
 def by_sample(product: Product, values: Tensor, count: int) -> Tensor:
     """(count,) float32: `values`, of the shape of an output, summed over the rows of each sample."""
     if isinstance(product, nn.Linear):

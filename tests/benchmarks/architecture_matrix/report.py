@@ -39,8 +39,7 @@ The columns behind the steps are oracles that share no rule with qprobe:
 - adapter: the tensors of its file, which two steps have moved, against those of the model that
   `load_finetuned` gives.
 
-Seconds are those of the clock, on a machine that was busy with other work. A finished model is not run again:
-those whose results a later change could touch were, the others ran some commits before."""
+Seconds are those of the clock, on a machine that was busy with other work."""
 
 
 def table_line(found: dict[str, Any]) -> str:
@@ -75,8 +74,10 @@ def failures(outcomes: Iterable[dict[str, Any]]) -> list[str]:
     return found
 
 
-def write_report(folder: Path, outcomes: Sequence[dict[str, Any]], wrong: Sequence[str]) -> None:
-    """Writes `folder`/README.md."""
+def write_report(
+    folder: Path, outcomes: Sequence[dict[str, Any]], wrong: Sequence[str], missing: Sequence[str] = ()
+) -> None:
+    """Writes `folder`/README.md. missing: names of models that did not run."""
     states = Counter(state for one in outcomes for state in _states(one))
     whole = sum(all(one["cells"][x][0] == "ok" for x in STEPS) for one in outcomes)
     seconds = sum(one["seconds"] for one in outcomes)
@@ -93,7 +94,8 @@ def write_report(folder: Path, outcomes: Sequence[dict[str, Any]], wrong: Sequen
     parts = ("# Every architecture, step by step", f"    {COMMAND}", f"{made_with('cpu')}; {counts}")
     wrong_part = ("## What is not as it should be", listed)
     refused_part = ("## What is refused, and why", _refusals(outcomes))
-    page = "\n\n".join([*parts, METHOD, table, *wrong_part, *refused_part])
+    missing_part = ("## What did not run with this code", ", ".join(missing) + ".") if missing else ()
+    page = "\n\n".join([*parts, METHOD, table, *wrong_part, *missing_part, *refused_part])
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "README.md", (page + "\n").encode())
 
