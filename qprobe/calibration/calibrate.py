@@ -9,7 +9,7 @@ not outlive their unit: they are large (0.8 GB for a down_proj of an 11B).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import nan
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qprobe.calibration.codes import Rounded
 from qprobe.calibration.damage import FEWEST, split_samples
-from qprobe.calibration.decide import decided
+from qprobe.calibration.decide import decided, tried_in_turn
 from qprobe.calibration.experts.turns import fused_experts, rounded_in_turn
 from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import Gathering, SharedInput, shared_inputs
@@ -107,6 +107,7 @@ class Work:
     limit_bytes: int | None = None
     tune_steps: int = 0
     progress: Progress = no_progress
+    shard: Shard = ALONE
 
     @cached_property
     def split(self) -> tuple[list[tuple[Sample, ...]], list[tuple[Sample, ...]]]:
@@ -151,6 +152,7 @@ def calibrate_model(work: Work, shard: Shard = ALONE) -> None:
     changed, or if a new one does not read back; that one is not named, so that the same command joins the
     units again.
     """
+    work = replace(work, shard=shard)
     run, joined = work.run, None
     if run.codes and (lost := lost_units(run, CALIBRATION.name)):
         inputs = shared_inputs(work.subject, work.batches)
@@ -297,17 +299,13 @@ def _weights(
         step = _steps(work.progress, "weigh tokens", len(work.groups))
         found = token_weights(subject, inputs if is_open else chosen, work.widened, step)
     if is_open:
-        with waiting(work.run.path, "tokens"):
-            notes.reread()
-            noted = notes.get("tokens")
-            if noted is None:
-                work.progress("decide", 0, 1)
-                noted = decided(
-                    subject, inputs, lambda: work.widened, len(training), found.of, work.format, limit_bytes,
-                    found.outputs,
-                )  # fmt: skip
-                notes.put("tokens", noted)
-                work.progress("decide", 1, 1)
+        work.progress("decide", 0, 1)
+        noted = decided(
+            subject, inputs, lambda: work.widened, len(training), found.of, work.format, limit_bytes,
+            found.outputs, partial(tried_in_turn, work.run, work.shard),
+        )  # fmt: skip
+        notes.put("tokens", noted)
+        work.progress("decide", 1, 1)
     return found if noted is not None and noted.is_weighted else None
 
 

@@ -7,6 +7,7 @@ A few layers are rounded both ways for most of the samples, and the damage of bo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 
 import torch
@@ -22,7 +23,12 @@ from qprobe.measure.attribution import walking
 from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import LayerForward
 from qprobe.measure.subject import Subject
-from qprobe.runs.notes import TokensCount
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.notes import TokensCount, Trial
+from qprobe.runs.shards import waiting
+from qprobe.system.processes import Shard
+
+Trials = Mapping[str, Callable[[], float]]
 
 TRIAL = (
     5  # one shared input of so many is rounded for the decision; most blocks have 4, so that all kinds are
@@ -39,12 +45,13 @@ def decided(
     fmt: Nf4,
     limit_bytes: int,
     outputs: Mapping[str, Tensor] | None = None,
+    tried: Callable[[Trials], Mapping[str, float]] = lambda trials: {name: x() for name, x in trials.items()},
 ) -> TokensCount:
     """The decision, on every `TRIAL`-th of `inputs`.
 
     batches: gives the samples, each time from the first; the first `training` of them are fitted to, the
     others kept back. weights: of their tokens. limit_bytes: for Gram matrices at once. outputs: what weighed
-    tokens go with, see `qprobe.calibration.token_weights.TokenWeights`.
+    tokens go with, see `qprobe.calibration.token_weights.TokenWeights`. tried: what two trials give, by name.
     """
     trial = trial_inputs(subject, inputs)
     names = frozenset(name for one in trial for name in one.names)
@@ -60,7 +67,25 @@ def decided(
         with walking(subject.path):
             return mean_damage(subject, islice(batches(), training, None), _reading(subject, names, packed))
 
-    return TokensCount.of(plain=damage(None), weighted=damage(weights), unit=unit_of(subject))
+    found = tried({"tokens-plain": partial(damage, None), "tokens-weighted": partial(damage, weights)})
+    return TokensCount.of(found["tokens-plain"], found["tokens-weighted"], unit_of(subject))
+
+
+def tried_in_turn(run: RunFolder, shard: Shard, trials: Trials) -> dict[str, float]:
+    """The damage of each of `trials`, by its topic in the notes of `run`; processes share them.
+
+    Each process begins with another one, and waits for whoever is at the next.
+    """
+    found: dict[str, float] = {}
+    for name in (list(trials)[i] for i in shard.rotated(range(len(trials)))):
+        with waiting(run.path, name):
+            run.notes.reread()
+            if run.notes.get(name) is None:
+                run.notes.put(name, Trial.of(trials[name]()))
+            noted = run.notes.get(name)
+            assert isinstance(noted, Trial), name
+            found[name] = noted.damage_or_nan
+    return found
 
 
 def trial_inputs(subject: Subject, inputs: Sequence[SharedInput]) -> list[SharedInput]:

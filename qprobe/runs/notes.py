@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,21 @@ class Remarks:
     """Sentences a reader must see (skipped files, measures that do not apply, warnings)."""
 
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The damage of one of the two ways that are compared for `TokensCount`; None where it is not finite."""
+
+    damage: float | None
+
+    @classmethod
+    def of(cls, damage: float) -> Trial:
+        return cls(damage if isfinite(damage) else None)
+
+    @property
+    def damage_or_nan(self) -> float:
+        return nan if self.damage is None else self.damage
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,8 @@ class Ended:
 TOPICS: Mapping[str, type[Any]] = {
     "start": Remarks,  # on samples and measures, when a scan begins
     "codes": CodesFile,  # which calibrated weights were measured
+    "tokens-plain": Trial,  # for "tokens", by whichever process comes first
+    "tokens-weighted": Trial,
     "tokens": TokensCount,  # when codes are chosen
     "calibration": Remarks,  # on how they were chosen
     "correction": CorrectionFile,  # of these weights
