@@ -60,7 +60,7 @@ class Template:
             raise Refused(self._too_much)
         messages = [{"role": x.role, "content": self._content(x, x.role in way)} for x in turns]
         try:
-            with limited(SECONDS), bounded_arithmetic():
+            with bounded_arithmetic(), limited(SECONDS):
                 text = self._processor.apply_chat_template(
                     messages, add_generation_prompt=answer_next, tokenize=False
                 )

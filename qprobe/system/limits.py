@@ -73,6 +73,26 @@ def bounded_arithmetic() -> Iterator[None]:
     threads, so that `limited` cannot end them, also while a template is compiled. They raise an OverflowError
     instead, as patterns do that long texts are searched for, and sums are taken one by one.
     """
+    with _turn:
+        _open.append(_bind_arithmetic() if not _open else None)
+    try:
+        yield
+    finally:
+        with _turn:
+            # Threads may leave in another order than they came in: the last one undoes what the first did.
+            undo = _open.pop(0)
+            if _open:
+                _open[0] = undo
+            elif undo is not None:
+                undo()
+
+
+_turn = threading.Lock()
+_open: list[Callable[[], None] | None] = []  # one item per `bounded_arithmetic` that is open
+
+
+def _bind_arithmetic() -> Callable[[], None]:
+    """Change what Jinja makes sandboxes of; what is returned changes it back."""
     from jinja2.filters import FILTERS
     from jinja2.sandbox import SandboxedEnvironment as Sandbox
 
@@ -83,11 +103,12 @@ def bounded_arithmetic() -> Iterator[None]:
     Sandbox.intercepted_binops = intercepted | guarded.keys()
     FILTERS.update({x: _of_short_texts(x, FILTERS[x]) for x in _SEARCHING})
     FILTERS.update(round=_bounded_round(FILTERS["round"]), sum=_summed())
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         Sandbox.default_binop_table, Sandbox.intercepted_binops = table, intercepted
         FILTERS.update(filters)
+
+    return undo
 
 
 def _bounded(name: str, operate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

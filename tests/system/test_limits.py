@@ -121,3 +121,15 @@ def test_other_sandboxes_compute_as_before():
     rendered("{{ 1 }}")
     assert SandboxedEnvironment.intercepted_binops == frozenset()
     assert SandboxedEnvironment().from_string("{{ (2 ** 70000) % 7 }}").render() == "2"  # 2^(70000 mod 3)
+
+
+def test_what_threads_share_is_bounded_until_the_last_one_is_done():
+    from jinja2.sandbox import SandboxedEnvironment
+
+    first, second = bounded_arithmetic(), bounded_arithmetic()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert SandboxedEnvironment.intercepted_binops
+    second.__exit__(None, None, None)
+    assert SandboxedEnvironment.intercepted_binops == frozenset()
