@@ -14,7 +14,7 @@ samples that calibration did not see. Standard errors are over samples; that of 
 difference. "plain" Gram matrices count every token once, "weighted" ones half by how much the answers depend
 on it (`qprobe.calibration.token_weights`); "two-sided" codes are moved for the gradients at outputs as well,
 as a scan of a small model does; with `--tune`, block scales are tuned afterwards. Text models are
-measured on other kinds of text as well: descriptions of packages, licences and Python source.
+measured on other kinds of text as well: docstrings, descriptions of packages, licences and Python source.
 
 `--full-size` calibrates the exact geometry of Llama-3.2-11B-Vision with seeded random weights, on 32 images
 of 4 tiles with 256 text tokens each, and prints seconds and peak device memory. `--tiny` tries that on a CPU.

@@ -8,13 +8,14 @@ so the weights are real; it is no dependency of ours:
 
 from __future__ import annotations
 
+import ast
 import sysconfig
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qprobe.records import FormatSpec, Sample, asked
 
 NAMES = ("demo", "demo-outliers", "smollm2")
 TEXT_TOKENS = 128
+PROSE = ("scipy/optimize", "scipy/stats", "matplotlib", "networkx", "sympy/core", "skimage")  # of packages
 # The demo's KL is small and a few scenes carry most of it, so fewer scenes would show noise.
 DEFAULT_SAMPLES = {"demo": 256, "demo-outliers": 256, "smollm2": 24}
 BATCH_SIZE = {"demo": 32, "demo-outliers": 32, "smollm2": 8}
@@ -78,7 +80,8 @@ def texts(tokenizer: Any, count: int) -> tuple[list[Sample], list[Sample]]:
 
 def other_texts(tokenizer: Any, count: int) -> dict[str, list[Sample]]:
     """`count` passages each of kinds that `texts` has nothing of, from what is installed here."""
-    found: dict[str, list[tuple[str, list[int]]]] = {"prose": [], "legal": [], "code": []}
+    kinds = ("docstrings", "descriptions", "licences", "code")
+    found: dict[str, list[tuple[str, list[int]]]] = {kind: [] for kind in kinds}
 
     def add(kind: str, name: str, text: str) -> None:
         ids = _ids(tokenizer, text)
@@ -88,16 +91,41 @@ def other_texts(tokenizer: Any, count: int) -> dict[str, list[Sample]]:
     seen: set[str] = set()
     for package in sorted(distributions(), key=lambda x: x.metadata["Name"]):
         name = package.metadata["Name"]
-        add("prose", name, package.metadata["Description"] or "")
+        add("descriptions", name, package.metadata["Description"] or "")
         for path in package.files or ():
             if "licen" in path.name.lower() and path.suffix in ("", ".txt", ".md", ".rst"):
                 text = Path(str(path.locate())).read_text(errors="replace")
                 if text[200:400] not in seen:  # most packages carry one of a few
                     seen.add(text[200:400])
-                    add("legal", f"{name}-{path.name}", text)
+                    add("licences", f"{name}-{path.name}", text)
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         add("code", path.stem, path.read_text(errors="replace"))
+    for name, text in _prose(count):
+        add("docstrings", name, text)
     return {kind: list(islice(_passages(tokenizer, parts), count)) for kind, parts in found.items()}
+
+
+def _prose(count: int) -> Iterable[tuple[str, str]]:
+    """(name, text) `count` times: long paragraphs of English from docstrings, of a few modules each."""
+    found = list(islice(_paragraphs(), 4 * count))  # of some 150 tokens
+    for i in range(count):
+        yield f"docstrings-{i}", "\n\n".join(found[i::count])
+
+
+def _paragraphs() -> Iterable[str]:
+    """Paragraphs of more than 400 characters, nearly all letters, of packages that we need anyway."""
+    site = Path(sysconfig.get_path("purelib"))
+    files = chain.from_iterable(sorted((site / name).rglob("*.py")) for name in PROSE)
+    for path in files:
+        tree = ast.parse(path.read_text(errors="replace"))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+                text = " ".join(paragraph.split())
+                letters = sum(c.isalpha() or c == " " for c in text)
+                if len(text) > 400 and letters > 0.93 * len(text):
+                    yield text
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
