@@ -70,6 +70,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(50_000, 20, 20)  # what is left is small, so that passes over all of it were frequent
         gc.enable()
 
 

@@ -17,7 +17,7 @@ from tests.emulation import compute_bf16_by_float32
 
 
 def on_few(work):
-    return lambda *given, samples, **asked: work(*given, samples=min(samples, 6), **asked)
+    return lambda *given, samples, **asked: work(*given, samples=min(samples, 4), **asked)
 
 
 compute_bf16_by_float32()

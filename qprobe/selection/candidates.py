@@ -10,7 +10,14 @@ from qprobe.runs.layers.table import measured
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
 from qprobe.selection.request import ListRequest
-from qprobe.selection.scores import ScoredRun, damage_of, default_measure, layer_scores, skiplist_by
+from qprobe.selection.scores import (
+    ScoredRun,
+    damage_of,
+    default_measure,
+    layer_scores,
+    skiplist_by,
+    skiplists_by,
+)
 from qprobe.selection.search.groups import keeps_groups_whole
 from qprobe.selection.search.lists import best_skiplist
 from qprobe.selection.skiplist import SkipList
@@ -55,8 +62,6 @@ def frontier(run: ScoredRun, by: str | None) -> dict[str, SkipList]:
     inventory, column = run.inventory, by or default_measure(run.table)
     everything = inventory.total_bytes(frozenset(x.name for x in inventory.layers))
     saved = everything - run.standard_bytes
-    limits = {share: run.standard_bytes + int(share * saved) for share in FRONTIER_SHARES}
-    return {
-        f"{share:.0%} of the bytes that 4-bit saves": skiplist_by(inventory, run.table, column, limit)
-        for share, limit in limits.items()
-    }
+    names = [f"{share:.0%} of the bytes that 4-bit saves" for share in FRONTIER_SHARES]
+    limits = [run.standard_bytes + int(share * saved) for share in FRONTIER_SHARES]
+    return dict(zip(names, skiplists_by(inventory, run.table, column, limits), strict=True))

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,18 @@ def run(tiny_folder, tmp_path_factory) -> Callable[[str], Run]:
     return make
 
 
+@pytest.fixture(scope="module")
+def saved(run, tmp_path_factory) -> Callable[[str], Path]:
+    """`saved(name)`: the checkpoint that `quantize` makes of that run, once. Tests must not change it."""
+
+    @cache
+    def made(name: str) -> Path:
+        one = run(name)
+        return quantize(one.manifest, tmp_path_factory.mktemp(name) / "out", str(one.model), "cpu").out
+
+    return made
+
+
 def logits(model: Any, processor: Any, name: str) -> torch.Tensor:
     kind = "llama" if name == "odd" else name
     batch = encode(processor, tiny.questions(kind, 2), model.dtype)
@@ -121,11 +134,10 @@ def test_the_model_holds_the_weights_of_the_file_at_the_promised_bytes(name, run
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_checkpoint_loads_without_qprobe_and_computes_the_same(name, run, tmp_path):
-    one = run(name)
-    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
+def test_a_saved_checkpoint_loads_without_qprobe_and_computes_the_same(name, run, saved):
+    one, folder = run(name), saved(name)
     ours, processor = load_dynamic_4bit(one.manifest, str(one.model), "cpu")
-    theirs = model_class(AutoConfig.from_pretrained(saved)).from_pretrained(saved)
+    theirs = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
     without_repacking(theirs)
     assert torch.equal(logits(theirs, processor, name), logits(ours, processor, name))
     original = load_reference(str(one.model), "cpu").model
@@ -137,12 +149,11 @@ def test_a_saved_checkpoint_loads_without_qprobe_and_computes_the_same(name, run
     "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_lora_trains_on_a_saved_checkpoint(name, run, tmp_path):
-    one = run(name)
-    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
-    model = model_class(AutoConfig.from_pretrained(saved)).from_pretrained(saved)
+def test_lora_trains_on_a_saved_checkpoint(name, saved):
+    folder = saved(name)
+    model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
     without_repacking(model)
-    processor = load_processor(Source("saved", str(saved)))
+    processor = load_processor(Source("saved", str(folder)))
     batch = encode(processor, tiny.questions("llama" if name == "odd" else name, 2, "a red bar"), model.dtype)
     labels = batch.inputs["input_ids"].masked_fill(batch.kinds != ANSWER, -100)
     frozen = {n: p.data.clone() for n, p in model.named_parameters()}
@@ -199,11 +210,10 @@ def test_the_run_says_what_was_calibrated(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "odd"])
-def test_an_audit_tells_calibrated_codes_from_rounding_to_nearest(name, run, tmp_path):
+def test_an_audit_tells_calibrated_codes_from_rounding_to_nearest(name, run, saved, tmp_path):
     one = run(name)
     manifest = read_manifest(one.manifest)
-    saved = quantize(one.manifest, tmp_path / "calibrated", str(one.model), "cpu").out
-    found = audit(saved, one.manifest)
+    found = audit(saved(name), one.manifest)
     assert found.ok, found.problems
     # The same list, the same layout, the same bytes; only the codes are those of plain NF4.
     plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
@@ -217,33 +227,31 @@ def test_an_audit_tells_calibrated_codes_from_rounding_to_nearest(name, run, tmp
 
 
 @pytest.mark.slow
-def test_an_audit_compares_block_scales_and_names_the_one_layer(run, tmp_path):
-    one = run("llama")
-    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
+def test_an_audit_compares_block_scales_and_names_the_one_layer(run, saved, tmp_path):
+    one, folder = run("llama"), Path(shutil.copytree(saved("llama"), tmp_path / "out"))
     with open_codes(one.folder / FILE_NAME) as file:
         manifest = read_manifest(one.manifest)
         layer = next(x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers)
-    tensors = load_file(saved / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     tensors[f"{layer}.weight.absmax"][0] ^= 1
-    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
-    (problem,) = audit(saved, one.manifest).problems
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (problem,) = audit(folder, one.manifest).problems
     assert problem.startswith("1 of ") and f": {layer}." in problem
 
 
 @pytest.mark.slow
-def test_an_audit_finds_another_offset_of_the_block_scales(run, tmp_path):
-    one = run("llama")
-    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
+def test_an_audit_finds_another_offset_of_the_block_scales(run, saved, tmp_path):
+    one, folder = run("llama"), Path(shutil.copytree(saved("llama"), tmp_path / "out"))
     with open_codes(one.folder / FILE_NAME) as file:
         manifest = read_manifest(one.manifest)
         layer = next(x.name for x in manifest.layers if x.precision == "nf4" and x.name in file.layers)
-    tensors = load_file(saved / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     state = f"{layer}.weight.quant_state.bitsandbytes__nf4"
     numbers = json.loads(bytes(tensors[state].tolist()))
     numbers["nested_offset"] *= 1.01  # every block scale is larger, all tables and codes the same
     tensors[state] = torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8)
-    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
-    (problem,) = audit(saved, one.manifest).problems
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (problem,) = audit(folder, one.manifest).problems
     assert "do not hold the calibrated codes" in problem and f": {layer}." in problem
 
 
@@ -259,15 +267,14 @@ def test_an_audit_finds_calibrated_codes_in_whichever_shard_they_lie(size, run, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("harm", "why"), [("missing", "cannot be read"), ("changed", "SHA-256")])
-def test_an_audit_without_the_calibrated_weights_is_not_clear(harm, why, run, tmp_path):
-    one = run("llama")
-    saved = quantize(one.manifest, tmp_path / "out", str(one.model), "cpu").out
+def test_an_audit_without_the_calibrated_weights_is_not_clear(harm, why, run, saved, tmp_path):
+    one, folder = run("llama"), saved("llama")
     manifest = Path(shutil.copy(one.manifest, tmp_path))
     if harm == "changed":
         (tmp_path / FILE_NAME).write_bytes((one.folder / FILE_NAME).read_bytes()[:-1] + b"!")
-    (problem,) = audit(saved, manifest).problems
+    (problem,) = audit(folder, manifest).problems
     assert problem.startswith("The calibrated codes could not be compared: ") and why in problem
-    assert audit(saved, read_manifest(manifest), manifest_folder=one.folder).ok
+    assert audit(folder, read_manifest(manifest), manifest_folder=one.folder).ok
 
 
 @pytest.mark.parametrize("harm", ["missing", "changed", "another"])

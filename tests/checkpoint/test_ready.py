@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from qprobe.checkpoint.load import load_dynamic_4bit, load_standard_4bit
 from qprobe.checkpoint.quantize import quantize
 from qprobe.checkpoint.ready import kept_whole, lora_targets, ready_for_training
 from qprobe.formats.nf4 import Nf4
+from qprobe.loading.processor import load_processor
 from qprobe.loading.reference import load_reference
+from qprobe.loading.source import resolve
 from qprobe.models.family import VISION
 from qprobe.options import DEFAULT_ADAPT
 from tests import tiny
@@ -63,7 +66,7 @@ def test_an_adapter_goes_from_a_checkpoint_to_a_merged_model(name, tiny_folder, 
     done = quantize(manifest_for(folder, kept), tmp_path / "base", str(folder), "cpu")
     base = plainly(done.out)
     before = {n: plain_weight(p).clone() for n, p in base.named_parameters()}
-    processor = load_dynamic_4bit(manifest_for(folder), str(folder), "cpu")[1]
+    processor = load_processor(resolve(str(folder)))
     untouched = logits(base, processor, name)
 
     torch.manual_seed(0)
@@ -171,18 +174,18 @@ def test_checkpointing_changes_no_gradient(tiny_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
-@pytest.mark.parametrize("vision", [False, True])
-def test_targets_are_exactly_the_wanted_layers_on_every_base(name, vision, tiny_folder):
+def test_targets_are_exactly_the_wanted_layers_on_every_base(name, tiny_folder):
     folder = tiny_folder(name)
-    wanted = {x.name for x in inventory_of(folder).layers if not x.fixed and (vision or x.tower != VISION)}
+    layers = [x for x in inventory_of(folder).layers if not x.fixed]
+    everywhere, language = {x.name for x in layers}, {x.name for x in layers if x.tower != VISION}
     for model in (
         load_reference(str(folder), "cpu").model,
         load_standard_4bit(str(folder), device="cpu")[0],
         load_dynamic_4bit(manifest_for(folder, every_third(folder)), str(folder), "cpu")[0],
     ):
-        config = LoraConfig(r=2, target_modules=lora_targets(model, "all" if vision else DEFAULT_ADAPT))
-        tuned = get_peft_model(model, config)
-        assert {x.removeprefix("base_model.model.") for x in _adapted(tuned)} == wanted
+        for base, adapt, wanted in ((deepcopy(model), DEFAULT_ADAPT, language), (model, "all", everywhere)):
+            tuned = get_peft_model(base, LoraConfig(r=2, target_modules=lora_targets(base, adapt)))
+            assert {x.removeprefix("base_model.model.") for x in _adapted(tuned)} == wanted
 
 
 def _adapted(tuned: Any) -> set[str]:

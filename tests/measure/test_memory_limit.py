@@ -32,16 +32,16 @@ from qprobe.cli import main
 qprobe.scanning.finish.write_report = lambda *_: []
 main(sys.argv[1:])
 """
-WEIGHTS_MIB = 101  # of the blocks, in 16-bit
+WEIGHTS_MIB = 67  # of the blocks, in 16-bit
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 53 M parameters, nearly all of them in its 6 blocks, and two samples beside it."""
+    """A checkpoint of 36 M parameters, nearly all of them in its 4 blocks, and two samples beside it."""
     folder = tmp_path_factory.mktemp("wide")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**tiny.decoder(768, 3072, 6)))
+        model = LlamaForCausalLM(LlamaConfig(**tiny.decoder(768, 3072, 4)))
     model.to(torch.bfloat16).save_pretrained(folder)
     for part in tiny.text_tokenizer():
         part.save_pretrained(folder)

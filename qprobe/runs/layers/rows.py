@@ -38,7 +38,10 @@ def rows_by_layer(run: Measured, stage: str) -> dict[str, Rows]:
 
 def numbers(rows: pd.DataFrame, column: str) -> np.ndarray:
     """A column as float64, NaN where it is empty; counts are exact up to 2**53."""
-    return rows[column].to_numpy(dtype=np.float64, na_value=nan)
+    values = rows[column]
+    if values.dtype == np.float64:  # which is NaN where it is empty, and need not be searched for that
+        return values.to_numpy()
+    return values.to_numpy(dtype=np.float64, na_value=nan)
 
 
 def _array(frame: pd.DataFrame, column: str) -> np.ndarray:

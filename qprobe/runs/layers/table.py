@@ -172,15 +172,18 @@ def parse_table(path: Path, data: bytes, inventory: Inventory) -> pd.DataFrame:
 
 def measured(table: pd.DataFrame) -> tuple[str, ...]:
     """The columns that layers can be ranked by and that hold at least one number."""
-    names = [x.name for x in measures.columns()]
-    return tuple(name for name in names if np.any(~np.isnan(numbers(table, name))))
+    return tuple(x.name for x in measures.columns() if _is_measured(table, x.name))
+
+
+def _is_measured(table: pd.DataFrame, column: str) -> bool:
+    return not np.isnan(numbers(table, column)).all()
 
 
 def check_measure(table: pd.DataFrame, by: str) -> None:
     """Raise QprobeError, naming the measured columns, unless layers can be ranked by the column `by`."""
-    names = measured(table)
-    if by in names:
+    if measures.column(by) and _is_measured(table, by):
         return
+    names = measured(table)
     what = "was not measured in this run" if measures.column(by) else "is no measure"
     fix = f"Measured are {', '.join(names)}." if names else "Nothing is measured yet: run the scan first."
     raise QprobeError(f"{by!r} {what}, so layers cannot be ranked by it. {fix}")
