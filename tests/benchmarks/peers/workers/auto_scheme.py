@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from tests.benchmarks.peers.workers.exchange import hand_back_lists, linears, measured, read_job
@@ -12,11 +13,12 @@ INT4_BITS, FULL_BITS, GROUP = 4.3125, 16.0, 64
 
 def main() -> None:
     """Choose and hand back."""
+    job = read_job()
+    os.environ["AR_AUTO_SCHEME_CACHE"] = str(job.out)  # else a second run reads the scores of the first
     from auto_round.auto_scheme.gen_auto_scheme import AutoScheme, GenScheme
     from auto_round.schemes import QuantizationScheme
     from transformers import AutoTokenizer
 
-    job = read_job()
     model, tokenizer = job.load(), AutoTokenizer.from_pretrained(job.model)
     passages = job.out / "passages.jsonl"
     passages.write_text("\n".join(json.dumps({"text": tokenizer.decode(row)}) for row in job.rows))
