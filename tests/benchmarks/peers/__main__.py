@@ -7,7 +7,7 @@ Peers are no dependencies of ours. One that the running Python cannot import, an
 named, is left out, and the report says so. Versions that were tried:
 
     pip install auto-round==0.16.1 optimum-quanto==0.2.7 torchao==0.18.0 xllamacpp==2026.10.11549 gguf
-    pip install llmcompressor==0.14.0.1     # asks for an earlier transformers: a venv of its own; AWQ for a GPU
+    pip install llmcompressor==0.14.0.1     # wants an earlier transformers: its own venv; AWQ: a GPU
 
 Each peer is a process with a time limit that gets the model in float32 and the token ids of the calibration
 passages (Python's help topics), and hands back what its format reads back, in float32. That is measured here:
