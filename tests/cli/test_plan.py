@@ -95,3 +95,28 @@ def test_models_as_json_has_the_sizes_of_every_entry(qprobe: Run):
         ("nf4", 6.54),
         ("unsloth", 7.23),
     ]
+
+
+@pytest.mark.slow
+def test_plan_says_what_a_scan_takes_here(qprobe: Run):
+    asked = ["plan", "--model", "demo", "--scan", "--device", "cpu", "--samples", "12", "--batch-size", "2"]
+    found = json.loads(qprobe(*asked, "--tokens", "64", "--tiles", "1", "--json").stdout)["scan"]
+    assert (found["model"], found["device"], found["samples"]) == ("demo", "cpu", [8, 4])
+    assert found["batch"]["samples"] == 2 and found["batch"]["tokens"] == 64
+    assert found["batch"]["vision_rows"] > 0 and found["tune"] is None
+    assert set(found["seconds"]) == {"load", "weights", "prepare", "measure", "choose", "report"}
+    assert found["total_seconds"] == pytest.approx(sum(found["seconds"].values()))
+    assert found["needed_bytes"] == found["device_bytes"] < found["free_bytes"] and not found["is_streamed"]
+    shown = qprobe(*asked, "--max-memory", "2GiB", "--format", "nf4-calibrated").stdout
+    assert "A scan here: 12 samples (4 held out) of 512 tokens" in shown and "calibrate " in shown
+    assert "with all weights there" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [("--samples", "--scan"), ("--rank", "--training"), ("--tiles", "--training or --scan")],
+)
+def test_what_describes_a_step_or_a_scan_is_refused_without(qprobe: Run, option: str, flag: str):
+    result = qprobe("plan", "--model", "demo", option, "3")
+    assert result.exit_code == 2 and f"{option} describes " in result.stderr
+    assert f"pass {flag}." in result.stderr
