@@ -35,7 +35,18 @@ def check_limit(subject: Subject) -> None:
     }
     most = max(needed, key=needed.__getitem__, default=None)
     if most is not None:
-        subject.limit.check(needed[most], f"calibrating {most}")
+        kept = outputs_bytes(subject, (x.out_features for x in subject.inventory.layers if not x.experts))
+        subject.limit.check(needed[most] + kept, f"calibrating {most}")
+
+
+def outputs_bytes(subject: Subject, heights: Iterable[int]) -> int:
+    """What the gradients' matrices of weights with so many rows each take where the model is, all together.
+
+    With a memory limit on a GPU they wait on the host.
+    """
+    if subject.limit is not None and subject.reference.device.type != "cpu":
+        return 0
+    return sum(4 * height**2 for height in heights if is_two_sided(subject, height))
 
 
 def rounding_bytes(out_features: int, in_features: int, matrices: int = 1) -> int:
@@ -51,11 +62,12 @@ def gram_room(subject: Subject, inputs: Sequence[SharedInput]) -> int:
     """
     device = subject.reference.device
     rounding = widest_rounding(subject, inputs)
+    kept = outputs_bytes(subject, (subject.modules[x].out_features for one in inputs for x in one.names))
     if subject.limit is None:
-        free = min(free_memory(place) for place in subject.reference.devices)
-        return min(free // 4, MOST_MEMORY, max(0, free - rounding))
+        free = min(free_memory(place) for place in subject.reference.devices) - kept
+        return min(max(0, free) // 4, MOST_MEMORY, max(0, free - rounding))
     # Samples run while matrices are summed, weights are rounded afterwards. A quarter more for float32.
-    beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding)
+    beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding) + kept
     largest = max((gram_bytes(one.in_features, device) for one in inputs), default=0)
     subject.limit.check_room(beside + largest, "calibration")
     return subject.limit.left_bytes - beside

@@ -296,7 +296,8 @@ def test_matrices_get_what_a_memory_limit_leaves_beside_the_larger_of_running_an
     for took, beside in limits:
         monkeypatch.setattr(subject.limit, "base_bytes", 2**20)
         monkeypatch.setattr(subject.limit, "needed_by", lambda kind, took=took: {"survey": took}[kind])
-        least = int((2**20 + LIBRARIES_BYTES + beside + 96**2 * 8) / (1 - SPARE)) + 2
+        kept = 4 * 64**2  # of gradients, which a limit on a CPU counts as well
+        least = int((2**20 + LIBRARIES_BYTES + beside + kept + 96**2 * 8) / (1 - SPARE)) + 2
         monkeypatch.setattr(subject.limit, "limit_bytes", least)
         assert 96**2 * 8 <= gram_room(subject, inputs) < 96**2 * 8 + 9
         monkeypatch.setattr(subject.limit, "limit_bytes", least - 3)
@@ -337,8 +338,10 @@ def test_without_a_memory_limit_matrices_and_records_get_a_quarter_of_what_is_fr
         (rounding - 5, 0),
         (2**50, room.MOST_MEMORY),
     ):
-        monkeypatch.setattr(room, "free_memory", lambda _, free=free: free)
+        with_gradients = free + 4 * 64**2  # of which the matrix takes its part
+        monkeypatch.setattr(room, "free_memory", lambda _, free=with_gradients: free)
         assert gram_room(subject, inputs) == matrices
+        monkeypatch.setattr(room, "free_memory", lambda _, free=free: free)
         assert room.record_room(subject) == min(free // 4, room.MOST_RECORDED)
 
 
