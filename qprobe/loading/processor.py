@@ -56,7 +56,7 @@ def _loaded(source: Source) -> Any:
     try:
         with _never_asking():
             found = _processor(source)
-            return None if _is_empty(found) else found
+            return None if _is_empty(found) else _with_images(source, found)
     except ImportError as error:
         found = _MISSING.search(str(error))
         name = next(filter(None, found.groups()), "").lower() if found else None
@@ -72,10 +72,7 @@ def _loaded(source: Source) -> Any:
 def _processor(source: Source) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
-    options: dict[str, Any] = {
-        "revision": source.revision or "main",
-        "trust_remote_code": source.trusts_code,
-    }
+    options = _options(source)
     try:
         return AutoProcessor.from_pretrained(source.location, **options)
     except ImportError as error:
@@ -103,6 +100,32 @@ def _processor(source: Source) -> Any:
     if not _is_empty(tokenizer):
         _refuse_blind(source, full, why)
     return tokenizer
+
+
+def _with_images(source: Source, found: Any) -> Any:
+    """`found`, or with the image processor beside it a pair of both, where `found` is the tokenizer of a
+    decoder behind an encoder of images: no file names a class that joins them (ViT ahead of BERT or GPT-2).
+    """
+    from transformers import AutoImageProcessor, TrOCRProcessor
+
+    if hasattr(found, "image_processor") or _model_type(source) != "vision-encoder-decoder":
+        return found
+    try:
+        return TrOCRProcessor(AutoImageProcessor.from_pretrained(source.location, **_options(source)), found)
+    except _ABSENT as error:
+        _refuse_blind(source, TrOCRProcessor, error)
+        raise
+
+
+def _options(source: Source) -> dict[str, Any]:
+    return {"revision": source.revision or "main", "trust_remote_code": source.trusts_code}
+
+
+def _model_type(source: Source) -> str | None:
+    try:
+        return load_config(source).model_type
+    except ModelError:  # said where the model is asked for
+        return None
 
 
 def _is_empty(processor: Any) -> bool:

@@ -15,6 +15,7 @@ from qprobe.errors import ModelError
 from qprobe.loading.doctor import OPTIONAL_PACKAGES
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import Source, explained, resolve
+from tests import sequences
 
 TinyFolder = Callable[[str], Path]
 
@@ -113,3 +114,16 @@ def test_a_pipe_or_a_device_in_a_models_folder_is_refused_before_it_is_opened(
     what = r"a\.json cannot be read \(it is a device" if file == "config.json" else r"\(it is a pipe"
     with pytest.raises(ModelError, match=what):
         resolve(str(folder))
+
+
+def test_a_tokenizer_and_an_image_processor_that_no_file_joins_are_a_pair(tmp_path: Path):
+    recipe = sequences.RECIPES["trocr"]
+    recipe.config().save_pretrained(tmp_path)
+    (made,) = recipe.processor()
+    made.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"a TrOCRProcessor, cannot be loaded .* reads no images"):
+        load_processor(resolve(str(tmp_path)))
+    made.image_processor.save_pretrained(tmp_path)
+    found = load_processor(resolve(str(tmp_path)))
+    assert found.image_processor.size == made.image_processor.size
+    assert found.tokenizer.get_vocab() == made.tokenizer.get_vocab()
