@@ -51,7 +51,7 @@ function showAnswers() {
   body.append(...found.metrics.map((metric) => element("p", { class: "hint" }, differencesOf(metric))));
   const telling = found.samples.filter((s) => new Set(Object.values(s.answers)).size > 1);
   const alike = found.samples.length - telling.length;
-  body.append(element("p", { class: "hint" }, `${plural(found.samples.length, "sample")}; the models answer alike on ${alike}.${telling.length ? " Where they differ:" : ""} From compare.json.`));
+  body.append(element("p", { class: "hint" }, `${plural(found.samples.length, "sample")} (compare.json); the models answer alike on ${alike}.${telling.length ? " Where they differ:" : ""}`));
   body.append(...telling.slice(0, 8).map(answersOf));
   if (telling.length > 8) {
     const rest = element("details", {}, element("summary", {}, `${telling.length - 8} more`));
