@@ -31,7 +31,11 @@ def executed(path: Path, first: str = "") -> nbformat.NotebookNode:
     if first:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     client = NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        resources={"metadata": {"path": FOLDER}},
+        coalesce_streams=True,  # else how often a cell is flushed would show
     )
     client.execute(env=environment)
     del notebook.cells[: bool(first)]
