@@ -92,6 +92,17 @@ def test_missing_units_are_those_without_a_file(run: Path):
     assert RunFolder(run).missing_units("outputs", 1) == [0]
 
 
+def test_a_unit_that_is_set_aside_is_missing_and_its_bytes_are_kept(run: Path):
+    folder = RunFolder(run)
+    folder.write_unit("kl", 1, kl_unit("a"))
+    (name,) = folder.unit_files()
+    data = (run / "units" / name).read_bytes()
+    folder.set_aside(name, "damaged")
+    folder.set_aside("gone", "damaged too")  # by another process
+    assert name not in RunFolder(run).unit_files() and not (run / "units" / "damaged too").exists()
+    assert (run / "units" / "damaged").read_bytes() == data
+
+
 def test_a_stage_without_units_is_an_empty_frame_with_its_columns(run: Path):
     assert list(RunFolder(run).units("sensitivity").columns) == ["sample", "layer", "answer_tokens", "kl_sum"]
     assert RunFolder(run).units("sensitivity").empty

@@ -1,0 +1,28 @@
+"""How many samples codes are fitted to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qprobe.calibration.calibrate import MORE_SAMPLES, samples_wanted
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("device", "wanted"), [(CPU, 0), (GPU, MORE_SAMPLES)])
+def test_a_gpu_fits_codes_of_a_small_model_to_more_samples_than_are_measured(
+    device: torch.device, wanted: int
+):
+    assert samples_wanted(nn.Linear(2, 2), device, None) == wanted
+
+
+def test_a_model_too_large_for_float32_is_fitted_to_what_is_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qprobe.measure.attribution.FLOAT32_UP_TO", 0)
+    assert samples_wanted(nn.Linear(2, 2, dtype=torch.bfloat16), GPU, None) == 0
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_as_many_as_are_asked_for(device: torch.device):
+    assert samples_wanted(nn.Linear(2, 2), device, 7) == 7
