@@ -163,7 +163,7 @@ def plan(*more: str) -> Any:
 def test_the_full_size_model_on_cards():
     found = json.loads(plan("--training", "--json").stdout)["training"]
     by_name = {x["name"]: x for x in found["layouts"]}
-    assert set(by_name) == {"16-bit", "nf4", "unsloth"}
+    assert set(by_name) == {"16-bit", "nf4", "unsloth", "llm-compressor"}
     nf4 = by_name["nf4"]
     # Logits alone: 2,048 tokens x 128,256 words x 12 bytes.
     assert found["activations"]["at_loss"] == 2048 * 128_256 * 12
