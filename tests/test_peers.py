@@ -14,7 +14,7 @@ from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
 from tests.benchmarks.peers.judging import Judge, judged
 from tests.benchmarks.peers.passages import OWN, Passages, batches_of, read_passages, token_rows
-from tests.benchmarks.peers.report import beside_ours, best_of_ours, joined
+from tests.benchmarks.peers.report import beside_ours, best_of_ours, joined, write
 from tests.benchmarks.peers.workers.exchange import Cost, Job, group_bits
 from tests.benchmarks.peers.workers.ggml import format_of, more_bits
 from tests.benchmarks.peers.workers.ours import (
@@ -134,6 +134,7 @@ def test_a_peer_is_held_against_the_best_of_ours_that_is_no_larger():
     assert best_of_ours(peer, rows) is rows[0]
     assert beside_ours(peer, rows) == "ours leaves 0.50 ± 0.00 of it at 4.10 bits"
     assert beside_ours(smaller, rows) == "none of ours is as small"
+    assert beside_ours(peer, [peer]) == ""
     better = row("better", 5.0, 0.5, 0.5)
     assert beside_ours(better, rows) == "**the peer is better**: ours leaves 2.00 ± 0.00 of it at 5.00 bits"
 
@@ -146,3 +147,15 @@ def test_what_two_machines_found_is_joined_if_they_judged_the_same_passages():
     assert found["missing"] == {} and found["machine"] == "x; y"
     with pytest.raises(SystemExit, match="same passages"):
         joined([one, {**other, "tokens": {OWN: [4]}}])
+
+
+def test_the_table_pairs_passages_and_the_figure_is_drawn(tmp_path: Path):
+    plain = {"total_bytes": 2**20, "seconds": 1.0, "peak_bytes": 2**30}
+    rows = [{**plain, **x} for x in (row("nf4", 4.1, 1.0, 3.0), row("peer", 4.5, 2.0, 6.0))]
+    found = {"tokens": {OWN: [2, 2]}, "rows": rows, "missing": {"other": "no time"}, "machine": "m"}
+    text = write(found, tmp_path)
+    # twice the KL on each passage: a share of 2 without an error
+    assert "| peer | 4.500 | 1.0 | 2.000 ± 0.000 | 1 | 1.0 |  |" in text
+    assert "2 passages, KL of plain NF4 1.0000" in text and "- not run: other: no time" in text
+    assert (tmp_path / "peers.png").stat().st_size > 1000
+    assert "no table" in write({**found, "rows": rows[1:]}, tmp_path)
