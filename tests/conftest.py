@@ -121,6 +121,13 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qprobe.report.write._pictures", lambda *_: {})
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures without layout and pixels, which take most of a report, where nobody looks at them."""
+    monkeypatch.setattr("qprobe.report.write._image", lambda figure, *_: str(figure).encode())
+    monkeypatch.setattr("qprobe.report.figures.ConstrainedLayoutEngine.execute", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_folder(name)`: that model's folder, written once per run of tests. Tests must not change it."""

@@ -238,10 +238,8 @@ def test_a_bound_that_cannot_be_met_is_one_sentence(
 
 
 @pytest.mark.slow
-def test_report_says_where_its_files_are_and_what_it_lacks(
-    qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("qprobe.report.write._image", lambda *_: b"")  # pixels take long
+@pytest.mark.usefixtures("undrawn")
+def test_report_says_where_its_files_are_and_what_it_lacks(qprobe: Run, run_folder: Path, tmp_path: Path):
     report = json.loads(qprobe("report", run_folder, "--out", tmp_path, "--json").stdout)
     assert [Path(f).name for f in report["files"][:2]] == ["index.html", "spikes.png"]
     assert all(Path(f).exists() for f in report["files"])
@@ -252,10 +250,8 @@ def test_report_says_where_its_files_are_and_what_it_lacks(
 
 
 @pytest.mark.slow
-def test_report_draws_another_run_beside_this_one(
-    qprobe: Run, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("qprobe.report.write._image", lambda *_: b"")
+@pytest.mark.usefixtures("undrawn")
+def test_report_draws_another_run_beside_this_one(qprobe: Run, run_folder: Path, tmp_path: Path):
     text = qprobe("report", run_folder, "--against", run_folder, "--out", tmp_path).stdout
     assert f"Picture  {tmp_path / 'against.svg'}" in text
 

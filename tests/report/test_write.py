@@ -25,12 +25,6 @@ IMAGES = ["spikes.png", "spikes.svg", "spikes-column.png", "spikes-column.svg"]
 FRONTIER = "budget_bytes,predicted_kl,measured_kl,measured_kl_se,candidate\n1000,0.2,0.3,0.01,sensitivity\n"
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files without their pixels, for what is not about them."""
-    monkeypatch.setattr("qprobe.report.write._image", lambda figure, _kind, _layout: str(figure).encode())
-
-
 @pytest.mark.slow
 def test_the_pictures_lie_in_the_run_folder_and_are_the_same_bytes_each_time(tmp_path: Path):
     write_run(tmp_path, spikes=SPIKES)
