@@ -178,7 +178,7 @@ def _first(error: Exception) -> str:
 
 
 def _without_video(source: Source, options: dict[str, Any]) -> Any:
-    """The processor of `source` without its video half, for machines without torchvision.
+    """The processor of `source` without its video half, for machines without torchvision, and without sound.
 
     Qwen2-VL's processor insists on a video processor, which needs torchvision; images alone do not. Its other
     arguments are those of processor_config.json.
@@ -192,8 +192,8 @@ def _without_video(source: Source, options: dict[str, Any]) -> Any:
     full = _processor_class(source)
 
     def check(self: Any, name: str, argument: Any) -> Any:
-        is_missing_video = argument is None and "video" in name
-        return None if is_missing_video else full.check_argument_for_proper_class(self, name, argument)
+        is_left_out = argument is None and name not in ("tokenizer", "image_processor")
+        return None if is_left_out else full.check_argument_for_proper_class(self, name, argument)
 
     # SmolVLM's own way of rendering asks its video half for a number of frames.
     changed = {

@@ -9,13 +9,14 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, Gemma4Config
 
 from qprobe.errors import ModelError
 from qprobe.loading.doctor import OPTIONAL_PACKAGES
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import Source, explained, resolve
 from tests import sequences
+from tests.benchmarks.architecture_matrix.images import Parts
 
 TinyFolder = Callable[[str], Path]
 
@@ -64,6 +65,14 @@ def test_arguments_of_the_processor_survive_where_its_video_half_is_left_out(
     given = {"processor_class": "Qwen2VLProcessor", "chat_template": "{{ 'kept' }}"}
     (folder / "processor_config.json").write_text(json.dumps(given))
     assert load_processor(resolve(str(folder))).chat_template == "{{ 'kept' }}"
+
+
+def test_a_processor_without_its_video_half_has_none_for_sound_either(tmp_path: Path):
+    Gemma4Config().save_pretrained(tmp_path)
+    Parts("gemma4").save_pretrained(tmp_path)
+    found = load_processor(resolve(str(tmp_path)))
+    assert type(found).__name__ == "Gemma4Processor" and found.feature_extractor is None
+    assert found.image_processor.max_soft_tokens == 70
 
 
 @pytest.mark.parametrize(
