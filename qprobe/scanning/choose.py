@@ -114,7 +114,8 @@ def _on_others(
     run: ScoredRun, held_out: HeldOut, others: Others, skiplist: SkipList
 ) -> tuple[str, OtherKinds | None]:
     """(a sentence, what the manifest says) of the damage on `others`."""
-    found = others.measure(run, held_out, skiplist) if held_out.subject.readout is not None else []
+    can_be = held_out.subject.readout is not None and bool(others.groups)  # none has an answer, else
+    found = others.measure(run, held_out, skiplist) if can_be else []
     if not found or found[0].measured.empty:
         return f"On the samples of another kind ({others.data}) no damage could be measured.", None
     compared = tuple(

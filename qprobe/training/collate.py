@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from qprobe.data.conversation import Conversation
-from qprobe.errors import QprobeError, RunError
+from qprobe.data.reasons import Refused
+from qprobe.errors import QprobeError, RunError, SampleError
+from qprobe.inputs.batch import UnreadableError
 from qprobe.inputs.decoder import Decoder
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.options import FinetuneOptions
@@ -31,14 +33,26 @@ _CAUGHT, _RAISED = "in DataLoader worker process", "DataLoader worker (pid"
 
 @dataclass(frozen=True)
 class Collate:
-    """A collator that other processes take: conversations in, inputs with labels out, on the CPU."""
+    """A collator that other processes take: conversations in, inputs with labels out, on the CPU.
+
+    Raises SampleError for what cannot be read.
+    """
 
     processor: Any
     dtype: torch.dtype
     decoder: Decoder | None
 
     def __call__(self, rows: Sequence[Conversation]) -> dict[str, Tensor]:
-        return encode_conversations(self.processor, rows, self.dtype, self.decoder)
+        try:
+            return encode_conversations(self.processor, rows, self.dtype, self.decoder)
+        except UnreadableError as error:  # which torch cannot make again, of a message alone
+            raise SampleError(str(error)) from error
+        except Refused as reason:
+            lines = ", ".join(x.name for x in rows)
+            raise SampleError(
+                f"A line that was read before training cannot be read any more ({lines}: {reason}). Put its "
+                "files back; the same command goes on from the last checkpoint."
+            ) from reason
 
 
 def workers_for(options: FinetuneOptions, lines: Sequence[Conversation], on_cpu: bool, processes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 import qprobe
 from qprobe.errors import QprobeError, SampleError
 from qprobe.manifest.records import NEAREST, NOTHING
+from qprobe.records import Sample
 from qprobe.selection.decide import Candidate
 from qprobe.selection.verdict import DYNAMIC, others_verdict
 from tests.scanning.asked import TinyFolder, options, scan, write_lines
@@ -73,3 +75,16 @@ def test_samples_that_are_measured_are_of_no_other_kind(tiny_folder: TinyFolder,
         scan(**asked, check_data=tmp_path / "nowhere.jsonl")
     with pytest.raises(QprobeError, match="--check-data does not apply"):
         scan(str(tiny_folder("llama")), measures=("weight",), check_data=data)
+
+
+def test_samples_that_no_answer_is_given_to_say_nothing_and_the_list_is_written(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def silent(_subject: object, samples: tuple[Sample, ...], *_more: object) -> tuple[Sample, ...]:
+        return tuple(s if s.answer else replace(s, answer="") for s in samples)
+
+    monkeypatch.setattr("qprobe.scanning.samples.with_answers", silent)
+    asked = options(tiny_folder("llama"), tmp_path / "run", **FAST, data=OTHERS)
+    result = scan(**asked, check_data=[{"prompt": "Draw a cat"}])
+    assert "On the samples of another kind (rows) no damage could be measured." in result.verdict
+    assert qprobe.read_manifest(result.skiplist).other_kinds is None

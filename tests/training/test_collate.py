@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from qprobe.data.conversation import Conversation
 from qprobe.errors import RunError, SampleError
+from qprobe.inputs.batch import UnreadableError
+from qprobe.loading.processor import load_processor
+from qprobe.loading.source import resolve
 from qprobe.manifest.write import write_manifest
 from qprobe.options import FinetuneOptions
 from qprobe.records import Turn
@@ -113,3 +117,21 @@ def test_workers_are_taken_where_cores_and_shared_memory_suffice(
     assert collate.workers_for(ONE, [replace(shown[0], turns=())], False, processes) == 0  # nothing to read
     assert collate.workers_for(ONE, shown, True, processes) == 0  # training takes the cores itself
     assert collate.workers_for(replace(ONE, workers=3), [], True, processes) == 3
+
+
+def test_a_processor_that_refuses_in_a_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_args: Any) -> Any:
+        raise UnreadableError("Sample 'a' cannot be read: it is empty. Leave it out.", "it is empty")
+
+    monkeypatch.setattr(collate, "encode_conversations", refuse)
+    make = collate.Collate(None, torch.float32, None)
+    with pytest.raises(SampleError) as raised, collate.working_ahead(1):
+        next(iter(DataLoader([1], num_workers=1, collate_fn=make)))  # pyright: ignore[reportArgumentType]
+    assert str(raised.value) == "Sample 'a' cannot be read: it is empty. Leave it out."
+
+
+def test_a_file_that_went_away_while_training_is_named_with_its_line(tiny_folder: Any, tmp_path: Path):
+    turns = (Turn("user", (tmp_path / "gone.png", "what?")), Turn("assistant", ("a train",), True))
+    make = collate.Collate(load_processor(resolve(str(tiny_folder("mllama")))), torch.float32, None)
+    with pytest.raises(SampleError, match=r"any more \(line 7: .*Put its files back"):
+        make([Conversation(7, "line 7", turns)])

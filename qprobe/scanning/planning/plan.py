@@ -154,5 +154,5 @@ def _notes(
     if tune:
         notes.append(f"Of tuning ({counted(tune, 'step')}) there is no full-size figure to compare with.")
     if experts:
-        notes.append("Scans of fused experts take longer than this; one of 30B took 1.7 times as long.")
+        notes.append("Scans of fused experts take longer than this; one of 30B took 1.6 times as long.")
     return tuple(notes)
