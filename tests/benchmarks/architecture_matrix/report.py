@@ -94,7 +94,9 @@ def write_report(
     parts = ("# Every architecture, step by step", f"    {COMMAND}", f"{made_with('cpu')}; {counts}")
     wrong_part = ("## What is not as it should be", listed)
     refused_part = ("## What is refused, and why", _refusals(outcomes))
-    missing_part = ("## What did not run with this code", ", ".join(missing) + ".") if missing else ()
+    rest = f"{len(missing)} models, whose rows of an earlier run the history of this page has"
+    left = f"{rest}: {'; '.join(missing)}."
+    missing_part = ("## What did not run this time", left) if missing else ()
     page = "\n\n".join([*parts, METHOD, table, *wrong_part, *missing_part, *refused_part])
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "README.md", (page + "\n").encode())
