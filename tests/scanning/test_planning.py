@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,22 +13,28 @@ import torch
 
 import qprobe
 from qprobe.checkpoint.plan import planned_skeleton
+from qprobe.data.images import png
 from qprobe.errors import MachineError
+from qprobe.inputs.answers import Batching
+from qprobe.inputs.decoder import Decoder, Layout
+from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.skeleton import Skeleton
 from qprobe.measure import memory as measured_memory
 from qprobe.measure.memory import MemoryLimit
 from qprobe.options import ScanOptions, no_progress
-from qprobe.records import FormatSpec
+from qprobe.records import FormatSpec, Sample, Turn, Video, asked
 from qprobe.runs.folder import RunFolder
 from qprobe.scanning.asked.request import ScanRequest, parse_options
 from qprobe.scanning.planning import limit
-from qprobe.scanning.planning.limit import within_memory
+from qprobe.scanning.planning.limit import shape_of_batch, within_memory
 from qprobe.scanning.planning.memory import BatchShape, DeviceNeed, device_need, weight_bytes
 from qprobe.scanning.planning.plan import Here, ScanPlan, plan_of
 from qprobe.scanning.planning.seconds import EFFICIENCY, Rates, flops_of, measured_rates
 from qprobe.scanning.process import Process
 from qprobe.system.processes import Shard
+from tests import sequences, tiny
 from tests.alone import run_alone
+from tests.inputs.videos import video_processor
 from tests.scanning.asked import Scanned, TinyFolder, options, scan
 
 GIB = 2**30
@@ -163,6 +170,39 @@ class Asking:
         chosen: Any = SimpleNamespace(processed=None, samples=())
         process = Process(RunFolder(Path("nowhere")), shard, no_progress)
         return within_memory(skeleton, request, chosen, process)
+
+
+def shape_of(processor: Any, config: Any, layout: Layout, *samples: Sample) -> BatchShape:
+    processed = ProcessedSamples(processor, torch.float32, layout)
+    return shape_of_batch(config, processed, samples, Batching(size=2, max_new_tokens=5))
+
+
+def test_the_largest_batch_is_the_one_that_counts():
+    short, long = (Sample(x, asked("a red bag " * n), "a cat") for x, n in (("a", 1), ("b", 9)))
+    (processor,) = tiny.text_tokenizer()
+    # The second of two batches of two has the long text.
+    found = shape_of(processor, None, Layout(), short, replace(short, id="c"), long, replace(short, id="d"))
+    assert found == shape_of(processor, None, Layout(), long, short) and found.samples == 2
+    assert found.tokens > shape_of(processor, None, Layout(), short, short).tokens
+
+
+@pytest.mark.parametrize("answer", ["a red bag", None])
+def test_an_encoder_of_images_alone_has_the_shape_of_what_its_decoder_reads(answer: str | None):
+    recipe = sequences.RECIPES["donut"]
+    (processor,), config = recipe.processor(), recipe.config()
+    layout = Layout(decoder=Decoder(start=1, prompt="decoder", leads=True))
+    given = Sample("a", asked("what is it?", tiny.picture(0)), answer)
+    found = shape_of(processor, config, layout, given)
+    prompt = len(processor.tokenizer("what is it?", add_special_tokens=False)["input_ids"])
+    assert (found.samples, found.tokens >= prompt + 3, found.vision_rows) == (1, True, 0)
+
+
+def test_frames_of_videos_are_counted_as_patches():
+    frames = tuple(png(x) for x in tiny.frames(1, 2, 3, 4))
+    shown = Sample("a", (Turn("user", (Video(frames), "what moves?")),), "a cat")
+    config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14, temporal_patch_size=2))
+    # The processor makes them 56 x 28 pixels: 4 x 2 patches of 14, of two frames each.
+    assert shape_of(video_processor(), config, Layout(), shown).vision_rows == 2 * 8
 
 
 def test_a_scan_without_room_gets_a_limit_of_nine_tenths_of_what_is_free_and_says_so(monkeypatch):

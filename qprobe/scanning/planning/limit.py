@@ -16,7 +16,7 @@ from qprobe.loading.device import pick_device
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.spread import devices_for, free_bytes, needed_bytes, room_for_weights
 from qprobe.measure.memory import free_memory, held_bytes
-from qprobe.records import Sample
+from qprobe.records import Sample, Video
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.planning.memory import BatchShape, device_need, weight_bytes
 from qprobe.scanning.process import Process
@@ -70,23 +70,39 @@ def _is_spread(skeleton: Skeleton, device: AskedDevice, place: torch.device) -> 
 def shape_of_batch(
     config: Any, processed: ProcessedSamples, samples: Sequence[Sample], batching: Batching
 ) -> BatchShape:
-    """The shape of the first batch of `samples`, with answers as long as they may be where there are none."""
-    group = processed.batches(samples, batching.size)[0]
+    """The shape of the largest batch of `samples`, with answers as long as they may be where there are none.
+
+    The largest is the one that shows most and has the longest text.
+    """
+    group = max(processed.batches(samples, batching.size), key=_shown_and_said)
     has_answers = all(s.answer is not None for s in group)
     if has_answers:
         batch = processed.batch(group)
         inputs, answers = batch.inputs, max(end - start for start, end in batch.answers)
     else:  # of which the prompts are held, and not what texts with answers would be
         inputs, answers = processed.prompts(group), batching.max_new_tokens
-    tokens = inputs["input_ids"].shape[1] + (0 if has_answers else answers)
+    read = max((inputs[x].shape[1] for x in _SEQUENCES if x in inputs), default=0)
+    tokens = read + (0 if has_answers else answers)
     return BatchShape(len(group), tokens, answers, _vision_rows(config, inputs) // len(group))
 
 
+_SEQUENCES = ("input_ids", "decoder_input_ids")  # an encoder of images alone has no first one
+_PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+def _shown_and_said(group: Sequence[Sample]) -> tuple[int, int]:
+    """(images and frames of `group`, characters that it has once all texts are as long as the longest)."""
+    frames = sum(len(x.frames) if isinstance(x, Video) else 1 for s in group for x in s.seen)
+    lengths = (len(s.answer or "") + sum(len(turn.text) for turn in s.turns) for s in group)
+    return frames, len(group) * max(lengths)
+
+
 def _vision_rows(config: Any, inputs: dict[str, Tensor]) -> int:
-    """Patches of all images of a batch, by their pixels."""
-    vision, pixels = getattr(config, "vision_config", None), inputs.get("pixel_values")
+    """Patches of all images and frames of a batch, by their pixels."""
+    vision = getattr(config, "vision_config", None)
     patch = getattr(vision, "patch_size", None)
-    if pixels is None or not isinstance(patch, int):
+    if not isinstance(patch, int):
         return 0
     frames = getattr(vision, "temporal_patch_size", 1)
-    return pixels.numel() // (3 * patch**2 * (frames if pixels.dim() == 2 else 1))
+    shown = [inputs[x] for x in _PIXELS if x in inputs]
+    return sum(x.numel() // (3 * patch**2 * (frames if x.dim() == 2 else 1)) for x in shown)
