@@ -35,7 +35,7 @@ from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import Source, known, resolve
 from qprobe.loading.stored import checkpoint_folder, weight_names
 from qprobe.manifest.read import read_manifest
-from qprobe.manifest.records import Manifest, Quality, moved
+from qprobe.manifest.records import Manifest, moved, unmeasured
 from qprobe.manifest.write import write_manifest
 from qprobe.models.headers import read_headers
 from qprobe.options import KeptExperts, Progress, no_progress
@@ -236,7 +236,7 @@ def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:
     spec = with_dtype(manifest.format, dtype)
     if spec == manifest.format:
         return manifest
-    return replace(manifest, format=spec, quality=Quality(), compared=())
+    return replace(unmeasured(manifest), format=spec)
 
 
 def _with_experts_kept(manifest: Manifest) -> Manifest:
@@ -252,13 +252,11 @@ def _with_experts_kept(manifest: Manifest) -> Manifest:
     more = sum(x.bytes for x in layers) - sum(x.bytes for x in manifest.layers)
     total = manifest.budget.total_bytes + more
     return replace(
-        manifest,
+        unmeasured(manifest),
         format=replace(manifest.format, experts="16-bit"),
         budget=replace(
             manifest.budget, total_bytes=total, limit_bytes=max(total, manifest.budget.limit_bytes)
         ),
-        quality=Quality(),
-        compared=(),
         layers=layers,
         skip_modules=tuple(x.name for x in layers if not x.is_four_bit),
     )

@@ -117,6 +117,11 @@ class Manifest:
     other_kinds: OtherKinds | None = field(default=None, kw_only=True)
 
 
+def unmeasured(manifest: Manifest) -> Manifest:
+    """`manifest` without the damage that was measured, which is another one where any weight changes."""
+    return replace(manifest, quality=Quality(), compared=(), other_kinds=None)
+
+
 def moved(manifest: Manifest, origin: Path, target: Path) -> Manifest:
     """`manifest` of the folder `origin` as it must read in `target`: the codes stay where they are."""
     if manifest.codes is None:

@@ -15,7 +15,7 @@ from qprobe.errors import ManifestError, RunError
 from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
-from qprobe.manifest.records import MadeBy, Manifest, ManifestBudget, Quality
+from qprobe.manifest.records import MadeBy, Manifest, ManifestBudget, unmeasured
 from qprobe.options import Base
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.system.wording import is_or_are, named
@@ -131,11 +131,9 @@ def as_merged(origin: Origin, skeleton: Skeleton) -> Manifest:
         total = inventory.standard_4bit_bytes
         budget = ManifestBudget("standard 4-bit", total, total, total)
     return replace(
-        given,
+        unmeasured(given),
         format=spec,
         budget=budget,
-        quality=Quality(),
-        compared=(),
         layers=layers,
         skip_modules=tuple(x.name for x in layers if x.precision == SIXTEEN_BIT.name),
         made_by=MadeBy(__version__, "qprobe merge"),

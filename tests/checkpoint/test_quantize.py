@@ -27,7 +27,7 @@ from qprobe.exports.matchers import hits, transformers_5_0, transformers_5_21
 from qprobe.loading.config import model_class
 from qprobe.loading.source import Source
 from qprobe.manifest.read import read_manifest
-from qprobe.manifest.records import Compared, Manifest, Quality
+from qprobe.manifest.records import Compared, Manifest, OtherKinds, Quality
 from qprobe.manifest.write import write_manifest
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
@@ -79,10 +79,17 @@ def test_plain_loading_computes_the_same_bits(name, tiny_folder, quantized):
 @pytest.mark.slow
 def test_another_16bit_type_is_told_and_measurements_in_the_first_are_not(tiny_folder, tmp_path):
     folder = tiny_folder("llama")
-    manifest = replace(manifest_for(folder, every_third(folder)), quality=Quality(5, 0.3, 0.1, 0.1))
+    known = (Compared("nothing kept", 9, 0.3, 0.1, True),)
+    manifest = replace(
+        manifest_for(folder, every_third(folder)),
+        quality=Quality(5, 0.3, 0.1, 0.1),
+        compared=known,
+        other_kinds=OtherKinds("more.jsonl", 2, known),
+    )
     done = quantize(manifest, tmp_path / "out", str(folder), "cpu", "float16")
     written = read_manifest(done.out / "skiplist.json")
     assert written.format.compute_dtype == "float16" and written.quality == Quality()
+    assert (written.compared, written.other_kinds) == ((), None)
     assert audit(done.out, written).ok
     card = (done.out / "README.md").read_text()
     assert "float16" in card and "bfloat16" not in card

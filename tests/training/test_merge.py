@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -27,11 +28,13 @@ from qprobe.loading.config import model_class
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import skeleton_of
 from qprobe.loading.source import resolve
+from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Compared, OtherKinds, Quality
 from qprobe.manifest.write import write_manifest
 from qprobe.system.devices import AskedDevice
 from qprobe.training.merging.forms import WRITERS, Job
 from qprobe.training.merging.merge import merge
-from qprobe.training.origin import origin_of
+from qprobe.training.origin import Origin, as_merged, origin_of
 from tests import tiny
 from tests.checkpoint import reference
 from tests.checkpoint.manifests import every_third, manifest_for
@@ -292,6 +295,20 @@ def test_a_merge_for_vllm_lists_its_names_or_is_refused_at_once(family, tmp_path
     monkeypatch.setattr(Job, "base", lambda *_: pytest.fail("a model is loaded"))
     with pytest.raises(ManifestError, match=r"vLLM makes one matrix model\.layers\..*_proj of layers with"):
         merge(root / "adapter", out=tmp_path / "no", manifest=root / "skiplist.json", **asked)
+
+
+def test_the_manifest_of_a_merge_says_nothing_of_what_was_measured_on_its_base(family):
+    root = family("llama")
+    known = (Compared("nothing kept", 9, 0.3, 0.1, True),)
+    measured = replace(
+        read_manifest(root / "skiplist.json"),
+        quality=Quality(5, 0.3, 0.1, 0.1),
+        compared=known,
+        other_kinds=OtherKinds("more.jsonl", 2, known),
+    )
+    origin = Origin(root / "skiplist.json", measured, "dynamic", str(root / "model"), None, None)
+    found = as_merged(origin, skeleton_of(resolve(str(root / "model")), "bfloat16"))
+    assert (found.quality, found.compared, found.other_kinds) == (Quality(), (), None)
 
 
 def test_an_interrupted_merge_leaves_nothing(family, tmp_path):

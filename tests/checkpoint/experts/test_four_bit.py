@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from qprobe.errors import ModelError, QprobeError, VerificationError
 from qprobe.loading.experts.weights import expert_weights
 from qprobe.loading.reference import load_reference
 from qprobe.manifest.read import read_manifest
+from qprobe.manifest.records import Compared, OtherKinds
 from qprobe.records import FormatSpec
 from tests import mixtures
 from tests.checkpoint.experts.conftest import Packed
@@ -133,9 +135,12 @@ def test_experts_in_16_bit_give_a_folder_that_plain_transformers_reads(
     mixture: Callable[[str], Path], tmp_path: Path
 ):
     source = mixture("mixtral")
-    quantize(manifest_for(source), tmp_path / "out", str(source), "cpu", experts="16-bit")
+    known = OtherKinds("more.jsonl", 2, (Compared("nothing kept", 9, 0.3, 0.1, False),))
+    given = replace(manifest_for(source), other_kinds=known)
+    quantize(given, tmp_path / "out", str(source), "cpu", experts="16-bit")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu", dtype="auto")
     manifest = read_manifest(tmp_path / "out" / "skiplist.json")
     verify(plain, manifest)
     experts = {x.name for x in inventory_of(source, FormatSpec(experts="16-bit")).layers if x.fixed}
     assert set(manifest.skip_modules) == experts and manifest.format.experts == "16-bit"
+    assert manifest.other_kinds is None  # measured with experts in 4-bit
