@@ -21,7 +21,7 @@ from tests.emulation import compute_bf16_by_float32
 def environment(rank: int, port: int) -> dict[str, str]:
     """What torchrun sets for process `rank` of two on one machine."""
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), **here}
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", **here}
 
 
 def main() -> None:
