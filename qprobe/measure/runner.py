@@ -85,7 +85,7 @@ def halves_are_independent(subject: Subject, batch: Batch) -> bool:
             alone = _rows(subject, batch)
         with replaced_forwards(subject.modules, counted(twice, errors.forward)):
             both = _rows(subject, batch.repeated(2))
-    if subject.shared.note(once, twice):
+    if subject.shared.note(batch, once, twice):
         return False
     energy = sum(float(x.double().square().sum()) for x in alone)
     leaked, caused = (
@@ -97,15 +97,16 @@ def halves_are_independent(subject: Subject, batch: Batch) -> bool:
 
 
 def shared_layers(subject: Subject, batch: Batch) -> frozenset[str]:
-    """Names of the layers that read rows which belong to no sample; the first call may run `batch` twice."""
-    if subject.shared.names is None:
-        once, twice = Counter[str](), Counter[str]()
-        with torch.no_grad():
-            for rows, given in ((once, batch), (twice, batch.repeated(2))):
-                with replaced_forwards(subject.modules, counted(rows, partial(_own, subject))):
-                    run_model(subject.model, given)
-        return subject.shared.note(once, twice)
-    return subject.shared.names
+    """Names of the layers that read rows which belong to no sample; of other inputs it runs `batch` twice."""
+    known = subject.shared.of(batch)
+    if known is not None:
+        return known
+    once, twice = Counter[str](), Counter[str]()
+    with torch.no_grad():
+        for rows, given in ((once, batch), (twice, batch.repeated(2))):
+            with replaced_forwards(subject.modules, counted(rows, partial(_own, subject))):
+                run_model(subject.model, given)
+    return subject.shared.note(batch, once, twice)
 
 
 def _own(subject: Subject, name: str, product: Product, x: torch.Tensor) -> torch.Tensor:

@@ -44,15 +44,19 @@ class SharedRows:
     """Which layers read rows that belong to no sample, as DeBERTa's read one table of positions for all.
 
     Their number may well divide by that of the samples. What tells them is that a batch twice as large has
-    no more of them. names: None until that was seen.
+    no more of them. names: by the names of a batch's inputs, since a batch of texts runs no vision tower.
     """
 
-    names: frozenset[str] | None = None
+    names: dict[frozenset[str], frozenset[str]] = field(default_factory=dict)
 
-    def note(self, once: Counter[str], twice: Counter[str]) -> frozenset[str]:
-        """The names, from how many rows each layer reads of a batch and of the same batch doubled."""
-        self.names = frozenset(name for name, rows in once.items() if twice[name] != 2 * rows)
-        return self.names
+    def of(self, batch: Batch) -> frozenset[str] | None:
+        """Their names; None until a batch of such inputs was noted."""
+        return self.names.get(frozenset(batch.inputs))
+
+    def note(self, batch: Batch, once: Counter[str], twice: Counter[str]) -> frozenset[str]:
+        """The names, from how many rows each layer reads of `batch` and of the same batch doubled."""
+        found = frozenset(name for name, rows in once.items() if twice[name] != 2 * rows)
+        return self.names.setdefault(frozenset(batch.inputs), found)
 
 
 @dataclass(frozen=True)

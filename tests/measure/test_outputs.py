@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,7 +18,7 @@ from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums
 from qprobe.measure.outputs import split_by_sample
-from qprobe.measure.runner import halves_are_independent, kl_rows, observe, observe_outputs
+from qprobe.measure.runner import halves_are_independent, kl_rows, observe, observe_outputs, shared_layers
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import error_sums, weight_rows
 from qprobe.records import FormatSpec, Sample, asked
@@ -145,6 +146,28 @@ def test_shared_rows_are_no_samples_rows_although_their_number_divides(deberta: 
     assert len(tables) == 2 and rows.loc[rows["tokens"].isna()].index.unique().tolist() == sorted(tables)
     measured = set(frames["sensitivity"].dropna()["layer"])
     assert measured == set(rows.index) - tables
+
+
+def test_shared_rows_of_a_vision_tower_are_known_although_the_first_batch_has_no_image(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    found = load_reference(str(tiny_folder("qwen2_vl")), "cpu")
+    tower: Any = found.model.float().model.visual
+    layer: Any = tower.blocks[0].mlp.fc1
+
+    def read_a_table(*_: object) -> None:  # of 8 rows, whatever the batch
+        layer(torch.ones(8, layer.in_features))
+
+    tower.register_forward_pre_hook(read_a_table)
+    subject = subject_of(found, FormatSpec())
+    texts, pictures = (
+        subject.encode(tuple(Sample(x, asked("what is it?", image), "a bag") for x in ("a", "b")))
+        for image in (None, tiny.picture(0))
+    )
+    assert shared_layers(subject, texts) == frozenset()
+    rows = observe_outputs(subject, pictures, replace(MEASURES, propagated=False))[0].set_index("layer")
+    assert set(rows.index[rows["tokens"].isna()]) == {"model.visual.blocks.0.mlp.fc1"}
+    assert shared_layers(subject, texts) == frozenset()
 
 
 def test_nonfinite_pairs_are_counted_and_not_summed() -> None:
