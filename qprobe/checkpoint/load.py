@@ -87,6 +87,11 @@ def load_dynamic_4bit(
         path = manifest_in(given)
         written, beside = read_manifest(path), path.parent
     asked = None if start is None else AskedAdapter(start, rank, adapt)
+    if asked is None and (rank, adapt) != (AskedAdapter.rank, AskedAdapter.adapt):
+        raise QprobeError(
+            "rank and adapt describe an adapter, and without a start the model gets none. Pass start='zero' "
+            "or start='corrected' as well, or leave them out."
+        )
     if asked is not None:
         check_asked(asked, written, beside)
     if packed is None:

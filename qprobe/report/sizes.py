@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qprobe.report.terminal import paragraphs, text_table
-from qprobe.system.wording import shortened
+from qprobe.system.wording import counted, shortened
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _SHOWN_OUTSIDE = 12  # lines; what is left is summed up in one more
@@ -95,9 +95,9 @@ def scan_text(scan: Mapping[str, Any], width: int) -> str:
     measured, held_out = scan["samples"]
     batch = scan["batch"]
     heading = (
-        f"A scan here: {measured + held_out} samples ({held_out} held out) of {batch['tokens']:,} tokens and "
-        f"{batch['vision_rows']:,} image patches, batch {batch['samples']}, {scan['format']}, on "
-        f"{scan['device']}."
+        f"A scan here: {counted(measured + held_out, 'sample')} ({held_out} held out) of "
+        f"{batch['tokens']:,} tokens and {batch['vision_rows']:,} image patches, "
+        f"batch {batch['samples']}, {scan['format']}, on {scan['device']}."
     )
     stages = [[name, f"{seconds:,.1f}"] for name, seconds in scan["seconds"].items()]
     stages.append(["all", f"{scan['total_seconds']:,.1f}"])

@@ -149,7 +149,17 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
             f"--check-data {data_name(asked.others.data)} holds no other samples than those that are "
             "measured. Pass some of another kind."
         )
-    return replace(chosen, others=kept, notes=(*chosen.notes, *others.notes))
+    alike = _alike_note(data_name(asked.others.data), len(others.samples), len(kept))
+    return replace(chosen, others=kept, notes=(*chosen.notes, *others.notes, *alike))
+
+
+def _alike_note(name: str, given: int, kept: int) -> tuple[str, ...]:
+    """A sentence if some of `given` samples in the data `name` begin as one that is measured."""
+    if kept == given:
+        return ()
+    begin = "begins" if given - kept == 1 else "begin"
+    what = f"{counted(given - kept, 'sample')} of {name} {begin} as one that is measured"
+    return (f"{what}, so {kept:,} of {given:,} say what 4-bit costs on another kind.",)
 
 
 def _device(asked: ScanRequest, process: Process) -> torch.device:

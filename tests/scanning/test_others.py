@@ -85,6 +85,8 @@ def test_samples_that_no_answer_is_given_to_say_nothing_and_the_list_is_written(
 
     monkeypatch.setattr("qprobe.scanning.samples.with_answers", silent)
     asked = options(tiny_folder("llama"), tmp_path / "run", **FAST, data=OTHERS)
-    result = scan(**asked, check_data=[{"prompt": "Draw a cat"}])
+    result = scan(**asked, check_data=[{"prompt": "Draw a cat"}, OTHERS[0]])
+    said = "1 sample of rows begins as one that is measured, so 1 of 2 say what 4-bit costs on another kind."
+    assert said in result.notes
     assert "On the samples of another kind (rows) no damage could be measured." in result.verdict
     assert qprobe.read_manifest(result.skiplist).other_kinds is None

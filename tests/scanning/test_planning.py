@@ -14,7 +14,7 @@ import torch
 import qprobe
 from qprobe.checkpoint.plan import planned_skeleton
 from qprobe.data.images import png
-from qprobe.errors import MachineError
+from qprobe.errors import MachineError, QprobeError
 from qprobe.inputs.answers import Batching
 from qprobe.inputs.decoder import Decoder, Layout
 from qprobe.inputs.processed import ProcessedSamples
@@ -23,6 +23,7 @@ from qprobe.measure import memory as measured_memory
 from qprobe.measure.memory import MemoryLimit
 from qprobe.options import ScanOptions, no_progress
 from qprobe.records import FormatSpec, Sample, Turn, Video, asked
+from qprobe.report.sizes import scan_text
 from qprobe.runs.folder import RunFolder
 from qprobe.scanning.asked.request import ScanRequest, parse_options
 from qprobe.scanning.planning import limit
@@ -129,6 +130,28 @@ def test_a_card_without_room_streams_and_says_what_all_weights_would_take(flagsh
     assert any("All weights on the device would take 35.8 GiB" in note for note in small.notes)
     host = small.host_bytes  # both forms of the weights, and libraries
     assert host is not None and host / GIB == pytest.approx(19.87 + 5.28 + 1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"samples": 0}, "--samples 0 makes no scan. Pass 1 or more"),
+        ({"batch_size": 0}, "--batch-size 0 makes no scan. Pass 1 or more"),
+        ({"tiles": -1}, "--tiles -1 makes no scan. Pass 0 or more"),
+        ({"tune": 5}, "--tune moves the scales that nf4-calibrated chose, and --format is nf4"),
+        ({"tune": -1, "format": "nf4-calibrated"}, "--tune -1 makes no scan. Pass 0 or more"),
+    ],
+)
+def test_what_no_scan_can_be_made_of_is_refused(asked: dict[str, Any], said: str):
+    with pytest.raises(QprobeError, match=said):
+        qprobe.plan_scan("demo", device="cpu", **asked)
+
+
+def test_on_a_cpu_the_process_is_a_part_of_what_all_weights_would_take(flagship: Skeleton):
+    cpu = planned(flagship, 1, device=torch.device("cpu"), limit=2**20)
+    (said,) = (note for note in cpu.notes if "All weights on the device" in note)
+    assert f"would take {cpu.needed_bytes / GIB:.1f} GiB" in said and "within 1 MiB" in said
+    assert "A scan here: 1 sample (0 held out)" in scan_text(cpu.to_json(), 100)
 
 
 @pytest.mark.slow

@@ -161,6 +161,9 @@ def test_no_such_start_and_no_such_rank_are_refused_before_weights_are_read(
         loaded(start="zero", rank=0)
     with pytest.raises(QprobeError, match=r"--rank 1,000 is higher than that of any layer"):
         loaded(start="corrected", rank=1000)
+    for asked in ({"rank": 8}, {"adapt": "all"}):
+        with pytest.raises(QprobeError, match="without a start the model gets none"):
+            loaded(**asked)
 
 
 def test_what_is_no_correction_of_these_weights_is_one_sentence(run: Path, tmp_path: Path):

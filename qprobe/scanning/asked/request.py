@@ -34,6 +34,10 @@ APPLIES_TO_WEIGHTS = frozenset(
 """The fields of `ScanOptions` that bear on weights alone; any other is refused, new ones as well."""
 
 
+TUNES = "moves the scales that nf4-calibrated chose"
+"""What --tune does, a clause behind its name."""
+
+
 @dataclass(frozen=True)
 class AskedMeasures:
     """names: what to measure, None for all that apply; nodes: of the path attribution."""
@@ -173,19 +177,24 @@ def _check_excluding(options: ScanOptions, device: AskedDevice) -> None:
         )
 
 
+def check_calibrated(flag: str, why: str, form: str) -> None:
+    """Raises QprobeError where an option of nf4-calibrated, `flag`, is passed with another format."""
+    if not FormatSpec(form).is_calibrated:
+        raise QprobeError(
+            f"{flag} {why}, and --format is {form}. Leave it out, or pass --format nf4-calibrated."
+        )
+
+
 def _check_calibration(options: ScanOptions) -> None:
     """Raises QprobeError for options of nf4-calibrated with another format."""
     why = {
-        "tune": "moves the scales that nf4-calibrated chose",
+        "tune": TUNES,
         "calibration_samples": "says what nf4-calibrated fits codes to",
         "keep_correction": "is of what nf4-calibrated leaves",
     }
-    given = [name for name in why if getattr(options, name) is not None]
-    if given and not FormatSpec(options.format).is_calibrated:
-        raise QprobeError(
-            f"{flag_of(given[0])} {why[given[0]]}, and --format is {options.format}. Leave it out, or pass "
-            "--format nf4-calibrated."
-        )
+    for name in why:
+        if getattr(options, name) is not None:
+            check_calibrated(flag_of(name), why[name], options.format)
     rank = options.keep_correction
     if rank is not None and not 1 <= rank <= MOST_RANK:
         raise QprobeError(f"--keep-correction {rank} is no rank of factors. Pass 1 to {MOST_RANK}.")

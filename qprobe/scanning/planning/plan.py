@@ -10,15 +10,17 @@ import torch
 from qprobe.calibration.tuning import default_steps
 from qprobe.checkpoint.plan import planned_skeleton
 from qprobe.data.sampling import SCAN_SAMPLES
+from qprobe.errors import QprobeError
 from qprobe.formats.protocol import format_from
 from qprobe.loading.device import pick_device
 from qprobe.loading.skeleton import Skeleton
 from qprobe.measure.attribution import path_dtype
 from qprobe.measure.memory import LIBRARIES_BYTES, free_memory
-from qprobe.options import PlanScanOptions, takes
+from qprobe.options import PlanScanOptions, flag_of, takes
 from qprobe.records import FormatSpec
+from qprobe.scanning.asked.request import TUNES, check_calibrated
 from qprobe.scanning.planning.limit import GIB, USED
-from qprobe.scanning.planning.memory import BatchShape, DeviceNeed, device_need
+from qprobe.scanning.planning.memory import BatchShape, device_need
 from qprobe.scanning.planning.seconds import Rates, Work, measured_rates, seconds_of
 from qprobe.selection.budget import parse_size
 from qprobe.system.devices import parse_device
@@ -70,19 +72,32 @@ def plan_scan(options: PlanScanOptions) -> ScanPlan:
 
     model, device, format, tune, max_memory, samples, batch_size, experts, dtype, trust_remote_code: as of
     `qprobe.scan`. tokens: of a sample, its answer and the image tokens that stand among them included.
-    answer_tokens: of them. tiles: image tiles of a sample, of the config's image size each.
+    answer_tokens: of them, at most all. tiles: image tiles of a sample, of the config's image size each.
     Raises ModelError for a model that cannot be had or built, MachineError for a device that is not here,
-    BudgetError for a size that cannot be read.
+    BudgetError for a size that cannot be read, QprobeError for numbers that no scan can be made of.
     """
+    _check(options)
     fmt = FormatSpec(options.format, compute_dtype=options.dtype or "bfloat16", experts=options.experts)
     skeleton = planned_skeleton(options.model, None, options.trust_remote_code).in_dtype(fmt.compute_dtype)
     place = pick_device(parse_device(options.device).one)
     rows = vision_tokens(skeleton.config, options.tiles)
-    shape = BatchShape(options.batch_size, options.tokens, options.answer_tokens, rows)
+    answers = min(options.answer_tokens, options.tokens)
+    shape = BatchShape(options.batch_size, options.tokens, answers, rows)
     limit = None if options.max_memory is None else parse_size(str(options.max_memory))
     here = Here(place, free_memory(place), limit, measured_rates(place, path_dtype(skeleton.model)))
-    count = options.samples or SCAN_SAMPLES["given"]
+    count = SCAN_SAMPLES["given"] if options.samples is None else options.samples
     return plan_of(skeleton, fmt, shape, count, options.tune, here)
+
+
+def _check(options: PlanScanOptions) -> None:
+    """Raises QprobeError for numbers that no scan can be made of, and for `tune` of another format."""
+    least = {"samples": 1, "batch_size": 1, "tokens": 1, "answer_tokens": 1, "tiles": 0, "tune": 0}
+    for name, smallest in least.items():
+        given = getattr(options, name)
+        if given is not None and given < smallest:
+            raise QprobeError(f"{flag_of(name)} {given} makes no scan. Pass {smallest} or more.")
+    if options.tune is not None:
+        check_calibrated("--tune", TUNES, options.format)
 
 
 @dataclass(frozen=True)
@@ -128,7 +143,7 @@ def plan_of(
         host_bytes=on_host + PROCESS_BYTES if is_cuda else None,
         disk_bytes=_disk_bytes(len(layers), count, four_bit if fmt.is_calibrated else 0),
         rates=here.rates,
-        notes=_notes(need, allowed, tune, is_streamed, any(x.experts for x in layers)),
+        notes=_notes(needed, allowed, tune, is_streamed, any(x.experts for x in layers)),
     )
 
 
@@ -137,9 +152,7 @@ def _disk_bytes(layers: int, samples: int, codes: int) -> int:
     return REPORT_BYTES + samples * SAMPLE_BYTES + layers * samples * ROW_BYTES + 2 * codes
 
 
-def _notes(
-    need: DeviceNeed, allowed: int, tune: int | None, streamed: bool, experts: bool
-) -> tuple[str, ...]:
+def _notes(needed: int, allowed: int, tune: int | None, streamed: bool, experts: bool) -> tuple[str, ...]:
     notes = [
         "Seconds were within a fifth of what full-size scans took, device memory within a twentieth "
         "(reports/full-size); the first scan of a machine reads its libraries from the disk, and generating "
@@ -147,8 +160,8 @@ def _notes(
     ]
     if streamed:
         notes.append(
-            f"All weights on the device would take {need.total / GIB:.1f} GiB, so weights wait on the host "
-            f"and are copied when a layer runs, within {allowed / GIB:.1f} GiB; the least that will do is "
+            f"All weights on the device would take {needed / GIB:.1f} GiB, so weights wait on the host "
+            f"and are copied when a layer runs, within {allowed / 2**20:,.0f} MiB; the least that will do is "
             "known once the model is loaded."
         )
     if tune:
