@@ -97,12 +97,12 @@ def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **a
         if as_json:
             shared.print_json(manifest_to_json(manifest))
         else:
-            _show(opened, manifest, target, is_bound=max_kl is not None)
+            _show(opened, manifest, target, max_kl)
     if replaced is not None:
         say(replaced.sentence, err=as_json)
 
 
-def _show(run: RunFolder, manifest: Manifest, target: Path, is_bound: bool) -> None:
+def _show(run: RunFolder, manifest: Manifest, target: Path, max_kl: float | None) -> None:
     from qprobe.report.terminal import kept_text, paragraphs, readable_bytes, table_width, terminal_width
     from qprobe.selection.budget import Budget, all_fit
     from qprobe.selection.to_manifest import kept_and_fixed
@@ -117,8 +117,8 @@ def _show(run: RunFolder, manifest: Manifest, target: Path, is_bound: bool) -> N
         readable_bytes, (budget.total_bytes, budget.limit_bytes, budget.standard_4bit_bytes)
     )
     what = f"of the {limit} allowed"
-    roomy = None if is_bound else all_fit(Budget(budget.requested, budget.limit_bytes), inventory)
-    if is_bound:
+    roomy = None if max_kl is not None else all_fit(Budget(budget.requested, budget.limit_bytes), inventory)
+    if max_kl is not None:
         what = f"for a predicted KL of {manifest.quality.kl_predicted:.3g}"
     elif roomy is not None:
         what = "in all"
@@ -126,7 +126,7 @@ def _show(run: RunFolder, manifest: Manifest, target: Path, is_bound: bool) -> N
         _how_many(len(kept), len(inventory.layers) - len(fixed), fixed),
         f"{total} {what}; standard 4-bit takes {standard}.",
         *([roomy] if roomy else []),
-        _how_sure(manifest),
+        _how_sure(manifest, max_kl),
     ]
     say(paragraphs(sentences, terminal_width(), mark=""))
     say(f"Skip-list  {target}")
@@ -138,15 +138,23 @@ def _how_many(kept: int, choosable: int, fixed: tuple[str, ...]) -> str:
     return f"{kept} of {counted(choosable, 'layer')} kept in 16-bit{besides}."
 
 
-def _how_sure(manifest: Manifest) -> str:
-    """Whether the KL of the list was measured or is a prediction."""
+def _how_sure(manifest: Manifest, max_kl: float | None) -> str:
+    """Whether the KL of the list was measured or is a prediction, and if it is above the bound `max_kl`."""
     quality = manifest.quality
     if quality.kl_dynamic is not None:
         samples = counted(quality.samples or 0, "held-out sample")
-        return f"Its KL was measured on {samples}: {quality.kl_dynamic:.3g}."
+        told = f"Its KL was measured on {samples}: {quality.kl_dynamic:.3g}"
+        if max_kl is None or quality.kl_dynamic <= max_kl:
+            return f"{told}."
+        return f"{told}, which is above the {max_kl:g} asked for; `qprobe scan --max-kl` goes by measured KL."
     if quality.kl_predicted is None:
         return "No KL was measured in this run."
-    return f"Its KL is predicted, {quality.kl_predicted:.3g}, and not measured; `qprobe compare` measures it."
+    fitted = ", from samples that codes were fitted to, so too low for others"
+    whence = fitted if manifest.format.is_calibrated else ""
+    return (
+        f"Its KL is predicted, {quality.kl_predicted:.3g}{whence}, and not measured; `qprobe compare` "
+        "measures it."
+    )
 
 
 @shared.command("report", short_help="Draw the page and the pictures of a run.")

@@ -14,9 +14,13 @@ from click.testing import Result
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Compared, Manifest
 from qprobe.manifest.write import write_manifest
+from qprobe.runs.folder import RunFolder
+from qprobe.runs.units import candidate_stage
 from qprobe.scanning.run import Run as FinishedRun
 from qprobe.scanning.run import ScanResult
+from qprobe.selection.select import select
 from tests.report.test_terminal import COMPARISON, DIAGNOSIS
+from tests.runs.runs import rows
 
 Run = Callable[..., Result]
 Fake = Callable[..., None]
@@ -226,6 +230,23 @@ def test_select_for_a_bound_says_what_it_predicts(qprobe: Run, run_folder: Path,
     assert result.exit_code == 0 and "for a predicted KL of" in result.stdout
     assert manifest.budget.requested == f"max-kl {bound}" and manifest.quality.kl_predicted <= float(bound)
     assert manifest.budget.limit_bytes == manifest.budget.total_bytes
+
+
+def test_select_says_where_the_list_for_a_bound_measured_above_it(
+    qprobe: Run, run_folder: Path, tmp_path: Path
+):
+    run = copytree(run_folder, tmp_path / "run")
+    standard = sum(x.sensitivity_kl or 0.0 for x in read_manifest(run / "skiplist.json").layers)
+    asked = ("select", run, "--max-kl", f"{0.6 * standard:.3g}", "--out", tmp_path / "list.json")
+    assert "and not measured" in qprobe(*asked).stdout
+    kept = frozenset(select(run, max_kl=0.6 * standard).skip_modules)
+    kept -= {x.name for x in RunFolder(run).inventory.layers if x.fixed}
+    for kl, is_above in ((0.5 * standard, False), (0.7 * standard, True)):
+        for stage in (candidate_stage(frozenset()), candidate_stage(kept)):
+            RunFolder(run).write_unit(stage, 0, rows("kl", ("x", "any", 1, kl, 1)))
+        said = qprobe(*asked).stdout
+        assert "Its KL was measured on 1 held-out sample" in said
+        assert ("which is above the" in said) == is_above
 
 
 @pytest.mark.parametrize("bound", ["0", "-1", "nan", "1e-9"])
