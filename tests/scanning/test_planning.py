@@ -32,6 +32,7 @@ from qprobe.scanning.planning.memory import BatchShape, DeviceNeed, device_need,
 from qprobe.scanning.planning.plan import Here, ScanPlan, plan_of
 from qprobe.scanning.planning.seconds import EFFICIENCY, Rates, flops_of, measured_rates
 from qprobe.scanning.process import Process
+from qprobe.system.devices import parse_device
 from qprobe.system.processes import Shard
 from tests import sequences, tiny
 from tests.alone import run_alone
@@ -256,15 +257,19 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert here.limited(Shard(1, 4, 1, 2)).max_memory_bytes == 27 * GIB
 
 
-@pytest.mark.parametrize(("each", "limited"), [(30, False), (15, True)])
+# The last one's weights have room on one card, and a batch beside them has not.
+@pytest.mark.parametrize(("each", "limited"), [(30, False), (15, True), (52, False)])
 def test_several_gpus_with_room_together_take_the_model_whole(monkeypatch, each: int, limited: bool):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(limit, "pick_device", lambda _: torch.device("cuda:0"))
     monkeypatch.setattr(limit, "needed_bytes", lambda _: 40 * GIB)
     monkeypatch.setattr(limit, "free_bytes", lambda cards: dict.fromkeys(cards, each * GIB))
     here = Asking(monkeypatch, free_gib=each, need_gib=48)
-    assert (here.limited(device=None).max_memory_bytes is not None) == limited
-    assert here.limited(device="cuda:0").max_memory_bytes is not None  # one was named
+    found = here.limited(device=None)
+    assert (found.max_memory_bytes is not None) == limited
+    assert found.device.kind == (None if limited else "auto")
+    named = here.limited(device="cuda:0")
+    assert named.max_memory_bytes is not None and named.device == parse_device("cuda:0")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.planning.memory import BatchShape, device_need, weight_bytes
 from qprobe.scanning.process import Process
 from qprobe.scanning.samples import Chosen
-from qprobe.system.devices import AskedDevice
+from qprobe.system.devices import SPREAD, AskedDevice
 
 GIB = 2**30
 USED = 0.9  # of what is free; the rest is for the gaps between allocations, and for libraries
@@ -31,12 +31,12 @@ SURE_BYTES = 12 * GIB  # beside the weights, which no batch of the default size 
 def within_memory(skeleton: Skeleton, asked: ScanRequest, chosen: Chosen, process: Process) -> ScanRequest:
     """`asked`, with a memory limit where its device has no room for the default scan, and why.
 
-    Nothing is changed where a limit or all GPUs were asked for, or the model is loaded already, nor where
-    several GPUs together have room.
+    Where several GPUs together have room the model is spread over them instead. Nothing is changed where a
+    limit or all GPUs were asked for, or the model is loaded already.
     """
     given = asked.max_memory_bytes is not None or asked.loaded is not None
     device = devices_for(process.shard, asked.device)
-    if given or device.kind == "auto" or not skeleton.is_buildable:
+    if given or device.kind == SPREAD or not skeleton.is_buildable:
         return asked
     place = pick_device(device.one)
     free = free_memory(place) // (process.shard.local_world or 1 if place.type == "cpu" else 1)
@@ -45,8 +45,10 @@ def within_memory(skeleton: Skeleton, asked: ScanRequest, chosen: Chosen, proces
         return asked
     shape = shape_of_batch(skeleton.config, chosen.processed, chosen.samples, asked.batching)
     need = device_need(skeleton, asked.format, shape)
-    if need.total <= USED * free or _is_spread(skeleton, device, place):
+    if need.total <= USED * free:
         return asked
+    if _can_spread(skeleton, device, place):
+        return replace(asked, device=replace(asked.device, kind=SPREAD))
     limit = int(USED * free) + held_bytes(place)
     why = (
         f"{place} has {free / GIB:.1f} GiB free, and with all weights on it this scan would take about "
@@ -55,8 +57,8 @@ def within_memory(skeleton: Skeleton, asked: ScanRequest, chosen: Chosen, proces
     return replace(asked, max_memory_bytes=limit, why_limited=why)
 
 
-def _is_spread(skeleton: Skeleton, device: AskedDevice, place: torch.device) -> bool:
-    """True if the model is laid over several GPUs, which have room for it."""
+def _can_spread(skeleton: Skeleton, device: AskedDevice, place: torch.device) -> bool:
+    """True if there are several GPUs to lay the model over, which together have room for it."""
     cards = device.cards or tuple(range(torch.cuda.device_count()))
     if not device.may_be_all or place.type != "cuda" or len(cards) < 2:
         return False
