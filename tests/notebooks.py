@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -13,39 +14,40 @@ FOLDER = ROOT / "notebooks"
 SECONDS = 300  # of one cell, on a busy machine
 
 
-def executed(path: Path, first: str = "") -> nbformat.NotebookNode:
-    """The notebook with the outputs of a fresh kernel that imports this checkout.
+def executed(books: Mapping[Path, str]) -> list[nbformat.NotebookNode]:
+    """The notebooks with the outputs of one fresh kernel that imports this checkout and runs them in turn.
 
-    first: code that the kernel runs before it.
+    books: for each the code that the kernel runs before it, if any.
 
     What goes to stderr (progress, remarks of other packages) is left out: it names folders of the machine.
     Raises nbclient's CellExecutionError if a cell fails.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebooks = [nbformat.read(path, as_version=4) for path in books]
+    before = [[nbformat.v4.new_code_cell(code)] if code else [] for code in books.values()]
+    cells = [cell for first, book in zip(before, notebooks, strict=True) for cell in (*first, *book.cells)]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if first:
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
+    joined = nbformat.v4.new_notebook()
+    joined.cells = cells
     client = NotebookClient(
-        notebook,
+        joined,
         timeout=SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": FOLDER}},
         coalesce_streams=True,  # else how often a cell is flushed would show
     )
     client.execute(env=environment)
-    del notebook.cells[: bool(first)]
-    for cell in notebook.cells:
+    for cell in cells:
         cell.metadata.pop("execution", None)  # times, which differ each time
         if cell.cell_type == "code":
             cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
-    return notebook
+    return notebooks
 
 
 if __name__ == "__main__":
     for book in sorted(FOLDER.glob("*.ipynb")):
-        nbformat.write(executed(book), book)
+        nbformat.write(*executed({book: ""}), book)

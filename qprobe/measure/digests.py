@@ -59,8 +59,7 @@ class _Sums:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        place = torch.arange(1, CHUNK + 1, device=device) * _MIX
-        self._weights = (place ^ (place >> 29)) | 1
+        self._weights = torch.empty(0, dtype=torch.int64, device=device)
         self._found: list[Tensor] = []
 
     def add(self, tensor: Tensor) -> int:
@@ -69,8 +68,16 @@ class _Sums:
         chunks = flat.view(_BITS[flat.element_size()]).split(CHUNK)
         for chunk in chunks:
             wide = chunk.to(self._device).to(torch.int64)
-            self._found.append((wide * self._weights[: len(wide)]).sum())
+            self._found.append((wide * self._first(len(wide))).sum())
         return len(chunks)
+
+    def _first(self, count: int) -> Tensor:
+        """The odd numbers of the first `count` places, made for the longest chunk so far."""
+        if count > len(self._weights):
+            most = min(CHUNK, 1 << (count - 1).bit_length())
+            place = torch.arange(1, most + 1, device=self._device) * _MIX
+            self._weights = (place ^ (place >> 29)) | 1
+        return self._weights[:count]
 
     def all(self) -> list[int]:
         return torch.stack(self._found).tolist() if self._found else []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib import import_module, metadata
+from importlib.metadata import PackageNotFoundError
 
 LIBRARIES = ("qprobe", "torch", "transformers", "bitsandbytes")
+version = cache(metadata.version)  # which reads a file of the distribution at each call
 
 
 def library_versions() -> dict[str, str]:

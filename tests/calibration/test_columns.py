@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from qprobe.calibration.columns.grid import nf4_grid
+from qprobe.calibration.columns.grid import FEW, nf4_grid
 from qprobe.calibration.columns.rounding import (
     LEAF,
     best_scales,
@@ -38,6 +38,16 @@ def agree(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> 
     """True if codes are equal and errors too within float32; a target at a threshold may fall either way."""
     same = found[0] == wanted[0]
     return float((~same).float().mean()) < 0.01 and torch.allclose(found[1][same], wanted[1][same], atol=1e-5)
+
+
+def test_few_numbers_and_many_have_the_same_codes_also_at_and_beside_thresholds():
+    grid = nf4_grid(torch.device("cpu"))
+    edges = torch.cat([grid.thresholds, grid.values, torch.tensor([-2.0, 2.0, -torch.inf, torch.inf])])
+    beside = [edges, *(torch.nextafter(edges, torch.full_like(edges, x)) for x in (-3, 3))]
+    many = torch.cat([*beside, torch.linspace(-1.1, 1.1, 2 * FEW)])
+    few = torch.cat([grid.nearest(part) for part in many.split(FEW // 2)])
+    assert torch.equal(grid.nearest(many), few)
+    assert torch.equal(few, torch.bucketize(many, grid.thresholds, out_int32=True))
 
 
 @pytest.mark.slow
@@ -84,7 +94,7 @@ def test_scales_are_searched_under_the_costs_of_each_layer():
 
 KERNEL = """
 import torch
-from qprobe.calibration.columns.grid import nf4_grid
+from qprobe.calibration.columns.grid import FEW, nf4_grid
 from qprobe.calibration.columns.rounding import best_scales, round_columns
 from qprobe.calibration.columns.cuda import best_scales as fused_search, round_columns as fused
 from tests.calibration.reference import rounded_columns

@@ -100,14 +100,17 @@ def one_by_one(
     """`round_columns` by a loop over the columns."""
     inverses = inverse(scales)
     codes, errors = torch.empty_like(own, dtype=torch.int32), torch.empty_like(own)
+    parts = (base, inverses, own, scales, codes, errors)
+    columns = list(zip(*(x.unbind() for x in parts), strict=True))  # of few rows indexing takes longest
     for start in range(0, len(base), LEAF):
         end = min(start + LEAF, len(base))
         if start:
             base[start:end].addmm_(coupling[start:end, :start], errors[:start])
         for i in range(start, end):
-            code = grid.nearest(base[i] * inverses[i], codes[i])
-            torch.addcmul(own[i], grid.read(code), scales[i], value=-1, out=errors[i])
-            base[i + 1 : end].addr_(coupling[i + 1 : end, i], errors[i])
+            wanted, inverted, value, scale, code, error = columns[i]
+            grid.nearest(wanted * inverted, code)
+            torch.addcmul(value, grid.read(code), scale, value=-1, out=error)
+            base[i + 1 : end].addr_(coupling[i + 1 : end, i], error)
     return codes, errors
 
 
