@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,9 +150,21 @@ def test_what_no_scan_can_be_made_of_is_refused(asked: dict[str, Any], said: str
         qprobe.plan_scan("demo", device="cpu", **asked)
 
 
+def test_a_checkpoint_in_4_bit_is_said_to_be_none_that_a_scan_reads(tiny_folder: TinyFolder, tmp_path: Path):
+    folder = copytree(tiny_folder("llama"), tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": dict(load_in_4bit=True)})
+    )
+    said = "packed is quantized already, and a scan reads 16-bit weights"
+    assert any(said in note for note in qprobe.plan_scan(str(folder), device="cpu").notes)
+    assert not any("quantized already" in x for x in qprobe.plan_scan(str(tiny_folder("llama"))).notes)
+
+
 def test_on_a_cpu_the_process_is_a_part_of_what_all_weights_would_take(flagship: Skeleton):
     cpu = planned(flagship, 1, device=torch.device("cpu"), limit=2**20)
     (said,) = (note for note in cpu.notes if "All weights on the device" in note)
+    assert any("within 21.6 GiB" in x for x in planned(flagship, 1, free=24 * GIB).notes)
     assert f"would take {cpu.needed_bytes / GIB:.1f} GiB" in said and "within 1 MiB" in said
     assert "A scan here: 1 sample (0 held out)" in scan_text(cpu.to_json(), 100)
 

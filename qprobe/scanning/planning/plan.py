@@ -143,7 +143,10 @@ def plan_of(
         host_bytes=on_host + PROCESS_BYTES if is_cuda else None,
         disk_bytes=_disk_bytes(len(layers), count, four_bit if fmt.is_calibrated else 0),
         rates=here.rates,
-        notes=_notes(needed, allowed, tune, is_streamed, any(x.experts for x in layers)),
+        notes=(
+            *_notes(needed, allowed, tune, is_streamed, any(x.experts for x in layers)),
+            *_quantized_note(skeleton),
+        ),
     )
 
 
@@ -159,9 +162,10 @@ def _notes(needed: int, allowed: int, tune: int | None, streamed: bool, experts:
         "answers for samples that bring none comes on top."
     ]
     if streamed:
+        size = f"{allowed / GIB:.1f} GiB" if allowed >= GIB else f"{allowed / 2**20:,.0f} MiB"
         notes.append(
             f"All weights on the device would take {needed / GIB:.1f} GiB, so weights wait on the host "
-            f"and are copied when a layer runs, within {allowed / 2**20:,.0f} MiB; the least that will do is "
+            f"and are copied when a layer runs, within {size}; the least that will do is "
             "known once the model is loaded."
         )
     if tune:
@@ -169,3 +173,12 @@ def _notes(needed: int, allowed: int, tune: int | None, streamed: bool, experts:
     if experts:
         notes.append("Scans of fused experts take longer than this; one of 30B took 1.6 times as long.")
     return tuple(notes)
+
+
+def _quantized_note(skeleton: Skeleton) -> tuple[str, ...]:
+    if not getattr(skeleton.config, "quantization_config", None):
+        return ()
+    return (
+        f"{skeleton.source.id} is quantized already, and a scan reads 16-bit weights: it will take the "
+        "checkpoint that this one was made from.",
+    )
