@@ -23,7 +23,7 @@ from qprobe.records import FormatSpec
 from tests.demo.conftest import answers_of, load
 from tests.emulation import compute_bf16_by_float32
 
-NODES = 6  # on these scenes 2 nodes miss the KL by 8.3 %, 4 by 1.1 %, 6 by 0.8 %
+NODES = 6  # on these scenes 2 nodes miss the KL by 9.9 %, 4 by 2.2 %, 6 by 0.7 %
 
 
 def round_trip(weight: Tensor) -> Tensor:
@@ -58,8 +58,7 @@ def subject(outliers: Path) -> Subject:
 
 @pytest.fixture(scope="module")
 def calibration(subject: Subject) -> list[Batch]:
-    samples = tuple(scenes(24, CALIBRATION_SEED))
-    return [subject.encode(samples[start : start + 8]) for start in range(0, len(samples), 8)]
+    return [subject.encode(tuple(scenes(16, CALIBRATION_SEED)))]
 
 
 def ends(subject: Subject, batch: Batch, names: frozenset[str]) -> tuple[list[Tensor], list[Tensor]]:
