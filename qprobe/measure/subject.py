@@ -219,7 +219,9 @@ def limited_subject(
     limit = MemoryLimit(limit_bytes, device, store, base_bytes=held_bytes(device), is_found=is_found)
     largest = max((fmt.packing_bytes(shape_of(m), device) for m in modules.values()), default=0)
     work = store.window_bytes + largest
-    limit.check(work, "what is never streamed, with one block of the model and one weight in work,")
+    limit.check(
+        work, "what is never streamed, with one block of the model and one weight in work but no batch yet,"
+    )
     with limit.running("pack", 1), torch.inference_mode():
         dequantized = DequantizedWeights(modules, fmt, store, streamed)
     dtype = reference.model.dtype
