@@ -180,9 +180,8 @@ def test_a_disk_that_is_full_at_any_write_is_one_sentence_and_loses_nothing(
 def test_a_disk_that_is_full_while_weights_are_calibrated_loses_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(
-        "qprobe.calibration.two_sided.GROUPS", 1
-    )  # all rows at once: a sixteenth of the steps
+    # All rows of a weight move at once, in a sixteenth of the steps.
+    monkeypatch.setattr("qprobe.calibration.two_sided.GROUPS", 1)
     work = scanning(llama, format="nf4-calibrated")
     failed = fill_again_and_again(work, tmp_path / "run", last="nf4-calibrated.safetensors")
     assert {"units/calibration-00000.parquet", "units/calibration-00000.safetensors"} < failed
