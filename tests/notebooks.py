@@ -50,4 +50,5 @@ def executed(books: Mapping[Path, str]) -> list[nbformat.NotebookNode]:
 
 if __name__ == "__main__":
     for book in sorted(FOLDER.glob("*.ipynb")):
-        nbformat.write(*executed({book: ""}), book)
+        (fresh,) = executed({book: ""})
+        nbformat.write(fresh, book)
