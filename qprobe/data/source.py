@@ -49,7 +49,7 @@ def sources() -> tuple[Source, ...]:
 
 
 def names_of_files() -> str:
-    """What can be named to --data, in words: all sources but those in memory."""
+    """What data can be named as, in words: all sources but those in memory."""
     return ", ".join(x.what for x in sources() if not x.in_memory)
 
 
@@ -69,7 +69,7 @@ def source_of(data: Any) -> Source:
     kinds = [names_of_files(), *(f"or, from Python, {x.what}" for x in sources() if x.in_memory)]
     state = "does not exist" if is_file and not Path(data).exists() else "is none of these"
     folder = " A folder of images goes to --images." if is_file and Path(data).is_dir() else ""
-    raise SampleError(f"{shown} {state}. --data takes {', '.join(kinds)}.{folder}")
+    raise SampleError(f"{shown} {state}. Data is read from {', '.join(kinds)}.{folder}")
 
 
 def refuse_split(split: str | None, what: str) -> None:

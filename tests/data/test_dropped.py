@@ -80,7 +80,7 @@ def test_finetune_learns_from_it(file: Path, tmp_path: Path):
 
 def test_help_and_messages_name_it(file: Path, tmp_path: Path):
     assert data_help("Samples").startswith("Samples: a .colon file, ")
-    with pytest.raises(SampleError, match=r"is none of these\. --data takes a \.colon file, "):
+    with pytest.raises(SampleError, match=r"is none of these\. Data is read from a \.colon file, "):
         read_conversations(tmp_path)
 
 
