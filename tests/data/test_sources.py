@@ -315,7 +315,7 @@ def test_a_damaged_saved_dataset_is_one_sentence(damage: str, tmp_path: Path):
 def test_what_is_no_source_names_those_that_are(tmp_path: Path):
     with pytest.raises(
         SampleError,
-        match=r"is none of these\. Data is read from a folder of datasets.* a \.jsonl.* images goes to --images\.",
+        match=r"is none of these\. Data is read from a folder.* a \.jsonl.* images goes to --images\.",
     ):
         read_conversations(tmp_path)
     for strange in (7, None, b"x"):
