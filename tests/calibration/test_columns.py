@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from qprobe.calibration.columns.grid import FEW, nf4_grid
+from qprobe.calibration import columns as columns_package
+from qprobe.calibration.columns.grid import FEW, Grid, nf4_grid
 from qprobe.calibration.columns.rounding import (
     LEAF,
     best_scales,
@@ -143,3 +146,24 @@ def test_a_device_that_cannot_run_the_kernel_gets_the_loop_and_a_warning():
     # On "meta" nothing can be compared: it stands for any device where the kernel fails.
     with pytest.warns(UserWarning, match="do not run on meta"):
         assert fused_kernels(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("wrong", ["", "codes", "scales"])
+def test_kernels_are_taken_where_they_round_and_search_as_the_loops(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+):
+    def rounded(base: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, errors = round_columns(base, *given[:-1])
+        return codes + (wrong == "codes"), errors
+
+    def searched(values: torch.Tensor, costs: torch.Tensor, widths: tuple[int, ...], _: Grid) -> torch.Tensor:
+        return best_scales(values, costs, widths) * (1.01 if wrong == "scales" else 1)
+
+    kernels = SimpleNamespace(round_columns=rounded, best_scales=searched)
+    monkeypatch.setattr(columns_package, "cuda", kernels, raising=False)
+    found_for = fused_kernels.__wrapped__  # without what is remembered of the device
+    if not wrong:
+        assert found_for(torch.device("cpu")) is kernels
+        return
+    with pytest.warns(UserWarning, match=rf"do not run on cpu \({wrong} differ\)"):
+        assert found_for(torch.device("cpu")) is None

@@ -16,7 +16,7 @@ from torch import Tensor
 import qprobe
 from qprobe.calibration.codes import Readers, calibrate
 from qprobe.calibration.experts.gram import at_once, gathered_experts
-from qprobe.calibration.experts.rounding import FEWEST_TOKENS, TRANSPOSED, rounded_experts
+from qprobe.calibration.experts.rounding import TRANSPOSED, rounded_experts
 from qprobe.calibration.gram import Gram
 from qprobe.calibration.room import check_limit
 from qprobe.checkpoint.experts.four_bit import codes_of_experts
@@ -120,7 +120,7 @@ def test_an_expert_is_rounded_as_alone_and_one_without_tokens_to_nearest(double_
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 8, 64, generator=generator).bfloat16()
     x = torch.randn(3, 200, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
-    counts = [200, FEWEST_TOKENS - 1, FEWEST_TOKENS]
+    counts = [200, 31, 32]  # 32 tokens are the fewest that are rounded for
     grams = [Gram(a[:n].T @ a[:n], n) for a, n in zip(x, counts, strict=True)]
     subject: Any = SimpleNamespace(dequantized=SimpleNamespace(own=lambda _: weight))
     found = rounded_experts(subject, "w", grams, Nf4(double_quant=double_quant), 2**20)

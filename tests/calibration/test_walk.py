@@ -101,6 +101,16 @@ def test_a_tensor_that_many_blocks_read_is_kept_once(tiny_folder: TinyFolder):
             assert not [y for y in wide[:number] if torch.equal(x, y)], x.shape
 
 
+def test_what_has_room_stays_on_the_device(tiny_folder: TinyFolder):
+    # Nothing can be copied from "meta" to the host, so it stands for a GPU as long as there is room.
+    walk = Walk(subject_for(tiny_folder("llama")), room_bytes=96)
+    for size in (64, 32):
+        kept = walk._keep(torch.empty(size, dtype=torch.uint8, device="meta"))
+        assert kept.tensor.device == kept.device == torch.device("meta")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        walk._keep(torch.empty(1, dtype=torch.uint8, device="meta"))
+
+
 def _kept(calls: list) -> list:
     flat = tree_flatten(calls)[0]
     return [x for x in flat if hasattr(x, "tensor")]

@@ -35,10 +35,14 @@ def test_all_frames_of_an_animated_image_are_taken_in_order(kind: str):
 
 
 def mp4(frames: Iterator[Image.Image], per_second: int) -> bytes:
+    return video("mp4", frames, per_second)
+
+
+def video(kind: str, frames: Iterator[Image.Image], per_second: int, **options: str) -> bytes:
     import av
 
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
+    with av.open(file, "w", format=kind, options=options) as container:
         stream: Any = container.add_stream("mpeg4", rate=per_second)
         stream.width, stream.height, stream.time_base = 56, 40, Fraction(1, per_second)
         for frame in frames:
@@ -61,6 +65,15 @@ def test_frames_of_a_long_video_file_are_spread_over_all_of_it(monkeypatch: pyte
     monkeypatch.setattr(videos, "MAX_FRAMES", 2)
     found = shades(frames_of(mp4((tiny.frames(i // 8)[0] for i in range(32)), 8)))
     assert np.abs(np.array(found) - [10, 90]).max() <= 4
+
+
+def test_of_a_recording_that_does_not_say_how_long_it_is_no_more_are_taken_than_the_most(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # Written while it was broadcast, without a duration: frames cannot be spread, so the first are taken.
+    monkeypatch.setattr(videos, "MAX_FRAMES", 300)
+    data = video("matroska", (tiny.frames(0)[0] for _ in range(310)), 2, live="1")
+    assert len(frames_of(data)) == 300
 
 
 def test_a_video_file_without_a_decoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -177,13 +177,21 @@ def test_of_several_walks_the_one_that_misses_least_is_kept(
     assert result.rows.kl_sum.sum() == pytest.approx(1.05 * total)
 
 
-@pytest.mark.parametrize(("missed", "walks"), [(0.10, [1]), (0.15, [1, 4, 8])])
+@pytest.mark.parametrize(
+    ("dtype", "missed", "walks"),
+    [
+        (torch.bfloat16, 0.10, [1]),
+        (torch.bfloat16, 0.15, [1, 4, 8]),
+        (torch.float32, 0.10, [1, 4, 8]),  # where nothing is rounded to 16-bit, what is missed is no rounding
+        (torch.float32, 0.01, [1]),
+    ],
+)
 def test_what_16_bit_rounding_adds_to_the_kl_calls_for_no_more_nodes(
-    case: CaseOf, monkeypatch: pytest.MonkeyPatch, missed: float, walks: list[int]
+    case: CaseOf, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, missed: float, walks: list[int]
 ) -> None:
     # A path whose KL is 10 % rounding, of which sums over layers see nothing.
     found = case("llama")
-    path = replace(found.subject.path, dtype=torch.bfloat16)
+    path = replace(found.subject.path, dtype=dtype)
     batch = found.subject.encode(found.samples[:1])
 
     def sums(reference: list[torch.Tensor], logits: list[torch.Tensor]) -> list[KlSums]:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from qprobe.cli import main
 from qprobe.errors import RunError
+from qprobe.runs.derived import Derived
 from qprobe.runs.findings import write_findings
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import SampleKey
@@ -19,12 +20,12 @@ from qprobe.runs.units import ablation_stage, candidate_stage
 from qprobe.scanning.run import open_run
 from qprobe.selection.candidates import frontier
 from qprobe.selection.decide import Candidate
-from qprobe.selection.derived.ablated import ALONE, KEPT, write_ablation
+from qprobe.selection.derived.ablated import ALONE, KEPT, ablation_again, write_ablation
 from qprobe.selection.derived.again import make_again, opened
 from qprobe.selection.derived.frontier import write_frontier
 from qprobe.selection.request import parse_request
 from qprobe.selection.select import scored_run
-from tests.runs.runs import four_layers, key_of, output, rows, spec_of
+from tests.runs.runs import four_layers, key_of, make_run, output, rows, spec_of
 
 LAYERS = ("model.a", "model.q", "model.k", "model.b")
 BATCH = (SampleKey("h", "h1", True),)
@@ -142,3 +143,21 @@ def test_reading_removes_what_killed_writers_left(run: Path):
     left.write_bytes(b"half")
     with opened(run, print):
         assert not left.exists()
+
+
+@pytest.mark.parametrize("known", [0, 1, None])
+def test_of_two_ablations_the_one_that_the_run_had_is_made_again_or_else_the_first(
+    known: int | None, tmp_path: Path
+):
+    run = RunFolder(make_run(tmp_path / "run"))
+    wanted = []
+    for layer in sorted(("model.a", "model.b"), key=lambda x: ablation_stage(frozenset((x,)))):
+        kl = [("s", name, 3, 0.5, 2) for name in ("standard", ALONE + layer, KEPT + layer)]
+        units = rows("kl", *kl)
+        run.write_unit(ablation_stage(frozenset((layer,))), 0, units)
+        write_ablation(run, units, (layer,))
+        wanted.append((run.path / "ablation.csv").read_bytes())
+    assert wanted[0] != wanted[1]
+    (run.path / "ablation.csv").unlink()
+    assert ablation_again(run, None if known is None else Derived.of(wanted[known], 1))
+    assert (run.path / "ablation.csv").read_bytes() == wanted[known or 0]
