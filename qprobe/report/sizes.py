@@ -119,7 +119,10 @@ def scan_text(scan: Mapping[str, Any], width: int) -> str:
 
 
 def models_text(models: Sequence[Mapping[str, Any]], width: int) -> str:
-    """The known models (of the object of `models --json`), one per line; hub ids where there is room."""
+    """The known models (of the object of `models --json`), one per line; hub ids where there is room.
+
+    "lists" counts the published ones, which `plan` names.
+    """
     headings = ["model", "params", "16-bit GiB", "nf4 GiB", "lists", "weights"]
     rows = [
         [
@@ -127,12 +130,12 @@ def models_text(models: Sequence[Mapping[str, Any]], width: int) -> str:
             _billions(x["parameters"]),
             _gib(x["bytes_16bit"]),
             _gib(x["nf4_total_bytes"]),
-            ", ".join(x["published_lists"]) or "-",
+            str(len(x["published_lists"]) or "-"),
             str(x["access"]),
         ]
         for x in models
     ]
-    table = text_table(headings, rows, frozenset({0, 4, 5})).splitlines()
+    table = text_table(headings, rows, frozenset({0, 5})).splitlines()
     longest = max(map(len, table))
     room = width - longest - 2
     if room < _LEAST_HUB_ID:

@@ -306,7 +306,7 @@ def test_a_manifest_whose_names_no_list_can_tell_apart_is_refused_before_writing
     def refuse(*_arguments: Any) -> None:
         raise ManifestError("The entry 'x' keeps 2 layers.")
 
-    monkeypatch.setattr(quantize_module, "exact_entries", refuse)
+    monkeypatch.setattr("qprobe.exports.export.exact_entries", refuse)
     folder = tiny_folder("llama")
     with pytest.raises(ManifestError, match="keeps 2 layers"):
         quantize(manifest_for(folder), tmp_path / "out", str(folder), "cpu")

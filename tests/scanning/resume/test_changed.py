@@ -109,6 +109,7 @@ def test_whatever_the_units_do_not_depend_on_is_part_of_the_request():
         "for_tool": "vllm",
         "ablate": "3",
         "metric": "exact",
+        "check_data": [{"prompt": "what?", "answer": "this"}],
     }
     left = {field.name for field in fields(ScanOptions)} - IN_THE_SPECIFICATION - NO_PART
     assert left == other.keys()
