@@ -86,6 +86,7 @@ def test_unknown_names_are_attribute_errors():
         _ = qprobe.no_such_name
 
 
+@pytest.mark.slow
 def test_listing_the_known_models_imports_no_torch():
     code = "from qprobe.cli import main; main(['models'], standalone_mode=False)"
     program = f"import io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): exec({code!r})"

@@ -111,6 +111,7 @@ def test_bytes_of_a_size_are_those_of_standard_4bit_at_its_own_bits(subject: Sub
     assert set(everything.values()) == {16.0}
 
 
+@pytest.mark.slow
 def test_our_formats_are_handed_back_and_judged_within_their_budgets(
     tmp_path: Path, tiny_folder: Callable[[str], Path], samples: list[Sample]
 ):

@@ -112,6 +112,7 @@ def test_layers_that_calibration_leaves_out_are_compared_as_they_will_be_stored(
     assert found.plain == pytest.approx(kl / tokens, rel=1e-3) and kl > 0
 
 
+@pytest.mark.slow
 def test_too_few_samples_to_decide_are_noted_with_their_number(tiny_folder: TinyFolder, tmp_path: Path):
     work = work_of(tmp_path, subject_for(tiny_folder("llama")), 6)
     assert work.split == (work.samples, [])

@@ -111,6 +111,7 @@ def test_calibrated_weights_cost_less_where_gradients_are_known():
     assert costs[1] < 0.97 * costs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(600, 128), (256, 500)])
 def test_memory_while_codes_move_is_what_is_said_of_it(shape: tuple[int, int]):
     weight, scales, codes, metrics = start_of(shape)

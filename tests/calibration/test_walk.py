@@ -87,6 +87,7 @@ def test_what_a_block_put_out_is_handed_on_and_not_kept(tiny_folder: TinyFolder)
         assert second and second < first
 
 
+@pytest.mark.slow
 def test_a_tensor_that_many_blocks_read_is_kept_once(tiny_folder: TinyFolder):
     # Python gives the ids of tensors that are gone to others.
     subject = subject_for(tiny_folder("mllama"))

@@ -279,6 +279,7 @@ def test_an_audit_without_the_calibrated_weights_is_not_clear(harm, why, run, sa
     assert audit(folder, read_manifest(manifest), manifest_folder=one.folder).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["missing", "changed", "another"])
 def test_weights_that_are_not_those_of_the_scan_are_refused(harm, run, tmp_path):
     one = run("llama")

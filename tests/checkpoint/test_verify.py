@@ -110,6 +110,7 @@ def test_a_layer_of_another_shape(model, manifest):
     assert_caught(model, with_layer(manifest, FOUR_BIT, shape=(64, 64)), FOUR_BIT, "1024", "2048")
 
 
+@pytest.mark.slow
 def test_an_uncovered_weight_that_was_touched(tiny_folder):
     folder = tiny_folder("llava_pixtral")
     manifest = manifest_for(folder)

@@ -73,6 +73,7 @@ def test_processor_delivers_the_pixels_that_training_saw(processor: Any):
     assert torch.equal(values, torch.unique((torch.round((values * 0.5 + 0.5) * 255) / 255 - 0.5) / 0.5))
 
 
+@pytest.mark.slow
 def test_training_tokens_are_those_of_the_processor():
     pro: Any = untrained_processor()
     batch = next(batches(Recipe(batch=32), "cpu"))

@@ -52,6 +52,7 @@ def test_images_are_rgb_png_of_the_models_size_and_kinds_take_turns():
     assert len(CYCLE) % len(KINDS) == 0
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_and_a_shorter_series_is_a_prefix():
     assert [s.digest for s in scenes(8, 11)] == [s.digest for s in scenes(16, 11)][:8]
 

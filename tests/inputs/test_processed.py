@@ -73,6 +73,7 @@ def _six(tiny_folder: Callable[[str], Path]) -> tuple[Counted, list[Sample]]:
     return processor, list(photographs("what is this?", limit=6).samples)
 
 
+@pytest.mark.slow
 def test_six_images_cost_six_runs_and_decodes_a_stage(tiny_folder: Any, decoded: list[Any]) -> None:
     processor, samples = _six(tiny_folder)
     decoded.clear()
@@ -87,6 +88,7 @@ def test_six_images_cost_six_runs_and_decodes_a_stage(tiny_folder: Any, decoded:
     assert processor.runs == len(decoded) == 12
 
 
+@pytest.mark.slow
 def test_what_has_no_room_is_made_again_and_is_the_same(tiny_folder: Any) -> None:
     processor, samples = _six(tiny_folder)
     ample, none = (ProcessedSamples(processor, torch.bfloat16, room_bytes=room) for room in (2**29, 0))

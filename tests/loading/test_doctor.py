@@ -171,6 +171,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, answer: threading.Event) -> HTTPServe
     return server
 
 
+@pytest.mark.slow
 def test_any_answer_of_the_hub_counts(monkeypatch: pytest.MonkeyPatch):
     answer = threading.Event()
     answer.set()

@@ -58,6 +58,7 @@ def logits_of(case: Case, names: frozenset[str], count: int = 1) -> tuple[list, 
             return plain, read_out(subject.model, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_HEAD)
 def test_kl_equals_a_plain_loop_over_a_hand_swapped_model(case: CaseOf, name: str) -> None:
     found = case(name)
@@ -106,6 +107,7 @@ def test_slopes_equal_full_weight_gradients(case: CaseOf, name: str, alpha: floa
         assert slopes[layer].item() == pytest.approx(value, rel=1e-4, abs=1e-4 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_HEAD)
 def test_isolated_kl_is_half_the_squared_slope_along_its_random_direction(case: CaseOf, name: str) -> None:
     found = case(name)

@@ -65,6 +65,7 @@ def test_running_blocks_again_changes_no_slope_and_runs_attention_once(case: Cas
     assert twice.attention == once.attention > 0
 
 
+@pytest.mark.slow
 def test_what_fits_is_kept_and_the_rest_runs_again(case: CaseOf) -> None:
     found = case("llama")
     blocks = repeated_blocks(found.subject.model)

@@ -89,6 +89,7 @@ def test_what_was_read_is_let_go_once_each():
     assert sorted(let_go) == [(2,), (3, 4)]
 
 
+@pytest.mark.slow
 @given(element=st.integers(0, 40 * 30 - 1))
 def test_any_bit_of_a_file_changes_its_digest(element: int, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("files")

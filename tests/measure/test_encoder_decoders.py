@@ -140,6 +140,7 @@ def test_errors_of_every_layer_equal_those_of_samples_run_alone(case: CaseOf, na
             assert row.propagated_noise == pytest.approx(propagated[layer][1], rel=5e-3), layer
 
 
+@pytest.mark.slow
 def test_peaks_of_the_decoder_are_of_the_answer_and_those_of_the_encoder_are_not(case: CaseOf):
     subject, samples = case("florence2")
     rows = observe_outputs(subject, subject.encode(samples), Measures(False, False))[0]
@@ -171,6 +172,7 @@ def test_sensitivities_equal_full_weight_gradients(case: CaseOf, name: str):
         assert float(slopes[layer][0]) == pytest.approx(value, abs=1e-3 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bart", "florence2"])
 def test_gram_matrices_hold_the_tokens_of_encoder_and_decoder_without_padding(case: CaseOf, name: str):
     subject, samples = case(name)

@@ -127,6 +127,7 @@ def routes(subject: Subject, batch: Batch, layer: str) -> set[tuple[int, int]]:
     return {(int(e), t) for t, chosen in enumerate(seen[0][1].reshape(-1, 2)) for e in chosen}
 
 
+@pytest.mark.slow
 def test_tokens_that_4_bit_routes_elsewhere_are_counted_for_the_expert_that_loses_them(
     case: Callable[..., Case],
 ):
@@ -194,6 +195,7 @@ def all_experts(model: Any) -> None:
         model.get_output_embeddings().weight.mul_(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_sensitivities_with_experts_sum_to_the_kl_where_no_route_flips(case: Callable[..., Case], name: str):
     subject, batch = case(name, all_experts)

@@ -148,6 +148,7 @@ def test_shared_rows_are_no_samples_rows_although_their_number_divides(deberta: 
     assert measured == set(rows.index) - tables
 
 
+@pytest.mark.slow
 def test_shared_rows_of_a_vision_tower_are_known_although_the_first_batch_has_no_image(
     tiny_folder: Callable[[str], Path],
 ) -> None:
@@ -243,6 +244,7 @@ def test_a_batch_with_fewer_sums_than_samples_is_no_batch_of_them(case: CaseOf) 
         kl_rows(batch, "x", [KlSums(1.0, 2, 1)])
 
 
+@pytest.mark.slow
 def test_inputs_are_those_of_the_loaded_model_while_the_path_is_walked(tiny_folder) -> None:
     subject = subject_of(load_reference(str(tiny_folder("mllama")), "cpu"), FormatSpec())
     samples = tuple(tiny.questions("mllama", 2))

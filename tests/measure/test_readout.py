@@ -147,6 +147,7 @@ def damage_by_hand(name: str, x: list[list[float]], y: list[list[float]]) -> flo
     return sum(kl(softmax(a), softmax(b)) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_damage_is_that_of_each_sample_alone_by_the_formula(name: str, subject: Callable[[str], Subject]):
     model = subject(name)

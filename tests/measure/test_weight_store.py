@@ -231,6 +231,7 @@ def test_streamed_weights_are_those_of_the_model_in_both_forms(name: str, tiny_f
     assert list(tmp_path.iterdir()) == []  # no file stays
 
 
+@pytest.mark.slow
 def test_the_model_runs_on_fetched_weights_only_while_streaming(tiny_folder, tmp_path: Path):
     subject = limited(tiny_folder("mllama"), tmp_path)
     batch = subject.encode(tuple(tiny.questions("mllama", 2)))

@@ -208,6 +208,7 @@ def test_nothing_is_near_to_nonsense() -> None:
     assert nearest("zzzz") == ()
 
 
+@pytest.mark.slow
 def test_entries_of_a_published_list_that_match_nothing_are_told() -> None:
     _, _, inventory = built("llama-3.2-11b-vision")
     assert UNSLOTH_LLAMA_11B.dead(inventory) == ("merger", "modality_projection")
@@ -225,6 +226,7 @@ def test_every_entry_of_a_published_list_names_a_linear_of_its_model(alias: str)
         assert any(x.name in one.kept(inventory) for x in inventory.layers if not x.fixed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alias", ["qwen2-vl-2b", "llava-1.5-7b"])
 def test_unsloths_rule_keeps_vision_and_projector_whole_and_nothing_of_the_decoder(alias: str) -> None:
     entry = entry_of(alias)
@@ -234,6 +236,7 @@ def test_unsloths_rule_keeps_vision_and_projector_whole_and_nothing_of_the_decod
     assert rule.kept(inventory) == vision | {x.name for x in inventory.layers if x.fixed}
 
 
+@pytest.mark.slow
 def test_the_list_for_qwen2_5_vl_3b_keeps_58_linears_and_the_head() -> None:
     _, _, inventory = built("qwen2.5-vl-3b")
     # 8 blocks' attention of 2, 13 blocks' MLP of 3, one more down_proj, the merger of 2, and lm_head.

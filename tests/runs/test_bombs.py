@@ -107,6 +107,7 @@ def test_the_pages_of_a_file_are_as_large_as_its_honest_footer_says(how: dict[st
         list(page_sizes(io.BytesIO(b"\xff" * len(data)), columns[0]))
 
 
+@pytest.mark.slow
 def test_a_footer_damaged_anywhere_is_an_error_and_never_the_end_of_the_process():
     # pyarrow ends the process where the histograms of sizes in a footer are not as long as they must be.
     data = unit(30, "a text")

@@ -134,6 +134,7 @@ def test_a_resumed_run_gives_the_same_table(
     assert (run / "skiplist.json").read_bytes() == (whole / "skiplist.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_ranks_come_with_their_intervals(scanned: Scanned):
     run = scanned("llama").run
     ranks = pd.read_csv(run / "ranks.csv")

@@ -77,6 +77,7 @@ def test_samples_that_are_measured_are_of_no_other_kind(tiny_folder: TinyFolder,
         scan(str(tiny_folder("llama")), measures=("weight",), check_data=data)
 
 
+@pytest.mark.slow
 def test_samples_that_no_answer_is_given_to_say_nothing_and_the_list_is_written(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

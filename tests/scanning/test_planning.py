@@ -47,6 +47,7 @@ GIB = 2**30
 # Device memory, held against what scans took --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "vision_rows", "measured_gib"),
     [("llama-3.2-11b-vision", 4 * 1601, 35.0), ("qwen3-30b-a3b", 0, 76.5)],  # reports/full-size
@@ -69,6 +70,7 @@ def test_weights_are_counted_in_all_forms_that_are_held():
     assert found == pytest.approx(6 * parameters + 9 / 16 * linears, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_batch_takes_more_the_more_it_holds():
     skeleton = planned_skeleton("llama-3.2-11b-vision", None)
 
@@ -97,6 +99,7 @@ def planned(flagship: Skeleton, count: int, name: str = "nf4", **here: Any) -> S
     return plan_of(flagship, FormatSpec(name), shape, count, 0, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "measured"), [(4, 19.97), (8, 28.86), (16, 37.29), (32, 49.09), (64, 80.47)]
 )
@@ -116,6 +119,7 @@ def test_a_bare_forward_pass_takes_what_was_measured(flagship: Skeleton):
     assert flops / (EFFICIENCY * 790e12) == pytest.approx(2.62, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_limited_scan_and_a_calibrated_one_take_what_was_measured(flagship: Skeleton):
     limited = planned(flagship, 32, limit=22 * GIB)
     assert limited.is_streamed and limited.device_bytes == 22 * GIB
@@ -150,6 +154,7 @@ def test_what_no_scan_can_be_made_of_is_refused(asked: dict[str, Any], said: str
         qprobe.plan_scan("demo", device="cpu", **asked)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_4_bit_is_said_to_be_none_that_a_scan_reads(tiny_folder: TinyFolder, tmp_path: Path):
     folder = copytree(tiny_folder("llama"), tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())

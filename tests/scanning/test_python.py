@@ -151,6 +151,7 @@ def test_a_loaded_model_stays_as_it_was_where_a_scan_breaks_off(
     assert_same(state(model), before)
 
 
+@pytest.mark.slow
 def test_breaking_off_inside_a_forward_pass_leaves_the_model_as_it_was(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

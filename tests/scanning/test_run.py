@@ -96,6 +96,7 @@ def test_a_folder_without_a_scan_is_refused(tmp_path: Path):
         qprobe.open_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_scan_that_has_not_finished_has_no_list(tiny_folder: TinyFolder, tmp_path: Path):
     class Stop(Exception):
         pass
@@ -112,6 +113,7 @@ def test_a_scan_that_has_not_finished_has_no_list(tiny_folder: TinyFolder, tmp_p
         _ = run.layers
 
 
+@pytest.mark.slow
 def test_a_scan_of_weights_alone_is_a_run_too(tiny_folder: TinyFolder, tmp_path: Path):
     run = qprobe.scan(str(tiny_folder("llama")), measures=["weight"], out=tmp_path / "run", device="cpu")
     again = qprobe.open_run(run.path)

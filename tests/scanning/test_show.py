@@ -27,6 +27,7 @@ def subject(tiny_folder: Callable[[str], Path], name: str) -> Subject:
     return subject_of(load_reference(str(tiny_folder(name)), "cpu"), FormatSpec())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.VISION_NAMES)
 def test_tokens_are_those_of_the_sequence_and_vision_tokens_have_a_place(
     name: str, tiny_folder: Callable[[str], Path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import transformers
 
 import qprobe
@@ -12,6 +13,7 @@ from tests.inputs.videos import video_processor
 from tests.scanning.asked import TinyFolder
 
 
+@pytest.mark.slow
 def test_videos_are_measured_as_images_are(tiny_folder: TinyFolder, tmp_path: Path):
     model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
         tiny_folder("qwen2_vl"), dtype="float32"

@@ -141,6 +141,7 @@ def test_its_report_is_drawn_and_its_layers_rank(
     assert shown.exit_code == 0 and "weight nmse" in shown.output
 
 
+@pytest.mark.slow
 def test_one_tensor_is_open_at_a_time_and_read_in_parts(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -213,6 +214,7 @@ def test_shares_of_the_files_join_into_the_same_table(
     assert RunFolder(joined.run).scan.unmeasured == RunFolder(whole).scan.unmeasured == ()
 
 
+@pytest.mark.slow
 def test_changed_weights_are_another_scan(tiny_folder: TinyFolder, tmp_path: Path):
     folder = Path(copytree(tiny_folder("llama"), tmp_path / "llama"))
     run = scan(**options(folder, tmp_path / "run")).run
@@ -292,6 +294,7 @@ def test_options_of_samples_are_refused_by_the_name_that_was_typed(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_every_option_that_bears_on_weights_is_taken(tiny_folder: TinyFolder, tmp_path: Path):
     asked = {"budget": "+20%", "by": "weight_peak", "for_tool": "vllm", "dtype": "float16"}
     manifest = read_manifest(scan(**options(tiny_folder("llama"), tmp_path / "run", **asked)).run / SKIPLIST)

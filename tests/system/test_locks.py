@@ -26,6 +26,7 @@ def test_one_holds_a_lock_alone_and_several_share_one(tmp_path: Path):
         assert try_lock(third) is False
 
 
+@pytest.mark.slow
 def test_a_lock_that_ends_lets_the_next_one_wait_no_more(tmp_path: Path):
     path = tmp_path / "lock"
     with open_lock(path) as one:

@@ -113,6 +113,7 @@ def test_one_misspelt_entry_is_caught_and_named(name: str, stale: Any):
     assert first in problem and f"entries that match nothing: '{first}s'" in problem
 
 
+@pytest.mark.slow
 def test_a_list_of_the_names_in_the_files_is_caught(stale: Any, saved: Any):
     _, manifest = saved("mllama")
     in_files = [x.checkpoint_name for x in manifest.layers if x.precision == "bf16"]

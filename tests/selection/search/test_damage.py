@@ -87,6 +87,7 @@ def test_no_list_by_either_score_alone_is_predicted_to_be_better(case: tuple[Inv
     assert together <= set(skiplist.kept) or not together & set(skiplist.kept)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_without_interactions_the_list_is_the_exact_one(case: tuple[Inventory, Damage, int]):

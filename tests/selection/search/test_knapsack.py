@@ -21,6 +21,7 @@ def total(items: list, chosen: tuple[int, ...]) -> float:
     return sum(items[i] for i in chosen)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(tables, st.floats(0, 1.1))
 def test_choice_is_within_the_limit_and_as_good_as_any(table: list[tuple[int, float]], share: float):

@@ -39,6 +39,7 @@ def limit_at(inventory: Inventory, share: float) -> int:
     return inventory.standard_4bit_bytes + int(share * max(0, most - inventory.standard_4bit_bytes))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(cases(), st.floats(0, 1.2))
 def test_plan_is_within_budget_and_as_good_as_any(case: Case, share: float):
