@@ -153,16 +153,7 @@ def plan(
     """
     refuse_what_describes_nothing(training, scan)
     given = {name: value for name, value in asked.items() if value is not None}
-    if training:
-        from qprobe.training.memory import Step, training_plan
-
-        step = {name: value for name, value in given.items() if name in (*_SHARED, *_OF_STEP)}
-        of_step = training_plan(model, Step(**step), manifest, trust_remote_code)
-        found = {**of_step.sizes.to_json(), "training": of_step.to_json()}
-    else:
-        from qprobe.checkpoint.plan import plan as size_plan
-
-        found = size_plan(model, manifest, trust_remote_code, experts).to_json()
+    found = _sizes(given if training else None, model, manifest, experts, trust_remote_code)
     if scan:
         from qprobe.scanning.planning.plan import plan_scan
 
@@ -171,16 +162,33 @@ def plan(
         found["scan"] = takes.to_json()
     if as_json:
         shared.print_json(found)
-        return
-    from qprobe.report.sizes import plan_text
+    else:
+        _say(found)
+
+
+def _sizes(
+    step: dict[str, Any] | None, model: str, manifest: Path | None, experts: Experts, trust_remote_code: bool
+) -> dict[str, Any]:
+    """The layouts of `model`, and what a training step takes where `step`, options by name, is not None."""
+    if step is None:
+        from qprobe.checkpoint.plan import plan as size_plan
+
+        return size_plan(model, manifest, trust_remote_code, experts).to_json()
+    from qprobe.training.memory import Step, training_plan
+
+    asked = Step(**{name: value for name, value in step.items() if name in (*_SHARED, *_OF_STEP)})
+    found = training_plan(model, asked, manifest, trust_remote_code)
+    return {**found.sizes.to_json(), "training": found.to_json()}
+
+
+def _say(found: dict[str, Any]) -> None:
+    from qprobe.report.sizes import plan_text, scan_text
     from qprobe.report.terminal import terminal_width
+    from qprobe.report.training import training_text
 
-    say(plan_text(found, terminal_width()))
-    if training:
-        from qprobe.report.training import training_text
-
-        say("\n" + training_text(found["training"], terminal_width()))
-    if scan:
-        from qprobe.report.sizes import scan_text
-
-        say("\n" + scan_text(found["scan"], terminal_width()))
+    width = terminal_width()
+    say(plan_text(found, width))
+    if "training" in found:
+        say("\n" + training_text(found["training"], width))
+    if "scan" in found:
+        say("\n" + scan_text(found["scan"], width))

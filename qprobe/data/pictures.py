@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,7 @@ class Pictures:
         if isinstance(image, bytes):
             self._check_bytes(image, "its image")
             return
-        if image not in self._seen:
-            try:
-                self._check_bytes(self._read(image), f"image {shown(image.name)}")
-                self._seen[image] = None
-            except Refused as problem:
-                self._seen[image] = str(problem)
-        problem = self._seen[image]
-        if problem is not None:
-            raise Refused(problem)
+        _once(self._seen, image, lambda: self._check_bytes(self._read(image), f"image {shown(image.name)}"))
 
     def notes(self) -> tuple[str, ...]:
         """A sentence for each rule that images and videos needed."""
@@ -119,15 +111,11 @@ class Pictures:
         if isinstance(file, bytes):
             self._check_video_file(file, _VIDEO)
             return
-        if file not in self._videos:
-            try:
-                self._check_video_file(self._read(file, "video"), f"video {shown(file.name)}")
-                self._videos[file] = None
-            except Refused as problem:
-                self._videos[file] = str(problem)
-        problem = self._videos[file]
-        if problem is not None:
-            raise Refused(problem)
+        _once(
+            self._videos,
+            file,
+            lambda: self._check_video_file(self._read(file, "video"), f"video {shown(file.name)}"),
+        )
 
     def _check_video_file(self, data: bytes, what: str) -> None:
         try:
@@ -219,3 +207,16 @@ def _base64(text: str) -> bytes | None:
         return base64.b64decode(padded.encode("ascii"), altchars=alphabet, validate=True)
     except (binascii.Error, ValueError):
         return None
+
+
+def _once(seen: dict[Path, str | None], file: Path, check: Callable[[], None]) -> None:
+    """Runs `check` where `file` is not `seen` yet. Raises Refused as it did then, each time."""
+    if file not in seen:
+        try:
+            check()
+            seen[file] = None
+        except Refused as problem:
+            seen[file] = str(problem)
+    problem = seen[file]
+    if problem is not None:
+        raise Refused(problem)
