@@ -8,138 +8,43 @@ not outlive their unit: they are large (0.8 GB for a down_proj of an 11B).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
+from itertools import islice
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qprobe.calibration.codes import Rounded
-from qprobe.calibration.damage import FEWEST, split_samples
+from qprobe.calibration.damage import FEWEST
 from qprobe.calibration.decide import decided, tried_in_turn
 from qprobe.calibration.experts.turns import fused_experts, rounded_in_turn
-from qprobe.calibration.gptq import DAMPING
 from qprobe.calibration.gram import Gathering, SharedInput, shared_inputs
 from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.room import gram_room, record_room, rounded_together, shares
-from qprobe.calibration.token_weights import MIX, TokenWeights, draws, token_weights
+from qprobe.calibration.token_weights import TokenWeighing, TokenWeights
 from qprobe.calibration.tuning import tune
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
+from qprobe.calibration.work import ALONE, Work
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
-from qprobe.formats.nf4 import Nf4, nf4
-from qprobe.inputs.batch import Batch
-from qprobe.measure.attribution import path_dtype, walking
+from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
-from qprobe.options import Progress, no_progress
-from qprobe.records import CodesFile, Sample
+from qprobe.options import Progress
+from qprobe.records import CodesFile
 from qprobe.registry.measures import CALIBRATION
 from qprobe.runs.access import cannot_write
 from qprobe.runs.damaged import lost_units
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.key import Rounding
 from qprobe.runs.notes import Remarks, TokensCount
 from qprobe.runs.shards import waiting
 from qprobe.system.background import in_background
 from qprobe.system.processes import Shard
-from qprobe.system.wording import counted
 
-VERSION = 10
-"""Of what decides the codes, beside weights and samples.
-
-Version 10 moves codes of small models under the Gram matrix of the outputs' gradients as well. Version 9
-decides whether tokens are weighed with layers that calibration leaves out rounded to nearest, 8 calibrates
-fused experts, 7 keeps back every eighth sample, however they are batched, and 6 holds outputs of encoders to
-the damage that the scan measures. Version 5 decides on samples kept back whether tokens are weighed, 4 weighs
-them and tunes scales, 3 leaves out image tiles that no text attends to, 2 shrinks the Gram matrices.
-"""
-
-
-def settings(subject: Subject, tune_steps: int = 0) -> Rounding:
-    """What decides the codes; part of a run's key."""
-    tokens = f"{MIX:g} by squared gradients, {counted(draws(subject), 'draw')}"
-    method = "gptq, two-sided" if subject.path.dtype == torch.float32 else "gptq"
-    return Rounding(method, VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps)
-
-
-ALONE = Shard()
 UNWRITTEN = 8  # units whose files may still be written while the next are rounded
-MORE_SAMPLES = 128  # on SmolLM2 512 texts leave as much damage, 32 a ninth more
-
-
-def fitted(measured: Groups, more: Groups) -> str:
-    """What a reader is told of the samples that codes are fitted to: those `measured`, and `more`."""
-    own, others = (sum(len(group) for group in groups) for groups in (measured, more))
-    also = f", which are {own} of the {counted(own + others, 'sample')} that" if others else " that"
-    return (
-        f"Sensitivities and activation errors are measured on samples{also} the codes were fitted to, so "
-        "they are lower than on others. No code was fitted to the held-out samples."
-    )
-
-
-def samples_wanted(model: nn.Module, device: torch.device, asked: int | None) -> int:
-    """How many samples codes are fitted to, as `asked` or as suits device and model; 0: the measured ones.
-
-    model: may be on the meta device.
-    """
-    if asked is not None or device.type != "cuda":
-        return asked or 0
-    return MORE_SAMPLES if path_dtype(model) == torch.float32 else 0
-
-
-Groups = Sequence[Sequence[Sample]]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What calibration needs. samples: in batches, as they are measured.
-
-    limit_bytes: for the Gram matrices held at once; None for `gram_room`. tune_steps: see `tuned`.
-    """
-
-    subject: Subject
-    run: RunFolder
-    samples: Sequence[tuple[Sample, ...]]
-    limit_bytes: int | None = None
-    tune_steps: int = 0
-    progress: Progress = no_progress
-    shard: Shard = ALONE
-
-    @cached_property
-    def split(self) -> tuple[list[tuple[Sample, ...]], list[tuple[Sample, ...]]]:
-        """(for fitting, kept back): the samples, cut into batches again; see `split_samples`.
-
-        Those kept back are fitted to as well once they have decided.
-        """
-        training, kept_back = split_samples([s for group in self.samples for s in group])
-        if not kept_back:
-            return list(self.samples), []
-        size = max(map(len, self.samples))
-        return self.subject.groups(tuple(training), size), self.subject.groups(tuple(kept_back), size)
-
-    @property
-    def groups(self) -> list[tuple[Sample, ...]]:
-        """All samples: the batches for fitting, then those kept back."""
-        training, kept_back = self.split
-        return [*training, *kept_back]
-
-    @property
-    def batches(self) -> Iterator[Batch]:
-        """The samples as the model reads them, on its device, one batch of `groups` at a time."""
-        return (self.subject.encode(group) for group in self.groups)
-
-    @property
-    def widened(self) -> Iterator[Batch]:
-        """The same in the dtype of the path: rounding of activations to 16-bit would enter the matrices."""
-        return (batch.in_dtype(self.subject.path.dtype) for batch in self.batches)
-
-    @property
-    def format(self) -> Nf4:
-        return nf4(self.run.key.format)
 
 
 def calibrate_model(work: Work, shard: Shard = ALONE) -> None:
@@ -260,10 +165,18 @@ class Turns:
     outputs: Mapping[str, Tensor] | None
 
 
-def gathering_turns(work: Work, chosen: Sequence[SharedInput], inputs: Sequence[SharedInput]) -> Turns:
-    """The matrices of `chosen`; inputs: all there are, of which `chosen` are some."""
+def gathering_turns(
+    work: Work,
+    chosen: Sequence[SharedInput],
+    inputs: Sequence[SharedInput],
+    two_sided: Container[str] | None = None,
+) -> Turns:
+    """The matrices of `chosen`; inputs: all there are, of which `chosen` are some.
+
+    two_sided: as of `TokenWeighing`, where it was decided already that tokens are weighed.
+    """
     subject, limit, count = work.subject, _limit(work, inputs), len(work.groups)
-    weights = _weights(work, chosen, inputs, limit)
+    weights = _weights(work, chosen, inputs, limit, two_sided)
     walk = Walk(subject, record_room(subject)) if can_walk(subject) else None
     plan = planned(walk, chosen, limit // 2, subject.reference.device)  # half is for rounding at once
 
@@ -279,11 +192,16 @@ def _limit(work: Work, inputs: Sequence[SharedInput]) -> int:
 
 
 def _weights(
-    work: Work, chosen: Sequence[SharedInput], inputs: Sequence[SharedInput], limit_bytes: int
+    work: Work,
+    chosen: Sequence[SharedInput],
+    inputs: Sequence[SharedInput],
+    limit_bytes: int,
+    two_sided: Container[str] | None,
 ) -> TokenWeights | None:
     """What tokens count in the matrices of `chosen`; None for once each, if that was decided.
 
-    It is decided once, on `inputs`, which are all there are, and noted in the run.
+    It is decided once, on `inputs`, which are all there are, and noted in the run. By then only samples for
+    fitting were weighed: those kept back, on which it is decided, are weighed after that.
     """
     subject, notes = work.subject, work.run.notes
     notes.reread()
@@ -294,19 +212,25 @@ def _weights(
     if noted is None and not kept_back:
         noted = TokensCount.undecided(sum(map(len, training)), FEWEST)
         notes.put("tokens", noted)
-    is_open = noted is None
+    is_open, count = noted is None, len(training)
+    weighing = TokenWeighing(subject, inputs if is_open else chosen, two_sided)
+    step = _steps(work.progress, "weigh tokens", len(work.groups))
     with walking(subject.path):
-        step = _steps(work.progress, "weigh tokens", len(work.groups))
-        found = token_weights(subject, inputs if is_open else chosen, work.widened, step)
+        weighing.add_all(islice(work.widened, count), step)
     if is_open:
         work.progress("decide", 0, 1)
+        found = weighing.found
         noted = decided(
-            subject, inputs, lambda: work.widened, len(training), found.of, work.format, limit_bytes,
+            subject, inputs, lambda: work.widened, count, found.of, work.format, limit_bytes,
             found.outputs, partial(tried_in_turn, work.run, work.shard),
         )  # fmt: skip
         notes.put("tokens", noted)
         work.progress("decide", 1, 1)
-    return found if noted is not None and noted.is_weighted else None
+    if noted is None or not noted.is_weighted:
+        return None
+    with walking(subject.path):
+        weighing.add_all(islice(work.widened, count, None), step)
+    return weighing.found
 
 
 def _tuned(work: Work, codes: CodesFile) -> CodesFile:

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qprobe.calibration.calibrate import Work, gathering_turns
+from qprobe.calibration.calibrate import gathering_turns
 from qprobe.calibration.damage import mean_damage, unit_of
 from qprobe.calibration.gptq import Metric, metric_of, shrunk
 from qprobe.calibration.gram import Gram, shared_inputs
+from qprobe.calibration.work import Work
 from qprobe.formats.codes_file import sha256_of
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
@@ -102,7 +103,7 @@ def _all_corrections(work: Work, rank: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     subject = work.subject
     inputs = shared_inputs(subject, work.batches)
-    turns = gathering_turns(work, inputs, inputs)
+    turns = gathering_turns(work, inputs, inputs, two_sided=())
     steps = iter(range(1, turns.runs + 1))
     for gathering in turns.gathered(lambda: work.progress("keep correction", next(steps), turns.runs)):
         for one in gathering.inputs:

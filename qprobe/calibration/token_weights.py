@@ -12,7 +12,7 @@ diag(p) - p p^T of the logits' Fisher information, seeded by the sample (`qprobe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,61 @@ def is_two_sided(subject: Subject, out_features: int) -> bool:
     return subject.path.dtype == torch.float32 and out_features <= MOST_OUTPUTS
 
 
+class TokenWeighing:
+    """Sums up the weights of tokens in some shared inputs, over batches that come one after the other.
+
+    two_sided: linears of which gradients' Gram matrices are summed as well, of those that `is_two_sided`.
+    """
+
+    def __init__(
+        self, subject: Subject, inputs: Sequence[SharedInput], two_sided: Container[str] | None = None
+    ) -> None:
+        self._subject = subject
+        self._leaders = {name: one.leader for one in inputs for name in one.names}
+        self._raw: dict[str, list[Tensor]] = {one.leader: [] for one in inputs}
+        self._counts = dict.fromkeys(self._raw, 0)
+        self._repeated: set[str] = set()
+        self._outputs: dict[str, Tensor] = {}
+        self._one_sided = frozenset(
+            name
+            for name in self._leaders
+            if not is_two_sided(subject, subject.layers[name].out_features)
+            or (two_sided is not None and name not in two_sided)
+        )
+
+    def add_all(self, batches: Iterable[Batch], done: Callable[[], None] = lambda: None) -> None:
+        """Add `batches`, as of `token_weights`; `done` is called after each."""
+        for batch in batches:
+            self._add(batch)
+            done()
+
+    def _add(self, batch: Batch) -> None:
+        subject = self._subject
+        notes = _Notes(self._leaders, self._outputs, self._one_sided, subject.limit is not None)
+        with subject.running("weights of tokens", batch.elements):
+            _run(subject, batch, notes)
+        tiles = tiles_that_count(batch)
+        found_here = notes.on_host()
+        for leader, found in self._raw.items():
+            weights = found_here.get(leader, torch.zeros(notes.tokens.get(leader, 0)))
+            mask = counted_tokens(subject.layers[leader], len(weights), batch, tiles)
+            self._counts[leader] += len(weights) if mask is None else int(mask.sum())
+            found.append(weights)
+        self._repeated |= notes.repeated
+
+    @property
+    def found(self) -> TokenWeights:
+        """The weights in all batches so far. Its matrices are the sums themselves, which go on."""
+        kept = {leader: list(found) for leader, found in self._raw.items() if leader not in self._repeated}
+        means = {
+            leader: sum(float(w.double().sum()) for w in found) / max(1, self._counts[leader])
+            for leader, found in kept.items()
+        }
+        finite = {leader: mean for leader, mean in means.items() if mean < float("inf")}
+        once = {name: one for name, one in self._outputs.items() if self._leaders[name] in kept}
+        return TokenWeights(kept, finite, once)
+
+
 def token_weights(
     subject: Subject,
     inputs: Sequence[SharedInput],
@@ -83,48 +138,27 @@ def token_weights(
     nothing attends to, a whole batch that no gradient comes back to) weigh 0. In a model without a language
     head the gradient is that of a random direction of its output.
     """
-    leaders = {name: one.leader for one in inputs for name in one.names}
-    raw: dict[str, list[Tensor]] = {one.leader: [] for one in inputs}
-    counts = dict.fromkeys(raw, 0)
-    repeated: set[str] = set()
-    outputs: dict[str, Tensor] = {}
-    wide = frozenset(name for name in leaders if not is_two_sided(subject, subject.layers[name].out_features))
-    for batch in batches:
-        notes = _Notes(leaders, outputs, wide, subject.limit is not None)
-        with subject.running("weights of tokens", batch.elements):
-            _run(subject, batch, notes)
-        tiles = tiles_that_count(batch)
-        found_here = notes.on_host()
-        for leader, found in raw.items():
-            weights = found_here.get(leader, torch.zeros(notes.tokens.get(leader, 0)))
-            layer = subject.layers[leader]
-            mask = counted_tokens(layer, len(weights), batch, tiles)
-            counts[leader] += len(weights) if mask is None else int(mask.sum())
-            found.append(weights)
-        repeated |= notes.repeated
-        done()
-    kept = {leader: found for leader, found in raw.items() if leader not in repeated}
-    means = {
-        leader: sum(float(w.double().sum()) for w in found) / max(1, counts[leader])
-        for leader, found in kept.items()
-    }
-    finite = {leader: mean for leader, mean in means.items() if mean < float("inf")}
-    once = {name: one for name, one in outputs.items() if leaders[name] in kept}
-    return TokenWeights(kept, finite, once)
+    weighing = TokenWeighing(subject, inputs)
+    weighing.add_all(batches, done)
+    return weighing.found
 
 
 class _Notes:
     """Squared gradient norms of one batch, by leader.
 
-    outputs: sums of gradients' Gram matrices, to which those of this batch are added, but for `wide` linears;
-    they wait on the host if `is_limited`. tokens: how many each leader's linears read. repeated: leaders of
-    linears that ran twice in it.
+    outputs: sums of gradients' Gram matrices, to which those of this batch are added, but for `one_sided`
+    linears; they wait on the host if `is_limited`. tokens: how many each leader's linears read. repeated:
+    leaders of linears that ran twice in it.
     """
 
     def __init__(
-        self, leaders: Mapping[str, str], outputs: dict[str, Tensor], wide: frozenset[str], is_limited: bool
+        self,
+        leaders: Mapping[str, str],
+        outputs: dict[str, Tensor],
+        one_sided: frozenset[str],
+        is_limited: bool,
     ) -> None:
-        self.leaders, self.outputs, self.wide, self.is_limited = leaders, outputs, wide, is_limited
+        self.leaders, self.outputs, self.one_sided, self.is_limited = leaders, outputs, one_sided, is_limited
         self.weights: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.repeated: set[str] = set()
@@ -144,7 +178,7 @@ class _Notes:
         self._runs.add(name)
         so_far = self.weights.get(leader)
         self.weights[leader] = squares if so_far is None else so_far + squares.to(so_far.device)
-        if name not in self.wide:
+        if name not in self.one_sided:
             rows = gradient.float().reshape(-1, gradient.shape[-1])
             product = rows.T @ rows
             there = self.outputs.get(name)

@@ -8,8 +8,10 @@ from functools import partial
 
 import pandas as pd
 
-from qprobe.calibration import calibrate as calibration
+from qprobe.calibration.calibrate import calibrate_model, calibration_notes
 from qprobe.calibration.correction import keep_correction
+from qprobe.calibration.settings import fitted
+from qprobe.calibration.work import Work
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
@@ -107,14 +109,14 @@ def calibrate(
     """
     run = process.run
 
-    def calibrated(groups: Sequence[Sequence[Sample]]) -> calibration.Work:
+    def calibrated(groups: Sequence[Sequence[Sample]]) -> Work:
         samples = [tuple(group) for group in groups]
-        given = calibration.Work(subject, run, samples, tune_steps=tune, progress=process.progress)
-        calibration.calibrate_model(given, process.shard)
+        given = Work(subject, run, samples, tune_steps=tune, progress=process.progress)
+        calibrate_model(given, process.shard)
         return given
 
     given = subject.halving.run_all("calibration", [*work.calibration, *work.codes], calibrated)
     if correction_rank is not None and process.shard.rank == 0:
         keep_correction(given, correction_rank)
-    told = (calibration.fitted(work.calibration, work.codes), *calibration.calibration_notes(run))
+    told = (fitted(work.calibration, work.codes), *calibration_notes(run))
     run.notes.put("calibration", Remarks(told))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from qprobe.calibration import calibrate as calibration
 from qprobe.calibration.room import check_limit
+from qprobe.calibration.settings import settings
 from qprobe.calibration.tuning import tune_steps
 from qprobe.inputs.batch import Batch
 from qprobe.inputs.processed import ProcessedSamples
@@ -105,7 +105,7 @@ def run_key(
         isolated=_named(batches["isolated"]),
         held_out=_named(batches["held_out"]),
         seed=seed,
-        rounding=calibration.settings(subject, tune) if fmt.is_calibrated else None,
+        rounding=settings(subject, tune) if fmt.is_calibrated else None,
         versions=library_versions(),
     )
     return Key(VERSION, reference.identity, fmt, subject.inventory, spec)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qprobe.calibration.calibrate import samples_wanted
+from qprobe.calibration.settings import samples_wanted
 from qprobe.data.sampling import choose_samples, independent_of, scan_count, split_held_out, unanswered_note
 from qprobe.errors import ModelError, SampleError
 from qprobe.inputs.batch import cut, reads_images, vision_token_ids

@@ -11,13 +11,14 @@ from torch import nn
 
 from qprobe.calibration import calibrate as calibration
 from qprobe.calibration import room
-from qprobe.calibration.calibrate import Work, calibrate_model, calibrate_units, codes_unit
+from qprobe.calibration.calibrate import calibrate_model, calibrate_units, codes_unit
 from qprobe.calibration.codes import Readers, calibrate, workspace_bytes
 from qprobe.calibration.gptq import shrunk
 from qprobe.calibration.gram import APART, Gathering, SharedInput, gathered, gram_bytes, passes, shared_inputs
 from qprobe.calibration.room import gram_room, rounded_together, rounding_bytes
 from qprobe.calibration.token_weights import DRAWS, token_weights
 from qprobe.calibration.two_sided import moving_bytes
+from qprobe.calibration.work import Work
 from qprobe.errors import MachineError, ManifestError
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of
 from qprobe.formats.nf4 import Nf4

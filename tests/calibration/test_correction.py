@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qprobe.calibration import correction
-from qprobe.calibration.calibrate import Work, calibrate_model
+from qprobe.calibration.calibrate import Turns, calibrate_model, gathering_turns
 from qprobe.calibration.correction import (
     FILE_NAME,
     best_correction,
@@ -22,6 +23,7 @@ from qprobe.calibration.correction import (
 )
 from qprobe.calibration.gptq import Metric, metric_of, output_error
 from qprobe.calibration.gram import gathered, shared_inputs
+from qprobe.calibration.work import Work
 from qprobe.formats.codes_file import sha256_of
 from qprobe.measure.attribution import walking
 from qprobe.runs.folder import RunFolder
@@ -98,6 +100,19 @@ def test_a_correction_is_kept_where_it_is_better_on_samples_it_was_not_fitted_to
     path.unlink()
     keep_correction(alone, 64)
     assert sha256_of(path) == noted.sha256 and kept_back
+
+
+@pytest.mark.slow
+def test_no_gradients_are_summed_for_a_correction(enough: Work, monkeypatch: pytest.MonkeyPatch):
+    turns: list[Turns] = []
+
+    def noting(*given: Any, **more: Any) -> Turns:
+        turns.append(gathering_turns(*given, **more))
+        return turns[-1]
+
+    monkeypatch.setattr(correction, "gathering_turns", noting)
+    keep_correction(enough, 4)
+    assert [x.outputs for x in turns] == [{}]  # tokens are weighed, and nothing reads the sums
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from qprobe.calibration import decide
 from qprobe.calibration.calibrate import calibrate_model, calibrate_units
 from qprobe.calibration.codes import Rounded
 from qprobe.calibration.gram import SharedInput, shared_inputs
+from qprobe.calibration.token_weights import token_weights
+from qprobe.calibration.work import Work
 from qprobe.formats.codes_file import FILE_NAME, sha256_of
+from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.notes import TokensCount
@@ -25,7 +29,7 @@ from tests.calibration.test_calibrate import subject_for, work_in
 TinyFolder = Callable[[str], Path]
 
 
-def work_of(folder: Path, subject: Subject, count: int) -> calibration.Work:
+def work_of(folder: Path, subject: Subject, count: int) -> Work:
     work = work_in(folder, subject, "llama")
     given = tiny.questions("llama", count)
     samples = tuple(replace(s, answer="the red bar" if i % 2 else "no") for i, s in enumerate(given))
@@ -79,6 +83,34 @@ def test_layers_are_fitted_to_most_samples_and_compared_on_the_others(
     batches = [subject.encode(group).in_dtype(subject.path.dtype) for group in again]
     other = decide.decided(subject, inputs, lambda: batches, 14, weights, work.format, 2**30)
     assert other.plain is not None and other.plain > 0 and other.plain != found.plain
+
+
+@pytest.mark.slow
+def test_what_is_decided_about_has_not_seen_the_gradients_of_samples_kept_back(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    subject = subject_for(tiny_folder("llama"))
+    work = work_of(tmp_path, subject, 16)
+    training, kept_back = (
+        [subject.encode(group).in_dtype(subject.path.dtype) for group in part] for part in work.split
+    )
+    inputs = shared_inputs(subject, work.batches)
+    with walking(subject.path):
+        some, every = (token_weights(subject, inputs, x) for x in (training, [*training, *kept_back]))
+    compared: list[dict[str, torch.Tensor]] = []
+
+    def decided(*given: Any) -> TokensCount:
+        weights, outputs = given[4], given[7]
+        assert all(torch.equal(weights(x.leader, 0), some.of(x.leader, 0)) for x in inputs)
+        compared.append({name: matrix.clone() for name, matrix in outputs.items()})
+        return TokensCount(True, 0.2, 0.1, ())
+
+    monkeypatch.setattr(calibration, "decided", decided)
+    turns = calibration.gathering_turns(work, inputs, inputs)
+    assert turns.outputs is not None and compared[0].keys() == turns.outputs.keys() == some.outputs.keys()
+    for name, matrix in turns.outputs.items():
+        assert torch.equal(compared[0][name], some.outputs[name]), name
+        assert torch.equal(matrix, every.outputs[name]) and not torch.equal(matrix, some.outputs[name]), name
 
 
 @pytest.mark.slow
@@ -148,7 +180,7 @@ def test_the_decision_is_noted_once_and_decides_the_codes(
         and "told" in work.run.notes.sentences
     )
     if not is_weighted:
-        monkeypatch.setattr(calibration, "token_weights", lambda *_: pytest.fail("weights without use"))
+        monkeypatch.setattr(calibration, "TokenWeighing", lambda *_: pytest.fail("weights without use"))
     again = work_of(tmp_path / "again", subject, 16)
     again.run.notes.put("tokens", noted)
     calibrate_model(again)

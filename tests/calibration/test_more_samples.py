@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qprobe.calibration.calibrate import MORE_SAMPLES, samples_wanted
+from qprobe.calibration.settings import MORE_SAMPLES, samples_wanted
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
