@@ -80,7 +80,8 @@ def rank(run: Path, by: str | None, top: int, as_json: bool) -> None:
 def select(run: Path, max_kl: float | None, out: Path | None, as_json: bool, **asked: Any) -> None:
     """Choose again, for another budget, bound or score, from what the run folder RUN holds.
 
-    Nothing is measured: a --max-kl here is on the predicted KL. Without --out the new list takes the place of
+    Nothing is measured: a --max-kl here is on the predicted KL, and refused where the run measured the list
+    above it. Without --out the new list takes the place of
     RUN/skiplist.json, which rank, report and others read; a list that the scan measured is kept beside it as
     skiplist-measured.json, another one that select does not make again as skiplist-before.json.
 
@@ -126,7 +127,7 @@ def _show(run: RunFolder, manifest: Manifest, target: Path, max_kl: float | None
         _how_many(len(kept), len(inventory.layers) - len(fixed), fixed),
         f"{total} {what}; standard 4-bit takes {standard}.",
         *([roomy] if roomy else []),
-        _how_sure(manifest, max_kl),
+        _how_sure(manifest),
     ]
     say(paragraphs(sentences, terminal_width(), mark=""))
     say(f"Skip-list  {target}")
@@ -138,15 +139,12 @@ def _how_many(kept: int, choosable: int, fixed: tuple[str, ...]) -> str:
     return f"{kept} of {counted(choosable, 'layer')} kept in 16-bit{besides}."
 
 
-def _how_sure(manifest: Manifest, max_kl: float | None) -> str:
-    """Whether the KL of the list was measured or is a prediction, and if it is above the bound `max_kl`."""
+def _how_sure(manifest: Manifest) -> str:
+    """Whether the KL of the list was measured or is a prediction."""
     quality = manifest.quality
     if quality.kl_dynamic is not None:
         samples = counted(quality.samples or 0, "held-out sample")
-        told = f"Its KL was measured on {samples}: {quality.kl_dynamic:.3g}"
-        if max_kl is None or quality.kl_dynamic <= max_kl:
-            return f"{told}."
-        return f"{told}, which is above the {max_kl:g} asked for; `qprobe scan --max-kl` goes by measured KL."
+        return f"Its KL was measured on {samples}: {quality.kl_dynamic:.3g}."
     if quality.kl_predicted is None:
         return "No KL was measured in this run."
     fitted = ", from samples that codes were fitted to, so too low for others"

@@ -27,7 +27,7 @@ class _Tool(click.ParamType[str]):
         return value
 
 
-class _WithTools(click.Command):
+class _WithTools(shared.GivenOnce):
     """A command whose help ends with the export targets, one line each."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -38,7 +38,7 @@ class _WithTools(click.Command):
             formatter.write_dl([(x.name, x.summary) for x in export_targets().values()])
 
 
-@shared.command("export", short_help="Hand a skip-list to another tool.", cls=_WithTools)
+@shared.command("export", short_help="Hand a skip-list to another tool.", kind=_WithTools)
 @click.argument("manifest", type=PATH)
 @click.option(
     "--to", "tool", type=_Tool(), metavar="TOOL", required=True, help="The tool whose language to write."

@@ -29,8 +29,28 @@ Command = Callable[..., Any]
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended: 128 + SIGINT
 
 
+class GivenOnce(click.Command):
+    """A command that refuses an option with one value that is given twice; click would take the last."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            if isinstance(option, click.Option) and not _may_be_repeated(option) and given.count(option) > 1:
+                raise click.UsageError(f"{option.opts[0]} is given more than once; pass it once.", ctx)
+        return super().parse_args(ctx, args)
+
+
+def _may_be_repeated(option: click.Option) -> bool:
+    """Whether `option` takes many values, counts, or says the same however often it is given."""
+    return option.multiple or option.count or (option.is_flag and not option.secondary_opts)
+
+
 def command(
-    name: str, interrupted: str = "", out_of_memory: str = "Pass another --device.", **settings: Any
+    name: str,
+    interrupted: str = "",
+    out_of_memory: str = "Pass another --device.",
+    kind: type[GivenOnce] = GivenOnce,
+    **settings: Any,
 ) -> Callable[[Command], click.Command]:
     """A click command with --json whose `QprobeError`s end as one sentence on stderr and exit code 1.
 
@@ -39,7 +59,8 @@ def command(
     """
 
     def decorate(function: Command) -> click.Command:
-        as_command = click.command(name, **settings)(_explained(function, interrupted, out_of_memory))
+        explained = _explained(function, interrupted, out_of_memory)
+        as_command = click.command(name, cls=kind, **settings)(explained)
         as_command.params.append(
             click.Option(
                 ["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, nothing else."

@@ -14,6 +14,7 @@ from qprobe.records import Inventory
 from qprobe.runs.folder import AnyRun, RunFolder, run_folder
 from qprobe.selection.bound import Bound, predicted_skiplist
 from qprobe.selection.budget import Budget
+from qprobe.selection.exceeded import refuse_measured_above
 from qprobe.selection.request import ListRequest, parse_request
 from qprobe.selection.scores import ScoredRun, prospect_of, sensitivities_are_bent, skiplist_by
 from qprobe.selection.search.groups import grouped_for
@@ -34,15 +35,17 @@ def select(
 
     budget: as of `qprobe.scan`. by: a measured column other than decibels, which do not add up; None for
     sensitivity_kl where measured, else activation_nmse; for isolated_kl where sensitivities miss the KL by
-    more than 5 %. max_kl: in place of both, the fewest bytes with a predicted KL of at most this. for_tool:
-    see `qprobe.scan`. experts: "16-bit" keeps fused weights of experts so, beside which the budget counts.
-    Writes nothing. quality holds what the scan measured on held-out samples; kl_dynamic is
-    None unless this very list was among its candidates.
+    more than 5 %. max_kl: in place of both, the fewest bytes with a predicted KL of at most this; refused
+    where the run measured that list above it. for_tool: see `qprobe.scan`. experts: "16-bit" keeps fused
+    weights of experts so, beside which the budget counts. Writes nothing. quality holds what the scan
+    measured on held-out samples; kl_dynamic is None unless this very list was among its candidates.
     Raises RunError for a folder without a finished scan, BudgetError, or QprobeError for a wrong `by`.
     """
     folder, request = run_folder(run), parse_request(budget, max_kl, by, for_tool, experts)
     scored = scored_run(folder, request)
     skiplist, limit = asked_skiplist(scored, request)
+    if isinstance(request.limit, Bound):
+        refuse_measured_above(folder, scored, skiplist, request.limit)
     command = shlex.join(["qprobe", "select", folder.path.resolve().name, *request.words])
     return manifest_of(
         scored, skiplist, limit, command, Proof(held_out_quality(folder, scored.scan, skiplist))

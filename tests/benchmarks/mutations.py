@@ -5,13 +5,13 @@
 
 Cosmic Ray says which changes there are (an operator, a comparison, a number, a keyword, a decorator, ...) in
 the rooms `ROOMS`. The seed draws places of the source, each as likely as any other, and one change at each.
-Every change is made in a copy of the files that git knows, one at a time, and the files of tests that run
-the changed line run there, in the order of `STAGES`: the quick tests of its room, its slow ones, and the same
-of other rooms; in each stage files named after the module first, then the quicker ones. Which tests
+Every change is made in a copy of the files that git knows, one at a time, and the tests that run the changed
+line run there until one fails, in the order of `STAGES`: the quick tests of its room, its slow ones, and the
+same of other rooms; in each stage files named after the module first, then the quicker ones. Which tests
 run which lines coverage says (`tests.benchmarks.covering`), of a run without any change, kept in `--covered`;
-files with a test that fails then are left out and named. A change is caught when a test fails, or when the
-run takes three times the CPU time that it takes without it. `--only` tries some of the drawn ones, by their
-number; after `--minutes` no further one is begun, and the table says which are not tried to the end.
+tests that fail then are left out and named. A change is caught when a test fails, or when the run takes three
+times the CPU time that it takes without it. `--only` tries some of the drawn ones, by their number; after
+`--minutes` no further one is begun, and the table says which are not tried to the end.
 
 Left out before drawing: annotations, which are never evaluated here (`from __future__ import annotations`),
 blocks for type checkers alone, and kernels that only a GPU runs.
@@ -50,7 +50,7 @@ import transformers  # noqa: F401
 from cosmic_ray import mutating, plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 
-from tests.benchmarks.covering import Covered, files_for, gather
+from tests.benchmarks.covering import Chosen, Covered, gather, tests_for
 
 ROOMS = ("measure", "calibration", "selection", "runs", "checkpoint", "data")
 ROOT = Path(__file__).parents[2]
@@ -170,11 +170,11 @@ class Tests:
         self.folders = sorted({x.relative_to(copy).parts[1] for x in (copy / "tests").rglob("test_*.py")})
 
     def of(self, change: Change, stage: str) -> list[Covered]:
-        """The files whose tests run the change, in order."""
+        """The tests that run the change, in order."""
         room, marked = Path(change.file).parts[1], "slow" if stage.startswith("slow") else "not slow"
         own = [x for x in self.folders if (x == room) != stage.endswith("elsewhere")]
         covered = [one for folder in own for one in self._covered(folder, marked)]
-        return files_for(covered, change.file, change.line)
+        return tests_for(covered, change.file, change.line)
 
     def _covered(self, folder: str, marked: str) -> list[Covered]:
         path = self.kept / f"{folder} {marked}.jsonl"
@@ -189,35 +189,31 @@ class Tests:
         found = [Covered(**json.loads(x)) for x in path.read_text().splitlines()]
         for one in found:
             if one.fails:
-                print(
-                    f"{marked} tests of {one.file} fail without any change, so they are left out", flush=True
-                )
+                print(f"{one.test} fails without any change, so it is left out", flush=True)
         return found
 
 
 def tried(number: int, change: Change, stage: str, tests: Tests) -> Outcome:
     """What the tests of a stage make of `change`."""
-    files = tests.of(change, stage)
+    chosen = tests.of(change, stage)
     start = time.perf_counter()
-    if not files:
+    if not chosen:
         return Outcome(number, change, stage, "", 0.0)
-    limit_s = 60 + PATIENCE * sum(x.seconds for x in files)
     with mutating.use_mutation(
         tests.copy / change.file, plugins.get_operator(change.operator)(), change.occurrence
     ):
-        test = first_failure([x.file for x in files], files[0].marked, tests.copy, limit_s)
+        test = first_failure(chosen, tests.copy)
     return Outcome(number, change, stage, test or "", time.perf_counter() - start)
 
 
-def first_failure(files: Sequence[str], marked: str, copy: Path, limit_s: float) -> str | None:
-    """The first test that fails, or why the run ended otherwise; None if all pass or none is selected.
-
-    limit_s: of CPU time, which other processes of the machine do not change.
-    """
+def first_failure(chosen: Sequence[Covered], copy: Path) -> str | None:
+    """The first of `chosen` that fails, or why the run ended otherwise; None if all pass or none is there."""
+    limit_s = 60 + PATIENCE * sum(x.seconds for x in chosen)  # of CPU, which other processes do not change
+    files = list(dict.fromkeys(x.file for x in chosen))
 
     def run() -> int:
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s) + 1, int(limit_s) + 10))
-        return int(pytest.main([*ALONE, "-x", "-m", marked, *files]))
+        return int(pytest.main([*ALONE, "-x", *files], plugins=[Chosen(chosen)]))
 
     child, start = forked(copy, run), time.monotonic()
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:

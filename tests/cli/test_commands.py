@@ -232,21 +232,26 @@ def test_select_for_a_bound_says_what_it_predicts(qprobe: Run, run_folder: Path,
     assert manifest.budget.limit_bytes == manifest.budget.total_bytes
 
 
-def test_select_says_where_the_list_for_a_bound_measured_above_it(
+def test_select_refuses_a_list_for_a_bound_that_measured_above_it(
     qprobe: Run, run_folder: Path, tmp_path: Path
 ):
-    run = copytree(run_folder, tmp_path / "run")
+    run, out = copytree(run_folder, tmp_path / "run"), tmp_path / "list.json"
     standard = sum(x.sensitivity_kl or 0.0 for x in read_manifest(run / "skiplist.json").layers)
-    asked = ("select", run, "--max-kl", f"{0.6 * standard:.3g}", "--out", tmp_path / "list.json")
+    asked = ("select", run, "--max-kl", f"{0.6 * standard:.3g}", "--out", out)
     assert "and not measured" in qprobe(*asked).stdout
     kept = frozenset(select(run, max_kl=0.6 * standard).skip_modules)
     kept -= {x.name for x in RunFolder(run).inventory.layers if x.fixed}
     for kl, is_above in ((0.5 * standard, False), (0.7 * standard, True)):
         for stage in (candidate_stage(frozenset()), candidate_stage(kept)):
             RunFolder(run).write_unit(stage, 0, rows("kl", ("x", "any", 1, kl, 1)))
-        said = qprobe(*asked).stdout
-        assert "Its KL was measured on 1 held-out sample" in said
-        assert ("which is above the" in said) == is_above
+        out.unlink()
+        result = qprobe(*asked)
+        assert result.exit_code == is_above and out.exists() != is_above
+        if not is_above:
+            assert "Its KL was measured on 1 held-out sample" in result.stdout
+            continue
+        assert "measured above it, on 1 held-out sample" in result.stderr
+        out.touch()
 
 
 @pytest.mark.parametrize("bound", ["0", "-1", "nan", "1e-9"])

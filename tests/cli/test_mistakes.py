@@ -32,7 +32,8 @@ def scan(qprobe: Run, tiny_folder: TinyFolder, tmp_path: Path) -> Run:
 
     def run(*arguments: object, model: str | None = None) -> Result:
         name = model or str(tiny_folder("qwen2_vl"))
-        common = ("--device", "cpu", "--samples", 3, "--max-new-tokens", 2, "--out", tmp_path / "run")
+        device = () if "--device" in arguments else ("--device", "cpu")
+        common = (*device, "--samples", 3, "--max-new-tokens", 2, "--out", tmp_path / "run")
         return qprobe("scan", "--model", name, *common, *arguments)
 
     return run

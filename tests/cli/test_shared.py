@@ -63,6 +63,19 @@ def test_wrong_usage_exits_2(qprobe: Run, arguments: tuple[str, ...]):
     assert result.exit_code == 2 and result.stdout == "" and "Error: " in result.stderr
 
 
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_an_option_with_one_value_is_refused_where_it_is_given_twice(qprobe: Run, command: str):
+    options = [x for x in main.commands[command].params if isinstance(x, click.Option) and x.name != "help"]
+    for option in options:
+        given = [*option.opts[:1], *([] if option.is_flag else ["1"])]
+        result = qprobe(command, *given, *given)
+        is_harmless = option.is_flag and not option.secondary_opts
+        said = f"Error: {option.opts[0]} is given more than once; pass it once."
+        assert (said in result.stderr) != is_harmless, option.name
+        assert is_harmless or result.exit_code == 2
+    assert "more than once" not in qprobe(command, "--json", "--json", "--help").stderr
+
+
 def test_a_mistake_is_one_sentence_and_exit_1(qprobe: Run, fake: Fake):
     fake("qprobe.scanning.scan", scan=raising(ModelError("No model 'x'. Pass a folder.")))
     result = qprobe("scan", "--model", "x")

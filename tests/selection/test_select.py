@@ -113,6 +113,34 @@ def test_a_bound_on_kl_takes_the_fewest_bytes_that_are_predicted_to_meet_it(run:
         assert manifest.made_by.command == f"qprobe select run --max-kl {bound}"
 
 
+def measured(run: Path, kept: tuple[str, ...], kl: float) -> None:
+    """One held-out answer token on which the list `kept` costs `kl` nats."""
+    stage = candidate_stage(frozenset(kept))
+    RunFolder(run).write_unit(stage, 0, rows("kl", ("x", "any", 1, kl, 1)))
+
+
+def test_a_list_within_a_bound_by_prediction_alone_is_refused_with_what_measured_within_it(run: Path):
+    with_sensitivity(run)
+    everything = ("model.a", "model.q", "model.k")
+    large = select(run, max_kl=0.001).budget.total_bytes
+    measured(run, (), 0.9)
+    measured(run, ("model.a",), 0.1)
+    assert select(run, max_kl=0.1).skip_modules == ("model.a", "lm_head")  # at the bound is within it
+    measured(run, ("model.a",), 0.12)
+    least = (
+        rf"held-out sample: 0\.12, with .* is 0\.12, with {large - 2 * 6076:,} bytes\. Pass --max-kl 0\.12 or"
+    )
+    with pytest.raises(BudgetError, match=least):
+        select(run, max_kl=0.1)
+    measured(run, everything, 0.11)
+    with pytest.raises(BudgetError, match=rf"is 0\.11, with {large:,} bytes\. Pass --max-kl 0\.11 or more"):
+        select(run, max_kl=0.1)
+    measured(run, everything, 0.03)
+    with pytest.raises(BudgetError, match=rf"within it leaves 0\.03, .* Pass --budget {large}B in place"):
+        select(run, max_kl=0.1)
+    assert select(run, f"{large}B").skip_modules == (*everything, "lm_head")
+
+
 def test_a_bound_needs_a_measured_sensitivity_and_stands_alone(run: Path):
     with pytest.raises(QprobeError, match="'sensitivity_kl' was not measured"):
         select(run, max_kl=0.1)
