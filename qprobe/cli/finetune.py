@@ -99,8 +99,8 @@ _OPTIONS = options(
         "workers",
         type=NOT_NEGATIVE,
         metavar="N",
-        help="Processes that make batches ahead of the steps, the same ones.  [default: 2 on CUDA where "
-        "lines have images, if cores and shared memory suffice; else 0]",
+        help="Processes that make batches ahead of the steps, the same ones; at most one per core.  "
+        "[default: 2 on CUDA where lines have images, if cores and shared memory suffice; else 0]",
     ),
     option(
         FinetuneOptions,

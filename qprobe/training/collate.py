@@ -20,6 +20,7 @@ from qprobe.inputs.batch import UnreadableError
 from qprobe.inputs.decoder import Decoder
 from qprobe.inputs.encoding import encode_conversations
 from qprobe.options import FinetuneOptions
+from qprobe.system.wording import is_or_are
 
 # On an H200 a line of 4 tiles takes 0.096 s to become a batch, its step at full size 1 s: reports/training.
 WORKERS = 2
@@ -58,18 +59,34 @@ class Collate:
 def workers_for(options: FinetuneOptions, lines: Sequence[Conversation], on_cpu: bool, processes: int) -> int:
     """How many processes make batches ahead; 0: the one that trains makes them.
 
-    As `options` say, or `WORKERS` where lines have images and a GPU trains, if each of the `processes` that
-    train has as many cores to spare and shared memory holds what is ready.
+    As `options` say, but at most one per core of each of the `processes` that train; without a word `WORKERS`
+    where lines have images and a GPU trains, if cores are left over and shared memory holds what is ready.
     """
+    cores = _cores_each(processes)
     if options.workers is not None:
-        return options.workers
+        return min(options.workers, cores)
     if on_cpu or not any(x.seen for x in lines) or not _SHARED.is_dir():
         return 0
-    cores = len(os.sched_getaffinity(0)) // processes
     room = shutil.disk_usage(_SHARED).free // processes
     if cores <= WORKERS or room < WORKERS * AHEAD * options.batch_size * SHARED_BYTES:
         return 0
     return WORKERS
+
+
+def fewer_workers(options: FinetuneOptions, processes: int) -> str | None:
+    """That fewer workers are started than `options` ask for; None where that is not so."""
+    cores = _cores_each(processes)
+    if options.workers is None or options.workers <= cores:
+        return None
+    return (
+        f"--workers {options.workers:,} is more than the cores here serve, so {cores} "
+        f"{is_or_are(cores)} started for each process that trains: one per core."
+    )
+
+
+def _cores_each(processes: int) -> int:
+    """Cores of this machine for each of `processes`, one at least."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from qprobe.training.bases import (
     model_folder,
     open_base,
 )
-from qprobe.training.collate import Collate, working_ahead
+from qprobe.training.collate import Collate, fewer_workers, working_ahead
 from qprobe.training.distilled import FEWEST, Distilled, Lesson, distil, lessons_of
 from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
 from qprobe.training.record import Record, write_record
@@ -86,8 +86,8 @@ def finetune(options: FinetuneOptions) -> Finetuned:
     start: at nothing, or at the correction of calibrated weights that `scan --keep-correction` left.
     distill: steps, before the first one, in which the adapter learns to answer the lines as the 16-bit model
     does; that is loaded for it, before the base.
-    workers: processes that read images and make batches ahead of the steps, the same batches; None for two
-    where lines have images, a GPU trains, and cores and shared memory suffice, else 0.
+    workers: processes that read images and make batches ahead of the steps, the same batches, one per core at
+    most; None for two where lines have images, a GPU trains, and cores and shared memory suffice, else 0.
     save_every: steps between checkpoints and evaluations. seed: of the adapters, the order of the lines and
     the held-out ones. trust_remote_code: as of `qprobe.load_dynamic_4bit`.
     progress: called as work moves on, see `qprobe.options.Progress`.
@@ -139,10 +139,9 @@ def _checked(asked: Training, skeleton: Skeleton, stack: ExitStack) -> Lines:
     spec[BASE_WEIGHTS] = base_digest(manifest, options.model)
     check_out(asked.out, spec)
     skipped = tuple(sentence for one in checked for sentence in one.sentences())
-    whole = kept_whole(skeleton.model)
-    notes = tuple(dict.fromkeys(note for one in checked for note in one.notes))
-    notes += () if whole is None else (whole,)
-    return Lines(spec, train, held_out, skipped, notes)
+    notes = dict.fromkeys(note for one in checked for note in one.notes)
+    ours = (kept_whole(skeleton.model), fewer_workers(options, asked.group.size))
+    return Lines(spec, train, held_out, skipped, (*notes, *(x for x in ours if x is not None)))
 
 
 def _finetune(asked: Training, skeleton: Skeleton, lines: Lines) -> Finetuned:

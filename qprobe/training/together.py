@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def together(environment: Mapping[str, str], asked: AskedDevice) -> Iterator[Gro
         torch.cuda.set_device(device)
     dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=WAIT)
     try:
-        yield group
+        with _own_number(device):
+            yield group
         dist.barrier()  # none closes its connections before all have what was sent
     except BaseException as error:
         clear_frames(error.__traceback__)
@@ -83,6 +85,23 @@ def together(environment: Mapping[str, str], asked: AskedDevice) -> Iterator[Gro
         # group's threads with the interpreter locked, which those threads may need (torch 2.13).
         gc.collect()
         dist.destroy_process_group()
+
+
+@contextmanager
+def _own_number(device: torch.device) -> Iterator[None]:
+    """While open, LOCAL_RANK is the number of the GPU `device`, which accelerate takes it for.
+
+    Where a scheduler shows each process its own GPU alone, that is 0 in all of them.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or before is None:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 def _refuse_apart(environment: Mapping[str, str], shard: Shard, asked: AskedDevice) -> None:

@@ -116,7 +116,25 @@ def test_workers_are_taken_where_cores_and_shared_memory_suffice(
     assert collate.workers_for(ONE, shown, False, processes) == wanted
     assert collate.workers_for(ONE, [replace(shown[0], turns=())], False, processes) == 0  # nothing to read
     assert collate.workers_for(ONE, shown, True, processes) == 0  # training takes the cores itself
-    assert collate.workers_for(replace(ONE, workers=3), [], True, processes) == 3
+    most = max(1, cores // processes)
+    assert collate.workers_for(replace(ONE, workers=3), [], True, processes) == min(3, most)
+    assert collate.workers_for(replace(ONE, workers=99), [], True, processes) == most
+    assert collate.fewer_workers(replace(ONE, workers=most), processes) is None
+    said = collate.fewer_workers(replace(ONE, workers=99), processes)
+    assert said is not None and said.startswith("--workers 99 is more than the cores here serve, so")
+
+
+@pytest.mark.slow
+def test_more_workers_than_cores_are_said_once_and_not_started(
+    asked: dict[str, Any], makers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compute_bf16_by_float32(monkeypatch.setattr)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    done = finetune(**{**asked, "steps": 3, "held_out": 0}, workers=9, out=tmp_path / "out")
+    said = [x for x in done.notes if "--workers" in x]
+    assert said == ["--workers 9 is more than the cores here serve, so 2 are started for each process that "
+                    "trains: one per core."]  # fmt: skip
+    assert 1 <= len(list(makers.iterdir())) <= 2 and not (makers / str(os.getpid())).exists()
 
 
 def test_a_processor_that_refuses_in_a_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from qprobe.manifest.write import write_manifest
 from qprobe.system.devices import parse_device
 from qprobe.training.finetune import finetune
 from qprobe.training.result import Finetuned
-from qprobe.training.together import together
+from qprobe.training.together import _own_number, together
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
 from tests.emulation import compute_bf16_by_float32
@@ -167,3 +168,13 @@ def test_batches_that_do_not_divide_are_refused(found):
 def test_processes_that_cannot_train_together_are_refused(set_, device, said):
     with pytest.raises(MachineError, match=said), together(set_, parse_device(device)):
         pass
+
+
+def test_a_process_that_sees_its_own_gpu_alone_is_the_first_one_there(monkeypatch: pytest.MonkeyPatch):
+    # accelerate would take the number for that of a GPU which this process does not see.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for device, number in (("cuda:0", "0"), ("cuda:3", "3"), ("cpu", "1")):
+        with pytest.raises(KeyboardInterrupt), _own_number(torch.device(device)):
+            assert os.environ["LOCAL_RANK"] == number
+            raise KeyboardInterrupt
+        assert os.environ["LOCAL_RANK"] == "1"
