@@ -18,7 +18,6 @@ from qprobe.data.sampling import Wanted, from_data
 from qprobe.errors import LeftOutWarning, SampleError
 from qprobe.manifest.write import write_manifest
 from qprobe.records import Sample
-from qprobe.selection.verdict import fewer_measured
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
 from tests.scanning.asked import TinyFolder, options, scan, write_lines
@@ -164,11 +163,3 @@ def test_a_conversation_is_left_out_whole() -> None:
     turns = [{"role": ("user", "assistant")[i % 2], "content": f"{i}"} for i in range(4)]
     found = from_data(Wanted(data=[{"messages": turns, "id": "t"}, *_rows(1, 0)]), 9, refuses("t turn 4"))
     assert [x.id for x in found.samples] == ["x-0"] and found.left_out == ("data row 1: no.",)
-
-
-def test_fewer_than_were_asked_for_is_said() -> None:
-    assert fewer_measured(3, 0, 3) == fewer_measured(3, 1, None) == ()
-    said = "Of the 8 samples asked for,"
-    assert fewer_measured(1, 0, 8) == (f"{said} 1 was measured: no other was usable.",)
-    assert fewer_measured(7, 1, 8) == (f"{said} 7 were measured: 1 got no answer.",)
-    assert fewer_measured(5, 2, 8) == (f"{said} 5 were measured: 2 got no answer, no other was usable.",)

@@ -14,9 +14,8 @@ from qprobe.inputs.answers import Batching, answered
 from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.reference import load_reference
-from qprobe.records import Sample, Score
+from qprobe.records import Sample
 from qprobe.records import asked as question
-from qprobe.runs.scored import scored
 from qprobe.scanning import answers
 from qprobe.scanning.run import ScanResult
 from qprobe.selection.verdict import metric_verdict
@@ -137,25 +136,3 @@ def test_wrong_metrics_are_refused_at_the_door(tmp_path: Path):
         scan("demo", metric="bleu")
     with pytest.raises(QprobeError, match="--metric does not apply"):
         scan("demo", measures=["weight"], metric="exact", out=tmp_path)
-
-
-def ones(*values: float) -> list[Score]:
-    return [Score(v, 1) for v in values]
-
-
-def test_the_verdict_tells_the_paired_differences_and_where_none_is_found():
-    # dynamic - nf4: 1, 1, 1, 0, 0 of 5: 0.6, se^2 = 5/4 * (3 * 0.16 + 2 * 0.36) / 25 = 0.06, se 0.245
-    models = {"16-bit": ones(1, 1, 1, 1, 1), "nf4": ones(0, 0, 0, 1, 1), "dynamic": ones(1, 1, 1, 1, 1)}
-    assert metric_verdict(scored("exact", True, models)) == (
-        "By exact on 5 held-out samples: 16-bit 100.0 %, standard 4-bit 40.0 %, this list 100.0 %; "
-        "this list +60.0 ± 24.5 points against standard 4-bit and 0.0 ± 0.0 points "
-        "(no difference found) against 16-bit."
-    )
-
-
-def test_the_verdict_where_nothing_is_kept_and_of_calibrated_weights():
-    two = scored("score", False, {"16-bit": ones(3), "nf4-calibrated": ones(2.5)})
-    assert metric_verdict(two) == (
-        "By score on 1 held-out sample: 16-bit 3, calibrated 4-bit 2.5; calibrated 4-bit "
-        "-0.5 (error unknown) against 16-bit."
-    )

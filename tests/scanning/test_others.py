@@ -6,35 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 import qprobe
 from qprobe.errors import QprobeError, SampleError
 from qprobe.manifest.records import NEAREST, NOTHING
 from qprobe.records import Sample
-from qprobe.selection.decide import Candidate
-from qprobe.selection.verdict import DYNAMIC, others_verdict
+from qprobe.selection.verdict import DYNAMIC
 from tests.scanning.asked import TinyFolder, options, scan, write_lines
 
 FAST = {"measures": ("activation",), "samples": 6, "batch_size": 2}
 OTHERS = [{"prompt": f"Draw {n} boats", "answer": "a bag of red bars" * (n % 2 + 1)} for n in range(5)]
-
-
-def measured(name: str, *kl: float) -> Candidate:
-    rows = {"sample": [str(i) for i in range(len(kl))], "answer_tokens": [1] * len(kl), "kl_sum": list(kl)}
-    return Candidate(name, frozenset(), 0, pd.DataFrame(rows))
-
-
-def test_the_sentence_names_each_model_once():
-    plain = [measured(NOTHING, 0.2, 0.4), measured(DYNAMIC, 0.1, 0.1)]
-    assert others_verdict("x.jsonl", plain) == (
-        "On 2 samples of another kind (x.jsonl) standard 4-bit costs 0.30 ± 0.10 and this list leaves "
-        "0.1 ± 0 nats per answer token."
-    )
-    calibrated = [measured(NEAREST, 0.2), measured(NOTHING, 0.1)]
-    said = "standard 4-bit costs 0.2 (error unknown) and calibrated 4-bit 0.1 (error unknown)"
-    assert said in others_verdict("x.jsonl", calibrated)
 
 
 @pytest.mark.slow
