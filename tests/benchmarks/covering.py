@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import time
 from collections import defaultdict
@@ -111,18 +112,44 @@ def gather(arguments: Sequence[str], marked: str, root: Path, rooms: Iterable[st
     to.write_text("".join(json.dumps(asdict(x)) + "\n" for x in found))
 
 
-def tests_for(covered: Iterable[Covered], file: str, line: int) -> list[Covered]:
-    """Those that run the line; where none does, as of lines that run on import, those that run its file.
+def tests_for(covered: Iterable[Covered], file: str, lines: range) -> list[Covered]:
+    """Those that run one of the lines; of no line at all, those that run anything of the file.
 
     Files that are named after the module come first, then those whose tests are quicker.
     """
     there = [x for x in covered if not x.fails and file in x.lines]
-    on_line = [x for x in there if line in x.lines[file]] or there
+    on_line = [x for x in there if not lines or not set(lines).isdisjoint(x.lines[file])]
     named = f"test_{Path(file).stem}"
     seconds: dict[str, float] = defaultdict(float)
     for x in on_line:
         seconds[x.file] += x.seconds
     return sorted(on_line, key=lambda x: (Path(x.file).stem != named, seconds[x.file], x.file))
+
+
+def reached_by(source: str, line: int) -> range:
+    """The lines whose running shows what a change of `line` does; none where any use of the module may.
+
+    In a function's body they are those of the statement, without the blocks in it; of its decorators and its
+    signature those of the body. Other lines run on import, when no test is running yet.
+    """
+    found = range(0)
+    for node in ast.walk(ast.parse(source)):  # outer ones before those in them
+        if not isinstance(node, ast.stmt) or not _first(node) <= line <= (node.end_lineno or 0):
+            continue
+        block = getattr(node, "body", None)
+        if not isinstance(node, ast.FunctionDef):
+            last = block[0].lineno - 1 if block else node.end_lineno
+            found = range(node.lineno, max(node.lineno, last or 0) + 1) if found else found
+        elif line < node.body[0].lineno:
+            return range(node.body[0].lineno, (node.end_lineno or 0) + 1)
+        else:
+            found = range(node.body[0].lineno, (node.end_lineno or 0) + 1)
+    return found
+
+
+def _first(node: ast.stmt) -> int:
+    """The first line of a statement, with its decorators."""
+    return min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", ()))])
 
 
 def _together(ran: dict[str, Lines], test: str, fixtures: Iterable[str]) -> dict[str, list[int]]:

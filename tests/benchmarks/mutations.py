@@ -50,7 +50,7 @@ import transformers  # noqa: F401
 from cosmic_ray import mutating, plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 
-from tests.benchmarks.covering import Chosen, Covered, gather, tests_for
+from tests.benchmarks.covering import Chosen, Covered, gather, reached_by, tests_for
 
 ROOMS = ("measure", "calibration", "selection", "runs", "checkpoint", "data")
 ROOT = Path(__file__).parents[2]
@@ -174,7 +174,8 @@ class Tests:
         room, marked = Path(change.file).parts[1], "slow" if stage.startswith("slow") else "not slow"
         own = [x for x in self.folders if (x == room) != stage.endswith("elsewhere")]
         covered = [one for folder in own for one in self._covered(folder, marked)]
-        return tests_for(covered, change.file, change.line)
+        lines = reached_by((self.copy / change.file).read_text(), change.line)
+        return tests_for(covered, change.file, lines)
 
     def _covered(self, folder: str, marked: str) -> list[Covered]:
         path = self.kept / f"{folder} {marked}.jsonl"

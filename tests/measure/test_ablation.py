@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qprobe.errors import QprobeError
-from qprobe.measure.ablation import Ablated, check_ablated, measure_ablation, parse_ablated
+from qprobe.measure.ablation import Ablated, ablated_layers, check_ablated, measure_ablation, parse_ablated
 from qprobe.measure.kl import ANSWERS, read_out
 from qprobe.options import no_progress
 from qprobe.records import Sample
@@ -20,7 +20,7 @@ from qprobe.runs.units import ablation_stage
 from qprobe.selection.derived.ablated import COLUMNS, ablation_rows, write_ablation
 from tests import reference
 from tests.measure.conftest import WITH_HEAD, Case
-from tests.runs.runs import inventory_of, linear, rows
+from tests.runs.runs import inventory_of, linear, rows, scan_of
 
 CaseOf = Callable[[str], Case]
 
@@ -169,3 +169,18 @@ def test_what_can_be_asked(asked: str, meant: Ablated) -> None:
 def test_what_cannot_be_asked_is_explained(asked: str, said: str) -> None:
     with pytest.raises(QprobeError, match=said):
         check_ablated(parse_ablated(asked), INVENTORY)
+
+
+def test_layers_are_ablated_in_execution_order_and_only_those_that_ran_in_4_bit():
+    names = ("model.a", "model.b", "model.c", "model.d", "lm_head")
+    layers = [linear(x, fixed="lm_head" if x == "lm_head" else None) for x in names]
+    scan = scan_of(inventory_of(*layers), unmeasured=("model.c",))
+    table = pd.DataFrame({"layer": names, "sensitivity_kl": [0.1, 0.3, 0.9, 0.2, 0.8]})
+    asked: dict[Ablated, tuple[str, ...]] = {
+        "all": ("model.a", "model.b", "model.d"),
+        1: ("model.b",),  # neither model.c, which never ran, nor lm_head, which is never in 4-bit
+        2: ("model.b", "model.d"),
+        9: ("model.a", "model.b", "model.d"),
+        ("model.d", "model.c", "model.a"): ("model.a", "model.d"),
+    }
+    assert {x: ablated_layers(x, scan, table) for x in asked} == asked
