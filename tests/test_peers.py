@@ -13,7 +13,7 @@ from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
 from tests.benchmarks.peers.judging import Judge, judged
-from tests.benchmarks.peers.passages import OWN, Passages, batches_of, read_passages, token_rows
+from tests.benchmarks.peers.passages import OWN, Passages, batches_of, choose_scenes, inputs_of, read_passages
 from tests.benchmarks.peers.report import beside_ours, best_of_ours, joined, write
 from tests.benchmarks.peers.workers.exchange import Cost, Job, group_bits
 from tests.benchmarks.peers.workers.ggml import format_of, more_bits
@@ -62,6 +62,8 @@ def test_a_mix_of_llama_cpp_gives_more_bits_to_outer_blocks_and_every_third_betw
         ("model.layers.3.mlp.down_proj", 1536, "Q4_K"),
         ("model.layers.0.self_attn.v_proj", 576, "Q8_0"),
         ("model.layers.0.self_attn.q_proj", 576, "Q5_0"),
+        ("model.vision_model.transformer.layers.0.self_attn.v_proj", 576, "F16"),
+        ("model.multi_modal_projector", 576, "F16"),
     ],
 )
 def test_rows_that_are_no_multiple_of_256_fall_back_as_in_llama_cpp(name: str, columns: int, kind: str):
@@ -74,11 +76,19 @@ def test_passages_are_read_as_they_were_written(tmp_path: Path, samples: list[Sa
     assert read_passages(tmp_path / "passages.json") == written
 
 
-def test_token_rows_leave_padding_out(subject: Subject, samples: list[Sample]):
+def test_passages_with_images_are_read_as_they_were_written(tmp_path: Path):
+    written = choose_scenes(1, 1)
+    written.write(tmp_path / "passages.json")
+    read = read_passages(tmp_path / "passages.json")
+    assert [x.digest for x in read.calibration] == [x.digest for x in written.calibration]
+    assert [x.digest for x in read.judged[OWN]] == [x.digest for x in written.judged[OWN]]
+
+
+def test_inputs_of_peers_are_without_padding(subject: Subject, samples: list[Sample]):
     (batch,) = batches_of(subject, samples)
-    rows = token_rows([batch])
-    assert [len(x) for x in rows] == batch.inputs["attention_mask"].sum(1).tolist()
-    assert len(rows[0]) < len(rows[1])
+    lengths = [x["input_ids"].shape[1] for x in inputs_of(subject, samples)]
+    assert lengths == batch.inputs["attention_mask"].sum(1).tolist()
+    assert lengths[0] < lengths[1]
 
 
 def test_the_judge_measures_what_the_benchmark_of_rankings_does(subject: Subject, samples: list[Sample]):
@@ -141,7 +151,13 @@ def test_a_peer_is_held_against_the_best_of_ours_that_is_no_larger():
 
 
 def test_what_two_machines_found_is_joined_if_they_judged_the_same_passages():
-    one = {"tokens": {OWN: [3]}, "rows": [row("a", 4, 1.0)], "missing": {"b": "no time"}, "machine": "x"}
+    one = {
+        "tokens": {OWN: [3]},
+        "rows": [row("a", 4, 1.0)],
+        "missing": {"b": "no time"},
+        "machine": "x",
+        "model": "m",
+    }
     other = {**one, "rows": [row("a", 4, 2.0), row("b", 4, 3.0)], "missing": {}, "machine": "y"}
     found = joined([one, other])
     assert [x["kl"][OWN] for x in found["rows"]] == [[2.0], [3.0]]
@@ -153,10 +169,16 @@ def test_what_two_machines_found_is_joined_if_they_judged_the_same_passages():
 def test_the_table_pairs_passages_and_the_figure_is_drawn(tmp_path: Path):
     plain = {"total_bytes": 2**20, "seconds": 1.0, "peak_bytes": 2**30}
     rows = [{**plain, **x} for x in (row("nf4", 4.1, 1.0, 3.0), row("peer", 4.5, 2.0, 6.0))]
-    found = {"tokens": {OWN: [2, 2]}, "rows": rows, "missing": {"other": "no time"}, "machine": "m"}
+    found = {
+        "tokens": {OWN: [2, 2]},
+        "rows": rows,
+        "missing": {"other": "no time"},
+        "machine": "m",
+        "model": "n",
+    }
     text = write(found, tmp_path)
     # twice the KL on each passage: a share of 2 without an error
     assert "| peer | 4.500 | 1.0 | 2.000 ± 0.000 | 1 | 1.0 |  |" in text
-    assert "2 passages, KL of plain NF4 1.0000" in text and "- not run: other: no time" in text
+    assert "2 samples, KL of plain NF4 1.0000" in text and "- not run: other: no time" in text
     assert (tmp_path / "peers.png").stat().st_size > 1000
     assert "no table" in write({**found, "rows": rows[1:]}, tmp_path)

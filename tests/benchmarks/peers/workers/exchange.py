@@ -21,23 +21,30 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Job:
-    """model: a checkpoint folder; rows: token ids of each calibration passage; out: where results go."""
+    """model: a checkpoint folder; inputs: for each calibration sample; out: where results go."""
 
     model: Path
-    rows: list[list[int]]
+    inputs: list[dict[str, Tensor]]
     out: Path
     device: str
     options: dict[str, Any]
 
     def load(self) -> Any:
         """The model in float32, so that a peer is not judged by the rounding of its activations."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(self.device).eval()
+        auto = AutoModelForImageTextToText if has_images(self.model) else AutoModelForCausalLM
+        return auto.from_pretrained(self.model, dtype=torch.float32).to(self.device).eval()
 
-    def tensors(self) -> list[Tensor]:
-        """Each passage as a batch of one."""
-        return [torch.tensor([row], device=self.device) for row in self.rows]
+    @property
+    def rows(self) -> list[list[int]]:
+        """The token ids of each sample, for tools that take text alone."""
+        assert not has_images(self.model), "is not run with images here"
+        return [x["input_ids"][0].tolist() for x in self.inputs]
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        """Keyword arguments of the model for each sample, on the device."""
+        return [{name: x.to(self.device) for name, x in one.items()} for one in self.inputs]
 
     def cropped(self) -> Tensor:
         """All passages in one tensor, cut to the shortest, for tools that ask for one length."""
@@ -53,6 +60,11 @@ class Cost:
     peak_bytes: int = 0
 
 
+def has_images(model: Path) -> bool:
+    """Whether the checkpoint has a vision tower."""
+    return "vision_config" in json.loads((model / "config.json").read_text())
+
+
 def read_job() -> Job:
     """The job that the command line names."""
     parser = argparse.ArgumentParser()
@@ -65,7 +77,8 @@ def read_job() -> Job:
     torch.set_num_threads(given.threads)
     task = json.loads(given.task.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
-    return Job(Path(task["model"]), task["rows"], given.out, given.device, given.options)
+    inputs = torch.load(task["inputs"], weights_only=True)
+    return Job(Path(task["model"]), inputs, given.out, given.device, given.options)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

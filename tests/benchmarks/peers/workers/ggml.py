@@ -2,6 +2,7 @@
 
 A mix such as Q4_K_M follows `llama_tensor_get_type` of llama.cpp for a Llama model: more bits for the values'
 projection and down projections of some blocks, and another format where the rows are no multiple of 256.
+A vision tower and its projector stay in 16-bit, as in llama.cpp, where they are a file of their own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def format_of(name: str, columns: int, mix: str, blocks: int) -> str:
     """The format of one linear."""
     usual, better = MIXES.get(mix, (mix, mix))
     found = re.search(r"\.layers\.(\d+)\.", name)
-    assert found is not None, name
+    if found is None or "vision" in name:
+        return "F16"
     block = int(found[1])
     is_better = name.endswith(("v_proj", "down_proj")) and more_bits(block, blocks)
     wanted = better if is_better else usual
@@ -81,12 +83,12 @@ def main() -> None:
 
     def run() -> None:
         with torch.no_grad():
-            for row in job.tensors():
-                model(input_ids=row)
+            for inputs in job.batches():
+                model(**inputs)
 
     with measured(job.device) as seeing:
         energies = input_energy(model, run)
-    ggml, blocks = library(), model.config.num_hidden_layers
+    ggml, blocks = library(), model.config.get_text_config().num_hidden_layers
     for mix in job.options["formats"]:
         with measured(job.device) as cost, ThreadPoolExecutor(torch.get_num_threads()) as pool:
             tasks = {

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.benchmarks.peers.workers.exchange import group_bits, hand_back, linears, measured, read_job
+from tests.benchmarks.peers.workers.exchange import (
+    group_bits,
+    hand_back,
+    has_images,
+    linears,
+    measured,
+    read_job,
+)
 
 
 def recipe(method: str, group: int) -> list[Any]:
@@ -38,6 +45,12 @@ def read_back(module: Any) -> Tensor:
     )
 
 
+def as_tensors(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """One sample, as it was handed over."""
+    (row,) = rows
+    return {key: torch.tensor(value) for key, value in row.items()}
+
+
 def main() -> None:
     """Quantize and hand back, with the norms that AWQ scales."""
     from datasets import Dataset
@@ -48,16 +61,18 @@ def main() -> None:
     method, group = job.options["method"], job.options["group"]
     names = list(linears(model))
     before = {name: value.detach().clone() for name, value in model.named_parameters() if "norm" in name}
-    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.rows]
+    rows = [{key: x.tolist() for key, x in one.items()} for one in job.inputs]
     with measured(job.device) as cost:
         oneshot(
             model=model,
             dataset=Dataset.from_list(rows),
             recipe=recipe(method, group),
             num_calibration_samples=len(rows),
-            max_seq_length=max(len(row) for row in job.rows),
+            max_seq_length=max(one["input_ids"].shape[1] for one in job.inputs),
             shuffle_calibration_samples=False,
-            pipeline="sequential",
+            data_collator=as_tensors,
+            # A vision-language model is not traced: all its Hessian matrices are held at once instead.
+            pipeline="basic" if has_images(job.model) else "sequential",
         )
     with torch.no_grad():
         weights = {name: read_back(model.get_submodule(name)) for name in names}

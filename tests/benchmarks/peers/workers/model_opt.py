@@ -32,9 +32,9 @@ def int4() -> dict[str, Any]:
     return {**config, "quant_cfg": rows}
 
 
-def next_token_loss(output: Any, batch: Tensor) -> Tensor:
+def next_token_loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
     """The loss of the passage itself, as ModelOpt's examples take it."""
-    return torch.nn.functional.cross_entropy(output.logits[0, :-1], batch[0, 1:])
+    return torch.nn.functional.cross_entropy(output.logits[0, :-1], batch["input_ids"][0, 1:])
 
 
 def main() -> None:
@@ -52,14 +52,12 @@ def main() -> None:
                 model,
                 constraints={"effective_bits": effective_bits(model, share)},
                 quantization_formats=[int4()],
-                data_loader=job.tensors(),
-                forward_step=(lambda m, x: m(input_ids=x))
-                if gradient
-                else (lambda m, x: m(input_ids=x).logits),
+                data_loader=job.batches(),
+                forward_step=(lambda m, x: m(**x)) if gradient else (lambda m, x: m(**x).logits),
                 loss_func=next_token_loss if gradient else None,
                 disabled_layers="*lm_head*",
-                num_calib_steps=len(job.rows),
-                num_score_steps=len(job.rows),
+                num_calib_steps=len(job.inputs),
+                num_score_steps=len(job.inputs),
                 method=job.options["method"],
                 checkpoint=str(job.out / "scores.pt"),
             )

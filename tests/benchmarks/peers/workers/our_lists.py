@@ -49,9 +49,10 @@ def main() -> None:
         if job.options["brute_force"]:
             few = Measured(subject, batches[: job.options["brute_force"]])
             give("brute force", lambda: chooser.lists(additive.brute_force(few, lambda done, of: None)))
-    put(subject, calibrated(subject, batches))
-    with walking(path):
-        end_to_end(", on calibrated weights")
+    if "nf4-calibrated" in job.options["placed"]:
+        put(subject, calibrated(subject, batches))
+        with walking(path):
+            end_to_end(", on calibrated weights")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from qprobe.calibration.token_weights import token_weights
 from qprobe.calibration.tuning import tune
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import Batch
-from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample
 from qprobe.selection.search.damage import least_damage
 from tests.benchmarks.calibration import all_rounded, stored
+from tests.benchmarks.peers.opening import reference_of
 from tests.benchmarks.peers.passages import batches_of, read_passages
 from tests.benchmarks.peers.workers.exchange import Cost, Job, hand_back, measured, read_job
 from tests.benchmarks.rankings.additive import default_damage
@@ -65,11 +65,14 @@ def hand_back_with_lists(job: Job, subject: Subject, name: str, batches: list[Ba
 
 
 def calibrated(subject: Subject, batches: list[Batch]) -> dict[str, StoredNf4]:
-    """Codes and scales of every 4-bit weight, with tokens weighed by how much answers depend on them."""
+    """Codes and scales of every 4-bit weight, as a scan of a small model chooses them.
+
+    Tokens are weighed by how much answers depend on them, and codes moved for the gradients at outputs.
+    """
     inputs = shared_inputs(subject, batches[:1])
     with walking(subject.path):
         weights = token_weights(subject, inputs, batches)
-    return stored(subject, all_rounded(subject, inputs, batches, weights.of))
+    return stored(subject, all_rounded(subject, inputs, batches, weights.of, weights.outputs))
 
 
 def put(subject: Subject, weights: Mapping[str, StoredNf4]) -> None:
@@ -80,9 +83,9 @@ def put(subject: Subject, weights: Mapping[str, StoredNf4]) -> None:
 
 def subject_and_samples(job: Job) -> tuple[Subject, list[Sample]]:
     """The model as qprobe opens it, and the passages to calibrate on."""
-    reference = load_reference(str(job.model), job.device)
-    reference.processor.chat_template = None
-    return subject_of(reference, FormatSpec()), read_passages(Path(job.options["passages"])).calibration
+    return subject_of(reference_of(job.model, job.device), FormatSpec()), read_passages(
+        Path(job.options["passages"])
+    ).calibration
 
 
 def main() -> None:
