@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import qprobe
 from tests import versions
 from tests.conftest import LONGEST
 
@@ -89,3 +94,23 @@ def test_both_ends_of_the_versions_are_read_from_the_project():
     for name, requirement in stated.items():
         assert requirement.specifier.contains(versions.lowest(requirement).removeprefix(f"{name}=="))
         assert requirement.specifier.contains(version(name))
+
+
+STATE = {  # what changes while a command runs; all other records are values
+    *("Clock", "Noted", "Pictures", "Gram", "_Survey", "Gathering", "_Recorded", "_Tuning", "Reads"),
+    *("SharedRows", "Norms", "OutputErrors", "WeightStore", "MemoryLimit", "_Room"),
+    "ExpertsConfig",  # as transformers makes its configs
+}
+
+
+@pytest.mark.slow
+def test_records_are_frozen_unless_they_are_state():
+    modules = pkgutil.walk_packages(qprobe.__path__, "qprobe.")
+    # Of these one would run the command line, and one needs what comes with PyTorch for CUDA alone.
+    names = (x.name for x in modules if x.name.rpartition(".")[2] not in ("__main__", "cuda"))
+    found = {}
+    for module in map(importlib.import_module, names):
+        own = (x for x in vars(module).values() if getattr(x, "__module__", "") == module.__name__)
+        found |= {x: x.__dataclass_params__.frozen for x in own if is_dataclass(x) and isinstance(x, type)}
+    assert len(found) > 200
+    assert {x.__name__ for x, is_frozen in found.items() if not is_frozen} == STATE
