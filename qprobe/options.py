@@ -198,6 +198,7 @@ class ScanOptions(ModelOptions, SampleOptions):
     max_memory: str | int | None = None
     tune: int | None = None
     calibration_samples: int | None = None
+    drawn_texts: int = 0
     keep_correction: int | None = None
     check_data: Any = None
     experts: Experts = "4-bit"
@@ -219,6 +220,7 @@ class PlanScanOptions(ModelOptions):
     tiles: int = 4
     format: str = NF4.name
     tune: int | None = None
+    drawn_texts: int = 0
     max_memory: str | int | None = None
     experts: Experts = "4-bit"
 

@@ -27,7 +27,7 @@ from qprobe.calibration.gram import Gathering, SharedInput, shared_inputs
 from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.room import gram_room, record_room, rounded_together, shares
 from qprobe.calibration.token_weights import TokenWeighing, TokenWeights
-from qprobe.calibration.tuning import tune
+from qprobe.calibration.tuning import Given, tune
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
 from qprobe.calibration.work import ALONE, Work
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
@@ -146,7 +146,7 @@ def _calibrate_experts(work: Work, inputs: Sequence[SharedInput], units: Sequenc
     numbers = {names[unit - len(inputs)]: unit for unit in units}
     limit = _limit(work, inputs) // 2 if units else 0  # half is for rounding at once
     turns = rounded_in_turn(
-        work.subject, list(numbers), lambda: work.widened, len(work.groups), work.format, limit,
+        work.subject, list(numbers), lambda: work.widened, work.count, work.format, limit,
         partial(_steps, work.progress, "calibrate experts"),
     )  # fmt: skip
     for name, found in turns:
@@ -175,7 +175,7 @@ def gathering_turns(
 
     two_sided: as of `TokenWeighing`, where it was decided already that tokens are weighed.
     """
-    subject, limit, count = work.subject, _limit(work, inputs), len(work.groups)
+    subject, limit, count = work.subject, _limit(work, inputs), work.count
     weights = _weights(work, chosen, inputs, limit, two_sided)
     walk = Walk(subject, record_room(subject)) if can_walk(subject) else None
     plan = planned(walk, chosen, limit // 2, subject.reference.device)  # half is for rounding at once
@@ -212,9 +212,9 @@ def _weights(
     if noted is None and not kept_back:
         noted = TokensCount.undecided(sum(map(len, training)), FEWEST)
         notes.put("tokens", noted)
-    is_open, count = noted is None, len(training)
+    is_open, count = noted is None, work.fitting
     weighing = TokenWeighing(subject, inputs if is_open else chosen, two_sided)
-    step = _steps(work.progress, "weigh tokens", len(work.groups))
+    step = _steps(work.progress, "weigh tokens", work.count)
     with walking(subject.path):
         weighing.add_all(islice(work.widened, count), step)
     if is_open:
@@ -250,7 +250,8 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     experts = {name: one for name, one in stored.items() if subject.layers[name].experts}  # keep their scales
     stored = {name: one for name, one in stored.items() if name not in experts}
     step = _steps(work.progress, "tune", work.tune_steps)
-    found = tune(subject, stored, training, kept_back, work.tune_steps, work.format, step)
+    drawn = [batch.to(subject.reference.device) for batch in work.drawn]
+    found = tune(subject, stored, Given(training, kept_back, drawn), work.tune_steps, work.format, step)
     work.run.notes.put("tuning", Remarks((found.sentence,)))
     if not found.is_better:
         return codes
@@ -269,7 +270,7 @@ def _steps(progress: Progress, stage: str, total: int) -> Callable[[], None]:
 
 
 def _finish(
-    work: Work, found: Mapping[str, Rounded], tokens: int, unit: int, nearest: int | None = None
+    work: Work, found: Mapping[str, Rounded], tokens: float, unit: int, nearest: int | None = None
 ) -> None:
     """Write unit number `unit`: the weights of one shared input, by layer; nearest: see `RoundedExperts`."""
     stored = {name: result.stored for name, result in found.items() if result.stored is not None}
@@ -280,10 +281,10 @@ def _finish(
     work.run.write_unit(CALIBRATION.name, unit, _rows(found, tokens, nearest))
 
 
-def _rows(found: Mapping[str, Rounded], tokens: int, nearest: int | None) -> pd.DataFrame:
+def _rows(found: Mapping[str, Rounded], tokens: float, nearest: int | None) -> pd.DataFrame:
     """Columns of the unit stage "calibration"."""
     rows: list[tuple[Any, ...]] = [
-        (name, tokens, _or_nan(one.error), _or_nan(one.damping), one.why, nearest)
+        (name, round(tokens), _or_nan(one.error), _or_nan(one.damping), one.why, nearest)
         for name, one in found.items()
     ]
     columns = pd.Index(["layer", "tokens", "error", "damping", "why", "nearest"])

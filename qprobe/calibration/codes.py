@@ -69,7 +69,7 @@ class Readers:
 
     weights: Sequence[Tensor]
     gram: Tensor
-    tokens: int
+    tokens: float
     outputs: Sequence[Tensor | None] = ()
 
     @property

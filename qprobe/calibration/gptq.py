@@ -154,7 +154,7 @@ def is_finite(matrix: Tensor) -> bool:
     return bool(torch.isfinite(least) & torch.isfinite(most))
 
 
-def shrunk(gram: Tensor, tokens: int) -> Tensor:
+def shrunk(gram: Tensor, tokens: float) -> Tensor:
     """`gram` (n, n) of that many tokens as an estimate of what fresh tokens give: off-diagonal less; float32.
 
     (1 - rho) G + rho diag(G) with rho = n / (n + tokens), after Ledoit and Wolf 2004, "A well-conditioned

@@ -55,20 +55,28 @@ def gram_bytes(in_features: int, device: torch.device) -> int:
 
 @dataclass
 class Gram:
-    """The sum over the tokens seen so far. total: (in_features, in_features)."""
+    """The sum over the tokens seen so far. total: (in_features, in_features).
+
+    tokens: how many, each as often as its batch counts.
+    """
 
     total: Tensor
-    tokens: int = 0
+    tokens: float = 0
 
-    def add(self, x: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, mask: Tensor | None, weights: Tensor | None = None, batch_weight: float = 1.0
+    ) -> None:
         """Add the tokens of `x` (..., in_features).
 
         mask: (tokens,) on the CPU, True for those that count. weights: (tokens,) what each counts; None: 1.
+        batch_weight: of all of them, see `Batch`.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
+        if batch_weight != 1:
+            weights = batch_weight * (torch.ones(len(rows)) if weights is None else weights)
         if mask is not None:
             rows = torch.where(mask.to(rows.device)[:, None], rows, 0.0)
-        self.tokens += len(rows) if mask is None else int(mask.sum())
+        self.tokens += batch_weight * (len(rows) if mask is None else int(mask.sum()))
         if rows.dtype == torch.bfloat16 and rows.is_cuda:
             parts = [rows] if weights is None else weighted_parts(rows, weights.to(rows.device))
             for part in parts:
@@ -191,7 +199,8 @@ class Gathering:
                 if weights is not None and len(weights) != tokens:
                     self.apart |= {n: UNLIKE for n, of in self._leaders.items() if of == name}
                 else:
-                    self.grams[name].add(x, counted_tokens(layer, tokens, batch, tiles), weights)
+                    mask = counted_tokens(layer, tokens, batch, tiles)
+                    self.grams[name].add(x, mask, weights, batch.weight)
                 self._read[name] = ref(x)
             elif leader is not None:
                 read = self._read.get(leader)

@@ -25,24 +25,27 @@ out image tiles that no text attends to, 2 shrinks the Gram matrices.
 """
 
 
-def settings(subject: Subject, tune_steps: int = 0) -> Rounding:
+def settings(subject: Subject, tune_steps: int = 0, drawn_texts: int = 0) -> Rounding:
     """What decides the codes; part of a run's key."""
     tokens = f"{MIX:g} by squared gradients, {counted(draws(subject), 'draw')}"
     method = "gptq, two-sided" if subject.path.dtype == torch.float32 else "gptq"
-    return Rounding(method, VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps)
+    return Rounding(method, VERSION, DAMPING, "n / (n + tokens)", tokens, tune_steps, drawn_texts)
 
 
 MORE_SAMPLES = 128  # on SmolLM2 512 texts leave as much damage, 32 a ninth more
 
 
-def fitted(measured: Groups, more: Groups) -> str:
-    """What a reader is told of the samples that codes are fitted to: those `measured`, and `more`."""
+def fitted(measured: Groups, more: Groups, drawn_texts: int = 0) -> str:
+    """What a reader is told of what codes are fitted to: the samples `measured`, `more`, and drawn texts."""
     own, others = (sum(len(group) for group in groups) for groups in (measured, more))
     also = f", which are {own} of the {counted(own + others, 'sample')} that" if others else " that"
-    return (
+    told = (
         f"Sensitivities and activation errors are measured on samples{also} the codes were fitted to, so "
         "they are lower than on others. No code was fitted to the held-out samples."
     )
+    if not drawn_texts:
+        return told
+    return f"{told} They were fitted to {counted(drawn_texts, 'text')} that the model drew itself as well."
 
 
 def samples_wanted(model: nn.Module, device: torch.device, asked: int | None) -> int:

@@ -45,9 +45,10 @@ class TokenWeights:
     """Weights of the tokens that shared inputs hold, by leader and number of the batch.
 
     raw: (tokens,) float32 on the CPU, squared gradient norms summed over the linears that read the tensor and
-    over draws. means: their mean over the tokens that count. outputs: Gram matrices of the gradients by
-    linear, (out_features, out_features) float32, of those that `is_two_sided`. A leader that ran more than
-    once in a batch is missing, with its linears: its runs cannot be told apart in the backward pass.
+    over draws. means: their mean over the tokens that count, each as often as its batch. outputs: Gram
+    matrices of the gradients by linear, (out_features, out_features) float32, of those that `is_two_sided`. A
+    leader that ran more than once in a batch is missing, with its linears: its runs cannot be told apart in
+    the backward pass.
     """
 
     raw: Mapping[str, Sequence[Tensor]]
@@ -82,7 +83,8 @@ class TokenWeighing:
         self._subject = subject
         self._leaders = {name: one.leader for one in inputs for name in one.names}
         self._raw: dict[str, list[Tensor]] = {one.leader: [] for one in inputs}
-        self._counts = dict.fromkeys(self._raw, 0)
+        self._sums = dict.fromkeys(self._raw, 0.0)
+        self._counts = dict.fromkeys(self._raw, 0.0)
         self._repeated: set[str] = set()
         self._outputs: dict[str, Tensor] = {}
         self._one_sided = frozenset(
@@ -100,7 +102,8 @@ class TokenWeighing:
 
     def _add(self, batch: Batch) -> None:
         subject = self._subject
-        notes = _Notes(self._leaders, self._outputs, self._one_sided, subject.limit is not None)
+        is_limited = subject.limit is not None
+        notes = _Notes(self._leaders, self._outputs, self._one_sided, is_limited, batch.weight)
         with subject.running("weights of tokens", batch.elements):
             _run(subject, batch, notes)
         tiles = tiles_that_count(batch)
@@ -108,7 +111,8 @@ class TokenWeighing:
         for leader, found in self._raw.items():
             weights = found_here.get(leader, torch.zeros(notes.tokens.get(leader, 0)))
             mask = counted_tokens(subject.layers[leader], len(weights), batch, tiles)
-            self._counts[leader] += len(weights) if mask is None else int(mask.sum())
+            self._sums[leader] += batch.weight * float(weights.double().sum())
+            self._counts[leader] += batch.weight * (len(weights) if mask is None else int(mask.sum()))
             found.append(weights)
         self._repeated |= notes.repeated
 
@@ -116,10 +120,7 @@ class TokenWeighing:
     def found(self) -> TokenWeights:
         """The weights in all batches so far. Its matrices are the sums themselves, which go on."""
         kept = {leader: list(found) for leader, found in self._raw.items() if leader not in self._repeated}
-        means = {
-            leader: sum(float(w.double().sum()) for w in found) / max(1, self._counts[leader])
-            for leader, found in kept.items()
-        }
+        means = {leader: self._sums[leader] / max(1, self._counts[leader]) for leader in kept}
         finite = {leader: mean for leader, mean in means.items() if mean < float("inf")}
         once = {name: one for name, one in self._outputs.items() if self._leaders[name] in kept}
         return TokenWeights(kept, finite, once)
@@ -147,8 +148,8 @@ class _Notes:
     """Squared gradient norms of one batch, by leader.
 
     outputs: sums of gradients' Gram matrices, to which those of this batch are added, but for `one_sided`
-    linears; they wait on the host if `is_limited`. tokens: how many each leader's linears read. repeated:
-    leaders of linears that ran twice in it.
+    linears; they wait on the host if `is_limited`. weight: of the batch in these sums. tokens: how many each
+    leader's linears read. repeated: leaders of linears that ran twice in it.
     """
 
     def __init__(
@@ -157,8 +158,10 @@ class _Notes:
         outputs: dict[str, Tensor],
         one_sided: frozenset[str],
         is_limited: bool,
+        weight: float,
     ) -> None:
-        self.leaders, self.outputs, self.one_sided, self.is_limited = leaders, outputs, one_sided, is_limited
+        self.leaders, self.outputs, self.one_sided = leaders, outputs, one_sided
+        self.is_limited, self.weight = is_limited, weight
         self.weights: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.repeated: set[str] = set()
@@ -181,6 +184,8 @@ class _Notes:
         if name not in self.one_sided:
             rows = gradient.float().reshape(-1, gradient.shape[-1])
             product = rows.T @ rows
+            if self.weight != 1:
+                product *= self.weight
             there = self.outputs.get(name)
             kept = product.cpu() if self.is_limited else product
             self.outputs[name] = kept if there is None else there.add_(kept.to(there.device))

@@ -8,7 +8,7 @@ bitsandbytes does it. Samples that are kept back say when to stop, and whether t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -95,11 +95,42 @@ class Tuned:
         )
 
 
+@dataclass(frozen=True)
+class Given:
+    """What scales are tuned on. kept_back: to stop by. drawn: texts of the model's own, see `Work.drawn`."""
+
+    training: Sequence[Batch]
+    kept_back: Sequence[Batch]
+    drawn: Sequence[Batch] = ()
+
+    def in_dtype(self, dtype: torch.dtype) -> Given:
+        """The same with floating inputs in `dtype`."""
+        training, kept_back, drawn = (
+            [b.in_dtype(dtype) for b in x] for x in (self.training, self.kept_back, self.drawn)
+        )
+        return Given(training, kept_back, drawn)
+
+    def in_turn(self) -> Iterator[Batch]:
+        """A batch for each step, without end: samples, and after each batch of them one of drawn texts."""
+        generator = torch.Generator().manual_seed(0)
+        samples, texts = (_shuffled(x, generator) for x in (self.training, self.drawn))
+        while True:
+            yield next(samples)
+            if self.drawn:
+                yield next(texts)
+
+
+def _shuffled(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[Batch]:
+    """`batches` again and again, in another order each time."""
+    while True:
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        yield from (batches[i] for i in reversed(order))
+
+
 def tune(
     subject: Subject,
     stored: Mapping[str, StoredNf4],
-    training: Sequence[Batch],
-    kept_back: Sequence[Batch],
+    given: Given,
     steps: int,
     fmt: Nf4,
     done: Callable[[], None] = lambda: None,
@@ -110,19 +141,18 @@ def tune(
     codes_from: the share of the steps after which codes are moved as well, from where the weights lie between
     them, where there is room for that (see `can_move_codes`).
 
-    A step runs one batch of `training`: the 16-bit model, and the 4-bit one forward and backward. `done` is
-    called after each. The result is never worse on `kept_back` than `stored` is.
+    A step runs one batch that is not kept back: the 16-bit model, and the 4-bit one forward and backward.
+    `done` is called after each. The result is never worse on what is kept back than `stored` is.
     """
     tuning = _Tuning(subject, stored, fmt)
     with walking(subject.path):
-        training = [b.in_dtype(subject.path.dtype) for b in training]
-        kept_back = [b.in_dtype(subject.path.dtype) for b in kept_back]
-        before = tuning.damage(kept_back)
+        given = given.in_dtype(subject.path.dtype)
+        before = tuning.damage(given.kept_back)
         first = 1 + round((codes_from if can_move_codes(subject) else 1.0) * steps)
-        step = _descend(tuning, training, kept_back, Schedule(steps, first), before, done)
+        step = _descend(tuning, given, Schedule(steps, first), before, done)
         found = tuning.finished()
         tuning.replace(found)
-        after = tuning.damage(kept_back)
+        after = tuning.damage(given.kept_back)
     if step and isfinite(after) and after < before:
         return Tuned(found, before, after, step)
     return Tuned(stored, before, before, 0)
@@ -130,32 +160,28 @@ def tune(
 
 def _descend(
     tuning: _Tuning,
-    training: Sequence[Batch],
-    kept_back: Sequence[Batch],
+    given: Given,
     schedule: Schedule,
     before: float,
     done: Callable[[], None],
 ) -> int:
-    """Run the steps and leave the scales of the best look at `kept_back` in place; that step's number."""
+    """Run the steps, and leave the scales of the best look at what is kept back; that step's number."""
     optimizer = torch.optim.Adam(tuning.logarithms.values(), lr=RATE, eps=EPSILON)
     steps = schedule.steps
     best, best_step, kept = before, 0, tuning.snapshot()
-    order: list[int] = []
-    generator = torch.Generator().manual_seed(0)
+    batches = given.in_turn()
     for step in range(1, steps + 1):
-        if not order:
-            order = torch.randperm(len(training), generator=generator).tolist()
         if step == schedule.codes_from:
             tuning.free_codes()
             optimizer.add_param_group({"params": tuning.units.values(), "lr": UNIT_RATE})
         for group, rate in zip(optimizer.param_groups, (RATE, UNIT_RATE), strict=False):
             group["lr"] = rate * (1 - (step - 1) / steps)
         optimizer.zero_grad(set_to_none=True)
-        if not isfinite(tuning.descend(training[order.pop()])):
+        if not isfinite(tuning.descend(next(batches))):
             break
         optimizer.step()
         if step % max(1, steps // CHECKS) == 0 or step == steps:
-            found = tuning.damage(kept_back)
+            found = tuning.damage(given.kept_back)
             if found < best:
                 best, best_step, kept = found, step, tuning.snapshot()
         done()

@@ -67,7 +67,7 @@ def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _SHARED = ("batch_size", "tokens", "tiles")  # of a training step and of a scan
 _OF_STEP = ("rank", "optimizer", "adapt", "processes")
-_OF_SCAN = ("samples", "format", "tune", "max_memory", "device")
+_OF_SCAN = ("samples", "format", "tune", "drawn_texts", "max_memory", "device")
 
 
 scan_options = options(
@@ -79,6 +79,9 @@ scan_options = options(
         help="4-bit format of a scan.",
     ),
     option(PlanScanOptions, "tune", type=NOT_NEGATIVE, metavar="N", help="Steps, as of `qprobe scan`."),
+    option(
+        PlanScanOptions, "drawn_texts", type=NOT_NEGATIVE, metavar="N", help="Texts, as of `qprobe scan`."
+    ),
     option(PlanScanOptions, "max_memory", metavar="SIZE", help="Limit of a scan, as of `qprobe scan`."),
     device_option,
 )

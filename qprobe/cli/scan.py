@@ -63,6 +63,14 @@ TOP = 10  # layers of the ranking that are shown
 )
 @option(
     ScanOptions,
+    "drawn_texts",
+    type=NOT_NEGATIVE,
+    metavar="N",
+    help="Texts of 128 tokens that the model draws itself, to which nf4-calibrated fits codes and scales as "
+    "well, so that they suit other kinds of text better; all of them together count as much as the samples.",
+)
+@option(
+    ScanOptions,
     "tune",
     type=NOT_NEGATIVE,
     metavar="N",

@@ -61,6 +61,7 @@ class Batch:
     decoder_kinds: (B, U) as `kinds`, of what a decoder behind an encoder reads: PAD, ANSWER, or TEXT of a
     prompt; U is never T. None for a model that reads one sequence. With it `kinds` are the encoder's, and
     `answers` count the tokens that the decoder reads and, behind them, the last one that it puts out.
+    weight: how often each of its tokens counts where calibrated codes are fitted to it.
     """
 
     samples: tuple[Sample, ...]
@@ -68,6 +69,7 @@ class Batch:
     kinds: Tensor
     answers: tuple[tuple[int, int], ...]
     decoder_kinds: Tensor | None = None
+    weight: float = 1.0
 
     @property
     def size(self) -> int:
@@ -114,6 +116,7 @@ class Batch:
             torch.cat([self.kinds] * times),
             self.answers * times,
             None if self.decoder_kinds is None else torch.cat([self.decoder_kinds] * times),
+            self.weight,
         )
 
 

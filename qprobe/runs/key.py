@@ -117,7 +117,8 @@ Batches = tuple[tuple[SampleKey, ...], ...]
 class Rounding:
     """How calibrated codes are chosen, beside weights and samples; see `qprobe.calibration.calibrate`.
 
-    tokens: what each counts. tune_steps: of tuning the scales afterwards, 0 for none.
+    tokens: what each counts. tune_steps: of tuning the scales afterwards, 0 for none. drawn_texts: of the
+    model's own, to which codes are fitted as well.
     """
 
     method: str
@@ -126,6 +127,7 @@ class Rounding:
     shrinkage: str
     tokens: str
     tune_steps: int
+    drawn_texts: int = 0
 
 
 @dataclass(frozen=True)

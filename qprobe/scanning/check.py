@@ -10,6 +10,7 @@ from torch import nn
 
 from qprobe.data.sampling import check_wanted
 from qprobe.errors import ModelError, RunError
+from qprobe.inputs.drawing import refuse_undrawable
 from qprobe.loading.inventory import refuse_rewriting
 from qprobe.loading.loaded import loaded_skeleton
 from qprobe.loading.pretrained import check_files
@@ -43,6 +44,8 @@ def check_model(asked: ScanRequest, process: Process) -> Skeleton:
         check_inventory(skeleton.inventory(fmt), skeleton.model, asked.skiplist, asked.ablate)
         if not asked.measures.is_weight_alone:
             refuse_unread(skeleton.model)
+        if asked.drawn_texts:
+            refuse_undrawable(skeleton.model)
     _check_folder(run.path, process.shard)
     if skeleton.is_buildable and run.is_there:
         identity = ModelIdentity(source.id, None, skeleton.architecture, skeleton.fingerprint)

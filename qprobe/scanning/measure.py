@@ -11,6 +11,7 @@ import pandas as pd
 from qprobe.calibration.calibrate import calibrate_model, calibration_notes
 from qprobe.calibration.correction import keep_correction
 from qprobe.calibration.settings import fitted
+from qprobe.calibration.tuning import tune_steps
 from qprobe.calibration.work import Work
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
@@ -21,6 +22,8 @@ from qprobe.registry.measures import ACTIVATION, Measure, Unit
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import Measures
 from qprobe.runs.notes import Remarks
+from qprobe.scanning.asked.request import ScanRequest
+from qprobe.scanning.drawn import drawn_texts
 from qprobe.scanning.process import Process
 from qprobe.scanning.samples import Groups, ScanSamples
 from qprobe.system.processes import Shard
@@ -99,24 +102,22 @@ def _write(run: RunFolder, stages: frozenset[str], unit: int, frames: Mapping[st
         run.write_unit(stage, unit, frame)
 
 
-def calibrate(
-    subject: Subject, work: ScanSamples, tune: int, process: Process, correction_rank: int | None = None
-) -> None:
+def calibrate(subject: Subject, work: ScanSamples, asked: ScanRequest, process: Process) -> None:
     """Choose the codes of every 4-bit weight on the calibration samples, before its damage is measured.
 
-    tune: steps of tuning the scales afterwards. correction_rank: see `keep_correction`; None to keep none.
     Processes that share a scan share this as well, each of which waits for the others.
     """
-    run = process.run
+    run, tune = process.run, tune_steps(subject, asked.tune)
+    draw = partial(drawn_texts, subject, asked.drawn_texts, asked.samples.seed, process)
 
     def calibrated(groups: Sequence[Sequence[Sample]]) -> Work:
         samples = [tuple(group) for group in groups]
-        given = Work(subject, run, samples, tune_steps=tune, progress=process.progress)
+        given = Work(subject, run, samples, tune_steps=tune, progress=process.progress, draw=draw)
         calibrate_model(given, process.shard)
         return given
 
     given = subject.halving.run_all("calibration", [*work.calibration, *work.codes], calibrated)
-    if correction_rank is not None and process.shard.rank == 0:
-        keep_correction(given, correction_rank)
-    told = (fitted(work.calibration, work.codes), *calibration_notes(run))
+    if asked.keep_correction is not None and process.shard.rank == 0:
+        keep_correction(given, asked.keep_correction)
+    told = (fitted(work.calibration, work.codes, asked.drawn_texts), *calibration_notes(run))
     run.notes.put("calibration", Remarks(told))

@@ -20,7 +20,7 @@ from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.records import FormatSpec, Sample
 from qprobe.runs.damaged import set_aside_damaged
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.key import VERSION, Batches, Key, Measures, SampleKey, Spec
+from qprobe.runs.key import VERSION, Batches, Key, Measures, Rounding, SampleKey, Spec
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.check import check_inventory
 from qprobe.scanning.process import Process
@@ -72,7 +72,8 @@ def open_units(subject: Subject, work: ScanSamples, asked: ScanRequest, run: Run
     tried = () if finite is None else subject.halving.run("the first pass", finite, applicable)
     measures, notes = tried[0][1] if tried else applicable(None)
     tune = tune_steps(subject, asked.tune)
-    run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed, tune))
+    chosen = settings(subject, tune, asked.drawn_texts) if asked.format.is_calibrated else None
+    run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed, chosen))
     limited = () if asked.why_limited is None else (asked.why_limited,)
     run.notes.add("start", (*work.notes, *notes, *limited))
     set_aside_damaged(run)
@@ -86,11 +87,11 @@ def run_key(
     batches: Mapping[str, Sequence[Sequence[Sample]]],
     first: Batch,
     seed: int,
-    tune: int = 0,
+    rounding: Rounding | None = None,
 ) -> Key:
     """The key of a run: two runs with equal keys give the same units.
 
-    batches: of samples, by what is measured on them. first: one of them. tune: steps, of calibrated weights.
+    batches: of samples, by what is measured on them. first: one of them. rounding: of calibrated weights.
     """
     reference = subject.reference
     samples = [s for groups in batches.values() for group in groups for s in group]
@@ -105,7 +106,7 @@ def run_key(
         isolated=_named(batches["isolated"]),
         held_out=_named(batches["held_out"]),
         seed=seed,
-        rounding=settings(subject, tune) if fmt.is_calibrated else None,
+        rounding=rounding,
         versions=library_versions(),
     )
     return Key(VERSION, reference.identity, fmt, subject.inventory, spec)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 
-from qprobe.calibration.tuning import tune_steps
 from qprobe.loading.log_filters import quiet_models
 from qprobe.measure.subject import Subject
 from qprobe.options import ScanOptions, takes
@@ -65,6 +64,8 @@ def scan(options: ScanOptions) -> Run:
         the device and the model.
     calibration_samples: how many "nf4-calibrated" fits codes to: the measured ones, and more of the same
         source up to so many; None for what suits the device and the model.
+    drawn_texts: how many texts of 128 tokens the model draws itself, to which "nf4-calibrated" fits codes and
+        tunes scales as well; all of them together count as much as the samples.
     keep_correction: rank, 64 at most, of the factors of what "nf4-calibrated" leaves of each weight, which
         are kept in the run folder then.
     check_data: samples of another kind than those that are measured, as `data` takes them: the verdict and
@@ -120,7 +121,7 @@ def measure_layers(subject: Subject, chosen: Chosen, asked: ScanRequest, process
         show_samples(subject, work.calibration, run)
     if asked.format.is_calibrated:
         with clock.stage("calibrate"):
-            calibrate(subject, work, tune_steps(subject, asked.tune), process, asked.keep_correction)
+            calibrate(subject, work, asked, process)
     with clock.stage("measure"):
         measure_units(subject, work, measures, process)
     return work

@@ -43,7 +43,7 @@ from qprobe.calibration.damage import split_samples
 from qprobe.calibration.gram import Gathering, SharedInput, Weights, gathered, shared_inputs
 from qprobe.calibration.room import record_room, rounded_together
 from qprobe.calibration.token_weights import token_weights
-from qprobe.calibration.tuning import tune
+from qprobe.calibration.tuning import Given, tune
 from qprobe.calibration.walk import Walk, gathered_in_turn, planned
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, scenes
 from qprobe.formats.nf4 import Nf4, StoredNf4
@@ -264,7 +264,7 @@ def table(name: str, asked: argparse.Namespace) -> str:
         for codes_from in codes if steps and split[1] else ():
             start = time.perf_counter()
             training, kept_back = (_batches(subject, some) for some in split)
-            tuned = tune(subject, weighted, training, kept_back, steps, Nf4(), codes_from=codes_from)
+            tuned = tune(subject, weighted, Given(training, kept_back), steps, Nf4(), codes_from=codes_from)
             moved = f", codes from {codes_from:g} of them on" if codes_from < 1 else ""
             what = f"two-sided, {steps} steps{moved} (kept back: {tuned.before:.4g} to {tuned.after:.4g})"
             measured.add(what, count, tuned.stored, f"{time.perf_counter() - start:.0f}")

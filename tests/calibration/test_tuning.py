@@ -16,7 +16,7 @@ from qprobe.calibration.codes import unpacked_codes
 from qprobe.calibration.columns.grid import nf4_grid
 from qprobe.calibration.damage import split_samples
 from qprobe.calibration.tuned_linear import TunedLinear, nearest_codes, units_of
-from qprobe.calibration.tuning import tune
+from qprobe.calibration.tuning import Given, tune
 from qprobe.formats.nf4 import Nf4, PackedNf4
 from qprobe.loading.reference import load_reference
 from qprobe.measure.subject import Subject, subject_of
@@ -96,7 +96,7 @@ def test_tuned_scales_do_less_damage_on_samples_kept_back_and_codes_stay(name: s
     batches, given = batches_of(subject, name, 8), nearest(subject)
     training, kept_back = batches, batches[-2:]  # also trained on: a tiny model learns nothing of others
     before = {key: value.clone() for key, value in subject.model.state_dict().items()}
-    found = tune(subject, given, training, kept_back, 24, Nf4())
+    found = tune(subject, given, Given(training, kept_back), 24, Nf4())
     assert found.is_better and found.after < 0.9 * found.before and found.step > 0
     for layer, one in found.stored.items():
         assert torch.equal(one.codes, given[layer].codes)
@@ -112,7 +112,7 @@ def test_codes_move_with_the_scales_where_that_is_asked_for(
     monkeypatch.setattr(tuning, "UNIT_RATE", 0.05)  # so that few steps reach a boundary
     subject = subject_for(tiny_folder("llama"))
     batches, given = batches_of(subject, "llama", 8), nearest(subject)
-    found = tune(subject, given, batches, batches[-2:], 24, Nf4(), codes_from=0.25)
+    found = tune(subject, given, Given(batches, batches[-2:]), 24, Nf4(), codes_from=0.25)
     assert found.is_better and found.after < 0.9 * found.before
     counts = [module.weight.numel() for module in subject.quantized_modules.values()]
     moved = [
@@ -159,7 +159,7 @@ def test_tuning_that_does_not_help_the_samples_kept_back_gives_back_what_it_was_
     monkeypatch.setattr(tuning, "RATE", 3.0)  # wild steps
     subject = subject_for(tiny_folder("llama"))
     batches, given = batches_of(subject, "llama", 4), nearest(subject)
-    found = tune(subject, given, batches[:2], batches[2:], 8, Nf4())
+    found = tune(subject, given, Given(batches[:2], batches[2:]), 8, Nf4())
     assert not found.is_better and found.after == found.before and found.step == 0
     assert found.stored is given
 
@@ -173,7 +173,7 @@ def test_samples_kept_back_are_looked_at_eight_times_on_the_way(
     monkeypatch.setattr(tuning._Tuning, "descend", lambda *_: (steps.append(1), 1.0)[1])
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
     subject = subject_for(tiny_folder("llama"))
-    found = tune(subject, nearest(subject), batches_of(subject, "llama", 2), [], 19, Nf4())
+    found = tune(subject, nearest(subject), Given(batches_of(subject, "llama", 2), []), 19, Nf4())
     # Before, after every second of 19 steps and the last one, and once more as it is read back.
     assert looks == [0, *range(2, 19, 2), 19, 19]
     assert found.step == 19
@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_ends_tuning(tiny_folder: TinyFolder, monkeypa
     batches, given = batches_of(subject, "llama", 4), nearest(subject)
     losses = iter([inf])
     monkeypatch.setattr(tuning._Tuning, "descend", lambda *_: next(losses))
-    found = tune(subject, given, batches[:2], batches[2:], 8, Nf4())
+    found = tune(subject, given, Given(batches[:2], batches[2:]), 8, Nf4())
     assert found.after <= found.before
 
 
@@ -194,7 +194,7 @@ def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
     tight = replace(subject)
     vars(tight)["path"] = replace(subject.path, room_bytes=0)
     batches, given = batches_of(subject, "llama", 4), nearest(subject)
-    kept, again = (tune(one, given, batches[:3], batches[:1], 6, Nf4()) for one in (subject, tight))
+    kept, again = (tune(one, given, Given(batches[:3], batches[:1]), 6, Nf4()) for one in (subject, tight))
     assert kept.step == again.step > 0
     for layer, one in kept.stored.items():
         assert torch.equal(one.state.absmax, again.stored[layer].state.absmax)

@@ -31,8 +31,8 @@ from qprobe.scanning.asked.request import ScanRequest, parse_options
 from qprobe.scanning.planning import limit
 from qprobe.scanning.planning.limit import shape_of_batch, within_memory
 from qprobe.scanning.planning.memory import BatchShape, DeviceNeed, device_need, weight_bytes
-from qprobe.scanning.planning.plan import Here, ScanPlan, plan_of
-from qprobe.scanning.planning.seconds import EFFICIENCY, Rates, flops_of, measured_rates
+from qprobe.scanning.planning.plan import Counts, Here, ScanPlan, plan_of
+from qprobe.scanning.planning.seconds import EFFICIENCY, LAYER_S, Rates, flops_of, measured_rates
 from qprobe.scanning.process import Process
 from qprobe.system.devices import parse_device
 from qprobe.system.processes import Shard
@@ -96,7 +96,7 @@ def planned(flagship: Skeleton, count: int, name: str = "nf4", **here: Any) -> S
     """The plan of a scan of so many images on an empty H100."""
     place = Here(**{"device": torch.device("cuda:0"), "free": 79 * GIB, "limit": None, "rates": H100, **here})
     shape = BatchShape(samples=4, tokens=320, answer_tokens=64, vision_rows=6404)
-    return plan_of(flagship, FormatSpec(name), shape, count, 0, place)
+    return plan_of(flagship, FormatSpec(name), shape, Counts(count, 0), place)
 
 
 @pytest.mark.slow
@@ -146,12 +146,28 @@ def test_a_card_without_room_streams_and_says_what_all_weights_would_take(flagsh
         ({"batch_size": 0}, "--batch-size 0 makes no scan. Pass 1 or more"),
         ({"tiles": -1}, "--tiles -1 makes no scan. Pass 0 or more"),
         ({"tune": 5}, "--tune moves the scales that nf4-calibrated chose, and --format is nf4"),
+        (
+            {"drawn_texts": 5},
+            "--drawn-texts is of texts that nf4-calibrated fits codes to, and --format is nf4",
+        ),
+        ({"drawn_texts": -1, "format": "nf4-calibrated"}, "--drawn-texts -1 makes no scan. Pass 0 or more"),
         ({"tune": -1, "format": "nf4-calibrated"}, "--tune -1 makes no scan. Pass 0 or more"),
     ],
 )
 def test_what_no_scan_can_be_made_of_is_refused(asked: dict[str, Any], said: str):
     with pytest.raises(QprobeError, match=said):
         qprobe.plan_scan("demo", device="cpu", **asked)
+
+
+def test_drawing_texts_takes_time_that_is_told(flagship: Skeleton):
+    # Eight parts of 64 texts, 128 steps each that take at least as long as launching 522 linears.
+    place = Here(torch.device("cuda:0"), 79 * GIB, None, H100)
+    shape = BatchShape(samples=4, tokens=320, answer_tokens=64, vision_rows=6404)
+    counts = [Counts(32, 0, texts) for texts in (0, 512)]
+    plain, drawing = (plan_of(flagship, FormatSpec("nf4-calibrated"), shape, x, place) for x in counts)
+    assert drawing.seconds["calibrate"] - plain.seconds["calibrate"] > 8 * 128 * 522 * LAYER_S
+    assert any("Of drawing 512 texts there is no full-size figure" in note for note in drawing.notes)
+    assert {**drawing.seconds, "calibrate": 0} == {**plain.seconds, "calibrate": 0}
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def gathered_experts(
     """The matrices of the fused weights `names` over all `batches`, on the 16-bit model.
 
     batches: in the dtype of the subject's path. done: called after each. Padding does not count, and every
-    token counts once for each expert that reads it.
+    token counts, as often as its batch, for each expert that reads it.
     """
     if subject.limit is not None:
         subject.limit.store.allow(0)  # matrices take the room of weights that could stay
@@ -58,7 +58,7 @@ def _add(subject: Subject, grams: Grams, batch: Batch) -> None:
             counts = _counting(product, batch)
             for expert, rows in product.routing.spans():
                 mask = None if counts is None else counts[product.routing.token[rows].cpu()]
-                grams[name][expert].add(x[rows], mask)
+                grams[name][expert].add(x[rows], mask, batch_weight=batch.weight)
         return times(product, x, subject.dequantized.own(name).to(x.dtype))
 
     with torch.no_grad(), replaced_forwards(subject.modules, forward):

@@ -39,7 +39,7 @@ class RoundedExperts:
 
     whole: Rounded
     nearest: int
-    tokens: int
+    tokens: float
 
 
 def why_not(layer: Linear, blocksize: int) -> str | None:

@@ -35,6 +35,7 @@ APPLIES_TO_WEIGHTS = frozenset(
 
 
 TUNES = "moves the scales that nf4-calibrated chose"
+DRAWS = "is of texts that nf4-calibrated fits codes to"
 """What --tune does, a clause behind its name."""
 
 
@@ -58,7 +59,8 @@ class ScanRequest:
     source: of the model. loaded: the model itself, where its user has loaded it. folder: of the run.
     format: its compute_dtype is the reference's dtype. max_memory_bytes: None for no limit; why_limited: says
     so where it was found and not asked for, see `qprobe.scanning.planning.limit`. tune: steps, None
-    for the default of the device; calibration_samples: for the codes, None likewise. keep_correction: its
+    for the default of the device; calibration_samples: for the codes, None likewise. drawn_texts: of the
+    model's own, for them as well. keep_correction: its
     rank, None to keep none.
     ablate: None for no ablation. metric: of answers, beside KL. others: samples of another kind, on which the
     damage is said as well; None for none. is_check: of the run that is there, see
@@ -73,6 +75,7 @@ class ScanRequest:
     max_memory_bytes: int | None
     tune: int | None
     calibration_samples: int | None
+    drawn_texts: int
     keep_correction: int | None
     samples: Wanted
     batching: Batching
@@ -129,6 +132,7 @@ def parse_options(options: ScanOptions) -> ScanRequest:
         max_memory_bytes=limit,
         tune=options.tune,
         calibration_samples=options.calibration_samples,
+        drawn_texts=options.drawn_texts,
         keep_correction=options.keep_correction,
         samples=wanted_by(asked),
         batching=Batching(options.batch_size, options.max_new_tokens),
@@ -190,11 +194,14 @@ def _check_calibration(options: ScanOptions) -> None:
     why = {
         "tune": TUNES,
         "calibration_samples": "says what nf4-calibrated fits codes to",
+        "drawn_texts": DRAWS,
         "keep_correction": "is of what nf4-calibrated leaves",
     }
     for name in why:
-        if getattr(options, name) is not None:
+        if getattr(options, name) != ScanOptions.__dataclass_fields__[name].default:
             check_calibrated(flag_of(name), why[name], options.format)
+    if options.drawn_texts < 0:
+        raise QprobeError(f"--drawn-texts {options.drawn_texts} is no number of texts. Pass 0 or more.")
     rank = options.keep_correction
     if rank is not None and not 1 <= rank <= MOST_RANK:
         raise QprobeError(f"--keep-correction {rank} is no rank of factors. Pass 1 to {MOST_RANK}.")

@@ -12,13 +12,14 @@ from qprobe.checkpoint.plan import planned_skeleton
 from qprobe.data.sampling import SCAN_SAMPLES
 from qprobe.errors import QprobeError
 from qprobe.formats.protocol import format_from
+from qprobe.inputs.drawing import refuse_undrawable
 from qprobe.loading.device import pick_device
 from qprobe.loading.skeleton import Skeleton
 from qprobe.measure.attribution import path_dtype
 from qprobe.measure.memory import LIBRARIES_BYTES, free_memory
 from qprobe.options import PlanScanOptions, flag_of, takes
 from qprobe.records import FormatSpec
-from qprobe.scanning.asked.request import TUNES, check_calibrated
+from qprobe.scanning.asked.request import DRAWS, TUNES, check_calibrated
 from qprobe.scanning.planning.limit import GIB, USED
 from qprobe.scanning.planning.memory import BatchShape, device_need
 from qprobe.scanning.planning.seconds import Rates, Work, measured_rates, seconds_of
@@ -70,9 +71,10 @@ class ScanPlan:
 def plan_scan(options: PlanScanOptions) -> ScanPlan:
     """What a scan of `model` takes here, told from its config and a moment of products on the device.
 
-    model, device, format, tune, max_memory, samples, batch_size, experts, dtype, trust_remote_code: as of
-    `qprobe.scan`. tokens: of a sample, its answer and the image tokens that stand among them included.
-    answer_tokens: of them, at most all. tiles: image tiles of a sample, of the config's image size each.
+    model, device, format, tune, drawn_texts, max_memory, samples, batch_size, experts, dtype,
+    trust_remote_code: as of `qprobe.scan`. tokens: of a sample, its answer and the image tokens that stand
+    among them included. answer_tokens: of them, at most all. tiles: image tiles of a sample, of the config's
+    image size each.
     Raises ModelError for a model that cannot be had or built, MachineError for a device that is not here,
     BudgetError for a size that cannot be read, QprobeError for numbers that no scan can be made of.
     """
@@ -86,18 +88,30 @@ def plan_scan(options: PlanScanOptions) -> ScanPlan:
     limit = None if options.max_memory is None else parse_size(str(options.max_memory))
     here = Here(place, free_memory(place), limit, measured_rates(place, path_dtype(skeleton.model)))
     count = SCAN_SAMPLES["given"] if options.samples is None else options.samples
-    return plan_of(skeleton, fmt, shape, count, options.tune, here)
+    return plan_of(skeleton, fmt, shape, Counts(count, options.tune, options.drawn_texts), here)
 
 
 def _check(options: PlanScanOptions) -> None:
     """Raises QprobeError for numbers that no scan can be made of, and for `tune` of another format."""
-    least = {"samples": 1, "batch_size": 1, "tokens": 1, "answer_tokens": 1, "tiles": 0, "tune": 0}
+    least = dict.fromkeys(("samples", "batch_size", "tokens", "answer_tokens"), 1)
+    least |= dict.fromkeys(("tiles", "tune", "drawn_texts"), 0)
     for name, smallest in least.items():
         given = getattr(options, name)
         if given is not None and given < smallest:
             raise QprobeError(f"{flag_of(name)} {given} makes no scan. Pass {smallest} or more.")
     if options.tune is not None:
         check_calibrated("--tune", TUNES, options.format)
+    if options.drawn_texts:
+        check_calibrated("--drawn-texts", DRAWS, options.format)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of samples, of steps of tuning (None for what suits), and of texts that the model draws."""
+
+    samples: int
+    tune: int | None = None
+    drawn_texts: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,22 +124,23 @@ class Here:
     rates: Rates
 
 
-def plan_of(
-    skeleton: Skeleton, fmt: FormatSpec, shape: BatchShape, count: int, asked_tune: int | None, here: Here
-) -> ScanPlan:
-    """`plan_scan` of `count` samples in batches of `shape`. asked_tune: steps, None for what suits."""
+def plan_of(skeleton: Skeleton, fmt: FormatSpec, shape: BatchShape, counts: Counts, here: Here) -> ScanPlan:
+    """`plan_scan` of a scan in batches of `shape`."""
+    if counts.drawn_texts and skeleton.is_buildable:
+        refuse_undrawable(skeleton.model)
     layers = list(skeleton.inventory(fmt).layers)
     need, is_cuda = device_need(skeleton, fmt, shape), here.device.type == "cuda"
     needed = need.total + (0 if is_cuda else PROCESS_BYTES + LIBRARIES_BYTES)
     allowed = int(USED * here.free) if here.limit is None else here.limit
     is_streamed = here.limit is not None or needed > allowed
+    count = counts.samples
     held_out, tune = count // 3, None
     if fmt.is_calibrated:
         suits = default_steps(here.device, path_dtype(skeleton.model))
-        tune = suits if asked_tune is None else asked_tune
+        tune = suits if counts.tune is None else counts.tune
     stored = sum(p.numel() * p.itemsize for p in skeleton.model.parameters())
     four_bit = sum(format_from(fmt).held_bytes(x.stored_shape) for x in layers)
-    work = Work(count - held_out, held_out, shape, tune, stored, four_bit, is_streamed)
+    work = Work(count - held_out, held_out, shape, tune, stored, four_bit, is_streamed, counts.drawn_texts)
     found = seconds_of(skeleton.model, layers, work, here.rates, is_cuda)
     on_host = stored + four_bit if is_streamed else stored
     return ScanPlan(
@@ -144,7 +159,8 @@ def plan_of(
         disk_bytes=_disk_bytes(len(layers), count, four_bit if fmt.is_calibrated else 0),
         rates=here.rates,
         notes=(
-            *_notes(needed, allowed, tune, is_streamed, any(x.experts for x in layers)),
+            *_notes(needed, allowed, is_streamed, any(x.experts for x in layers)),
+            *_untried(tune, counts.drawn_texts),
             *_quantized_note(skeleton),
         ),
     )
@@ -155,7 +171,7 @@ def _disk_bytes(layers: int, samples: int, codes: int) -> int:
     return REPORT_BYTES + samples * SAMPLE_BYTES + layers * samples * ROW_BYTES + 2 * codes
 
 
-def _notes(needed: int, allowed: int, tune: int | None, streamed: bool, experts: bool) -> tuple[str, ...]:
+def _notes(needed: int, allowed: int, streamed: bool, experts: bool) -> tuple[str, ...]:
     notes = [
         "Seconds were within a fifth of what full-size scans took, device memory within a twentieth "
         "(reports/full-size); the first scan of a machine reads its libraries from the disk, and generating "
@@ -168,11 +184,17 @@ def _notes(needed: int, allowed: int, tune: int | None, streamed: bool, experts:
             f"and are copied when a layer runs, within {size}; the least that will do is "
             "known once the model is loaded."
         )
-    if tune:
-        notes.append(f"Of tuning ({counted(tune, 'step')}) there is no full-size figure to compare with.")
     if experts:
         notes.append("Scans of fused experts take longer than this; one of 30B took 1.6 times as long.")
     return tuple(notes)
+
+
+def _untried(tune: int | None, drawn_texts: int) -> tuple[str, ...]:
+    """A sentence on what no full-size scan was measured with."""
+    tuning = [f"tuning ({counted(tune, 'step')})"] if tune else []
+    drawing = [f"drawing {counted(drawn_texts, 'text')}"] if drawn_texts else []
+    what = " and ".join([*tuning, *drawing])
+    return (f"Of {what} there is no full-size figure to compare with.",) if what else ()
 
 
 def _quantized_note(skeleton: Skeleton) -> tuple[str, ...]:

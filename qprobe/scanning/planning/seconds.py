@@ -15,8 +15,10 @@ from math import ceil, prod
 import torch
 from torch import nn
 
+from qprobe.inputs.drawing import TOKENS
 from qprobe.models.family import CROSS, VISION
 from qprobe.records import Linear
+from qprobe.scanning.drawn import AT_ONCE
 from qprobe.scanning.planning.memory import BatchShape, blocks_of, chosen_experts
 
 EFFICIENCY = 0.4  # of the speed of large products: a bare forward of 32 images of an 11B in 2.62 s on an H200
@@ -30,6 +32,7 @@ TRIED = 3  # bare forwards of a batch that prepare runs
 GATHER = 12  # bare forwards of a calibration sample: weights of tokens, the decision on them, one walk
 ROUND, DECIDE = 0.06, 0.25  # of the speed of float32 products; of all layers, rounded twice for the decision
 WRITE = 0.28e9  # bytes/s of codes written, joined, hashed and read back
+STEP = 4  # launches of a linear that a step of drawing takes as long as, by what answers take
 TUNE = 5  # bare forwards of a batch of a step
 LOCK = 1.3e9  # bytes/s of host memory that is page-locked
 LONG_ENOUGH_S, LARGEST = 0.01, 8192  # of a product that is timed, and of its matrices
@@ -51,7 +54,7 @@ class Rates:
 @dataclass(frozen=True)
 class Work:
     """What a scan runs. calibration, held_out: samples. shape: of a batch. tune: steps; None where codes are
-    not calibrated. streamed_bytes: 16-bit weights that wait on the host; four_bit_bytes: of their other form.
+    not calibrated. stored_bytes: of 16-bit weights; four_bit_bytes: of their other form.
     """
 
     calibration: int
@@ -61,6 +64,7 @@ class Work:
     stored_bytes: int
     four_bit_bytes: int
     is_streamed: bool
+    drawn_texts: int = 0
 
     @property
     def batches(self) -> int:
@@ -86,6 +90,7 @@ def seconds_of(
         fitting = GATHER * each * work.calibration
         found["calibrate"] = (1 + DECIDE) * rounding + fitting + work.four_bit_bytes / WRITE
         found["calibrate"] += work.tune * TUNE * bare
+        found["calibrate"] += _drawing_s(model, layers, work, rates)
     found["measure"] = once * FIRST_S + MEASURE * each * work.calibration
     lists = LISTS + (2 if work.tune is not None else 0)
     found["choose"] = (lists * LIST + 1) * each * work.held_out
@@ -94,6 +99,15 @@ def seconds_of(
         found["weights"] += (work.stored_bytes + work.four_bit_bytes) / LOCK
         found["measure"] += COPIED * work.stored_bytes * work.batches / rates.copies
     return found
+
+
+def _drawing_s(model: nn.Module, layers: list[Linear], work: Work, rates: Rates) -> float:
+    """Seconds of drawing texts and of fitting codes to them, as to calibration samples."""
+    each = flops_of(model, layers, BatchShape(1, TOKENS, TOKENS)) / (EFFICIENCY * rates.products)
+    step = STEP * LAYER_S * len(layers)
+    if work.is_streamed and rates.copies is not None:
+        step += work.stored_bytes / rates.copies
+    return ceil(work.drawn_texts / AT_ONCE) * TOKENS * step + (1 + GATHER) * each * work.drawn_texts
 
 
 def flops_of(model: nn.Module, layers: Iterable[Linear], shape: BatchShape) -> float:

@@ -17,7 +17,7 @@ from qprobe.calibration.damage import split_samples
 from qprobe.calibration.gptq import metric_of, shrunk
 from qprobe.calibration.gram import Gathering, SharedInput, gathered, shared_inputs
 from qprobe.calibration.token_weights import token_weights
-from qprobe.calibration.tuning import tune
+from qprobe.calibration.tuning import Given, tune
 from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import Batch
@@ -162,7 +162,7 @@ def base_weights(task: Task, asked: Asked, given: Prepared) -> dict[str, Tensor]
             [subject.encode(x) for x in subject.groups(tuple(part), 8)]
             for part in split_samples(task.calibration)
         )
-        found = tune(subject, found, training, kept_back, TUNE_STEPS, Nf4()).stored
+        found = tune(subject, found, Given(training, kept_back), TUNE_STEPS, Nf4()).stored
     return {name: x.packed().unpack() for name, x in found.items()}
 
 

@@ -22,8 +22,8 @@ from tests.scanning.resume.runs import options, table
 # What decides the units, so that a folder of other ones is refused, or only where and how the work is done.
 IN_THE_SPECIFICATION = {
     "model", "images", "data", "prompt", "samples", "format", "device", "dtype", "seed", "batch_size",
-    "max_new_tokens", "measures", "nodes", "tune", "calibration_samples", "turns", "split", "bad_data",
-    "allow_downloads", "experts",
+    "max_new_tokens", "measures", "nodes", "tune", "calibration_samples", "drawn_texts", "turns", "split",
+    "bad_data", "allow_downloads", "experts",
 }  # fmt: skip
 NO_PART = {"out", "check", "max_memory", "keep_correction", "trust_remote_code", "processor", "progress"}
 

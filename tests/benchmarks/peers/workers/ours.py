@@ -11,7 +11,7 @@ from torch import Tensor
 from qprobe.calibration.damage import split_samples
 from qprobe.calibration.gram import shared_inputs
 from qprobe.calibration.token_weights import token_weights
-from qprobe.calibration.tuning import tune
+from qprobe.calibration.tuning import Given, tune
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import Batch
 from qprobe.measure.attribution import walking
@@ -103,7 +103,7 @@ def main() -> None:
         found = calibrated(subject, batches)
         if job.options["kind"] == "tuned":
             training, kept_back = (batches_of(subject, part) for part in split_samples(samples))
-            found = dict(tune(subject, found, training, kept_back, job.options["tune"], Nf4()).stored)
+            found = dict(tune(subject, found, Given(training, kept_back), job.options["tune"], Nf4()).stored)
     put(subject, found)
     hand_back_with_lists(job, subject, job.options["name"], batches, cost)
 
