@@ -18,6 +18,7 @@ from qprobe.checkpoint.hub import MANIFEST_FILE, fetched, manifest_in
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
 from qprobe.checkpoint.starts.attached import AskedAdapter, check_asked, with_adapter
+from qprobe.checkpoint.starts.balanced import balance
 from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import ExpectedLayer, expected_layer, expected_layers, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
@@ -100,7 +101,9 @@ def load_dynamic_4bit(
     else:
         loaded, processor = _packed(packed, written, model, place, dtype)
     if asked is not None:
-        return with_adapter(ready_for_training(loaded), asked, written, beside)[0], processor
+        tuned, _ = with_adapter(ready_for_training(loaded), asked, written, beside)
+        balance(tuned)
+        return tuned, processor
     return (ready_for_training(loaded) if for_training else loaded), processor
 
 

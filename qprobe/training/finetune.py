@@ -17,6 +17,7 @@ from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import kept_whole, ready_for_training
 from qprobe.checkpoint.starts.attached import save_adapter, with_adapter
+from qprobe.checkpoint.starts.balanced import balance
 from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
 from qprobe.errors import ModelError
 from qprobe.inputs.decoder import layout_of
@@ -151,6 +152,7 @@ def _finetune(asked: Training, skeleton: Skeleton, lines: Lines) -> Finetuned:
     lessons = _lessons(asked, skeleton, lines) if asked.options.distill and is_new else []
     tuned, processor, left_out = _with_adapters(asked, skeleton)
     distilled = _distilled(asked, tuned, lessons)
+    balance(tuned)  # after distilling, which gains by learning fast: lines kept back say where it stops
     begun = Record(
         "running",
         manifest.model.fingerprint,

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qprobe.calibration import correction
+from qprobe.calibration.gptq import metric_of
 from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.checkpoint.starts.balanced import SQUARED_ROW, balanced
 from qprobe.checkpoint.starts.corrected import correction_of, start_corrected
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.formats.codes_file import FILE_NAME, sha256_of, write_codes
@@ -86,6 +88,55 @@ def test_the_adapter_starts_at_the_kept_factors(rank: int, run: Path, tiny_folde
         assert not tuned.get_base_model().get_submodule(name).get_delta_weight("default").any()
 
 
+@pytest.mark.parametrize(("rank", "kept"), [(4, 4), (4, 2), (8, 8)])
+def test_balanced_factors_have_the_same_product_and_the_sizes_of_a_fresh_adapter(rank: int, kept: int):
+    torch.manual_seed(0)
+    sizes = torch.logspace(2, -2, rank)[:, None] * (torch.arange(rank) < kept)[:, None]
+    a, b = 1e-3 * sizes * torch.randn(rank, 64), 10 * torch.randn(48, rank)
+    left, right = balanced(b, a)
+    torch.testing.assert_close(left @ right, b @ a, rtol=1e-5, atol=1e-5 * float((b @ a).abs().max()))
+    torch.testing.assert_close(right @ right.T, torch.eye(rank) / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fresh_adapter_of_peft_has_rows_of_the_length_that_is_taken():
+    import peft
+
+    torch.manual_seed(0)
+    plain: Any = torch.nn.Sequential(torch.nn.Linear(64, 48))
+    tuned: Any = peft.get_peft_model(plain, peft.LoraConfig(r=1024, target_modules="0"))
+    drawn = tuned.base_model.model[0].lora_A["default"].weight.detach()
+    assert float(drawn.square().sum(1).mean()) == pytest.approx(SQUARED_ROW, rel=0.03)
+
+
+def test_more_directions_than_inputs_stay_as_they_are():
+    left, right = torch.randn(5, 4), torch.randn(4, 3)
+    assert balanced(left, right) == (left, right)
+
+
+def test_a_step_moves_a_corrected_adapter_as_far_as_one_that_begins_at_zero():
+    # The factors of the decomposition carry the sizes of inputs and the number of tokens: a step moves their
+    # product many times as far.
+    torch.manual_seed(0)
+    inputs, rank = 4 * torch.randn(16384, 64), 8
+    error = 3e-3 * torch.randn(48, 64)
+    metric = metric_of(inputs.T @ inputs)
+    assert metric is not None
+    left, right = correction.best_correction(error, metric, rank)
+    drawn = torch.nn.init.kaiming_uniform_(torch.empty(rank, 64), a=5**0.5)
+    moved = [one_step(*x) for x in ((torch.zeros(48, rank), drawn), balanced(left, right), (left, right))]
+    assert 0.7 < moved[1] / moved[0] < 1.4 and moved[2] > 5 * moved[0]
+
+
+def one_step(left: torch.Tensor, right: torch.Tensor) -> float:
+    """How far a step of Adam moves the product, down a gradient that has no direction of its own."""
+    factors = [x.clone().requires_grad_() for x in (left, right)]
+    gradient = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.Adam(factors, lr=2e-4)
+    ((factors[0] @ factors[1]) * gradient).sum().backward()
+    optimizer.step()
+    return float((factors[0] @ factors[1] - left @ right).detach().norm())
+
+
 @pytest.fixture
 def loaded(run: Path, tiny_folder: Any) -> Callable[..., tuple[Any, Any]]:
     return partial(load_dynamic_4bit, run / "skiplist.json", str(tiny_folder("llama")), "cpu")
@@ -109,6 +160,8 @@ def test_the_loader_attaches_the_adapter_that_was_asked_for(run: Path, loaded: C
         )
         assert torch.allclose(added, kept[f"{name}.left"] @ kept[f"{name}.right"], rtol=1e-5, atol=1e-5)
         assert added.any() and not nothing.any()
+        a = corrected.get_base_model().get_submodule(name).lora_A["default"].weight
+        torch.testing.assert_close(a @ a.T, torch.eye(4) / 3, rtol=1e-5, atol=1e-6)
     plain, _ = loaded()
     assert not hasattr(plain, "peft_config") and not any(p.requires_grad for p in plain.parameters())
 

@@ -56,7 +56,8 @@ def check_asked(asked: AskedAdapter, manifest: Manifest, folder: Path) -> None:
 def with_adapter(model: Any, asked: AskedAdapter, manifest: Manifest, folder: Path) -> tuple[Any, Adapted]:
     """(peft model at its start, the linears that it adapts and those that have to do without).
 
-    model: of `manifest`, which lies in `folder`, ready for training. torch's generator draws lora_A.
+    model: of `manifest`, which lies in `folder`, ready for training. torch's generator draws lora_A. Before
+    the first step `balance` has to follow.
     """
     peft = peft_library()
     targets = adapted_linears(model, asked.adapt, asked.for_tool)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qprobe.calibration.correction import FILE_NAME
 from qprobe.checkpoint.ready import is_four_bit
+from qprobe.checkpoint.starts.balanced import adapters_of
 from qprobe.errors import ManifestError, RunError
 from qprobe.formats.codes_file import sha256_of
 from qprobe.manifest.records import Manifest
@@ -67,7 +68,7 @@ def start_corrected(tuned: Any, factors: Factors) -> tuple[str, ...]:
     has the whole adapter of a layer in 16-bit, of which nothing is missing.
     """
     started = []
-    for name, layer in _adapters(tuned).items():
+    for name, layer in adapters_of(tuned).items():
         if name not in factors.layers or not is_four_bit(layer.get_base_layer()):
             continue
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -77,9 +78,3 @@ def start_corrected(tuned: Any, factors: Factors) -> tuple[str, ...]:
         b.data[:, : left.shape[1]] = (left / scaling).to(b)
         started.append(name)
     return tuple(started)
-
-
-def _adapters(tuned: Any) -> Mapping[str, Any]:
-    """By module name of the base, the layers with a LoRA adapter."""
-    base = tuned.get_base_model()
-    return {name: x for name, x in base.named_modules() if hasattr(x, "lora_A")}

@@ -7,7 +7,8 @@ Bases: codes and scales `calibrated` (untuned), all layers in 4-bit; the same `t
 `nf4`; and `dynamic`, the list of `qprobe scan` at +10 % on that. Starts, at rank 16 on the linears that
 `finetune` adapts: `zero`; `loftq`, the decomposition of W - W-hat of peft's replace_lora_weights_loftq;
 `corrected`, the closed form of `qprobe.calibration.correction` with the Gram matrices that calibration
-gathers; `distilled`, that after --distill steps of `qprobe.training.distilled`.
+gathers; `distilled`, that after --distill steps of `qprobe.training.distilled`. The last two train from
+balanced factors of the same product, as `finetune` does.
 
 The KL is to the 16-bit model in nats per answer token on held-out samples, before the first step. Training
 is that of `finetune` (AdamW, 2e-4, batches of 4), on the weights that the 4-bit codes read as, which is what

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qprobe.checkpoint.ready import adapted_linears
+from qprobe.checkpoint.starts.balanced import balanced
 from qprobe.options import DEFAULT_ADAPT
 from qprobe.records import Sample
 from qprobe.training.distilled import by_line, distil, lessons_of
@@ -33,6 +34,7 @@ from tests.benchmarks.starts.lanes import Adapter, Lanes, loftq_start, train, wi
 from tests.emulation import compute_bf16_by_float32
 
 STARTS = ("zero", "loftq", "corrected", "distilled")
+BALANCED = ("corrected", "distilled")  # as `finetune` does; LoftQ's factors stay as peft leaves them
 RATE, WARMUP = 2e-4, 0.05
 LOOKS = (0, 20)  # and the last step
 
@@ -106,6 +108,8 @@ def measure(asked: Asked, tell: Tell) -> Found:
     done("distilled")
     del held_out, lessons
     gc.collect()
+    for start in BALANCED:
+        products[start] = with_fresh_sizes(products[start])
     zero = dict(zip(asked.seeds, zeros, strict=True))
     for part in _parts(asked.seeds, asked.at_once):
         begins = [with_products(zero[seed], products.get(start, {})) for seed in part for start in STARTS]
@@ -115,6 +119,12 @@ def measure(asked: Asked, tell: Tell) -> Found:
                 curves[asked.seeds.index(seed)].append((step, of_lines))
             done(f"step {step} of seeds {', '.join(map(str, part))}")
     return found
+
+
+def with_fresh_sizes(adapter: Adapter) -> Adapter:
+    """`adapter` with the factors that it begins to train with."""
+    found = {name: balanced(b, a) for name, (a, b) in adapter.items()}
+    return {name: (right, left) for name, (left, right) in found.items()}
 
 
 def _parts(seeds: Sequence[int], at_once: int) -> list[Sequence[int]]:
