@@ -22,7 +22,6 @@ from qprobe.manifest.write import write_manifest
 from tests.checkpoint.manifests import every_third, manifest_for
 
 REPO = "somebody/tiny-dynamic"
-pytestmark = pytest.mark.slow
 
 
 class StandIn:
@@ -68,6 +67,7 @@ def there(pushed: tuple[StandIn, Any, Path], monkeypatch: pytest.MonkeyPatch) ->
     return pushed[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_pushed_whole_with_manifest_and_card_and_private(pushed: tuple[StandIn, Any, Path]):
     stand_in, done, out = pushed
     assert done.pushed == f"https://hub/{REPO}/commit/0" and done.to_json()["pushed"] == done.pushed
@@ -76,6 +76,7 @@ def test_a_checkpoint_is_pushed_whole_with_manifest_and_card_and_private(pushed:
     assert {"skiplist.json", "README.md", "config.json"} <= sent.keys() and stand_in.private == {REPO: True}
 
 
+@pytest.mark.slow
 def test_a_hub_id_loads_from_the_cache_and_is_fetched_only_if_that_is_allowed(
     pushed: tuple[StandIn, Any, Path], there: StandIn
 ):
@@ -90,6 +91,7 @@ def test_a_hub_id_loads_from_the_cache_and_is_fetched_only_if_that_is_allowed(
         assert torch.equal(model(ids).logits, wanted) and torch.equal(again(ids).logits, wanted)
 
 
+@pytest.mark.slow
 def test_audit_and_compare_take_a_hub_id_or_a_folder_with_a_manifest(
     pushed: tuple[StandIn, Any, Path], there: StandIn, tiny_folder: Any
 ):
@@ -120,3 +122,40 @@ def test_a_hub_that_refuses_leaves_the_checkpoint_and_says_where_it_is(tmp_path:
         ModelError, match=rf"cannot be written: 401: not logged in {tmp_path} holds the whole"
     ):
         hub.push(tmp_path, REPO, Refusing())
+
+
+def test_what_is_pushed_is_private_where_it_is_new_and_its_address_comes_back(tmp_path: Path):
+    there = StandIn(tmp_path / "there")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "skiplist.json").write_text("{}")
+    assert hub.push(tmp_path / "out", REPO, there) == f"https://hub/{REPO}/commit/0"
+    assert there.private == {REPO: True} and (tmp_path / "there" / REPO / "skiplist.json").is_file()
+    with pytest.raises(ModelError, match="'no-owner' is no name on the hub"):
+        hub.push(tmp_path / "out", "no-owner", there)
+
+
+def test_what_is_here_is_never_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_args, **_named: pytest.fail("fetched"))
+    (tmp_path / "somebody" / "here").mkdir(parents=True)
+    for here in ("somebody/here", "somebody/skiplist.json", str(tmp_path / "gone"), "gone"):
+        assert hub.fetched(here, allow_downloads=True) == Path(here)
+    (tmp_path / "somebody" / "here" / "skiplist.json").write_text("{}")
+    assert hub.manifest_in("somebody/here") == Path("somebody/here/skiplist.json")
+
+
+def test_files_that_cannot_be_had_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refusing(error: Exception) -> None:
+        def download(*_args: Any, **_named: Any) -> str:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    refusing(LocalEntryNotFoundError("not cached"))
+    with pytest.raises(ModelError, match=r"Pass --allow-downloads to fetch them, or check the path"):
+        hub.fetched("somebody/else")
+    with pytest.raises(ModelError, match=r"of somebody/else cannot be had: not cached Check the name"):
+        hub.fetched("somebody/else", allow_downloads=True)
+    refusing(OSError("first line\nsecond line"))
+    with pytest.raises(ModelError, match=r"cannot be had: first line Check the name"):
+        hub.fetched("somebody/else")

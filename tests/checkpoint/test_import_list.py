@@ -19,6 +19,7 @@ from qprobe.exports.lists import read_list
 from qprobe.manifest.read import manifest_from_json
 from qprobe.manifest.write import manifest_to_json
 from qprobe.models.families.mllama import UNSLOTH_LLAMA_11B
+from tests.checkpoint.manifests import inventory_of
 
 TinyFolder = Callable[[str], Path]
 
@@ -201,3 +202,18 @@ def test_files_that_cannot_be_read(tmp_path: Path, tiny_folder: TinyFolder):
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(ManifestError, match="no valid JSON"):
         import_list(tmp_path / "c.json", str(tiny_folder("llama")))
+
+
+def test_layers_have_the_bytes_of_their_precision_and_the_whole_their_sum(
+    given: Any, tiny_folder: TinyFolder
+):
+    folder = tiny_folder("llama")
+    name = "model.layers.1.mlp.up_proj"
+    manifest = import_list(given([name, "lm_head"], "5.23.0"), str(folder)).manifest
+    inventory = inventory_of(folder)
+    wanted = {
+        x.name: x.bytes_16bit if x.name in (name, "lm_head") else x.bytes_4bit for x in inventory.layers
+    }
+    assert {x.name: x.bytes for x in manifest.layers} == wanted
+    assert manifest.budget.total_bytes == inventory.other_bytes + sum(wanted.values())
+    assert manifest.budget.standard_4bit_bytes == inventory.standard_4bit_bytes
