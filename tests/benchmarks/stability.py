@@ -1,14 +1,16 @@
 """Is fine-tuning steadier on the dynamic model than on standard 4-bit, and does it follow 16-bit?
 
-    python -m tests.benchmarks.stability [--models M ...] [--seeds 0 1 2] [--steps 200] [--jobs N]
+    python -m tests.benchmarks.stability [--models M ...] [--bases B ...] [--seeds 0 1 2] [--steps 200]
+        [--jobs N]
 
 A new kind of question is learned: of a product card, everything that the model knows to say, in the reverse
-order. Each base (16-bit, standard 4-bit, dynamic) is trained by `qprobe finetune` on the same lines in the
-same order for each seed, and judged on held-out cards of the new kind and on held-out scenes of the old
-kinds, which it may forget. Manifests are those of `qprobe scan` with 64 scenes. Each run is a process of
-its own with one thread (unless OMP_NUM_THREADS says otherwise), --jobs of them side by side. A finished run
-is kept in --work and not made again under the same conditions (sources, models, machine, versions, threads);
-the report is written from what is there.
+order. Each base is trained by `qprobe finetune` on the same lines in the same order for each seed, and judged
+on held-out cards of the new kind and on held-out scenes of the old kinds, which it may forget. Bases: 16-bit;
+standard 4-bit, `nf4`; dynamic; `calibrated`, dynamic on calibrated weights; `corrected`, the same with an
+adapter that begins at the correction of these weights. Manifests are those of `qprobe scan` with 64 scenes.
+Each run is a process of its own with one thread (unless OMP_NUM_THREADS says otherwise), --jobs of them side
+by side. A finished run is kept in --work and not made again under the same conditions (sources, models,
+machine, versions, threads); the report is written from what is there.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import qprobe
+from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.folder import demo_folder
 from qprobe.demo.outliers import outliers_folder
 from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
-from qprobe.options import Base
+from qprobe.options import Base, Start
 from qprobe.records import Sample, asked
 from qprobe.scanning.scan import scan
 from qprobe.system.files import write_atomic
@@ -44,10 +47,27 @@ from qprobe.training.origin import load_finetuned
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.stability_report import write_report
 
-BASES: tuple[Base, ...] = ("16-bit", "nf4", "dynamic")
+
+@dataclass(frozen=True)
+class Trained:
+    """What a line of the study trains. calibrated: on the manifest of a scan with calibrated weights."""
+
+    base: Base
+    calibrated: bool = False
+    start: Start = "zero"
+
+
+BASES: Mapping[str, Trained] = {
+    "16-bit": Trained("16-bit"),
+    "nf4": Trained("nf4"),
+    "dynamic": Trained("dynamic"),
+    "calibrated": Trained("dynamic", calibrated=True),
+    "corrected": Trained("dynamic", calibrated=True, start="corrected"),
+}
 MODELS = ("demo-outliers", "demo")
 LINES, JUDGED = 240, 48
 PROMPT = "List what you see, the last thing first."
+RANK = 16
 BATCH = 4  # at once, in place of four batches of one line: the same step for less time on a CPU
 
 
@@ -75,15 +95,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """One run to make; device: None for the best there is."""
+    """One run to make. base: a name in `BASES`; device: None for the best there is."""
 
     model: str
-    base: Base
+    base: str
     seed: int
     steps: int
     work: Path
     device: str | None
     key: str
+
+    @property
+    def trained(self) -> Trained:
+        return BASES[self.base]
 
     @property
     def name(self) -> str:
@@ -152,9 +176,11 @@ def write_data(work: Path, key: str) -> tuple[Path, Path]:
 
 def make_manifest(run: Run) -> Path:
     """The manifest of a small scan of the model of `run`, made once for its conditions."""
-    folder = run.work / "scans" / f"{run.model}-{run.key}"
+    calibrated = run.trained.calibrated
+    folder = run.work / "scans" / f"{run.model}-{'calibrated-' if calibrated else ''}{run.key}"
     if not (folder / "skiplist.json").is_file():
-        scan(run.model, samples=64, out=folder, device=run.device)
+        more = {"format": "nf4-calibrated", "keep_correction": RANK} if calibrated else {}
+        scan(run.model, samples=64, out=folder, device=run.device, **more)
     return folder / "skiplist.json"
 
 
@@ -162,6 +188,13 @@ def judge(model: Any, processor: Any, old: Sequence[Sample], new: Sequence[Sampl
     """Shares of facts stated right: (of the new kind, of the old kinds)."""
     answers = [greedy_answers(model, processor, x, batch=JUDGED) for x in (new, old)]
     return score(new, answers[0]).share, score(old, answers[1]).share
+
+
+def at_start(run: Run, manifest: Path) -> tuple[Any, Any]:
+    """(model, processor) before the first step."""
+    if run.trained.start == "zero":  # an adapter that adds nothing
+        return load_base(manifest, run.trained.base, run.model, run.device)
+    return load_dynamic_4bit(manifest, run.model, run.device, start=run.trained.start, rank=RANK)
 
 
 def kept_outcome(run: Run) -> Outcome | None:
@@ -180,12 +213,14 @@ def make(run: Run) -> Outcome:
     manifest = make_manifest(run)
     train, held_out = write_data(run.work, run.key)
     new, old = reversed_questions(JUDGED, HELD_OUT_SEED + 77), scenes(JUDGED, HELD_OUT_SEED + 78)
-    before = judge(*load_base(manifest, run.base, run.model, run.device), old, new)
+    trained = run.trained
+    before = judge(*at_start(run, manifest), old, new)
     out = run.work / "adapters" / run.name
     shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it was judged
     done = finetune(
-        manifest, data=train, out=out, base=run.base, model=run.model, device=run.device, eval_data=held_out,
-        steps=run.steps, batch_size=BATCH, accumulation=1, seed=run.seed, save_every=run.steps,
+        manifest, data=train, out=out, base=trained.base, start=trained.start, rank=RANK, model=run.model,
+        device=run.device, eval_data=held_out, steps=run.steps, batch_size=BATCH, accumulation=1,
+        seed=run.seed, save_every=run.steps,
     )  # fmt: skip
     after = judge(*load_finetuned(out, run.model, run.device), old, new)
     assert done.eval_loss is not None and done.eval_loss_before is not None
@@ -207,7 +242,7 @@ def make_all(runs: Sequence[Run], jobs: int, out: Path) -> list[str]:
     # Spawned, each for one run: a thread count is read when torch is imported, and CUDA bears no fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
-        needed = {run.model: run for run in missing}.values()
+        needed = {(run.model, run.trained.calibrated): run for run in missing}.values()
         for scanned in [pool.submit(make_manifest, x) for x in needed]:
             scanned.result()
         futures = {pool.submit(make, run): run for run in missing}
@@ -229,8 +264,8 @@ def line_of(x: Outcome) -> str:
     """One outcome as a line of the log."""
     last = statistics.fmean(loss for _, loss in x.losses[-20:])
     return (
-        f"{x.model:14} {x.base:8} seed {x.seed}: loss {last:.4f} held out {x.eval_loss:.4f}; facts right new "
-        f"{x.new_before:.3f} -> {x.new_after:.3f}, old {x.old_before:.3f} -> {x.old_after:.3f}; "
+        f"{x.model:14} {x.base:10} seed {x.seed}: loss {last:.4f} held out {x.eval_loss:.4f}; facts right "
+        f"new {x.new_before:.3f} -> {x.new_after:.3f}, old {x.old_before:.3f} -> {x.old_after:.3f}; "
         f"{x.seconds:.0f} s"
     )
 
@@ -239,6 +274,7 @@ def main() -> None:
     """Run what is missing and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=1)
@@ -256,7 +292,7 @@ def main() -> None:
         Run(model, base, seed, options.steps, options.work, options.device, key)
         for model in options.models
         for seed in options.seeds
-        for base in BASES
+        for base in options.bases
     ]
     sys.exit(1 if make_all(runs, options.jobs, options.out) else 0)
 

@@ -8,8 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-BASES = ("16-bit", "nf4", "dynamic")
-COLOURS = {"16-bit": "#444444", "nf4": "#d55e00", "dynamic": "#0072b2"}
+COLOURS = {  # by base, in the order of the table
+    "16-bit": "#444444",
+    "nf4": "#d55e00",
+    "dynamic": "#0072b2",
+    "calibrated": "#009e73",
+    "corrected": "#cc79a7",
+}
 TAIL = 50  # steps at the end in which a run should have come to rest
 WINDOW = 10  # steps that one point of the picture averages
 Rows = list[dict[str, Any]]
@@ -76,7 +81,7 @@ def _table(outcomes: Rows, model: str) -> str:
         f"| base | seeds | {' | '.join(columns)} | off 16-bit | off 16-bit, last {TAIL} steps |",
         "|---" * (len(columns) + 4) + "|",
     ]
-    for base in BASES:
+    for base in COLOURS:
         rows = [x for x in mine if x["base"] == base]
         if not rows:
             continue
@@ -97,7 +102,7 @@ def draw(outcomes: Rows, models: Sequence[str], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
-        for base in BASES:
+        for base in COLOURS:
             curves = [_smooth(x["losses"]) for x in outcomes if x["model"] == model and x["base"] == base]
             if not curves:
                 continue

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.stability import Outcome, Run, conditions, files_key, kept_outcome, key_of
-from tests.benchmarks.stability_report import off_16bit, spread, unrest, write_report
+from tests.benchmarks.stability import BASES, Outcome, Run, conditions, files_key, kept_outcome, key_of
+from tests.benchmarks.stability_report import COLOURS, off_16bit, spread, unrest, write_report
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +47,10 @@ def test_outcomes_of_other_conditions_are_not_taken(monkeypatch: pytest.MonkeyPa
     assert files_key(tmp_path.glob("*")) != before
 
 
+def test_every_base_has_a_colour_and_so_a_row():
+    assert list(BASES) == list(COLOURS)
+
+
 def test_distance_to_16bit_is_over_the_steps_asked_for():
     mine, reference = (asdict(outcome("nf4", 0, x)) for x in ([5.0, 3.0], [1.0, 0.0]))
     assert off_16bit(mine, reference) == math.sqrt((16 + 9) / 2)
@@ -70,9 +74,12 @@ def test_the_report_pairs_seeds_and_says_what_it_was_made_with(tmp_path: Path):
         outcome("16-bit", 0, [4.0, 2.0]),
         outcome("nf4", 0, [6.0, 4.0]),
         outcome("nf4", 1, [50.0, 40.0]),
+        outcome("corrected", 0, [5.0, 3.0]),
     ]
     write_report([asdict(x) for x in made], tmp_path)
     text = (tmp_path / "stability.md").read_text()
     row = next(x for x in text.splitlines() if x.startswith("| nf4 |"))
     assert row.split(" | ")[1] == "2" and row.endswith("| 2 | 2 |")
+    row = next(x for x in text.splitlines() if x.startswith("| corrected |"))
+    assert row.endswith("| 1 | 1 |")
     assert "a CPU, torch 1" in text and (tmp_path / "losses.png").stat().st_size > 1000
