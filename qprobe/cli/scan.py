@@ -15,7 +15,7 @@ from qprobe.cli.options.samples import data_help, metric_option, refuse_two_sour
 from qprobe.cli.output.speaking import say
 from qprobe.options import DEFAULT_BUDGET, ScanOptions
 from qprobe.registry import measures, precisions
-from qprobe.system.wording import counted
+from qprobe.system.wording import counted, lasting
 
 if TYPE_CHECKING:
     from qprobe.scanning.run import Run
@@ -189,7 +189,7 @@ def _show(run: Run, asked: Mapping[str, Any]) -> None:
     from qprobe.report.terminal import paragraphs, readable_bytes, terminal_width
 
     result, width = run.result, terminal_width()
-    stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    stages = "  ".join(f"{stage} {lasting(seconds)}" for stage, seconds in result.seconds.items())
     peak = f"  (peak memory {readable_bytes(result.peak_bytes)})" if result.peak_bytes else ""
     say(f"{counted(result.layers, 'linear layer')}, {counted(result.samples, 'sample')}")
     say(f"{stages}{peak}\n")

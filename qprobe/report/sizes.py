@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qprobe.report.terminal import paragraphs, text_table
-from qprobe.system.wording import counted, shortened
+from qprobe.system.wording import counted, lasting, shortened
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _SHOWN_OUTSIDE = 12  # lines; what is left is summed up in one more
@@ -99,8 +99,8 @@ def scan_text(scan: Mapping[str, Any], width: int) -> str:
         f"{batch['tokens']:,} tokens and {batch['vision_rows']:,} image patches, "
         f"batch {batch['samples']}, {scan['format']}, on {scan['device']}."
     )
-    stages = [[name, f"{seconds:,.1f}"] for name, seconds in scan["seconds"].items()]
-    stages.append(["all", f"{scan['total_seconds']:,.1f}"])
+    stages = [[name, lasting(seconds)] for name, seconds in scan["seconds"].items()]
+    stages.append(["all", lasting(scan["total_seconds"])])
     needed = "with all weights there" if scan["is_streamed"] else "of which are free"
     beside = scan["needed_bytes"] if scan["is_streamed"] else scan["free_bytes"]
     memory = [["device, at its peak", _gib(scan["device_bytes"])], [f"  {needed}", _gib(beside)]]
@@ -111,7 +111,7 @@ def scan_text(scan: Mapping[str, Any], width: int) -> str:
     return "\n\n".join(
         [
             paragraphs([heading], width, mark=""),
-            text_table(["stage", "seconds"], stages, frozenset({0})),
+            text_table(["stage", "time"], stages, frozenset({0})),
             text_table(["memory", "GiB"], memory, frozenset({0})),
             paragraphs([rate, *scan["notes"]], width),
         ]

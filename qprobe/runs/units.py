@@ -50,6 +50,9 @@ _GIVEN = ("answer_tokens", "n")
 """Columns of counts that samples and weights decide, whatever is computed of them."""
 
 
+_PEAK_KIND = "peak_kind"
+
+
 class DamagedUnitError(RunError):
     """A unit file is not whole."""
 
@@ -193,13 +196,14 @@ def rows_of(folder: Path, stage: str, tables: Iterable[pa.Table]) -> pd.DataFram
 def largest_difference(one: pa.Table, other: pa.Table) -> float:
     """How far two units of one stage are from each other, as a share of the largest value of the column.
 
-    Of counts those in `_GIVEN` alone are compared: positions of peaks differ from run to run. Infinite where
-    they, texts, rows or nulls differ, or which values are non-finite.
+    Of counts those in `_GIVEN` alone are compared: where a peak was differs from run to run, see
+    `moved_peaks`. Infinite where they, names, rows or nulls differ, or which values are non-finite.
     """
     most = 0.0
     for name in one.column_names:
         a, b = one[name], other[name]
-        if (pa.types.is_string(a.type) or name in _GIVEN) and not a.equals(b):
+        is_given = name in _GIVEN or (pa.types.is_string(a.type) and name != _PEAK_KIND)
+        if is_given and not a.equals(b):
             return math.inf
         if pa.types.is_floating(a.type):
             if len(a) != len(b) or not a.is_null().equals(b.is_null()):
@@ -212,6 +216,14 @@ def largest_difference(one: pa.Table, other: pa.Table) -> float:
             far = np.abs(mine - others).max(initial=0.0)
             most = max(most, float(far / np.abs(mine).max(initial=0.0)) if far else 0.0)
     return most
+
+
+def moved_peaks(one: pa.Table, other: pa.Table) -> int:
+    """How many peaks are at tokens of another kind (vision, text, answer) in two units of the same rows."""
+    if _PEAK_KIND not in one.column_names:
+        return 0
+    kinds = zip(one[_PEAK_KIND].to_pylist(), other[_PEAK_KIND].to_pylist(), strict=True)
+    return sum(a != b for a, b in kinds)
 
 
 def unit_columns(stage: str) -> list[str]:

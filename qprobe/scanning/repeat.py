@@ -19,7 +19,7 @@ from qprobe.loading.spread import device_of
 from qprobe.measure.subject import Subject
 from qprobe.runs.folder import ANSWERS, RunFolder
 from qprobe.runs.key import Key, differences
-from qprobe.runs.units import largest_difference
+from qprobe.runs.units import largest_difference, moved_peaks
 from qprobe.scanning.answers import MAX_ANSWERS_BYTES
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.check import check_model
@@ -33,7 +33,7 @@ from qprobe.scanning.weights import measure_files, open_weights
 from qprobe.system.files import make_folder, write_atomic
 from qprobe.system.foreign import read_foreign
 from qprobe.system.processes import Shard
-from qprobe.system.wording import counted, named
+from qprobe.system.wording import counted, is_or_are, named
 
 UNITS = 3
 """So many units of each kind, or a few more, are measured again: the first, and others at equal distances."""
@@ -172,7 +172,9 @@ def _near(
     other = [x.name for x in found if not x.is_near]
     if other:
         _refuse(run, other, len(found), f"({told}; {TIMES} times as much, or {LEAST:.1g}, is allowed)")
-    return f"{_counted(run, first)} on {device.type}: they differ {told}."
+    moved = sum(moved_peaks(run.unit(name), table) for name, table in first.items())
+    peaks = f" {counted(moved, 'peak')} {is_or_are(moved)} at a token of another kind." if moved else ""
+    return f"{_counted(run, first)} on {device.type}: they differ {told}.{peaks}"
 
 
 def _counted(run: RunFolder, again: dict[str, pa.Table]) -> str:

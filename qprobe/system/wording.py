@@ -23,6 +23,18 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
+def lasting(seconds: float) -> str:
+    """A time in the units that tell its length: 12.3 s, 4 min 5 s, 3 h 20 min, 223 days 13 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    whole, minutes, hours = (round(seconds / unit) for unit in (1, 60, 3600))
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24:,} days {hours % 24} h"
+
+
 SAID = 600  # characters of what another library said, within a message of ours
 
 

@@ -187,7 +187,10 @@ def test_on_a_cpu_the_process_is_a_part_of_what_all_weights_would_take(flagship:
     (said,) = (note for note in cpu.notes if "All weights on the device" in note)
     assert any("within 21.6 GiB" in x for x in planned(flagship, 1, free=24 * GIB).notes)
     assert f"would take {cpu.needed_bytes / GIB:.1f} GiB" in said and "within 1 MiB" in said
-    assert "A scan here: 1 sample (0 held out)" in scan_text(cpu.to_json(), 100)
+    shown = scan_text(cpu.to_json() | {"seconds": {"load": 90.0, "tune": 19e6}, "total_seconds": 19e6}, 100)
+    assert "A scan here: 1 sample (0 held out)" in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["load", "90.0", "s"] in lines and ["all", *"219 days 22 h".split()] in lines
 
 
 @pytest.mark.slow

@@ -6,7 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qprobe.system.wording import shortened, visible
+from qprobe.system.wording import lasting, shortened, visible
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.0, "0.0 s"), (12.34, "12.3 s"), (99.94, "99.9 s"), (100.0, "1 min 40 s"), (245.4, "4 min 5 s"),
+        (3599.4, "59 min 59 s"), (3599.6, "1 h 0 min"), (3600, "1 h 0 min"), (12_000, "3 h 20 min"),
+        (2 * 86_400 - 31, "47 h 59 min"), (2 * 86_400 - 29, "2 days 0 h"), (19_315_073.6, "223 days 13 h"),
+        (1e9, "11,574 days 2 h"),
+    ],
+)  # fmt: skip
+def test_a_time_is_told_in_units_of_its_length(seconds: float, said: str):
+    assert lasting(seconds) == said
 
 
 def test_shortened_keeps_both_ends():

@@ -7,6 +7,7 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -16,7 +17,7 @@ from qprobe.runs.folder import RunFolder
 from qprobe.runs.units import encode_unit, largest_difference
 from qprobe.scanning import repeat
 from qprobe.scanning.repeat import _near
-from tests.runs.runs import make_run, rows
+from tests.runs.runs import make_run, output, rows
 from tests.scanning.asked import scan
 from tests.scanning.resume.runs import contents, options
 
@@ -83,6 +84,21 @@ def test_on_a_gpu_a_unit_may_differ_as_two_runs_do_and_not_by_more(tmp_path: Pat
     with pytest.raises(RunError, match=r"by up to 0\.001 .* now by up to 5e-05; 10 times as much"):
         near(1.004, 1.0038)
     assert "by up to 4e-07" in near(1 + 1.6e-6, 1 + 1.6e-6)  # the same kernels now, as another card
+
+
+def test_a_peak_that_moved_to_a_token_of_another_kind_is_said_and_refuses_nothing(tmp_path: Path):
+    run, name, cuda = RunFolder(make_run(tmp_path / "run")), "outputs-00000.parquet", torch.device("cuda")
+
+    def unit(**changes: Any) -> pa.Table:
+        return encode_unit("outputs", pd.DataFrame([output("a", "model.a", 1.0, 0.1, **changes)]))[1]
+
+    run.put_unit(name, b"", unit())
+    assert _near(run, {name: unit()}, {name: unit()}, cuda).endswith("two runs now by up to 0.")
+    moved = unit(peak_kind="vision")
+    assert _near(run, {name: moved}, {name: moved}, cuda).endswith(" 1 peak is at a token of another kind.")
+    with pytest.raises(RunError, match="are not the recorded ones"):
+        higher = {name: unit(peak_kind="vision", activation_peak=1.5)}
+        _near(run, higher, higher, cuda)
 
 
 def test_an_infinite_sum_hides_no_difference_beside_it():
