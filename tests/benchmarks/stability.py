@@ -4,13 +4,13 @@
         [--jobs N]
 
 A new kind of question is learned: of a product card, everything that the model knows to say, in the reverse
-order. Each base is trained by `qprobe finetune` on the same lines in the same order for each seed, and judged
-on held-out cards of the new kind and on held-out scenes of the old kinds, which it may forget. Bases: 16-bit;
+order. A model is `demo`, `demo-outliers` or a folder of `tests.benchmarks.backbone`. Each base is trained by
+`qprobe finetune` on the same lines in the same order for each seed, and judged on held-out cards of the new kind and on held-out scenes of the old kinds, which it may forget. Bases: 16-bit;
 standard 4-bit, `nf4`; dynamic; `calibrated`, dynamic on calibrated weights; `corrected`, the same with an
 adapter that begins at the correction of these weights. Manifests are those of `qprobe scan` with 64 scenes.
 Each run is a process of its own with one thread (unless OMP_NUM_THREADS says otherwise), --jobs of them side
 by side. A finished run is kept in --work and not made again under the same conditions (sources, models,
-machine, versions, threads); the report is written from what is there.
+machine, versions, threads); the report is written after each run, from what is there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.demo.evaluate import greedy_answers, score
 from qprobe.demo.folder import demo_folder
 from qprobe.demo.outliers import outliers_folder
-from qprobe.demo.scenes import HELD_OUT_SEED, TRAINING_SEED, scenes
+from qprobe.demo.scenes import CALIBRATION_SEED, HELD_OUT_SEED, TRAINING_SEED, scenes
 from qprobe.options import Base, Start
 from qprobe.records import Sample, asked
 from qprobe.scanning.scan import scan
@@ -44,6 +44,7 @@ from qprobe.system.versions import library_versions
 from qprobe.training.bases import load_base
 from qprobe.training.finetune import finetune
 from qprobe.training.origin import load_finetuned
+from tests.benchmarks.backbone_study import rows_of
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.stability_report import write_report
 
@@ -65,7 +66,7 @@ BASES: Mapping[str, Trained] = {
     "corrected": Trained("dynamic", calibrated=True, start="corrected"),
 }
 MODELS = ("demo-outliers", "demo")
-LINES, JUDGED = 240, 48
+LINES, JUDGED, SCANNED = 240, 48, 64
 PROMPT = "List what you see, the last thing first."
 RANK = 16
 BATCH = 4  # at once, in place of four batches of one line: the same step for less time on a CPU
@@ -112,14 +113,24 @@ class Run:
     @property
     def name(self) -> str:
         """Of its file and its adapter's folder in `work`."""
-        return f"{self.model}-{self.base}-{self.seed}-{self.steps}-{self.key}"
+        return f"{self.title}-{self.base}-{self.seed}-{self.steps}-{self.key}"
+
+    @property
+    def title(self) -> str:
+        """The model's, without the path of its folder."""
+        return Path(self.model).name
 
 
-def conditions(device: str | None) -> dict[str, Any]:
-    """Everything beside a run's own fields that its outcome depends on, in JSON values."""
+def conditions(device: str | None, folders: Iterable[Path] = ()) -> dict[str, Any]:
+    """Everything beside a run's own fields that its outcome depends on, in JSON values.
+
+    folders: of models that are trained on beside the embedded ones.
+    """
     package = Path(qprobe.__file__).parent
     sources = [*package.rglob("*.py"), Path(__file__)]
-    weights = [x for folder in (demo_folder(), outliers_folder()) for x in folder.rglob("*") if x.is_file()]
+    weights = [
+        x for folder in (demo_folder(), outliers_folder(), *folders) for x in folder.rglob("*") if x.is_file()
+    ]
     return {
         "sources": files_key(x for x in sources if x.parent.name not in ("cli", "report")),  # which only show
         "models": files_key(weights),
@@ -177,10 +188,11 @@ def write_data(work: Path, key: str) -> tuple[Path, Path]:
 def make_manifest(run: Run) -> Path:
     """The manifest of a small scan of the model of `run`, made once for its conditions."""
     calibrated = run.trained.calibrated
-    folder = run.work / "scans" / f"{run.model}-{'calibrated-' if calibrated else ''}{run.key}"
+    folder = run.work / "scans" / f"{run.title}-{'calibrated-' if calibrated else ''}{run.key}"
     if not (folder / "skiplist.json").is_file():
         more = {"format": "nf4-calibrated", "keep_correction": RANK} if calibrated else {}
-        scan(run.model, samples=64, out=folder, device=run.device, **more)
+        rows = rows_of(scenes(SCANNED, CALIBRATION_SEED)) if run.model not in MODELS else None
+        scan(run.model, data=rows, samples=SCANNED, out=folder, device=run.device, **more)
     return folder / "skiplist.json"
 
 
@@ -225,7 +237,7 @@ def make(run: Run) -> Outcome:
     after = judge(*load_finetuned(out, run.model, run.device), old, new)
     assert done.eval_loss is not None and done.eval_loss_before is not None
     outcome = Outcome(
-        run.model, run.base, run.seed, done.steps, done.history, done.eval_loss_before, done.eval_loss,
+        run.title, run.base, run.seed, done.steps, done.history, done.eval_loss_before, done.eval_loss,
         before[0], after[0], before[1], after[1], done.seconds, made_with(run.device),
     )  # fmt: skip
     kept = run.work / "outcomes" / f"{run.name}.json"
@@ -255,6 +267,7 @@ def make_all(runs: Sequence[Run], jobs: int, out: Path) -> list[str]:
                 print(failures[-1], file=sys.stderr, flush=True)
             else:
                 print(line_of(outcomes[run]), flush=True)
+                write_report([asdict(outcomes[x]) for x in runs if x in outcomes], out)
     if outcomes:
         write_report([asdict(outcomes[run]) for run in runs if run in outcomes], out)
     return failures
@@ -273,7 +286,7 @@ def line_of(x: Outcome) -> str:
 def main() -> None:
     """Run what is missing and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
@@ -286,7 +299,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    key = key_of(conditions(options.device))
+    folders = [Path(x) for x in options.models if x not in MODELS]
+    key = key_of(conditions(options.device, folders))
     write_data(options.work, key)
     runs = [
         Run(model, base, seed, options.steps, options.work, options.device, key)
