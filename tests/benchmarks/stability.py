@@ -5,11 +5,12 @@
 
 A new kind of question is learned: of a product card, everything that the model knows to say, in the reverse
 order. A model is `demo`, `demo-outliers` or a folder of `tests.benchmarks.backbone`. Each base is trained by
-`qprobe finetune` on the same lines in the same order for each seed, and judged on held-out cards of the new kind and on held-out scenes of the old kinds, which it may forget. Bases: 16-bit;
-standard 4-bit, `nf4`; dynamic; `calibrated`, dynamic on calibrated weights; `corrected`, the same with an
-adapter that begins at the correction of these weights. Manifests are those of `qprobe scan` with 64 scenes.
-Each run is a process of its own with one thread (unless OMP_NUM_THREADS says otherwise), --jobs of them side
-by side. A finished run is kept in --work and not made again under the same conditions (sources, models,
+`qprobe finetune` on the same lines in the same order for each seed, and judged on held-out cards of the new
+kind and on held-out scenes of the old kinds, which it may forget. Bases: 16-bit; standard 4-bit, `nf4`;
+dynamic; `calibrated`, dynamic on calibrated weights; `corrected`, the same with an adapter that begins at the
+correction of these weights. Manifests are those of `qprobe scan` with 64 scenes. Each run is a process of its
+own with one thread (unless OMP_NUM_THREADS says otherwise), --jobs of them side by side. A finished run is
+kept in --work and not made again under the same conditions (sources, models,
 machine, versions, threads); the report is written after each run, from what is there.
 """
 
