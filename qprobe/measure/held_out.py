@@ -14,7 +14,7 @@ from qprobe.measure.subject import Subject
 from qprobe.options import Progress
 from qprobe.records import Sample
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.units import NEAREST_STAGE, candidate_stage
+from qprobe.runs.units import NEAREST_STAGE, candidate_stage, other_stage
 
 Groups = list[tuple[Sample, ...]]
 
@@ -81,28 +81,38 @@ def measure_candidates(
 
 def measure_others(
     subject: Subject,
+    run: RunFolder,
     groups: Groups,
     kept: Mapping[str, frozenset[str]],
     fmt: Format | None,
     progress: Progress,
 ) -> dict[str, pd.DataFrame]:
-    """For each list (name -> linears kept in 16-bit) its KL rows over `groups`, and of `NEAREST_STAGE`.
+    """For each list (name -> linears kept in 16-bit) its KL rows over `groups`, samples of another kind.
 
-    The latter is standard 4-bit, every weight rounded to nearest as `fmt` does it; None for without it.
+    fmt: for those of `NEAREST_STAGE` as well, standard 4-bit, every weight rounded to nearest as it does it;
+    None for without it. Finished units are kept.
     """
-    found: dict[str, list[pd.DataFrame]] = {}
+    batches = [[sample.digest for sample in group] for group in groups]
+    stages = {name: other_stage(one, batches) for name, one in kept.items()}
+    lists = {stages[name]: one for name, one in kept.items()}
+    if fmt is not None:
+        stages[NEAREST_STAGE] = other_stage(None, batches)
+    missing = {stage: set(run.missing_units(stage, len(groups))) for stage in stages.values()}
+    for unit, group in enumerate(groups):
+        left = [stage for stage in missing if unit in missing[stage]]
 
-    def measure(batch: Batch) -> dict[str, pd.DataFrame]:
-        frames = candidate_kl(subject, batch, dict(kept))
-        if fmt is not None:
-            frames[NEAREST_STAGE] = nearest_kl(subject, batch, fmt, NEAREST_STAGE)
-        return frames
+        def measure(batch: Batch, left: list[str] = left) -> dict[str, pd.DataFrame]:
+            frames = candidate_kl(subject, batch, {x: lists[x] for x in left if x in lists})
+            for stage in left:
+                if stage not in lists and fmt is not None:
+                    frames[stage] = nearest_kl(subject, batch, fmt, stage)
+            return frames
 
-    for done, group in enumerate(groups, start=1):
-        for name, frame in subject.measured("other samples", group, measure).items():
-            found.setdefault(name, []).append(frame)
-        progress("other samples", done, len(groups))
-    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
+        if left:
+            for stage, frame in subject.measured("other samples", group, measure).items():
+                run.write_unit(stage, unit, frame)
+        progress("other samples", unit + 1, len(groups))
+    return {name: run.units(stage) for name, stage in stages.items()}
 
 
 def measure_nearest(

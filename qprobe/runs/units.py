@@ -15,7 +15,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -32,9 +32,10 @@ from qprobe.system.wording import shortened
 
 _KINDS = {"text": pa.string(), "count": pa.int64(), "number": pa.float64()}
 
-# A list of kept layers measured on held-out samples, and a list of layers measured one by one, have stages
-# of their own with the schema of "kl": `candidate_stage` and `ablation_stage`.
-_CANDIDATE, _ABLATION = "heldout", "ablation"
+# A list of kept layers measured on held-out samples, or on those of another kind, and a list of layers that
+# are measured one by one have stages of their own with the schema of "kl": `candidate_stage`, `other_stage`
+# and `ablation_stage`.
+_CANDIDATE, _OTHER, _ABLATION = "heldout", "others", "ablation"
 
 _UNIT_NAME = re.compile(r"([a-z0-9-]+)-([0-9]{5,})\.parquet")
 
@@ -67,6 +68,16 @@ def candidate_stage(kept: frozenset[str]) -> str:
 
 NEAREST_STAGE = f"{_CANDIDATE}-nearest"
 """The same with nothing kept and every weight rounded to nearest, in a run of calibrated weights."""
+
+
+def other_stage(kept: frozenset[str] | None, batches: Sequence[Sequence[str]]) -> str:
+    """The same of measurements on samples of another kind, of which the key of a run says nothing.
+
+    kept: None for every weight rounded to nearest. batches: the digests of the samples of each.
+    """
+    what = "nearest" if kept is None else _digest(kept)
+    samples = "\n".join(" ".join(batch) for batch in batches)
+    return f"{_OTHER}-{_digest(frozenset({what, samples}))}"
 
 
 def ablation_stage(layers: frozenset[str]) -> str:
@@ -233,7 +244,7 @@ def unit_columns(stage: str) -> list[str]:
 
 def declared_stage(stage: str) -> measures.Stage | None:
     """The declaration of `stage`; None if there is no such stage."""
-    name = measures.KL.name if stage.startswith((f"{_CANDIDATE}-", f"{_ABLATION}-")) else stage
+    name = measures.KL.name if stage.startswith((f"{_CANDIDATE}-", f"{_OTHER}-", f"{_ABLATION}-")) else stage
     return next((x for x in measures.stages() if x.name == name), None)
 
 

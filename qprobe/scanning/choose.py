@@ -103,7 +103,7 @@ class Others:
         fmt = format_from(run.scan.format) if run.scan.format.is_calibrated else None
         lists = {NOTHING: nothing_kept(run, None), **({DYNAMIC: skiplist} if skiplist.kept else {})}
         kept = {name: frozenset(one.kept) for name, one in lists.items()}
-        frames = measure_others(held_out.subject, self.groups, kept, fmt, held_out.progress)
+        frames = measure_others(held_out.subject, held_out.run, self.groups, kept, fmt, held_out.progress)
         found = [Candidate(name, kept[name], one.total_bytes, frames[name]) for name, one in lists.items()]
         if fmt is not None:
             found.insert(0, Candidate(NEAREST, frozenset(), run.standard_bytes, frames[NEAREST_STAGE]))
