@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from torch import nn
 from qprobe.errors import ModelError
 from qprobe.loading.names import checkpoint_names
 from qprobe.loading.source import Source
-from qprobe.models.headers import StoredTensor, stored_weight
+from qprobe.models.headers import StoredTensor, read_headers, stored_weight
 from qprobe.models.spellings import spellings
 from qprobe.records import Inventory
+from qprobe.system.wording import counted
 
 
 def checkpoint_folder(source: Source) -> Path:
@@ -35,6 +37,36 @@ def checkpoint_folder(source: Source) -> Path:
             f"The files of {source.id!r} cannot be had: {first} Check the network, or pass a local folder."
         ) from error
     return Path(found)
+
+
+def mixed_note(folder: Path, dtype: str) -> str | None:
+    """What is said of a checkpoint in `folder` that is read in `dtype`, but stored in several, or in 8-bit.
+
+    Of matrices and larger tensors: norms in float32 are usual. None where all are stored in one, or where
+    there are no headers to read.
+    """
+    try:
+        tensors = read_headers(folder).values()
+    except ModelError:
+        return None
+    found = Counter(x.dtype for x in tensors if len(x.shape) > 1 and x.dtype.startswith(("F", "BF")))
+    if len(found) < 2 and not any(x.startswith("F8") for x in found):
+        return None
+    kinds = ", ".join(f"{kind} ({counted(count, 'tensor')})" for kind, count in found.most_common())
+    scaled = " 8-bit ones without the scales that may go with them." if any("F8" in x for x in found) else ""
+    return f"The files hold matrices in {kinds}; all were read in {dtype}.{scaled}"
+
+
+def cached_folder(source: Source) -> Path | None:
+    """The folder with the files of `source`, from which it was loaded; None where they are not here."""
+    if Path(source.location).is_dir():
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.location, revision=source.revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def weight_names(

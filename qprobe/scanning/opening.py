@@ -13,6 +13,7 @@ from qprobe.loading.loaded import loaded_reference
 from qprobe.loading.reference import Reference, reference_of
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.spread import devices_for
+from qprobe.loading.stored import cached_folder, mixed_note
 from qprobe.measure.digests import inputs_digest, reading_digest
 from qprobe.measure.nonfinite import first_finite
 from qprobe.measure.runner import applicable_measures
@@ -75,9 +76,16 @@ def open_units(subject: Subject, work: ScanSamples, asked: ScanRequest, run: Run
     chosen = settings(subject, tune, asked.drawn_texts) if asked.format.is_calibrated else None
     run.open(run_key(subject, asked.format, measures, work.batches, first, asked.samples.seed, chosen))
     limited = () if asked.why_limited is None else (asked.why_limited,)
-    run.notes.add("start", (*work.notes, *notes, *limited))
+    run.notes.add("start", (*work.notes, *notes, *limited, *_mixed(subject, asked)))
     set_aside_damaged(run)
     return measures
+
+
+def _mixed(subject: Subject, asked: ScanRequest) -> tuple[str, ...]:
+    """A note on a checkpoint whose weights lie in several dtypes."""
+    folder = cached_folder(asked.source) if asked.loaded is None else None
+    note = mixed_note(folder, subject.reference.skeleton.dtype) if folder is not None else None
+    return () if note is None else (note,)
 
 
 def run_key(
