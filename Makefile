@@ -12,7 +12,8 @@ STAMP := .venv/.installed
 DEMO := runs/demo-outliers
 QUICK ?=
 
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest --dist loadfile --no-loadscope-reorder
+# Bytecode is kept even where an environment says not to: dozens of tests start processes that import all of it.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 FUZZ := 600

@@ -122,6 +122,12 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def quick_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration moves all rows of a weight at once, in a sixteenth of the steps."""
+    monkeypatch.setattr("qprobe.calibration.two_sided.GROUPS", 1)
+
+
+@pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures without layout and pixels, which take most of a report, where nobody looks at them."""
     monkeypatch.setattr("qprobe.report.write._image", lambda figure, *_: str(figure).encode())

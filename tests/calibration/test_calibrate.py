@@ -148,6 +148,7 @@ def test_a_linear_that_reads_something_else_on_a_later_batch_is_found_out(tiny_f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "llama"])
+@pytest.mark.usefixtures("quick_rounding")
 def test_sums_of_two_halves_of_the_samples_give_the_same_codes_as_one(name, tiny_folder):
     subject = subject_for(tiny_folder(name))
     batches = [subject.encode(group) for group in subject.groups(tuple(samples_of(name)), 1)]
@@ -167,6 +168,7 @@ def test_sums_of_two_halves_of_the_samples_give_the_same_codes_as_one(name, tiny
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_two_shards_of_units_give_the_same_file_as_one(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("llama"))
     one, two = (work_in(tmp_path / name, subject, "llama") for name in ("one", "two"))
@@ -180,6 +182,7 @@ def test_two_shards_of_units_give_the_same_file_as_one(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_less_memory_runs_blocks_more_often_and_changes_nothing(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("llama"))
     whole, blocks, files = [], [], []
@@ -201,6 +204,7 @@ def test_less_memory_runs_blocks_more_often_and_changes_nothing(tiny_folder, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_a_limit_on_a_cpu_runs_the_whole_model_and_changes_nothing(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("llama"))
     reference = load_reference(str(tiny_folder("llama")), "cpu", on_host=True)
@@ -224,6 +228,7 @@ def test_passes_keep_order_and_fit_the_limit():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_finished_units_are_not_done_again(tiny_folder, tmp_path, monkeypatch):
     subject = subject_for(tiny_folder("llama"))
     work = work_in(tmp_path, subject, "llama")
@@ -272,6 +277,7 @@ def test_calibrated_weights_err_less_on_what_the_layers_read(tiny_folder, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_layers_that_are_left_to_nearest_are_named_with_the_reason(tiny_folder, tmp_path):
     subject = subject_for(tiny_folder("llama"))
     broken = "model.layers.1.mlp.down_proj"
@@ -359,6 +365,7 @@ CUTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", CUTS)
+@pytest.mark.usefixtures("quick_rounding")
 def test_a_joined_file_that_was_cut_is_not_named_and_joined_anew(step, tiny_folder, tmp_path, monkeypatch):
     subject = subject_for(tiny_folder("llama"))
     work = work_in(tmp_path, subject, "llama")

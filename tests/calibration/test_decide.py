@@ -60,6 +60,7 @@ def test_every_eighth_sample_is_kept_back_however_they_are_batched(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_layers_are_fitted_to_most_samples_and_compared_on_the_others(
     tiny_folder: TinyFolder, tmp_path: Path
 ):
@@ -87,6 +88,7 @@ def test_layers_are_fitted_to_most_samples_and_compared_on_the_others(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_what_is_decided_about_has_not_seen_the_gradients_of_samples_kept_back(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -115,6 +117,7 @@ def test_what_is_decided_about_has_not_seen_the_gradients_of_samples_kept_back(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_layers_that_calibration_leaves_out_are_compared_as_they_will_be_stored(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -158,6 +161,7 @@ def test_too_few_samples_to_decide_are_noted_with_their_number(tiny_folder: Tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_weighted", [True, False])
+@pytest.mark.usefixtures("quick_rounding")
 def test_the_decision_is_noted_once_and_decides_the_codes(
     is_weighted: bool, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -141,6 +141,7 @@ def test_an_expert_is_rounded_as_alone_and_one_without_tokens_to_nearest(double_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding", "no_pictures")
 def test_a_calibrated_scan_counts_experts_and_its_weights_are_loaded(
     mixture: Callable[[str], Path], tmp_path: Path
 ):
@@ -185,6 +186,7 @@ def test_a_calibrated_scan_counts_experts_and_its_weights_are_loaded(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding", "no_pictures")
 def test_transposed_experts_are_named(mixture: Callable[[str], Path], tmp_path: Path):
     found = scan(
         **options(mixture("llama4"), tmp_path / "run", data=ROWS, samples=4, format="nf4-calibrated", nodes=2)

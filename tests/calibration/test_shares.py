@@ -26,6 +26,7 @@ from tests.calibration.test_calibrate import subject_for, weights, work_in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.usefixtures("quick_rounding")
 def test_processes_that_share_a_folder_leave_the_file_of_one(world, tiny_folder, tmp_path, monkeypatch):
     alone = work_in(tmp_path / "alone", subject_for(tiny_folder("llama")), "llama")
     calibrate_model(alone)

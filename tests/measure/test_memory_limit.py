@@ -23,25 +23,16 @@ from tests.alone import run_alone
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
-# The command without its report, which is drawn once all is measured and takes as long as a scan.
-COMMAND = """
-import sys
-import qprobe.scanning.finish
-from qprobe.cli import main
-
-qprobe.scanning.finish.write_report = lambda *_: []
-main(sys.argv[1:])
-"""
-WEIGHTS_MIB = 67  # of the blocks, in 16-bit
+WEIGHTS_MIB = 101  # of the blocks, in 16-bit
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 36 M parameters, nearly all of them in its 4 blocks, and two samples beside it."""
+    """A checkpoint of 53 M parameters, nearly all of them in its 6 blocks, and two samples beside it."""
     folder = tmp_path_factory.mktemp("wide")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**tiny.decoder(768, 3072, 4)))
+        model = LlamaForCausalLM(LlamaConfig(**tiny.decoder(768, 3072, 6)))
     model.to(torch.bfloat16).save_pretrained(folder)
     for part in tiny.text_tokenizer():
         part.save_pretrained(folder)
@@ -68,7 +59,7 @@ def command(wide: Path, device: str, *more: str) -> list[str]:
 def scan_alone(wide: Path, run: Path, device: str, *more: str) -> Done:
     words = [*command(wide, device, *more), "--out", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = run_alone([sys.executable, "-c", COMMAND, *words], environment=environment)
+    done = run_alone([sys.executable, "-m", "tests.unreported", *words], environment=environment)
     return Done(done.status, json.loads(done.out) if done.out else {}, done.err, done.peak_bytes)
 
 

@@ -66,7 +66,7 @@ def test_a_declared_measure_is_part_of_a_whole_scan(tiny_folder: TinyFolder, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("declared")
+@pytest.mark.usefixtures("declared", "no_pictures")
 def test_a_declared_measure_is_taken_where_it_is_asked_for_and_can_choose(
     tiny_folder: TinyFolder, tmp_path: Path
 ):

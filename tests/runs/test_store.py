@@ -227,7 +227,7 @@ def test_units_of_an_unknown_scan_are_not_adopted(run: Path):
 
 
 def test_of_two_scans_that_open_a_folder_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    together, real = Barrier(2, timeout=10), os.fsync
+    together, real = Barrier(2, timeout=300), os.fsync
 
     def fsync(file: int) -> None:
         together.wait()  # both have seen an empty folder by now, and neither has put its file in place

@@ -11,7 +11,7 @@ from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
 from tests.scanning.asked import TinyFolder, options, scan, write_lines
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_rounding")]
 
 
 def test_a_calibrated_scan_resumes_as_it_was_and_refuses_to_mix_with_a_plain_one(

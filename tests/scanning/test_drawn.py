@@ -83,6 +83,7 @@ def test_texts_are_the_same_where_weights_wait_on_the_host(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_a_scan_resumes_with_its_texts_and_refuses_another_number_of_them(
     tiny_folder: TinyFolder, tmp_path: Path, short: None
 ):

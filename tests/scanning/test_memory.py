@@ -53,6 +53,7 @@ def test_a_memory_limit_that_is_too_small_is_refused_before_anything_is_measured
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("quick_rounding")
 def test_calibration_within_a_memory_limit_chooses_the_same_codes(tiny_folder: TinyFolder, tmp_path: Path):
     asked = options(tiny_folder("llama"), tmp_path / "plain", format="nf4-calibrated")
     plain = scan(**asked)

@@ -38,6 +38,7 @@ def test_the_damage_on_them_is_what_compare_finds_there(tiny_folder: TinyFolder,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_with_calibrated_weights_standard_4_bit_stands_beside_them(tiny_folder: TinyFolder, tmp_path: Path):
     asked = options(tiny_folder("llama"), tmp_path / "run", **FAST, format="nf4-calibrated")
     result = scan(**asked, check_data=OTHERS)

@@ -74,6 +74,7 @@ def test_a_scan_goes_on_in_halves_and_finds_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_calibration_begins_over_in_halves(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

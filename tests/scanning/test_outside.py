@@ -54,6 +54,7 @@ def test_a_scan_writes_through_no_linked_folder(tmp_path: Path, outside: Path, n
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_is_not_written_through_a_linked_folder_but_where_its_user_says(
     tmp_path: Path, outside: Path
 ):
@@ -84,6 +85,7 @@ def chosen(run: Path) -> None:
         (write_report, "report/spikes.png"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_no_output_is_written_through_a_linked_file(
     tmp_path: Path, outside: Path, work: Callable[[Path], object], name: str
 ):

@@ -30,6 +30,7 @@ from tests import tiny
 from tests.scanning.asked import Scanned, TinyFolder, options
 
 FEW = {"samples": 6, "max_new_tokens": 5}
+OF_IMAGES: dict[str, Any] = {"prompt": "what is it?", "samples": 4, "nodes": 1}
 
 
 def loaded(folder: Path, **changes: Any) -> tuple[Any, Any]:
@@ -282,7 +283,7 @@ def test_images_in_memory_give_the_table_of_their_folder(
             from datasets import Dataset
 
             given = {"data": Dataset.from_list(rows)}
-    asked = options(tiny_folder("qwen2_vl"), tmp_path / "run", prompt="what is it?", samples=4, **given)
+    asked = options(tiny_folder("qwen2_vl"), tmp_path / "run", **OF_IMAGES, **given)
     found = qprobe.scan(**asked)
     ours, theirs = (pd.read_csv(x / "layers.csv") for x in (found.path, scanned_images))
     # Which half of the samples has isolated KL is decided by the bytes of their files, which are new here.
@@ -299,9 +300,7 @@ def scanned_images(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFac
         (folder / "images" / f"{number}.png").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qprobe.scanning.finish.write_report", lambda _run: [])
-        asked = options(
-            tiny_folder("qwen2_vl"), folder / "run", images=folder / "images", prompt="what is it?", samples=4
-        )
+        asked = options(tiny_folder("qwen2_vl"), folder / "run", images=folder / "images", **OF_IMAGES)
         return qprobe.scan(**asked).path
 
 

@@ -103,6 +103,7 @@ def test_a_table_that_was_cut_is_made_again_from_units_that_are_read_once(table:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_against_another_run_reads_each_file_of_both_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

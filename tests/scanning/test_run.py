@@ -74,6 +74,7 @@ def test_select_into_the_skiplist_sets_the_measured_one_aside(opened: Run):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_report_gives_the_page(opened: Run, tmp_path: Path):
     assert opened.report(tmp_path / "page") == tmp_path / "page" / "index.html"
     assert (tmp_path / "page" / "index.html").is_file()

@@ -129,6 +129,7 @@ def test_the_full_scan_has_the_same_weight_columns(tiny_folder: TinyFolder, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_its_report_is_drawn_and_its_layers_rank(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

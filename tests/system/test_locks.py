@@ -40,7 +40,7 @@ def test_a_lock_that_ends_lets_the_next_one_wait_no_more(tmp_path: Path):
         assert waiting.stdout is not None and waiting.stdout.readline() == "waits\n"
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(0.3)
-    assert waiting.communicate(timeout=30)[0] == "has it\n"
+    assert waiting.communicate(timeout=300)[0] == "has it\n"
 
 
 def test_a_lock_file_holds_what_it_held(tmp_path: Path):

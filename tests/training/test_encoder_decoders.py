@@ -19,6 +19,7 @@ def moved(out: Path) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_adapters_of_encoder_and_decoder_learn(tmp_path: Path):
     folder = str(tiny.write_recipe(sequences.RECIPES["bart"], "bart", tmp_path / "model"))
     run = qprobe.scan(folder, measures=["weight"], out=tmp_path / "run", device="cpu")
@@ -41,6 +42,7 @@ def test_adapters_of_encoder_and_decoder_learn(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_both_sides_learn_where_blocks_cannot_be_recomputed_and_that_is_said(tmp_path: Path):
     folder = str(tiny.write_recipe(sequences.RECIPES["pix2struct"], "pix2struct", tmp_path / "model"))
     run = qprobe.scan(folder, measures=["weight"], out=tmp_path / "run", device="cpu")

@@ -97,7 +97,7 @@ def found(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         with pytest.raises(KeyboardInterrupt):
             as_first(begun, progress=stop)
         one_two = as_first(ended)
-        said, errors = second.communicate(timeout=60)
+        said, errors = second.communicate(timeout=600)
     assert second.returncode == 0, errors[-2000:]
     two_one = finetune(**runs.asked("two-one", BATCHES // 2))
     emulated.undo()

@@ -69,6 +69,7 @@ def test_a_cut_unit_of_an_ablation_is_measured_anew(llama: Path, whole: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_a_cut_unit_of_named_calibrated_weights_is_measured_anew_and_the_weights_stay(
     llama: Path, tmp_path: Path
 ):
@@ -83,6 +84,7 @@ def test_a_cut_unit_of_named_calibrated_weights_is_measured_anew_and_the_weights
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
 def test_cut_weights_of_a_calibration_that_was_interrupted_are_made_anew(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -139,7 +141,7 @@ def test_several_processes_set_aside_at_once_what_each_found(whole: Path, tmp_pa
     for attempt in range(5):
         run = Path(copytree(whole, tmp_path / str(attempt)))
         left = cut(run, *(f"sensitivity-0000{i}.parquet" for i in range(3)))
-        together = Barrier(4, timeout=10)
+        together = Barrier(4, timeout=300)
         with ThreadPoolExecutor(4) as pool:
             list(
                 pool.map(

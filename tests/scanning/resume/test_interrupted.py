@@ -177,11 +177,8 @@ def test_a_disk_that_is_full_at_any_write_is_one_sentence_and_loses_nothing(
     }  # which name times
 
 
-def test_a_disk_that_is_full_while_weights_are_calibrated_loses_nothing(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    # All rows of a weight move at once, in a sixteenth of the steps.
-    monkeypatch.setattr("qprobe.calibration.two_sided.GROUPS", 1)
+@pytest.mark.usefixtures("quick_rounding")
+def test_a_disk_that_is_full_while_weights_are_calibrated_loses_nothing(llama: Path, tmp_path: Path):
     work = scanning(llama, format="nf4-calibrated")
     failed = fill_again_and_again(work, tmp_path / "run", last="nf4-calibrated.safetensors")
     assert {"units/calibration-00000.parquet", "units/calibration-00000.safetensors"} < failed
@@ -255,6 +252,7 @@ def test_another_checkpoint_and_another_processor_are_named_first(llama: Path, w
         scan(**options(changed, Path(copytree(whole, tmp_path / "run"))))
 
 
+@pytest.mark.usefixtures("quick_rounding")
 def test_a_process_finishes_what_others_left_of_calibration(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
