@@ -249,6 +249,10 @@ def try_four_bit(device: str, dtype: str) -> FourBit:
 
 def _four_bit_errors(device: str, dtype: str) -> tuple[float, float]:
     import torch
+
+    from qprobe.formats.library import import_bitsandbytes
+
+    import_bitsandbytes()
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from bitsandbytes.nn import Linear4bit
 

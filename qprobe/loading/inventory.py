@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from qprobe.errors import ModelError
+from qprobe.formats.library import import_bitsandbytes
 from qprobe.loading.experts.weights import ExpertWeight, Layer, expert_weights
 from qprobe.loading.names import checkpoint_names
 from qprobe.models.family import VISION
@@ -151,6 +152,7 @@ def converted_modules(model: nn.Module, skip_list: Iterable[str] = ()) -> frozen
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+    import_bitsandbytes()
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(skip_list))
     asked: Any = _Asked(model)
     with without_remarks(_NOTHING):
