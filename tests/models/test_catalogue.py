@@ -10,6 +10,8 @@ from functools import cache
 import pytest
 
 from qprobe.checkpoint.plan import plan
+from qprobe.exports.languages import transformers_language
+from qprobe.exports.lists import match_list
 from qprobe.loading.config import catalogue_config
 from qprobe.loading.inventory import list_layers
 from qprobe.loading.skeleton import meta_model
@@ -224,6 +226,17 @@ def test_every_entry_of_a_published_list_names_a_linear_of_its_model(alias: str)
     for one in entry.published:
         assert one is UNSLOTH_LLAMA_11B or one.dead(inventory) == ()
         assert any(x.name in one.kept(inventory) for x in inventory.layers if not x.fixed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alias", EACH)
+def test_import_reads_every_published_list_as_plan_counts_it(alias: str) -> None:
+    entry = entry_of(alias)
+    architecture, _, inventory = built(entry.geometry)
+    language = transformers_language("4.57.6")  # of the checkpoints that carry such lists
+    for one in entry.published:
+        matched = match_list(one.entries, inventory, language, architecture)
+        assert frozenset(name for x in matched for name in x.layers) == one.kept(inventory)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ PLACED = ("nf4", "nf4-calibrated")
 
 
 def main() -> None:
-    """Run every chooser that can be run, and write results and table after each."""
+    """Run every chooser that can be run, and write results and table after each list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     names = [x.name for x in CHOOSERS]
     parser.add_argument("--choosers", nargs="+", choices=names, default=names)
@@ -58,6 +58,7 @@ def main() -> None:
             for path in sorted(out.glob("*.lists.json")):
                 row = measured(task, path, weights) | {"plain": plain}
                 found["rows"] = [x for x in found["rows"] if x["name"] != row["name"]] + [row]
+                write(found, options.out)
             write(found, options.out)
     print((options.out / "choosers.md").read_text())
 
