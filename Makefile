@@ -23,13 +23,14 @@ FUZZ := 600
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-# One thread: the embedded models are tiny, and threads only wait for each other where cores are shared.
+# One thread: the embedded models are tiny, and threads only wait for each other where cores are shared. Fewer scenes
+# than by default: many CPUs emulate bf16.
 demo: export OMP_NUM_THREADS = 1
 demo: $(STAMP)  ## scan, rank, compare and report an embedded model: runs/demo-outliers
 	$(BIN)/qprobe doctor
-	$(BIN)/qprobe scan --model demo-outliers --out $(DEMO)
+	$(BIN)/qprobe scan --model demo-outliers --samples 32 --out $(DEMO)
 	$(BIN)/qprobe rank $(DEMO)
-	$(BIN)/qprobe compare --manifest $(DEMO)/skiplist.json
+	$(BIN)/qprobe compare --manifest $(DEMO)/skiplist.json --samples 48
 	$(BIN)/qprobe report $(DEMO)
 
 # One process per core and no more: each imports torch and transformers, 10 s of work.
