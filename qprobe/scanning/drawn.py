@@ -21,7 +21,7 @@ from qprobe.system.files import make_folder, write_atomic, write_first
 from qprobe.system.foreign import read_foreign_if_there
 
 FOLDER = "drawn"
-AT_ONCE = 64  # texts of a part: a step of a model takes hardly longer for them than for one
+AT_ONCE = 128  # texts of a part: a step of a model takes hardly longer for them than for one
 MAX_BYTES = 2**20  # of a part
 
 

@@ -9,6 +9,7 @@ from qprobe.registry.measures import proposing
 from qprobe.runs.layers.table import measured
 from qprobe.selection.bound import SCORE
 from qprobe.selection.budget import Budget
+from qprobe.selection.decide import SAME_SIZE
 from qprobe.selection.request import ListRequest
 from qprobe.selection.scores import (
     ScoredRun,
@@ -17,6 +18,7 @@ from qprobe.selection.scores import (
     layer_scores,
     skiplist_by,
     skiplists_by,
+    trimmed,
 )
 from qprobe.selection.search.groups import keeps_groups_whole
 from qprobe.selection.search.lists import best_skiplist
@@ -37,7 +39,9 @@ def candidates(
 
     With `request.by`, that score alone; also: one more score, where none was asked for. Where isolated KL was
     measured, the list by sensitivities that simply add up is compared as well: small budgets of a small model
-    may favour either. With `request.for_tool` a published list that splits a group is no candidate.
+    may favour either. The list by the score that chooses is compared with what is left of it without layers
+    of which little is expected, see `trimmed`, if that is smaller by more than `SAME_SIZE`. With
+    `request.for_tool` a published list that splits a group is no candidate.
     """
     by, inventory, limit = request.by, run.inventory, budget.limit_bytes
     columns = [by] if by else [c for c in proposing() if c in measured(run.table)]
@@ -46,6 +50,11 @@ def candidates(
     if SCORE in columns and damage_of(run.table) is not None:
         scores = layer_scores(run.table, SCORE)
         found[f"by {SCORE}, additive"] = best_skiplist(inventory, scores, limit, SCORE)
+    choosing = by or also or default_measure(run.table)
+    whole = found[f"by {choosing}"]
+    less = trimmed(inventory, run.table, whole)
+    if whole.total_bytes - less.total_bytes > SAME_SIZE * run.standard_bytes:
+        found[f"by {choosing}, trimmed"] = less
     entry = find(run.scan.model.id)
     for published in entry.published if entry and not by else ():
         kept = published.kept(inventory)

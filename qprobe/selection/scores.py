@@ -13,10 +13,14 @@ from qprobe.registry import measures
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual, check_measure, measured
 from qprobe.selection.bound import SCORE, Prospect
-from qprobe.selection.search.damage import Damage, least_damages
-from qprobe.selection.search.lists import best_skiplists
+from qprobe.selection.search.damage import Damage, least_damages, less_of
+from qprobe.selection.search.lists import best_skiplists, smallest_skiplist
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.verdict import is_bent
+
+WORTH = 0.99
+"""Of what a list is predicted to spare, what a smaller one must: a knapsack fills its limit with whatever is
+left, and of a hundredth no measurement tells anything."""
 
 ISOLATED_KL = measures.ISOLATED_KL.score  # the column of each layer's isolated KL
 
@@ -73,6 +77,19 @@ def skiplists_by(
     if damage is None:
         return best_skiplists(inventory, layer_scores(table, column), limits, column)
     return least_damages(inventory, replace(damage, kept=_kept_experts(inventory)), limits, column)
+
+
+def trimmed(inventory: Inventory, table: pd.DataFrame, skiplist: SkipList) -> SkipList:
+    """`skiplist` without layers of which little is expected: the fewest bytes for `WORTH` of what it spares.
+
+    As the column that chose it predicts.
+    """
+    damage = damage_of(table) if skiplist.by == SCORE else None
+    if damage is not None:
+        return less_of(inventory, replace(damage, kept=_kept_experts(inventory)), skiplist, WORTH)
+    scores = layer_scores(table, skiplist.by)
+    own = {name: scores[name] for name in skiplist.kept}
+    return smallest_skiplist(inventory, own, WORTH * fsum(own.values()), skiplist.by)
 
 
 def _kept_experts(inventory: Inventory) -> frozenset[str]:

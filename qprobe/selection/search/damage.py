@@ -53,12 +53,19 @@ class Damage:
 
     def left(self, kept: frozenset[str]) -> float:
         """The KL predicted with `kept` in 16-bit as well and all other layers in 4-bit; never below 0."""
-        rest = [name for name in self.path if name not in kept and name not in self.kept]
-        whole = fsum(self.path.values())
-        share = fsum(self.path[n] for n in rest) / whole if whole > 0 else 0.0
+        rest = self._rest(kept)
         own = fsum(self.isolated[n] for n in rest)
         others = fsum(self.path[n] - self.isolated[n] for n in rest)
-        return max(0.0, own + min(max(share, 0.0), 1.0) * others)
+        return max(0.0, own + self.share(kept) * others)
+
+    def share(self, kept: frozenset[str]) -> float:
+        """The share of all damages that is left in 4-bit with `kept` in 16-bit as well, from 0 to 1."""
+        whole = fsum(self.path.values())
+        share = fsum(self.path[n] for n in self._rest(kept)) / whole if whole > 0 else 0.0
+        return min(max(share, 0.0), 1.0)
+
+    def _rest(self, kept: frozenset[str]) -> list[str]:
+        return [name for name in self.path if name not in kept and name not in self.kept]
 
     def marginal(self, share: float) -> dict[str, float]:
         """What each layer adds to the KL where `share` of the damage is left in 4-bit."""
@@ -107,6 +114,16 @@ def fewest_bytes(inventory: Inventory, damage: Damage, max_kl: float, by: str) -
             if found is not None:
                 best, limit, is_smaller = found, found.total_bytes - 1, True
     return None if best is None else _scored(best, damage)
+
+
+def less_of(inventory: Inventory, damage: Damage, skiplist: SkipList, worth: float) -> SkipList:
+    """Those layers of `skiplist` with the fewest bytes that spare a share `worth` of what all of them do.
+
+    By marginal damages at the share of the damage that `skiplist` leaves.
+    """
+    scores = damage.marginal(damage.share(frozenset(skiplist.kept)))
+    own = {name: scores[name] for name in skiplist.kept}
+    return _scored(smallest_skiplist(inventory, own, worth * fsum(own.values()), skiplist.by), damage)
 
 
 def _narrowed(
