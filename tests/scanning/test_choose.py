@@ -34,6 +34,7 @@ EVERY_OPTION: dict[str, Any] = {
     "metric": "contains",
     "tune": 20,
     "calibration_samples": 40,
+    "drawn_texts": 64,
     "keep_correction": 8,
     "check_data": Path("other rows.jsonl"),
     "turns": "last",
