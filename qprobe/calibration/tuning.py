@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from math import isfinite
 
 import torch
@@ -19,7 +20,7 @@ from qprobe.calibration.codes import packed_codes, quantization_state, unpacked_
 from qprobe.calibration.damage import damage_of, mean_damage, reference_outputs
 from qprobe.calibration.tuned_linear import Tunable, TunedLinear, nearest_codes, units_of
 from qprobe.formats.nf4 import Nf4, StoredNf4
-from qprobe.inputs.batch import Batch
+from qprobe.inputs.batch import PAD, Batch
 from qprobe.measure.attribution import walking
 from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
@@ -110,13 +111,20 @@ class Given:
         )
         return Given(training, kept_back, drawn)
 
+    @property
+    def share(self) -> float:
+        """Steps on drawn texts for each on samples: one, or fewer where they are fewer tokens."""
+        samples, texts = (sum(int((b.kinds != PAD).sum()) for b in x) for x in (self.training, self.drawn))
+        return min(1.0, texts / samples)
+
     def in_turn(self) -> Iterator[Batch]:
-        """A batch for each step, without end: samples, and after each batch of them one of drawn texts."""
+        """A batch for each step, without end: samples, and among them batches of drawn texts."""
         generator = torch.Generator().manual_seed(0)
         samples, texts = (_shuffled(x, generator) for x in (self.training, self.drawn))
-        while True:
+        share = self.share
+        for step in count(1):
             yield next(samples)
-            if self.drawn:
+            if int(share * step) > int(share * (step - 1)):
                 yield next(texts)
 
 

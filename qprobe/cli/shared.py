@@ -34,7 +34,7 @@ class GivenOnce(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        for option in given:
+        for option in () if ctx.resilient_parsing else given:  # a shell that completes a line runs nothing
             if isinstance(option, click.Option) and not _may_be_repeated(option) and given.count(option) > 1:
                 raise click.UsageError(f"{option.opts[0]} is given more than once; pass it once.", ctx)
         return super().parse_args(ctx, args)

@@ -7,6 +7,8 @@ that the first token alone seldom leads to.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +55,13 @@ class Vocabulary:
 def vocabulary_of(model: Any, processor: Any) -> Vocabulary:
     """The vocabulary of texts that `model` draws."""
     tokenizer, config = tokenizer_of(processor), model.config.get_text_config()
+    added = [x for x, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special = {*tokenizer.all_special_ids, *added}
     named = (tokenizer.bos_token_id, getattr(config, "bos_token_id", None), tokenizer.eos_token_id)
-    begin = next((x for x in named if isinstance(x, int)), None)
+    # A config that says nothing has an id of its class, which may be that of any word.
+    begin = next((x for x in named if isinstance(x, int) and x in special), None)
     words = min(len(tokenizer), _head_rows(model))
-    special = [x for x, token in tokenizer.added_tokens_decoder.items() if token.special]
-    marks = {*tokenizer.all_special_ids, *special, *vision_token_ids(model.config), begin}
+    marks = {*special, *vision_token_ids(model.config)}
     drawable = torch.tensor([x for x in range(words) if x not in marks])
     return Vocabulary(begin, tokenizer("a")["input_ids"][:1] == [begin], drawable)
 
@@ -80,19 +84,10 @@ def draw_texts(model: Any, processor: Any, count: int, seed: int, device: torch.
         forced = torch.where(torch.arange(count) % 2 == 1, first, -1)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     length = min(TOKENS, longest - 1)
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=length,
-        eos_token_id=_head_rows(model),  # no token: of None generation takes the model's, and ends there
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        pad_token_id=0,
-        use_cache=False if type(model).__name__ in WITHOUT_CACHE else None,
-    )
+    config = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0)
     noisy = _Noisy(words.drawable.to(device), forced.to(device), seed)
     prompts = prompts.to(device)
-    with failure_explained(model), torch.inference_mode():
+    with failure_explained(model), torch.inference_mode(), _without_own_settings(model):
         written = model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
@@ -101,6 +96,20 @@ def draw_texts(model: Any, processor: Any, count: int, seed: int, device: torch.
         )
     begin = 0 if words.is_read or words.begin is None else 1
     return tuple(tuple(row) for row in written[:, begin : begin + length].tolist())
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """While open, `model` generates as no settings of its own say: it bars no token, and ends nowhere."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    has_cache = own.use_cache and type(model).__name__ not in WITHOUT_CACHE
+    model.generation_config = GenerationConfig(use_cache=has_cache)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _head_rows(model: Any) -> int:

@@ -80,17 +80,24 @@ def test_texts_come_after_the_samples_for_fitting_and_before_those_kept_back(
 
 
 def test_steps_of_tuning_take_samples_and_texts_in_turn(tiny_folder: TinyFolder, tmp_path: Path):
-    work = work_of(tmp_path, tiny_folder)
-    batches = list(work.batches)
-    given = Given(batches[:3], (), batches[-2:])
-    taken = [next(i for i, b in enumerate(batches) if b is x) for x in islice(given.in_turn(), 12)]
+    samples = list(work_of(tmp_path, tiny_folder).batches)[:3]
+    given = Given(samples, (), [replace(batch) for batch in samples])
+    every = [*given.training, *given.drawn]
+    taken = [next(i for i, b in enumerate(every) if b is x) for x in islice(given.in_turn(), 12)]
     assert all(sorted(taken[i : i + 6 : 2]) == [0, 1, 2] for i in (0, 6))
-    assert all(sorted(taken[i : i + 4 : 2]) == [len(batches) - 2, len(batches) - 1] for i in (1, 5))
+    assert all(sorted(taken[i : i + 6 : 2]) == [3, 4, 5] for i in (1, 7))
     alone = [
-        next(i for i, b in enumerate(batches) if b is x)
+        next(i for i, b in enumerate(every) if b is x)
         for x in islice(replace(given, drawn=()).in_turn(), 6)
     ]
     assert sorted(alone[:3]) == sorted(alone[3:]) == [0, 1, 2]
+
+
+def test_no_token_of_a_text_takes_more_steps_than_one_of_a_sample(tiny_folder: TinyFolder, tmp_path: Path):
+    # One batch of texts beside four of samples, all of as many tokens: a fifth of the steps, not half.
+    sample = next(work_of(tmp_path, tiny_folder).batches)
+    given = Given([sample] * 4, (), [replace(sample)])
+    assert [x is sample for x in islice(given.in_turn(), 10)] == [*[True] * 4, False] * 2
 
 
 @pytest.mark.slow

@@ -76,6 +76,14 @@ def test_an_option_with_one_value_is_refused_where_it_is_given_twice(qprobe: Run
     assert "more than once" not in qprobe(command, "--json", "--json", "--help").stderr
 
 
+def test_a_line_that_a_shell_completes_is_not_refused():
+    given = ["--model", "a", "--model", "b"]
+    context = main.commands["scan"].make_context("scan", list(given), resilient_parsing=True)
+    assert context.params["model"] == "b"
+    with pytest.raises(click.UsageError, match="--model is given more than once"):
+        main.commands["scan"].make_context("scan", list(given))
+
+
 def test_a_mistake_is_one_sentence_and_exit_1(qprobe: Run, fake: Fake):
     fake("qprobe.scanning.scan", scan=raising(ModelError("No model 'x'. Pass a folder.")))
     result = qprobe("scan", "--model", "x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,9 +83,22 @@ def test_settings_of_the_models_own_generation_take_no_part(llama: Any):
     changed = deepcopy(llama.model)
     own = changed.generation_config
     own.do_sample, own.temperature, own.top_k, own.top_p, own.repetition_penalty = True, 0.1, 1, 0.1, 5.0
-    own.eos_token_id = list(range(100, 200))
+    own.eos_token_id, own.suppress_tokens = list(range(100, 200)), list(range(50, 300))
+    own.begin_suppress_tokens, own.bad_words_ids = list(range(300, 350)), [[350], [351]]
+    own.forced_bos_token_id, own.max_time, own.stop_strings = 60, 1e-9, ["e"]
     found, wanted = (draw_texts(x, llama.processor, 4, 0, CPU) for x in (changed, llama.model))
-    assert found == wanted
+    assert found == wanted and changed.generation_config is own
+
+
+def test_a_text_begins_with_no_word_that_a_config_names_by_default(llama: Any):
+    # As Llama's config says 1 of a tokenizer without a token that texts begin with.
+    tokenizer = deepcopy(llama.processor)
+    tokenizer.bos_token = None
+    config = deepcopy(llama.model.config)
+    config.bos_token_id = 100
+    model = SimpleNamespace(config=config, get_output_embeddings=llama.model.get_output_embeddings)
+    words = vocabulary_of(model, tokenizer)
+    assert words.begin == tiny.END and 100 in words.drawable.tolist()
 
 
 @pytest.mark.parametrize("name", ["mllama", "qwen2_vl", "llava_pixtral"])

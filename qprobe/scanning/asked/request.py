@@ -35,8 +35,10 @@ APPLIES_TO_WEIGHTS = frozenset(
 
 
 TUNES = "moves the scales that nf4-calibrated chose"
-DRAWS = "is of texts that nf4-calibrated fits codes to"
 """What --tune does, a clause behind its name."""
+
+DRAWS = "is of texts that nf4-calibrated fits codes to"
+"""What --drawn-texts does, likewise."""
 
 
 @dataclass(frozen=True)
