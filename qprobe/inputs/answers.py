@@ -17,7 +17,7 @@ from qprobe.options import Progress, no_progress
 from qprobe.records import Sample
 
 # Models whose decoder refuses the cache that transformers 5.23 hands it.
-WITHOUT_CACHE = ("ProphetNetForConditionalGeneration",)
+_WITHOUT_CACHE = ("ProphetNetForConditionalGeneration",)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _generate(
         eos_token_id=stop or None,
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=None if decoder is None else decoder.start,
-        use_cache=False if type(model).__name__ in WITHOUT_CACHE else None,
+        use_cache=False if type(model).__name__ in _WITHOUT_CACHE else None,
     )
     with failure_explained(model), torch.inference_mode():
         output = model.generate(**inputs, generation_config=config)

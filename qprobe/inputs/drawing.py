@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qprobe.errors import ModelError
-from qprobe.inputs.answers import WITHOUT_CACHE
 from qprobe.inputs.batch import ANSWER, TEXT, Batch, tokenizer_of, vision_token_ids
 from qprobe.inputs.decoder import is_encoder_decoder
 from qprobe.inputs.running import failure_explained
@@ -31,7 +30,8 @@ Texts = tuple[tuple[int, ...], ...]
 
 def refuse_undrawable(model: Any) -> None:
     """Raises ModelError for a model, maybe without its weights, that writes no text from nothing."""
-    if is_encoder_decoder(model) or not (has_language_head(model) and model.can_generate()):
+    can_write = has_language_head(model) and model.can_generate() and not is_encoder_decoder(model)
+    if not can_write or model.main_input_name != "input_ids":  # such as BLIP-2, which wants an image
         raise ModelError(
             f"{type(model).__name__} does not write texts token by token from nothing, so it draws none for "
             "--drawn-texts. Leave it out."
@@ -87,7 +87,8 @@ def draw_texts(model: Any, processor: Any, count: int, seed: int, device: torch.
     config = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0)
     noisy = _Noisy(words.drawable.to(device), forced.to(device), seed)
     prompts = prompts.to(device)
-    with failure_explained(model), torch.inference_mode(), _without_own_settings(model):
+    explained = failure_explained(model, "write a text from nothing", "Leave out --drawn-texts.")
+    with explained, torch.inference_mode(), _without_own_settings(model):
         written = model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
@@ -104,8 +105,7 @@ def _without_own_settings(model: Any) -> Iterator[None]:
     from transformers import GenerationConfig
 
     own = model.generation_config
-    has_cache = own.use_cache and type(model).__name__ not in WITHOUT_CACHE
-    model.generation_config = GenerationConfig(use_cache=has_cache)
+    model.generation_config = GenerationConfig(use_cache=own.use_cache)
     try:
         yield
     finally:

@@ -87,8 +87,7 @@ def test_steps_of_tuning_take_samples_and_texts_in_turn(tiny_folder: TinyFolder,
     assert all(sorted(taken[i : i + 6 : 2]) == [0, 1, 2] for i in (0, 6))
     assert all(sorted(taken[i : i + 6 : 2]) == [3, 4, 5] for i in (1, 7))
     alone = [
-        next(i for i, b in enumerate(every) if b is x)
-        for x in islice(replace(given, drawn=()).in_turn(), 6)
+        next(i for i, b in enumerate(every) if b is x) for x in islice(replace(given, drawn=()).in_turn(), 6)
     ]
     assert sorted(alone[:3]) == sorted(alone[3:]) == [0, 1, 2]
 

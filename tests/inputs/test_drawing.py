@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Blip2ForConditionalGeneration
 
 from qprobe.errors import ModelError
 from qprobe.inputs import drawing
@@ -17,6 +18,7 @@ from qprobe.inputs.batch import ANSWER, TEXT
 from qprobe.inputs.drawing import draw_texts, refuse_undrawable, text_batches, vocabulary_of
 from qprobe.loading.reference import load_reference
 from tests import tiny
+from tests.sequences import blip2_opt
 
 TinyFolder = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -50,6 +52,7 @@ def test_tokens_depend_on_those_before_them_as_in_the_model(llama: Any):
     # On average a token is as likely as tokens drawn there are, and likelier than those of another text.
     words = vocabulary_of(llama.model, llama.processor)
     ids = torch.tensor(draw_texts(llama.model, llama.processor, 64, 0, CPU))
+    assert words.begin is not None
     read = torch.cat([torch.full((64, 1), words.begin), ids[:, :-1]], dim=1)
     barred = torch.full((tiny.VOCAB,), -torch.inf).index_fill(0, words.drawable, 0.0)
     with torch.no_grad():
@@ -128,3 +131,20 @@ def test_a_model_that_writes_no_text_from_nothing_is_refused(name: str, tiny_fol
     model = load_reference(str(tiny_folder(name)), "cpu").model
     with pytest.raises(ModelError, match=f"{type(model).__name__} does not write texts .* --drawn-texts"):
         refuse_undrawable(model)
+
+
+def test_a_model_that_wants_an_image_for_each_text_is_refused_before_its_weights_are_read():
+    with torch.device("meta"):
+        model = Blip2ForConditionalGeneration(blip2_opt())
+    with pytest.raises(
+        ModelError, match=r"Blip2ForConditionalGeneration does not write texts .* Leave it out"
+    ):
+        refuse_undrawable(model)
+
+
+def test_what_fails_while_a_text_is_drawn_is_said_with_the_option_that_asked_for_it(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(llama.model, "forward", lambda **_given: 1 / 0)
+    with pytest.raises(ModelError, match=r"does not write a text from nothing .* Leave out --drawn-texts"):
+        draw_texts(llama.model, llama.processor, 2, 0, CPU)
