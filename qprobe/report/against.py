@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 
 from qprobe.errors import RunError
 from qprobe.registry.measures import Column
-from qprobe.report.figures import PAGE, Layout, finished, framed, samples_of, set_scale, with_missing
+from qprobe.report.figures import PAGE, Layout, finished, framed, samples_of, set_scale, stems, with_missing
 from qprobe.report.labels import label_points
 from qprobe.report.names import plain, short_names
-from qprobe.report.panels import BLUE, GREY, VERMILION, taken, upper_fence
+from qprobe.report.panels import BLUE, VERMILION, taken, upper_fence
 
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "mfc": BLUE},
@@ -74,7 +74,7 @@ def _draw(ax: Axes, tables: tuple[pd.DataFrame, pd.DataFrame], panel: Column, la
     x = np.arange(len(values[0]))
     both = np.isfinite(values[0]) & np.isfinite(values[1])
     set_scale(ax, np.concatenate([v[np.isfinite(v)] for v in values]), panel, layout)
-    ax.vlines(x[both], values[0][both], values[1][both], color=GREY, lw=0.8, zorder=2)
+    stems(ax, x[both], values[0][both], values[1][both], lw=0.8)
     size = layout.marker(len(x))
     for i, (table, found, style) in enumerate(zip(tables, values, STYLES, strict=True)):
         drawn = np.isfinite(found)

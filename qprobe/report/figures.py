@@ -117,7 +117,9 @@ def framed(
     arranged = ConstrainedLayoutEngine(w_pad=0.04 if layout.beside else 0.08)
     figure = Figure(figsize=(layout.width(len(table)), height), layout=arranged)
     figure.suptitle(plain(title), fontsize=layout.font + min(4, layout.font - 5), x=0.01, ha="left")
-    axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    axes = list(figure.subplots(count, 1, squeeze=False)[:, 0])
+    for ax in axes[:-1]:  # all have the limits of the last; ticks of up to 90 layers in each are slow to draw
+        ax.set_xticks([])
     if not panels:
         axes[0].text(0.5, 0.5, "nothing was measured", transform=axes[0].transAxes, ha="center")
     return figure, axes
@@ -187,7 +189,7 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, kept: Kept, panel: Column, layout
     set_scale(ax, values[drawn], panel, layout)
     floor = ax.get_ylim()[0] if panel.is_log else 0.0
     thin = 0.7 * layout.marker(len(values)) * 9 / layout.font
-    ax.vlines(x[drawn], floor, values[drawn], color=GREY, lw=thin, alpha=0.6, zorder=2)
+    stems(ax, x[drawn], np.full(drawn.sum(), floor), values[drawn], lw=thin, alpha=0.6)
     if panel.error_name in table:
         spread = np.nan_to_num(table[panel.error_name].to_numpy(float))
         ax.errorbar(x[drawn], values[drawn], spread[drawn], fmt="none", ecolor=GREY, elinewidth=0.8, zorder=2)
@@ -199,6 +201,16 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, kept: Kept, panel: Column, layout
     ):
         scaled = {key: style[key] * size for key in ("ms", "mew") if key in style}
         ax.plot(x[mask], values[mask], ls="", zorder=3, gid=f"{panel.name}:{gid}", **{**style, **scaled})
+
+
+def stems(ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, **style: float) -> None:
+    """Grey vertical lines at `x` from `low` to `high`, as one path.
+
+    `Axes.vlines` makes an object of each, which takes half of the time of an SVG of 500 layers.
+    """
+    gaps = np.full(len(x), np.nan)
+    path = (np.column_stack(ends).ravel() for ends in ((x, x, gaps), (low, high, gaps)))
+    ax.plot(*path, color=GREY, solid_capstyle="butt", snap=True, zorder=2, gid="stems", **style)
 
 
 def set_scale(ax: Axes, values: np.ndarray, panel: Column, layout: Layout) -> None:
