@@ -130,7 +130,8 @@ def reached_by(source: str, line: int) -> range:
     """The lines whose running shows what a change of `line` does; none where any use of the module may.
 
     In a function's body they are those of the statement, without the blocks in it; of its decorators and its
-    signature those of the body. Other lines run on import, when no test is running yet.
+    signature those of the body. Other lines run on import, when no test is running yet; those of a function
+    whose results are cached run once, in whichever test asks first.
     """
     found = range(0)
     for node in ast.walk(ast.parse(source)):  # outer ones before those in them
@@ -140,6 +141,8 @@ def reached_by(source: str, line: int) -> range:
         if not isinstance(node, ast.FunctionDef):
             last = block[0].lineno - 1 if block else node.end_lineno
             found = range(node.lineno, max(node.lineno, last or 0) + 1) if found else found
+        elif any("cache" in ast.unparse(x) for x in node.decorator_list):
+            return range(0)
         elif line < node.body[0].lineno:
             return range(node.body[0].lineno, (node.end_lineno or 0) + 1)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,12 @@ import torch
 
 from qprobe.calibration.correction import _comparison
 from qprobe.calibration.decide import TRIAL, TRIAL_LARGE, trial_inputs, tried_in_turn
+from qprobe.calibration.experts.rounding import _error
+from qprobe.calibration.gram import Gram
+from qprobe.calibration.room import outputs_bytes
 from qprobe.calibration.tuning import STEPS, Tuned, default_steps, tune_steps
+from qprobe.calibration.walk import can_walk
+from qprobe.formats.nf4 import Nf4
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.notes import Trial
 from qprobe.system.processes import Shard
@@ -86,3 +91,35 @@ def test_trials_are_made_once_by_whichever_process_comes_first(tmp_path: Path):
     again = tried_in_turn(RunFolder(folder), Shard(0, 2), trials)
     assert asked == ["weighted", "plain"] and again["tokens-plain"] == 0.5
     assert RunFolder(folder).notes.get("tokens-weighted") == Trial.of(nan)
+
+
+@pytest.mark.parametrize(
+    ("limit", "device", "walks"), [(None, CPU, True), (None, GPU, True), (1, GPU, True), (1, CPU, False)]
+)
+def test_blocks_are_walked_unless_what_they_put_out_counts_for_a_limit(limit: Any, device: Any, walks: bool):
+    one = subject(device, SMALL)
+    one.limit = limit
+    assert can_walk(one) == walks
+
+
+def test_the_gradients_matrices_take_memory_where_the_model_is_but_wait_on_the_host_of_a_limited_gpu():
+    def of(limit: Any, device: Any) -> int:
+        one = subject(device, SMALL)
+        one.limit = limit
+        return outputs_bytes(one, [64, 128])
+
+    everything = of(None, CPU)
+    assert everything == 4 * (64**2 + 128**2)
+    assert of(None, GPU) == of(1, CPU) == everything and of(1, GPU) == 0
+
+
+def test_the_error_of_experts_is_a_share_of_rounding_to_nearest_by_hand():
+    torch.manual_seed(0)
+    own, fmt = torch.randn(2, 64, 64), Nf4()
+    nearest = fmt.pack(own).unpack()
+    grams = {0: Gram(torch.eye(64), tokens=64)}
+    for times in (0.0, 1.0, 2.0):  # so many times the error of rounding to nearest, so its square in energy
+        read = own + times * (nearest - own)
+        whole: Any = SimpleNamespace(packed=lambda read=read: SimpleNamespace(unpack=lambda: read))
+        assert _error(own, whole, grams, fmt) == pytest.approx(times**2, rel=1e-4, abs=1e-9)
+    assert isnan(_error(own, whole, {}, fmt))  # nothing is known where no expert read a token

@@ -159,3 +159,15 @@ def test_files_that_cannot_be_had_are_one_sentence(tmp_path: Path, monkeypatch: 
     refusing(OSError("first line\nsecond line"))
     with pytest.raises(ModelError, match=r"cannot be had: first line Check the name"):
         hub.fetched("somebody/else")
+
+
+def test_nothing_is_fetched_unless_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    there = StandIn(tmp_path)
+    (tmp_path / REPO).mkdir(parents=True)
+    (tmp_path / REPO / "skiplist.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", there.snapshot_download)
+    for look in (hub.fetched, hub.manifest_in):
+        with pytest.raises(ModelError, match="Pass --allow-downloads"):
+            look(REPO)
+    assert hub.manifest_in(REPO, allow_downloads=True) == tmp_path / REPO / "skiplist.json"
+    assert hub.manifest_in(REPO) == tmp_path / REPO / "skiplist.json"  # from the cache

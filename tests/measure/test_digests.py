@@ -112,3 +112,10 @@ def test_a_change_of_the_processor_that_one_sample_shows_is_seen(tiny_folder, tm
     template = deepcopy(processor)
     template.chat_template = (template.chat_template or "") + "{{ 'one' }}"
     assert reading_digest(template, samples) != before
+
+
+def test_weights_of_places_are_odd_and_those_of_any_longer_tensor():
+    eight = digests._Sums(CPU)._first(7).tolist()
+    for count in range(1, 8):
+        assert digests._Sums(CPU)._first(count).tolist() == eight[:count]
+    assert all(x % 2 == 1 for x in eight) and len(set(eight)) == 7

@@ -17,7 +17,7 @@ from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import walking
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import KlSums
-from qprobe.measure.outputs import split_by_sample
+from qprobe.measure.outputs import _noise, split_by_sample
 from qprobe.measure.runner import halves_are_independent, kl_rows, observe, observe_outputs, shared_layers
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.measure.weights import error_sums, weight_rows
@@ -253,3 +253,12 @@ def test_inputs_are_those_of_the_loaded_model_while_the_path_is_walked(tiny_fold
         assert subject.model.dtype == torch.float32
         inside = subject.encode(samples).inputs["pixel_values"]
     assert inside.dtype == outside.dtype == torch.bfloat16 and torch.equal(inside, outside)
+
+
+def test_what_4_bit_adds_to_an_output_is_computed_in_float32_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    own, hat, x = (torch.randn(shape).bfloat16() for shape in ((8, 64), (8, 64), (2, 3, 64)))
+    wanted = x.double() @ (hat.double() - own.double()).T
+    found = _noise(own, hat, x)
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert _noise(own.to("meta"), hat.to("meta"), x.to("meta")).dtype == torch.bfloat16  # as on a GPU

@@ -1,6 +1,7 @@
 """The run folder: whole units or none, one specification a folder, damage named."""
 
 import errno
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -313,3 +314,11 @@ def test_a_row_in_two_units_would_count_twice(run: Path):
     RunFolder(run).write_unit("kl", 1, kl_unit("b"))
     with pytest.raises(RunError, match=r"kl of sample b, candidate standard in two units"):
         RunFolder(run).units("kl")
+
+
+def test_the_version_of_the_format_is_written_and_another_is_refused(run: Path):
+    path = run / "scan.json"
+    assert json.loads(path.read_text())["version"] == 1  # a change of it makes all run folders unreadable
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(RunError, match="its format is version 2, not 1"):
+        _ = RunFolder(run).key

@@ -107,3 +107,18 @@ def test_what_standard_4_bit_costs_stands_beside_calibrated_weights_and_is_never
     assert found.proof.quality == Quality(4, 0.1, 0.5, None)
     assert [(x.name, x.chosen) for x in found.proof.compared] == [(NOTHING, True), (NEAREST, False)]
     assert "Calibration does not pay here" in found.verdict and "(standard 4-bit 0.1 ± 0)" in found.verdict
+
+
+def test_lists_that_cannot_be_told_apart_are_noted_and_a_clear_winner_is_not():
+    def notes(*kl: float) -> tuple[str, ...]:
+        lists = {"large": ("model.a", "model.q"), "small": ("model.a",)}
+        sizes = {"large": 130, "small": 120}
+        skiplists = {name: SkipList(kept, sizes[name], 0.0, "x") for name, kept in lists.items()}
+        skiplists |= {NOTHING: SkipList((), 100, 0.0, "x")}
+        large = candidate("large", 130, 0.1, 0.1, 0.1, 0.1, kept=lists["large"])
+        small = candidate("small", 120, *kl, kept=lists["small"])
+        return within_budget(RUN, Budget("+1B", 130), skiplists, [STANDARD, large, small]).notes
+
+    assert notes(0.5, 0.5, 0.5, 0.52) == ()
+    (said,) = notes(0.15, 0.11, 0.07, 0.11)
+    assert said.startswith("The lists small, large cannot be told apart within the error")

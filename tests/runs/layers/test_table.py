@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qprobe.errors import QprobeError, RunError
+from qprobe.records import FormatSpec
 from qprobe.runs.findings import rerouted_note, write_findings
 from qprobe.runs.folder import RunFolder, layer_table
 from qprobe.runs.key import key_bytes
@@ -397,3 +398,21 @@ def test_residual_is_a_share_of_the_measured_kl_and_none_without_one(tmp_path: P
     assert attribution_residual(RunFolder(make_run(tmp_path / "one", kl=[kl], sensitivity=[parts]))) == -0.25
     assert attribution_residual(RunFolder(make_run(tmp_path / "two", sensitivity=[parts]))) is None
     assert attribution_residual(RunFolder(make_run(tmp_path / "three", kl=[kl]))) is None
+
+
+def test_what_became_of_each_weight_in_rounding_is_told(tmp_path: Path):
+    experts = (EXPERTS, replace(EXPERTS, name="all"))
+    layers = (linear("a"), linear("b"), linear("c"), *experts, linear("head", fixed="x"))
+    frame = rows(
+        "calibration",
+        ("a", 5, 0.1, 0.01, "", None), ("b", 5, nan, nan, "it is no better", None),
+        (EXPERTS.name, 5, 0.1, 0.01, "", 1), ("all", 5, 0.1, 0.01, "", 0),
+    )  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    run.open(key_of(inventory_of(*layers), format=FormatSpec("nf4-calibrated")))
+    run.write_unit("calibration", 0, frame)
+    found = layer_table(run.path).set_index("layer")["rounding"]
+    assert found.fillna("").to_dict() == {
+        "a": "calibrated", "b": "nearest: it is no better", "c": "nearest: it never ran on these samples",
+        EXPERTS.name: "calibrated, 1 of 2 experts to nearest", "all": "calibrated", "head": "",
+    }  # fmt: skip

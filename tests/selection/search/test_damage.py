@@ -12,6 +12,7 @@ from qprobe.errors import BudgetError
 from qprobe.records import Inventory
 from qprobe.selection.search.damage import Damage, fewest_bytes, least_damage, less_of
 from qprobe.selection.search.lists import best_skiplist
+from qprobe.selection.skiplist import SkipList
 from tests.runs.runs import inventory_of, linear
 from tests.selection.reference import all_skiplists
 
@@ -160,3 +161,11 @@ def test_the_fewest_bytes_meet_the_bound_and_no_smaller_limit_does(
     smaller = skiplist.total_bytes - 1
     if smaller >= inventory.standard_4bit_bytes and not damage.is_additive:
         assert damage.left(frozenset(least_damage(inventory, damage, smaller, BY).kept)) > bound
+
+
+def test_where_nothing_needs_to_be_kept_the_list_is_empty_and_scores_nothing():
+    inventory = inventory_of(linear("a"), linear("b"))
+    shares = {"a": 1.0, "b": 1.0}
+    for own in (shares, {"a": 0.5, "b": 0.1}):
+        found = fewest_bytes(inventory, Damage(shares, own), 2.0, "x")
+        assert found == SkipList((), inventory.standard_4bit_bytes, 0.0, "x")
