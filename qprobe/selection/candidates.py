@@ -16,13 +16,14 @@ from qprobe.selection.scores import (
     damage_of,
     default_measure,
     layer_scores,
+    returns,
     skiplist_by,
     skiplists_by,
-    trimmed,
 )
 from qprobe.selection.search.groups import keeps_groups_whole
 from qprobe.selection.search.lists import best_skiplist
 from qprobe.selection.skiplist import SkipList
+from qprobe.selection.trimmed import trimmed
 
 FRONTIER_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # of the bytes that 4-bit saves
 
@@ -39,8 +40,8 @@ def candidates(
 
     With `request.by`, that score alone; also: one more score, where none was asked for. Where isolated KL was
     measured, the list by sensitivities that simply add up is compared as well: small budgets of a small model
-    may favour either. The list by the score that chooses is compared with what is left of it without layers
-    of which little is expected, see `trimmed`, if that is smaller by more than `SAME_SIZE`. With
+    may favour either. The list by the score that chooses is compared with those that are left of it without
+    layers of which little is expected, see `trimmed`, if they are smaller by more than `SAME_SIZE`. With
     `request.for_tool` a published list that splits a group is no candidate.
     """
     by, inventory, limit = request.by, run.inventory, budget.limit_bytes
@@ -52,9 +53,9 @@ def candidates(
         found[f"by {SCORE}, additive"] = best_skiplist(inventory, scores, limit, SCORE)
     choosing = by or also or default_measure(run.table)
     whole = found[f"by {choosing}"]
-    less = trimmed(inventory, run.table, whole)
-    if whole.total_bytes - less.total_bytes > SAME_SIZE * run.standard_bytes:
-        found[f"by {choosing}, trimmed"] = less
+    for name, less in trimmed(inventory, returns(inventory, run.table, whole), whole).items():
+        if whole.total_bytes - less.total_bytes > SAME_SIZE * run.standard_bytes:
+            found[f"by {choosing}, {name}"] = less
     entry = find(run.scan.model.id)
     for published in entry.published if entry and not by else ():
         kept = published.kept(inventory)

@@ -13,14 +13,10 @@ from qprobe.registry import measures
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual, check_measure, measured
 from qprobe.selection.bound import SCORE, Prospect
-from qprobe.selection.search.damage import Damage, least_damages, less_of
-from qprobe.selection.search.lists import best_skiplists, smallest_skiplist
+from qprobe.selection.search.damage import Damage, least_damages
+from qprobe.selection.search.lists import best_skiplists
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.verdict import is_bent
-
-WORTH = 0.99
-"""Of what a list is predicted to spare, what a smaller one must: a knapsack fills its limit with whatever is
-left, and of a hundredth no measurement tells anything."""
 
 ISOLATED_KL = measures.ISOLATED_KL.score  # the column of each layer's isolated KL
 
@@ -79,17 +75,18 @@ def skiplists_by(
     return least_damages(inventory, replace(damage, kept=_kept_experts(inventory)), limits, column)
 
 
-def trimmed(inventory: Inventory, table: pd.DataFrame, skiplist: SkipList) -> SkipList:
-    """`skiplist` without layers of which little is expected: the fewest bytes for `WORTH` of what it spares.
+def returns(inventory: Inventory, table: pd.DataFrame, skiplist: SkipList) -> dict[str, float]:
+    """What each layer of `skiplist` is expected to spare beside the others, by the column that chose it.
 
-    As the column that chose it predicts.
+    By sensitivity_kl, where isolated KL was measured, at the share of the damage that the list leaves.
     """
     damage = damage_of(table) if skiplist.by == SCORE else None
-    if damage is not None:
-        return less_of(inventory, replace(damage, kept=_kept_experts(inventory)), skiplist, WORTH)
-    scores = layer_scores(table, skiplist.by)
-    own = {name: scores[name] for name in skiplist.kept}
-    return smallest_skiplist(inventory, own, WORTH * fsum(own.values()), skiplist.by)
+    if damage is None:
+        scores = layer_scores(table, skiplist.by)
+    else:
+        damage = replace(damage, kept=_kept_experts(inventory))
+        scores = damage.marginal(damage.share(frozenset(skiplist.kept)))
+    return {name: scores[name] for name in skiplist.kept}
 
 
 def _kept_experts(inventory: Inventory) -> frozenset[str]:

@@ -116,16 +116,6 @@ def fewest_bytes(inventory: Inventory, damage: Damage, max_kl: float, by: str) -
     return None if best is None else _scored(best, damage)
 
 
-def less_of(inventory: Inventory, damage: Damage, skiplist: SkipList, worth: float) -> SkipList:
-    """Those layers of `skiplist` with the fewest bytes that spare a share `worth` of what all of them do.
-
-    By marginal damages at the share of the damage that `skiplist` leaves.
-    """
-    scores = damage.marginal(damage.share(frozenset(skiplist.kept)))
-    own = {name: scores[name] for name in skiplist.kept}
-    return _scored(smallest_skiplist(inventory, own, worth * fsum(own.values()), skiplist.by), damage)
-
-
 def _narrowed(
     inventory: Inventory, damage: Damage, share: float, max_kl: float, largest: SkipList
 ) -> SkipList | None:

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
-from qprobe.selection.search.damage import Damage, fewest_bytes, least_damage, less_of
+from qprobe.selection.search.damage import Damage, fewest_bytes, least_damage
 from qprobe.selection.search.lists import best_skiplist
 from qprobe.selection.skiplist import SkipList
 from tests.runs.runs import inventory_of, linear
-from tests.selection.reference import all_skiplists
 
 BY = "sensitivity_kl"
 NAMES = tuple(f"l{i}" for i in range(14))
@@ -100,41 +99,6 @@ def test_without_interactions_the_list_is_the_exact_one(case: tuple[Inventory, D
     assert skiplist.score == pytest.approx(exact.score, abs=1e-9)
     left = fsum(v for n, v in damage.isolated.items() if n not in skiplist.kept)
     assert plain.left(frozenset(skiplist.kept)) == pytest.approx(left, abs=1e-9)
-
-
-def test_layers_that_only_fill_the_limit_are_given_back():
-    # Four layers hold all the damage; the other three have next to none, and the limit has room for them.
-    inventory = layers([64] * 7, 0)
-    isolated = dict(zip(NAMES, (0.05, 0.03, 0.02, 0.02, 3e-5, 6e-5, 5e-5), strict=False))
-    damage = Damage({n: 3 * x for n, x in isolated.items()}, isolated)
-    full = least_damage(inventory, damage, inventory.total_bytes(frozenset(NAMES[:7])), BY)
-    assert full.kept == NAMES[:7]
-    less = less_of(inventory, damage, full, 0.99)
-    assert less.kept == NAMES[:4]
-    assert less.total_bytes == inventory.total_bytes(frozenset(NAMES[:4]))
-    assert less.score == pytest.approx(damage.left(frozenset()) - damage.left(frozenset(NAMES[:4])))
-    # Of equal ones none can go: each spares a quarter.
-    equal = Damage(dict.fromkeys(NAMES[:4], 1.0), dict.fromkeys(NAMES[:4], 1.0))
-    four = layers([64] * 4, 0)
-    every = least_damage(four, equal, four.total_bytes(frozenset(NAMES[:4])), BY)
-    assert less_of(four, equal, every, 0.99).kept == every.kept == NAMES[:4]
-
-
-@settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from([0.5, 0.9, 0.99]))
-def test_what_is_left_of_a_list_is_the_smallest_that_spares_enough(
-    case: tuple[Inventory, Damage, int], worth: float
-):
-    inventory, damage, limit = case
-    full = least_damage(inventory, damage, limit, BY)
-    less = less_of(inventory, damage, full, worth)
-    assert set(less.kept) <= set(full.kept) and less.total_bytes <= full.total_bytes
-    marginal = damage.marginal(damage.share(frozenset(full.kept)))
-    own = {name: marginal[name] for name in full.kept}
-    target = worth * fsum(own.values())
-    enough = [size for size, score in all_skiplists(inventory, own) if score >= target + 1e-9]
-    assert all(less.total_bytes <= size for size in enough)
-    assert fsum(own[name] for name in less.kept) >= target - 1e-9
 
 
 def test_a_limit_below_standard_4bit_is_refused():
