@@ -34,6 +34,9 @@ LONGEST = (
     "tests/scanning/test_memory.py",
     "tests/report/test_write.py",
     "tests/training/test_finetune.py",
+    "tests/training/test_merge.py",
+    "tests/training/test_trl.py",
+    "tests/training/test_together.py",
     "tests/scanning/test_experts.py",
     "tests/test_wheel.py",
 )

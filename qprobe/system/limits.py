@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,32 @@ _SEARCHING = ("striptags", "title", "urlize", "wordcount", "wordwrap")  # filter
 def limited(seconds: float) -> Iterator[None]:
     """While open, Python code that takes longer is ended by a TimeoutError, in whichever thread it runs.
 
-    On Linux it cannot take more than `MEMORY_BYTES` either: what asks for them raises a MemoryError. A single
-    call into a library that lasts long is ended once it returns.
+    What counts is that thread's processor time, since on a busy machine short work takes long by the clock;
+    where the system does not tell it, the clock does. On Linux it cannot take more than `MEMORY_BYTES`
+    either: what asks for them raises a MemoryError. A single call into a library that lasts long is ended
+    once it returns.
     """
     thread, turn, is_over = threading.get_ident(), threading.Lock(), False
+    clock = _clock_of(thread)
+    last = clock() + seconds
+
+    def timer_of(wait: float) -> threading.Timer:
+        made = threading.Timer(wait, end)
+        made.daemon = True
+        return made
 
     def end() -> None:
+        nonlocal timer
         with turn:
-            if not is_over:
+            if is_over:
+                return
+            if (left := last - clock()) <= 0:
                 _raise_in(thread, TimeoutError)
+            else:
+                timer = timer_of(left)
+                timer.start()
 
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
+    timer = timer_of(seconds)
     try:
         with _limited_memory():
             timer.start()
@@ -41,6 +56,13 @@ def limited(seconds: float) -> Iterator[None]:
         with turn:
             is_over = True
         timer.cancel()
+
+
+def _clock_of(thread: int) -> Callable[[], float]:
+    """The processor time of a thread that lives, in seconds; the clock where the system does not tell it."""
+    if not hasattr(time, "pthread_getcpuclockid"):  # Windows, macOS
+        return time.monotonic
+    return partial(time.clock_gettime, time.pthread_getcpuclockid(thread))
 
 
 def _raise_in(thread: int, error: type[BaseException]) -> None:

@@ -47,7 +47,7 @@ def opened(browser: Browser) -> Iterator[Open]:
 
     def open_page(file: Path, width: int = 1280, scheme: str = "light") -> Page:
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        context.set_default_timeout(8000)
+        context.set_default_timeout(60_000)  # ms, on a busy machine
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: wrong.append(f"console: {message.text}"))
