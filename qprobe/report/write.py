@@ -47,7 +47,9 @@ def write_report(run: AnyRun, out: Path | None = None, against: AnyRun | None = 
     try:
         # Before the work: a place that cannot be written costs none. What a user names may be a link.
         make_named_folder(target) if out is not None else make_folder(target)
-        files = {PAGE_FILE: page_of(mine), **_pictures(mine, scan, table)}
+        manifest = _manifest(mine)
+        page = _page(mine, scan, table, manifest)
+        files = {PAGE_FILE: page, **_pictures(mine, scan, table, manifest)}
         if other is not None and theirs is not None:
             files |= _both("against", _against(mine, other, (scan, table), theirs), PAGE)
         for name, data in files.items():
@@ -59,11 +61,10 @@ def write_report(run: AnyRun, out: Path | None = None, against: AnyRun | None = 
     return [target / name for name in files]
 
 
-def _pictures(run: RunFolder, scan: Scan, table: pd.DataFrame) -> dict[str, bytes]:
+def _pictures(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> dict[str, bytes]:
     """The pictures of one run by file name."""
-    kept, model = kept_layers(run, scan), f"{scan.model.id} in {scan.format.name}"
-    manifest = _manifest(run)
-    files = _both("spikes", spikes(run), PAGE)
+    kept, model = _kept(scan, manifest), f"{scan.model.id} in {scan.format.name}"
+    files = _both("spikes", _spikes(scan, table, kept), PAGE)
     files |= _both("spikes-column", spike_plot(table, kept, model, COLUMN), COLUMN)
     if run.files.has(FRONTIER):
         compared = manifest.compared if manifest else ()
@@ -77,8 +78,11 @@ def _pictures(run: RunFolder, scan: Scan, table: pd.DataFrame) -> dict[str, byte
 def spikes(run: RunFolder) -> Figure:
     """The spikes of one run: every measured error of each layer; RunError if nothing is measured yet."""
     scan, table = _measured(run)
-    title = f"{scan.model.id} in {scan.format.name}: what 4-bit costs each layer"
-    return spike_plot(table, kept_layers(run, scan), title)
+    return _spikes(scan, table, kept_layers(run, scan))
+
+
+def _spikes(scan: Scan, table: pd.DataFrame, kept: Kept) -> Figure:
+    return spike_plot(table, kept, f"{scan.model.id} in {scan.format.name}: what 4-bit costs each layer")
 
 
 def _both(name: str, figure: Figure, layout: Layout) -> dict[str, bytes]:
@@ -87,9 +91,12 @@ def _both(name: str, figure: Figure, layout: Layout) -> dict[str, bytes]:
 
 def page_of(run: RunFolder) -> bytes:
     """The page of `run` alone; raises RunError as `write_report` does."""
-    scan, table = _measured(run)
+    return _page(run, *_measured(run), _manifest(run))
+
+
+def _page(run: RunFolder, scan: Scan, table: pd.DataFrame, manifest: Manifest | None) -> bytes:
     title = f"{scan.model.id}: which layers 4-bit hurts"
-    return page_html(page_data(run, scan, table, _manifest(run)), title).encode()
+    return page_html(page_data(run, scan, table, manifest), title).encode()
 
 
 def _manifest(run: RunFolder) -> Manifest | None:
@@ -106,7 +113,10 @@ def missing_measures(run: RunFolder) -> list[str]:
 
 def kept_layers(run: RunFolder, scan: Scan) -> Kept:
     """Layers in 16-bit by the run's manifest; without one, only those that standard 4-bit keeps."""
-    manifest = _manifest(run)
+    return _kept(scan, _manifest(run))
+
+
+def _kept(scan: Scan, manifest: Manifest | None) -> Kept:
     always = frozenset(layer.name for layer in scan.inventory.layers if layer.fixed)
     in_16bit = frozenset() if manifest is None else frozenset(manifest.skip_modules)
     return Kept(in_16bit - always, always)
