@@ -278,7 +278,7 @@ class FinetuneOptions(ModelOptions, DataOptions):
     optimizer: Optimizer | None = None
     adapt: str = DEFAULT_ADAPT
     for_tool: str | None = None
-    start: Start = "zero"
+    start: Start | None = None
     distill: int = 0
     workers: int | None = None
     save_every: int = 50

@@ -79,7 +79,8 @@ _OPTIONS = options(
     option(
         FinetuneOptions,
         "start",
-        help="Begin at nothing, or at what calibrated 4-bit leaves of each weight (scan --keep-correction).",
+        help="Begin at nothing, or at what calibrated 4-bit leaves of each weight (scan --keep-correction).  "
+        "[default: corrected where F's run keeps that; else zero]",
     ),
     option(
         FinetuneOptions,
@@ -150,9 +151,9 @@ def finetune(as_json: bool, **asked: Any) -> None:
     each; the same command with another N goes on from the last checkpoint in steps of the same lines.
 
     \b
-    --json prints: out, base, fingerprint, steps, resumed_from, trained_lines, held_out_lines, skipped [text],
-    notes [text] (fields that were not read, and how others were), left_out [text] (layers that have to do
-    without an adapter), other_batches [text] (where memory did not suffice for --batch-size, or another
+    --json prints: out, base, start, fingerprint, steps, resumed_from, trained_lines, held_out_lines, skipped
+    [text], notes [text] (fields that were not read, and how others were), left_out [text] (layers that have
+    to do without an adapter), other_batches [text] (where memory did not suffice for --batch-size, or another
     number of processes went on), processes, distilled {steps, before, after} (KL on lines kept back from it,
     nats per answer token), trainable_parameters, optimizer, eval_loss_before, eval_loss (nats per answer
     token, mean over lines), history [{step, loss}], eval_history [{step, loss}], seconds, peak_bytes (of
@@ -194,6 +195,7 @@ def _verdict(done: Mapping[str, Any]) -> str:
     resumed = f" (from step {done['resumed_from']} on)" if done["resumed_from"] is not None else ""
     text = (
         f"{done['out']}: adapter of {done['trainable_parameters']:,} parameters on the {done['base']} base, "
+        f"{'begun at the correction of its weights, ' if done['start'] == 'corrected' else ''}"
         f"{counted(done['steps'], 'step')}{resumed} of {done['optimizer']} on "
         f"{counted(done['trained_lines'], 'line')}, "
         f"{done['seconds']:.0f} s."

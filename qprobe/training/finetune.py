@@ -45,7 +45,7 @@ from qprobe.training.collate import Collate, fewer_workers, working_ahead
 from qprobe.training.distilled import FEWEST, Distilled, Lesson, distil, lessons_of
 from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
 from qprobe.training.record import Record, write_record
-from qprobe.training.refused import asked_adapter, check_options, refuse_without_answers
+from qprobe.training.refused import asked_adapter, check_options, refuse_without_answers, with_start
 from qprobe.training.result import Finetuned, card
 from qprobe.training.rows import Lines, check_batches, encodable, learnable, split
 from qprobe.training.spec import asked_spec, images_digest, texts_digest
@@ -84,7 +84,8 @@ def finetune(options: FinetuneOptions) -> Finetuned:
     learning_rate: the highest one. batch_size: conversations that run at once; accumulation: batches per
     step. max_length: tokens of a line. optimizer: None for adamw_8bit on CUDA, and adamw_torch on a CPU, for
     which there is no 8-bit one. adapt, for_tool: where adapters go, as of `qprobe.lora_targets`.
-    start: at nothing, or at the correction of calibrated weights that `scan --keep-correction` left.
+    start: where the adapter begins, "zero" or at the correction of calibrated weights that `scan
+    --keep-correction` left, "corrected"; None for that where there is one.
     distill: steps, before the first one, in which the adapter learns to answer the lines as the 16-bit model
     does; that is loaded for it, before the base.
     workers: processes that read images and make batches ahead of the steps, the same batches, one per core at
@@ -103,6 +104,7 @@ def finetune(options: FinetuneOptions) -> Finetuned:
     """
     path, out = path_of(options.manifest), path_of(options.out)
     manifest = read_manifest(path)
+    options = with_start(options, manifest, path.parent)
     check_options(options, manifest, path.parent)
     data, eval_data = data_of(options.data), data_of(options.eval_data)
     with together(os.environ, parse_device(options.device)) as group, ExitStack() as stack:
@@ -165,6 +167,7 @@ def _finetune(asked: Training, skeleton: Skeleton, lines: Lines) -> Finetuned:
     done = Finetuned(
         out=asked.out,
         base=asked.options.base,
+        start=asked_adapter(asked.options).start,
         fingerprint=manifest.model.fingerprint,
         skipped=lines.skipped,
         notes=lines.notes,

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from qprobe.checkpoint.starts.attached import AskedAdapter, check_asked
+from qprobe.checkpoint.starts.corrected import keeps_correction
 from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread
 from qprobe.options import FinetuneOptions
 
 
+def with_start(options: FinetuneOptions, manifest: Manifest, folder: Path) -> FinetuneOptions:
+    """`options` with the start that they leave open: the correction, if the base has calibrated weights whose
+    run keeps one, else zero. folder: where the manifest lies.
+    """
+    if options.start is not None:
+        return options
+    is_kept = options.base == "dynamic" and keeps_correction(manifest, folder)
+    return replace(options, start="corrected" if is_kept else "zero")
+
+
 def check_options(options: FinetuneOptions, manifest: Manifest, folder: Path) -> None:
-    """Raises QprobeError for numbers that no run can be made of. folder: where the manifest lies."""
+    """Raises QprobeError for numbers that no run can be made of. options: as of `with_start`; folder: where
+    the manifest lies.
+    """
     for name, value in (("epochs", options.epochs), ("learning-rate", options.learning_rate)):
         if not (isfinite(value) and value > 0):
             raise QprobeError(f"--{name} {value:g} makes no training. Pass a number above 0.")
@@ -46,7 +60,8 @@ def check_options(options: FinetuneOptions, manifest: Manifest, folder: Path) ->
 
 
 def asked_adapter(options: FinetuneOptions) -> AskedAdapter:
-    """The adapter that `options` ask for."""
+    """The adapter that `options`, which name its start, ask for."""
+    assert options.start is not None
     return AskedAdapter(options.start, options.rank, options.adapt, options.for_tool)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from qprobe import __version__
 from qprobe.checkpoint.card import card_head
 from qprobe.manifest.records import Manifest
+from qprobe.options import Start
 from qprobe.system.markdown import plain
 from qprobe.training.distilled import Distilled
 from qprobe.training.record import RECORD
@@ -18,8 +19,9 @@ from qprobe.training.record import RECORD
 class Finetuned:
     """A finished run.
 
-    eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is the
-    base's; both are None without held-out lines. history: (step, loss), over the step
+    start: where the adapter began, before anything was distilled.
+    eval losses are means over lines of the mean loss of their answer tokens, in nats; eval_loss_before is
+    that at the start; both are None without held-out lines. history: (step, loss), over the step
     peak_bytes: of device memory, None on a CPU. skipped: one sentence per row that was left out;
     notes: on fields that were not read, what was done to read others, and activations that stay whole;
     left_out: one per reason for which layers have to do without an adapter. other_batches: sentences where
@@ -30,6 +32,7 @@ class Finetuned:
 
     out: Path
     base: str
+    start: Start
     fingerprint: str
     steps: int
     resumed_from: int | None
@@ -76,10 +79,11 @@ def card(manifest: Manifest, done: Finetuned) -> str:
         if done.eval_loss is not None and done.eval_loss_before is not None
         else "Nothing was held out, so nothing was evaluated."
     )
+    begun = " from the correction of its calibrated weights" if done.start == "corrected" else ""
     return (
         f"---\n{head}---\n\n# Adapter for {plain(manifest.model.id)}\n\n"
         f"LoRA of {done.trainable_parameters:,} parameters, trained for {done.steps} steps of "
-        f"{done.optimizer} on the {done.base} base by qprobe {__version__}. {losses}\n\n"
+        f"{done.optimizer} on the {done.base} base{begun} by qprobe {__version__}. {losses}\n\n"
         f"Fingerprint of the model: `{done.fingerprint}`. Every option is in `{RECORD}`.\n\n"
         f"```python\nimport qprobe\n\n"
         f'model, processor = qprobe.load_finetuned("path/to/this/folder")\n```\n'

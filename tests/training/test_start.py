@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qprobe import answer_collator
 from qprobe.calibration import correction
 from qprobe.calibration.gptq import metric_of
 from qprobe.checkpoint.load import load_dynamic_4bit
@@ -26,8 +28,10 @@ from qprobe.options import FinetuneOptions
 from qprobe.records import CodesFile
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.notes import CorrectionFile
-from qprobe.training.refused import check_options
+from qprobe.training.finetune import finetune
+from qprobe.training.refused import check_options, with_start
 from tests.checkpoint.manifests import every_third, manifest_for
+from tests.emulation import compute_bf16_by_float32
 
 pytestmark = [
     pytest.mark.slow,
@@ -202,6 +206,54 @@ def test_trls_trainer_takes_the_model_with_its_start_and_trains_on_from_there(
     # TRL rounds adapters to bf16.
     moved = {n for n, p in after.items() if not torch.equal(p.float(), begun[n].bfloat16().float())}
     assert moved >= {n for n in after if "lora_B" in n}
+
+
+def test_finetune_begins_at_the_correction_where_one_is_kept_unless_it_is_told_otherwise(
+    run: Path, loaded: Callable[..., Any], tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compute_bf16_by_float32(monkeypatch.setattr)
+    rows = [{"prompt": f"what is {n}?", "answer": f"a coastal train {n}"} for n in range(3)]
+    asked = {
+        "manifest": run / "skiplist.json", "data": rows[1:], "eval_data": rows[:1], "rank": 4, "steps": 1,
+        "model": str(tiny_folder("llama")), "device": "cpu", "accumulation": 1, "max_length": 128,
+    }  # fmt: skip
+    corrected = finetune(**asked, out=tmp_path / "default")
+    zero = finetune(**asked, out=tmp_path / "zero", start="zero")
+    assert (corrected.start, zero.start) == ("corrected", "zero")
+    for done in (corrected, zero):
+        model, processor = loaded(start=done.start, rank=4)
+        with torch.no_grad():
+            loss = float(model(**answer_collator(processor)(rows[:1])).loss)
+        assert done.eval_loss_before == pytest.approx(loss, rel=1e-3)
+        assert json.loads((done.out / "finetune.json").read_text())["spec"]["start"] == done.start
+    assert corrected.eval_loss_before != pytest.approx(zero.eval_loss_before, rel=1e-2)
+    learned = load_file(corrected.out / "adapter_model.safetensors")  # one step from the balanced factors
+    for layer in (x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit):
+        a = learned[f"base_model.model.{layer}.lora_A.weight"]
+        torch.testing.assert_close(a @ a.T, torch.eye(4) / 3, rtol=0, atol=0.02)
+    assert "from the correction" in (corrected.out / "README.md").read_text()
+
+
+def test_the_start_that_is_left_open_is_zero_where_nothing_is_kept(run: Path, tmp_path: Path):
+    manifest = read_manifest(run / "skiplist.json")
+    asked = FinetuneOptions(run / "skiplist.json", data=None, out=tmp_path / "out")
+    assert with_start(asked, manifest, run).start == "corrected"
+    assert manifest.codes is not None
+    notes = RunFolder(run).notes
+    noted = notes.get("correction")
+    cases = (
+        (replace(asked, base="nf4"), manifest, run),
+        (asked, replace(manifest, codes=None), run),
+        (asked, replace(manifest, codes=replace(manifest.codes, sha256="0" * 64)), run),
+        (asked, manifest, tmp_path),
+    )
+    assert [with_start(*x).start for x in cases] == ["zero"] * len(cases)
+    try:
+        notes.put("correction", replace(noted, sha256=None))
+        assert with_start(asked, manifest, run).start == "zero"
+        assert with_start(replace(asked, start="corrected"), manifest, run).start == "corrected"
+    finally:
+        notes.put("correction", noted)
 
 
 def test_no_such_start_and_no_such_rank_are_refused_before_weights_are_read(

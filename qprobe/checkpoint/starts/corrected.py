@@ -32,6 +32,16 @@ class Factors:
         return left[:, :rank].float(), right[:rank].float()
 
 
+def keeps_correction(manifest: Manifest, folder: Path) -> bool:
+    """True if the run of the calibrated weights of `manifest`, which lies in `folder`, keeps a correction."""
+    if manifest.codes is None:
+        return False
+    run = (folder / manifest.codes.file).parent
+    noted = RunFolder(run).notes.get("correction")
+    is_of_these = noted is not None and noted.codes == manifest.codes.sha256 and noted.sha256 is not None
+    return is_of_these and (run / FILE_NAME).is_file()
+
+
 @contextmanager
 def correction_of(manifest: Manifest, folder: Path) -> Iterator[Factors]:
     """The corrections that belong to the calibrated weights of `manifest`, which lies in `folder`.
