@@ -1,14 +1,15 @@
 """Where an adapter begins on a 4-bit base, and where training takes it from there.
 
     python -m tests.benchmarks.starts [--models demo-outliers smollm2] [--device cuda] [--seeds 0 1 2]
-        [--steps 200] [--distill 200] [--jobs 4] [--out DIR]
+        [--starts S ...] [--steps 200] [--distill 200] [--jobs 4] [--out DIR]
 
 Bases: codes and scales `calibrated` (untuned), all layers in 4-bit; the same `tuned`; every linear in plain
 `nf4`; and `dynamic`, the list of `qprobe scan` at +10 % on that. Starts, at rank 16 on the linears that
 `finetune` adapts: `zero`; `loftq`, the decomposition of W - W-hat of peft's replace_lora_weights_loftq;
 `corrected`, the closed form of `qprobe.calibration.correction` with the Gram matrices that calibration
 gathers; `distilled`, that after --distill steps of `qprobe.training.distilled`. The last two train from
-balanced factors of the same product, as `finetune` does.
+balanced factors of the same product, as `finetune` does; `decomposed`, on request, is `corrected` with the
+factors of the closed form themselves.
 
 The KL is to the 16-bit model in nats per answer token on held-out samples, before the first step. Training
 is that of `finetune` (AdamW, 2e-4, batches of 4), on the weights that the 4-bit codes read as, which is what
@@ -33,7 +34,15 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.starts.bases import BASES, CALIBRATION, MODELS, Asked, without_template
+from tests.benchmarks.starts.bases import (
+    AS_DECOMPOSED,
+    BASES,
+    CALIBRATION,
+    MODELS,
+    STARTS,
+    Asked,
+    without_template,
+)
 from tests.benchmarks.starts.measured import measure
 from tests.benchmarks.starts.report import keep
 
@@ -43,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=(*STARTS, AS_DECOMPOSED))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--distill", type=int, default=200)
@@ -68,6 +78,7 @@ def main() -> None:
                 options.calibration,
                 options.judged,
                 Path(work),
+                ("zero", *(x for x in options.starts if x != "zero")),
             )
             for model in options.models
             for base in options.bases
@@ -82,7 +93,8 @@ def main() -> None:
 
 def _command(options: Any) -> str:
     return (
-        f"python -m tests.benchmarks.starts --models {' '.join(options.models)} --steps {options.steps} "
+        f"python -m tests.benchmarks.starts --models {' '.join(options.models)} "
+        f"--starts {' '.join(options.starts)} --steps {options.steps} "
         f"--distill {options.distill} --seeds {' '.join(map(str, options.seeds))}"
     )
 

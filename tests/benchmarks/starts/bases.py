@@ -35,6 +35,8 @@ from tests.benchmarks.starts.lanes import Adapter
 
 MODELS = ("demo-outliers", "smollm2")
 BASES = ("calibrated", "tuned", "nf4", "dynamic")
+STARTS = ("zero", "loftq", "corrected", "distilled")
+AS_DECOMPOSED = "decomposed"  # `corrected` with the factors of the closed form, which learn too fast
 RANK, BATCH = 16, 4
 CALIBRATION = 128
 TUNE_STEPS = 200
@@ -43,7 +45,9 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Asked:
-    """One process. at_once: seeds that train side by side. work: where the scan of the dynamic base goes."""
+    """One process. at_once: seeds that train side by side. work: where the scan of the dynamic base goes.
+    starts: of which the first one is zero.
+    """
 
     model: str
     base: str
@@ -55,6 +59,7 @@ class Asked:
     calibration: int
     judged: int
     work: Path
+    starts: tuple[str, ...] = STARTS
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from qprobe.records import Sample
 from qprobe.training.distilled import by_line, distil, lessons_of
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.starts.bases import (
+    AS_DECOMPOSED,
     BATCH,
     RANK,
     Asked,
@@ -33,10 +34,9 @@ from tests.benchmarks.starts.bases import (
 from tests.benchmarks.starts.lanes import Adapter, Lanes, loftq_start, train, with_products, zero_start
 from tests.emulation import compute_bf16_by_float32
 
-STARTS = ("zero", "loftq", "corrected", "distilled")
 BALANCED = ("corrected", "distilled")  # as `finetune` does; LoftQ's factors stay as peft leaves them
 RATE, WARMUP = 2e-4, 0.05
-LOOKS = (0, 20)  # and the last step
+LOOKS = (0, 20, 60, 120)  # and the last step
 
 
 @dataclass
@@ -80,10 +80,10 @@ def measure(asked: Asked, tell: Tell) -> Found:
     weights = base_weights(task, asked, given)
     done("rounded")
     residuals = {n: task.subject.modules[n].weight.float() - w.float() for n, w in weights.items()}
-    products = {
-        "loftq": {n: loftq_start(x, RANK) for n, x in residuals.items()},
-        "corrected": corrections(residuals, given),
-    }
+    products = {"corrected": corrections(residuals, given)}
+    products[AS_DECOMPOSED] = products["corrected"]
+    if "loftq" in asked.starts:
+        products["loftq"] = {n: loftq_start(x, RANK) for n, x in residuals.items()}
     held_out = lessons_of(task.subject.model, task.inputs(task.held_out, 8))
     lessons = lessons_of(task.subject.model, task.inputs(task.calibration, 16))
     found.tokens = [len(x) for lesson in held_out for x in lesson.logits]
@@ -97,24 +97,28 @@ def measure(asked: Asked, tell: Tell) -> Found:
     zeros = [zero_start(model, names, RANK, seed) for seed in asked.seeds]
 
     lane = Lanes(model, names, RANK, 1)
-    for start in ("zero", "loftq", "corrected"):
+    for start in (x for x in asked.starts if x != "distilled"):
         lane.set(0, with_products(zeros[0], products.get(start, {})))
         found.kl[start] = by_line(model, held_out)
     done("closed form")
-    taught = distil(model, lessons, asked.distill)
-    found.distilled = (taught.steps, taught.before, taught.after)
-    found.kl["distilled"], products["distilled"] = by_line(model, held_out), lane.adapter(0)
+    if "distilled" in asked.starts:
+        lane.set(0, with_products(zeros[0], products["corrected"]))
+        taught = distil(model, lessons, asked.distill)
+        found.distilled = (taught.steps, taught.before, taught.after)
+        found.kl["distilled"], products["distilled"] = by_line(model, held_out), lane.adapter(0)
     lane.remove()
     done("distilled")
     del held_out, lessons
     gc.collect()
-    for start in BALANCED:
+    for start in set(BALANCED) & products.keys():
         products[start] = with_fresh_sizes(products[start])
     zero = dict(zip(asked.seeds, zeros, strict=True))
     for part in _parts(asked.seeds, asked.at_once):
-        begins = [with_products(zero[seed], products.get(start, {})) for seed in part for start in STARTS]
+        begins = [
+            with_products(zero[seed], products.get(start, {})) for seed in part for start in asked.starts
+        ]
         for step, losses in looks(task, names, begins, part, asked.steps):
-            for (seed, start), of_lines in zip(product(part, STARTS), losses, strict=True):
+            for (seed, start), of_lines in zip(product(part, asked.starts), losses, strict=True):
                 curves = found.losses.setdefault(start, [[] for _ in asked.seeds])
                 curves[asked.seeds.index(seed)].append((step, of_lines))
             done(f"step {step} of seeds {', '.join(map(str, part))}")
