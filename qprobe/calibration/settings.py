@@ -45,7 +45,7 @@ def fitted(measured: Groups, more: Groups, drawn_texts: int = 0) -> str:
     )
     if not drawn_texts:
         return told
-    return f"{told} They were fitted to {counted(drawn_texts, 'text')} that the model drew itself as well."
+    return f"{told} Codes were fitted to {counted(drawn_texts, 'text')} that the model drew itself as well."
 
 
 def samples_wanted(model: nn.Module, device: torch.device, asked: int | None) -> int:

@@ -92,7 +92,7 @@ def test_a_scan_resumes_with_its_texts_and_refuses_another_number_of_them(
     first = scan(**asked, drawn_texts=5)
     run = RunFolder(first.run)
     assert run.key.spec.rounding is not None and run.key.spec.rounding.drawn_texts == 5
-    assert any("They were fitted to 5 texts that the model drew itself as well." in n for n in first.notes)
+    assert any("Codes were fitted to 5 texts that the model drew itself as well." in n for n in first.notes)
     assert "--drawn-texts 5" in read_manifest(run.path / "skiplist.json").made_by.command
     for part in (run.path / "drawn").iterdir():
         part.unlink()  # a finished run needs them no more
