@@ -221,7 +221,8 @@ def _run(subject: Subject, batch: Batch, notes: _Notes) -> None:
             notes.begin()
             with checkpointed_blocks(subject.model, path.room_bytes):
                 loss = _loss(subject, batch, draw)
-                torch.autograd.grad(loss * scale, [leaf], allow_unused=True)
+                if loss.requires_grad:  # else none of the linears ran, as of a text those that read images
+                    torch.autograd.grad(loss * scale, [leaf], allow_unused=True)
 
 
 def _loss(subject: Subject, batch: Batch, draw: int) -> Tensor:

@@ -54,6 +54,21 @@ def test_four_batches_of_a_quarter_weight_count_as_one(tiny_folder: TinyFolder):
         torch.testing.assert_close(parts.outputs[name], matrix, rtol=1e-4, atol=1e-6 * float(matrix.max()))
 
 
+def test_texts_weigh_no_token_of_what_reads_images_alone(tiny_folder: TinyFolder, tmp_path: Path):
+    # As in a process whose share of the linears is the vision tower, or where these are left after a kill.
+    work = work_of(tmp_path, tiny_folder, 2, "mllama")
+    inputs = shared_inputs(work.subject, work.batches)
+    seeing = [one for one in inputs if "vision" in one.leader]
+    assert 0 < len(seeing) < len(inputs)
+    with walking(work.subject.path):
+        own, both = (
+            token_weights(work.subject, seeing, (b.in_dtype(work.subject.path.dtype) for b in batches))
+            for batches in (islice(work.batches, 1), islice(work.batches, 2))
+        )
+    assert both.means == own.means and all(mean > 0 for mean in own.means.values())
+    assert all([len(x) for x in found] == [len(found[0]), 0] for found in both.raw.values())
+
+
 def test_all_texts_together_count_as_much_as_the_samples_and_no_token_more_than_one_of_theirs(
     tiny_folder: TinyFolder, tmp_path: Path
 ):
