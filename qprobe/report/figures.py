@@ -203,14 +203,15 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, kept: Kept, panel: Column, layout
         ax.plot(x[mask], values[mask], ls="", zorder=3, gid=f"{panel.name}:{gid}", **{**style, **scaled})
 
 
-def stems(ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, **style: float) -> None:
+def stems(ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, lw: float, alpha: float = 1) -> None:
     """Grey vertical lines at `x` from `low` to `high`, as one path.
 
     `Axes.vlines` makes an object of each, which takes half of the time of an SVG of 500 layers.
     """
     gaps = np.full(len(x), np.nan)
-    path = (np.column_stack(ends).ravel() for ends in ((x, x, gaps), (low, high, gaps)))
-    ax.plot(*path, color=GREY, solid_capstyle="butt", snap=True, zorder=2, gid="stems", **style)
+    across, up = (np.column_stack(ends).ravel() for ends in ((x, x, gaps), (low, high, gaps)))
+    style: dict[str, Any] = {"color": GREY, "solid_capstyle": "butt", "snap": True, "zorder": 2}
+    ax.plot(across, up, lw=lw, alpha=alpha, gid="stems", **style)
 
 
 def set_scale(ax: Axes, values: np.ndarray, panel: Column, layout: Layout) -> None:

@@ -154,6 +154,16 @@ def test_the_column_form_is_as_wide_as_a_column_and_loses_nothing_on_its_edges(c
     assert figure.axes[0].get_title(loc="left") == "weight error (nmse)"
 
 
+def test_each_stem_reaches_from_the_floor_of_its_panel_to_its_own_value():
+    table, ax = layer_table(30), spikes_drawn().axes[0]
+    (drawn,) = [x for x in ax.lines if x.get_gid() == "stems"]
+    stems = drawn.get_xydata().reshape(30, 3, 2)
+    floor = ax.get_ylim()[0]
+    assert stems[:, :2, 0].tolist() == [[i, i] for i in range(30)]
+    assert stems[:, :2, 1].tolist() == [[floor, value] for value in table["weight_nmse"]]
+    assert np.isnan(stems[:, 2]).all()  # nothing joins one stem to the next
+
+
 def test_standard_errors_of_the_sensitivity_are_drawn():
     table = layer_table(30)
     figure = spikes_drawn()
