@@ -82,8 +82,8 @@ def draw_texts(model: Any, processor: Any, count: int, seed: int, device: torch.
     else:
         prompts = torch.full((count, 1), words.begin)
         forced = torch.where(torch.arange(count) % 2 == 1, first, -1)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
-    length = min(TOKENS, longest - 1)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(TOKENS, longest - 1) if isinstance(longest, int) and longest > 1 else TOKENS
     config = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0)
     noisy = _Noisy(words.drawable.to(device), forced.to(device), seed)
     prompts = prompts.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +81,16 @@ def test_every_second_text_has_a_token_at_random_next_and_no_mark_of_the_model_i
     assert flat <= set(words.drawable.tolist()) and not flat & {tiny.UNK, tiny.BOS, tiny.PAD, tiny.END}
     second = {row[1 if words.is_read else 0] for row in texts[1::2]}
     assert len(second) > 15
+
+
+def test_texts_keep_the_first_token_where_the_tokenizer_puts_it_before_every_text(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+):
+    words = vocabulary_of(llama.model, llama.processor)
+    bare = draw_texts(llama.model, llama.processor, 4, 0, CPU)
+    monkeypatch.setattr(drawing, "vocabulary_of", lambda *_: replace(words, is_read=not words.is_read))
+    found = draw_texts(llama.model, llama.processor, 4, 0, CPU)
+    assert not words.is_read and found == tuple((words.begin, *row[:-1]) for row in bare)
 
 
 def test_settings_of_the_models_own_generation_take_no_part(llama: Any):
