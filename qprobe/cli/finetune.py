@@ -15,7 +15,7 @@ from qprobe.cli.options.samples import data_help, data_options
 from qprobe.cli.output.speaking import say
 from qprobe.options import FOR, FinetuneOptions
 from qprobe.system.processes import shard_from
-from qprobe.system.wording import counted
+from qprobe.system.wording import counted, lasting
 
 _OPTIONS = options(
     option(FinetuneOptions, "data", type=PATH, metavar="FILE", help=data_help("Conversations")),
@@ -198,7 +198,7 @@ def _verdict(done: Mapping[str, Any]) -> str:
         f"{'begun at the correction of its weights, ' if done['start'] == 'corrected' else ''}"
         f"{counted(done['steps'], 'step')}{resumed} of {done['optimizer']} on "
         f"{counted(done['trained_lines'], 'line')}, "
-        f"{done['seconds']:.0f} s."
+        f"{lasting(done['seconds'])}."
     )
     if done["eval_loss"] is None:
         return f"{text} Nothing was held out."

@@ -86,7 +86,9 @@ def fewer_workers(options: FinetuneOptions, processes: int) -> str | None:
 
 def _cores_each(processes: int) -> int:
     """Cores of this machine for each of `processes`, one at least."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    is_told = hasattr(os, "sched_getaffinity")  # which cores are ours; not on macOS and Windows
+    cores = len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 @contextmanager

@@ -124,6 +124,14 @@ def test_workers_are_taken_where_cores_and_shared_memory_suffice(
     assert said is not None and said.startswith("--workers 99 is more than the cores here serve, so")
 
 
+def test_cores_are_counted_where_the_system_does_not_say_which_are_ours(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert collate.workers_for(replace(ONE, workers=99), [], True, 2) == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert collate.workers_for(replace(ONE, workers=99), [], True, 2) == 1
+
+
 @pytest.mark.slow
 def test_more_workers_than_cores_are_said_once_and_not_started(
     asked: dict[str, Any], makers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
