@@ -43,6 +43,7 @@ Optimizer = Literal["adamw_8bit", "adamw_torch"]
 Start = Literal["zero", "corrected"]
 """Where an adapter begins: at nothing, or at the correction that calibration left."""
 AskedPath = str | Path
+EMPTY_PATH = "The path is empty, as an unset variable leaves it. Pass one; '.' is the folder you are in."
 AskedMetric = str | Callable[[Any, str], Any]
 """A declared name (`qprobe.registry.metrics`), or a function of (sample, answer) to a number."""
 Progress = Callable[[str, int, int], None]
@@ -122,7 +123,9 @@ def _is_plain(kind: Any) -> bool:
 
 
 def path_of(given: Any) -> Path:
-    """A path that was given as text or as a path. Raises QprobeError for anything else."""
+    """A path that was given as text or as a path. Raises QprobeError for anything else, an empty text too."""
+    if isinstance(given, str) and not given:
+        raise QprobeError(EMPTY_PATH)
     if isinstance(given, str | PathLike):
         return Path(given)
     fix = "Pass its skiplist, or its path." if hasattr(given, "skiplist") else "Pass a path."
@@ -143,7 +146,7 @@ def names_of(given: Any) -> tuple[str, ...] | None:
 
 def data_of(given: Any) -> Any:
     """A file or an id that was given as text or as a path; rows in memory as they are."""
-    return Path(given) if isinstance(given, str) else given
+    return path_of(given) if isinstance(given, str) else given
 
 
 @dataclass(frozen=True, kw_only=True)

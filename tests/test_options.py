@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qprobe.errors import QprobeError
-from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions, names_of, path_of
+from qprobe.options import CompareOptions, FinetuneOptions, ScanOptions, data_of, names_of, path_of
 
 GIVEN = {
     ScanOptions: ScanOptions("demo"),
@@ -58,6 +58,9 @@ def test_names_are_a_sequence_or_have_commas_between_them():
 def test_what_is_no_path_is_named():
     with pytest.raises(QprobeError, match="A value of type dict is given where a path is wanted"):
         path_of({})
+    for read in (path_of, data_of):
+        with pytest.raises(QprobeError, match="The path is empty"):
+            read("")
 
 
 def test_every_word_is_taken_and_none_where_it_may_be_left_out():

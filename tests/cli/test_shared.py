@@ -76,6 +76,14 @@ def test_an_option_with_one_value_is_refused_where_it_is_given_twice(qprobe: Run
     assert "more than once" not in qprobe(command, "--json", "--json", "--help").stderr
 
 
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_an_empty_path_is_not_taken_for_the_folder_one_is_in(command: str):
+    for option in main.commands[command].params:
+        if isinstance(option.type, click.Path):
+            with pytest.raises(click.BadParameter, match="The path is empty"):
+                option.type_cast_value(click.Context(main.commands[command]), ("",) if option.nargs < 0 else "")
+
+
 def test_a_line_that_a_shell_completes_is_not_refused():
     given = ["--model", "a", "--model", "b"]
     context = main.commands["scan"].make_context("scan", list(given), resilient_parsing=True)

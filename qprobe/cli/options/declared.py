@@ -9,10 +9,21 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from qprobe.options import flag_of, words_of
+from qprobe.options import EMPTY_PATH, flag_of, words_of
 
 Command = Callable[..., Any]
-PATH = click.Path(path_type=Path)
+
+
+class _Path(click.Path):
+    """A path; an empty one, which `Path` would take for the folder that one is in, is wrong usage."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail(EMPTY_PATH, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 NOT_NEGATIVE = click.IntRange(min=0)
 
