@@ -13,6 +13,7 @@ from qprobe.selection.decide import Candidate, difference
 from qprobe.system.wording import counted
 
 MOST_RESIDUAL = 0.05  # of the damage; dense models stay below 0.3 %, mixtures of experts reach 4 to 10 %
+FEW = 7  # held-out samples below which chance exceeds twice the error in over 10 % of cases (Student's t)
 SIXTEEN_BIT, DYNAMIC = "16-bit", "dynamic"  # models whose answers are scored, beside the 4-bit format
 
 
@@ -34,6 +35,8 @@ def verdict(
     cost = f"{what} 4-bit costs {damage.what} of {with_error(standard.kl, standard.kl_se)} {damage.unit}"
     if nearest is not None:
         cost += f" (standard 4-bit {with_error(nearest.kl, nearest.kl_se)})"
+    if 1 < len(standard.measured) < FEW:
+        cost += f", on {len(standard.measured)} held-out samples, too few to trust these errors"
     within = "" if max_kl is None else f", within the {max_kl} asked for"
     if not chosen.kept:
         reason = "no list within the budget measured better than keeping nothing, within the error"

@@ -99,6 +99,14 @@ def test_the_verdict_says_when_a_gain_is_within_its_error():
     assert "no list within the budget measured better" in verdict(STANDARD, STANDARD, 100)
 
 
+def test_the_verdict_says_when_samples_are_too_few_for_its_errors():
+    # P(|t| > 2) is 10.2 % for 6 samples, with 5 degrees of freedom, and 9.2 % for 7; one has no error.
+    said = [verdict(x := candidate("nothing kept", 100, *range(n), kept=()), x, 100) for n in range(1, 9)]
+    warned = [f", on {n} held-out samples, too few to trust" in text for n, text in enumerate(said, 1)]
+    assert warned == [False, True, True, True, True, True, False, False] and "error unknown" in said[0]
+    assert sum("too few" in text for text in said) == 5
+
+
 def test_calibrated_weights_that_measure_worse_than_nearest_ones_are_named_as_such():
     # Against 1.0, 1.2, 0.8, 1.0: 0.5 more on every sample; 0.125 more on average, on one sample alone; less.
     worse = candidate("nothing kept", 100, 1.5, 1.7, 1.3, 1.5, kept=())
