@@ -81,7 +81,9 @@ def test_an_empty_path_is_not_taken_for_the_folder_one_is_in(command: str):
     for option in main.commands[command].params:
         if isinstance(option.type, click.Path):
             with pytest.raises(click.BadParameter, match="The path is empty"):
-                option.type_cast_value(click.Context(main.commands[command]), ("",) if option.nargs < 0 else "")
+                option.type_cast_value(
+                    click.Context(main.commands[command]), ("",) if option.nargs < 0 else ""
+                )
 
 
 def test_a_line_that_a_shell_completes_is_not_refused():
