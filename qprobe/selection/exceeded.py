@@ -40,7 +40,8 @@ def refuse_measured_above(folder: RunFolder, run: ScoredRun, skiplist: SkipList,
     if within:
         found = min(within, key=lambda x: (x.skiplist.total_bytes, x.kl))
         what = f"The smallest list that measured within it leaves {found.said}."
-        advice = f"Pass --budget {found.skiplist.total_bytes}B in place of --max-kl to choose at its size"
+        by = "" if found.skiplist.by == run.score else f" --by {found.skiplist.by}"
+        advice = f"Pass --budget {found.skiplist.total_bytes}B{by} in place of --max-kl to choose at its size"
     else:
         found = min(measured, key=lambda x: (x.kl, x.skiplist.total_bytes))
         what = f"The smallest KL that this run measured is {found.said}."

@@ -1,5 +1,6 @@
 """From a run folder to a manifest."""
 
+import re
 import subprocess
 import sys
 from math import nan
@@ -138,6 +139,24 @@ def test_a_list_within_a_bound_by_prediction_alone_is_refused_with_what_measured
     with pytest.raises(BudgetError, match=rf"within it leaves 0\.03, .* Pass --budget {large}B in place"):
         select(run, max_kl=0.1)
     assert select(run, f"{large}B").skip_modules == (*everything, "lm_head")
+
+
+def test_the_list_that_measured_within_a_bound_is_chosen_as_said_where_another_score_would_choose(run: Path):
+    # Sensitivities sum to 1.04 of a measured KL of 2, so isolated KL chooses unless --by says otherwise.
+    folder = RunFolder(with_sensitivity(run))
+    folder.write_unit("kl", 0, rows("kl", ("s", "standard", 2, 2.0, 1)))
+    isolated = (("s", "model.a", 2, 0.1), ("s", "model.q", 2, 0.3), ("s", "model.k", 2, 0.2))
+    folder.write_unit("isolated", 0, rows("isolated", *isolated))
+    write_table(folder)
+    chosen = select(run, max_kl=0.1)
+    measured(run, (), 0.9)
+    kept = tuple(x for x in chosen.skip_modules if x != "lm_head")
+    measured(run, kept, 0.5)
+    measured(run, ("model.a",), 0.02)
+    with pytest.raises(BudgetError, match=r"Pass --budget \d+B --by sensitivity_kl in place") as refused:
+        select(run, max_kl=0.1)
+    budget = re.findall(r"--budget (\d+B)", str(refused.value))[0]
+    assert select(run, budget, by="sensitivity_kl").skip_modules == ("model.a", "lm_head")
 
 
 def test_a_bound_needs_a_measured_sensitivity_and_stands_alone(run: Path):
