@@ -118,6 +118,27 @@ def _no_wait_for_the_disk() -> Generator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _bf16_by_float32() -> Generator[None]:
+    """Tiny models compute in bf16 as users' do, which takes most of a scan's time where it is emulated."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    from tests.emulation import compute_bf16_by_float32
+
+    with pytest.MonkeyPatch.context() as patch:
+        compute_bf16_by_float32(patch.setattr)
+        yield
+
+
+@pytest.fixture
+def own_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor's own bf16, for what counts tensors or compares with a process that has it."""
+    from tests.emulation import compute_bf16_by_itself
+
+    compute_bf16_by_itself(monkeypatch.setattr)
+
+
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report is its page alone: pictures take longer than a tiny scan, and have tests of their own."""

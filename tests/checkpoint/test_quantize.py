@@ -133,6 +133,7 @@ assert not any(name.partition(".")[0] == "qprobe" for name in sys.modules)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_bf16")  # as the process without qprobe has it
 def test_it_loads_where_qprobe_is_not_installed_also_from_shards(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize_module, "MAX_SHARD", "100KB")
     folder = tiny_folder("mllama")

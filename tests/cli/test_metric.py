@@ -14,7 +14,6 @@ import pytest
 from click.testing import Result
 
 from qprobe.demo.scenes import scenes
-from tests.emulation import compute_bf16_by_float32
 
 Run = Callable[..., Result]
 MODELS = ["16-bit", "nf4", "dynamic"]
@@ -52,7 +51,6 @@ def checked(metric: dict[str, Any], values: dict[str, list[float]]) -> None:
 def test_metrics_of_scan_and_compare_are_those_of_the_answers_in_the_json(
     qprobe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compute_bf16_by_float32(monkeypatch.setattr)
     monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
     whole = [x.answer or "" for x in SCENES]
     phrases = [x.facts[-2].phrase for x in SCENES]

@@ -21,7 +21,6 @@ from qprobe.measure.kl import ANSWERS, in_four_bit, read_out
 from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec
 from tests.demo.conftest import answers_of, load
-from tests.emulation import compute_bf16_by_float32
 
 NODES = 6  # on these scenes 2 nodes miss the KL by 9.9 %, 4 by 2.2 %, 6 by 0.7 %
 
@@ -121,7 +120,6 @@ def test_planted_layers_fit_into_seven_percent(planted: Any):
 def test_planted_layers_head_the_ranking_by_activation_error(
     planted: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    compute_bf16_by_float32(monkeypatch.setattr)
     sums: dict[str, list[float]] = {}
     handles = []
     for name, linear in linears(planted).items():

@@ -26,7 +26,6 @@ from qprobe.manifest.write import write_manifest
 from qprobe.training.origin import load_finetuned
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
-from tests.emulation import compute_bf16_by_float32
 
 TinyFolder = Callable[[str], Path]
 # All that transformers looks for beside weights (`transformers.utils`, `.hub`), and peft.
@@ -135,7 +134,6 @@ def test_no_command_runs_code_of_a_model_of_its_data_or_of_its_adapter(
     model, marker = planted(tiny_folder("qwen2_vl"), tmp_path / "planted")
     monkeypatch.chdir(model)  # where its modules can be imported, and its pickles found
     monkeypatch.syspath_prepend(str(model))
-    compute_bf16_by_float32(monkeypatch.setattr)
     write_manifest(tmp_path / "skiplist.json", manifest_for(model, every_third(model)))
     (tmp_path / "a.png").write_bytes(tiny.picture(0))
     row = {"image": "a.png", "prompt": "What?", "answer": "a cat"}

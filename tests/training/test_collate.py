@@ -25,7 +25,6 @@ from qprobe.training import collate
 from qprobe.training.finetune import finetune
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
-from tests.emulation import compute_bf16_by_float32
 
 ONE = FinetuneOptions(Path("f"), data=None, out=Path("out"))
 GIB = 2**30
@@ -72,7 +71,6 @@ def stop(stage: str, done: int, _total: int) -> None:
 def test_workers_change_no_bit_of_a_run_nor_of_one_that_goes_on(
     asked: dict[str, Any], makers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compute_bf16_by_float32(monkeypatch.setattr)
     alone = finetune(**asked, workers=0, out=tmp_path / "alone")
     assert [x.name for x in makers.iterdir()] == [str(os.getpid())]
     (makers / str(os.getpid())).unlink()
@@ -136,7 +134,6 @@ def test_cores_are_counted_where_the_system_does_not_say_which_are_ours(monkeypa
 def test_more_workers_than_cores_are_said_once_and_not_started(
     asked: dict[str, Any], makers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compute_bf16_by_float32(monkeypatch.setattr)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     done = finetune(**{**asked, "steps": 3, "held_out": 0}, workers=9, out=tmp_path / "out")
     said = [x for x in done.notes if "--workers" in x]

@@ -35,6 +35,7 @@ from tests.training.peak import LiveBytes
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("own_bf16"),  # tensors are counted
     pytest.mark.filterwarnings(
         # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
         "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning",

@@ -31,7 +31,6 @@ from qprobe.runs.notes import CorrectionFile
 from qprobe.training.finetune import finetune
 from qprobe.training.refused import check_options, with_start
 from tests.checkpoint.manifests import every_third, manifest_for
-from tests.emulation import compute_bf16_by_float32
 
 pytestmark = [
     pytest.mark.slow,
@@ -211,7 +210,6 @@ def test_trls_trainer_takes_the_model_with_its_start_and_trains_on_from_there(
 def test_finetune_begins_at_the_correction_where_one_is_kept_unless_it_is_told_otherwise(
     run: Path, loaded: Callable[..., Any], tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compute_bf16_by_float32(monkeypatch.setattr)
     rows = [{"prompt": f"what is {n}?", "answer": f"a coastal train {n}"} for n in range(3)]
     asked = {
         "manifest": run / "skiplist.json", "data": rows[1:], "eval_data": rows[:1], "rank": 4, "steps": 1,

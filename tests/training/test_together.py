@@ -22,7 +22,6 @@ from qprobe.training.result import Finetuned
 from qprobe.training.together import _own_number, together
 from tests import tiny
 from tests.checkpoint.manifests import every_third, manifest_for
-from tests.emulation import compute_bf16_by_float32
 from tests.training.second import environment
 
 pytestmark = pytest.mark.slow
@@ -87,8 +86,6 @@ def found(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     jobs = work / "jobs.json"
     jobs.write_text(json.dumps(runs.jobs))
     command = [sys.executable, "-m", "tests.training.second", str(jobs)]
-    emulated = pytest.MonkeyPatch()
-    compute_bf16_by_float32(emulated.setattr)  # as the second one does
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as second:
         one = finetune(**runs.asked("one", BATCHES))
         with pytest.raises(KeyboardInterrupt):
@@ -100,7 +97,6 @@ def found(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         said, errors = second.communicate(timeout=600)
     assert second.returncode == 0, errors[-2000:]
     two_one = finetune(**runs.asked("two-one", BATCHES // 2))
-    emulated.undo()
     return {
         "work": work, "one": one, "two": two, "one-two": one_two, "two-one": two_one,
         "second": [json.loads(x) for x in said.splitlines()],

@@ -19,7 +19,6 @@ from qprobe.demo.scenes import TRAINING_SEED, scenes
 from qprobe.errors import SampleError
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
-from tests.emulation import compute_bf16_by_float32
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -58,7 +57,6 @@ def scanned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
         patch.setitem(sampling.SCAN_SAMPLES, "demo", 4)
-        compute_bf16_by_float32(patch.setattr)
         patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
         exec(block_with("run = qprobe.scan"), names)
         yield names

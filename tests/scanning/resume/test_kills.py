@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import kills
-from tests.emulation import compute_bf16_by_float32
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +84,6 @@ def test_scans_in_other_folders_and_processes_leave_the_same_files(
     found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
-    compute_bf16_by_float32(monkeypatch.setattr)
     kills.prepare(tmp_path)
     kills.scanned(tmp_path, tmp_path / "place" / "out")
     got = kills.files(tmp_path / "place")

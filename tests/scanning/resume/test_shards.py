@@ -291,7 +291,7 @@ def test_a_damaged_unit_is_not_joined(whole: Path, tmp_path: Path):
 def test_torchrun_shares_a_scan(llama: Path, whole: Path, tmp_path: Path):
     world, run = 2, tmp_path / "run"  # other numbers of processes: above, one after the other
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    command += ["-m", "tests.unreported"]
+    command += ["-m", "tests.scanning.resume.emulated"]
     asked = options(llama, run)
     command += ["scan", "--json", "--model", str(llama), "--out", str(run), "--device", "cpu"]
     command += ["--samples", str(asked["samples"]), "--batch-size", str(asked["batch_size"])]
