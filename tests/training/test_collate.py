@@ -69,7 +69,7 @@ def stop(stage: str, done: int, _total: int) -> None:
 
 @pytest.mark.slow
 def test_workers_change_no_bit_of_a_run_nor_of_one_that_goes_on(
-    asked: dict[str, Any], makers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, Any], makers: Path, tmp_path: Path
 ):
     alone = finetune(**asked, workers=0, out=tmp_path / "alone")
     assert [x.name for x in makers.iterdir()] == [str(os.getpid())]

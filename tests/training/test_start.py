@@ -208,7 +208,7 @@ def test_trls_trainer_takes_the_model_with_its_start_and_trains_on_from_there(
 
 
 def test_finetune_begins_at_the_correction_where_one_is_kept_unless_it_is_told_otherwise(
-    run: Path, loaded: Callable[..., Any], tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, loaded: Callable[..., Any], tiny_folder: Any, tmp_path: Path
 ):
     rows = [{"prompt": f"what is {n}?", "answer": f"a coastal train {n}"} for n in range(3)]
     asked = {
