@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qprobe.inputs.batch import PAD, Batch
+from qprobe.inputs.batch import ANSWER, PAD, TEXT, VISION, Batch
 from qprobe.loading.reference import load_reference
 from qprobe.measure.attribution import attribute, walking
+from qprobe.measure.experts.outputs import ExpertNorms, expert_rows
 from qprobe.measure.experts.routing import times
 from qprobe.measure.hooks import replaced_forwards
 from qprobe.measure.kl import in_four_bit, read_out
@@ -263,3 +265,29 @@ def test_outliers_planted_in_one_expert_of_one_layer_head_the_ranking(case: Call
 def pooled(rows: pd.DataFrame, keys: list[str]) -> pd.Series:
     sums = rows.groupby(keys)[["activation_noise", "activation_signal"]].sum()
     return sums["activation_noise"] / sums["activation_signal"]
+
+
+def test_rows_of_experts_by_hand() -> None:
+    # Two samples of three tokens: padding, text, answer; vision, text, text.
+    kinds = torch.tensor([[PAD, TEXT, ANSWER], [VISION, TEXT, TEXT]])
+    rows = [  # expert, token, |y|, |D x|, max |D x|
+        (0, 1, 2.0, 1.0, 0.5), (0, 2, 1.0, nan, nan), (1, 0, 9.0, 9.0, 9.0),
+        (1, 4, inf, 1.0, nan), (1, 5, 3.0, 0.0, 0.0), (0, 3, nan, nan, nan),
+    ]  # fmt: skip
+    expert, token, y, noise, peak = (torch.tensor(x) for x in zip(*rows, strict=True))
+    call = ExpertNorms(expert, token, 3, 4, y, noise, peak, None)
+    found = expert_rows("l", call, ["a", "b"], kinds).set_index(["sample", "expert"])
+    assert found.index.tolist() == [("a", 0), ("b", 0), ("b", 1)]  # of (a, 1) there is padding alone
+    assert found["tokens"].tolist() == [2, 1, 2] and set(found["layer"]) == {"l"}
+    assert found["activation_n"].tolist() == [4, 0, 4] and found["activation_nonfinite"].tolist() == [4, 4, 4]
+    assert found["activation_signal"].tolist() == [4, 0, 9] and found["activation_noise"].tolist() == [
+        1,
+        0,
+        0,
+    ]
+    assert found["activation_peak"].fillna(-1).tolist() == [0.5, -1, 0]  # not known, and no error at all
+    assert found.loc[("a", 0), ["peak_token", "peak_kind"]].tolist() == [1, "text"]
+    assert found.loc[("b", 1), ["peak_token", "peak_kind"]].tolist() == [2, "text"]
+    assert found.filter(like="propagated").isna().all(axis=None)
+    vision = expert_rows("l", call, ["a", "b"], None)
+    assert set(vision["peak_kind"]) == {"vision"} and vision["tokens"].sum() == 6

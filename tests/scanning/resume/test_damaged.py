@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import copytree
@@ -81,6 +82,21 @@ def test_a_cut_unit_of_named_calibrated_weights_is_measured_anew_and_the_weights
     assert units(again.run) == before | left and RunFolder(again.run).scan.codes == codes is not None
     assert [n for n in again.notes if n not in first.notes] == told(again)  # no layer is said to be missing
     assert again.kl_dynamic == first.kl_dynamic
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
+def test_cut_units_of_calibrated_experts_are_measured_anew_and_the_weights_stay(
+    mixture: Callable[[str], Path], tmp_path: Path
+):
+    asked = options(mixture("mixtral"), tmp_path / "run", format=CALIBRATED, measures=("activation",))
+    first = scan(**asked)
+    before, codes = units(first.run), RunFolder(first.run).scan.codes
+    assert RunFolder(first.run).units("calibration")["nearest"].notna().sum() >= 2  # fused weights come last
+    names = sorted(x for x in before if x.startswith("calibration-") and x.endswith(".parquet"))
+    left = cut(first.run, *names[-2:])
+    again = scan(**asked)
+    assert units(again.run) == before | left and RunFolder(again.run).scan.codes == codes is not None
 
 
 @pytest.mark.slow
