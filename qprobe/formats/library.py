@@ -15,9 +15,8 @@ def import_bitsandbytes() -> None:
     """Import bitsandbytes, unless that was done; whoever needs it first should do it by this.
 
     bitsandbytes 0.50 hands four functions to torch.compile while it is imported: 8-bit matrices, and
-    optimizers without kernels of their own. torch then imports its whole compiler, a second of processor
-    time, and ten where no Python files are compiled yet, for functions that nothing here calls. Can go once
-    bitsandbytes compiles what is called.
+    optimizers without kernels of their own. torch then imports its whole compiler, more than a second of
+    processor time, for functions that nothing here calls. Can go once bitsandbytes compiles what is called.
     """
     if "bitsandbytes" not in sys.modules:
         with compiling_late():

@@ -29,6 +29,7 @@ PARTS = ("narrow", "demo", "commands")
 # The stages of a scan tell their time by the clock; here it is the one that counts processor time.
 CHILD = """
 import json, os, runpy, sys, time
+sys.path.remove("")  # the folder that this was started in, which need not be the checkout
 time.perf_counter = time.process_time
 said, sys.argv = sys.argv[1], ["qprobe", *sys.argv[2:]]
 try:
