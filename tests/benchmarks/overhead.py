@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.alone import run_alone
 from tests.benchmarks.checkpoints import geometry, processor, write_checkpoint, write_samples
@@ -42,7 +43,7 @@ finally:
 
 def narrow(folder: Path, samples: int) -> Sequence[str]:
     """The options that name a model of 522 linears of 32 features, and its samples, written to `folder`."""
-    config = geometry(1, is_tiny=False)
+    config: Any = geometry(1, is_tiny=False)
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size, text.vocab_size = 32, 64, 512
     text.num_attention_heads, text.num_key_value_heads = 4, 2
