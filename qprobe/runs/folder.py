@@ -23,6 +23,7 @@ from qprobe.errors import RunError
 from qprobe.records import CodesFile, Inventory, Scan
 from qprobe.registry.measures import CALIBRATION
 from qprobe.runs.access import cannot_write, read_file, write_file
+from qprobe.runs.derived import FILE as DERIVED
 from qprobe.runs.derived import DerivedFiles
 from qprobe.runs.key import ANSWERS as OF_ANSWERS
 from qprobe.runs.key import FILE as KEY_FILE
@@ -41,6 +42,7 @@ from qprobe.system.foreign import is_plain_name
 from qprobe.system.wording import shortened
 
 _CODES = ".safetensors"
+_DERIVED = (TABLE, RANKS, SAMPLES, DERIVED, "skiplist.json", "peaks.csv", "frontier.csv", "experts.csv")
 ANSWERS = "answers"
 """The folder of generated answers in a run folder, one file for each batch."""
 
@@ -89,9 +91,17 @@ class RunFolder:
 
         Of several processes that open it at once with different keys, one gets the folder.
         Raises RunError if the folder belongs to another scan (every difference is named, old -> new), holds
-        units of an unknown one, is damaged, or cannot be written.
+        units of an unknown one or files of the user's that a scan would replace, is damaged, or cannot be
+        written.
         """
         path, units = self.path / KEY_FILE, self.path / "units"
+        foreign = [name for name in _DERIVED if not path.exists() and os.path.lexists(self.path / name)]
+        # Looked for once more, as another process may have begun between.
+        if foreign and not any(units.glob("*.parquet")) and not path.exists():
+            raise RunError(
+                f"{self.path} is no run folder: it has no scan.json, and a scan would replace "
+                f"{', '.join(foreign)} there. Pass another --out."
+            )
         try:
             make_folder(units)
             make_folder(self.path / NOTES)
@@ -99,7 +109,6 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from error
         if not path.exists():
-            # Looked for once more, as another process may have begun between.
             if any(units.glob("*.parquet")) and not path.exists():
                 raise RunError(
                     f"{self.path} holds finished units but no scan.json, so nobody can tell which scan they "

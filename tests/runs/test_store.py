@@ -227,6 +227,16 @@ def test_units_of_an_unknown_scan_are_not_adopted(run: Path):
         RunFolder(run).open(key_of(four_layers()))
 
 
+@pytest.mark.parametrize("name", ["layers.csv", "samples.json", "skiplist.json"])
+def test_files_that_no_scan_wrote_are_not_replaced(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunError, match=f"is no run folder: .* would replace {name} there. Pass another"):
+        RunFolder(tmp_path).open(key_of(four_layers()))
+    assert (tmp_path / name).read_text() == "mine" and len([*tmp_path.iterdir()]) == 1
+    (tmp_path / name).rename(tmp_path / "photo.png")
+    RunFolder(tmp_path).open(key_of(four_layers()))  # other files are in nobody's way
+
+
 def test_of_two_scans_that_open_a_folder_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     together, real = Barrier(2, timeout=300), os.fsync
 
