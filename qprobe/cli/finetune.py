@@ -198,7 +198,7 @@ def _verdict(done: Mapping[str, Any]) -> str:
         f"{'begun at the correction of its weights, ' if done['start'] == 'corrected' else ''}"
         f"{counted(done['steps'], 'step')}{resumed} of {done['optimizer']} on "
         f"{counted(done['trained_lines'], 'line')}, "
-        f"{lasting(done['seconds'])}."
+        f"{lasting(done['seconds'])}.{_distilled(done['distilled'])}"
     )
     if done["eval_loss"] is None:
         return f"{text} Nothing was held out."
@@ -206,3 +206,13 @@ def _verdict(done: Mapping[str, Any]) -> str:
         f"{text} Loss on {counted(done['held_out_lines'], 'held-out line')}: "
         f"{done['eval_loss_before']:.4g} before, {done['eval_loss']:.4g} after (nats per answer token)."
     )
+
+
+def _distilled(found: Mapping[str, Any] | None) -> str:
+    """What distilling gave, on the lines kept back from it; empty where it was not asked for."""
+    if found is None:
+        return ""
+    if found["steps"] == 0:
+        return f" Distilling found nothing better than its start, a KL of {found['before']:.3g} to 16-bit."
+    steps = counted(found["steps"], "step")
+    return f" Distilling in {steps} took the KL to 16-bit from {found['before']:.3g} to {found['after']:.3g}."

@@ -151,6 +151,8 @@ def rule_notes(used: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _check_size(pixels: int) -> None:
+    if pixels == 0:
+        raise Refused("has no pixels")
     if pixels > MAX_PIXELS:
         raise Refused(
             f"has {pixels / 1e6:.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are safe to decode"

@@ -310,6 +310,30 @@ def test_scan_ends_with_its_verdict(qprobe: Run, fake: Fake, run_folder: Path):
         assert part in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("steps", "after", "said"),
+    [
+        (0, 0.5, "Distilling found nothing better than its start, a KL of 0.5 to 16-bit."),
+        (1, 0.25, "Distilling in 1 step took the KL to 16-bit from 0.5 to 0.25."),
+        (None, None, ""),
+    ],
+)
+def test_finetune_says_what_distilling_gave(
+    qprobe: Run, fake: Fake, steps: int | None, after: float | None, said: str
+):
+    done = {
+        "out": "a", "base": "nf4", "start": "zero", "trainable_parameters": 8, "steps": 2,
+        "resumed_from": None,
+        "optimizer": "adamw_torch", "trained_lines": 3, "seconds": 1.0, "eval_loss": None, "skipped": (),
+        "notes": (), "left_out": (), "other_batches": (),
+        "distilled": None if steps is None else {"steps": steps, "before": 0.5, "after": after},
+    }  # fmt: skip
+    fake("qprobe.training.finetune", finetune=lambda **_: SimpleNamespace(to_json=lambda: done))
+    result = qprobe("finetune", "f", "--data", "d", "--out", "a", "--distill", "2")
+    lines = " ".join(result.stdout.split())
+    assert lines.endswith(" ".join(f"on 3 lines, 1.0 s. {said} Nothing was held out.".split()))
+
+
 def test_compare_prints_the_table_and_answers(qprobe: Run, fake: Fake):
     found = SimpleNamespace(to_json=lambda: COMPARISON, notes=("b.png was left out.",))
     fake("qprobe.checkpoint.comparing.compare", compare=lambda **_asked: found)

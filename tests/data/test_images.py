@@ -263,3 +263,6 @@ def test_images_in_memory_are_loaded_too():
     assert np.array_equal(np.asarray(load_image(COLOURS)), COLOURS)
     with pytest.raises(SampleError, match=r"2 x 2 x 7 values of float64; pass height x width x 3 of uint8"):
         load_image(np.zeros((2, 2, 7)))
+    for empty in (np.zeros((0, 4, 3), np.uint8), np.zeros((4, 0), np.uint16), Image.new("RGB", (0, 0))):
+        with pytest.raises(SampleError, match="it has no pixels"):
+            load_image(empty)
