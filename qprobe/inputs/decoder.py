@@ -47,11 +47,18 @@ class Layout:
     """How a model reads samples.
 
     vision_token_ids: mark vision tokens in the text. decoder: None for a model that reads prompt and answer
-    as one sequence.
+    as one sequence. positions: how many tokens a text may have; None where the config names no number.
     """
 
     vision_token_ids: tuple[int, ...] = ()
     decoder: Decoder | None = None
+    positions: int | None = None
+
+    def excess(self, tokens: int) -> str | None:
+        """Why a text of so many tokens is not read; None if it fits."""
+        if self.positions is None or tokens <= self.positions:
+            return None
+        return f"it has {tokens:,} tokens, and the model has positions for {self.positions:,}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,18 @@ def layout_of(model: Any) -> Layout:
 
     Raises ModelError for a decoder whose configs do not say how it begins.
     """
-    return Layout(vision_token_ids(model.config), _decoder_of(model) if is_encoder_decoder(model) else None)
+    decoder = _decoder_of(model) if is_encoder_decoder(model) else None
+    return Layout(vision_token_ids(model.config), decoder, _positions(model))
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens `model` was made for. RoBERTa and its kin begin behind the id of the padding."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    learned = (m for name, m in model.named_modules() if name.endswith(".position_embeddings"))
+    padding = next((m.padding_idx for m in learned if getattr(m, "padding_idx", None) is not None), None)
+    return most if padding is None else most - padding - 1
 
 
 def is_encoder_decoder(model: Any) -> bool:

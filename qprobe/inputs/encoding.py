@@ -245,7 +245,7 @@ def encoding_problem(
     conversation: Conversation,
     dtype: torch.dtype,
     max_length: int,
-    decoder: Decoder | None = None,
+    layout: Layout = Layout(),  # noqa: B008  # frozen
 ) -> str | None:
     """Why the conversation cannot be trained on once it is tokens; None if it can."""
     if conversation.seen and tokenizer_of(processor) is processor:
@@ -254,7 +254,7 @@ def encoding_problem(
     if mark is not None:
         return mark
     try:
-        inputs = encode_conversations(processor, [conversation], dtype, decoder)
+        inputs = encode_conversations(processor, [conversation], dtype, layout.decoder)
     except UnreadableError as error:
         return error.why
     except (SampleError, Refused) as error:
@@ -262,4 +262,4 @@ def encoding_problem(
     length = max(inputs[x].shape[1] for x in ("input_ids", "labels") if x in inputs)
     if length > max_length:
         return f"it has {length:,} tokens, more than --max-length {max_length:,}"
-    return None
+    return layout.excess(length)

@@ -107,7 +107,7 @@ class ProcessedSamples:
         return self._layout.decoder
 
     def refusal(self, sample: Sample) -> str | None:
-        """Why the template or the processor does not take `sample`; None if they do.
+        """Why the template, the processor or the model's positions do not take `sample`; None if they do.
 
         What they make of it is held: prompts of samples without an answer in preference.
         """
@@ -117,12 +117,12 @@ class ProcessedSamples:
         kind = self._kind_of(sample)
         try:
             if kind == "full" and self._kind == "prompt":
-                self._made(sample, full_text(self.processor, sample))
+                made = self._made(sample, full_text(self.processor, sample))
             else:
-                self._inputs(sample, kind)
+                made = self._inputs(sample, kind)
         except UnreadableError as error:
             return error.why
-        return None
+        return self._layout.excess(made["input_ids"].shape[1]) if "input_ids" in made else None
 
     def batches(self, samples: Iterable[Sample], size: int) -> list[tuple[Sample, ...]]:
         """`samples` in groups of at most `size` whose images have one processed shape, in stable order."""

@@ -131,8 +131,8 @@ def _checked(asked: Training, skeleton: Skeleton, stack: ExitStack) -> Lines:
     if processor is None:
         raise ModelError(f"{manifest.model.id} has no tokenizer, so no text can be learned. Add its files.")
     dtype = getattr(torch, with_dtype(manifest.format, options.dtype).compute_dtype)
-    decoder = layout_of(skeleton.model).decoder
-    checked = [encodable(x, processor, dtype, options.max_length, progress, decoder) for x in found]
+    layout = layout_of(skeleton.model)
+    checked = [encodable(x, processor, dtype, options.max_length, progress, layout) for x in found]
     for one in checked:
         check_left_out(one, options.bad_data, "train on")
         warn_left_out(share_left_out(one), one.sentences(), "skipped")

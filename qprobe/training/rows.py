@@ -14,7 +14,7 @@ from qprobe.data.reading import Reading, check_left_out, read_conversations
 from qprobe.data.reasons import Refused
 from qprobe.data.turns import held, learning
 from qprobe.errors import SampleError
-from qprobe.inputs.decoder import Decoder
+from qprobe.inputs.decoder import Layout
 from qprobe.inputs.encoding import encode_conversations, encoding_problem, rows_to_learn
 from qprobe.options import FinetuneOptions, Progress
 from qprobe.records import Video
@@ -59,18 +59,18 @@ def encodable(
     dtype: torch.dtype,
     max_length: int,
     progress: Progress,
-    decoder: Decoder | None = None,
+    layout: Layout = Layout(),  # noqa: B008  # frozen
 ) -> Conversations:
     """`found` as rows that can be learned; those that the model's processor cannot encode are skipped.
 
-    decoder: of an encoder-decoder.
+    layout: of the model. Those with more tokens than it has positions are skipped too.
     """
     good: list[Conversation] = []
     skipped = list(found.skipped)
     for done, one in enumerate(found.good, start=1):
         try:
-            rows = rows_to_learn(processor, one, decoder)
-            problems = (encoding_problem(processor, x, dtype, max_length, decoder) for x in rows)
+            rows = rows_to_learn(processor, one, layout.decoder)
+            problems = (encoding_problem(processor, x, dtype, max_length, layout) for x in rows)
             problem = next(filter(None, problems), None)
         except Refused as reason:
             rows, problem = (), str(reason)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from qprobe.data.conversation import Conversation
 from qprobe.errors import ModelError
@@ -177,4 +177,46 @@ def test_models_of_one_sequence_have_no_decoder():
         def forward(self, input_ids: Any, decoder_input_ids: Any = None) -> None:
             """As BLIP-2 with a decoder alone."""
 
-    assert layout_of(Takes(SimpleNamespace(image_token_id=5))) == Layout((5,))
+    config = PreTrainedConfig(image_token_id=5)
+    assert layout_of(Takes(config)) == Layout((5,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        ("BertForMaskedLM", 24),
+        ("RobertaForMaskedLM", 22),
+        ("OPTForCausalLM", 24),
+        ("BartModel", 24),
+        ("T5Model", None),
+    ],
+)
+def test_a_model_reads_as_many_tokens_as_it_has_positions(kind: str, most: int | None):
+    made = getattr(transformers, kind)
+    config = made.config_class(
+        vocab_size=99, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2
+    )
+    for key, value in {"max_position_embeddings": 24, "num_hidden_layers": 1, "num_layers": 1}.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    model = made(config).eval()
+    found = layout_of(model)
+    assert found.positions == most
+    if most is None:
+        assert found.excess(10**6) is None
+        return
+    ids = torch.full((1, most + 1), 5)
+    model(ids[:, :-1])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids)
+    assert found.excess(most) is None
+    assert found.excess(most + 1) == f"it has {most + 1} tokens, and the model has positions for {most}"
+
+
+def test_a_sample_longer_than_the_positions_is_refused_with_its_length():
+    tokenizer = tokenizer_with("$A")
+    sample = Sample("a", asked("a red bag"), "a red bag")
+    length = ProcessedSamples(tokenizer, torch.float32).batch([sample]).inputs["input_ids"].shape[1]
+    for positions, refused in ((length, None), (length - 1, Layout(positions=length - 1).excess(length))):
+        found = ProcessedSamples(tokenizer, torch.float32, Layout(positions=positions)).refusal(sample)
+        assert found == refused

@@ -15,6 +15,7 @@ from qprobe.data.turns import samples_of
 from qprobe.demo.folder import demo_folder
 from qprobe.errors import SampleError
 from qprobe.inputs.batch import prompt_text, tokenizer_of
+from qprobe.inputs.decoder import Layout
 from qprobe.inputs.encoding import (
     IGNORED,
     encode_conversations,
@@ -131,6 +132,8 @@ def test_what_does_not_fit_is_named_and_never_cut(tiny_folder, tmp_path):
     assert "tokens, more than --max-length" in str(
         encoding_problem(processor, two_turns(image), dtype, length - 1)
     )
+    few = Layout(positions=length - 1)
+    assert encoding_problem(processor, two_turns(image), dtype, length, few) == few.excess(length)
     text_only = load_processor(resolve(str(tiny_folder("llama"))))
     assert "reads text only" in str(encoding_problem(text_only, two_turns(image), dtype, 512))
     marked = talk(("user", [image, "<|image|> hi"]), ("assistant", ["yes"]))
