@@ -24,8 +24,8 @@ def limited(seconds: float) -> Iterator[None]:
 
     What counts is that thread's processor time, since on a busy machine short work takes long by the clock;
     where the system does not tell it, the clock does. On Linux it cannot take more than `MEMORY_BYTES`
-    either: what asks for them raises a MemoryError. A single call into a library that lasts long is ended
-    once it returns.
+    either, in the main thread: what asks for them raises a MemoryError. A single call into a library that
+    lasts long is ended once it returns.
     """
     thread, turn, is_over = threading.get_ident(), threading.Lock(), False
     clock = _clock_of(thread)
@@ -48,14 +48,14 @@ def limited(seconds: float) -> Iterator[None]:
                 timer.start()
 
     timer = timer_of(seconds)
-    try:
-        with _limited_memory():
+    with _limited_memory():  # undone last, where no TimeoutError can come any more
+        try:
             timer.start()
             yield
-    finally:
-        with turn:
-            is_over = True
-        timer.cancel()
+        finally:
+            with turn:
+                is_over = True
+            timer.cancel()
 
 
 def _clock_of(thread: int) -> Callable[[], float]:
@@ -71,8 +71,11 @@ def _raise_in(thread: int, error: type[BaseException]) -> None:
 
 @contextmanager
 def _limited_memory() -> Iterator[None]:
+    """Limits the process, so only while its main thread waits for the work: what other threads do beside it
+    would find no memory, and limits that overlap could not be undone.
+    """
     status = Path("/proc/self/statm")
-    if not status.exists():
+    if threading.current_thread() is not threading.main_thread() or not status.exists():
         yield
         return
     import resource

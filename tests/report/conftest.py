@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Playwright, sync_playwright
-from playwright.sync_api import Error as BrowserError
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.report.full_run import write_comparison, write_full_run
 from tests.report.pages import Open, page_file
@@ -25,18 +22,9 @@ def browser() -> Iterator[Browser]:
         assert os.environ.get("CI") is None, "CI has no chromium; `make browser` installs it as root"
         pytest.skip("no chromium on this machine: apt-get install chromium")
     with sync_playwright() as play:
-        running = _launched(play)
+        running = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield running
         running.close()
-
-
-def _launched(play: Playwright, tries: int = 5) -> Browser:
-    """Chromium, which on a busy machine now and then ends with SIGTRAP before it has started."""
-    for _ in range(tries - 1):
-        with suppress(BrowserError):
-            return play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        time.sleep(3)
-    return play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
 @pytest.fixture

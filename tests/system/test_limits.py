@@ -65,6 +65,26 @@ def test_memory_is_limited_while_it_lasts():
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
+def test_a_thread_beside_leaves_the_memory_of_the_process_alone():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    entered, first_left, found = threading.Event(), threading.Event(), []
+
+    def second() -> None:
+        with limited(60):
+            entered.set()
+            first_left.wait(60)
+            found.append(resource.getrlimit(resource.RLIMIT_AS))
+
+    thread = threading.Thread(target=second)
+    with limited(60):
+        thread.start()
+        assert entered.wait(60)
+        assert resource.getrlimit(resource.RLIMIT_AS) != before
+    first_left.set()
+    thread.join(60)
+    assert [*found, resource.getrlimit(resource.RLIMIT_AS)] == [before, before]
+
+
 @pytest.mark.parametrize(
     ("template", "said"), [(NESTED, r"more than 0\.1 s"), ("{{ 'a' * 3000000000 }}", "more than 1,024 MiB")]
 )
