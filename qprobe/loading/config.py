@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -13,6 +14,9 @@ from qprobe.loading.source import Source, explained
 from qprobe.models.entry import Entry
 from qprobe.models.geometry import read_geometry
 from qprobe.system.wording import shortened
+
+# How many modules of one kind are built, by the end of the config's name for their number.
+_MOST = {re.compile(r"(layer|block|depth|stage)s?$"): 1000, re.compile("experts?$"): 2**14}
 
 
 def load_config(source: Source) -> Any:
@@ -28,6 +32,7 @@ def load_config(source: Source) -> Any:
         given = _given_config(source, revision)
         _check_code(source, given)
         _check_kernels(source, given)
+        _check_counts(source, given)
         # Said in full: left out, transformers would ask on the terminal whether to run the code.
         return AutoConfig.from_pretrained(
             source.location, revision=revision, trust_remote_code=source.trusts_code
@@ -105,6 +110,29 @@ def _kernels(given: Any) -> Iterator[str]:
             values = value.values() if isinstance(value, dict) else (value,)
             yield from (x for x in values if isinstance(x, str) and "/" in x)
         yield from _kernels(value)
+
+
+def _check_counts(source: Source, given: Any) -> None:
+    """Raises ModelError for a number of layers or experts of which building the model would find no end."""
+    found = next(_counts(given), None)
+    if found is not None:
+        key, value, most = found
+        raise ModelError(
+            f"The config.json of {source.id!r} says {shortened(str(value), 40)} for {shortened(key, 100)}, "
+            f"and no more than {most:,} are built. Copy the file again."
+        )
+
+
+def _counts(given: Any) -> Iterator[tuple[str, float, int]]:
+    """(name, value, limit) of numbers of modules that are too large in a config, of all its parts."""
+    if not isinstance(given, dict):
+        return
+    for key, value in given.items():
+        most = next((most for ends, most in _MOST.items() if ends.search(key)), None)
+        for one in value if isinstance(value, list) else (value,):
+            if most is not None and isinstance(one, int | float) and one > most:
+                yield key, one, most
+            yield from _counts(one)
 
 
 @cache

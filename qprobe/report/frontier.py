@@ -91,7 +91,12 @@ def _draw_lists(ax: Axes, lists: Sequence[Compared], divisor: int) -> None:
     names = _names(lists)
     for i, (one, name) in enumerate(zip(lists, names, strict=True)):
         keeps_nothing = one.name in (NOTHING, NEAREST)
-        style = {"marker": "s", "ms": 6, "color": GREY if keeps_nothing else (GREEN, PURPLE, ORANGE)[i % 3]}
+        marker, colour = "sD^v"[i // 3 % 4], (GREEN, PURPLE, ORANGE)[i % 3]  # no two of twelve look alike
+        style = {
+            "marker": "s" if keeps_nothing else marker,
+            "ms": 6,
+            "color": GREY if keeps_nothing else colour,
+        }
         if one.name == NEAREST:
             style["mfc"] = "none"
         if one.chosen:
