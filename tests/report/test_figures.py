@@ -329,6 +329,15 @@ def test_beside_calibrated_weights_standard_4bit_is_rounded_to_nearest():
     assert points["calibrated 4-bit"] == [[1, 0.3]] and points["standard 4-bit"] == [[1, 0.5]]
 
 
+def test_no_two_compared_lists_look_alike():
+    lists = [Compared(f"list {i}", (i + 1) * 2**20, 0.1, 0.01, False) for i in range(12)]
+    (ax,) = frontier_plot(
+        pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]}), "KL by budget", lists
+    ).axes
+    drawn = [x.lines[0] for x in ax.containers if x.get_label().startswith("list ")]
+    assert len({(x.get_marker(), x.get_color()) for x in drawn}) == len(lists)
+
+
 def test_a_frontier_over_decades_is_logarithmic_and_counts_the_predictions_it_cannot_draw():
     frontier = pd.DataFrame({**FRONTIER, "candidate": ["a", "b", "c"]})
     assert frontier_ax(frontier).get_yscale() == "linear"  # 0.1 to 0.4
