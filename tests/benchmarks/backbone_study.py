@@ -46,7 +46,7 @@ from tests.benchmarks.rankings.measured import NOTHING, Measured
 
 FORMATS = ("nf4", "nf4-calibrated")
 SCORES = ("weight_nmse", "activation_nmse", "propagated_nmse", "sensitivity_kl", "isolated_kl")
-SCANNED = "list of the scan, +10 %"
+SELECTED = "list of select, +10 %"
 BATCH, ANSWER_BATCH = 16, 64
 
 
@@ -147,8 +147,8 @@ def lists_at_equal_bytes(run: qprobe.Run, model: str, samples: Sequence[Sample],
     lists = {
         "nothing kept": NOTHING,
         "published rule: vision linears and cross-attention outputs": rule,
-        "list of a scan at the same bytes": ours,
-        SCANNED: frozenset(run.select().skip_modules) & everything,
+        "list of select at the same bytes": ours,
+        SELECTED: frozenset(run.select().skip_modules) & everything,
         "only the vision tower in 4-bit": everything - vision,
         "only the language model and the projector in 4-bit": vision,
     }
@@ -248,8 +248,8 @@ def gathered(asked: Asked) -> dict[str, Any]:
     return {"made_with": made, "training": training, **asked.counts, **parts, **shared}
 
 
-def markdown(found: Mapping[str, Any], command: str) -> str:
-    """README.md of the report."""
+def markdown(found: Mapping[str, Any], told: str) -> str:
+    """README.md of the report, `told` being the options that decide its numbers."""
     training, evaluation = found["training"], found["training"]["evaluation"]
     took, text = training["training"], training["text"]
     right = 100 * evaluation["facts_right"]
@@ -261,7 +261,8 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
         f"16-bit it states {right:.1f} % of the facts of {evaluation['held_out_scenes']} held-out scenes; on "
         f"ordinary text its KL to SmolLM2 is {text['kl']:.4f} nats per token (whose own loss there is "
         f"{text['loss_of_smollm2']:.2f}). {found['made_with']}.\n",
-        f"    {command}\n",
+        "    python -m tests.benchmarks.backbone --out FOLDER\n"
+        f"    python -m tests.benchmarks.backbone_study --model FOLDER --out reports/backbone {told}\n",
         f"{found['samples']} scenes for the plain scan, {found['calibration']} for the calibrated one, "
         f"{found['held_out']} others for the comparisons. The training is "
         f"repeated by `--steps {took['steps']}`; its weights are not kept.\n",
@@ -276,13 +277,13 @@ def _short(found: Mapping[str, Any]) -> str:
     (facts,) = (
         x for x in found["nf4"]["metric"][0]["differences"] if (x["model"], x["against"]) == ("nf4", "16-bit")
     )
-    listed = next(x for x in found["lists"] if x["name"] == SCANNED)
+    listed = next(x for x in found["lists"] if x["name"] == SELECTED)
     kl = {row["name"]: row["kl"] for row in found["nf4-calibrated"]["rows"]}
     return "\n".join(
         [
             "- Facts right in a scene, standard 4-bit against 16-bit: "
             f"{100 * facts['value']:+.1f} ± {100 * facts['se']:.1f} points.",
-            f"- With the list of the scan at +10 % the KL is {listed['saved']:.4f} ± "
+            f"- With the list of `select` at +10 % the KL is {listed['saved']:.4f} ± "
             f"{listed['saved_se']:.4f} lower than standard 4-bit's (paired), "
             f"{listed['saved'] / listed['saved_se']:.1f} errors.",
             f"- Calibrated 4-bit leaves {kl['nf4-calibrated'] / kl['nf4']:.3f} of standard 4-bit's KL, with "
@@ -323,6 +324,7 @@ def _models(name: str, one: Mapping[str, Any]) -> str:
 def _lists(lists: Sequence[Mapping[str, Any]], samples: int) -> str:
     rows = [
         f"## Lists on plain NF4, {samples} scenes\n",
+        "Lists of `select` follow from the scan's table alone, without the measuring that ends a scan.\n",
         "| list | layers kept | MB | KL | less than with nothing kept (paired) |",
         "|---|---|---|---|---|",
     ]
@@ -384,10 +386,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     told = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.counts.items())
-    command = f"python -m tests.benchmarks.backbone_study --model FOLDER {told}"
     shutil.copy(options.work / "nf4" / "report" / "spikes.png", options.out)
-    (options.out / "README.md").write_text(markdown(found, command) + "\n")
-    print(markdown(found, command))
+    (options.out / "README.md").write_text(markdown(found, told) + "\n")
+    print(markdown(found, told))
 
 
 if __name__ == "__main__":
