@@ -9,6 +9,7 @@ not outlive their unit: they are large (0.8 GB for a down_proj of an 11B).
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -27,7 +28,7 @@ from qprobe.calibration.gram import Gathering, SharedInput, shared_inputs
 from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.room import gram_room, record_room, rounded_together, shares
 from qprobe.calibration.token_weights import TokenWeighing, TokenWeights
-from qprobe.calibration.tuning import Given, tune
+from qprobe.calibration.tuning import Given, tune, tuned_together
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
 from qprobe.calibration.work import ALONE, Work
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
@@ -82,11 +83,16 @@ def calibrate_model(work: Work, shard: Shard = ALONE) -> None:
 def put_in_place(subject: Subject, codes: CodesFile, folder: Path) -> None:
     """Let the model's 4-bit weights be those of the file `codes` in `folder`.
 
-    Raises ManifestError if it is not whole.
+    It is hashed while it is read. Raises ManifestError if it is not whole; some weights are in place then.
     """
-    with open_codes(checked(codes, folder)) as file:
-        for name in sorted(file.layers):
-            subject.dequantized.put(name, file.stored(name, subject.device_of(name)).packed())
+    with ThreadPoolExecutor(1) as thread:
+        hashed = thread.submit(checked, codes, folder)
+        try:
+            with open_codes(folder / codes.file) as file:
+                for name in sorted(file.layers):
+                    subject.dequantized.put(name, file.stored(name, subject.device_of(name)).packed())
+        finally:
+            hashed.result()  # a file that changed says so, whatever could not be read of it
 
 
 def _calibrated(work: Work, shard: Shard) -> int:
@@ -239,7 +245,7 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     Leaves a sentence on what came of it in the run's notes.
     """
     subject = work.subject
-    training, kept_back = ([subject.encode(group) for group in part] for part in work.split)
+    training, kept_back = ([subject.encode(x) for x in tuned_together(subject, part)] for part in work.split)
     if not kept_back:
         told = f"Scales are not tuned: that takes {FEWEST} calibration samples."
         work.run.notes.put("tuning", Remarks((told,)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from math import isfinite
 
 import torch
@@ -26,6 +26,7 @@ from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import checkpointed_blocks, replaced_forwards
 from qprobe.measure.memory import free_memory
 from qprobe.measure.subject import Subject
+from qprobe.records import Sample
 from qprobe.system.wording import counted
 
 RATE = 1e-3  # of the logarithms of the scales; 2e-3 ends alike on SmolLM2, 4e-3 worse
@@ -38,6 +39,7 @@ CHECKS = 8  # looks at the samples kept back
 
 
 STEPS = {"small": 200, "large": 32}  # on CUDA; large: above `FLOAT32_UP_TO` parameters
+LARGE_AT_ONCE = 2  # samples in a step of a large model, whose activations and gradients decide its peak
 
 
 def tune_steps(subject: Subject, asked: int | None) -> int:
@@ -50,6 +52,13 @@ def default_steps(device: torch.device, dtype: torch.dtype) -> int:
     if device.type != "cuda":
         return 0
     return STEPS["small" if dtype == torch.float32 else "large"]
+
+
+def tuned_together(subject: Subject, groups: Sequence[tuple[Sample, ...]]) -> list[tuple[Sample, ...]]:
+    """The samples of `groups` in those that a step runs together: smaller ones for a large model."""
+    if subject.path.dtype == torch.float32:
+        return list(groups)
+    return subject.groups(tuple(chain.from_iterable(groups)), LARGE_AT_ONCE)
 
 
 def can_move_codes(subject: Subject) -> bool:

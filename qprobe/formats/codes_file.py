@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -22,12 +23,15 @@ from torch import Tensor
 from qprobe.errors import ManifestError
 from qprobe.formats.nf4 import StoredNf4
 from qprobe.records import CodesFile
+from qprobe.system.background import in_background
 from qprobe.system.files import atomic_file, write_atomic
 from qprobe.system.foreign import open_foreign
 from qprobe.system.headers.tensors import read_tensor_header
 
 FILE_NAME = "nf4-calibrated.safetensors"
 _WEIGHT = ".weight"
+_AGAIN = "Put the one of the scan back, or scan again."
+_UNHASHED = 4  # tensors that may wait for their hash while the next are written
 
 
 def write_codes(path: Path, layers: Mapping[str, StoredNf4]) -> None:
@@ -55,9 +59,9 @@ class _Part:
 def join_codes(path: Path, sources: Sequence[Path]) -> CodesFile:
     """`path`, with all tensors of the safetensors files `sources`, written whole or not at all.
 
-    One tensor is in memory at a time. The bytes are those that safetensors writes of all at once: the length
-    of the header, the header, and the tensors, the widest elements first, then by name. Raises OSError, and
-    ManifestError if a source is damaged.
+    A few tensors are in memory at a time. The bytes are those that safetensors writes of all at once: the
+    length of the header, the header, and the tensors, the widest elements first, then by name. Raises
+    OSError, and ManifestError if a source is damaged.
     """
     parts = {name: part for source in sources for name, part in _parts(source).items()}
     order = sorted(parts, key=lambda name: (-parts[name].itemsize, name))
@@ -68,9 +72,9 @@ def join_codes(path: Path, sources: Sequence[Path]) -> CodesFile:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with atomic_file(path) as file:
+    with atomic_file(path) as file, in_background(_UNHASHED) as do:
         for data in chain([len(text).to_bytes(8, "little") + text], (_read(parts[name]) for name in order)):
-            digest.update(data)
+            do(partial(digest.update, data))
             file.write(data)
     return CodesFile(path.name, digest.hexdigest())
 
@@ -149,11 +153,16 @@ class CodesReader:
         return self._file.get_tensor(key), state
 
     def stored(self, layer: str, device: Any) -> StoredNf4:
-        """The weight of `layer` on `device`."""
+        """The weight of `layer` on `device`. Raises ManifestError if its quantization state is none."""
         from bitsandbytes.functional import QuantState
 
         codes, state = self.raw(layer)
-        return StoredNf4(codes.to(device), QuantState.from_dict(state, device=device))
+        try:
+            return StoredNf4(codes.to(device), QuantState.from_dict(state, device=device))
+        except (KeyError, ValueError) as error:
+            raise ManifestError(
+                f"{self.path}: the quantization state of {layer} is damaged ({error}). {_AGAIN}"
+            ) from None
 
 
 @contextmanager
@@ -165,6 +174,4 @@ def open_codes(path: Path) -> Iterator[CodesReader]:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield CodesReader(file, path)
     except (OSError, SafetensorError) as error:
-        raise ManifestError(
-            f"{path} is no file of 4-bit weights ({error}). Put the one of the scan back, or scan again."
-        ) from None
+        raise ManifestError(f"{path} is no file of 4-bit weights ({error}). {_AGAIN}") from None

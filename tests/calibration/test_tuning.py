@@ -152,6 +152,20 @@ def test_codes_of_large_or_streamed_models_stay(tiny_folder: TinyFolder, monkeyp
     assert not tuning.can_move_codes(large)
 
 
+def test_a_step_of_a_large_model_runs_two_samples_and_one_of_a_small_model_whole_batches(
+    tiny_folder: TinyFolder,
+):
+    subject = subject_for(tiny_folder("llama"))
+    samples = tuple(Sample(f"s{i}", asked("hello"), answer="a cat") for i in range(7))
+    groups = [samples[:4], samples[4:]]
+    assert tuning.tuned_together(subject, groups) == groups
+    large = replace(subject)
+    vars(large)["path"] = replace(subject.path, dtype=torch.bfloat16)
+    found = tuning.tuned_together(large, groups)
+    assert [len(group) for group in found] == [2, 2, 2, 1]
+    assert [s.id for group in found for s in group] == [s.id for s in samples]
+
+
 @pytest.mark.slow
 def test_tuning_that_does_not_help_the_samples_kept_back_gives_back_what_it_was_given(
     tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch

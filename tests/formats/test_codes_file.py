@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from qprobe.errors import ManifestError
-from qprobe.formats.codes_file import join_codes
+from qprobe.formats.codes_file import join_codes, open_codes, write_codes
+from qprobe.formats.nf4 import Nf4
 from qprobe.records import CodesFile
 
 
@@ -42,3 +43,14 @@ def test_a_damaged_part_is_named_and_nothing_is_left(tmp_path):
     with pytest.raises(ManifestError, match=r"2.safetensors is damaged"):
         join_codes(tmp_path / "all.safetensors", paths)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["1.safetensors", "2.safetensors"]
+
+
+def test_a_damaged_quantization_state_is_named(tmp_path):
+    path = tmp_path / "codes.safetensors"
+    write_codes(path, {"a": Nf4().stored(torch.randn(64, 64))})
+    path.write_bytes(path.read_bytes().replace(b'"blocksize"', b"#blocksize#"))
+    with (
+        open_codes(path) as file,
+        pytest.raises(ManifestError, match="the quantization state of a is damaged"),
+    ):
+        file.stored("a", "cpu")
