@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -83,12 +83,14 @@ class Tuned:
     language head: normalized squared error of the output), both as the weights are read back.
 
     stored: the weights by layer; those given where `after` is not below `before`. step: of their scales.
+    tried: that of the best tuned scales, used or not; inf where there were none.
     """
 
     stored: Mapping[str, StoredNf4]
     before: float
     after: float
     step: int
+    tried: float
 
     @property
     def is_better(self) -> bool:
@@ -98,7 +100,12 @@ class Tuned:
     def sentence(self) -> str:
         """What a reader of the run is told."""
         if not self.is_better:
-            return "Tuned scales were no better on the samples kept back, so they are not used."
+            if not isfinite(self.tried):
+                return "Tuning scales came to no finite damage, so it is left out."
+            return (
+                f"Tuned scales were no better on the calibration samples kept back ({self.tried:.4g} nats per "
+                f"answer token at best, {self.before:.4g} before), so they are not used."
+            )
         return (
             f"Scales were tuned for {counted(self.step, 'step')}: on calibration samples kept back from that "
             f"the damage fell from {self.before:.4g} to {self.after:.4g}."
@@ -166,13 +173,13 @@ def tune(
         given = given.in_dtype(subject.path.dtype)
         before = tuning.damage(given.kept_back)
         first = 1 + round((codes_from if can_move_codes(subject) else 1.0) * steps)
-        step = _descend(tuning, given, Schedule(steps, first), before, done)
+        step, lowest = _descend(tuning, given, Schedule(steps, first), before, done)
         found = tuning.finished()
         tuning.replace(found)
         after = tuning.damage(given.kept_back)
     if step and isfinite(after) and after < before:
-        return Tuned(found, before, after, step)
-    return Tuned(stored, before, before, 0)
+        return Tuned(found, before, after, step, lowest)
+    return Tuned(stored, before, before, 0, after if step else lowest)
 
 
 def _descend(
@@ -181,11 +188,14 @@ def _descend(
     schedule: Schedule,
     before: float,
     done: Callable[[], None],
-) -> int:
-    """Run the steps, and leave the scales of the best look at what is kept back; that step's number."""
+) -> tuple[int, float]:
+    """Run the steps, and leave the scales of the best look at what is kept back.
+
+    (that step's number, 0 if none is below `before`; the least damage at any look)
+    """
     optimizer = torch.optim.Adam(tuning.logarithms.values(), lr=RATE, eps=EPSILON)
     steps = schedule.steps
-    best, best_step, kept = before, 0, tuning.snapshot()
+    best, best_step, lowest, kept = before, 0, inf, tuning.snapshot()
     batches = given.in_turn()
     for step in range(1, steps + 1):
         if step == schedule.codes_from:
@@ -199,11 +209,12 @@ def _descend(
         optimizer.step()
         if step % max(1, steps // CHECKS) == 0 or step == steps:
             found = tuning.damage(given.kept_back)
+            lowest = min(lowest, found)
             if found < best:
                 best, best_step, kept = found, step, tuning.snapshot()
         done()
     tuning.restore(kept)
-    return best_step
+    return best_step, lowest
 
 
 @dataclass

@@ -175,14 +175,12 @@ def measured(case: Case, asked: argparse.Namespace, start: float, folder: Path) 
             if with_lists:
                 add_lists(table, what)
 
-    works = {}
-    for drawn in (0, asked.drawn):
+    for drawn in dict.fromkeys((0, asked.drawn)):
         what = f"{asked.texts} samples" + (f" and {drawn} drawn texts" if drawn else "")
-        works[what] = calibrated(case, folder / str(drawn), drawn)
+        work = calibrated(case, folder / str(drawn), drawn)
         add(what, with_lists=not drawn)
-    for what, work in reversed(works.items()):
         if asked.steps and time.perf_counter() - start < asked.limit:
-            add(f"{what}, {tuned(work, asked.steps)}", with_lists=bool(work.drawn))
+            add(f"{what}, {tuned(work, asked.steps)}", with_lists=True)
     return table.rows
 
 
@@ -191,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "demo", "demo-outliers"), default="smollm2")
     parser.add_argument("--texts", type=int, default=128, help="calibration samples, a multiple of 8")
-    parser.add_argument("--drawn", type=int, default=512, help="texts that the model draws")
+    parser.add_argument("--drawn", type=int, default=512, help="texts that the model draws; 0 for none")
     parser.add_argument("--steps", type=int, default=200, help="of tuning; 0 for none")
     parser.add_argument("--held-out", type=int, default=128, help="samples, half of them in each set")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no step begins")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isnan, nan
+from math import inf, isnan, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,15 +44,25 @@ def test_steps_that_are_asked_for_are_taken_also_none():
     assert tune_steps(subject(CPU, SMALL), 7) == 7
 
 
-@pytest.mark.parametrize("after", [0.5, 0.50001, nan])
-def test_tuning_that_is_no_better_says_that_it_is_not_used(after: float):
-    found = Tuned({}, 0.5, after, 40)
+@pytest.mark.parametrize(
+    ("tried", "told"),
+    [
+        (
+            0.5012,
+            "Tuned scales were no better on the calibration samples kept back (0.5012 nats per answer token "
+            "at best, 0.5 before), so they are not used.",
+        ),
+        (inf, "Tuning scales came to no finite damage, so it is left out."),
+    ],
+)
+def test_tuning_that_is_no_better_says_that_it_is_not_used(tried: float, told: str):
+    found = Tuned({}, 0.5, 0.5, 0, tried)
     assert not found.is_better
-    assert found.sentence == "Tuned scales were no better on the samples kept back, so they are not used."
+    assert found.sentence == told
 
 
 def test_tuning_that_is_better_says_by_how_much():
-    found = Tuned({}, 0.25, 0.125, 40)
+    found = Tuned({}, 0.25, 0.125, 40, 0.125)
     assert found.is_better and found.sentence == (
         "Scales were tuned for 40 steps: on calibration samples kept back from that the damage fell from "
         "0.25 to 0.125."

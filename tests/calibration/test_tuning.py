@@ -175,6 +175,7 @@ def test_tuning_that_does_not_help_the_samples_kept_back_gives_back_what_it_was_
     batches, given = batches_of(subject, "llama", 4), nearest(subject)
     found = tune(subject, given, Given(batches[:2], batches[2:]), 8, Nf4())
     assert not found.is_better and found.after == found.before and found.step == 0
+    assert found.tried > found.before
     assert found.stored is given
 
 
@@ -199,7 +200,7 @@ def test_a_loss_that_is_not_finite_ends_tuning(tiny_folder: TinyFolder, monkeypa
     losses = iter([inf])
     monkeypatch.setattr(tuning._Tuning, "descend", lambda *_: next(losses))
     found = tune(subject, given, Given(batches[:2], batches[2:]), 8, Nf4())
-    assert found.after <= found.before
+    assert found.after <= found.before and found.tried == inf
 
 
 @pytest.mark.slow
