@@ -103,8 +103,8 @@ class Tuned:
             if not isfinite(self.tried):
                 return "Tuning scales came to no finite damage, so it is left out."
             return (
-                f"Tuned scales were no better on the calibration samples kept back ({self.tried:.4g} nats per "
-                f"answer token at best, {self.before:.4g} before), so they are not used."
+                f"Tuned scales were no better on the calibration samples kept back ({self.tried:.4g} nats "
+                f"per answer token at best, {self.before:.4g} before), so they are not used."
             )
         return (
             f"Scales were tuned for {counted(self.step, 'step')}: on calibration samples kept back from that "
