@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from qprobe.measure.subject import Subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
 from tests.benchmarks.peers.judging import Judge, judged
 from tests.benchmarks.peers.passages import OWN, Passages, batches_of, choose_scenes, inputs_of, read_passages
-from tests.benchmarks.peers.report import beside_ours, best_of_ours, joined, write
+from tests.benchmarks.peers.report import beside_ours, best_of_ours, joined, name_points, write
 from tests.benchmarks.peers.workers.exchange import Cost, Job, group_bits
 from tests.benchmarks.peers.workers.ggml import format_of, more_bits
 from tests.benchmarks.peers.workers.ours import (
@@ -150,6 +152,30 @@ def test_a_peer_is_held_against_the_best_of_ours_that_is_no_larger():
     assert beside_ours(better, rows) == "**the peer is better**: ours leaves 2.00 ± 0.00 of it at 5.00 bits"
 
 
+def test_kinds_on_which_a_peer_is_better_are_named():
+    ours = {
+        "name": "nf4-calibrated",
+        "bits": 4.1,
+        "kl": {OWN: [1.0, 1.0], "prose": [4.0, 4.0], "code": [1.0, 9.0]},
+    }
+    peer = {"name": "peer", "bits": 4.5, "kl": {OWN: [2.0, 2.0], "prose": [2.0, 2.0], "code": [2.0, 2.0]}}
+    # code: 5 in place of 2 on average, but with errors that reach over twice the difference
+    said = beside_ours(peer, [ours])
+    assert said == "ours leaves 0.50 ± 0.00 of it at 4.10 bits; **the peer is better** on prose"
+
+
+def test_names_in_the_figure_do_not_cover_each_other():
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots()
+    name_points(ax, [("one name", 0.5, 0.5), ("another", 0.5, 0.5), ("a third", 0.51, 0.5)])
+    boxes = [text.get_window_extent() for text in ax.texts]
+    plt.close(fig)
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
 def test_what_two_machines_found_is_joined_if_they_judged_the_same_passages():
     one = {
         "tokens": {OWN: [3]},
@@ -158,10 +184,17 @@ def test_what_two_machines_found_is_joined_if_they_judged_the_same_passages():
         "machine": "x",
         "model": "m",
     }
-    other = {**one, "rows": [row("a", 4, 2.0), row("b", 4, 3.0)], "missing": {}, "machine": "y"}
+    other = {
+        **one,
+        "remarks": {"b": "r"},
+        "rows": [row("a", 4, 2.0), row("b", 4, 3.0)],
+        "missing": {},
+        "machine": "y",
+    }
     found = joined([one, other])
     assert [x["kl"][OWN] for x in found["rows"]] == [[2.0], [3.0]]
     assert found["missing"] == {} and found["machine"] == "x; y"
+    assert found["remarks"] == {"b": "r"}
     with pytest.raises(SystemExit, match="same passages"):
         joined([one, {**other, "tokens": {OWN: [4]}}])
 
@@ -175,10 +208,11 @@ def test_the_table_pairs_passages_and_the_figure_is_drawn(tmp_path: Path):
         "missing": {"other": "no time"},
         "machine": "m",
         "model": "n",
+        "remarks": {"peer": "a remark"},
     }
     text = write(found, tmp_path)
     # twice the KL on each passage: a share of 2 without an error
-    assert "| peer | 4.500 | 1.0 | 2.000 ± 0.000 | 1 | 1.0 |  |" in text
+    assert "| peer | 4.500 | 1.0 | 2.000 ± 0.000 | 1 | 1.0 | a remark |" in text
     assert "2 samples, KL of plain NF4 1.0000" in text and "- not run: other: no time" in text
     assert (tmp_path / "peers.png").stat().st_size > 1000
     assert "no table" in write({**found, "rows": rows[1:]}, tmp_path)

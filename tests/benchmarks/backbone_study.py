@@ -28,7 +28,6 @@ from typing import Any
 import pandas as pd
 import torch
 from PIL import Image
-from scipy.stats import spearmanr
 
 import qprobe
 from qprobe.checkpoint.comparing.rows import Comparison
@@ -184,14 +183,14 @@ def correlations(run: qprobe.Run) -> dict[str, dict[str, float]]:
     table = run.layers.merge(pd.read_csv(run.path / "ablation.csv"), on="layer")
     return {
         score: {
-            measured: float(spearmanr(table[score], table[measured], nan_policy="omit").statistic)
+            measured: table[score].corr(table[measured], method="spearman")
             for measured in ("kl_isolated", "kl_saved")
         }
         for score in SCORES
     }
 
 
-def leaders(table: pd.DataFrame, count: int = 10) -> list[dict[str, Any]]:
+def leaders(table: pd.DataFrame, count: int = 10) -> Sequence[Mapping[Any, Any]]:
     """The layers with the greatest sensitivity."""
     top = table.sort_values("sensitivity_kl", ascending=False).head(count)
     return top[["layer", "tower", "weight_nmse", "activation_nmse", "sensitivity_kl"]].to_dict("records")

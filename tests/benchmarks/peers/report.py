@@ -1,9 +1,9 @@
 """The table and the figure of what was measured.
 
-    python -m tests.benchmarks.peers.report DIR... --out reports/peers
+    python -m tests.benchmarks.peers.report DIR... --out reports/peers [--remark NAME=TEXT ...]
 
 writes them from what several commands left in DIR..., side by side or on several machines; they must have
-judged the same passages (`--passages`).
+judged the same passages (`--passages`). A remark stands in the row of the format NAME.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import json
 from collections.abc import Mapping, Sequence
 from math import fsum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qprobe.runs.statistics import ratio_se
 from tests.benchmarks.peers.passages import OWN
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
 
 Row = Mapping[str, Any]
 PLAIN, OURS = "nf4", "nf4-calibrated"
@@ -39,6 +43,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "rows": list(rows.values()),
         "missing": missing,
         "machine": "; ".join(machines),
+        "remarks": {name: text for part in parts for name, text in part.get("remarks", {}).items()},
     }
 
 
@@ -81,14 +86,22 @@ def beside_ours(row: Row, rows: Sequence[Row]) -> str:
     ratio, error = share(mine, row)
     said = "ours leaves" if ratio < 1 else "**the peer is better**: ours leaves"
     sure = "" if abs(ratio - 1) > 2 * error else ", within two errors"
-    return f"{said} {ratio:.2f} ± {error:.2f} of it at {mine['bits']:.2f} bits{sure}"
+    worse = [kind for kind in row["kl"] if kind != OWN and is_more(mine, row, kind)]
+    elsewhere = f"; **the peer is better** on {', '.join(worse)}" if worse else ""
+    return f"{said} {ratio:.2f} ± {error:.2f} of it at {mine['bits']:.2f} bits{sure}{elsewhere}"
+
+
+def is_more(row: Row, other: Row, kind: str) -> bool:
+    """True if `row` leaves more than `other` on this kind of sample, by more than two paired errors."""
+    ratio, error = share(row, other, kind)
+    return ratio - 1 > 2 * error
 
 
 def table(found: Mapping[str, Any]) -> str:
     """Markdown: one row per format, by bits."""
     rows = sorted(found["rows"], key=lambda x: (round(x["bits"], 2), fsum(x["kl"][OWN])))
     plain = next(x for x in rows if x["name"] == PLAIN)
-    kinds = list(plain["kl"])
+    kinds, remarks = list(plain["kl"]), found.get("remarks", {})
     titles = ["format", "bits per weight", "MiB", *kinds, "seconds", "peak GiB", "beside ours"]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for row in rows:
@@ -100,7 +113,7 @@ def table(found: Mapping[str, Any]) -> str:
             *(f"{x:.3f} ± {se:.3f}" for x, se in shares),
             f"{row['seconds']:.0f}",
             f"{row['peak_bytes'] / 2**30:.1f}",
-            beside_ours(row, rows),
+            "; ".join(x for x in (beside_ours(row, rows), remarks.get(row["name"])) if x),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -131,26 +144,43 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     plain = next(x for x in found["rows"] if x["name"] == PLAIN)
     fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
     lines: dict[str, list[tuple[float, float, float]]] = {}
+    names: list[tuple[str, float, float]] = []
     for row in found["rows"]:
         point = (row["bits"], *share(row, plain))
         if is_ours(row["name"]):
             lines.setdefault(row["name"].partition(" with list")[0], []).append(point)
         else:
             ax.errorbar(point[0], point[1], 2 * point[2], fmt="o", color="tab:gray", capsize=2)
-            ax.annotate(row["name"], point[:2], xytext=(5, 3), textcoords="offset points", fontsize=7)
+            names.append((row["name"], point[0], point[1]))
     for name, points in lines.items():
         bits, shares, errors = zip(*sorted(points), strict=True)
-        ax.errorbar(
-            bits, shares, [2 * x for x in errors], marker=".", capsize=2, label=f"qprobe: {name}, with list"
-        )
+        label = f"qprobe: {name}{', with list' if len(points) > 1 else ''}"
+        ax.errorbar(bits, shares, [2 * x for x in errors], marker=".", capsize=2, label=label)
     ax.margins(x=0.15)  # room for the names
     ax.set(yscale="log", xlabel="bits per weight of the linears, scales and zero points included")
     ax.set_ylabel("held-out KL to the 16-bit model, share of plain NF4's")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.legend(fontsize=8)
+    fig.draw_without_rendering()  # so that places of texts are known
+    name_points(ax, names)
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def name_points(ax: Axes, names: Sequence[tuple[str, float, float]]) -> None:
+    """Writes each name beside its (x, y), above or below it where another name is in the way."""
+    taken: list[Bbox] = []
+    for name, x, y in sorted(names, key=lambda one: one[1]):
+        for offset in (-3, 8, -14, 19, -25):
+            text = ax.annotate(name, (x, y), (6, offset), textcoords="offset points", fontsize=7)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            text = ax.annotate(name, (x, y), (6, -3), textcoords="offset points", fontsize=7)
+        taken.append(text.get_window_extent())
 
 
 def main() -> None:
@@ -158,9 +188,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("reports/peers"))
+    parser.add_argument("--remark", nargs="+", type=_named, default=[], metavar="NAME=TEXT")
     options = parser.parse_args()
     parts = [json.loads((folder / "peers.json").read_text()) for folder in options.folders]
-    print(write(joined(parts), options.out))
+    found = joined(parts)
+    print(write({**found, "remarks": {**found["remarks"], **dict(options.remark)}}, options.out))
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, remark = text.partition("=")
+    return name, remark
 
 
 if __name__ == "__main__":
