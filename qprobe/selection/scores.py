@@ -13,7 +13,7 @@ from qprobe.registry import measures
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.layers.table import attribution_residual, check_measure, measured
 from qprobe.selection.bound import SCORE, Prospect
-from qprobe.selection.search.damage import Damage, least_damages
+from qprobe.selection.search.damage import Damage, least_damages, measured_damage
 from qprobe.selection.search.lists import best_skiplists
 from qprobe.selection.skiplist import SkipList
 from qprobe.selection.verdict import is_bent
@@ -100,7 +100,7 @@ def damage_of(table: pd.DataFrame) -> Damage | None:
         return None
     path, isolated = layer_scores(table, SCORE), layer_scores(table, ISOLATED_KL)
     # Where isolated KL is not finite nothing is known of what lies between this layer and the others.
-    return Damage(path, {name: isolated.get(name, share) for name, share in path.items()})
+    return measured_damage(path, {name: isolated.get(name, share) for name, share in path.items()})
 
 
 def predicted_kl(table: pd.DataFrame, kept: frozenset[str]) -> float | None:

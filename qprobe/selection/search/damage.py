@@ -15,6 +15,11 @@ All layers in 4-bit give the sum of path_l. Lists are sought among those that ar
 
 which is what one more layer in 4-bit costs where a share r of its interactions is there already (a row and a
 column of H). With r = 0 that is the isolated KL, with r = 1/2 path_l.
+
+Layers that were fitted to each other on the very samples that are measured, as where scales are tuned, make
+up for each other there: all in 4-bit cost little, each alone as much as before. Beyond twice the path's sum
+the isolated KLs then say by this formula that any layer in 16-bit makes it worse, which is true of these
+samples at most. `measured_damage` lets damages add up there.
 """
 
 from __future__ import annotations
@@ -70,6 +75,15 @@ class Damage:
     def marginal(self, share: float) -> dict[str, float]:
         """What each layer adds to the KL where `share` of the damage is left in 4-bit."""
         return {n: self.isolated[n] + 2 * share * (self.path[n] - self.isolated[n]) for n in self.path}
+
+
+def measured_damage(path: Mapping[str, float], isolated: Mapping[str, float]) -> Damage:
+    """The damage that both say; as isolated KLs, scaled to the path's sum, where they exceed it twofold."""
+    whole, alone = fsum(path.values()), fsum(isolated.values())
+    if not 0 < 2 * whole < alone:
+        return Damage(path, isolated)
+    scaled = {name: value * whole / alone for name, value in isolated.items()}
+    return Damage(scaled, scaled)
 
 
 def least_damage(inventory: Inventory, damage: Damage, limit_bytes: int, by: str) -> SkipList:

@@ -20,7 +20,7 @@ from qprobe.measure.subject import Subject
 from qprobe.measure.weights import weight_rows
 from qprobe.records import ErrorSums
 from qprobe.runs.key import RESIDUAL, Measures
-from qprobe.selection.search.damage import Damage
+from qprobe.selection.search.damage import Damage, measured_damage
 from tests.benchmarks.rankings.measured import Measured
 
 Scores = dict[str, float]
@@ -99,7 +99,7 @@ def isolated_kl(path: Path, batches: Sequence[Batch], every: bool = False) -> Sc
 
 def default_damage(path: Path, batches: Sequence[Batch]) -> Damage:
     """What `qprobe scan` chooses by: two nodes, one at the 16-bit end and one on the path."""
-    return Damage(mean_scores(path_rows(attributed(path, batches))), isolated_kl(path, batches))
+    return measured_damage(mean_scores(path_rows(attributed(path, batches))), isolated_kl(path, batches))
 
 
 def slope_scores(path: Path, batches: Sequence[Batch], alpha: float) -> Scores:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qprobe.errors import BudgetError
 from qprobe.records import Inventory
-from qprobe.selection.search.damage import Damage, fewest_bytes, least_damage
+from qprobe.selection.search.damage import Damage, fewest_bytes, least_damage, measured_damage
 from qprobe.selection.search.lists import best_skiplist
 from qprobe.selection.skiplist import SkipList
 from tests.runs.runs import inventory_of, linear
@@ -44,6 +44,22 @@ def cases(draw: st.DrawFn) -> tuple[Inventory, Damage, int]:
     path = {n: isolated[n] + more for n, (_, _, more) in zip(names, table, strict=True)}
     most = inventory.total_bytes(frozenset(names))
     return inventory, Damage(path, isolated), draw(st.integers(inventory.standard_4bit_bytes, most))
+
+
+def test_layers_that_make_up_for_each_other_are_kept_by_what_each_costs_alone():
+    path, isolated = {"l0": 0.5, "l1": 0.3, "l2": 0.2}, {"l0": 1.0, "l1": 3.0, "l2": 4.0}
+    inventory = layers([64, 64, 64], 0)
+    one = inventory.standard_4bit_bytes + inventory.layers[0].bytes_16bit - inventory.layers[0].bytes_4bit
+    # By the formula with all interactions any layer in 16-bit makes it worse.
+    assert least_damage(inventory, Damage(path, isolated), one, BY).kept == ()
+    damage = measured_damage(path, isolated)
+    found = least_damage(inventory, damage, one, BY)
+    assert found.kept == ("l2",) and found.score == pytest.approx(0.5)
+    assert damage.left(frozenset()) == pytest.approx(1.0)
+    assert measured_damage(path, {"l0": 0.5, "l1": 0.5, "l2": 0.9}) == Damage(
+        path, {"l0": 0.5, "l1": 0.5, "l2": 0.9}
+    )
+    assert measured_damage({"l0": -1.0}, {"l0": 1.0}) == Damage({"l0": -1.0}, {"l0": 1.0})
 
 
 def test_all_layers_in_4bit_cost_the_sum_of_their_shares_and_none_costs_nothing():
