@@ -259,7 +259,9 @@ def markdown(found: Mapping[str, Any], told: str) -> str:
         f"scenes in {took['seconds']:.0f} s, the language model frozen in the first {took['alone']}. In "
         f"16-bit it states {right:.1f} % of the facts of {evaluation['held_out_scenes']} held-out scenes; on "
         f"ordinary text its KL to SmolLM2 is {text['kl']:.4f} nats per token (whose own loss there is "
-        f"{text['loss_of_smollm2']:.2f}). {found['made_with']}.\n",
+        f"{text['loss_of_smollm2']:.2f}). Its weights come from a file in Q4_1, which [flatters some formats]"
+        "(../peers/README.md#where-these-weights-come-from) but not NF4. "
+        f"{found['made_with']}.\n",
         "    python -m tests.benchmarks.backbone --out FOLDER\n"
         f"    python -m tests.benchmarks.backbone_study --model FOLDER --out reports/backbone {told}\n",
         f"{found['samples']} scenes for the plain scan, {found['calibration']} for the calibrated one, "
