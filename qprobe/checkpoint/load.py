@@ -18,7 +18,7 @@ from qprobe.checkpoint.hub import MANIFEST_FILE, fetched, manifest_in
 from qprobe.checkpoint.matching import skip_keys
 from qprobe.checkpoint.ready import ready_for_training
 from qprobe.checkpoint.starts.attached import AskedAdapter, check_asked, with_adapter
-from qprobe.checkpoint.starts.balanced import balance
+from qprobe.checkpoint.starts.held import hold
 from qprobe.checkpoint.trial.watch import prove_read
 from qprobe.checkpoint.verify import ExpectedLayer, expected_layer, expected_layers, verify, verify_layers
 from qprobe.errors import ManifestError, ModelError, QprobeError, VerificationError
@@ -70,7 +70,9 @@ def load_dynamic_4bit(
     `manifest`, or the working directory.
     for_training: recompute blocks and ask for gradients where adapters need them, see `ready_for_training`.
     start: where an adapter begins, "zero" or at the correction of calibrated weights that
-    `scan --keep-correction` left, "corrected"; None for no adapter. rank: of the adapter; alpha equals it.
+    `scan --keep-correction` left, "corrected"; None for no adapter. rank: of what is trained. The adapter
+    holds a correction beside that, so that its rank, and its alpha, is the sum of both; gradients there are
+    0, so that any trainer leaves it as it is, unless it decays weights.
     adapt: where it goes, as of `lora_targets`.
     trust_remote_code: run Python code that the checkpoint brings, for models that exist only as such code; it
     can do on this machine whatever you can.
@@ -102,7 +104,8 @@ def load_dynamic_4bit(
         loaded, processor = _packed(packed, written, model, place, dtype)
     if asked is not None:
         tuned, _ = with_adapter(ready_for_training(loaded), asked, written, beside)
-        balance(tuned)
+        if asked.start == "corrected":
+            hold(tuned, slice(asked.rank, None))
         return tuned, processor
     return (ready_for_training(loaded) if for_training else loaded), processor
 

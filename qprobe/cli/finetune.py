@@ -54,7 +54,7 @@ _OPTIONS = options(
         help="Optimizer steps.  [default: as many as --epochs takes]",
     ),
     option(FinetuneOptions, "epochs", metavar="X", help="Passes over the data; instead of --steps."),
-    option(FinetuneOptions, "rank", type=POSITIVE, metavar="N", help="Of the adapters."),
+    option(FinetuneOptions, "rank", type=POSITIVE, metavar="N", help="Of what is trained in each layer."),
     option(
         FinetuneOptions,
         "learning_rate",
@@ -79,7 +79,8 @@ _OPTIONS = options(
     option(
         FinetuneOptions,
         "start",
-        help="Begin at nothing, or at what calibrated 4-bit leaves of each weight (scan --keep-correction).  "
+        help="Begin at nothing, or at what calibrated 4-bit leaves of each weight (scan --keep-correction), "
+        "which the adapter then holds, unchanged, beside what is trained.  "
         "[default: corrected where F's run keeps that; else zero]",
     ),
     option(
@@ -87,7 +88,8 @@ _OPTIONS = options(
         "distill",
         type=NOT_NEGATIVE,
         metavar="N",
-        help="Steps before the first one in which the adapter learns to answer as the 16-bit model does.",
+        help="Steps before the first one in which the adapter, of a corrected one the correction, learns to "
+        "answer as the 16-bit model does.",
     ),
     option(
         FinetuneOptions,

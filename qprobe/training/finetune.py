@@ -17,7 +17,7 @@ from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import kept_whole, ready_for_training
 from qprobe.checkpoint.starts.attached import save_adapter, with_adapter
-from qprobe.checkpoint.starts.balanced import balance
+from qprobe.checkpoint.starts.held import held, hold, learned_numbers
 from qprobe.data.reading import check_left_out, share_left_out, warn_left_out
 from qprobe.errors import ModelError
 from qprobe.inputs.decoder import layout_of
@@ -80,14 +80,15 @@ def finetune(options: FinetuneOptions) -> Finetuned:
     dtype: of everything in 16-bit; None for the manifest's compute_dtype.
     held_out: share of the lines that is never trained on, only evaluated; eval_data: other data instead.
     turns, split, bad_data, allow_downloads: as in `qprobe.scan`; answers that do not count are not learned.
-    steps: optimizer steps; None for `epochs` passes over the data. rank: of the adapters; alpha equals it.
+    steps: optimizer steps; None for `epochs` passes over the data. rank: of what is trained in each layer.
     learning_rate: the highest one. batch_size: conversations that run at once; accumulation: batches per
     step. max_length: tokens of a line. optimizer: None for adamw_8bit on CUDA, and adamw_torch on a CPU, for
     which there is no 8-bit one. adapt, for_tool: where adapters go, as of `qprobe.lora_targets`.
     start: where the adapter begins, "zero" or at the correction of calibrated weights that `scan
-    --keep-correction` left, "corrected"; None for that where there is one.
-    distill: steps, before the first one, in which the adapter learns to answer the lines as the 16-bit model
-    does; that is loaded for it, before the base.
+    --keep-correction` left, "corrected"; None for that where there is one. The adapter holds the correction,
+    unchanged, beside what is trained, so that its rank, and its alpha, is the sum of both ranks.
+    distill: steps, before the first one, in which the correction, or an adapter that begins at zero, learns
+    to answer the lines as the 16-bit model does; that is loaded for it, before the base.
     workers: processes that read images and make batches ahead of the steps, the same batches, one per core at
     most; None for two where lines have images, a GPU trains, and cores and shared memory suffice, else 0.
     save_every: steps between checkpoints and evaluations. seed: of the adapters, the order of the lines and
@@ -154,7 +155,8 @@ def _finetune(asked: Training, skeleton: Skeleton, lines: Lines) -> Finetuned:
     lessons = _lessons(asked, skeleton, lines) if asked.options.distill and is_new else []
     tuned, processor, left_out = _with_adapters(asked, skeleton)
     distilled = _distilled(asked, tuned, lessons)
-    balance(tuned)  # after distilling, which gains by learning fast: lines kept back say where it stops
+    if asked.options.start == "corrected":
+        hold(tuned, slice(asked.options.rank, None))
     begun = Record(
         "running",
         manifest.model.fingerprint,
@@ -213,7 +215,10 @@ def _distilled(asked: Training, tuned: Any, lessons: list[Lesson]) -> Distilled 
     if not lessons:
         return None
     options = asked.options
-    return distil(tuned, lessons, options.distill, options.accumulation, options.seed, asked.progress)
+    # What repairs the base is one part, where there is a correction, and what the lines teach the other.
+    untrained = slice(options.rank if options.start == "corrected" else 0)
+    with held(tuned, untrained):
+        return distil(tuned, lessons, options.distill, options.accumulation, options.seed, asked.progress)
 
 
 def _trained(
@@ -268,7 +273,7 @@ def _train(asked: Training, tuned: Any, processor: Any, lines: Lines) -> dict[st
         "resumed_from": None if resume is None else int(resume.name.rpartition("-")[2]),
         "trained_lines": len(lines.train),
         "held_out_lines": len(lines.held_out),
-        "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        "trainable_parameters": learned_numbers(tuned, asked.options.rank),
         "optimizer": lines.spec["optimizer"],
         "seconds": time.perf_counter() - start,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

@@ -63,20 +63,18 @@ def _batches(subject: Subject, samples: Iterable[Sample], size: int) -> tuple[Ba
     return tuple(subject.encode(group) for group in subject.groups(tuple(samples), size))
 
 
-def texts(tokenizer: Any, count: int) -> tuple[list[Sample], list[Sample]]:
-    """(calibration, held out): `count` passages each of `TEXT_TOKENS` tokens, from Python's own help topics.
+def texts(tokenizer: Any, count: int, tokens: int = TEXT_TOKENS) -> tuple[list[Sample], list[Sample]]:
+    """(calibration, held out): `count` passages each of `tokens` tokens, from Python's own help topics.
 
     Topics alternate between the two sets, so that no topic is in both. A passage's first word is the prompt
     and the rest is the answer.
     """
     from pydoc_data.topics import topics
 
-    long = [
-        (name, ids) for name in sorted(topics) if len(ids := _ids(tokenizer, topics[name])) >= TEXT_TOKENS
-    ]
+    long = [(name, ids) for name in sorted(topics) if len(ids := _ids(tokenizer, topics[name])) >= tokens]
     return (
-        list(islice(_passages(tokenizer, long[0::2]), count)),
-        list(islice(_passages(tokenizer, long[1::2]), count)),
+        list(islice(_passages(tokenizer, long[0::2], tokens), count)),
+        list(islice(_passages(tokenizer, long[1::2], tokens), count)),
     )
 
 
@@ -104,7 +102,9 @@ def other_texts(tokenizer: Any, count: int) -> dict[str, list[Sample]]:
         add("code", path.stem, path.read_text(errors="replace"))
     for name, text in _prose(count):
         add("docstrings", name, text)
-    return {kind: list(islice(_passages(tokenizer, parts), count)) for kind, parts in found.items()}
+    return {
+        kind: list(islice(_passages(tokenizer, parts, TEXT_TOKENS), count)) for kind, parts in found.items()
+    }
 
 
 def _prose(count: int) -> Iterable[tuple[str, str]]:
@@ -134,13 +134,13 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _passages(tokenizer: Any, topics: list[tuple[str, list[int]]]) -> Iterable[Sample]:
+def _passages(tokenizer: Any, topics: list[tuple[str, list[int]]], tokens: int) -> Iterable[Sample]:
     """The first passage of every topic, then the second of those that have one, and so on."""
     longest = max(len(ids) for _, ids in topics)
-    for start in range(0, longest - TEXT_TOKENS + 1, TEXT_TOKENS):
+    for start in range(0, longest - tokens + 1, tokens):
         for name, ids in topics:
-            part = ids[start : start + TEXT_TOKENS]
-            if len(part) == TEXT_TOKENS:
+            part = ids[start : start + tokens]
+            if len(part) == tokens:
                 first, _, rest = tokenizer.decode(part).strip().partition(" ")
                 yield Sample(f"{name}-{start}", asked(first), answer=rest, ends=False)
 

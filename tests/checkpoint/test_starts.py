@@ -127,24 +127,26 @@ class Adapted(nn.Module):
         return self.base
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_an_adapter_begins_at_the_largest_directions_and_at_nothing_beyond(
-    rank: int, manifest: Any, tmp_path: Path
+@pytest.mark.parametrize(("rank", "spare"), [(1, 0), (2, 1)])
+def test_an_adapter_holds_the_correction_behind_what_begins_at_zero(
+    rank: int, spare: int, manifest: Any, tmp_path: Path
 ):
     run = kept(tmp_path / "run", NOTED, FACTORS)
     four_bit: Any = Linear4bit(3, 4, bias=False)
     model = nn.ModuleDict(
         {
-            "up": Adapted(four_bit, rank),
-            "down": Adapted(nn.Linear(3, 4), rank),
-            "gate": Adapted(four_bit, rank),
+            "up": Adapted(four_bit, rank + 2 + spare),
+            "down": Adapted(nn.Linear(3, 4), rank + 2 + spare),
+            "gate": Adapted(four_bit, rank + 2 + spare),
         }
     )
     with correction_of(replace(manifest, codes=WEIGHTS), run) as factors:
-        assert factors.layers == {"up", "down"}
-        assert start_corrected(SimpleNamespace(get_base_model=lambda: model), factors) == ("up",)
-    added = 0.5 * model["up"].lora_B["default"].weight @ model["up"].lora_A["default"].weight
-    assert torch.equal(added, LEFT[:, :rank] @ RIGHT[:rank])
+        assert (factors.layers, factors.rank) == ({"up", "down"}, 2)
+        assert start_corrected(SimpleNamespace(get_base_model=lambda: model), factors, rank) == ("up",)
+    a, b = (x["default"].weight for x in (model["up"].lora_A, model["up"].lora_B))
+    assert torch.equal(0.5 * b @ a, LEFT @ RIGHT)
+    assert torch.equal(a[rank : rank + 2], RIGHT)
+    assert not b[:, :rank].any() and a[:rank].all()
     for name in ("down", "gate"):  # in 16-bit nothing is missing; of the other nothing is known
         assert not model[name].lora_B["default"].weight.any()
 

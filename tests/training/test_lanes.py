@@ -16,7 +16,8 @@ from qprobe.measure.subject import subject_of
 from qprobe.options import DEFAULT_ADAPT
 from qprobe.records import FormatSpec
 from tests.benchmarks.starts.bases import Asked, Task, base_weights, corrections, prepared
-from tests.benchmarks.starts.lanes import Lanes, loftq_start, train, zero_start
+from tests.benchmarks.starts.lanes import Begun, Lanes, loftq_start, train, zero_start
+from tests.benchmarks.starts.variants import beginning
 from tests.calibration.test_calibrate import samples_of
 
 RANK, STEPS, RATE = 4, 3, 1e-2
@@ -92,6 +93,52 @@ def test_lanes_that_train_side_by_side_end_where_each_ends_with_torchs_own_clipp
         alone.remove()
 
 
+def test_rows_learn_at_their_own_pace_as_in_parameter_groups_of_their_own(model: Any):
+    names = adapted_linears(model, DEFAULT_ADAPT, None).names
+    torch.manual_seed(0)
+    drawn = zero_start(model, names, RANK, 0)
+    adapter = {n: (a, 0.1 * torch.randn_like(b)) for n, (a, b) in drawn.items()}
+    half, kept = torch.full((RANK,), 0.5), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    lanes = Lanes(model, names, RANK, 1)
+    lanes.begin(0, Begun(adapter, dict.fromkeys(names, (half, kept))))
+    list(train(lanes, iter([batch(0)]), 1, RATE, 1))
+    found = lanes.adapter(0)
+    lanes.set(0, adapter)
+    a, b = lanes.parameters[: len(names)], lanes.parameters[len(names) :]
+    groups = [{"params": a, "lr": RATE / 2}, {"params": b, "lr": RATE}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer.zero_grad()
+    lanes.losses(batch(0)).sum().backward()
+    for x in b:
+        assert x.grad is not None
+        x.grad[..., 2:] = 0
+    torch.nn.utils.clip_grad_norm_(lanes.parameters, 1.0)
+    optimizer.step()
+    for name, (found_a, found_b) in found.items():
+        alone_a, alone_b = lanes.adapter(0)[name]
+        torch.testing.assert_close(found_a, alone_a, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found_b, alone_b, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found_b[:, 2:], adapter[name][1][:, 2:])
+    lanes.remove()
+
+
+@pytest.mark.parametrize("start", ["zero", "loftq", "corrected", "balanced", "slow-a", "frozen-a"])
+def test_a_variant_begins_at_its_product_and_trains_what_it_says(start: str):
+    torch.manual_seed(0)
+    fresh, product = (torch.randn(16, 40), torch.zeros(24, 16)), (torch.randn(16, 40), torch.randn(24, 16))
+    found = beginning(start, {"l": fresh}, {"corrected": {"l": product}, "loftq": {"l": product}})
+    (a, b), (pace_a, pace_b) = found.adapter["l"], found.pace["l"]
+    wanted = torch.zeros(24, 40) if start == "zero" else product[1] @ product[0]
+    torch.testing.assert_close(b @ a, wanted, rtol=1e-4, atol=1e-4)
+    assert not pace_a[16:].any() and not pace_b[16:].any() and bool((pace_b[:16] == 1).all())
+    if start in ("zero", "corrected"):
+        assert torch.equal(a[:16], fresh[0]) and not b[:, :16].any()
+    if start in ("balanced", "slow-a", "frozen-a"):
+        torch.testing.assert_close(a[:16] @ a[:16].T, torch.eye(16) / 3, rtol=1e-4, atol=1e-5)
+    ratio = {"slow-a": float(a.norm() / b.norm()), "frozen-a": 0.0}.get(start, 1.0)
+    assert ratio <= 1 and pace_a[:16].tolist() == pytest.approx([ratio] * 16)
+
+
 @pytest.mark.slow
 def test_the_calibrated_base_of_the_study_is_calibrated_and_leaves_the_matrices(tiny_folder: Any):
     folder = str(tiny_folder("llama"))
@@ -99,7 +146,7 @@ def test_the_calibrated_base_of_the_study_is_calibrated_and_leaves_the_matrices(
     samples = samples_of("llama")
     task = Task(subject, folder, samples, samples, samples, samples)
     given = prepared(task)
-    asked = Asked("llama", "calibrated", "cpu", (0,), 1, 1, 1, 4, 4, Path())
+    asked = Asked("llama", "calibrated", "cpu", (0,), 1, 1, 1, 4, 4, 4, 4, 8, Path())
     calibrated, nearest = (base_weights(task, replace(asked, base=x), given) for x in ("calibrated", "nf4"))
     assert calibrated.keys() == nearest.keys() == subject.quantized
     assert not any(torch.equal(calibrated[n], nearest[n]) for n in nearest)

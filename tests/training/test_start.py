@@ -15,10 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from qprobe import answer_collator
 from qprobe.calibration import correction
-from qprobe.calibration.gptq import metric_of
 from qprobe.checkpoint.load import load_dynamic_4bit
-from qprobe.checkpoint.starts.balanced import SQUARED_ROW, balanced
-from qprobe.checkpoint.starts.corrected import correction_of, start_corrected
+from qprobe.checkpoint.starts.held import hold, learned_numbers
 from qprobe.errors import ManifestError, QprobeError
 from qprobe.formats.codes_file import FILE_NAME, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4
@@ -65,79 +63,41 @@ def run(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("rank", [2, 6])
-def test_the_adapter_starts_at_the_kept_factors(rank: int, run: Path, tiny_folder: Any):
-    import peft
-
-    from qprobe.checkpoint.ready import lora_targets
-    from qprobe.training.bases import load_base
-
-    model, _ = load_base(run / "skiplist.json", "dynamic", str(tiny_folder("llama")), "cpu")
-    config = peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=lora_targets(model))
-    tuned = peft.get_peft_model(model, config)
-    with correction_of(read_manifest(run / "skiplist.json"), run) as factors:
-        started = start_corrected(tuned, factors)
-    kept = {k: t.float() for k, t in load_file(run / "correction.safetensors").items()}
-    manifest = read_manifest(run / "skiplist.json")
-    four_bit = {x.name for x in manifest.layers if x.is_four_bit}
-    assert started and set(started) <= four_bit
-    for name in four_bit:
-        layer = tuned.get_base_model().get_submodule(name)
-        added = layer.get_delta_weight("default")
-        r = min(rank, 4)
-        wanted = kept[f"{name}.left"][:, :r] @ kept[f"{name}.right"][:r]
-        assert torch.allclose(added, wanted, rtol=1e-5, atol=1e-5) and added.any()
-    for name in {x.name for x in manifest.layers if not x.is_four_bit and x.name != "lm_head"}:
-        assert not tuned.get_base_model().get_submodule(name).get_delta_weight("default").any()
-
-
-@pytest.mark.parametrize(("rank", "kept"), [(4, 4), (4, 2), (8, 8)])
-def test_balanced_factors_have_the_same_product_and_the_sizes_of_a_fresh_adapter(rank: int, kept: int):
-    torch.manual_seed(0)
-    sizes = torch.logspace(2, -2, rank)[:, None] * (torch.arange(rank) < kept)[:, None]
-    a, b = 1e-3 * sizes * torch.randn(rank, 64), 10 * torch.randn(48, rank)
-    left, right = balanced(b, a)
-    torch.testing.assert_close(left @ right, b @ a, rtol=1e-5, atol=1e-5 * float((b @ a).abs().max()))
-    torch.testing.assert_close(right @ right.T, torch.eye(rank) / 3, rtol=1e-5, atol=1e-6)
-
-
-def test_a_fresh_adapter_of_peft_has_rows_of_the_length_that_is_taken():
+def test_what_is_held_stays_to_the_bit_and_the_rest_is_trained_as_if_it_were_alone():
     import peft
 
     torch.manual_seed(0)
-    plain: Any = torch.nn.Sequential(torch.nn.Linear(64, 48))
-    tuned: Any = peft.get_peft_model(plain, peft.LoraConfig(r=1024, target_modules="0"))
-    drawn = tuned.base_model.model[0].lora_A["default"].weight.detach()
-    assert float(drawn.square().sum(1).mean()) == pytest.approx(SQUARED_ROW, rel=0.03)
-
-
-def test_more_directions_than_inputs_stay_as_they_are():
-    left, right = torch.randn(5, 4), torch.randn(4, 3)
-    assert balanced(left, right) == (left, right)
-
-
-def test_a_step_moves_a_corrected_adapter_as_far_as_one_that_begins_at_zero():
-    # The factors of the decomposition carry the sizes of inputs and the number of tokens: a step moves their
-    # product many times as far.
-    torch.manual_seed(0)
-    inputs, rank = 4 * torch.randn(16384, 64), 8
-    error = 3e-3 * torch.randn(48, 64)
-    metric = metric_of(inputs.T @ inputs)
-    assert metric is not None
-    left, right = correction.best_correction(error, metric, rank)
-    drawn = torch.nn.init.kaiming_uniform_(torch.empty(rank, 64), a=5**0.5)
-    moved = [one_step(*x) for x in ((torch.zeros(48, rank), drawn), balanced(left, right), (left, right))]
-    assert 0.7 < moved[1] / moved[0] < 1.4 and moved[2] > 5 * moved[0]
-
-
-def one_step(left: torch.Tensor, right: torch.Tensor) -> float:
-    """How far a step of Adam moves the product, down a gradient that has no direction of its own."""
-    factors = [x.clone().requires_grad_() for x in (left, right)]
-    gradient = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.Adam(factors, lr=2e-4)
-    ((factors[0] @ factors[1]) * gradient).sum().backward()
-    optimizer.step()
-    return float((factors[0] @ factors[1] - left @ right).detach().norm())
+    inputs, wanted = torch.randn(8, 6), torch.randn(8, 5)
+    adapters = []
+    for rank in (4, 2):
+        plain: Any = torch.nn.Sequential(torch.nn.Linear(6, 5))
+        adapters.append(
+            peft.get_peft_model(plain, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="0"))
+        )
+    (held, fresh), (left, right) = (
+        (x.base_model.model[0] for x in adapters),
+        (torch.randn(5, 2), torch.randn(2, 6)),
+    )
+    fresh.get_base_layer().load_state_dict(held.get_base_layer().state_dict())
+    fresh.get_base_layer().weight.data += left @ right  # the base that the held part makes of its own
+    a, b = held.lora_A["default"].weight, held.lora_B["default"].weight
+    fresh.lora_A["default"].weight.data.copy_(a[:2])
+    a.data[2:], b.data[:, 2:] = right, left
+    hold(adapters[0], slice(2, None))
+    assert [learned_numbers(x, 2) for x in adapters] == [2 * (6 + 5)] * 2
+    for tuned in adapters:
+        optimizer = torch.optim.AdamW(
+            [x for x in tuned.parameters() if x.requires_grad], lr=1e-2, weight_decay=0.0
+        )
+        for _ in range(5):
+            optimizer.zero_grad()
+            (tuned(inputs) - wanted).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 0.1)
+            optimizer.step()
+    assert torch.equal(a[2:], right) and torch.equal(b[:, 2:], left)
+    assert b[:, :2].any()
+    for mine, alone in ((a[:2], fresh.lora_A), (b[:, :2], fresh.lora_B)):
+        torch.testing.assert_close(mine, alone["default"].weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.fixture
@@ -150,9 +110,9 @@ def test_the_loader_attaches_the_adapter_that_was_asked_for(run: Path, loaded: C
     four_bit = {x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit}
     asked = {"rank": 4, "adapt": "model.layers.0"}
     corrected, zero = (loaded(start=x, **asked)[0] for x in ("corrected", "zero"))
-    for tuned in (corrected, zero):
+    for tuned, rank in ((corrected, 8), (zero, 4)):
         config = tuned.peft_config["default"]
-        assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 4, 0)
+        assert (config.r, config.lora_alpha, config.lora_dropout) == (rank, rank, 0)
         trained = {n.split(".lora_")[0] for n, p in tuned.named_parameters() if p.requires_grad}
         assert {x.removeprefix("base_model.model.") for x in trained} == {
             n for n in kept_names(kept) if n.startswith("model.layers.0.")
@@ -163,8 +123,7 @@ def test_the_loader_attaches_the_adapter_that_was_asked_for(run: Path, loaded: C
         )
         assert torch.allclose(added, kept[f"{name}.left"] @ kept[f"{name}.right"], rtol=1e-5, atol=1e-5)
         assert added.any() and not nothing.any()
-        a = corrected.get_base_model().get_submodule(name).lora_A["default"].weight
-        torch.testing.assert_close(a @ a.T, torch.eye(4) / 3, rtol=1e-5, atol=1e-6)
+        assert not corrected.get_base_model().get_submodule(name).lora_B["default"].weight[:, :4].any()
     plain, _ = loaded()
     assert not hasattr(plain, "peft_config") and not any(p.requires_grad for p in plain.parameters())
 
@@ -203,8 +162,9 @@ def test_trls_trainer_takes_the_model_with_its_start_and_trains_on_from_there(
     after = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert after.keys() == begun.keys()
     # TRL rounds adapters to bf16.
-    moved = {n for n, p in after.items() if not torch.equal(p.float(), begun[n].bfloat16().float())}
-    assert moved >= {n for n in after if "lora_B" in n}
+    differing = {n: p.float() != begun[n].bfloat16().float() for n, p in after.items()}
+    assert all(x[:, :4].any() for n, x in differing.items() if "lora_B" in n)
+    assert not any((x[:, 4:] if "lora_B" in n else x[4:]).any() for n, x in differing.items())
 
 
 def test_finetune_begins_at_the_correction_where_one_is_kept_unless_it_is_told_otherwise(
@@ -225,11 +185,55 @@ def test_finetune_begins_at_the_correction_where_one_is_kept_unless_it_is_told_o
         assert done.eval_loss_before == pytest.approx(loss, rel=1e-3)
         assert json.loads((done.out / "finetune.json").read_text())["spec"]["start"] == done.start
     assert corrected.eval_loss_before != pytest.approx(zero.eval_loss_before, rel=1e-2)
-    learned = load_file(corrected.out / "adapter_model.safetensors")  # one step from the balanced factors
-    for layer in (x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit):
-        a = learned[f"base_model.model.{layer}.lora_A.weight"]
-        torch.testing.assert_close(a @ a.T, torch.eye(4) / 3, rtol=0, atol=0.02)
+    assert corrected.trainable_parameters == zero.trainable_parameters
     assert "from the correction" in (corrected.out / "README.md").read_text()
+
+
+def test_a_correction_is_held_over_an_interruption(run: Path, tiny_folder: Any, tmp_path: Path):
+    def stop(stage: str, done: int, _total: int) -> None:
+        if stage == "train" and done == 2:
+            raise KeyboardInterrupt
+
+    rows = [{"prompt": f"what is {n}?", "answer": f"a coastal train {n}"} for n in range(4)]
+    asked = {
+        "manifest": run / "skiplist.json", "data": rows, "rank": 2, "steps": 2, "save_every": 1,
+        "model": str(tiny_folder("llama")), "device": "cpu", "accumulation": 1, "max_length": 128,
+        "adapt": "model.layers.0", "out": tmp_path / "out",
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        finetune(**asked, progress=stop)
+    done = finetune(**asked)
+    assert (done.resumed_from, done.steps) == (1, 2)
+    kept = {k: t.float() for k, t in load_file(run / "correction.safetensors").items()}
+    learned = load_file(done.out / "adapter_model.safetensors")
+    four_bit = {x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit}
+    layers = {n for n in kept_names(kept) & four_bit if n.startswith("model.layers.0.")}
+    assert layers
+    for name in layers:
+        a, b = (learned[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert torch.equal(a[2:], kept[f"{name}.right"]) and torch.equal(b[:, 2:], kept[f"{name}.left"])
+        assert b[:, :2].any()
+
+
+def test_what_is_distilled_is_the_correction_alone_which_is_held_from_then_on(
+    run: Path, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("qprobe.training.distilled.RATE", 5e-3)
+    rows = [{"prompt": f"what is {n}?", "answer": f"a coastal train {n}"} for n in range(18)]
+    done = finetune(
+        manifest=run / "skiplist.json", data=rows, rank=2, steps=1, distill=4,
+        model=str(tiny_folder("llama")), device="cpu", accumulation=1, max_length=128,
+        adapt="model.layers.0", out=tmp_path / "out",
+    )  # fmt: skip
+    assert done.distilled is not None and done.distilled.steps > 0
+    kept = {k: t.float() for k, t in load_file(run / "correction.safetensors").items()}
+    learned = load_file(done.out / "adapter_model.safetensors")
+    four_bit = {x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit}
+    for name in (n for n in kept_names(kept) & four_bit if n.startswith("model.layers.0.")):
+        a, b = (learned[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert not torch.equal(a[2:], kept[f"{name}.right"])
+        assert not torch.equal(b[:, 2:], kept[f"{name}.left"])
+        assert not b[:, :2].any()  # the first step of a schedule has a rate of 0
 
 
 def test_the_start_that_is_left_open_is_zero_where_nothing_is_kept(run: Path, tmp_path: Path):

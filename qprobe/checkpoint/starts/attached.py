@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ _REWRITES = "convert_peft_config_for_transformers"
 
 @dataclass(frozen=True)
 class AskedAdapter:
-    """What adapter a model gets. rank: its alpha equals it. adapt, for_tool: as of `lora_targets`."""
+    """What adapter a model gets. rank: of what is trained; a correction's is beside it, and alpha is the sum.
+    adapt, for_tool: as of `lora_targets`.
+    """
 
     start: Start
     rank: int = 16
@@ -57,22 +59,25 @@ def with_adapter(model: Any, asked: AskedAdapter, manifest: Manifest, folder: Pa
     """(peft model at its start, the linears that it adapts and those that have to do without).
 
     model: of `manifest`, which lies in `folder`, ready for training. torch's generator draws lora_A. Before
-    the first step `balance` has to follow.
+    the first step a correction has to be held (`qprobe.checkpoint.starts.held`).
     """
     peft = peft_library()
     targets = adapted_linears(model, asked.adapt, asked.for_tool)
-    config = peft.LoraConfig(
-        r=asked.rank,
-        lora_alpha=asked.rank,
-        lora_dropout=0.0,
-        target_modules=one_pattern(targets.names),
-        task_type=None if layout_of(model).decoder is None else "SEQ_2_SEQ_LM",
-    )
-    with names_as_written():
-        tuned = peft.get_peft_model(model, config)
-    if asked.start == "corrected":
-        with correction_of(manifest, folder) as factors:
-            start_corrected(tuned, factors)
+    with ExitStack() as stack:
+        is_corrected = asked.start == "corrected"
+        factors = stack.enter_context(correction_of(manifest, folder)) if is_corrected else None
+        rank = asked.rank + (0 if factors is None else factors.rank)
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=0.0,
+            target_modules=one_pattern(targets.names),
+            task_type=None if layout_of(model).decoder is None else "SEQ_2_SEQ_LM",
+        )
+        with names_as_written():
+            tuned = peft.get_peft_model(model, config)
+        if factors is not None:
+            start_corrected(tuned, factors, asked.rank)
     return tuned, targets
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qprobe.calibration.correction import FILE_NAME
 from qprobe.checkpoint.ready import is_four_bit
-from qprobe.checkpoint.starts.balanced import adapters_of
+from qprobe.checkpoint.starts.held import adapters_of
 from qprobe.errors import ManifestError, RunError
 from qprobe.formats.codes_file import sha256_of
 from qprobe.manifest.records import Manifest
@@ -20,16 +20,20 @@ from qprobe.runs.folder import RunFolder
 
 
 class Factors:
-    """The open file of corrections: for a layer the factors whose product is to be added to its weight."""
+    """The open file of corrections: for a layer the factors whose product is to be added to its weight.
+
+    rank: the highest one of a layer.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self.layers = frozenset(x.removesuffix(".left") for x in file.keys() if x.endswith(".left"))
+        self.rank = max((file.get_slice(f"{x}.right").get_shape()[0] for x in self.layers), default=0)
 
-    def of(self, layer: str, rank: int) -> tuple[Tensor, Tensor]:
-        """((out_features, r), (r, in_features)), float32, of the largest directions, at most `rank`."""
+    def of(self, layer: str) -> tuple[Tensor, Tensor]:
+        """((out_features, r), (r, in_features)), float32."""
         left, right = (self._file.get_tensor(f"{layer}.{side}") for side in ("left", "right"))
-        return left[:, :rank].float(), right[:rank].float()
+        return left.float(), right.float()
 
 
 def keeps_correction(manifest: Manifest, folder: Path) -> bool:
@@ -71,20 +75,20 @@ def correction_of(manifest: Manifest, folder: Path) -> Iterator[Factors]:
         yield Factors(file)
 
 
-def start_corrected(tuned: Any, factors: Factors) -> tuple[str, ...]:
-    """Puts the corrections into the adapters of `tuned`, a peft model; the layers that have one.
+def start_corrected(tuned: Any, factors: Factors, rank: int) -> tuple[str, ...]:
+    """Puts the corrections into the adapters of `tuned`, a peft model, behind the first `rank` rows of lora_A
+    and columns of lora_B, which begin at zero; the layers that have one.
 
-    An adapter of a higher rank than the kept factors has zeros behind them, in lora_B, as at a zero start; so
-    has the whole adapter of a layer in 16-bit, of which nothing is missing.
+    The whole adapter of a layer in 16-bit, of which nothing is missing, begins at zero.
     """
     started = []
     for name, layer in adapters_of(tuned).items():
         if name not in factors.layers or not is_four_bit(layer.get_base_layer()):
             continue
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        left, right = factors.of(name, a.shape[0])
-        scaling = layer.scaling["default"]
-        a.data[: len(right)] = right.to(a)
-        b.data[:, : left.shape[1]] = (left / scaling).to(b)
+        left, right = factors.of(name)
+        place = slice(rank, rank + len(right))
+        a.data[place] = right.to(a)
+        b.data[:, place] = (left / layer.scaling["default"]).to(b)
         started.append(name)
     return tuple(started)

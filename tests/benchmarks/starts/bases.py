@@ -36,9 +36,7 @@ from tests.benchmarks.starts.lanes import Adapter
 MODELS = ("demo-outliers", "smollm2")
 BASES = ("calibrated", "tuned", "nf4", "dynamic")
 STARTS = ("zero", "loftq", "corrected", "distilled")
-AS_DECOMPOSED = "decomposed"  # `corrected` with the factors of the closed form, which learn too fast
-RANK, BATCH = 16, 4
-CALIBRATION = 128
+RANK = 16
 TUNE_STEPS = 200
 Inputs = dict[str, Tensor]
 
@@ -46,7 +44,8 @@ Inputs = dict[str, Tensor]
 @dataclass(frozen=True)
 class Asked:
     """One process. at_once: seeds that train side by side. work: where the scan of the dynamic base goes.
-    starts: of which the first one is zero.
+    starts: of which the first one is zero. calibration, training, judged: samples. batch: samples of a step.
+    tokens: of a passage.
     """
 
     model: str
@@ -57,7 +56,10 @@ class Asked:
     steps: int
     distill: int
     calibration: int
+    training: int
     judged: int
+    batch: int
+    tokens: int
     work: Path
     starts: tuple[str, ...] = STARTS
 
@@ -73,7 +75,7 @@ class Task:
     judged: list[Sample]
     held_out: list[Sample]
 
-    def inputs(self, samples: Iterable[Sample], size: int = BATCH) -> list[Inputs]:
+    def inputs(self, samples: Iterable[Sample], size: int) -> list[Inputs]:
         """Batches of at most `size`, as a training step takes them: labels on the answers alone."""
         groups = self.subject.groups(tuple(samples), size)
         return [labelled(self.subject.encode(x).in_dtype(self.subject.dtype)) for x in groups]
@@ -88,19 +90,25 @@ def labelled(batch: Batch) -> Inputs:
 
 
 def open_task(asked: Asked) -> Task:
-    """The model of `asked` on its device, with its samples."""
-    if asked.model == "smollm2":
-        location = str(without_template(asked.work))
-        reference = load_reference(location, asked.device)
-        training, held_out = texts(reference.processor, max(asked.calibration, asked.judged))
-        passages, judged = training[: asked.calibration], held_out[: asked.judged]
-        return Task(subject_of(reference, FormatSpec()), location, passages, passages, judged, judged)
-    reference = load_reference(asked.model, asked.device)
+    """The model of `asked` on its device, with its samples; in float32 on a CPU."""
+    is_text = asked.model == "smollm2"
+    location = str(without_template(asked.work)) if is_text else asked.model
+    reference = load_reference(location, asked.device)
+    if asked.device == "cpu":
+        reference.model.float()
+    subject = subject_of(reference, FormatSpec())
+    if is_text:
+        passages, held_out = texts(
+            reference.processor, max(asked.calibration, asked.training, asked.judged), asked.tokens
+        )
+        calibration, training = passages[: asked.calibration], passages[: asked.training]
+        judged = held_out[: asked.judged]
+        return Task(subject, location, calibration, training, judged, judged)
     return Task(
-        subject_of(reference, FormatSpec()),
-        asked.model,
+        subject,
+        location,
         scenes(asked.calibration, CALIBRATION_SEED),
-        reversed_questions(240, TRAINING_SEED + 77),
+        reversed_questions(asked.training, TRAINING_SEED + 77),
         reversed_questions(asked.judged, HELD_OUT_SEED + 77),
         scenes(2 * asked.judged, HELD_OUT_SEED),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ from qprobe.inputs.encoding import IGNORED
 
 Adapter = Mapping[str, tuple[Tensor, Tensor]]
 """By layer ((rank, in_features), (out_features, rank)), float32: what LoRA calls A and B, of scaling 1."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An adapter at its start. pace: by layer ((rank,), (rank,)), what the learning rate of each row of A and
+    each column of B is multiplied by.
+    """
+
+    adapter: Adapter
+    pace: Adapter
 
 
 class Lanes:
@@ -32,12 +43,14 @@ class Lanes:
         model.requires_grad_(False)
         self._a: dict[str, nn.Parameter] = {}
         self._b: dict[str, nn.Parameter] = {}
+        self._paces: dict[str, tuple[Tensor, ...]] = {}
         for name in names:
             module = model.get_submodule(name)
             out_features, in_features = module.weight.shape
             device = module.weight.device
             self._a[name] = nn.Parameter(torch.zeros(count, rank, in_features, device=device))
             self._b[name] = nn.Parameter(torch.zeros(count, out_features, rank, device=device))
+            self._paces[name] = tuple(torch.ones(count, rank, device=device) for _ in range(2))
             module.register_parameter("lane_a", self._a[name])
             module.register_parameter("lane_b", self._b[name])
             module.forward = _Forward(module, count)
@@ -52,6 +65,19 @@ class Lanes:
             for name, (a, b) in adapter.items():
                 self._a[name][lane].copy_(a)
                 self._b[name][lane].copy_(b)
+
+    def begin(self, lane: int, begun: Begun) -> None:
+        """Let `lane` begin at `begun`, and learn at its pace."""
+        self.set(lane, begun.adapter)
+        for name, paces in begun.pace.items():
+            for mine, given in zip(self._paces[name], paces, strict=True):
+                mine[lane].copy_(given)
+
+    @property
+    def paces(self) -> list[Tensor]:
+        """What a step of each of `parameters` is multiplied by, of shapes that broadcast with it."""
+        both = self._paces.values()
+        return [*(a[:, :, None] for a, _ in both), *(b[:, None, :] for _, b in both)]
 
     def adapter(self, lane: int) -> Adapter:
         """A copy of the adapter of `lane`."""
@@ -121,8 +147,16 @@ def train(
             group["lr"] = rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
         optimizer.zero_grad(set_to_none=True)
         lanes.losses(next(batches)).sum().backward()
+        # AdamW works number by number: a share of its step is the step of that share of the learning rate.
+        for x, pace in zip(lanes.parameters, lanes.paces, strict=True):
+            if x.grad is not None:
+                x.grad.mul_(pace > 0)
         clip_by_lane([x.grad for x in lanes.parameters if x.grad is not None], 1.0)
+        before = [x.detach().clone() for x in lanes.parameters]
         optimizer.step()
+        with torch.no_grad():
+            for x, old, pace in zip(lanes.parameters, before, lanes.paces, strict=True):
+                x.copy_(torch.lerp(old, x, pace))
 
 
 def clip_by_lane(gradients: Sequence[Tensor], most: float) -> None:

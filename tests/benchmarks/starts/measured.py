@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from qprobe.checkpoint.ready import adapted_linears
-from qprobe.checkpoint.starts.balanced import balanced
 from qprobe.options import DEFAULT_ADAPT
 from qprobe.records import Sample
 from qprobe.training.distilled import by_line, distil, lessons_of
 from tests.benchmarks.hardware import made_with
 from tests.benchmarks.starts.bases import (
-    AS_DECOMPOSED,
-    BATCH,
     RANK,
     Asked,
     Inputs,
@@ -31,10 +28,9 @@ from tests.benchmarks.starts.bases import (
     open_task,
     prepared,
 )
-from tests.benchmarks.starts.lanes import Adapter, Lanes, loftq_start, train, with_products, zero_start
-from tests.emulation import compute_bf16_by_float32
+from tests.benchmarks.starts.lanes import Begun, Lanes, loftq_start, train, with_products, zero_start
+from tests.benchmarks.starts.variants import TRAINED, beginning
 
-BALANCED = ("corrected", "distilled")  # as `finetune` does; LoftQ's factors stay as peft leaves them
 RATE, WARMUP = 2e-4, 0.05
 LOOKS = (0, 20, 60, 120)  # and the last step
 
@@ -65,8 +61,6 @@ def measure(asked: Asked, tell: Tell) -> Found:
     """Every start on one base: its KL, and what training makes of it; `tell` is called with what there is."""
     begun = time.perf_counter()
     torch.set_num_threads(1)
-    if asked.device == "cpu":
-        compute_bf16_by_float32()  # the last bit apart, it is the processor's own bf16
     found = Found(asked.model, asked.base, made_with(asked.device))
 
     def done(what: str) -> None:
@@ -81,11 +75,11 @@ def measure(asked: Asked, tell: Tell) -> Found:
     done("rounded")
     residuals = {n: task.subject.modules[n].weight.float() - w.float() for n, w in weights.items()}
     products = {"corrected": corrections(residuals, given)}
-    products[AS_DECOMPOSED] = products["corrected"]
     if "loftq" in asked.starts:
         products["loftq"] = {n: loftq_start(x, RANK) for n, x in residuals.items()}
     held_out = lessons_of(task.subject.model, task.inputs(task.held_out, 8))
-    lessons = lessons_of(task.subject.model, task.inputs(task.calibration, 16))
+    taught_on = task.calibration if "distilled" in asked.starts else []
+    lessons = lessons_of(task.subject.model, task.inputs(taught_on, 16))
     found.tokens = [len(x) for lesson in held_out for x in lesson.logits]
     done("decomposed")
     del given, residuals
@@ -97,12 +91,12 @@ def measure(asked: Asked, tell: Tell) -> Found:
     zeros = [zero_start(model, names, RANK, seed) for seed in asked.seeds]
 
     lane = Lanes(model, names, RANK, 1)
-    for start in (x for x in asked.starts if x != "distilled"):
+    for start in (x for x in asked.starts if x not in ("distilled", *TRAINED)):
         lane.set(0, with_products(zeros[0], products.get(start, {})))
         found.kl[start] = by_line(model, held_out)
     done("closed form")
     if "distilled" in asked.starts:
-        lane.set(0, with_products(zeros[0], products["corrected"]))
+        lane.set(0, with_products(zeros[0], products["corrected"]))  # alone, as `finetune` distils it
         taught = distil(model, lessons, asked.distill)
         found.distilled = (taught.steps, taught.before, taught.after)
         found.kl["distilled"], products["distilled"] = by_line(model, held_out), lane.adapter(0)
@@ -110,25 +104,15 @@ def measure(asked: Asked, tell: Tell) -> Found:
     done("distilled")
     del held_out, lessons
     gc.collect()
-    for start in set(BALANCED) & products.keys():
-        products[start] = with_fresh_sizes(products[start])
     zero = dict(zip(asked.seeds, zeros, strict=True))
     for part in _parts(asked.seeds, asked.at_once):
-        begins = [
-            with_products(zero[seed], products.get(start, {})) for seed in part for start in asked.starts
-        ]
-        for step, losses in looks(task, names, begins, part, asked.steps):
+        begins = [beginning(start, zero[seed], products) for seed in part for start in asked.starts]
+        for step, losses in looks(task, names, begins, part, asked):
             for (seed, start), of_lines in zip(product(part, asked.starts), losses, strict=True):
                 curves = found.losses.setdefault(start, [[] for _ in asked.seeds])
                 curves[asked.seeds.index(seed)].append((step, of_lines))
             done(f"step {step} of seeds {', '.join(map(str, part))}")
     return found
-
-
-def with_fresh_sizes(adapter: Adapter) -> Adapter:
-    """`adapter` with the factors that it begins to train with."""
-    found = {name: balanced(b, a) for name, (a, b) in adapter.items()}
-    return {name: (right, left) for name, (left, right) in found.items()}
 
 
 def _parts(seeds: Sequence[int], at_once: int) -> list[Sequence[int]]:
@@ -137,30 +121,30 @@ def _parts(seeds: Sequence[int], at_once: int) -> list[Sequence[int]]:
 
 
 def looks(
-    task: Task, names: Sequence[str], begins: Sequence[Adapter], seeds: Sequence[int], steps: int
+    task: Task, names: Sequence[str], begins: Sequence[Begun], seeds: Sequence[int], asked: Asked
 ) -> Iterator[tuple[int, list[list[float]]]]:
     """Trains `begins`, all starts of the first seed and then of the next, from the base of `task`.
 
     At each look (step, for each of `begins` the mean loss of each judged line).
     """
     model = task.subject.model
-    lanes = Lanes(model, names, RANK, len(begins))
-    for number, adapter in enumerate(begins):
-        lanes.set(number, adapter)
+    lanes = Lanes(model, names, 2 * RANK, len(begins))
+    for number, one in enumerate(begins):
+        lanes.begin(number, one)
     judged = task.inputs(task.judged, 8)
-    batches = step_batches(task, seeds, len(begins) // len(seeds))
-    for step in train(lanes, batches, steps, RATE, max(1, round(WARMUP * steps))):
-        if step in (*LOOKS, steps):
+    batches = step_batches(task, seeds, len(begins) // len(seeds), asked.batch)
+    for step in train(lanes, batches, asked.steps, RATE, max(1, round(WARMUP * asked.steps))):
+        if step in (*LOOKS, asked.steps):
             by_batch = [lanes.line_losses(inputs) for inputs in judged]
             yield step, [[x for one in by_batch for x in one[n]] for n in range(len(begins))]
     lanes.remove()
 
 
-def step_batches(task: Task, seeds: Sequence[int], copies: int) -> Iterator[Inputs]:
-    """Batches of `BATCH` training samples for each seed, in its own order, `copies` times each."""
-    orders = [_order(len(task.training), seed) for seed in seeds]
+def step_batches(task: Task, seeds: Sequence[int], copies: int, size: int) -> Iterator[Inputs]:
+    """Batches of `size` training samples for each seed, in its own order, `copies` times each."""
+    orders = [_order(len(task.training), seed, size) for seed in seeds]
     while True:
-        taken = [task.training[next(order)] for order in orders for _ in range(BATCH)]
+        taken = [task.training[next(order)] for order in orders for _ in range(size)]
         yield in_lanes(task, taken, len(seeds), copies)
 
 
@@ -176,8 +160,8 @@ def in_lanes(task: Task, samples: Sequence[Sample], groups: int, copies: int) ->
     return {key: spread(x) for key, x in batch.items()}
 
 
-def _order(count: int, seed: int) -> Iterator[int]:
+def _order(count: int, seed: int, size: int) -> Iterator[int]:
     """Places of samples, pass by pass in an order of its own, without a batch that is not full."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(count, generator=generator).tolist()[: count - count % BATCH]
+        yield from torch.randperm(count, generator=generator).tolist()[: count - count % size]

@@ -127,7 +127,7 @@ def marks(found: Sequence[Mapping[str, Any]]) -> str:
                 )
     worse, ended = [], [x for x in found if x["losses"]]
     for x in ended:
-        for start in (s for s in ("corrected", "distilled", "decomposed") if s in x["losses"]):
+        for start in (s for s in x["losses"] if s not in ("zero", "loftq")):
             last = max(map(len, x["losses"][start])) - 1
             difference, error = paired(x["losses"][start], x["losses"]["zero"], last)
             if difference > 2 * error:
