@@ -38,7 +38,12 @@ _STEP = (
         help="Image tiles of a sequence, of the config's image size each (or 560 x 560 pixels).",
     ),
     click.option(
-        "--rank", type=_POSITIVE, default=16, show_default=True, metavar="N", help="Of the adapters."
+        "--rank",
+        type=_POSITIVE,
+        default=16,
+        show_default=True,
+        metavar="N",
+        help="Of the adapters; for one that holds a correction, the sum of both ranks.",
     ),
     click.option(
         "--optimizer",
