@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qprobe.calibration.codes import packed_codes, quantization_state, unpacked_codes
-from qprobe.calibration.damage import damage_of, mean_damage, reference_outputs
+from qprobe.calibration.damage import damage_of, mean_damage, reference_outputs, unit_of
 from qprobe.calibration.tuned_linear import Tunable, TunedLinear, nearest_codes, units_of
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import PAD, Batch
@@ -79,11 +79,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning gave. before, after: damage on the samples kept back, nats per answer token (without a
-    language head: normalized squared error of the output), both as the weights are read back.
+    """What tuning gave. before, after: damage on the samples kept back, both as the weights are read back.
 
     stored: the weights by layer; those given where `after` is not below `before`. step: of their scales.
-    tried: that of the best tuned scales, used or not; inf where there were none.
+    tried: that of the best tuned scales, used or not; inf where there were none. unit: of damage, in words.
     """
 
     stored: Mapping[str, StoredNf4]
@@ -91,6 +90,7 @@ class Tuned:
     after: float
     step: int
     tried: float
+    unit: str
 
     @property
     def is_better(self) -> bool:
@@ -103,12 +103,12 @@ class Tuned:
             if not isfinite(self.tried):
                 return "Tuning scales came to no finite damage, so it is left out."
             return (
-                f"Tuned scales were no better on the calibration samples kept back ({self.tried:.4g} nats "
-                f"per answer token at best, {self.before:.4g} before), so they are not used."
+                f"Tuned scales were no better on the calibration samples kept back ({self.tried:.4g} "
+                f"{self.unit} at best, {self.before:.4g} before), so they are not used."
             )
         return (
             f"Scales were tuned for {counted(self.step, 'step')}: on calibration samples kept back from that "
-            f"the damage fell from {self.before:.4g} to {self.after:.4g}."
+            f"the damage fell from {self.before:.4g} to {self.after:.4g} {self.unit}."
         )
 
 
@@ -178,8 +178,8 @@ def tune(
         tuning.replace(found)
         after = tuning.damage(given.kept_back)
     if step and isfinite(after) and after < before:
-        return Tuned(found, before, after, step, lowest)
-    return Tuned(stored, before, before, 0, after if step else lowest)
+        return Tuned(found, before, after, step, lowest, unit_of(subject))
+    return Tuned(stored, before, before, 0, after if step else lowest, unit_of(subject))
 
 
 def _descend(

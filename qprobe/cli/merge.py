@@ -59,7 +59,8 @@ def merge(as_json: bool, **asked: Any) -> None:
     """Add the adapter in the folder ADAPTER to weights, and write them as the new checkpoint DIR.
 
     An adapter is trained beside its base's weights, most of them in 4-bit. Added to the 16-bit weights it is
-    another model; added to the dequantized ones it has to go back to 4-bit, which rounds part of it away.
+    another model, and a correction of 4-bit weights that it holds is left out; added to the dequantized ones
+    it has to go back to 4-bit, which rounds part of it away.
     Both are made, loaded with plain from_pretrained, and held against base + adapter on the samples: the one
     with the lower KL is kept, and 4-bit where no difference is found. Pass samples that the adapter was not
     trained on; answers that they bring are held against the greedy ones (--metric).

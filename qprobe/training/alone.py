@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qprobe.checkpoint.adapters.record import Record, read_record, write_record
 from qprobe.errors import RunError
 from qprobe.system.files import make_named_folder, remove_left_behind
 from qprobe.system.foreign import read_foreign_if_there
 from qprobe.system.locks import held_alone
-from qprobe.training.record import Record, read_record, write_record
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from qprobe.checkpoint.adapters.record import read_record, write_record
 from qprobe.errors import RunError, is_out_of_memory
 from qprobe.options import FinetuneOptions
-from qprobe.training.record import read_record, write_record
 from qprobe.training.trainer import LossError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

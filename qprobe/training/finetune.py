@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qprobe.checkpoint.adapters.record import Record, write_record
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import kept_whole, ready_for_training
@@ -44,7 +45,6 @@ from qprobe.training.bases import (
 from qprobe.training.collate import Collate, fewer_workers, working_ahead
 from qprobe.training.distilled import FEWEST, Distilled, Lesson, distil, lessons_of
 from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
-from qprobe.training.record import Record, write_record
 from qprobe.training.refused import asked_adapter, check_options, refuse_without_answers, with_start
 from qprobe.training.result import Finetuned, card
 from qprobe.training.rows import Lines, check_batches, encodable, learnable, split
@@ -120,7 +120,7 @@ def finetune(options: FinetuneOptions) -> Finetuned:
 def _checked(asked: Training, skeleton: Skeleton, stack: ExitStack) -> Lines:
     """What is trained on, before weights are loaded; until `stack` ends the folder is ours."""
     options, manifest, progress = asked.options, asked.manifest, asked.progress
-    spec = asked_spec(options, asked.device, manifest)
+    spec = asked_spec(options, asked.device, manifest, asked.folder)
     check_out(asked.out, spec)
     found = [learnable(x, options, progress) for x in (asked.data, asked.eval_data) if x is not None]
     spec |= {"data": texts_digest(found[0]), "images": images_digest(found)}

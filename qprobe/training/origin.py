@@ -9,6 +9,7 @@ from typing import Any
 
 from qprobe import __version__
 from qprobe.checkpoint.adapters.lora import Adapter, check_adapter
+from qprobe.checkpoint.adapters.record import Record, read_record
 from qprobe.checkpoint.load import with_dtype
 from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import ManifestError, RunError
@@ -20,7 +21,6 @@ from qprobe.options import Base
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.system.wording import is_or_are, named
 from qprobe.training.bases import BASE_WEIGHTS, MANIFEST_FILE, base_digest, load_base
-from qprobe.training.record import Record, read_record
 
 
 @dataclass(frozen=True)

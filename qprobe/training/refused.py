@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.checkpoint.starts.attached import AskedAdapter, check_asked
-from qprobe.checkpoint.starts.corrected import keeps_correction
+from qprobe.checkpoint.starts.corrected import kept_correction
 from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest.records import Manifest
 from qprobe.measure.kl import ANSWERS, readout_of, refuse_unread
@@ -21,7 +21,7 @@ def with_start(options: FinetuneOptions, manifest: Manifest, folder: Path) -> Fi
     """
     if options.start is not None:
         return options
-    is_kept = options.base == "dynamic" and keeps_correction(manifest, folder)
+    is_kept = options.base == "dynamic" and kept_correction(manifest, folder) is not None
     return replace(options, start="corrected" if is_kept else "zero")
 
 

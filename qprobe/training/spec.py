@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qprobe.checkpoint.starts.corrected import kept_correction
 from qprobe.data.conversation import Conversations
 from qprobe.data.images import file_bytes
 from qprobe.errors import MachineError
@@ -26,8 +27,11 @@ _NOT_ASKED = (  # what decides nothing, or is told by digests of what was read
 )  # fmt: skip
 
 
-def asked_spec(options: FinetuneOptions, on: AskedDevice, manifest: Manifest) -> dict[str, Any]:
-    """Everything that decides the adapter, in JSON values; two runs with equal specs may share a folder."""
+def asked_spec(options: FinetuneOptions, on: AskedDevice, manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Everything that decides the adapter, in JSON values; two runs with equal specs may share a folder.
+
+    folder: where `manifest` lies.
+    """
     device = pick_device(on)
     if (device.index or 0) > 0:
         raise MachineError(
@@ -41,6 +45,7 @@ def asked_spec(options: FinetuneOptions, on: AskedDevice, manifest: Manifest) ->
         "fingerprint": manifest.model.fingerprint,
         "format": asdict(manifest.format),
         "codes": None if manifest.codes is None else manifest.codes.sha256,
+        "correction": kept_correction(manifest, folder) if options.start == "corrected" else None,
         "skip_modules": _digest("\n".join(manifest.skip_modules).encode()),
     }
 

@@ -49,23 +49,23 @@ def test_steps_that_are_asked_for_are_taken_also_none():
     [
         (
             0.5012,
-            "Tuned scales were no better on the calibration samples kept back (0.5012 nats per answer token "
+            "Tuned scales were no better on the calibration samples kept back (0.5012 per embedding "
             "at best, 0.5 before), so they are not used.",
         ),
         (inf, "Tuning scales came to no finite damage, so it is left out."),
     ],
 )
 def test_tuning_that_is_no_better_says_that_it_is_not_used(tried: float, told: str):
-    found = Tuned({}, 0.5, 0.5, 0, tried)
+    found = Tuned({}, 0.5, 0.5, 0, tried, "per embedding")
     assert not found.is_better
     assert found.sentence == told
 
 
 def test_tuning_that_is_better_says_by_how_much():
-    found = Tuned({}, 0.25, 0.125, 40, 0.125)
+    found = Tuned({}, 0.25, 0.125, 40, 0.125, "nats per token")
     assert found.is_better and found.sentence == (
         "Scales were tuned for 40 steps: on calibration samples kept back from that the damage fell from "
-        "0.25 to 0.125."
+        "0.25 to 0.125 nats per token."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qprobe.checkpoint.adapters.record import Record, write_record
 from qprobe.errors import QprobeError, RunError
 from qprobe.records import CodesFile
 from qprobe.report.write import write_report
@@ -19,7 +20,6 @@ from qprobe.scanning.join import join
 from qprobe.selection.replaced import select_into
 from qprobe.system.processes import Shard
 from qprobe.training.alone import check_out
-from qprobe.training.record import Record, write_record
 from tests.report.runs import write_run
 from tests.runs.runs import make_run
 from tests.scanning.resume.test_joining import run_with

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qprobe.checkpoint.adapters.effect import Arrived
 from qprobe.checkpoint.adapters.lora import read_adapter
+from qprobe.checkpoint.adapters.record import Record, write_record
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.starts.attached import save_adapter
@@ -209,6 +210,34 @@ def test_an_adapter_of_the_16bit_base_merges_into_16bit_without_loss(family, tmp
         model=str(root / "model"), device="cpu", samples=2, max_new_tokens=4,
     )  # fmt: skip
     assert made.row.kl < 0.01 and made.arrived == pytest.approx(1, abs=0.01)
+
+
+def test_a_correction_that_an_adapter_holds_is_not_added_to_16bit_weights(family, tmp_path):
+    root = family("llama")
+    held = copytree(root / "adapter", tmp_path / "adapter")
+    origin = origin_of(read_adapter(held), root / "skiplist.json", "dynamic", str(root / "model"), None)
+    write_record(held, Record("finished", "f", {"start": "corrected", "rank": 3}))
+    skeleton = skeleton_of(resolve(origin.model), "bfloat16")
+    job = Job(read_adapter(held), origin, skeleton, tmp_path / "out", AskedDevice("cpu"))
+    for form, write in WRITERS.items():
+        (tmp_path / form).mkdir()
+        write(job, tmp_path / form)
+    before, after = (load_file(x / "model.safetensors") for x in (root / "model", tmp_path / "16-bit"))
+    halves = load_file(held / "adapter_model.safetensors")
+    for layer in job.adapter.layers:
+        a, b = (halves[f"base_model.model.{layer}.lora_{x}.weight"].float() for x in "AB")
+        learned = SCALING * (b[:, :3] @ a[:3])
+        wanted = (before[f"{layer}.weight"].float() + learned).to(torch.bfloat16)
+        assert learned.any() and torch.equal(after[f"{layer}.weight"], wanted)
+    seen = [
+        audit(x, adapter=held, model=origin.model) for x in (*(tmp_path / f for f in WRITERS), root / "model")
+    ]
+    assert [{x.state for x in one.adapter} for one in seen] == [
+        {"took effect"},
+        {"took effect"},
+        {"no effect"},
+    ]
+    assert all(abs(x.arrived - 1) < 0.1 for x in seen[0].adapter)
 
 
 def change_nothing(tensors: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from qprobe.checkpoint.adapters.record import RECORD, Record, read_record, write_record
 from qprobe.errors import RunError
-from qprobe.training.record import RECORD, Record, read_record, write_record
 
 WHOLE = Record("finished", "f" * 64, {"seed": 0, "rank": 16}, {"history": [{"step": 1, "loss": 0.5}]})
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from qprobe import answer_collator
 from qprobe.calibration import correction
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.starts.held import hold, learned_numbers
-from qprobe.errors import ManifestError, QprobeError
+from qprobe.errors import ManifestError, QprobeError, RunError
 from qprobe.formats.codes_file import FILE_NAME, sha256_of, write_codes
 from qprobe.formats.nf4 import Nf4
 from qprobe.manifest.read import read_manifest
@@ -202,6 +203,15 @@ def test_a_correction_is_held_over_an_interruption(run: Path, tiny_folder: Any, 
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         finetune(**asked, progress=stop)
+    other = copytree(run, tmp_path / "run")
+    save_file(
+        {k: 2 * t for k, t in load_file(run / correction.FILE_NAME).items()}, other / correction.FILE_NAME
+    )
+    noted, sha256 = RunFolder(other).notes.get("correction"), sha256_of(other / correction.FILE_NAME)
+    assert noted is not None
+    RunFolder(other).notes.put("correction", replace(noted, sha256=sha256))
+    with pytest.raises(RunError, match=r"asked for otherwise \(correction\)"):
+        finetune(**{**asked, "manifest": other / "skiplist.json"})
     done = finetune(**asked)
     assert (done.resumed_from, done.steps) == (1, 2)
     kept = {k: t.float() for k, t in load_file(run / "correction.safetensors").items()}

@@ -98,7 +98,7 @@ def adapter_effect(
     with ExitStack() as stack:
         codes = _codes(found, stack)
         return tuple(
-            _effect(name, pair, fits[name], base, merged, spec, codes) for name, pair in found.layers.items()
+            _effect(name, fits[name], _forms(found, name), base, merged, spec, codes) for name in found.layers
         )
 
 
@@ -123,10 +123,16 @@ def _codes(adapter: Adapter, stack: ExitStack) -> CodesReader | None:
     return None if file is None else stack.enter_context(open_codes(file))
 
 
+def _forms(adapter: Adapter, name: str) -> list[Pair]:
+    """What a merge may add to the layer `name`: all, and to 16-bit weights what was learned alone."""
+    pair = adapter.layers[name]
+    return [pair] if adapter.learned is None else [pair, pair.first(adapter.learned)]
+
+
 def _effect(
     name: str,
-    pair: Pair,
     fit: Fit,
+    forms: Sequence[Pair],
     base: nn.Module,
     merged: nn.Module,
     spec: FormatSpec,
@@ -137,13 +143,18 @@ def _effect(
     module: Any = merged.get_submodule(name)
     stored, device = weight_of(module), module.weight.device
     before = weight_of(base.get_submodule(name)).to(device)
-    bases = [before]
+    bases, pairs = [before], forms
     if is_four_bit(module):
         round_to_nearest = Nf4(spec.blocksize, spec.double_quant).stored
         calibrated = codes.stored(name, device) if codes is not None and name in codes.layers else None
         bases.append((calibrated or round_to_nearest(before)).packed().unpack())
+        pairs = forms[:1]
     nearest = min(bases, key=lambda x: float(torch.linalg.vector_norm(stored.float() - x.float())))
-    share = arrived(nearest, stored, pair.delta(device)).share
+    change = stored.float() - nearest.float()
+    added = min((x.delta(device) for x in pairs), key=lambda x: float(torch.linalg.vector_norm(change - x)))
+    if not added.any():
+        return AdaptedLayer(name, "zero")
+    share = arrived(nearest, stored, added).share
     return AdaptedLayer(name, "took effect" if share >= HALF else "no effect", share)
 
 

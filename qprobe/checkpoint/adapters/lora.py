@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qprobe.checkpoint.adapters.record import RECORD, read_record
 from qprobe.errors import RunError
 from qprobe.loading.inventory import linear_modules
 from qprobe.system.decoding import strict_json
@@ -52,6 +53,10 @@ class Pair:
         """True if it changes nothing, as LoRA does before its first step."""
         return not (self.scaling and bool(self.a.any()) and bool(self.b.any()))
 
+    def first(self, rank: int) -> Pair:
+        """Its first `rank` rows of A and columns of B."""
+        return Pair(self.a[:rank], self.b[:, :rank], self.scaling)
+
     def delta(self, device: torch.device) -> Tensor:
         """(out_features, in_features), float32: what it adds to the weight."""
         return self.scaling * (self.b.to(device).float() @ self.a.to(device).float())
@@ -59,11 +64,22 @@ class Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA of linear layers. config: adapter_config.json; layers: by module name."""
+    """A LoRA of linear layers. config: adapter_config.json; layers: by module name.
+
+    learned: how many rows of A and columns of B were trained; those behind them hold a correction of the
+    base's 4-bit weights (`qprobe.checkpoint.starts.held`). None where all were.
+    """
 
     folder: Path
     config: Mapping[str, Any] = field(repr=False)
     layers: Mapping[str, Pair] = field(repr=False)
+    learned: int | None = None
+
+    def on_16bit(self) -> Adapter:
+        """What it adds to 16-bit weights, from which nothing is missing: no correction."""
+        if self.learned is None:
+            return self
+        return replace(self, layers={n: x.first(self.learned) for n, x in self.layers.items()}, learned=None)
 
     def fits(self, model: nn.Module) -> dict[str, Fit]:
         """For each layer of the adapter whether it changes the 16-bit `model`, or why not."""
@@ -95,7 +111,17 @@ def read_adapter(folder: Path) -> Adapter:
     """
     config = _config(folder)
     _refuse_beyond(folder, config)
-    return Adapter(folder, config, dict(_pairs(folder, config, _tensors(folder))))
+    return Adapter(folder, config, dict(_pairs(folder, config, _tensors(folder))), _learned(folder))
+
+
+def _learned(folder: Path) -> int | None:
+    record = read_record(folder)
+    if record is None or record.spec.get("start") != "corrected":
+        return None
+    rank = record.spec.get("rank")
+    if not isinstance(rank, int) or rank < 1:
+        raise RunError(f"{folder / RECORD} says rank {rank!r}. Remove the folder and train again.")
+    return rank
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -36,14 +36,16 @@ class Factors:
         return left.float(), right.float()
 
 
-def keeps_correction(manifest: Manifest, folder: Path) -> bool:
-    """True if the run of the calibrated weights of `manifest`, which lies in `folder`, keeps a correction."""
+def kept_correction(manifest: Manifest, folder: Path) -> str | None:
+    """SHA-256 of the correction that the run of the calibrated weights of `manifest`, which lies in `folder`,
+    keeps; None if it keeps none.
+    """
     if manifest.codes is None:
-        return False
+        return None
     run = (folder / manifest.codes.file).parent
     noted = RunFolder(run).notes.get("correction")
-    is_of_these = noted is not None and noted.codes == manifest.codes.sha256 and noted.sha256 is not None
-    return is_of_these and (run / FILE_NAME).is_file()
+    is_of_these = noted is not None and noted.codes == manifest.codes.sha256
+    return noted.sha256 if is_of_these and (run / FILE_NAME).is_file() else None
 
 
 @contextmanager

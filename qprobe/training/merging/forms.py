@@ -97,9 +97,9 @@ class Written:
 
 
 def write_16bit(job: Job, folder: Path) -> Written:
-    """The 16-bit weights with the adapter added, in `folder`."""
+    """The 16-bit weights with what the adapter learned added, in `folder`."""
     model, processor = job.base("16-bit")
-    found = fold(model, job.adapter, job.origin.manifest.format)
+    found = fold(model, job.adapter.on_16bit(), job.origin.manifest.format)
     model.save_pretrained(folder, max_shard_size=MAX_SHARD)
     save_processor(processor, folder)
     return Written(folder, _audited(job, folder, None), found)

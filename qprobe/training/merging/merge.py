@@ -40,8 +40,9 @@ REFERENCE = "base + adapter"
 def merge(options: MergeOptions) -> Merged:
     """The checkpoint in the new folder `out` that holds the adapter's base with `adapter` in its weights.
 
-    Two are made: the 16-bit weights with the adapter added, and the base's own weights (dequantized where
-    they are in 4-bit) with the adapter added, back in 4-bit. An adapter learned to work beside the base's
+    Two are made: the 16-bit weights with what the adapter learned added (and not the correction of 4-bit
+    weights that one of `finetune` may hold), and the base's own weights (dequantized where they are in 4-bit)
+    with the adapter added, back in 4-bit. An adapter learned to work beside the base's
     weights, so either is another model. Each is loaded plainly and held against base + adapter on samples
     that the adapter was not trained on; the one with the lower KL is kept, and 4-bit, the smaller, where they
     cannot be told apart.

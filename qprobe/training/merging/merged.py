@@ -101,7 +101,7 @@ def lost(made: Merged) -> str:
 
 
 _WEIGHTS: dict[Form, str] = {
-    "16-bit": "The 16-bit weights with the adapter added.",
+    "16-bit": "The 16-bit weights with what the adapter learned added.",
     "4-bit": "The weights that the adapter was trained beside, with the adapter added, in 4-bit again.",
 }
 
