@@ -44,8 +44,9 @@ def kept_correction(manifest: Manifest, folder: Path) -> str | None:
         return None
     run = (folder / manifest.codes.file).parent
     noted = RunFolder(run).notes.get("correction")
-    is_of_these = noted is not None and noted.codes == manifest.codes.sha256
-    return noted.sha256 if is_of_these and (run / FILE_NAME).is_file() else None
+    if noted is None or noted.codes != manifest.codes.sha256 or not (run / FILE_NAME).is_file():
+        return None
+    return noted.sha256
 
 
 @contextmanager
