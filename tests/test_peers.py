@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from math import log
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -19,6 +21,7 @@ from tests.benchmarks.peers.passages import OWN, Passages, batches_of, choose_sc
 from tests.benchmarks.peers.report import beside_ours, best_of_ours, joined, name_points, write
 from tests.benchmarks.peers.workers.exchange import Cost, Job, group_bits
 from tests.benchmarks.peers.workers.ggml import format_of, more_bits
+from tests.benchmarks.peers.workers.model_opt import effective_bits, next_token_loss
 from tests.benchmarks.peers.workers.ours import (
     bits_of,
     calibrated,
@@ -70,6 +73,20 @@ def test_a_mix_of_llama_cpp_gives_more_bits_to_outer_blocks_and_every_third_betw
 )
 def test_rows_that_are_no_multiple_of_256_fall_back_as_in_llama_cpp(name: str, columns: int, kind: str):
     assert format_of(name, columns, "Q4_K_M", 30) == kind
+
+
+def test_model_opt_learns_no_token_that_stands_for_an_image():
+    # the logits of 3 tokens; 3 is the image's, the loss of the other one is log(3)
+    output = SimpleNamespace(logits=torch.zeros(1, 3, 3))
+    assert float(next_token_loss(output, {"input_ids": torch.tensor([[3, 3, 1]])})) == pytest.approx(log(3))
+
+
+def test_a_budget_for_model_opt_counts_what_stays_in_16_bit():
+    model = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(4, 3), "conv": torch.nn.Conv2d(1, 2, 2), "lm_head": torch.nn.Linear(4, 1)}
+    )
+    # 12 weights in 4 bits and a half of the way to 16, 8 of the convolution and 4 of the head in 16
+    assert effective_bits(model, 0.5) == (12 * 10 + (8 + 4) * 16) / 24
 
 
 def test_passages_are_read_as_they_were_written(tmp_path: Path, samples: list[Sample]):

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from tests.benchmarks.peers.workers.exchange import hand_back_lists, linears, measured, read_job
 
 INT4_BITS, FULL_BITS, GROUP = 4.0, 16.0, 64
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def effective_bits(model: nn.Module, share: float) -> float:
-    """`share` of the saved bits as ModelOpt counts: no scales, but the head, which stays in 16-bit."""
-    sizes = {name: x.weight.numel() for name, x in model.named_modules() if isinstance(x, nn.Linear)}
+    """`share` of the saved bits as ModelOpt counts: no scales, but what stays in 16-bit, as the head."""
+    counted = (nn.Linear, *CONVOLUTIONS)
+    sizes = {name: x.weight.numel() for name, x in model.named_modules() if isinstance(x, counted)}
     chosen = sum(sizes[name] for name in linears(model))
     stored = chosen * (INT4_BITS + share * (FULL_BITS - INT4_BITS))
     return (stored + (sum(sizes.values()) - chosen) * FULL_BITS) / sum(sizes.values())
@@ -33,8 +35,14 @@ def int4() -> dict[str, Any]:
 
 
 def next_token_loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The loss of the passage itself, as ModelOpt's examples take it."""
-    return torch.nn.functional.cross_entropy(output.logits[0, :-1], batch["input_ids"][0, 1:])
+    """The loss of the passage itself, as ModelOpt's examples take it; no token stands for an image."""
+    logits, ids = output.logits[0, :-1], batch["input_ids"][0, 1:]
+    return torch.nn.functional.cross_entropy(logits, ids.where(ids < logits.shape[-1], -100))
+
+
+def left_alone(model: nn.Module) -> list[str]:
+    """What ModelOpt would quantize beside the linears, and the head."""
+    return ["*lm_head*", *(name for name, x in model.named_modules() if isinstance(x, CONVOLUTIONS))]
 
 
 def main() -> None:
@@ -55,11 +63,11 @@ def main() -> None:
                 data_loader=job.batches(),
                 forward_step=(lambda m, x: m(**x)) if gradient else (lambda m, x: m(**x).logits),
                 loss_func=next_token_loss if gradient else None,
-                disabled_layers="*lm_head*",
+                disabled_layers=left_alone(model),
                 num_calib_steps=len(job.inputs),
                 num_score_steps=len(job.inputs),
                 method=job.options["method"],
-                checkpoint=str(job.out / "scores.pt"),
+                checkpoint=str(job.out / f"{job.options['method']}.pt"),
             )
             is_kept = {name: not model.get_submodule(name).weight_quantizer.is_enabled for name in names}
             lists[str(share)] = [name for name in names if is_kept[name]]
