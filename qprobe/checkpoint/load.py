@@ -72,7 +72,7 @@ def load_dynamic_4bit(
     start: where an adapter begins, "zero" or at the correction of calibrated weights that
     `scan --keep-correction` left, "corrected"; None for no adapter. rank: of what is trained. The adapter
     holds a correction beside that, so that its rank, and its alpha, is the sum of both; gradients there are
-    0, so that any trainer leaves it as it is, unless it decays weights.
+    0, so that optimizers which work number by number (SGD, AdamW) leave it as it is, unless weights decay.
     adapt: where it goes, as of `lora_targets`.
     trust_remote_code: run Python code that the checkpoint brings, for models that exist only as such code; it
     can do on this machine whatever you can.

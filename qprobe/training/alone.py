@@ -87,14 +87,22 @@ def check_out(out: Path, spec: Mapping[str, Any]) -> None:
         )
 
 
-def start_record(out: Path, begun: Record) -> Record:
-    """Writes and gives the record of a run that begins or goes on in `out`; of one that diverged nothing is
-    gone on from. One that goes on keeps the number of processes that it began with.
-    """
+def goes_on(out: Path, spec: Mapping[str, Any]) -> bool:
+    """True if a run with `spec` goes on from a checkpoint in `out`; of one that diverged nothing is."""
     before = read_record(out)
-    if before is not None and (before.status == "diverged" or before.spec != begun.spec):
+    if before is None or before.status == "diverged" or before.spec != spec:
+        return False
+    return last_checkpoint(out / CHECKPOINTS) is not None
+
+
+def start_record(out: Path, begun: Record) -> Record:
+    """Writes and gives the record of a run that begins or goes on in `out`. One that goes on keeps the number
+    of processes that it began with; of another the checkpoints are removed.
+    """
+    before, record = read_record(out), begun
+    if before is not None and goes_on(out, begun.spec):
+        record = replace(begun, processes=before.processes)
+    else:
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    goes_on = before is not None and last_checkpoint(out / CHECKPOINTS) is not None
-    record = replace(begun, processes=before.processes) if before and goes_on else begun
     write_record(out, record)
     return record

@@ -33,7 +33,7 @@ from qprobe.options import FinetuneOptions, data_of, no_progress, path_of, takes
 from qprobe.system.devices import parse_device
 from qprobe.system.files import write_atomic
 from qprobe.system.log_filters import Remark
-from qprobe.training.alone import CHECKPOINTS, alone_in, check_out, last_checkpoint, start_record
+from qprobe.training.alone import CHECKPOINTS, alone_in, check_out, goes_on, last_checkpoint, start_record
 from qprobe.training.asked import Training
 from qprobe.training.bases import (
     BASE_WEIGHTS,
@@ -151,7 +151,7 @@ def _checked(asked: Training, skeleton: Skeleton, stack: ExitStack) -> Lines:
 def _finetune(asked: Training, skeleton: Skeleton, lines: Lines) -> Finetuned:
     """The run on `lines`, in a folder that no other run trains into."""
     manifest, group = asked.manifest, asked.group
-    is_new = group.from_first(lambda: last_checkpoint(asked.out / CHECKPOINTS)) is None
+    is_new = not group.from_first(lambda: goes_on(asked.out, lines.spec))
     lessons = _lessons(asked, skeleton, lines) if asked.options.distill and is_new else []
     tuned, processor, left_out = _with_adapters(asked, skeleton)
     distilled = _distilled(asked, tuned, lessons)

@@ -26,7 +26,8 @@ def hold(tuned: Any, rows: slice) -> list[Any]:
     """Handles, each with `remove()`, of what keeps `rows` of every adapter of `tuned` from being trained.
 
     tuned: a peft model. rows: of lora_A, and the columns of lora_B. Their gradients are 0 from now on, so
-    that no optimizer moves them, whichever trainer has it; weight decay would.
+    that no optimizer moves them that works number by number (SGD, AdamW), whichever trainer has it; weight
+    decay would, and what mixes rows (Muon). Read again from a file, all of the adapter is trained.
     """
     found = []
     for layer in adapters_of(tuned).values():

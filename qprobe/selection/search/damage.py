@@ -18,8 +18,8 @@ column of H). With r = 0 that is the isolated KL, with r = 1/2 path_l.
 
 Layers that were fitted to each other on the very samples that are measured, as where scales are tuned, make
 up for each other there: all in 4-bit cost little, each alone as much as before. Beyond twice the path's sum
-the isolated KLs then say by this formula that any layer in 16-bit makes it worse, which is true of these
-samples at most. `measured_damage` lets damages add up there.
+the isolated KLs then say by this formula that layers in 16-bit make it worse on average, which is true of
+these samples at most. `measured_damage` lets damages add up there.
 """
 
 from __future__ import annotations
