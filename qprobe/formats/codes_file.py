@@ -25,7 +25,7 @@ from qprobe.formats.nf4 import StoredNf4
 from qprobe.records import CodesFile
 from qprobe.system.background import in_background
 from qprobe.system.files import atomic_file, write_atomic
-from qprobe.system.foreign import open_foreign
+from qprobe.system.foreign import check_foreign, open_foreign
 from qprobe.system.headers.tensors import read_tensor_header
 
 FILE_NAME = "nf4-calibrated.safetensors"
@@ -170,6 +170,7 @@ def open_codes(path: Path) -> Iterator[CodesReader]:
     """The layers in `path`, read when they are asked for. Raises ManifestError if it is no such file."""
     from safetensors import SafetensorError, safe_open
 
+    check_foreign(path, ManifestError, _AGAIN, None)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield CodesReader(file, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_a_damaged_part_is_named_and_nothing_is_left(tmp_path):
     with pytest.raises(ManifestError, match=r"2.safetensors is damaged"):
         join_codes(tmp_path / "all.safetensors", paths)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["1.safetensors", "2.safetensors"]
+
+
+def test_a_pipe_in_the_place_of_weights_is_not_opened(tmp_path):
+    path = tmp_path / "codes.safetensors"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR)  # else opening the pipe would wait for one
+    with pytest.raises(ManifestError, match="is a pipe"), open_codes(path):
+        pass
+    os.close(writer)
 
 
 def test_a_damaged_quantization_state_is_named(tmp_path):
