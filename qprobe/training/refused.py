@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from qprobe.checkpoint.starts.attached import AskedAdapter, check_asked
+from qprobe.checkpoint.starts.attached import AskedAdapter, check_asked, has_four_bit
 from qprobe.checkpoint.starts.corrected import kept_correction
 from qprobe.errors import ModelError, QprobeError
 from qprobe.manifest.records import Manifest
@@ -17,12 +17,15 @@ from qprobe.options import FinetuneOptions
 
 def with_start(options: FinetuneOptions, manifest: Manifest, folder: Path) -> FinetuneOptions:
     """`options` with the start that they leave open: the correction, if the base has calibrated weights whose
-    run keeps one, else zero. folder: where the manifest lies.
+    run keeps one and an adapter goes on a layer in 4-bit, else zero. folder: where the manifest lies.
     """
     if options.start is not None:
         return options
+    corrected = replace(options, start="corrected")
     is_kept = options.base == "dynamic" and kept_correction(manifest, folder) is not None
-    return replace(options, start="corrected" if is_kept else "zero")
+    if is_kept and has_four_bit(asked_adapter(corrected), manifest):
+        return corrected
+    return replace(options, start="zero")
 
 
 def check_options(options: FinetuneOptions, manifest: Manifest, folder: Path) -> None:

@@ -79,7 +79,11 @@ def card(manifest: Manifest, done: Finetuned) -> str:
         if done.eval_loss is not None and done.eval_loss_before is not None
         else "Nothing was held out, so nothing was evaluated."
     )
-    begun = " from the correction of its calibrated weights" if done.start == "corrected" else ""
+    corrected = (
+        " from the correction of its calibrated weights, which it holds beside what it learned (its rank is "
+        "the sum of both)"
+    )
+    begun = corrected if done.start == "corrected" else ""
     return (
         f"---\n{head}---\n\n# Adapter for {plain(manifest.model.id)}\n\n"
         f"LoRA of {done.trainable_parameters:,} parameters, trained for {done.steps} steps of "

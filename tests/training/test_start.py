@@ -260,6 +260,11 @@ def test_the_start_that_is_left_open_is_zero_where_nothing_is_kept(run: Path, tm
         (asked, manifest, tmp_path),
     )
     assert [with_start(*x).start for x in cases] == ["zero"] * len(cases)
+    sixteen = next(x.name for x in manifest.layers if not x.is_four_bit and "proj" in x.name)
+    alone = replace(asked, adapt=sixteen, rank=2)
+    assert with_start(alone, manifest, run).start == "zero"
+    with pytest.raises(QprobeError, match="stay in 16-bit"):
+        check_options(replace(alone, start="corrected"), manifest, run)
     try:
         notes.put("correction", replace(noted, sha256=None))
         assert with_start(asked, manifest, run).start == "zero"

@@ -13,7 +13,7 @@ from qprobe.checkpoint.starts.corrected import correction_of, start_corrected
 from qprobe.errors import MachineError, QprobeError
 from qprobe.exports.keys import one_pattern
 from qprobe.inputs.decoder import layout_of
-from qprobe.manifest.records import Manifest
+from qprobe.manifest.records import Manifest, ManifestLayer
 from qprobe.models.adapting import Adapted, adapted_layers
 from qprobe.options import DEFAULT_ADAPT, Start
 
@@ -42,8 +42,7 @@ def check_asked(asked: AskedAdapter, manifest: Manifest, folder: Path) -> None:
     if asked.rank < 1:
         raise QprobeError(f"--rank {asked.rank} makes no adapter. Pass 1 or more.")
     # Some models have linears of one or a few outputs (gates), so the smallest side would refuse too much.
-    names = set(adapted_layers(manifest, asked.adapt, asked.for_tool).names)
-    most = max(min(x.shape) for x in manifest.layers if x.name in names)
+    most = max(min(x.shape) for x in _adapted(asked, manifest))
     if asked.rank > most:
         raise QprobeError(
             f"--rank {asked.rank:,} is higher than that of any layer of {manifest.model.id}, which is "
@@ -52,7 +51,22 @@ def check_asked(asked: AskedAdapter, manifest: Manifest, folder: Path) -> None:
     if asked.start == "corrected":
         with correction_of(manifest, folder):
             pass
+        if not has_four_bit(asked, manifest):
+            raise QprobeError(
+                f"A corrected start repairs 4-bit weights, and all layers that adapt {asked.adapt!r} names "
+                "stay in 16-bit. Begin at zero, or adapt others."
+            )
     peft_library()
+
+
+def has_four_bit(asked: AskedAdapter, manifest: Manifest) -> bool:
+    """True if the adapter goes on a layer in 4-bit: in 16-bit there is nothing to correct."""
+    return any(x.is_four_bit for x in _adapted(asked, manifest))
+
+
+def _adapted(asked: AskedAdapter, manifest: Manifest) -> list[ManifestLayer]:
+    names = set(adapted_layers(manifest, asked.adapt, asked.for_tool).names)
+    return [x for x in manifest.layers if x.name in names]
 
 
 def with_adapter(model: Any, asked: AskedAdapter, manifest: Manifest, folder: Path) -> tuple[Any, Adapted]:
