@@ -66,12 +66,13 @@ def lora_targets(model: nn.Module, adapt: str = DEFAULT_ADAPT, for_tool: str | N
 
 def adapted_linears(model: nn.Module, adapt: str, for_tool: str | None) -> Adapted:
     """The linears that `lora_targets` matches, and those that it leaves out."""
-    refuse_experts(adapt, [*expert_weights(model), *four_bit_experts(model)])
+    experts = list(dict.fromkeys([*expert_weights(model), *four_bit_experts(model)]))
+    refuse_experts(adapt, experts)
     linears = {**linear_modules(model), **_four_bit_modules(model)}
     names = [name for name, _ in model.named_modules() if name in linears]
     shared, head = _shared(model), _head(model)
     fixed = frozenset(x for x in names if id(linears[x].weight) in shared or linears[x] is head)
-    return adapted(names, fixed, type(model).__name__, adapt, for_tool)
+    return adapted(names, fixed, type(model).__name__, adapt, for_tool, experts)
 
 
 def is_four_bit(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,7 +186,8 @@ def answer_collator(
 ) -> Callable[[list[Any]], dict[str, Tensor]]:
     """A `data_collator` for TRL's SFTTrainer that learns the answers only; for any processor.
 
-    TRL's own puts labels on image tokens too, which Llama 3.2 Vision has no logits for. Rows as of
+    TRL's own puts labels on image tokens too, which Llama 3.2 Vision has no logits for. Rows without images
+    need `dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False` in SFTConfig. Rows as of
     `read_conversations`, or lists of turns as Unsloth's takes them; dtype: of the pixels. model: the one that
     learns, needed for an encoder-decoder alone, whose decoder learns the last answer of each row. Raises
     SampleError for a row that cannot be trained on.
@@ -196,6 +197,12 @@ def answer_collator(
 
 
 def _conversations(rows: list[Any]) -> list[Conversation]:
+    if any(isinstance(x, Mapping) and "input_ids" in x for x in rows):
+        raise SampleError(
+            "The rows are tokens already, so answers cannot be told from questions: SFTTrainer tokenizes "
+            "rows without images first. Pass dataset_kwargs={'skip_prepare_dataset': True} and "
+            "remove_unused_columns=False to SFTConfig."
+        )
     found = read_conversations([{"messages": x} if isinstance(x, list) else x for x in rows])
     try:
         if found.skipped:

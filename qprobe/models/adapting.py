@@ -23,6 +23,8 @@ _MAMBA = ("Mamba", "Mamba2", "FalconMamba", "FalconH1", "NemotronH")
 _MAMBA_FORBIDS = ("out_proj", "conv1d")
 # vLLM 0.19, config/lora.py: `enable_tower_connector_lora` is off, and experimental for a few models.
 _NOT_SERVED: dict[str, tuple[Part, ...]] = {"vllm": ("projector", "vision")}
+# peft reaches them through `target_parameters` alone, see `refuse_experts`.
+FUSED = "fused weights of experts take none"
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ def adapted(
     architecture: str,
     adapt: str = DEFAULT_ADAPT,
     for_tool: str | None = None,
+    experts: Sequence[str] = (),
 ) -> Adapted:
     """The linears of `names` (all of the model) that adapters go on.
 
     fixed: the output head and weights tied to an embedding, which never have one.
     adapt: parts of the model, `all`, or names of modules, with commas between them; a module stands for all
-    linears in it. for_tool: a tool that serves the adapter, see `qprobe.options.FOR`.
+    linears in it. for_tool: a tool that serves the adapter, see `qprobe.options.FOR`. experts: names of fused
+    weights of experts, which are left out where `adapt` means them too.
     Raises QprobeError where a word names nothing, or nothing is left.
     """
     words = [x.strip() for x in adapt.split(",") if x.strip()]
@@ -81,6 +85,9 @@ def adapted(
             f"--adapt {adapt} leaves no linear layer of {architecture} for adapters. "
             f"It has linear layers in: {', '.join(there) or 'none'}."
         )
+    part_of_experts = _parts(experts, architecture)
+    fused = {x for word in words for x in _named_by(word, part_of_experts)}
+    reasons |= {x: FUSED for x in experts if x in fused}
     return Adapted(kept, tuple(LeftOut(x, why) for x, why in reasons.items() if why is not None))
 
 
@@ -122,10 +129,11 @@ def _why_not(name: str, part: Part, architecture: str, for_tool: str | None) -> 
 
 def adapted_layers(manifest: Manifest, adapt: str = DEFAULT_ADAPT, for_tool: str | None = None) -> Adapted:
     """`adapted` of the layers of `manifest`; stacked experts are none, see `refuse_experts`."""
-    refuse_experts(adapt, [x.name for x in manifest.layers if x.is_experts])
+    experts = [x.name for x in manifest.layers if x.is_experts]
+    refuse_experts(adapt, experts)
     linears = [x for x in manifest.layers if not x.is_experts]
     fixed = frozenset(x.name for x in linears if _is_head(x.name, x.reason))
-    return adapted([x.name for x in linears], fixed, manifest.model.architecture, adapt, for_tool)
+    return adapted([x.name for x in linears], fixed, manifest.model.architecture, adapt, for_tool, experts)
 
 
 def _is_head(name: str, reason: str) -> bool:

@@ -96,12 +96,12 @@ def goes_on(out: Path, spec: Mapping[str, Any]) -> bool:
 
 
 def start_record(out: Path, begun: Record) -> Record:
-    """Writes and gives the record of a run that begins or goes on in `out`. One that goes on keeps the number
-    of processes that it began with; of another the checkpoints are removed.
+    """Writes and gives the record of a run that begins or goes on in `out`. One that goes on keeps what it
+    began with, the number of processes and what was distilled; of another the checkpoints are removed.
     """
     before, record = read_record(out), begun
     if before is not None and goes_on(out, begun.spec):
-        record = replace(begun, processes=before.processes)
+        record = replace(begun, processes=before.processes, distilled=before.distilled)
     else:
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     write_record(out, record)

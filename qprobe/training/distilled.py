@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qprobe.calibration.damage import KEPT_BACK
+from qprobe.checkpoint.adapters.record import Distilled
 from qprobe.inputs.encoding import IGNORED
 from qprobe.measure.kl import ANSWERS
 from qprobe.options import Progress, no_progress
@@ -40,17 +41,6 @@ class Lesson:
     @property
     def tokens(self) -> int:
         return sum(len(x) for x in self.logits)
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """What distilling gave. before, after: KL on the lines kept back, nats per answer token, at the start and
-    at the best step; steps: the number of that, 0 where none was found to be better than the start.
-    """
-
-    steps: int
-    before: float
-    after: float
 
 
 def answer_logits(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qprobe.checkpoint.adapters.record import Record, write_record
+from qprobe.checkpoint.adapters.record import Distilled, Record, write_record
 from qprobe.checkpoint.load import check_model, source_of, with_dtype
 from qprobe.checkpoint.quantize import save_processor
 from qprobe.checkpoint.ready import kept_whole, ready_for_training
@@ -43,7 +43,7 @@ from qprobe.training.bases import (
     open_base,
 )
 from qprobe.training.collate import Collate, fewer_workers, working_ahead
-from qprobe.training.distilled import FEWEST, Distilled, Lesson, distil, lessons_of
+from qprobe.training.distilled import FEWEST, Lesson, distil, lessons_of
 from qprobe.training.faults import disk_explained, in_smaller_batches, loss_explained
 from qprobe.training.refused import asked_adapter, check_options, refuse_without_answers, with_start
 from qprobe.training.result import Finetuned, card
@@ -163,6 +163,7 @@ def _finetune(asked: Training, skeleton: Skeleton, lines: Lines) -> Finetuned:
         lines.spec,
         model=model_folder(manifest, asked.options.model),
         processes=group.size,
+        distilled=distilled,
     )
     record = group.from_first(lambda: start_record(asked.out, begun))
     result, other_batches = _trained(asked, tuned, processor, lines, record.processes)
@@ -176,7 +177,7 @@ def _finetune(asked: Training, skeleton: Skeleton, lines: Lines) -> Finetuned:
         left_out=left_out,
         other_batches=other_batches,
         processes=group.size,
-        distilled=distilled,
+        distilled=record.distilled,
         **result,
     )
     group.from_first(lambda: _finish(asked, tuned, processor, record, done))  # the others wait for it

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import __version__
-from qprobe.checkpoint.adapters.record import RECORD
+from qprobe.checkpoint.adapters.record import RECORD, Distilled
 from qprobe.checkpoint.card import card_head
 from qprobe.manifest.records import Manifest
 from qprobe.options import Start
 from qprobe.system.markdown import plain
-from qprobe.training.distilled import Distilled
 
 
 @dataclass(frozen=True)

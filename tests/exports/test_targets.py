@@ -317,7 +317,9 @@ def test_experts_in_16_bit_are_in_no_list_of_linears(tool: str):
 
 
 def test_peft_is_told_which_experts_are_in_4_bit_and_puts_no_adapter_on_them():
-    data = json.loads(export_manifest(with_fused(True), "peft", adapt="all").text)
+    made = export_manifest(with_fused(True), "peft", adapt="all")
+    data = json.loads(made.text)
+    assert "(2 in all): fused weights of experts take none." in made.notes[-1]
     assert [x for x in data["layers_4bit"] if "experts" in x] == [
         f"model.layers.3.mlp.experts.{x}" for x in ("gate_up_proj", "down_proj")
     ]

@@ -94,3 +94,16 @@ def test_what_peft_refuses_is_left_out_and_nothing_else(kind: str):
         with pytest.raises(ValueError, match="incompatible with Mamba"):
             peft.inject_adapter_in_model(peft.LoraConfig(r=1, target_modules=[one.layer]), model())
     assert bool(found.left_out) == (kind != "llama")
+
+
+@pytest.mark.parametrize(
+    ("adapt", "left_out"), [("language", (0, 1)), ("model.layers.1", (1,)), ("all", (0, 1))]
+)
+def test_fused_experts_that_are_meant_are_named_among_those_without(adapt: str, left_out: tuple[int, ...]):
+    linears = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    experts = [f"model.layers.{n}.mlp.experts.gate_up_proj" for n in (0, 1)]
+    found = adapted(linears, frozenset(), "Qwen3MoeForCausalLM", adapt, experts=experts)
+    assert [x.layer for x in found.left_out] == [experts[n] for n in left_out]
+    assert not set(found.names) & set(experts)
+    (note,) = found.notes()
+    assert note.endswith(f"({len(left_out)} in all): fused weights of experts take none.")

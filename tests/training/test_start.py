@@ -246,6 +246,25 @@ def test_what_is_distilled_is_the_correction_alone_which_is_held_from_then_on(
         assert not b[:, :2].any()  # the first step of a schedule has a rate of 0
 
 
+def test_what_was_distilled_is_said_by_a_run_that_goes_on_too(run: Path, tiny_folder: Any, tmp_path: Path):
+    def stop(stage: str, done: int, _total: int) -> None:
+        if stage == "train" and done == 2:
+            raise KeyboardInterrupt
+
+    rows = [{"prompt": f"what is {n}?", "answer": f"a coastal train {n}"} for n in range(18)]
+    asked = {
+        "manifest": run / "skiplist.json", "data": rows, "rank": 2, "steps": 2, "save_every": 1,
+        "model": str(tiny_folder("llama")), "device": "cpu", "accumulation": 1, "max_length": 128,
+        "adapt": "model.layers.0", "start": "zero", "distill": 1, "held_out": 0.0,
+    }  # fmt: skip
+    whole = finetune(**asked, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(**asked, out=tmp_path / "out", progress=stop)
+    done = finetune(**asked, out=tmp_path / "out")
+    assert done.resumed_from == 1
+    assert done.distilled == whole.distilled is not None
+
+
 def test_the_start_that_is_left_open_is_zero_where_nothing_is_kept(run: Path, tmp_path: Path):
     manifest = read_manifest(run / "skiplist.json")
     asked = FinetuneOptions(run / "skiplist.json", data=None, out=tmp_path / "out")
@@ -295,6 +314,8 @@ def test_what_is_no_correction_of_these_weights_is_one_sentence(run: Path, tmp_p
     check_options(asked, manifest, run)
     with pytest.raises(QprobeError, match="--base is nf4"):
         check_options(replace(asked, base="nf4"), manifest, run)
+    with pytest.raises(ManifestError, match="keeps no correction"):
+        check_options(asked, manifest, tmp_path)
     with pytest.raises(ManifestError, match="needs calibrated weights"):
         check_options(asked, replace(manifest, codes=None), run)
     other = replace(manifest, codes=replace(manifest.codes, sha256="0" * 64))
@@ -315,8 +336,11 @@ def test_what_is_no_correction_of_these_weights_is_one_sentence(run: Path, tmp_p
         with pytest.raises(ManifestError, match="is damaged"):
             check_options(asked, manifest, run)
         path.unlink()
-        with pytest.raises(ManifestError, match="keeps no correction"):
-            check_options(asked, manifest, run)
+        left_open = with_start(replace(asked, start=None), manifest, run)
+        with pytest.raises(
+            ManifestError, match=r"which the scan wrote, is missing. Put it back, or begin at"
+        ):
+            check_options(left_open, manifest, run)
     finally:
         path.write_bytes(data)
     assert sha256_of(path) == before

@@ -155,6 +155,8 @@ def test_rows_of_both_kinds_are_learned_alike_and_bad_ones_are_named():
     one, other = collate([row]), collate([split])
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert 0 < (one["labels"] != -100).sum() < one["labels"].numel() / 2
+    with pytest.raises(SampleError, match=r"are tokens already.*skip_prepare_dataset"):
+        collate([{"input_ids": [1, 2], "labels": [1, 2]}])
     with pytest.raises(SampleError, match="no answer to learn"):
         collate([{"messages": [user], "images": row["images"]}])
     with pytest.raises(SampleError, match="1 place for images and 2 images"):

@@ -18,11 +18,23 @@ MAX_RECORD_BYTES = 256 * 2**20  # its loss curves have about 40 bytes per step
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """What distilling gave. before, after: KL on the lines kept back, nats per answer token, at the start and
+    at the best step; steps: the number of that, 0 where none was found to be better than the start.
+    """
+
+    steps: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Record:
     """One run. spec: what decides the adapter, JSON values; result: of `finetune --json`, of a finished one.
 
     model: the folder of the 16-bit weights; None for a model that the manifest names so that it is found.
     processes: that it began with, so that steps keep their lines when another number of them goes on.
+    distilled: what it began with; None where nothing was distilled.
     status: "diverged" where the loss became no number, so that there is nothing to go on from.
     """
 
@@ -32,6 +44,7 @@ class Record:
     result: dict[str, Any] | None = None
     model: str | None = None
     processes: int = 1
+    distilled: Distilled | None = None
 
 
 def read_record(folder: Path) -> Record | None:

@@ -38,13 +38,13 @@ class Factors:
 
 def kept_correction(manifest: Manifest, folder: Path) -> str | None:
     """SHA-256 of the correction that the run of the calibrated weights of `manifest`, which lies in `folder`,
-    keeps; None if it keeps none.
+    keeps; None if it keeps none. Also where its file is gone, which `correction_of` refuses.
     """
     if manifest.codes is None:
         return None
     run = (folder / manifest.codes.file).parent
     noted = RunFolder(run).notes.get("correction")
-    if noted is None or noted.codes != manifest.codes.sha256 or not (run / FILE_NAME).is_file():
+    if noted is None or noted.codes != manifest.codes.sha256:
         return None
     return noted.sha256
 
@@ -55,7 +55,7 @@ def correction_of(manifest: Manifest, folder: Path) -> Iterator[Factors]:
 
     Raises ManifestError if there are none, or they are of other weights or damaged.
     """
-    fix = "Scan with --format nf4-calibrated --keep-correction RANK, or begin at zero."
+    fix = "Scan with --format nf4-calibrated --keep-correction RANK, or begin at zero (--start zero)."
     if manifest.codes is None:
         raise ManifestError(f"A corrected start needs calibrated weights, which the manifest has not. {fix}")
     run = (folder / manifest.codes.file).parent
@@ -64,9 +64,13 @@ def correction_of(manifest: Manifest, folder: Path) -> Iterator[Factors]:
     if noted is not None and noted.codes == manifest.codes.sha256 and noted.sha256 is None:
         raise ManifestError(
             "The correction of these calibrated weights was no better than none on the samples that the scan "
-            "kept back, so it is not kept. Begin at zero."
+            "kept back, so it is not kept. Begin at zero (--start zero)."
         )
-    if noted is None or not path.is_file():
+    if noted is not None and not path.is_file():
+        raise ManifestError(
+            f"{path}, which the scan wrote, is missing. Put it back, or begin at zero (--start zero)."
+        )
+    if noted is None:
         raise ManifestError(f"{run} keeps no correction of its calibrated weights. {fix}")
     if noted.codes != manifest.codes.sha256 or sha256_of(path) != noted.sha256:
         raise ManifestError(f"{path} is damaged, or of other calibrated weights than the manifest. {fix}")

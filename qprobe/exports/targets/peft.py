@@ -11,8 +11,9 @@ from qprobe.exports.keys import Reader, first_exact, kept_names, one_pattern
 from qprobe.exports.matchers import finds
 from qprobe.exports.target import Target, Written
 from qprobe.manifest.records import Manifest
-from qprobe.models.adapting import adapted_layers
+from qprobe.models.adapting import FUSED, adapted_layers
 from qprobe.options import DEFAULT_ADAPT
+from qprobe.system.wording import named
 
 
 def rule(entry: str, name: str) -> bool:
@@ -42,6 +43,7 @@ def write(manifest: Manifest, entries: Sequence[str]) -> Written:
     """A JSON object."""
     (pattern,) = entries
     kept = {x.name: not x.is_four_bit for x in manifest.layers}
+    experts = [x.name for x in manifest.layers if x.is_experts]
     data = {
         "target_modules": pattern,
         "layers_4bit": [name for name, is_kept in kept.items() if not is_kept],
@@ -52,6 +54,7 @@ def write(manifest: Manifest, entries: Sequence[str]) -> Written:
         (
             "LoraConfig(target_modules=...) takes the string as it is; a list would be read as endings.",
             "peft.prepare_model_for_kbit_training turns 16-bit into float32, the kept layers too.",
+            *([f"No adapter on {named(experts)} ({len(experts)} in all): {FUSED}."] if experts else []),
         ),
     )
 
