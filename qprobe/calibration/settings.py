@@ -36,17 +36,28 @@ def settings(subject: Subject, tune_steps: int = 0, drawn_texts: int = 0) -> Rou
 MORE_SAMPLES = 128  # on SmolLM2 512 texts leave 0.138, 128 texts 0.143, 32 a ninth more
 
 
-def fitted(measured: Groups, more: Groups, drawn_texts: int = 0) -> str:
-    """What a reader is told of what codes are fitted to: the samples `measured`, `more`, and drawn texts."""
-    own, others = (sum(len(group) for group in groups) for groups in (measured, more))
+def fitted(
+    measured: Groups, more: Groups, held_out: Groups, asked: int | None = None, drawn_texts: int = 0
+) -> str:
+    """What a reader is told of what codes are fitted to: the samples `measured`, `more`, and drawn texts.
+
+    held_out: samples to which none are. asked: how many samples were asked for, None for no number.
+    """
+    own, others, spared = (sum(len(group) for group in groups) for groups in (measured, more, held_out))
     also = f", which are {own} of the {counted(own + others, 'sample')} that" if others else " that"
-    told = (
+    told = [
         f"Sensitivities and activation errors are measured on samples{also} the codes were fitted to, so "
-        "they are lower than on others. No code was fitted to the held-out samples."
-    )
-    if not drawn_texts:
-        return told
-    return f"{told} Codes were fitted to {counted(drawn_texts, 'text')} that the model drew itself as well."
+        "they are lower than on others."
+    ]
+    if asked is not None and own + others < asked:
+        told.append(f"Of the {counted(asked, 'sample')} asked for, codes were fitted to {own + others:,}.")
+    if spared:
+        told.append("No code was fitted to the held-out samples.")
+    if drawn_texts:
+        told.append(
+            f"Codes were fitted to {counted(drawn_texts, 'text')} that the model drew itself as well."
+        )
+    return " ".join(told)
 
 
 def samples_wanted(model: nn.Module, device: torch.device, asked: int | None) -> int:

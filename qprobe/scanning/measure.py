@@ -119,5 +119,7 @@ def calibrate(subject: Subject, work: ScanSamples, asked: ScanRequest, process: 
     given = subject.halving.run_all("calibration", [*work.calibration, *work.codes], calibrated)
     if asked.keep_correction is not None and process.shard.rank == 0:
         keep_correction(given, asked.keep_correction)
-    told = (fitted(work.calibration, work.codes, asked.drawn_texts), *calibration_notes(run))
+    count = asked.calibration_samples
+    about = fitted(work.calibration, work.codes, work.held_out, count, asked.drawn_texts)
+    told = (about, *calibration_notes(run))
     run.notes.put("calibration", Remarks(told))

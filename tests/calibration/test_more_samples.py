@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qprobe.calibration.settings import MORE_SAMPLES, samples_wanted
+from qprobe.calibration.settings import MORE_SAMPLES, fitted, samples_wanted
+from qprobe.records import Sample
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,3 +27,14 @@ def test_a_model_too_large_for_float32_is_fitted_to_what_is_measured(monkeypatch
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_as_many_as_are_asked_for(device: torch.device):
     assert samples_wanted(nn.Linear(2, 2), device, 7) == 7
+
+
+def test_a_reader_is_told_of_samples_that_are_short_and_of_held_out_ones_where_there_are_any():
+    one, two = [(Sample("a", ()),)], [(Sample("b", ()),) for _ in range(2)]
+    alone = fitted(one, [], [])
+    assert "held-out" not in alone and "asked for" not in alone
+    assert "No code was fitted to the held-out samples." in fitted(one, [], one)
+    assert "which are 1 of the 3 samples" in fitted(one, two, one, 3) and "asked for" not in fitted(
+        one, two, one, 3
+    )
+    assert "Of the 4 samples asked for, codes were fitted to 3." in fitted(one, two, one, 4)

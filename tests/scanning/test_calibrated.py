@@ -65,6 +65,7 @@ def test_codes_are_fitted_to_more_samples_than_are_measured(tiny_folder: TinyFol
     assert found.samples == few.samples == 6 and found.kl_standard_4bit == few.kl_standard_4bit
     assert RunFolder(found.run).scan.codes != RunFolder(few.run).scan.codes
     assert any("which are 4 of the 8 samples that the codes were fitted to" in n for n in found.notes)
+    assert any("Of the 9 samples asked for, codes were fitted to 8." in n for n in found.notes)
     assert "--calibration-samples 9" in read_manifest(found.run / "skiplist.json").made_by.command
 
 
