@@ -71,8 +71,9 @@ def merge(as_json: bool, **asked: Any) -> None:
 
     \b
     --json prints: out, form (16-bit or 4-bit), why, base, layers (that the adapter is on), unchanged [layer]
-    (those that it leaves as they are), arrived (share of what the adapter adds that is in the weights), files
-    {name: bytes}, and rows, metrics and samples as of compare; the first row is base + adapter.
+    (those that it leaves as they are), rounded_away [layer] (those whose weights hold less than half of what
+    it adds), arrived (share of what the adapter adds that is in the weights), files {name: bytes}, and rows,
+    metrics and samples as of compare; the first row is base + adapter.
     """
     refuse_two_sources(asked)
     if asked["manifest"] is None and asked["base"] is not None:

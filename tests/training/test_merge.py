@@ -35,6 +35,7 @@ from qprobe.manifest.write import write_manifest
 from qprobe.system.devices import AskedDevice
 from qprobe.training.merging.forms import WRITERS, Job
 from qprobe.training.merging.merge import merge
+from qprobe.training.merging.merged import lost
 from qprobe.training.origin import Origin, as_merged, origin_of
 from tests import tiny
 from tests.checkpoint import reference
@@ -209,7 +210,24 @@ def test_an_adapter_of_the_16bit_base_merges_into_16bit_without_loss(family, tmp
         root / "adapter", out=tmp_path / "out", as_="16-bit", base="16-bit", manifest=root / "skiplist.json",
         model=str(root / "model"), device="cpu", samples=2, max_new_tokens=4,
     )  # fmt: skip
+    assert made.rounded_away == ()
     assert made.row.kl < 0.01 and made.arrived == pytest.approx(1, abs=0.01)
+
+
+def test_layers_of_which_rounding_leaves_less_than_half_are_named_as_audit_names_them(family, tmp_path):
+    root, layer = family("llama"), "model.layers.0.mlp.up_proj"
+    adapter = copytree(root / "adapter", tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = f"base_model.model.{layer}.lora_B.weight"
+    save(adapter, {**tensors, key: tensors[key] * 1e-6})
+    made = merge(
+        adapter, out=tmp_path / "out", as_="16-bit", base="16-bit", manifest=root / "skiplist.json",
+        model=str(root / "model"), device="cpu", samples=1, max_new_tokens=2,
+    )  # fmt: skip
+    assert made.rounded_away == (layer,) and made.arrived == pytest.approx(1, abs=0.01)
+    assert f" in the stored weights, less than half of it in 1 of {made.layers} layers." in lost(made)
+    found = audit(made.out, adapter=adapter, model=str(root / "model"))
+    assert [x.layer for x in found.adapter if x.state == "no effect"] == [layer]
 
 
 def test_a_correction_that_an_adapter_holds_is_not_added_to_16bit_weights(family, tmp_path):

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from qprobe.checkpoint.adapters.effect import HALF, Arrived
 from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
 from qprobe.checkpoint.codes import keep_codes_as_stored
 from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_course, set_course, staged
@@ -28,7 +29,7 @@ from qprobe.loading.skeleton import Skeleton
 from qprobe.measure.kl import ANSWERS, readout_of
 from qprobe.options import Form, MergeOptions, Progress, path_if_given, path_of, takes
 from qprobe.system.devices import AskedDevice, parse_device
-from qprobe.training.merging.forms import WRITERS, Arrived, Job
+from qprobe.training.merging.forms import WRITERS, Job
 from qprobe.training.merging.merged import Merged, card, chosen_form
 from qprobe.training.origin import as_merged, origin_of
 
@@ -107,6 +108,7 @@ def _merged(job: Job, forms: tuple[Form, ...], asked: AskedCourse, progress: Pro
             base=job.origin.base,
             layers=len(one.arrived),
             unchanged=tuple(name for name, x in one.arrived.items() if not x.energy),
+            rounded_away=tuple(name for name, x in one.arrived.items() if x.energy and x.share < HALF),
             arrived=sum(one.arrived.values(), Arrived()).share,
             comparison=compared(results, course, notes),
         )

@@ -23,8 +23,10 @@ from qprobe.system.wording import counted
 class Merged:
     """A merged checkpoint. form: of its weights; why: a sentence on why this one; base: of the adapter.
 
-    layers: that the adapter is on; unchanged: those of them whose lora_B is zero. arrived: the share of what
-    the adapter adds that is in the stored weights, 1 for all (`qprobe.checkpoint.adapters.effect.Arrived`).
+    layers: that the adapter is on; unchanged: those of them whose lora_B is zero; rounded_away: those
+    whose stored weights hold less than half of what it adds, as `audit --adapter` says too. arrived: the
+    share of what the adapter adds that is in the stored weights, 1 for all
+    (`qprobe.checkpoint.adapters.effect.Arrived`).
     comparison: of base + adapter, its first row, with each form that was made. files: name -> bytes.
     """
 
@@ -34,6 +36,7 @@ class Merged:
     base: str
     layers: int
     unchanged: tuple[str, ...]
+    rounded_away: tuple[str, ...]
     arrived: float
     comparison: Comparison
     files: Mapping[str, int] | None = None
@@ -55,6 +58,7 @@ class Merged:
             "base": self.base,
             "layers": self.layers,
             "unchanged": list(self.unchanged),
+            "rounded_away": list(self.rounded_away),
             "arrived": self.arrived,
             **self.comparison.to_json(),
             "files": dict(self.files or {}),
@@ -94,9 +98,11 @@ def lost(made: Merged) -> str:
     for metric in (x for x in made.comparison.metrics if x.samples):
         mine, theirs = (_mean(metric.means[x.name].value, metric.is_share) for x in (row, reference))
         told.append(f"{metric.name} {mine} against {theirs}")
+    away = len(made.rounded_away)
+    fewer = f", less than half of it in {away} of {counted(made.layers, 'layer')}" if away else ""
     return (
         f"Against base + adapter: {', '.join(told)}. "
-        f"{made.arrived:.1%} of what the adapter adds is in the stored weights."
+        f"{made.arrived:.1%} of what the adapter adds is in the stored weights{fewer}."
     )
 
 
