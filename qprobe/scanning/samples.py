@@ -146,8 +146,8 @@ def read_samples(skeleton: Skeleton, asked: ScanRequest, process: Process) -> Ch
     kept = independent_of(others.samples, found.samples)
     if not kept:
         raise SampleError(
-            f"--check-data {data_name(asked.others.data)} holds no other samples than those that are "
-            "measured. Pass some of another kind."
+            f"Of --check-data {data_name(asked.others.data)} {counted(len(others.samples), 'sample')} would "
+            "be measured, and each begins as one that is measured already. Pass samples of another kind."
         )
     alike = _alike_note(data_name(asked.others.data), len(others.samples), len(kept))
     return replace(chosen, others=kept, notes=(*chosen.notes, *others.notes, *alike))

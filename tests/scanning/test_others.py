@@ -52,7 +52,7 @@ def test_with_calibrated_weights_standard_4_bit_stands_beside_them(tiny_folder: 
 def test_samples_that_are_measured_are_of_no_other_kind(tiny_folder: TinyFolder, tmp_path: Path):
     data = write_lines(tmp_path / "boats.jsonl", *OTHERS)
     asked = options(tiny_folder("llama"), tmp_path / "run", **FAST, data=data)
-    with pytest.raises(SampleError, match="holds no other samples than those that are measured"):
+    with pytest.raises(SampleError, match="each begins as one that is measured already"):
         scan(**asked, check_data=data)
     with pytest.raises(QprobeError, match="nowhere"):
         scan(**asked, check_data=tmp_path / "nowhere.jsonl")
