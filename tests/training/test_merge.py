@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -24,7 +23,7 @@ from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.starts.attached import save_adapter
 from qprobe.cli import main
-from qprobe.errors import ManifestError, ModelError, QprobeError, RunError
+from qprobe.errors import ManifestError
 from qprobe.loading.config import model_class
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import skeleton_of
@@ -39,8 +38,8 @@ from qprobe.training.merging.merged import lost
 from qprobe.training.origin import Origin, as_merged, origin_of
 from tests import tiny
 from tests.checkpoint import reference
-from tests.checkpoint.manifests import every_third, manifest_for
-from tests.training.adapters import DECODERS, added, save, write_adapter, write_family
+from tests.checkpoint.manifests import manifest_for
+from tests.training.adapters import DECODERS, added, save
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,27 +63,6 @@ def plainly(folder: Path) -> Any:
 @torch.inference_mode()
 def logits(model: Any) -> torch.Tensor:
     return model(input_ids=torch.tensor([[1, 40, 50, 60, 70]])).logits
-
-
-@pytest.fixture(scope="module")
-def family(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model, with an adapter and a manifest beside it."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            model = root / "model"
-            if name in DECODERS:
-                write_family(name, model)
-            else:
-                copytree(tiny_folder(name), model)
-            write_adapter(model, root / "adapter")
-            write_manifest(root / "skiplist.json", manifest_for(model, every_third(model)))
-            made[name] = root
-        return made[name]
-
-    return folder
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -256,76 +234,6 @@ def test_a_correction_that_an_adapter_holds_is_not_added_to_16bit_weights(family
         {"no effect"},
     ]
     assert all(abs(x.arrived - 1) < 0.1 for x in seen[0].adapter)
-
-
-def change_nothing(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {n: 0 * t if "lora_B" in n else t for n, t in tensors.items()}
-
-
-def rename(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {n.replace("model.layers", "language_model.layers"): t for n, t in tensors.items()}
-
-
-def cut_rank(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {n: t[:2].clone() if "lora_A" in n else t[:, :2].clone() for n, t in tensors.items()}
-
-
-def other_shape(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {n: t[:, :32].clone() if "lora_A" in n else t for n, t in tensors.items()}
-
-
-def lose_half(tensors: dict[str, Any]) -> dict[str, Any]:
-    return dict(list(tensors.items())[1:])
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (change_nothing, r"takes no effect: lora_B is zero in all of its 21 layers \(model\.layers\.0"),
-        (
-            rename,
-            "21 of 21 layers .* would take no effect on model: language_model.layers.0.* are not in",
-        ),
-        (other_shape, "would take no effect on model: .* have another shape"),
-        (cut_rank, "has rank 2, but adapter_config.json says 4"),
-        (lose_half, "without its other half"),
-    ],
-)
-def test_an_adapter_that_cannot_take_effect_is_refused_by_name(change, said, family, tmp_path):
-    root = family("llama")
-    adapter = copytree(root / "adapter", tmp_path / "adapter")
-    save(adapter, change(load_file(adapter / "adapter_model.safetensors")))
-    with pytest.raises(RunError, match=said):
-        merge(adapter, out=tmp_path / "out", manifest=root / "skiplist.json", model=str(root / "model"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_is_no_adapter_or_has_no_base_or_would_overwrite_is_one_sentence(family, tiny_folder, tmp_path):
-    root, out = family("llama"), tmp_path / "out"
-    with pytest.raises(RunError, match=r"holds no adapter: there is no adapter_config\.json"):
-        merge(root / "model", out=out)
-    with pytest.raises(RunError, match="does not say what its adapter was trained on"):
-        merge(root / "adapter", out=out)
-    with pytest.raises(ManifestError, match="The manifest was written for model"):
-        merge(
-            root / "adapter", out=out, manifest=root / "skiplist.json", model=str(tiny_folder("llama_tied"))
-        )
-    with pytest.raises(QprobeError, match="as_='8-bit' is not taken"):
-        merge(root / "adapter", out=out, as_="8-bit")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ModelError, match="is there already and not empty"):
-        merge(root / "adapter", out=root / "model", manifest=root / "skiplist.json")
-
-
-def test_an_adapter_beyond_linear_layers_is_refused(family, tmp_path):
-    root = family("llama")
-    adapter = copytree(root / "adapter", tmp_path / "adapter")
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(RunError, match="changes more than linear layers: DoRA"):
-        read_adapter(adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": ["mlp.experts"]}))
-    with pytest.raises(RunError, match="such as stacked experts"):
-        read_adapter(adapter)
 
 
 def test_a_merge_for_vllm_lists_its_names_or_is_refused_at_once(family, tmp_path, monkeypatch):

@@ -1,0 +1,91 @@
+"""Adapters that cannot be merged are refused, each in one sentence."""
+
+from __future__ import annotations
+
+import json
+from shutil import copytree
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from qprobe.checkpoint.adapters.lora import read_adapter
+from qprobe.errors import ManifestError, ModelError, QprobeError, RunError
+from qprobe.training.merging.merge import merge
+from tests.training.adapters import save
+
+pytestmark = [
+    pytest.mark.slow,
+    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def change_nothing(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n: 0 * t if "lora_B" in n else t for n, t in tensors.items()}
+
+
+def rename(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n.replace("model.layers", "language_model.layers"): t for n, t in tensors.items()}
+
+
+def cut_rank(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n: t[:2].clone() if "lora_A" in n else t[:, :2].clone() for n, t in tensors.items()}
+
+
+def other_shape(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n: t[:, :32].clone() if "lora_A" in n else t for n, t in tensors.items()}
+
+
+def lose_half(tensors: dict[str, Any]) -> dict[str, Any]:
+    return dict(list(tensors.items())[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_nothing, r"takes no effect: lora_B is zero in all of its 21 layers \(model\.layers\.0"),
+        (
+            rename,
+            "21 of 21 layers .* would take no effect on model: language_model.layers.0.* are not in",
+        ),
+        (other_shape, "would take no effect on model: .* have another shape"),
+        (cut_rank, "has rank 2, but adapter_config.json says 4"),
+        (lose_half, "without its other half"),
+    ],
+)
+def test_an_adapter_that_cannot_take_effect_is_refused_by_name(change, said, family, tmp_path):
+    root = family("llama")
+    adapter = copytree(root / "adapter", tmp_path / "adapter")
+    save(adapter, change(load_file(adapter / "adapter_model.safetensors")))
+    with pytest.raises(RunError, match=said):
+        merge(adapter, out=tmp_path / "out", manifest=root / "skiplist.json", model=str(root / "model"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_adapter_or_has_no_base_or_would_overwrite_is_one_sentence(family, tiny_folder, tmp_path):
+    root, out = family("llama"), tmp_path / "out"
+    with pytest.raises(RunError, match=r"holds no adapter: there is no adapter_config\.json"):
+        merge(root / "model", out=out)
+    with pytest.raises(RunError, match="does not say what its adapter was trained on"):
+        merge(root / "adapter", out=out)
+    with pytest.raises(ManifestError, match="The manifest was written for model"):
+        merge(
+            root / "adapter", out=out, manifest=root / "skiplist.json", model=str(tiny_folder("llama_tied"))
+        )
+    with pytest.raises(QprobeError, match="as_='8-bit' is not taken"):
+        merge(root / "adapter", out=out, as_="8-bit")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ModelError, match="is there already and not empty"):
+        merge(root / "adapter", out=root / "model", manifest=root / "skiplist.json")
+
+
+def test_an_adapter_beyond_linear_layers_is_refused(family, tmp_path):
+    root = family("llama")
+    adapter = copytree(root / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(RunError, match="changes more than linear layers: DoRA"):
+        read_adapter(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": ["mlp.experts"]}))
+    with pytest.raises(RunError, match="such as stacked experts"):
+        read_adapter(adapter)
