@@ -187,9 +187,9 @@ def test_half_of_what_is_added_is_an_effect(share: float, state: str):
     with torch.no_grad():
         base.up.weight.zero_()
         merged.up.weight.copy_(share * pair.delta(torch.device("cpu")))
-    found = _effect("up", pair, "fits", base, merged, FormatSpec(), None)
+    found = _effect("up", "fits", [pair], base, merged, FormatSpec(), None)
     assert (found.layer, found.state, found.arrived) == ("up", state, pytest.approx(share))
-    assert _effect("gone", pair, "not in the model", base, merged, FormatSpec(), None).arrived is None
+    assert _effect("gone", "not in the model", [pair], base, merged, FormatSpec(), None).arrived is None
 
 
 def test_each_kind_of_lost_effect_is_told_in_one_sentence():

@@ -79,7 +79,7 @@ NOTED = CorrectionFile("written", WEIGHTS.sha256, 2, ())
     ("noted", "tensors", "said"),
     [
         (None, FACTORS, "keeps no correction"),
-        (NOTED, None, "keeps no correction"),
+        (NOTED, None, "which the scan wrote, is missing"),
         (replace(NOTED, sha256=None), None, "no better than none on the samples"),
         (replace(NOTED, codes="d" * 64), FACTORS, "of other calibrated weights than the manifest"),
         (replace(NOTED, codes="d" * 64, sha256=None), FACTORS, "of other calibrated weights"),
