@@ -190,6 +190,23 @@ def test_finetune_begins_at_the_correction_where_one_is_kept_unless_it_is_told_o
     assert "from the correction" in (corrected.out / "README.md").read_text()
 
 
+def adapters_and_corrections(run: Path, out: Path) -> list[tuple[torch.Tensor, ...]]:
+    """(lora_A, lora_B, right, left) of the first block's 4-bit layers: as saved in `out`, and as kept."""
+    kept = {k: t.float() for k, t in load_file(run / correction.FILE_NAME).items()}
+    learned = load_file(out / "adapter_model.safetensors")
+    four_bit = {x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit}
+    names = [n for n in sorted(kept_names(kept) & four_bit) if n.startswith("model.layers.0.")]
+    assert names
+    return [
+        (
+            *(learned[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB"),
+            kept[f"{name}.right"],
+            kept[f"{name}.left"],
+        )
+        for name in names
+    ]
+
+
 def test_a_correction_is_held_over_an_interruption(run: Path, tiny_folder: Any, tmp_path: Path):
     def stop(stage: str, done: int, _total: int) -> None:
         if stage == "train" and done == 2:
@@ -214,14 +231,8 @@ def test_a_correction_is_held_over_an_interruption(run: Path, tiny_folder: Any, 
         finetune(**{**asked, "manifest": other / "skiplist.json"})
     done = finetune(**asked)
     assert (done.resumed_from, done.steps) == (1, 2)
-    kept = {k: t.float() for k, t in load_file(run / "correction.safetensors").items()}
-    learned = load_file(done.out / "adapter_model.safetensors")
-    four_bit = {x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit}
-    layers = {n for n in kept_names(kept) & four_bit if n.startswith("model.layers.0.")}
-    assert layers
-    for name in layers:
-        a, b = (learned[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-        assert torch.equal(a[2:], kept[f"{name}.right"]) and torch.equal(b[:, 2:], kept[f"{name}.left"])
+    for a, b, right, left in adapters_and_corrections(run, done.out):
+        assert torch.equal(a[2:], right) and torch.equal(b[:, 2:], left)
         assert b[:, :2].any()
 
 
@@ -236,13 +247,9 @@ def test_what_is_distilled_is_the_correction_alone_which_is_held_from_then_on(
         adapt="model.layers.0", out=tmp_path / "out",
     )  # fmt: skip
     assert done.distilled is not None and done.distilled.steps > 0
-    kept = {k: t.float() for k, t in load_file(run / "correction.safetensors").items()}
-    learned = load_file(done.out / "adapter_model.safetensors")
-    four_bit = {x.name for x in read_manifest(run / "skiplist.json").layers if x.is_four_bit}
-    for name in (n for n in kept_names(kept) & four_bit if n.startswith("model.layers.0.")):
-        a, b = (learned[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-        assert not torch.equal(a[2:], kept[f"{name}.right"])
-        assert not torch.equal(b[:, 2:], kept[f"{name}.left"])
+    for a, b, right, left in adapters_and_corrections(run, done.out):
+        assert not torch.equal(a[2:], right)
+        assert not torch.equal(b[:, 2:], left)
         assert not b[:, :2].any()  # the first step of a schedule has a rate of 0
 
 
