@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,12 +36,14 @@ from qprobe.loading.source import Source
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import moved
 from qprobe.manifest.write import manifest_to_json, write_manifest
+from qprobe.runs.folder import RunFolder
 from qprobe.selection.select import select
 from tests import tiny
 from tests.reading import encode
-from tests.scanning.asked import scan
+from tests.scanning.asked import scan, write_lines
 
-NAMES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama", "odd")
+STATE = ".quant_state.bitsandbytes__nf4"  # JSON in bytes, as many as its numbers have digits
+NAMES = ("mllama", "qwen2_vl", "qwen2_5_vl", "llava_pixtral", "llama", "odd", "tuned")
 
 
 class Run(NamedTuple):
@@ -53,6 +56,11 @@ class Run(NamedTuple):
     @property
     def manifest(self) -> Path:
         return self.folder / "skiplist.json"
+
+
+def kind_of(name: str) -> str:
+    """The tiny model of `tests.tiny` whose samples the run `name` reads."""
+    return "llama" if name in ("odd", "tuned", "untuned") else name
 
 
 def write_odd(folder: Path) -> Path:
@@ -68,6 +76,12 @@ def write_odd(folder: Path) -> Path:
     return folder
 
 
+def to_tune(folder: Path, steps: int) -> dict[str, Any]:
+    """What a scan is asked for so that it tunes scales: 20 of the samples are for codes, 2 of them kept back."""
+    rows = [{"prompt": f"What comes after {i}?", "answer": f"the number {i + 1}"} for i in range(30)]
+    return {"data": write_lines(folder / "rows.jsonl", *rows), "samples": 30, "tune": steps}
+
+
 @pytest.fixture(scope="module")
 def run(tiny_folder, tmp_path_factory) -> Callable[[str], Run]:
     """`run(name)`: that scan, made once. Tests must not change its folder."""
@@ -76,8 +90,9 @@ def run(tiny_folder, tmp_path_factory) -> Callable[[str], Run]:
     def make(name: str) -> Run:
         if name not in done:
             root = tmp_path_factory.mktemp(name)
-            model = write_odd(root / "model") if name == "odd" else tiny_folder(name)
+            model = write_odd(root / "model") if name == "odd" else tiny_folder(kind_of(name))
             few: dict[str, Any] = {"samples": 6, "max_new_tokens": 5, "device": "cpu"}
+            few |= {"tuned": to_tune(root, 8), "untuned": to_tune(root, 0)}.get(name, {})
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
                 # All rows of a weight move at once, in a sixteenth of the steps.
@@ -102,8 +117,7 @@ def saved(run, tmp_path_factory) -> Callable[[str], Path]:
 
 
 def logits(model: Any, processor: Any, name: str) -> torch.Tensor:
-    kind = "llama" if name == "odd" else name
-    batch = encode(processor, tiny.questions(kind, 2), model.dtype)
+    batch = encode(processor, tiny.questions(kind_of(name), 2), model.dtype)
     with torch.no_grad():
         return model(**batch.inputs).logits
 
@@ -156,7 +170,7 @@ def test_lora_trains_on_a_saved_checkpoint(name, saved):
     model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
     without_repacking(model)
     processor = load_processor(Source("saved", str(folder)))
-    batch = encode(processor, tiny.questions("llama" if name == "odd" else name, 2, "a red bar"), model.dtype)
+    batch = encode(processor, tiny.questions(kind_of(name), 2, "a red bar"), model.dtype)
     labels = batch.inputs["input_ids"].masked_fill(batch.kinds != ANSWER, -100)
     frozen = {n: p.data.clone() for n, p in model.named_parameters()}
     torch.manual_seed(0)
@@ -174,6 +188,27 @@ def test_lora_trains_on_a_saved_checkpoint(name, saved):
         n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in tuned.named_parameters()
     }
     assert all(torch.equal(now[n], p) for n, p in frozen.items())
+
+
+@pytest.mark.slow
+def test_tuned_scales_reach_the_checkpoint_at_the_bytes_of_plain_nf4(run, saved, tmp_path):
+    one, untuned = run("tuned"), run("untuned")
+    (told,) = RunFolder(one.folder).notes.get("tuning").notes
+    assert re.match(r"Scales were tuned for [1-8] steps?: .* the damage fell from ", told), told
+    with open_codes(one.folder / FILE_NAME) as file, open_codes(untuned.folder / FILE_NAME) as before:
+        assert file.layers == before.layers
+        pairs = {name: (file.raw(name), before.raw(name)) for name in sorted(file.layers)}
+    assert all(torch.equal(new[0], old[0]) for new, old in pairs.values())  # codes stay, scales move
+    assert all(not torch.equal(new[1]["absmax"], old[1]["absmax"]) for new, old in pairs.values())
+    manifest = read_manifest(one.manifest)
+    plain = replace(manifest, format=replace(manifest.format, name="nf4"), codes=None)
+    made = quantize(plain, tmp_path / "nearest", str(one.model), "cpu").out
+    tuned, nearest = (load_file(folder / "model.safetensors") for folder in (saved("tuned"), made))
+    assert {x: (t.dtype, t.shape) for x, t in tuned.items() if STATE not in x} == {
+        x: (t.dtype, t.shape) for x, t in nearest.items() if STATE not in x
+    }
+    loaded = [load_dynamic_4bit(x, str(one.model), "cpu")[0] for x in (one.manifest, plain)]
+    assert len({stored_bytes(model).total_bytes for model in loaded}) == 1
 
 
 @pytest.mark.slow
