@@ -77,7 +77,7 @@ def write_odd(folder: Path) -> Path:
 
 
 def to_tune(folder: Path, steps: int) -> dict[str, Any]:
-    """What a scan is asked for so that it tunes scales: 20 of the samples are for codes, 2 of them kept back."""
+    """What a scan that tunes scales is asked for: 20 samples are for its codes, 2 of them kept back."""
     rows = [{"prompt": f"What comes after {i}?", "answer": f"the number {i + 1}"} for i in range(30)]
     return {"data": write_lines(folder / "rows.jsonl", *rows), "samples": 30, "tune": steps}
 
