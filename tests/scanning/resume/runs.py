@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qprobe.scanning.run import ScanResult
 
 TinyFolder = Callable[[str], Path]
-Share = Callable[[int, int, Path], ScanResult]
+Share = Callable[..., ScanResult]
+
+
+class Calibrated(NamedTuple):
+    """A finished scan of calibrated weights. asked: `options` that differ from those of a plain one."""
+
+    run: Path
+    asked: dict[str, Any]
 
 
 def options(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -20,6 +28,11 @@ def options(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
 
 def table(run: Path) -> bytes:
     return (run / "layers.csv").read_bytes()
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    """RUN/skiplist.json, but for the command, which names the folder."""
+    return {k: x for k, x in json.loads((run / "skiplist.json").read_text()).items() if k != "made_by"}
 
 
 def units(run: Path) -> dict[str, bytes]:

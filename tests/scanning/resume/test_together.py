@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from qprobe.calibration import calibrate as calibration
+from qprobe.formats.codes_file import FILE_NAME
 from qprobe.measure import held_out
 from qprobe.options import ScanOptions, no_progress
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.shards import is_chosen, measuring, wait_for_units
+from qprobe.runs.units import NEAREST_STAGE
 from qprobe.scanning import measure as measuring_step
 from qprobe.scanning import scan as road
 from qprobe.scanning import together
@@ -21,7 +24,7 @@ from qprobe.scanning.asked.request import parse_options
 from qprobe.scanning.process import Process
 from qprobe.scanning.run import ScanResult
 from qprobe.system.processes import Shard, even_runs
-from tests.scanning.resume.runs import contents, options, table, units
+from tests.scanning.resume.runs import Calibrated, Share, contents, manifest, options, table, units
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +88,54 @@ def test_processes_share_what_is_measured_of_the_candidates_and_leave_the_files_
     found, expected = contents(tmp_path / "run"), contents(whole)
     assert {x: found[x] for x in same} == {x: expected[x] for x in same}
     assert RunFolder(tmp_path / "run").notes.sentences == RunFolder(whole).notes.sentences
+
+
+@pytest.mark.usefixtures("quick_rounding")
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_that_calibrate_tune_and_measure_together_leave_the_files_of_one(
+    world: int, calibrated: Calibrated, at_once: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rounded, nearest, tuned = (
+        threads_of(monkeypatch, place, name)
+        for place, name in ((calibration, "_finish"), (held_out, "nearest_kl"), (calibration, "tune"))
+    )
+    run, whole = tmp_path / "run", calibrated.run
+    results = at_once(world, run, **calibrated.asked)
+    assert sum(r.skiplist is not None for r in results) == 1
+    names = list(units(whole))
+    # Each weight and each batch of standard 4-bit beside the lists once; one process tunes.
+    assert len(rounded) == sum(x.startswith("calibration-") for x in names) and len(set(rounded)) > 1
+    assert len(nearest) == sum(x.startswith(f"{NEAREST_STAGE}-") for x in names) > 1
+    assert len(tuned) == 1 and any("the damage fell" in x for x in RunFolder(whole).notes.sentences)
+    assert_same_files(run, whole)
+
+
+@pytest.mark.usefixtures("quick_rounding")
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_that_calibrate_one_after_the_other_leave_the_files_of_one(
+    world: int, calibrated: Calibrated, share: Share, tmp_path: Path
+):
+    for rank in reversed(range(world)):
+        share(rank, world, tmp_path / "run", **calibrated.asked)
+    assert_same_files(tmp_path / "run", calibrated.run)
+
+
+def threads_of(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[int]:
+    """A list of the threads that call `place.name` from now on, one entry for each call."""
+    real, calls = getattr(place, name), []
+    monkeypatch.setattr(place, name, lambda *asked: (calls.append(get_ident()), real(*asked))[1])
+    return calls
+
+
+def assert_same_files(run: Path, whole: Path) -> None:
+    """Everything that a scan of calibrated weights found is the same to the byte."""
+    assert units(run) == units(whole) and table(run) == table(whole)
+    same = (FILE_NAME, "frontier.csv", "ranks.csv", "peaks.csv", "samples.json", "files.json")
+    found, expected = contents(run), contents(whole)
+    assert [x for x in same if found[x] != expected[x]] == []
+    assert manifest(run) == manifest(whole)
+    assert RunFolder(run).codes == RunFolder(whole).codes is not None
+    assert RunFolder(run).notes.sentences == RunFolder(whole).notes.sentences
 
 
 def test_ablation_is_shared_as_well(at_once: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
