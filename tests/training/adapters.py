@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
 from qprobe.checkpoint.ready import lora_targets
+from qprobe.loading.config import model_class
 from qprobe.loading.skeleton import skeleton_of
 from qprobe.loading.source import resolve
 from tests import tiny
 
-DECODERS = ("qwen3", "gemma2", "mistral", "phi3")  # families beside those of tests/tiny.py
+DECODERS = ("qwen3", "gemma2", "mistral", "phi3", "olmo2")  # families beside those of tests/tiny.py
+SCALING = 2.0  # alpha 8 over rank 4, of `write_adapter`
 
 
 def write_family(name: str, folder: Path) -> Path:
@@ -55,6 +58,15 @@ def save(folder: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def plainly(folder: Path) -> Any:
+    """The checkpoint as a user of transformers loads it; bitsandbytes' repacking on some CPUs is off."""
+    model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def added(adapter: Path, scaling: float) -> dict[str, Tensor]:

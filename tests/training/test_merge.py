@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
 
-from qprobe.checkpoint.adapters.effect import Arrived
 from qprobe.checkpoint.adapters.lora import read_adapter
 from qprobe.checkpoint.adapters.record import Record, write_record
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
-from qprobe.checkpoint.starts.attached import save_adapter
 from qprobe.cli import main
+from qprobe.data.builtin import PHOTOGRAPHS, QUESTIONS, photographs, questions
 from qprobe.errors import ManifestError
-from qprobe.loading.config import model_class
+from qprobe.inputs.answers import Batching, answered
+from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import skeleton_of
 from qprobe.loading.source import resolve
@@ -36,10 +33,9 @@ from qprobe.training.merging.forms import WRITERS, Job
 from qprobe.training.merging.merge import merge
 from qprobe.training.merging.merged import lost
 from qprobe.training.origin import Origin, as_merged, origin_of
-from tests import tiny
 from tests.checkpoint import reference
 from tests.checkpoint.manifests import manifest_for
-from tests.training.adapters import DECODERS, added, save
+from tests.training.adapters import SCALING, plainly, save
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,107 +43,36 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-FAMILIES = (*tiny.GENERATING_NAMES, *DECODERS)
-SCALING = 2.0  # alpha 8 over rank 4
-
-
-def plainly(folder: Path) -> Any:
-    """The checkpoint as a user of transformers loads it; bitsandbytes' repacking on some CPUs is off."""
-    model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-@torch.inference_mode()
-def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=torch.tensor([[1, 40, 50, 60, 70]])).logits
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_both_forms_load_plainly_and_compute_what_a_merge_by_hand_does(name, family, tmp_path):
-    root = family(name)
-    adapter = read_adapter(root / "adapter")
-    origin = origin_of(adapter, root / "skiplist.json", "dynamic", str(root / "model"), None)
-    job = Job(
-        adapter, origin, skeleton_of(resolve(origin.model), "bfloat16"), tmp_path / "out", AskedDevice("cpu")
-    )
-    delta = added(root / "adapter", SCALING)
-    for form, write in WRITERS.items():
-        (tmp_path / form).mkdir()
-        assert 0.9 < sum(write(job, tmp_path / form).arrived.values(), Arrived()).share < 1.1
-        assert AutoTokenizer.from_pretrained(tmp_path / form)("a cat") == AutoTokenizer.from_pretrained(
-            root / "model"
-        )("a cat")
-
-    sixteen = plainly(root / "model")
-    for layer, more in delta.items():
-        weight = sixteen.get_submodule(layer).weight
-        weight.data = (weight.data.float() + more).to(weight.dtype)
-    assert torch.equal(logits(plainly(tmp_path / "16-bit")), logits(sixteen))
-
-    four, _ = load_dynamic_4bit(origin.manifest, origin.model, "cpu")
-    for layer, more in delta.items():
-        module = four.get_submodule(layer)
-        if isinstance(module, Linear4bit):
-            state = module.weight.quant_state
-            sums = (dequantize_4bit(module.weight.data, state).float() + more).to(torch.bfloat16)
-            codes, again = quantize_4bit(sums, blocksize=64, compress_statistics=True, quant_type="nf4")
-            module.weight.data, module.weight.quant_state = codes, again
-        else:
-            module.weight.data = (module.weight.data.float() + more).to(module.weight.dtype)
-    assert torch.equal(logits(plainly(tmp_path / "4-bit")), logits(four))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_adapter_on_a_4bit_base_loads_with_peft_alone_on_the_plain_model(name, family, tmp_path):
-    from peft import PeftModel, get_peft_model_state_dict
-
-    root, out = family(name), tmp_path / "adapter"
-    tuned, _ = load_dynamic_4bit(
-        root / "skiplist.json", str(root / "model"), "cpu", start="zero", rank=4, adapt="all"
-    )
-    torch.manual_seed(0)
-    for parameter in (p for n, p in tuned.named_parameters() if "lora_B" in n):
-        parameter.data = 0.05 * torch.randn(parameter.shape)
-    save_adapter(tuned, out, str(root / "model"))
-    base = plainly(root / "model")
-    before = logits(base)
-    again: Any = PeftModel.from_pretrained(base, str(out))
-    wanted, found = (get_peft_model_state_dict(x, save_embedding_layers=False) for x in (tuned, again))
-    assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
-    assert set(
-        read_adapter(out).fits(skeleton_of(resolve(str(root / "model")), "bfloat16").model).values()
-    ) == {"fits"}
-    assert not torch.equal(logits(again), before)
-    assert again.peft_config["default"].base_model_name_or_path == str(root / "model")
-
 
 @pytest.fixture(scope="module")
-def merged(family: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(root, what `merge` found) of the tiny Llama, merged with both forms measured."""
-    root = family("llama")
-    out = tmp_path_factory.mktemp("merged") / "out"
-    return root, merge(
-        root / "adapter", out=out, manifest=root / "skiplist.json", device="cpu", samples=3,
-        max_new_tokens=4, batch_size=1, model=str(root / "model"),
-    )  # fmt: skip
+def merged(family: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """(root, what `merge` found) of a tiny model, merged with both forms measured."""
+    made: dict[str, Any] = {}
+
+    def of(name: str) -> Any:
+        if name not in made:
+            root, out = family(name), tmp_path_factory.mktemp("merged") / "out"
+            made[name] = root, merge(
+                root / "adapter", out=out, manifest=root / "skiplist.json", device="cpu", samples=3,
+                max_new_tokens=4, batch_size=1, model=str(root / "model"),
+            )  # fmt: skip
+        return made[name]
+
+    return of
 
 
-def test_the_kl_on_the_card_is_that_of_an_independent_measurement(merged):
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_the_kl_on_the_card_is_that_of_an_independent_measurement(name, merged):
     from peft import PeftModel
 
-    from qprobe.data.builtin import QUESTIONS, questions
-    from qprobe.inputs.answers import Batching, answered
-    from qprobe.inputs.processed import ProcessedSamples
-
-    root, made = merged
+    root, made = merged(name)
     processor = load_processor(resolve(str(root / "model")))
     base, _ = load_dynamic_4bit(root / "skiplist.json", str(root / "model"), "cpu")
     tuned: Any = PeftModel.from_pretrained(base, str(root / "adapter"))
-    first = len(QUESTIONS) * 2 // 3
-    samples = questions(None, len(QUESTIONS) - first, first).samples[:3]
+    builtin, all_of_it = (questions, QUESTIONS) if name == "llama" else (photographs, PHOTOGRAPHS)
+    first = len(all_of_it) * 2 // 3
+    samples = builtin(None, len(all_of_it) - first, first).samples[:3]
+    assert all(x.seen for x in samples) == (name != "llama")
     samples = answered(tuned, ProcessedSamples(processor, torch.bfloat16), samples, Batching(3, 4))
     kept = plainly(made.out)
     both = [[reference.answer_logits(model, processor, x) for x in samples] for model in (tuned, kept)]
@@ -158,7 +83,7 @@ def test_the_kl_on_the_card_is_that_of_an_independent_measurement(merged):
 
 
 def test_the_better_form_is_kept_and_nothing_else_is_left(merged):
-    _, made = merged
+    _, made = merged("llama")
     assert [x.name for x in made.comparison.rows] == ["base + adapter", "16-bit", "4-bit"]
     is_4bit = "quantization_config" in json.loads((made.out / "config.json").read_text())
     assert made.form == ("4-bit" if is_4bit else "16-bit") and made.why.startswith(made.form)
@@ -167,7 +92,7 @@ def test_the_better_form_is_kept_and_nothing_else_is_left(merged):
 
 
 def test_audit_says_which_layers_of_the_adapter_took_effect(merged, tmp_path):
-    root, made = merged
+    root, made = merged("llama")
     found = audit(made.out, adapter=root / "adapter")
     assert found.ok and {x.state for x in found.adapter} == {"took effect"}
     layer = "model.layers.0.mlp.up_proj"
