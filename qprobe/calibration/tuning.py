@@ -36,6 +36,7 @@ UNIT_RATE = 2e-3  # of the units of codes
 CODE_BYTES = 26  # its unit, gradient and two averages in float32, and what a step takes of them on the way
 SLACK = 0.4  # of a unit: how near a boundary a code begins that is not the nearest one to its weight
 CHECKS = 8  # looks at the samples kept back
+_STEP = "tune"  # the kind of work that a step is
 
 
 STEPS = {"small": 200, "large": 32}  # on CUDA; large: above `FLOAT32_UP_TO` parameters
@@ -167,6 +168,7 @@ def tune(
 
     A step runs one batch that is not kept back: the 16-bit model, and the 4-bit one forward and backward.
     `done` is called after each. The result is never worse on what is kept back than `stored` is.
+    Raises MachineError if a memory limit has no room for that.
     """
     tuning = _Tuning(subject, stored, fmt)
     with walking(subject.path):
@@ -204,9 +206,13 @@ def _descend(
         for group, rate in zip(optimizer.param_groups, (RATE, UNIT_RATE), strict=False):
             group["lr"] = rate * (1 - (step - 1) / steps)
         optimizer.zero_grad(set_to_none=True)
-        if not isfinite(tuning.descend(next(batches))):
+        batch = next(batches)
+        with tuning.subject.running(_STEP, batch.elements):
+            is_finite = isfinite(tuning.descend(batch))
+            if is_finite:
+                optimizer.step()
+        if not is_finite:
             break
-        optimizer.step()
         if step % max(1, steps // CHECKS) == 0 or step == steps:
             found = tuning.damage(given.kept_back)
             lowest = min(lowest, found)
@@ -307,7 +313,9 @@ class _Tuning:
 
     def damage(self, batches: Sequence[Batch]) -> float:
         """Damage of `batches` together, see `mean_damage`."""
-        return mean_damage(self.subject, batches, self.forward)
+        size = max((batch.elements for batch in batches), default=1)
+        with self.subject.running("look at scales", size, like=_STEP):
+            return mean_damage(self.subject, batches, self.forward)
 
 
 def _codes(units: Tensor | None) -> Tensor | None:

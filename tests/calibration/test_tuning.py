@@ -17,9 +17,11 @@ from qprobe.calibration.columns.grid import nf4_grid
 from qprobe.calibration.damage import split_samples
 from qprobe.calibration.tuned_linear import TunedLinear, nearest_codes, units_of
 from qprobe.calibration.tuning import Given, tune
+from qprobe.errors import MachineError
 from qprobe.formats.nf4 import Nf4, PackedNf4
 from qprobe.loading.reference import load_reference
-from qprobe.measure.subject import Subject, subject_of
+from qprobe.measure import memory
+from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
 from tests import tiny
 
@@ -213,6 +215,20 @@ def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
     assert kept.step == again.step > 0
     for layer, one in kept.stored.items():
         assert torch.equal(one.state.absmax, again.stored[layer].state.absmax)
+
+
+@pytest.mark.parametrize("fitting", [0, 1])  # first comes a look at what is kept back, then a step
+def test_tuning_that_a_memory_limit_has_no_room_for_is_refused_with_the_least_that_would_do(
+    fitting: int, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reference = load_reference(str(tiny_folder("llama")), "cpu", on_host=True)
+    subject = limited_subject(reference, FormatSpec(), 2**40, tmp_path)
+    given = {n: Nf4().stored(subject.dequantized.own(n)) for n in subject.quantized_modules}
+    batches, peaks = batches_of(subject, "llama", 2), iter([2**30] * fitting + [2**41])
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_, **__: next(peaks))
+    with subject.streaming(), pytest.raises(MachineError, match=r"a batch took .* Pass --max-memory \d+MiB"):
+        tune(subject, given, Given(batches, batches), 2, Nf4())
+    assert not any(peaks)
 
 
 @pytest.mark.parametrize(("count", "kept"), [(15, []), (16, [7, 15]), (30, [7, 15, 23])])

@@ -8,7 +8,7 @@ import pytest
 from qprobe.errors import BudgetError, MachineError
 from qprobe.runs.folder import RunFolder
 from tests import tiny
-from tests.scanning.asked import Scanned, TinyFolder, options, scan
+from tests.scanning.asked import Scanned, TinyFolder, options, scan, write_lines
 
 pytestmark = pytest.mark.slow
 
@@ -58,5 +58,20 @@ def test_calibration_within_a_memory_limit_chooses_the_same_codes(tiny_folder: T
     asked = options(tiny_folder("llama"), tmp_path / "plain", format="nf4-calibrated")
     plain = scan(**asked)
     limited = scan(**{**asked, "out": tmp_path / "limited", "max_memory": "1TiB"})
+    assert RunFolder(limited.run).scan.codes == RunFolder(plain.run).scan.codes is not None
+    assert (limited.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()
+
+
+@pytest.mark.usefixtures("quick_rounding")
+def test_scales_are_tuned_within_a_memory_limit_to_the_same_codes(tiny_folder: TinyFolder, tmp_path: Path):
+    rows = [{"prompt": f"What comes after {i}?", "answer": f"the number {i + 1}"} for i in range(30)]
+    asked = options(tiny_folder("llama"), tmp_path / "plain", format="nf4-calibrated", tune=4, samples=30)
+    asked["data"] = write_lines(tmp_path / "rows.jsonl", *rows)
+    plain = scan(**asked)
+    limited = scan(**{**asked, "out": tmp_path / "limited", "max_memory": "1TiB"})
+    told, (same,) = (
+        [x for x in one.notes if x.startswith("Scales were tuned for ")] for one in (plain, limited)
+    )
+    assert told == [same] and limited.streamed_bytes
     assert RunFolder(limited.run).scan.codes == RunFolder(plain.run).scan.codes is not None
     assert (limited.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()
