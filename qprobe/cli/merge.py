@@ -60,8 +60,10 @@ def merge(as_json: bool, **asked: Any) -> None:
 
     An adapter is trained beside its base's weights, most of them in 4-bit. Added to the 16-bit weights it is
     another model, and a correction of 4-bit weights that it holds is left out; added to the dequantized ones
-    it has to go back to 4-bit, which rounds part of it away.
-    Both are made, loaded with plain from_pretrained, and held against base + adapter on the samples: the one
+    it has to go back to 4-bit, which rounds part of it away. Where the base has calibrated codes, they are
+    calibrated again as well, on samples that are not measured on: rows of --data or files of --images behind
+    those that are, else built-in ones.
+    All are made, loaded with plain from_pretrained, and held against base + adapter on the samples: the one
     with the lower KL is kept, and 4-bit where no difference is found. Pass samples that the adapter was not
     trained on; answers that they bring are held against the greedy ones (--metric).
 
@@ -70,10 +72,11 @@ def merge(as_json: bool, **asked: Any) -> None:
     one of another base.
 
     \b
-    --json prints: out, form (16-bit or 4-bit), why, base, layers (that the adapter is on), unchanged [layer]
-    (those that it leaves as they are), rounded_away [layer] (those whose weights hold less than half of what
-    it adds), arrived (share of what the adapter adds that is in the weights), files {name: bytes}, and rows,
-    metrics and samples as of compare; the first row is base + adapter.
+    --json prints: out, form (16-bit or 4-bit), rounding (of 4-bit: nearest or calibrated, else null), why,
+    base, layers (that the adapter is on), unchanged [layer] (those that it leaves as they are), rounded_away
+    [layer] (those whose weights hold less than half of what it adds), arrived (share of what the adapter adds
+    that is in the weights), files {name: bytes}, and rows, metrics and samples as of compare; the first row
+    is base + adapter.
     """
     refuse_two_sources(asked)
     if asked["manifest"] is None and asked["base"] is not None:

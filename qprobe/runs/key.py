@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.errors import RunError
-from qprobe.records import FormatSpec, Inventory, ModelIdentity
+from qprobe.records import FormatSpec, Inventory, ModelIdentity, Sample
 from qprobe.registry import measures as declared
 from qprobe.system.decoding import check_names, check_visible, decode, strict_json
 from qprobe.system.versions import library_versions
@@ -111,6 +111,11 @@ class SampleKey:
 
 
 Batches = tuple[tuple[SampleKey, ...], ...]
+
+
+def named_batches(groups: Iterable[Iterable[Sample]]) -> Batches:
+    """Samples in batches, as the key knows them."""
+    return tuple(tuple(SampleKey(s.id, s.digest, s.ends) for s in group) for group in groups)
 
 
 @dataclass(frozen=True)

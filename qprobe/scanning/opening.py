@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from qprobe.calibration.room import check_limit
 from qprobe.calibration.settings import settings
@@ -21,7 +21,7 @@ from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.records import FormatSpec, Sample
 from qprobe.runs.damaged import set_aside_damaged
 from qprobe.runs.folder import RunFolder
-from qprobe.runs.key import VERSION, Batches, Key, Measures, Rounding, SampleKey, Spec
+from qprobe.runs.key import VERSION, Key, Measures, Rounding, Spec, named_batches
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.check import check_inventory
 from qprobe.scanning.process import Process
@@ -109,16 +109,12 @@ def run_key(
         measures=measures,
         processor=inputs_digest(first),
         reading=reading_digest(reference.processor, samples),
-        calibration=_named(batches["calibration"]),
-        codes=_named(batches["codes"]),
-        isolated=_named(batches["isolated"]),
-        held_out=_named(batches["held_out"]),
+        calibration=named_batches(batches["calibration"]),
+        codes=named_batches(batches["codes"]),
+        isolated=named_batches(batches["isolated"]),
+        held_out=named_batches(batches["held_out"]),
         seed=seed,
         rounding=rounding,
         versions=library_versions(),
     )
     return Key(VERSION, reference.identity, fmt, subject.inventory, spec)
-
-
-def _named(groups: Iterable[Iterable[Sample]]) -> Batches:
-    return tuple(tuple(SampleKey(s.id, s.digest, s.ends) for s in group) for group in groups)

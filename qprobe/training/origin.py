@@ -114,7 +114,9 @@ def _as_told(
 def as_merged(origin: Origin, skeleton: Skeleton) -> Manifest:
     """The manifest of the merged checkpoint in 4-bit: the base's layers, without what was measured of it.
 
-    Its weights are rounded to nearest where the adapter changed them, so calibrated ones are no longer named.
+    It names no file of calibrated codes: those of the base are no longer its weights, and new ones lie in the
+    checkpoint alone, since in the base's 16-bit model, by which a manifest names its layers, they would be
+    half of an adapter.
     """
     given = origin.manifest
     spec = replace(given.format, name=given.format.four_bit_name)

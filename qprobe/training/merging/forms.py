@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from qprobe.checkpoint.ready import is_four_bit
 from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import VerificationError
 from qprobe.exports.export import config_entries
+from qprobe.formats.codes_file import CodesReader, open_codes
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.loading.skeleton import Skeleton
 from qprobe.loading.source import resolve
@@ -32,13 +34,19 @@ from qprobe.training.origin import Origin, as_merged
 
 
 def fold(
-    model: nn.Module, adapter: Adapter, spec: FormatSpec, beside: nn.Module | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    spec: FormatSpec,
+    beside: nn.Module | None = None,
+    codes: CodesReader | None = None,
 ) -> dict[str, Arrived]:
     """Adds `adapter` to the weights of `model`; how much of it arrived, by layer.
 
-    beside: the model whose weights are added to, and put into `model`; None for its own.
-    A layer in 4-bit is dequantized, added to, and rounded to nearest in the format `spec`; sums are taken in
-    float32 and rounded once. Layers that the adapter leaves as they are keep their codes to the bit.
+    beside: the model whose weights are added to, and put into `model`; None for its own. codes: of sums that
+    were calibrated, see `qprobe.training.merging.calibrated`.
+    A layer in 4-bit is dequantized and added to; where `codes` holds the sum it is taken from there, else it
+    is rounded to nearest in the format `spec`. Sums are taken in float32 and rounded once. Layers that the
+    adapter leaves as they are keep their codes to the bit.
     """
     found = {}
     for name, pair in adapter.layers.items():
@@ -50,7 +58,8 @@ def fold(
         before = weight_of((beside or model).get_submodule(name))
         sums = (before.float() + added).to(before.dtype)
         if is_four_bit(module):
-            put_stored(module, _rounded(spec)(sums))
+            held = codes.stored(name, sums.device) if codes is not None and name in codes.layers else None
+            put_stored(module, held or _rounded(spec)(sums))
         else:
             module.weight.data.copy_(sums)
         found[name] = arrived(before, weight_of(module), added)
@@ -105,8 +114,11 @@ def write_16bit(job: Job, folder: Path) -> Written:
     return Written(folder, _audited(job, folder, None), found)
 
 
-def write_4bit(job: Job, folder: Path) -> Written:
-    """The base's own weights with the adapter added, in 4-bit as the base was, in `folder`."""
+def write_4bit(job: Job, folder: Path, codes: Path | None = None) -> Written:
+    """The base's own weights with the adapter added, in 4-bit again, in `folder`.
+
+    codes: a file of them, calibrated, for layers that the adapter changes; None to round those to nearest.
+    """
     refuse_rewritten(job.skeleton.model)
     manifest = as_merged(job.origin, job.skeleton)
     entries = config_entries(manifest, job.for_tool)
@@ -114,7 +126,8 @@ def write_4bit(job: Job, folder: Path) -> Written:
     beside = model
     if job.origin.base == "16-bit":
         model = dynamic_4bit(manifest, job.skeleton, job.device, None)
-    found = fold(model, job.adapter, manifest.format, beside)
+    with nullcontext() if codes is None else open_codes(codes) as file:
+        found = fold(model, job.adapter, manifest.format, beside, file)
     check_keys(job.skeleton.model, entries, manifest)
     save_four_bit(model, processor, manifest, entries, folder)
     return Written(folder, _audited(job, folder, manifest), found)
@@ -132,4 +145,9 @@ def _audited(job: Job, folder: Path, manifest: Manifest | None) -> Skeleton:
     return skeleton
 
 
-WRITERS: dict[Form, Callable[[Job, Path], Written]] = {"16-bit": write_16bit, "4-bit": write_4bit}
+Candidate = Literal["16-bit", "4-bit", "4-bit, calibrated"]
+"""What is measured: in 4-bit weights are rounded to nearest, or their codes calibrated."""
+CALIBRATED: Candidate = "4-bit, calibrated"
+ROUNDINGS: dict[Candidate, str] = {"4-bit": "nearest", CALIBRATED: "calibrated"}
+Writer = Callable[[Job, Path], Written]
+WRITERS: dict[Form, Writer] = {"16-bit": write_16bit, "4-bit": write_4bit}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from qprobe.checkpoint.adapters.effect import HALF, Arrived
@@ -28,9 +30,11 @@ from qprobe.loading.processor import load_processor
 from qprobe.loading.skeleton import Skeleton
 from qprobe.measure.kl import ANSWERS, readout_of
 from qprobe.options import Form, MergeOptions, Progress, path_if_given, path_of, takes
+from qprobe.records import Sample
 from qprobe.system.devices import AskedDevice, parse_device
-from qprobe.training.merging.forms import WRITERS, Job
-from qprobe.training.merging.merged import Merged, card, chosen_form
+from qprobe.training.merging.calibrated import fitted_codes
+from qprobe.training.merging.forms import CALIBRATED, WRITERS, Candidate, Job, Writer, write_4bit
+from qprobe.training.merging.merged import Merged, card, chosen
 from qprobe.training.origin import as_merged, origin_of
 
 REFERENCE = "base + adapter"
@@ -43,10 +47,11 @@ def merge(options: MergeOptions) -> Merged:
 
     Two are made: the 16-bit weights with what the adapter learned added (and not the correction of 4-bit
     weights that one of `finetune` may hold), and the base's own weights (dequantized where they are in 4-bit)
-    with the adapter added, back in 4-bit. An adapter learned to work beside the base's
+    with the adapter added, back in 4-bit: rounded to nearest, and where the manifest's format is calibrated
+    with calibrated codes as well. An adapter learned to work beside the base's
     weights, so either is another model. Each is loaded plainly and held against base + adapter on samples
     that the adapter was not trained on; the one with the lower KL is kept, and 4-bit, the smaller, where they
-    cannot be told apart.
+    cannot be told apart. No code is fitted to these samples: see `fitted_codes`.
 
     adapter: folder of `finetune`, or of peft. as_: the form to make, without a choice.
     manifest, base: of an adapter that `finetune` did not make; what it was trained on, see `load_base`.
@@ -93,29 +98,49 @@ def _merged(job: Job, forms: tuple[Form, ...], asked: AskedCourse, progress: Pro
     )
     results, written = {REFERENCE: reference}, {}
     with ExitStack() as stack:
-        for form in forms:
-            progress(f"write {form}", 0, 1)
+        place = stack.enter_context(scratch_folder(job.target))
+        writers, told = _writers(job, forms, asked, course.given, place, progress)
+        for name, write in writers.items():
+            progress(f"write {name}", 0, 1)
             folder = stack.enter_context(scratch_folder(job.target))
-            written[form] = one = WRITERS[form](job, folder)
+            written[name] = one = write(job, folder)
             load = partial(_plainly, one.skeleton, job.device)
-            results[form] = run_course(load, course, staged(progress, form))
-        form, why = chosen_form({x: results[x] for x in forms})
-        one = written[form]
+            results[name] = run_course(load, course, staged(progress, name))
+        kept, why = chosen({x: results[x] for x in writers})
+        one = written[kept]
         made = Merged(
             out=job.target,
-            form=form,
+            kept=kept,
             why=why,
             base=job.origin.base,
             layers=len(one.arrived),
             unchanged=tuple(name for name, x in one.arrived.items() if not x.energy),
             rounded_away=tuple(name for name, x in one.arrived.items() if x.energy and x.share < HALF),
             arrived=sum(one.arrived.values(), Arrived()).share,
-            comparison=compared(results, course, notes),
+            comparison=compared(results, course, (*notes, *told)),
         )
         (one.folder / "README.md").write_text(card(made, job.origin.manifest, job.skeleton), "utf-8")
         files = {x.name: x.stat().st_size for x in sorted(one.folder.iterdir())}
         os.replace(one.folder, job.target)
     return made.with_files(files)
+
+
+def _writers(
+    job: Job,
+    forms: tuple[Form, ...],
+    asked: AskedCourse,
+    judges: Sequence[Sample],
+    place: Path,
+    progress: Progress,
+) -> tuple[dict[Candidate, Writer], tuple[str, ...]]:
+    """(what writes each candidate of `forms`, notes on them); place: for the codes of the calibrated one."""
+    writers: dict[Candidate, Writer] = {form: WRITERS[form] for form in forms}
+    if "4-bit" not in forms or not job.origin.manifest.format.is_calibrated:
+        return writers, ()
+    codes, notes = fitted_codes(job, asked, judges, place, progress)
+    if codes is not None:
+        writers[CALIBRATED] = partial(write_4bit, codes=codes)
+    return writers, notes
 
 
 def _plainly(skeleton: Skeleton, device: AskedDevice) -> tuple[Any, Any]:

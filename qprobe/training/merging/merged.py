@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from qprobe.options import Form
 from qprobe.runs.statistics import ratio
 from qprobe.system.markdown import plain
 from qprobe.system.wording import counted
+from qprobe.training.merging.forms import CALIBRATED, ROUNDINGS, Candidate
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged checkpoint. form: of its weights; why: a sentence on why this one; base: of the adapter.
+    """A merged checkpoint. kept: which candidate; why: a sentence on why this one; base: of the adapter.
 
     layers: that the adapter is on; unchanged: those of them whose lora_B is zero; rounded_away: those
     whose stored weights hold less than half of what it adds, as `audit --adapter` says too. arrived: the
@@ -31,7 +33,7 @@ class Merged:
     """
 
     out: Path
-    form: Form
+    kept: Candidate
     why: str
     base: str
     layers: int
@@ -45,15 +47,26 @@ class Merged:
         return replace(self, files=files)
 
     @property
+    def form(self) -> Form:
+        """Of its weights."""
+        return "16-bit" if self.kept == "16-bit" else "4-bit"
+
+    @property
+    def rounding(self) -> str | None:
+        """Of the weights in 4-bit that the adapter changes; None for 16-bit."""
+        return ROUNDINGS.get(self.kept)
+
+    @property
     def row(self) -> Row:
         """What was measured of the checkpoint that was kept."""
-        return next(x for x in self.comparison.rows if x.name == self.form)
+        return next(x for x in self.comparison.rows if x.name == self.kept)
 
     def to_json(self) -> dict[str, Any]:
         """The object of `merge --json`."""
         return {
             "out": str(self.out),
             "form": self.form,
+            "rounding": self.rounding,
             "why": self.why,
             "base": self.base,
             "layers": self.layers,
@@ -63,6 +76,19 @@ class Merged:
             **self.comparison.to_json(),
             "files": dict(self.files or {}),
         }
+
+
+def chosen(results: Mapping[Candidate, ModelResult]) -> tuple[Candidate, str]:
+    """(the candidate to keep, why): of 4-bit the rounding with the lower KL, then a form by `chosen_form`."""
+    roundings: list[Candidate] = [x for x in ROUNDINGS if x in results]
+    forms: dict[Form, ModelResult] = {"16-bit": results["16-bit"]} if "16-bit" in results else {}
+    if not roundings:
+        return chosen_form(forms)
+    best = min(roundings, key=lambda x: fsum(one.kl for one in results[x].sums))
+    form, why = chosen_form({**forms, "4-bit": results[best]})
+    if len(roundings) > 1:
+        why += f" Of both roundings to 4-bit, {ROUNDINGS[best]} has the lower KL."
+    return best if form == "4-bit" else form, why
 
 
 def chosen_form(results: Mapping[Form, ModelResult]) -> tuple[Form, str]:
@@ -106,9 +132,11 @@ def lost(made: Merged) -> str:
     )
 
 
-_WEIGHTS: dict[Form, str] = {
+_IN_4BIT = "The weights that the adapter was trained beside, with the adapter added, in 4-bit again"
+_WEIGHTS: dict[Candidate, str] = {
     "16-bit": "The 16-bit weights with what the adapter learned added.",
-    "4-bit": "The weights that the adapter was trained beside, with the adapter added, in 4-bit again.",
+    "4-bit": f"{_IN_4BIT}, rounded to nearest.",
+    CALIBRATED: f"{_IN_4BIT}; their codes were calibrated on samples, none of which is among those below.",
 }
 
 
@@ -121,7 +149,7 @@ def card(made: Merged, manifest: Manifest, skeleton: Skeleton) -> str:
     parts = [
         f"---\n{head}---",
         f"# {plain(manifest.model.id.rpartition('/')[2])}, merged with an adapter, {made.form}",
-        f"{_WEIGHTS[made.form]} The adapter is on {counted(made.layers, 'linear layer')} of the {made.base} "
+        f"{_WEIGHTS[made.kept]} The adapter is on {counted(made.layers, 'linear layer')} of the {made.base} "
         f"base{unchanged}.",
         "## Measured",
         f"{lost(made)} {made.why}",

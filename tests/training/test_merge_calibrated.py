@@ -1,0 +1,297 @@
+"""A merge into a calibrated base calibrates the codes again, on samples that do not judge, if that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file
+
+from qprobe import scan
+from qprobe.checkpoint.auditing.audit import audit
+from qprobe.checkpoint.comparing.course import ModelResult
+from qprobe.checkpoint.load import load_dynamic_4bit
+from qprobe.checkpoint.storage import StoredBytes
+from qprobe.data.sampling import Wanted
+from qprobe.inputs.answers import Batching, answered
+from qprobe.inputs.processed import ProcessedSamples
+from qprobe.loading.processor import load_processor
+from qprobe.loading.source import resolve
+from qprobe.manifest.read import read_manifest
+from qprobe.measure.kl import KlSums
+from qprobe.training.merging import calibrated
+from qprobe.training.merging import merge as merging
+from qprobe.training.merging.calibrated import fitting_samples
+from qprobe.training.merging.merge import merge
+from qprobe.training.merging.merged import Merged, chosen
+from tests import tiny
+from tests.checkpoint import reference
+from tests.training.adapters import SCALING, added, plainly, save, write_adapter
+
+pytestmark = [
+    pytest.mark.slow,
+    # peft 0.21.2 asks transformers by the old name; can go with the first peft that asks by the new one.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+FEW: dict[str, Any] = {"samples": 6, "max_new_tokens": 5, "device": "cpu"}
+LEFT = "model.layers.0.mlp.up_proj"  # which one adapter leaves as it is
+
+
+@dataclass(frozen=True)
+class Made:
+    """A merge. fitted: the `Work` that its codes were calibrated by; weights: of its 16-bit model then."""
+
+    root: Path
+    merged: Merged
+    fitted: Any
+    weights: dict[str, torch.Tensor]
+
+
+def adapted(root: Path, out: Path, **options: Any) -> Merged:
+    asked = {"manifest": root / "run" / "skiplist.json", "model": str(root / "model"), **FEW, **options}
+    return merge(root / "adapter", out=out, batch_size=1, **asked)
+
+
+def watched(patch: pytest.MonkeyPatch, seen: list[Any]) -> None:
+    """`seen` gets the work of each calibration, with the weights of its model."""
+
+    def watch(work: Any) -> None:
+        subject = work.subject
+        seen.append((work, {name: subject.dequantized.own(name).clone() for name in subject.modules}))
+        real(work)
+
+    real = calibrated.calibrate_model
+    patch.setattr(calibrated, "calibrate_model", watch)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, with a calibrated scan and an adapter beside it."""
+
+    @cache
+    def made(name: str) -> Path:
+        root = tmp_path_factory.mktemp(name)
+        copytree(tiny_folder(name), root / "model")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qprobe.scanning.finish.write_report", lambda _folder: [])
+            patch.setattr("qprobe.calibration.two_sided.GROUPS", 1)  # as `quick_rounding`
+            scan(str(root / "model"), out=root / "run", format="nf4-calibrated", **FEW)
+        write_adapter(root / "model", root / "adapter")
+        if name == "llama":
+            halves = load_file(root / "adapter" / "adapter_model.safetensors")
+            key = f"base_model.model.{LEFT}.lora_B.weight"
+            save(root / "adapter", {**halves, key: halves[key] * 0})
+        return root
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def made(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """`made(name)`: that base, merged with all candidates measured, once."""
+
+    @cache
+    def of(name: str) -> Made:
+        seen: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qprobe.calibration.two_sided.GROUPS", 1)
+            watched(patch, seen)
+            merged = adapted(base(name), tmp_path_factory.mktemp("merged") / "out")
+        ((work, weights),) = seen
+        return Made(base(name), merged, work, weights)
+
+    return of
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_calibrated_codes_are_kept_where_they_are_nearer_to_base_and_adapter(name, made):
+    merged = made(name).merged
+    kl = {x.name: x.kl for x in merged.comparison.rows}
+    assert list(kl) == ["base + adapter", "16-bit", "4-bit", "4-bit, calibrated"]
+    assert kl["4-bit, calibrated"] < kl["4-bit"]
+    assert (merged.form, merged.rounding) == ("4-bit", "calibrated") == (
+        merged.to_json()["form"], merged.to_json()["rounding"],
+    )  # fmt: skip
+    card = (merged.out / "README.md").read_text()
+    assert all(f"{kl[x]:.4g}" in card for x in ("4-bit", "4-bit, calibrated"))
+    assert "**4-bit, calibrated** (this model)" in card and "their codes were calibrated on samples" in card
+    assert [x.name for x in merged.out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_the_kl_of_calibrated_codes_is_that_of_an_independent_measurement(name, made):
+    from peft import PeftModel
+
+    one = made(name)
+    processor = load_processor(resolve(str(one.root / "model")))
+    four, _ = load_dynamic_4bit(one.root / "run" / "skiplist.json", str(one.root / "model"), "cpu")
+    tuned: Any = PeftModel.from_pretrained(four, str(one.root / "adapter"))
+    ids = [x.id for x in one.merged.comparison.samples]
+    judges = [x for x in judging(name) if x.id in ids]
+    assert len(judges) == len(ids)
+    judges = answered(tuned, ProcessedSamples(processor, torch.bfloat16), judges, Batching(4, 5))
+    both = [
+        [reference.answer_logits(x, processor, s) for s in judges] for x in (tuned, plainly(one.merged.out))
+    ]
+    assert one.merged.row.kl == pytest.approx(reference.mean_kl(*both), rel=1e-6)
+
+
+def judging(name: str) -> tuple[Any, ...]:
+    """The built-in samples on which models are compared."""
+    from qprobe.data.builtin import PHOTOGRAPHS, QUESTIONS, photographs, questions
+
+    of, every = (photographs, PHOTOGRAPHS) if name in tiny.VISION_NAMES else (questions, QUESTIONS)
+    first = len(every) * 2 // 3
+    return of(None, len(every) - first, first).samples
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_codes_are_fitted_to_dequantized_weights_with_the_adapter_added(name, made):
+    one = made(name)
+    four, _ = load_dynamic_4bit(one.root / "run" / "skiplist.json", str(one.root / "model"), "cpu")
+    delta = added(one.root / "adapter", SCALING)
+    kinds = set()
+    for layer, more in delta.items():
+        module = four.get_submodule(layer)
+        is_4bit = isinstance(module, Linear4bit)
+        weight = module.weight.data
+        before = dequantize_4bit(weight, module.weight.quant_state) if is_4bit else weight
+        wanted = (before.float() + more).to(torch.bfloat16)
+        assert torch.equal(one.weights[layer].to(torch.bfloat16), wanted), layer
+        kinds.add(is_4bit)
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_no_code_is_fitted_to_a_sample_that_judges(name, made):
+    one = made(name)
+    judges = {x.prompt for x in one.merged.comparison.samples}
+    fitted = [x for group in one.fitted.samples for x in group]
+    assert len(fitted) >= 6 and all(x.answer for x in fitted)
+    assert not {x.id for x in fitted} & {x.id for x in one.merged.comparison.samples}
+    assert name in tiny.VISION_NAMES or not {x.prompt for x in fitted} & judges
+    assert any("Codes were calibrated again on" in x for x in one.merged.comparison.notes)
+
+
+def test_layers_that_the_adapter_leaves_keep_the_codes_of_the_base(made):
+    one = made("llama")
+    before, _ = load_dynamic_4bit(one.root / "run" / "skiplist.json", str(one.root / "model"), "cpu")
+    after = plainly(one.merged.out)
+    assert one.merged.unchanged == (LEFT,)
+    same = {
+        layer
+        for layer in added(one.root / "adapter", SCALING)
+        if torch.equal(before.get_submodule(layer).weight.data, after.get_submodule(layer).weight.data)
+    }
+    assert same == {LEFT}
+
+
+def test_the_checkpoint_names_no_codes_of_its_base_and_audit_agrees(made):
+    one = made("llama")
+    manifest = read_manifest(one.merged.out / "skiplist.json")
+    assert (manifest.format.name, manifest.codes) == ("nf4", None)
+    found = audit(
+        one.merged.out, one.merged.out / "skiplist.json", load=True, adapter=one.root / "adapter",
+        model=str(one.root / "model"),
+    )  # fmt: skip
+    assert found.ok and {x.state for x in found.adapter} == {"took effect", "zero"}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_where_memory_is_short_codes_are_rounded_to_nearest_and_a_note_says_so(
+    error, base, tmp_path, monkeypatch
+):
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(calibrated, "reference_of", fail)
+    merged = adapted(base("llama"), tmp_path / "out", as_="4-bit", samples=2)
+    assert [x.name for x in merged.comparison.rows] == ["base + adapter", "4-bit"]
+    assert merged.rounding == "nearest" and [x.name for x in tmp_path.iterdir()] == ["out"]
+    (note,) = [x for x in merged.comparison.notes if "calibrated again" in x]
+    assert note.startswith("Codes were not calibrated again, since memory does not suffice")
+
+
+def test_a_mistake_of_ours_in_calibration_is_not_taken_for_a_want_of_memory(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrated, "reference_of", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adapted(base("llama"), tmp_path / "out", as_="4-bit", samples=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_calibrated_for_a_merge_into_16_bit(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "fitted_codes", lambda *_: pytest.fail("codes are fitted"))
+    merged = adapted(base("llama"), tmp_path / "out", as_="16-bit", samples=2)
+    assert merged.rounding is None and merged.to_json()["rounding"] is None
+
+
+def result(*kl: float) -> ModelResult:
+    return ModelResult(StoredBytes(1, 1), [""] * len(kl), [KlSums(x, 1, 1) for x in kl], [])
+
+
+@pytest.mark.parametrize(
+    ("nearest", "codes", "sixteen", "kept"),
+    [
+        ((3, 3, 3), (1, 1, 1), (2, 2, 2), "4-bit, calibrated"),
+        ((1, 1, 1), (3, 3, 3), (2, 2, 2), "4-bit"),
+        ((3, 3, 3), (3, 3, 3), (4, 4, 4), "4-bit"),  # no better than nearest, so nothing to fit for
+        ((5, 5, 5), (4, 4, 4), (2, 2, 2), "16-bit"),
+        ((5, 5, 5), (1, 9, 2), (2, 6, 1), "4-bit, calibrated"),  # against 16-bit -1, 3, 1: no difference
+    ],
+)
+def test_the_better_rounding_is_kept_and_then_the_better_form(nearest, codes, sixteen, kept):
+    results = {
+        "16-bit": result(*sixteen), "4-bit": result(*nearest), "4-bit, calibrated": result(*codes),
+    }  # fmt: skip
+    found, why = chosen(results)
+    better = "calibrated" if sum(codes) < sum(nearest) else "nearest"
+    assert found == kept and why.endswith(f"Of both roundings to 4-bit, {better} has the lower KL.")
+    without, why = chosen({"16-bit": result(*sixteen), "4-bit": result(*nearest)})
+    assert without in ("16-bit", "4-bit") and "roundings" not in why
+
+
+def prompts(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"what is the number {i}?", "answer": f"it is {i}"} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "fitted"),
+    [
+        (20, 4, [4, 5, 6, 7]),  # the rows behind those that judge, as many
+        (6, 4, [4, 5]),
+        (4, 4, None),  # none left
+        (4, None, None),
+    ],
+)
+def test_codes_are_fitted_to_rows_behind_those_that_judge_else_to_built_in_samples(
+    rows, wanted, fitted, tiny_folder
+):
+    processor = load_processor(resolve(str(tiny_folder("llama"))))
+    processed, data = ProcessedSamples(processor, torch.bfloat16), prompts(rows)
+    asked = Wanted(data=data, count=wanted)
+    judges = calibrated.choose_samples("m", False, asked, "compare").samples
+    assert len(judges) == 4
+    found = [x.prompt for x in fitting_samples("m", processed, asked, judges)]
+    if fitted is None:
+        assert found and not set(found) & {x["prompt"] for x in data}
+        assert not set(found) & {x.prompt for x in judging("llama")}
+    else:
+        assert found == [data[i]["prompt"] for i in fitted]
+
+
+def test_a_row_that_judges_is_not_fitted_to_where_the_data_repeats_it(tiny_folder):
+    processor = load_processor(resolve(str(tiny_folder("llama"))))
+    data = prompts(2) + prompts(3)
+    asked = Wanted(data=data, count=3)
+    judges = calibrated.choose_samples("m", False, asked, "compare").samples
+    found = fitting_samples("m", ProcessedSamples(processor, torch.bfloat16), asked, judges)
+    assert [x.prompt for x in found] == ["what is the number 2?"]
