@@ -10,7 +10,7 @@ from typing import Any
 from qprobe import __version__
 from qprobe.checkpoint.adapters.lora import Adapter, check_adapter
 from qprobe.checkpoint.adapters.record import Record, read_record
-from qprobe.checkpoint.load import with_dtype
+from qprobe.checkpoint.load import check_model, with_dtype
 from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import ManifestError, RunError
 from qprobe.loading.log_filters import quiet_models
@@ -28,7 +28,7 @@ class Origin:
     """The base of an adapter. path: of `manifest`, whose 16-bit type is that of the base.
 
     model: where its 16-bit weights are; None for the id in the manifest. record: of `finetune`, if it made
-    the adapter.
+    the adapter. scanned_in: the 16-bit type by which the manifest knows its model; None for that of the base.
     """
 
     path: Path
@@ -37,6 +37,13 @@ class Origin:
     model: str | None
     dtype: str | None
     record: Record | None
+    scanned_in: str | None = None
+
+    def skeleton(self, trusts_code: bool) -> Skeleton:
+        """Of the model, in the base's 16-bit type. Errors as of `check_model`."""
+        written = replace(self.manifest, format=with_dtype(self.manifest.format, self.scanned_in))
+        checked = check_model(written, self.model, trusts_code)
+        return checked.in_dtype(self.manifest.format.compute_dtype)
 
     def refuse_other_weights(self) -> None:
         """Raises ManifestError where `finetune` saw other weights than `model` holds."""
@@ -94,7 +101,8 @@ def _as_recorded(folder: Path, record: Record, model: str | None) -> Origin:
     known = record.spec["dtype"]
     spec = with_dtype(written.format, known)
     there = record.model if record.model is not None and Path(record.model).is_dir() else None
-    return Origin(path, replace(written, format=spec), record.spec["base"], model or there, known, record)
+    given, scanned_in = replace(written, format=spec), written.format.compute_dtype
+    return Origin(path, given, record.spec["base"], model or there, known, record, scanned_in)
 
 
 def _as_told(
@@ -106,9 +114,8 @@ def _as_told(
             "--manifest with the skiplist.json of its base, and --base unless that was dynamic."
         )
     written = read_manifest(manifest)
-    return Origin(
-        manifest, replace(written, format=with_dtype(written.format, dtype)), base, model, dtype, None
-    )
+    given = replace(written, format=with_dtype(written.format, dtype))
+    return Origin(manifest, given, base, model, dtype, None, written.format.compute_dtype)
 
 
 def as_merged(origin: Origin, skeleton: Skeleton) -> Manifest:
@@ -134,6 +141,7 @@ def as_merged(origin: Origin, skeleton: Skeleton) -> Manifest:
         budget = ManifestBudget("standard 4-bit", total, total, total)
     return replace(
         unmeasured(given),
+        model=replace(given.model, fingerprint=skeleton.fingerprint),  # in the base's 16-bit type
         format=spec,
         budget=budget,
         layers=layers,

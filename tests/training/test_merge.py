@@ -177,6 +177,18 @@ def test_a_merge_for_vllm_lists_its_names_or_is_refused_at_once(family, tmp_path
         merge(root / "adapter", out=tmp_path / "no", manifest=root / "skiplist.json", **asked)
 
 
+def test_a_base_in_float16_merges_though_its_manifest_knows_the_model_in_bfloat16(family, tmp_path):
+    root = family("llama")
+    made = merge(
+        root / "adapter", out=tmp_path / "out", as_="4-bit", manifest=root / "skiplist.json", samples=1,
+        model=str(root / "model"), device="cpu", max_new_tokens=2, dtype="float16",
+    )  # fmt: skip
+    assert made.row.kl > 0
+    merged, _ = load_dynamic_4bit(made.out, device="cpu")
+    assert merged.dtype == torch.float16
+    assert audit(made.out, made.out / "skiplist.json", load=True).ok
+
+
 def test_the_manifest_of_a_merge_says_nothing_of_what_was_measured_on_its_base(family):
     root = family("llama")
     known = (Compared("nothing kept", 9, 0.3, 0.1, True),)

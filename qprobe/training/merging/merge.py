@@ -14,7 +14,6 @@ from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
 from qprobe.checkpoint.codes import keep_codes_as_stored
 from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_course, set_course, staged
 from qprobe.checkpoint.comparing.rows import compared
-from qprobe.checkpoint.load import check_model
 from qprobe.checkpoint.plain import load_plainly
 from qprobe.checkpoint.quantize import (
     refuse_to_overwrite,
@@ -69,7 +68,7 @@ def merge(options: MergeOptions) -> Merged:
     told = path_if_given(options.manifest)
     origin = origin_of(found, told, options.base, options.model, options.dtype)
     device, asked = parse_device(options.device), asked_course(options)
-    skeleton = check_model(origin.manifest, origin.model, options.trust_remote_code)
+    skeleton = origin.skeleton(options.trust_remote_code)
     if readout_of(skeleton.model) != ANSWERS:
         raise QprobeError(
             f"{origin.manifest.model.id} has no language head, so there are no answers by which to tell what "
