@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qprobe.inputs.batch import PAD, Batch
+from qprobe.measure.attribution import walking
 from qprobe.measure.dequantized import DequantizedWeights
 from qprobe.measure.experts.routing import Product, times
 from qprobe.measure.hooks import LayerForward, replaced_forwards
@@ -110,8 +111,8 @@ def shared_inputs(subject: Subject, batches: Iterable[Batch]) -> list[SharedInpu
     wanted = frozenset(x for x in subject.quantized if subject.layers[x].experts is None)
     survey = _Survey(wanted, subject.dequantized)
     for batch in batches:
-        with subject.running("survey", batch.elements):
-            _run(subject, batch, survey.forward)
+        with subject.running("survey", batch.elements), walking(subject.path):  # many CPUs emulate bf16
+            _run(subject, batch.in_dtype(subject.path.dtype), survey.forward)
         if len(survey.leaders) == len(wanted):
             break
     members: dict[str, list[str]] = {}
