@@ -140,7 +140,7 @@ def workspace_bytes(out_features: int, in_features: int, matrices: int = 1) -> i
     weights = (2 * 4 + 1) * out_features * in_features
     if in_features % 64:  # each weight has its scale beside it
         weights += 4 * out_features * in_features
-    on_the_way = 8 * 4 * max(WIDTH * out_features, BLOCKS * 64)
+    on_the_way = 7 * 4 * max(WIDTH * out_features, BLOCKS * 64)
     beside = out_features // matrices * in_features if matrices > 1 else 0  # codes of one weight once more
     return max((2 * matrices + 1) * matrix, 2 * matrices * matrix + weights + on_the_way + beside)
 

@@ -20,7 +20,7 @@ from qprobe.calibration.token_weights import DRAWS, token_weights
 from qprobe.calibration.two_sided import moving_bytes
 from qprobe.calibration.work import Work
 from qprobe.errors import MachineError, ManifestError
-from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of
+from qprobe.formats.codes_file import FILE_NAME, join_codes, open_codes, sha256_of
 from qprobe.formats.nf4 import Nf4
 from qprobe.inputs.batch import PAD
 from qprobe.loading.reference import load_reference
@@ -356,10 +356,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-# Cut before it is checked, its hash is wrong; cut afterwards, its header is.
+# Cut before it is hashed, its hash is wrong; cut while it is, its header is. Never while it is mapped: to
+# read what is gone of a mapped file ends a process.
 CUTS = {
     "join_codes": lambda path, sources: (join_codes(path, sources), cut(path))[0],
-    "checked": lambda codes, folder: (found := checked(codes, folder), cut(found))[0],
+    "open_codes": lambda path: (cut(path), open_codes(path))[1],
 }
 
 

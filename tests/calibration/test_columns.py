@@ -1,4 +1,4 @@
-"""Columns rounded one after the other: the loop and the fused kernel against numbers one at a time."""
+"""Columns rounded one after the other: the loop, compiled and fused, against numbers one at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qprobe.calibration import columns as columns_package
+from qprobe.calibration.columns import cpu
 from qprobe.calibration.columns.grid import FEW, Grid, nf4_grid
 from qprobe.calibration.columns.rounding import (
     LEAF,
@@ -21,6 +22,7 @@ from qprobe.calibration.columns.rounding import (
     one_by_one,
     round_columns,
     searched_scales,
+    spread,
 )
 from tests.calibration.reference import rounded_columns
 
@@ -57,10 +59,29 @@ def test_few_numbers_and_many_have_the_same_codes_also_at_and_beside_thresholds(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_columns_make_up_for_the_errors_of_those_before(shape):
     base, own, scales, coupling = case(*shape)
-    assert agree(
-        round_columns(base.clone(), own, scales, coupling[None], shape[1:]),
-        rounded_columns(base, own, scales, coupling),
-    )
+    wanted = rounded_columns(base, own, scales, coupling)
+    assert agree(round_columns(base.clone(), own, scales, coupling[None], shape[1:]), wanted)
+    assert agree(one_by_one(base.clone(), own, scales, coupling, nf4_grid(base.device)), wanted)
+
+
+def test_the_compiled_loop_rounds_the_same_by_any_number_of_threads():
+    base, own, scales, coupling = case(128, 700)
+    rows = (70, 630)
+    given = (own, scales[:2], torch.stack([coupling, coupling.T]), rows)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert threads == 1 or len(list(cpu._parts(rows, 128))) > len(rows)
+            found.append(cpu.round_columns(base, *given, nf4_grid(base.device)))
+    finally:
+        torch.set_num_threads(before)
+    for codes, errors in found:
+        assert torch.equal(codes, found[0][0]) and torch.equal(errors, found[0][1])
+    parts = zip(*(x.split(rows, dim=1) for x in (base, own, scales[:2])), given[2], strict=True)
+    looped = [one_by_one(b.clone(), o, spread(s, 128), c, nf4_grid(base.device)) for b, o, s, c in parts]
+    assert agree(found[0], (torch.cat([c for c, _ in looped], 1), torch.cat([e for _, e in looped], 1)))
 
 
 def test_a_scale_may_serve_several_columns_and_coupling_be_transposed():
@@ -130,7 +151,7 @@ def test_the_fused_kernel_rounds_the_same_in_tritons_interpreter():
 def test_the_fused_kernel_rounds_as_the_loop_on_a_gpu():
     device = torch.device("cuda", 0)
     kernels = fused_kernels(device)
-    assert kernels is not None
+    assert kernels is not None and kernels.best_scales is not None
     grid = nf4_grid(device)
     for columns, rows in ((64, 4096), (128, 1000)):
         base, own, scales, coupling = (x.to(device) for x in case(columns, rows))
@@ -160,7 +181,7 @@ def test_kernels_are_taken_where_they_round_and_search_as_the_loops(
         return best_scales(values, costs, widths) * (1.01 if wrong == "scales" else 1)
 
     kernels = SimpleNamespace(round_columns=rounded, best_scales=searched)
-    monkeypatch.setattr(columns_package, "cuda", kernels, raising=False)
+    monkeypatch.setattr(columns_package, "cpu", kernels)
     found_for = fused_kernels.__wrapped__  # without what is remembered of the device
     if not wrong:
         assert found_for(torch.device("cpu")) is kernels

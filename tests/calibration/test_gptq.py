@@ -304,7 +304,7 @@ def test_bytes_of_rounding_by_hand():
     # 36,864 more at first. Later, beside the two and their factors (4 x 36,864 = 147,456): the weights, their
     # errors and codes, (2 x 4 + 1) x 40 x 96, and scales, 4 x 40 x 96, since 96 is no multiple of 64: 49,920;
     # what 16 columns need on the way; and the codes of one weight, 20 x 96 = 1,920.
-    on_the_way = 8 * 4 * max(codes.WIDTH * 40, codes.BLOCKS * 64)
+    on_the_way = 7 * 4 * max(codes.WIDTH * 40, codes.BLOCKS * 64)
     assert workspace_bytes(40, 96, 2) == 147_456 + 49_920 + on_the_way + 1_920
     assert workspace_bytes(40, 96) == 73_728 + 49_920 + on_the_way  # nothing lies side by side
     assert workspace_bytes(1, 4096) == 3 * 4 * 4096**2  # factors of one matrix, while they are made

@@ -2,14 +2,15 @@
 
 Matrices lie with the columns of the weight first, (columns, rows), so that a column is contiguous. Rows do
 not know of each other, so that layers with different inputs may stand side by side. On a GPU one fused kernel
-does all columns, and another one searches scales (`qprobe.calibration.columns.cuda`); elsewhere, and where
-those do not run, loops do.
+does all columns, and another one searches scales (`qprobe.calibration.columns.cuda`); on a CPU a compiled
+loop does the columns (`qprobe.calibration.columns.cpu`). Where those do not run, loops of PyTorch's
+operations do.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -46,7 +47,7 @@ def round_columns(
     belong to each.
     """
     grid = nf4_grid(base.device)
-    kernels = fused_kernels(base.device) if base.device.type == "cuda" else None
+    kernels = fused_kernels(base.device)
     if kernels is not None:
         return kernels.round_columns(base, own, scales, coupling, tuple(widths), grid)
     bases, owns, each = (x.split(list(widths), dim=1) for x in (base, own, spread(scales, len(base))))
@@ -60,9 +61,9 @@ def best_scales(values: Tensor, costs: Tensor, widths: Sequence[int]) -> Tensor:
 
     costs: (layers, blocksize), of a squared error; `widths` rows belong to each.
     """
-    kernels = fused_kernels(values.device) if values.device.type == "cuda" else None
-    if kernels is not None and len(values) <= MOST_FUSED:
-        return kernels.best_scales(values, costs, tuple(widths), nf4_grid(values.device))
+    search = fused_search(values.device)
+    if search is not None and len(values) <= MOST_FUSED:
+        return search(values, costs, tuple(widths), nf4_grid(values.device))
     parts = zip(values.split(list(widths), dim=1), costs, strict=True)
     return torch.cat([searched_scales(part, cost[:, None]) for part, cost in parts])
 
@@ -114,24 +115,40 @@ def one_by_one(
     return codes, errors
 
 
+Search = Callable[[Tensor, Tensor, tuple[int, ...], Grid], Tensor]
+"""A kernel for `best_scales`."""
+
+
 class Kernels(Protocol):
-    """What `qprobe.calibration.columns.cuda` has in place of the loops; see those of the same name."""
+    """What `columns.cuda` and `columns.cpu` have in place of the loops; see those of the same name."""
 
     def round_columns(
         self, base: Tensor, own: Tensor, scales: Tensor, coupling: Tensor, widths: tuple[int, ...], grid: Grid
     ) -> tuple[Tensor, Tensor]: ...
 
-    def best_scales(self, values: Tensor, costs: Tensor, widths: tuple[int, ...], grid: Grid) -> Tensor: ...
+    @property
+    def best_scales(self) -> Search | None:
+        """None where the loop is as fast."""
+        ...
+
+
+def fused_search(device: torch.device) -> Search | None:
+    """The kernel for `best_scales` on `device`; None where there is none, or it does not run."""
+    kernels = fused_kernels(device)
+    return None if kernels is None else kernels.best_scales
 
 
 @cache
 def fused_kernels(device: torch.device) -> Kernels | None:
     """The kernels for `device`, tried out on a few columns; None, with a warning, where they do not run."""
-    kernels = None
+    kernels: Kernels | None = None
     try:
-        from qprobe.calibration.columns import cuda
+        if device.type == "cpu":
+            from qprobe.calibration.columns import cpu as module
+        else:
+            from qprobe.calibration.columns import cuda as module
 
-        kernels = cuda
+        kernels = module
         why = _disagreement(kernels, device)
     except Exception as error:  # no Triton, no C compiler, a card or driver that it does not know: many kinds
         why = f"{type(error).__name__}: {error}"
@@ -152,6 +169,8 @@ def _disagreement(kernels: Kernels, device: torch.device) -> str:
     found, _ = kernels.round_columns(given.clone(), given, scales, coupling, (32,), grid)
     if not torch.equal(found, one_by_one(given.clone(), given, scales, coupling[0], grid)[0]):
         return "codes differ"
+    if kernels.best_scales is None:
+        return ""
     costs = torch.ones((1, 2), device=device)
     searched = kernels.best_scales(given, costs, (32,), grid)
     agrees = torch.allclose(searched, searched_scales(given, costs.T), rtol=1e-4, atol=0)
