@@ -31,6 +31,7 @@ from qprobe.calibration.token_weights import TokenWeighing, TokenWeights
 from qprobe.calibration.tuning import Given, tune, tuned_together
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
 from qprobe.calibration.work import ALONE, Work
+from qprobe.errors import MachineError, is_out_of_memory
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
@@ -240,8 +241,9 @@ def _weights(
 
 
 def _tuned(work: Work, codes: CodesFile) -> CodesFile:
-    """The file `codes`, whose weights are in place, with tuned scales; as it is where they are no better.
+    """The file `codes`, whose weights are in place, with tuned scales.
 
+    As it is where they are no better, or memory does not suffice: that is no reason to lose what was chosen.
     Leaves a sentence on what came of it in the run's notes.
     """
     subject = work.subject
@@ -257,7 +259,14 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     stored = {name: one for name, one in stored.items() if name not in experts}
     step = _steps(work.progress, "tune", work.tune_steps)
     drawn = [batch.to(subject.reference.device) for batch in work.drawn]
-    found = tune(subject, stored, Given(training, kept_back, drawn), work.tune_steps, work.format, step)
+    try:
+        found = tune(subject, stored, Given(training, kept_back, drawn), work.tune_steps, work.format, step)
+    except (MachineError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, MachineError) and not is_out_of_memory(error):
+            raise
+        told = f"Scales are not tuned, for want of memory. {str(error).splitlines()[0]}"
+        work.run.notes.put("tuning", Remarks((told,)))
+        return codes
     work.run.notes.put("tuning", Remarks((found.sentence,)))
     if not found.is_better:
         return codes

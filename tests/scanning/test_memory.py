@@ -1,10 +1,13 @@
 """A scan within a memory limit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
 import pytest
+import torch
 
+from qprobe.calibration import calibrate as calibration
 from qprobe.errors import BudgetError, MachineError
 from qprobe.runs.folder import RunFolder
 from tests import tiny
@@ -60,6 +63,35 @@ def test_calibration_within_a_memory_limit_chooses_the_same_codes(tiny_folder: T
     limited = scan(**{**asked, "out": tmp_path / "limited", "max_memory": "1TiB"})
     assert RunFolder(limited.run).scan.codes == RunFolder(plain.run).scan.codes is not None
     assert (limited.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()
+
+
+@pytest.mark.usefixtures("quick_rounding")
+@pytest.mark.parametrize(
+    "error", [MachineError("--max-memory 9 B is too little."), torch.OutOfMemoryError("CUDA out of memory.")]
+)
+def test_where_tuning_has_no_room_the_codes_stay_as_they_are(
+    error: Exception, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = [{"prompt": f"What comes after {i}?", "answer": f"the number {i + 1}"} for i in range(30)]
+    asked = options(tiny_folder("llama"), tmp_path / "plain", format="nf4-calibrated", tune=0, samples=30)
+    asked["data"] = write_lines(tmp_path / "rows.jsonl", *rows)
+    plain = scan(**asked)
+    monkeypatch.setattr(calibration, "tune", raising(error))
+    found = scan(**{**asked, "out": tmp_path / "tuned", "tune": 4})
+    assert f"Scales are not tuned, for want of memory. {error}" in found.notes
+    assert RunFolder(found.run).scan.codes == RunFolder(plain.run).scan.codes is not None
+    monkeypatch.setattr(calibration, "tune", raising(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        scan(**{**asked, "out": tmp_path / "wrong", "tune": 4})
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    """A function that raises `error`."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.mark.usefixtures("quick_rounding")
