@@ -5,7 +5,8 @@ As the scan measures it; of an output of no known kind the squared error over it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from math import fsum
 
 import torch
@@ -54,6 +55,28 @@ def reference_outputs(subject: Subject, batch: Batch) -> list[Tensor]:
         return outputs(subject, batch)
 
 
+@dataclass
+class References:
+    """`reference_outputs` of batches that come again; kept as long as there is room for them.
+
+    room_bytes: for outputs that are kept; the others are computed each time.
+    """
+
+    subject: Subject
+    room_bytes: int
+    _kept: dict[int, tuple[Batch, list[Tensor]]] = field(default_factory=dict)  # by id, which the batch holds
+
+    def of(self, batch: Batch) -> list[Tensor]:
+        if id(batch) in self._kept:
+            return self._kept[id(batch)][1]
+        found = reference_outputs(self.subject, batch)
+        size = sum(rows.nbytes for rows in found)
+        if size <= self.room_bytes:
+            self.room_bytes -= size
+            self._kept[id(batch)] = batch, found
+        return found
+
+
 def damage_of(subject: Subject, batch: Batch, wanted: list[Tensor]) -> tuple[Tensor, float]:
     """(sum, what it is a sum over) of the damage of the model as it is; differentiable."""
     got = outputs(subject, batch)
@@ -63,11 +86,19 @@ def damage_of(subject: Subject, batch: Batch, wanted: list[Tensor]) -> tuple[Ten
     return torch.stack(errors).sum(), float(sum(y.square().double().sum() for y in wanted))
 
 
-def mean_damage(subject: Subject, batches: Iterable[Batch], forward: LayerForward) -> float:
-    """Damage over all `batches` with `forward` in place of every linear; open `walking` around it."""
+def mean_damage(
+    subject: Subject,
+    batches: Iterable[Batch],
+    forward: LayerForward,
+    reference: Callable[[Batch], list[Tensor]] | None = None,
+) -> float:
+    """Damage over all `batches` with `forward` in place of every linear; open `walking` around it.
+
+    reference: gives `reference_outputs`, if they are known.
+    """
     sums = []
     for batch in batches:
-        wanted = reference_outputs(subject, batch)
+        wanted = reference_outputs(subject, batch) if reference is None else reference(batch)
         with torch.no_grad(), replaced_forwards(subject.modules, forward):
             damage, weight = damage_of(subject, batch, wanted)
         sums.append((float(damage), float(weight)))

@@ -50,7 +50,9 @@ class Tunable:
     def by_block(self, values: Tensor) -> Tensor:
         """(blocks,) sums of `values` (n,)."""
         size = self.packed.state.blocksize
-        return F.pad(values, (0, -len(values) % size)).view(-1, size).sum(dim=1)
+        missing = -len(values) % size
+        whole = F.pad(values, (0, missing)) if missing else values  # which copies, also for nothing
+        return whole.view(-1, size).sum(dim=1)
 
     @property
     def count(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qprobe.calibration.codes import packed_codes, quantization_state, unpacked_codes
-from qprobe.calibration.damage import damage_of, mean_damage, reference_outputs, unit_of
+from qprobe.calibration.damage import References, damage_of, mean_damage, unit_of
 from qprobe.calibration.tuned_linear import Tunable, TunedLinear, nearest_codes, units_of
 from qprobe.formats.nf4 import Nf4, StoredNf4
 from qprobe.inputs.batch import PAD, Batch
@@ -36,6 +36,7 @@ UNIT_RATE = 2e-3  # of the units of codes
 CODE_BYTES = 26  # its unit, gradient and two averages in float32, and what a step takes of them on the way
 SLACK = 0.4  # of a unit: how near a boundary a code begins that is not the nearest one to its weight
 CHECKS = 8  # looks at the samples kept back
+REFERENCE_BYTES = 2**30  # of the 16-bit model's answers, which every epoch needs again
 _STEP = "tune"  # the kind of work that a step is
 
 
@@ -238,6 +239,9 @@ class _Tuning:
     units: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        is_small = self.subject.path.dtype == torch.float32 and self.subject.limit is None
+        room = REFERENCE_BYTES if is_small else 0  # a large model's peak is that of a step
+        self.references = References(self.subject, room)
         self.replace(self.stored)
 
     def replace(self, stored: Mapping[str, StoredNf4]) -> None:
@@ -301,7 +305,7 @@ class _Tuning:
 
     def descend(self, batch: Batch) -> float:
         """Damage of one batch per answer token; adds to the gradients of the scales unless non-finite."""
-        wanted = reference_outputs(self.subject, batch)
+        wanted = self.references.of(batch)
         # Blocks run again in the backward pass, so that it belongs inside as well.
         keeping = checkpointed_blocks(self.subject.model, self.subject.path.room_bytes)
         with torch.enable_grad(), keeping, replaced_forwards(self.subject.modules, self.forward):
@@ -315,7 +319,7 @@ class _Tuning:
         """Damage of `batches` together, see `mean_damage`."""
         size = max((batch.elements for batch in batches), default=1)
         with self.subject.running("look at scales", size, like=_STEP):
-            return mean_damage(self.subject, batches, self.forward)
+            return mean_damage(self.subject, batches, self.forward, self.references.of)
 
 
 def _codes(units: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qprobe.calibration import tuning
+from qprobe.calibration import damage, tuning
 from qprobe.calibration.codes import unpacked_codes
 from qprobe.calibration.columns.grid import nf4_grid
 from qprobe.calibration.damage import split_samples
@@ -19,6 +19,7 @@ from qprobe.calibration.tuned_linear import TunedLinear, nearest_codes, units_of
 from qprobe.calibration.tuning import Given, tune
 from qprobe.errors import MachineError
 from qprobe.formats.nf4 import Nf4, PackedNf4
+from qprobe.inputs.batch import Batch
 from qprobe.loading.reference import load_reference
 from qprobe.measure import memory
 from qprobe.measure.subject import Subject, limited_subject, subject_of
@@ -206,6 +207,31 @@ def test_a_loss_that_is_not_finite_ends_tuning(tiny_folder: TinyFolder, monkeypa
 
 
 @pytest.mark.slow
+def test_the_16bit_model_answers_a_batch_once_where_there_is_room_and_scales_are_the_same(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+):
+    subject = subject_for(tiny_folder("llama"))
+    batches, answered = batches_of(subject, "llama", 4), []
+    original = damage.reference_outputs
+
+    def counting(subject: Subject, batch: Batch) -> list[torch.Tensor]:
+        answered.append(batch)
+        return original(subject, batch)
+
+    monkeypatch.setattr(damage, "reference_outputs", counting)
+    found, runs = [], []
+    for room in (2**30, 0):
+        monkeypatch.setattr(tuning, "REFERENCE_BYTES", room)
+        answered.clear()
+        found.append(tune(subject, nearest(subject), Given(batches[:4], batches[:2]), 8, Nf4()))
+        runs.append(len(answered))
+    # Four batches to step on, of which two epochs take each twice, and two that are looked at ten times.
+    assert runs == [4 + 2, 8 + 10 * 2]
+    assert found[0].after == found[1].after < found[0].before
+    for name, one in found[0].stored.items():
+        assert torch.equal(one.packed().state.absmax, found[1].stored[name].packed().state.absmax)
+
+
 def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
     subject = subject_for(tiny_folder("llama"))
     tight = replace(subject)
