@@ -97,7 +97,18 @@ def test_both_ends_of_the_versions_are_read_from_the_project():
 
 
 STATE = {  # what changes while a command runs; all other records are values
-    *("Clock", "Noted", "Pictures", "Gram", "_Survey", "Gathering", "_Recorded", "_Tuning", "Reads"),
+    *(
+        "Clock",
+        "Noted",
+        "Pictures",
+        "Gram",
+        "_Survey",
+        "Gathering",
+        "_Recorded",
+        "_Tuning",
+        "References",
+        "Reads",
+    ),
     *("SharedRows", "Norms", "OutputErrors", "WeightStore", "MemoryLimit", "_Room"),
     "ExpertsConfig",  # as transformers makes its configs
 }
