@@ -108,7 +108,7 @@ def quantize(
         origin = Path(folder or ".") if isinstance(manifest, Manifest) else Path(manifest).parent
         skeleton = check_model(given, model, trust_remote_code)
         made_from = _made_from(given, model, skeleton.source)
-        job = _Job(_computing_in(given, dtype), origin, skeleton, asked, made_from, for_tool)
+        job = _Job(_computing_in(given, dtype, skeleton), origin, skeleton, asked, made_from, for_tool)
         done = _quantize(job, target, progress)
     return done if push_to_hub is None else replace(done, pushed=push(target, push_to_hub))
 
@@ -231,12 +231,16 @@ def save_four_bit(model: Any, processor: Any, manifest: Manifest, entries: list[
     write_manifest(folder / MANIFEST_FILE, manifest)
 
 
-def _computing_in(manifest: Manifest, dtype: str | None) -> Manifest:
-    """`manifest` with another 16-bit type, and then without what was measured in its own."""
+def _computing_in(manifest: Manifest, dtype: str | None, skeleton: Skeleton) -> Manifest:
+    """`manifest` with another 16-bit type, and then without what was measured in its own.
+
+    skeleton: of its model, which in another type has another fingerprint.
+    """
     spec = with_dtype(manifest.format, dtype)
     if spec == manifest.format:
         return manifest
-    return replace(unmeasured(manifest), format=spec)
+    model = replace(manifest.model, fingerprint=skeleton.in_dtype(spec.compute_dtype).fingerprint)
+    return replace(unmeasured(manifest), format=spec, model=model)
 
 
 def _with_experts_kept(manifest: Manifest) -> Manifest:

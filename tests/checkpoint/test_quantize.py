@@ -93,6 +93,9 @@ def test_another_16bit_type_is_told_and_measurements_in_the_first_are_not(tiny_f
     assert audit(done.out, written).ok
     card = (done.out / "README.md").read_text()
     assert "float16" in card and "bfloat16" not in card
+    for given in ((done.out,), (written, str(folder))):  # the checkpoint, and the weights that were scanned
+        loaded, _ = load_dynamic_4bit(*given, device="cpu")
+        assert loaded.get_input_embeddings().weight.dtype == torch.float16
 
 
 @pytest.mark.slow
