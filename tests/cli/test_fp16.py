@@ -108,6 +108,32 @@ def test_fp16_is_scanned_calibrated_tuned_saved_loaded_and_trained_on(
     assert not torch.equal(logits(tuned, batch), before)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_rounding")
+@pytest.mark.parametrize(("name", "fmt"), [("llama", "nf4"), ("qwen2_5_vl", "nf4-calibrated")])
+def test_a_checkpoint_in_fp16_of_a_scan_in_bf16_is_audited_loaded_and_compared(
+    name: str,
+    fmt: str,
+    done: Callable[..., dict[str, Any]],
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+):
+    folder, scanned, out = tiny_folder(name), tmp_path / "run" / "skiplist.json", tmp_path / "out"
+    here, few = ("--model", folder, "--device", "cpu"), ("--samples", "4", "--max-new-tokens", "4")
+    done("scan", *here, *few, "--format", fmt, "--out", scanned.parent)
+    done("quantize", scanned, *here, "--dtype", "fp16", "--out", out)
+    written = out / "skiplist.json"
+    before, after = read_manifest(scanned), read_manifest(written)
+    assert before.model.fingerprint != after.model.fingerprint
+    assert done("audit", out, "--manifest", written, "--load", "--device", "cpu")["ok"]
+    loaded, _ = load_dynamic_4bit(out, device="cpu")
+    assert loaded.dtype == HALF
+
+    there = done("compare", "--manifest", written, *here, *few)["rows"]
+    asked = done("compare", "--manifest", scanned, *here, *few, "--dtype", "fp16")["rows"]
+    assert there == asked and there[-1]["name"] == "dynamic" and there[-1]["kl"] > 0
+
+
 def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Of `batch`, in fp16 and finite."""
     with torch.no_grad():
