@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qprobe.calibration.calibrate import gathering_turns
-from qprobe.calibration.damage import mean_damage, unit_of
+from qprobe.calibration.damage import FEWEST, mean_damage, unit_of
 from qprobe.calibration.gptq import Metric, metric_of, shrunk
 from qprobe.calibration.gram import Gram, shared_inputs
 from qprobe.calibration.work import Work
@@ -34,6 +34,10 @@ MOST_RANK = 64
 EXACT_UP_TO = 512  # rows or columns: a whole decomposition is quick
 SPARE = 16  # directions more than asked for, and sweeps, of the search for the largest ones
 SWEEPS = 4
+_UNTRIED = (
+    "A correction of the 4-bit weights is kept, for adapters to start at. Whether it helps was not tried: "
+    f"that takes {FEWEST} calibration samples."
+)
 
 
 def keep_correction(work: Work, rank: int) -> None:
@@ -42,7 +46,8 @@ def keep_correction(work: Work, rank: int) -> None:
     For each layer NAME with calibrated codes `NAME.left` (out_features, r) and `NAME.right` (r, in_features),
     bfloat16, whose product is to be added to the 4-bit weight; r is `rank` or as much as the shape has. They
     are fitted to all samples but those kept back, and are not written unless the damage on these is lower
-    with them: tuned scales make up for errors of other layers, which a correction of each undoes.
+    with them: tuned scales make up for errors of other layers, which a correction of each undoes. With none
+    kept back they are written, and a note says so.
     """
     codes = work.run.codes
     assert codes is not None
@@ -54,7 +59,7 @@ def keep_correction(work: Work, rank: int) -> None:
     training, kept_back = work.split
     fitting = replace(work, samples=tuple(training)) if kept_back else work
     found = _all_corrections(fitting, rank)
-    told = ()
+    told = (_UNTRIED,)
     if kept_back:
         batches = [work.subject.encode(group).in_dtype(work.subject.path.dtype) for group in kept_back]
         before, after = (damage_with(work.subject, x, batches) for x in ({}, found))

@@ -49,6 +49,10 @@ def fitted(
         f"Sensitivities and activation errors are measured on samples{also} the codes were fitted to, so "
         "they are lower than on others."
     ]
+    if asked is not None and asked < own:
+        told.append(
+            f"Codes are fitted to all {own:,} samples that are measured, more than the {asked:,} asked for."
+        )
     if asked is not None and own + others < asked:
         told.append(f"Of the {counted(asked, 'sample')} asked for, codes were fitted to {own + others:,}.")
     if spared:

@@ -91,6 +91,8 @@ def origin_of(
 
 def _as_recorded(folder: Path, record: Record, model: str | None) -> Origin:
     path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ManifestError(f"{folder} has no {MANIFEST_FILE}, which belongs to its adapter. Copy it again.")
     written = read_manifest(path)
     if record.fingerprint != written.model.fingerprint:
         raise ManifestError(

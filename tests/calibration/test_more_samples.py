@@ -38,3 +38,5 @@ def test_a_reader_is_told_of_samples_that_are_short_and_of_held_out_ones_where_t
         one, two, one, 3
     )
     assert "Of the 4 samples asked for, codes were fitted to 3." in fitted(one, two, one, 4)
+    assert "fitted to all 2 samples that are measured, more than the 1 asked for." in fitted(two, [], one, 1)
+    assert "more than" not in fitted(two, [], one, 2)

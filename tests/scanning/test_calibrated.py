@@ -75,6 +75,9 @@ def test_what_calibration_leaves_is_kept_where_that_is_asked_for(tiny_folder: Ti
     run = RunFolder(found.run)
     noted, path = run.notes.get("correction"), found.run / "correction.safetensors"
     assert (noted.rank, noted.codes) == (4, run.codes.sha256 if run.codes else "")
+    assert any(
+        x.endswith("Whether it helps was not tried: that takes 16 calibration samples.") for x in found.notes
+    )
     written = path.stat().st_mtime_ns
     scan(**asked)
     assert path.stat().st_mtime_ns == written  # it is there for these codes

@@ -172,6 +172,11 @@ def test_an_adapter_beside_another_models_manifest_is_refused(asked, tiny_folder
     write_manifest(asked.out / "skiplist.json", manifest_for(tiny_folder("llama")))
     with pytest.raises(ManifestError, match="fingerprint"):
         load_finetuned(asked.out, str(tiny_folder("llama")), "cpu")
+    (asked.out / "skiplist.json").unlink()
+    with pytest.raises(
+        ManifestError, match=r"has no skiplist\.json, which belongs to its adapter\. Copy it again"
+    ):
+        load_finetuned(asked.out, asked.model, "cpu")
 
 
 def test_many_bad_lines_are_refused_before_a_model_loads_and_few_are_skipped_by_name(asked, monkeypatch):
