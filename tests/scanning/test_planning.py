@@ -14,6 +14,9 @@ import pytest
 import torch
 
 import qprobe
+from qprobe.calibration.planned import limit as room
+from qprobe.calibration.planned.limit import shape_of_batch
+from qprobe.calibration.planned.memory import BatchShape, DeviceNeed, device_need, weight_bytes
 from qprobe.checkpoint.plan import planned_skeleton
 from qprobe.data.images import png
 from qprobe.errors import MachineError, QprobeError
@@ -29,8 +32,7 @@ from qprobe.report.sizes import scan_text
 from qprobe.runs.folder import RunFolder
 from qprobe.scanning.asked.request import ScanRequest, parse_options
 from qprobe.scanning.planning import limit
-from qprobe.scanning.planning.limit import shape_of_batch, within_memory
-from qprobe.scanning.planning.memory import BatchShape, DeviceNeed, device_need, weight_bytes
+from qprobe.scanning.planning.limit import within_memory
 from qprobe.scanning.planning.plan import Counts, Here, ScanPlan, plan_of
 from qprobe.scanning.planning.seconds import EFFICIENCY, LAYER_S, Rates, flops_of, measured_rates
 from qprobe.scanning.process import Process
@@ -220,8 +222,8 @@ class Asking:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free_gib: float, need_gib: float) -> None:
         monkeypatch.setattr(limit, "free_memory", lambda _: int(free_gib * GIB))
         monkeypatch.setattr(limit, "held_bytes", lambda _: 0)
-        monkeypatch.setattr(limit, "weight_bytes", lambda *_: int(need_gib * GIB) - GIB)
-        monkeypatch.setattr(limit, "device_need", lambda *_: DeviceNeed(int(need_gib * GIB) - GIB, GIB))
+        monkeypatch.setattr(room, "weight_bytes", lambda *_: int(need_gib * GIB) - GIB)
+        monkeypatch.setattr(room, "device_need", lambda *_: DeviceNeed(int(need_gib * GIB) - GIB, GIB))
         monkeypatch.setattr(limit, "shape_of_batch", lambda *_: BatchShape(1, 1, 1))
 
     def limited(self, shard: Shard = Shard(), **asked: Any) -> ScanRequest:  # noqa: B008  frozen
@@ -316,7 +318,7 @@ def test_a_scan_that_limits_itself_gives_the_same_table_and_notes_why(
 ):
     plain = scanned("llama")
     monkeypatch.setattr(limit, "free_memory", lambda _: 8 * GIB)
-    monkeypatch.setattr(limit, "device_need", lambda *_: DeviceNeed(7 * GIB, GIB))
+    monkeypatch.setattr(room, "device_need", lambda *_: DeviceNeed(7 * GIB, GIB))
     found = scan(**options(tiny_folder("llama"), tmp_path / "run"))
     assert found.streamed_bytes and plain.streamed_bytes is None
     assert (found.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from qprobe.calibration.planned.limit import GIB, USED
+from qprobe.calibration.planned.memory import BatchShape, device_need
 from qprobe.calibration.tuning import default_steps
 from qprobe.checkpoint.plan import planned_skeleton
 from qprobe.data.sampling import SCAN_SAMPLES
@@ -20,8 +22,6 @@ from qprobe.measure.memory import LIBRARIES_BYTES, free_memory
 from qprobe.options import PlanScanOptions, flag_of, takes
 from qprobe.records import FormatSpec
 from qprobe.scanning.asked.request import DRAWS, TUNES, check_calibrated
-from qprobe.scanning.planning.limit import GIB, USED
-from qprobe.scanning.planning.memory import BatchShape, device_need
 from qprobe.scanning.planning.seconds import Rates, Work, measured_rates, seconds_of
 from qprobe.selection.budget import parse_size
 from qprobe.system.devices import parse_device

@@ -15,11 +15,11 @@ from math import ceil, prod
 import torch
 from torch import nn
 
+from qprobe.calibration.planned.memory import BatchShape, blocks_of, chosen_experts
 from qprobe.inputs.drawing import TOKENS
 from qprobe.models.family import CROSS, VISION
 from qprobe.records import Linear
 from qprobe.scanning.drawn import AT_ONCE
-from qprobe.scanning.planning.memory import BatchShape, blocks_of, chosen_experts
 
 EFFICIENCY = 0.4  # of the speed of large products: a bare forward of 32 images of an 11B in 2.62 s on an H200
 LAYER_S = 3e-5  # to launch a linear and what follows it, where the products are small
