@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from shutil import copytree
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -16,20 +17,26 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
 from qprobe import scan
+from qprobe.calibration.planned import limit as planned
+from qprobe.calibration.planned.limit import GIB
+from qprobe.calibration.planned.memory import DeviceNeed
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.comparing.course import ModelResult
 from qprobe.checkpoint.load import load_dynamic_4bit
 from qprobe.checkpoint.storage import StoredBytes
 from qprobe.data.sampling import Wanted
+from qprobe.formats.codes_file import open_codes
 from qprobe.inputs.answers import Batching, answered
 from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.measure.kl import KlSums
-from qprobe.training.merging import calibrated
+from qprobe.options import Base
+from qprobe.training.merging import calibrated, sixteen
 from qprobe.training.merging import merge as merging
 from qprobe.training.merging.calibrated import fitting_samples
+from qprobe.training.merging.forms import Job
 from qprobe.training.merging.merge import merge
 from qprobe.training.merging.merged import Merged, chosen
 from tests import tiny
@@ -48,12 +55,16 @@ LEFT = "model.layers.0.mlp.up_proj"  # which one adapter leaves as it is
 
 @dataclass(frozen=True)
 class Made:
-    """A merge. fitted: the `Work` that its codes were calibrated by; weights: of its 16-bit model then."""
+    """A merge. fitted: the `Work` that its codes were calibrated by; weights: of its 16-bit model then.
+
+    codes: the layers that were.
+    """
 
     root: Path
     merged: Merged
     fitted: Any
     weights: dict[str, torch.Tensor]
+    codes: frozenset[str]
 
 
 def adapted(root: Path, out: Path, **options: Any) -> Merged:
@@ -62,12 +73,14 @@ def adapted(root: Path, out: Path, **options: Any) -> Merged:
 
 
 def watched(patch: pytest.MonkeyPatch, seen: list[Any]) -> None:
-    """`seen` gets the work of each calibration, with the weights of its model."""
+    """`seen` gets the work of each calibration, with the weights of its model and the layers calibrated."""
 
     def watch(work: Any) -> None:
         subject = work.subject
-        seen.append((work, {name: subject.dequantized.own(name).clone() for name in subject.modules}))
+        weights = {name: subject.dequantized.own(name).clone() for name in subject.modules}
         real(work)
+        with open_codes(work.run.path / work.run.codes.file) as file:
+            seen.append((work, weights, frozenset(file.layers)))
 
     real = calibrated.calibrate_model
     patch.setattr(calibrated, "calibrate_model", watch)
@@ -106,8 +119,8 @@ def made(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
             patch.setattr("qprobe.calibration.two_sided.GROUPS", 1)
             watched(patch, seen)
             merged = adapted(base(name), tmp_path_factory.mktemp("merged") / "out")
-        ((work, weights),) = seen
-        return Made(base(name), merged, work, weights)
+        ((work, weights, codes),) = seen
+        return Made(base(name), merged, work, weights, codes)
 
     return of
 
@@ -206,6 +219,79 @@ def test_the_checkpoint_names_no_codes_of_its_base_and_audit_agrees(made):
     assert found.ok and {x.state for x in found.adapter} == {"took effect", "zero"}
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_no_layer_is_calibrated_but_those_in_4_bit_that_the_adapter_changes(name, made):
+    one = made(name)
+    changed = set(added(one.root / "adapter", SCALING)) - set(one.merged.unchanged)
+    stored = plainly(one.merged.out)
+    assert one.codes == {x for x in changed if isinstance(stored.get_submodule(x), Linear4bit)} != changed
+
+
+def without_room(patch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    """A merge finds so many bytes free, and that its 16-bit model takes 8 GiB."""
+    patch.setattr(sixteen, "free_memory", lambda _: free_bytes)
+    patch.setattr(planned, "device_need", lambda *_: DeviceNeed(7 * GIB, GIB))
+
+
+@pytest.mark.usefixtures("quick_rounding")
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_without_room_weights_wait_on_the_host_for_the_same_codes_and_the_base_is_gone_by_then(
+    name, base, made, tmp_path, monkeypatch
+):
+    bases: list[ref[Any]] = []
+    seen: list[Any] = []
+
+    def opened(job: Job, asked: Base) -> Any:
+        found = real_base(job, asked)
+        bases.append(ref(found[0]))
+        return found
+
+    def loaded(*given: Any) -> Any:
+        assert len(bases) > 1 and all(x() is None for x in bases)  # it judged, and gave its weights
+        return real_reference(*given)
+
+    real_base, real_reference = Job.base, sixteen.reference_of
+    monkeypatch.setattr(Job, "base", opened)
+    monkeypatch.setattr(sixteen, "reference_of", loaded)
+    watched(monkeypatch, seen)
+    without_room(monkeypatch, 8 * GIB)
+    merged = adapted(base(name), tmp_path / "out", as_="4-bit")
+    ((work, weights, _),) = seen
+    assert work.subject.streamed_bytes and made(name).fitted.subject.streamed_bytes is None
+    assert all(torch.equal(weight, weights[x]) for x, weight in made(name).weights.items())
+    both = [load_file(x / "model.safetensors") for x in (merged.out, made(name).merged.out)]
+    assert merged.rounding == "calibrated" and both[0].keys() == both[1].keys()
+    assert all(torch.equal(tensor, both[1][x]) for x, tensor in both[0].items())
+    (note,) = [x for x in merged.comparison.notes if "GiB free" in x]
+    assert note.startswith("cpu has 8.0 GiB free, and with all weights on it calibrating the merged model")
+    assert [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("quick_rounding")
+def test_an_adapter_of_the_16_bit_base_is_calibrated_alike_with_room_and_without(base, tmp_path, monkeypatch):
+    seen: list[Any] = []
+    watched(monkeypatch, seen)
+    given: dict[str, Any] = {"as_": "4-bit", "base": "16-bit"}
+    roomy = adapted(base("llama"), tmp_path / "roomy", **given)
+    without_room(monkeypatch, 8 * GIB)
+    tight = adapted(base("llama"), tmp_path / "tight", **given)
+    assert [x[0].subject.streamed_bytes is None for x in seen] == [True, False]
+    assert [x.kl for x in roomy.comparison.rows] == [x.kl for x in tight.comparison.rows]
+    (_, weights, _), (_, same, _) = seen
+    assert all(torch.equal(weight, same[x]) for x, weight in weights.items())
+
+
+def test_without_room_for_a_block_codes_are_rounded_to_nearest_before_memory_runs_out(
+    base, tmp_path, monkeypatch
+):
+    without_room(monkeypatch, 2**20)
+    monkeypatch.setattr(calibrated, "calibrate_model", lambda _: pytest.fail("codes are fitted"))
+    merged = adapted(base("llama"), tmp_path / "out", as_="4-bit", samples=2)
+    assert merged.rounding == "nearest" and [x.name for x in tmp_path.iterdir()] == ["out"]
+    (note,) = [x for x in merged.comparison.notes if "calibrated again" in x]
+    assert note.startswith("Codes were not calibrated again, since memory does not suffice")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 def test_where_memory_is_short_codes_are_rounded_to_nearest_and_a_note_says_so(
     error, base, tmp_path, monkeypatch
@@ -213,7 +299,7 @@ def test_where_memory_is_short_codes_are_rounded_to_nearest_and_a_note_says_so(
     def fail(*_arguments: object, **_options: object) -> None:
         raise error
 
-    monkeypatch.setattr(calibrated, "reference_of", fail)
+    monkeypatch.setattr(sixteen, "reference_of", fail)
     merged = adapted(base("llama"), tmp_path / "out", as_="4-bit", samples=2)
     assert [x.name for x in merged.comparison.rows] == ["base + adapter", "4-bit"]
     assert merged.rounding == "nearest" and [x.name for x in tmp_path.iterdir()] == ["out"]
@@ -222,7 +308,7 @@ def test_where_memory_is_short_codes_are_rounded_to_nearest_and_a_note_says_so(
 
 
 def test_a_mistake_of_ours_in_calibration_is_not_taken_for_a_want_of_memory(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrated, "reference_of", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sixteen, "reference_of", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         adapted(base("llama"), tmp_path / "out", as_="4-bit", samples=2)
     assert list(tmp_path.iterdir()) == []

@@ -10,28 +10,26 @@ from qprobe.calibration.calibrate import calibrate_model, calibration_notes
 from qprobe.calibration.settings import settings
 from qprobe.calibration.tuning import tune_steps
 from qprobe.calibration.work import Groups, Work
-from qprobe.checkpoint.adapters.effect import weight_of
 from qprobe.checkpoint.comparing.course import AskedCourse
-from qprobe.checkpoint.ready import is_four_bit
 from qprobe.data.sampling import Wanted, choose_samples, independent_of, scan_count
-from qprobe.errors import is_out_of_memory
-from qprobe.inputs.answers import answered
+from qprobe.errors import MachineError, is_out_of_memory
+from qprobe.inputs.answers import Batching, answer_group
 from qprobe.inputs.batch import reads_images
 from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.halving import free_memory
 from qprobe.inputs.processed import ProcessedSamples
-from qprobe.loading.device import DTYPES, pick_device
+from qprobe.loading.device import DTYPES
 from qprobe.loading.processor import load_processor
-from qprobe.loading.reference import Reference, reference_of
-from qprobe.measure.subject import Subject, processed_samples, subject_of
+from qprobe.measure.subject import Subject, processed_samples
 from qprobe.options import Progress
 from qprobe.records import FormatSpec, Sample
 from qprobe.runs.folder import RunFolder
 from qprobe.runs.key import VERSION, Key, Measures, Spec, named_batches
-from qprobe.system.devices import parse_device
 from qprobe.system.versions import library_versions
 from qprobe.system.wording import counted
-from qprobe.training.merging.forms import Job, fold
+from qprobe.training.merging.forms import Job
+from qprobe.training.merging.sixteen import merged_subject
+from qprobe.training.origin import as_merged
 
 NEAREST = "Codes were not calibrated again, since {why}: they are rounded to nearest."
 
@@ -43,23 +41,33 @@ def fitted_codes(
 
     They are fitted as a scan of that model in 16-bit would fit them, to samples that are none of `judges`,
     which `asked` chose: rows of the data behind those, and where there are none, built-in samples for scans.
-    None, with a note on why, where no sample is left, or memory does not suffice for that model.
+    Layers that the adapter leaves as they are need none, nor do those that the checkpoint keeps in 16-bit.
+    None, with a note on why, where no layer or no sample is left, or memory does not suffice for that model.
     """
+    layers = _changed_4bit(job)
+    if not layers:
+        return None, ("No codes were calibrated again, since the adapter changes no layer in 4-bit.",)
     processor = load_processor(job.skeleton.source)
     processed = processed_samples(processor, layout_of(job.skeleton.model), DTYPES[job.skeleton.dtype])
     samples = fitting_samples(job.origin.manifest.model.id, processed, asked.samples, tuple(judges))
     free_memory()
     try:
         if samples:
-            return _fitted(job, asked, samples, processed, folder, progress)
+            return _fitted(job, layers, asked, samples, processed, folder, progress)
         why = "every sample that there is judges"
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, MachineError) and not is_out_of_memory(error):
             raise
         why = "memory does not suffice for the merged model in 16-bit beside its 4-bit form"
     finally:
         free_memory()
     return None, (NEAREST.format(why=why),)
+
+
+def _changed_4bit(job: Job) -> frozenset[str]:
+    """The layers of the merged checkpoint in 4-bit that the adapter changes."""
+    changed = {name for name, pair in job.adapter.layers.items() if not pair.is_zero}
+    return frozenset(x.name for x in as_merged(job.origin, job.skeleton).layers if x.is_four_bit) & changed
 
 
 def fitting_samples(
@@ -78,46 +86,47 @@ def fitting_samples(
 
 def _fitted(
     job: Job,
+    layers: frozenset[str],
     asked: AskedCourse,
     samples: tuple[Sample, ...],
     processed: ProcessedSamples,
     folder: Path,
     progress: Progress,
 ) -> tuple[Path | None, tuple[str, ...]]:
-    fmt, reference = job.origin.manifest.format, _merged_in_16bit(job, processed)
-    free_memory()  # of the base
-    subject = subject_of(reference, fmt, processed)
-    own = answered(subject.model, processed, samples, asked.batching, halving=subject.halving)
-    both = zip(samples, own, strict=True)
-    ready = tuple(mine if given.answer is None else given for given, mine in both)
-    groups = subject.groups(tuple(x for x in ready if x.answer), asked.batching.size)
-    if not groups:
-        return None, (NEAREST.format(why="the model answers nothing to other samples"),)
-    run, tune = RunFolder(folder), tune_steps(subject, None)
-    run.open(_key(subject, fmt, groups, tune, asked.samples.seed))
+    fmt, batching = job.origin.manifest.format, asked.batching
+    subject, notes = merged_subject(job, layers, processed, samples, batching, folder)
+    with subject.streaming():
+        groups = subject.groups(_answered(subject, samples, batching), batching.size)
+        if not groups:
+            return None, (NEAREST.format(why="the model answers nothing to other samples"),)
+        run, tune = RunFolder(folder), tune_steps(subject, None)
+        run.open(_key(subject, fmt, groups, tune, asked.samples.seed))
 
-    def calibrate(parts: Groups) -> None:
-        given = [tuple(part) for part in parts]
-        calibrate_model(Work(subject, run, given, tune_steps=tune, progress=progress))
+        def calibrate(parts: Groups) -> None:
+            given = [tuple(part) for part in parts]
+            calibrate_model(Work(subject, run, given, tune_steps=tune, progress=progress))
 
-    subject.halving.run_all("calibration", groups, calibrate)
+        subject.halving.run_all("calibration", groups, calibrate)
     assert run.codes is not None
     told = f"Codes were calibrated again on {counted(sum(map(len, groups)), 'sample')}, none of which judges."
-    return folder / run.codes.file, (told, *calibration_notes(run), *subject.halving.notes)
+    return folder / run.codes.file, (told, *notes, *calibration_notes(run), *subject.halving.notes)
 
 
-def _merged_in_16bit(job: Job, processed: ProcessedSamples) -> Reference:
-    """The base's own weights, dequantized where they are in 4-bit, with the adapter added, in 16-bit."""
-    one = parse_device(str(pick_device(job.device)))
-    reference = reference_of(job.skeleton, one, processor=processed.processor)
-    base = reference.model
-    if job.origin.base != "16-bit":
-        base, _ = job.base(job.origin.base)
-        for name, module in base.named_modules():
-            if is_four_bit(module):
-                reference.model.get_submodule(name).weight.data.copy_(weight_of(module))
-    fold(reference.model, job.adapter, job.origin.manifest.format, base)
-    return reference
+def _answered(subject: Subject, samples: Sequence[Sample], batching: Batching) -> tuple[Sample, ...]:
+    """`samples`, those without an answer with the model's greedy one; without those that it gives none to."""
+    own: dict[int, Sample] = {}
+    for group in subject.groups(tuple(x for x in samples if x.answer is None), batching.size):
+        with subject.running("answers", len(group)):
+            found = answer_group(
+                subject.model,
+                subject.processed,
+                group,
+                batching.max_new_tokens,
+                subject.halving,
+                subject.reference.device,
+            )
+        own |= {id(given): mine for given, mine in zip(group, found, strict=True)}
+    return tuple(x for x in (own.get(id(given), given) for given in samples) if x.answer)
 
 
 def _key(subject: Subject, fmt: FormatSpec, groups: Groups, tune: int, seed: int) -> Key:

@@ -56,7 +56,7 @@ def fold(
         module: Any = model.get_submodule(name)
         added = pair.delta(module.weight.device)
         before = weight_of((beside or model).get_submodule(name))
-        sums = (before.float() + added).to(before.dtype)
+        sums = with_added(before, added)
         if is_four_bit(module):
             held = codes.stored(name, sums.device) if codes is not None and name in codes.layers else None
             put_stored(module, held or _rounded(spec)(sums))
@@ -64,6 +64,11 @@ def fold(
             module.weight.data.copy_(sums)
         found[name] = arrived(before, weight_of(module), added)
     return found
+
+
+def with_added(weight: Tensor, added: Tensor) -> Tensor:
+    """Their sum in the dtype of `weight`, rounded once."""
+    return (weight.float() + added).to(weight.dtype)
 
 
 def _rounded(spec: FormatSpec) -> Callable[[Tensor], StoredNf4]:
