@@ -48,13 +48,17 @@ def at_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
     def run(world: int, out: Path, **changes: Any) -> list[ScanResult]:
         asked = parse_options(ScanOptions(**options(llama, out, **changes)))
         there = Barrier(world)
-        measured_alone = alone(measuring_step.measure_units)
 
-        def measure_units(*given: Any) -> None:
-            there.wait(60)  # as processes that torchrun starts together
-            measured_alone(*given)
+        def together(real: Any) -> Any:
+            def call(*given: Any) -> Any:
+                there.wait(60)  # as processes that torchrun starts together
+                return real(*given)
 
-        monkeypatch.setattr(road, "measure_units", measure_units)
+            return call
+
+        # Those with a model calibrate at once, and then measure at once.
+        monkeypatch.setattr(road, "calibrate", together(measuring_step.calibrate))
+        monkeypatch.setattr(road, "measure_units", together(alone(measuring_step.measure_units)))
 
         def one(rank: int) -> ScanResult:
             return road.scan_model(asked, Process(RunFolder(out), Shard(rank, world), no_progress))
