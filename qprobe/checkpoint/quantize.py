@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import re
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from qprobe.checkpoint.auditing.audit import audit_files
@@ -25,8 +20,9 @@ from qprobe.checkpoint.experts.four_bit import four_bit_experts
 from qprobe.checkpoint.hub import MANIFEST_FILE, push, refuse_to_push
 from qprobe.checkpoint.load import check_model, codes_of, dynamic_4bit, with_dtype
 from qprobe.checkpoint.matching import check_keys
+from qprobe.checkpoint.new_folder import alone_at, new_folder, refuse_to_overwrite
 from qprobe.checkpoint.storage import stored_bytes
-from qprobe.errors import ManifestError, ModelError, VerificationError, is_out_of_memory
+from qprobe.errors import ModelError, VerificationError
 from qprobe.exports.config_format import refused_by_others
 from qprobe.exports.export import config_entries
 from qprobe.loading.log_filters import quiet_models
@@ -42,8 +38,6 @@ from qprobe.options import KeptExperts, Progress, no_progress
 from qprobe.records import FormatSpec
 from qprobe.registry.precisions import SIXTEEN_BIT, sixteen_bit_bytes
 from qprobe.system.devices import AskedDevice, parse_device
-from qprobe.system.files import make_named_folder
-from qprobe.system.locks import held_alone, try_lock
 
 # A shard of a model on a GPU passes through the memory of the host at once, so it must be small beside it.
 MAX_SHARD = "2GB"
@@ -274,94 +268,6 @@ def _made_from(manifest: Manifest, model: str | None, source: Source) -> str | N
     """
     is_users_folder = Path(source.location).is_dir() and known(model or manifest.model.id) is None
     return source.id if source.id != manifest.model.id or is_users_folder else None
-
-
-def refuse_to_overwrite(target: Path) -> None:
-    """Raises ModelError unless `target` is missing or an empty folder."""
-    if target.exists() and not target.is_dir():
-        raise ModelError(f"{target} is a file, and the checkpoint is a folder. Pass a folder that is new.")
-    if target.exists() and any(target.iterdir()):
-        raise ModelError(f"{target} is there already and not empty. Pass another folder, or remove it first.")
-
-
-@contextmanager
-def alone_at(target: Path) -> Iterator[None]:
-    """While open, no other process writes the new folder `target`; beside it lies a lock, `.NAME.lock`.
-
-    Raises ModelError if another one does, or the lock cannot be made.
-    """
-    with ExitStack() as stack:
-        try:
-            make_named_folder(target.parent)
-            is_held = stack.enter_context(held_alone(target.with_name(f".{target.name}.lock")))
-        except OSError as error:
-            reason = error.strerror or error
-            raise ModelError(
-                f"{target} cannot be written ({reason}). Make room, or pass another folder."
-            ) from error
-        if not is_held:
-            raise ModelError(
-                f"Another process is writing {target}. Wait for it to end, or pass another folder."
-            )
-        yield
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends without an error.
-
-    What is left after an error, and the errors, as of `scratch_folder`.
-    """
-    with scratch_folder(target) as folder:
-        yield folder
-        os.replace(folder, target)
-
-
-@contextmanager
-def scratch_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that is gone when the block ends, if it was not renamed.
-
-    What killed processes left of earlier ones goes before. Raises ModelError if it cannot be written, or
-    cannot be renamed because `target` got files meanwhile.
-    """
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        _remove_stale(target)
-        folder.mkdir(parents=True)
-        with _locked(folder):
-            yield folder
-    except (OSError, SafetensorError, ManifestError) as error:  # the full disk of a shard is the second
-        if is_out_of_memory(error):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise ModelError(
-            f"{target} cannot be written ({reason}). Make room, or pass another folder."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_stale(target: Path) -> None:
-    """Removes temporary folders of `target` that no living process holds; where locks are unknown, none."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
-    there = target.parent.iterdir() if target.parent.is_dir() else ()
-    for folder in [x for x in there if pattern.fullmatch(x.name) and x.is_dir() and not x.is_symlink()]:
-        with _locked(folder) as is_free:
-            if is_free:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Holds the lock of `folder`, which the system lets go of when a process ends; False if it cannot."""
-    place = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    is_held = None
-    with suppress(OSError):  # a folder cannot be opened for writing, which some file systems ask for
-        is_held = try_lock(place)
-    try:
-        yield bool(is_held)
-    finally:
-        os.close(place)
 
 
 def save_processor(processor: Any, folder: Path) -> None:

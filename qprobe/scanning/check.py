@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from torch import nn
 
@@ -95,9 +95,12 @@ def _check_folder(folder: Path, shard: Shard) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if there == folder.absolute():
         raise RunError(f"{folder} is a file, so it cannot be the run folder. Pass another --out.")
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written" if there.is_dir() else "is a file"
-        raise RunError(f"{folder} cannot be written: {there} {why}. Pass another --out.")
+    try:  # rights alone do not tell: /proc refuses whoever has them all
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        why = f"cannot be written ({error.strerror})" if there.is_dir() else "is a file"
+        raise RunError(f"{folder} cannot be written: {there} {why}. Pass another --out.") from error
 
 
 def _check_same(run: RunFolder, model: ModelIdentity, fmt: FormatSpec) -> None:

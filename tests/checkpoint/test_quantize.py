@@ -153,17 +153,6 @@ def test_it_loads_where_qprobe_is_not_installed_also_from_shards(tiny_folder, tm
     assert AutoProcessor.from_pretrained(done.out).chat_template == processor.chat_template
 
 
-def test_nothing_is_overwritten(tiny_folder, tmp_path):
-    folder = tiny_folder("llama")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    for name, said in (("taken", "already and not empty"), ("file", "file is a file")):
-        with pytest.raises(ModelError, match=said):
-            quantize(manifest_for(folder), tmp_path / name, str(folder), "cpu")
-    assert sorted(x.name for x in tmp_path.rglob("*")) == ["file", "notes.txt", "taken"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_run_that_ends_early_leaves_nothing(error, tiny_folder, tmp_path, monkeypatch):
@@ -220,34 +209,6 @@ def test_figures_are_this_model_s_only_where_the_weights_are_those_that_were_mea
     assert str(folder) not in card
     quantize(replace(known, quality=Quality()), tmp_path / "plain", str(folder), "cpu")
     assert "were measured on" not in (tmp_path / "plain" / "README.md").read_text()
-
-
-@pytest.mark.slow
-def test_what_a_killed_run_left_is_removed_and_what_another_one_writes_is_not(tiny_folder, tmp_path):
-    folder = tiny_folder("llama")
-    mine = [tmp_path / x for x in (".out.notes.tmp", ".outer.0123456789ab.tmp", ".other.0123456789ab.tmp")]
-    for place in (tmp_path / ".out.0123456789ab.tmp", *mine):
-        place.mkdir()
-        (place / "model.safetensors").write_text("half")
-    with quantize_module.new_folder(tmp_path / "out") as living:
-        quantize(manifest_for(folder), tmp_path / "out", str(folder), "cpu")
-        assert {*mine, living} == {x for x in tmp_path.iterdir() if x.name.startswith(".")}
-        with pytest.raises(ModelError), quantize_module.new_folder(tmp_path / "out"):
-            pass  # which is there by now
-        (tmp_path / "out").rename(tmp_path / "first")
-    assert (tmp_path / "out").is_dir()
-
-
-def test_a_second_process_does_not_write_the_same_folder_and_is_told_before_anything_is_read(tmp_path):
-    with (
-        quantize_module.alone_at(tmp_path / "out"),
-        pytest.raises(ModelError, match=r"Another process is writing .*out\. Wait for it to end"),
-    ):
-        quantize(tmp_path / "none.json", tmp_path / "out")
-    (tmp_path / ".out.lock").write_bytes(b"")  # of a process that was killed
-    with pytest.raises(ManifestError, match=r"none\.json"):
-        quantize(tmp_path / "none.json", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 PEAK = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import sys
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -111,6 +112,9 @@ def test_a_folder_that_cannot_be_the_run_folder(no_weights: None, tiny_folder: T
     for out, said in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "run", "cannot be written")):
         with pytest.raises(RunError, match=rf"{said}.*--out"):
             scan(**options(tiny_folder("llama"), out))
+    if sys.platform == "linux":  # where not even root makes a folder
+        with pytest.raises(RunError, match=r"/proc/x/run cannot be written: /proc cannot be written \("):
+            scan(**options(tiny_folder("llama"), Path("/proc/x/run")))
     with open(tmp_path / ".lock", "ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="Another process is scanning"):

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from qprobe.checkpoint.adapters.lora import read_adapter
+from qprobe.checkpoint.new_folder import alone_at
 from qprobe.errors import ManifestError, ModelError, QprobeError, RunError
 from qprobe.training.merging.merge import merge
 from tests.training.adapters import save
@@ -77,6 +78,22 @@ def test_what_is_no_adapter_or_has_no_base_or_would_overwrite_is_one_sentence(fa
         merge(root / "adapter", out=out, as_="8-bit")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ModelError, match="is there already and not empty"):
         merge(root / "adapter", out=root / "model", manifest=root / "skiplist.json")
+
+
+def test_a_folder_that_cannot_be_written_or_is_being_written_is_told_before_a_weight_is_loaded(
+    family, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qprobe.training.merging.merge._merged", lambda *_: pytest.fail("weights are loaded"))
+    root = family("llama")
+    given = {"manifest": root / "skiplist.json", "model": str(root / "model"), "device": "cpu"}
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ModelError, match=r"file/out cannot be written \(.*file is no folder\)"):
+        merge(root / "adapter", out=tmp_path / "file" / "out", **given)
+    with (
+        alone_at(tmp_path / "out"),
+        pytest.raises(ModelError, match=r"Another process is writing .*out\. Wait for it to end"),
+    ):
+        merge(root / "adapter", out=tmp_path / "out", **given)
 
 
 def test_an_adapter_beyond_linear_layers_is_refused(family, tmp_path):

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qprobe.checkpoint.adapters.effect import HALF, Arrived
-from qprobe.checkpoint.adapters.lora import read_adapter, refuse_without_effect
+from qprobe.checkpoint.adapters.lora import Adapter, read_adapter, refuse_without_effect
 from qprobe.checkpoint.codes import keep_codes_as_stored
 from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_course, set_course, staged
 from qprobe.checkpoint.comparing.rows import compared
+from qprobe.checkpoint.new_folder import alone_at, refuse_to_overwrite, scratch_folder
 from qprobe.checkpoint.plain import load_plainly
-from qprobe.checkpoint.quantize import (
-    refuse_to_overwrite,
-    scratch_folder,
-)
 from qprobe.checkpoint.starts.attached import peft_library
 from qprobe.errors import QprobeError
 from qprobe.exports.export import config_entries
@@ -59,15 +56,23 @@ def merge(options: MergeOptions) -> Merged:
     metric: as of `compare`; None for exact answers, where samples bring some. Others as of `compare`.
     `out` has its name only once it is complete, audited and measured.
     Raises RunError for an adapter that is none, takes no effect or is of another base; ModelError if `out`
-    is there already; otherwise as `compare` and `load_dynamic_4bit` do.
+    is there already, cannot be written, or another process writes it; otherwise as `compare` and
+    `load_dynamic_4bit` do.
     """
     target = path_of(options.out)
     refuse_to_overwrite(target)
     peft_library()
     found = read_adapter(path_of(options.adapter))
+    with alone_at(target):
+        job, forms = _checked(options, found, target)
+        return _merged(job, forms, asked_course(options), options.progress)
+
+
+def _checked(options: MergeOptions, found: Adapter, target: Path) -> tuple[Job, tuple[Form, ...]]:
+    """(what is merged, the forms to make), after all that can be refused before weights are loaded."""
     told = path_if_given(options.manifest)
     origin = origin_of(found, told, options.base, options.model, options.dtype)
-    device, asked = parse_device(options.device), asked_course(options)
+    device = parse_device(options.device)
     skeleton = origin.skeleton(options.trust_remote_code)
     if readout_of(skeleton.model) != ANSWERS:
         raise QprobeError(
@@ -81,8 +86,7 @@ def merge(options: MergeOptions) -> Merged:
     origin.refuse_experts(forms)
     if "4-bit" in forms:  # refused before anything is loaded
         config_entries(as_merged(origin, skeleton), options.for_tool)
-    job = Job(found, origin, skeleton, target, device, options.trust_remote_code, options.for_tool)
-    return _merged(job, forms, asked, options.progress)
+    return Job(found, origin, skeleton, target, device, options.trust_remote_code, options.for_tool), forms
 
 
 def _merged(job: Job, forms: tuple[Form, ...], asked: AskedCourse, progress: Progress) -> Merged:
