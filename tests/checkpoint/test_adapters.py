@@ -107,6 +107,17 @@ def test_tensors_that_are_no_pairs_are_refused_by_name(tensors: dict[str, Tensor
         read_adapter(written(tmp_path, tensors))
 
 
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_adapter_that_a_training_which_diverged_left_is_refused(half: str, number: float, tmp_path: Path):
+    tensors = {key: tensor.clone() for key, tensor in HALVES.items()}
+    tensors[f"base_model.model.x.up.{half}.weight"][0, 1] = number
+    with pytest.raises(
+        RunError, match=r"has NaN or infinity in 1 of 1 layer: x\.up, as where a training div"
+    ):
+        read_adapter(written(tmp_path, tensors))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

@@ -21,9 +21,7 @@ from qprobe.calibration.planned import limit as planned
 from qprobe.calibration.planned.limit import GIB
 from qprobe.calibration.planned.memory import DeviceNeed
 from qprobe.checkpoint.auditing.audit import audit
-from qprobe.checkpoint.comparing.course import ModelResult
 from qprobe.checkpoint.load import load_dynamic_4bit
-from qprobe.checkpoint.storage import StoredBytes
 from qprobe.data.sampling import Wanted
 from qprobe.formats.codes_file import open_codes
 from qprobe.inputs.answers import Batching, answered
@@ -31,14 +29,13 @@ from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
 from qprobe.manifest.read import read_manifest
-from qprobe.measure.kl import KlSums
 from qprobe.options import Base
 from qprobe.training.merging import calibrated, sixteen
 from qprobe.training.merging import merge as merging
 from qprobe.training.merging.calibrated import fitting_samples
 from qprobe.training.merging.forms import Job
 from qprobe.training.merging.merge import merge
-from qprobe.training.merging.merged import Merged, chosen
+from qprobe.training.merging.merged import Merged
 from tests import tiny
 from tests.checkpoint import reference
 from tests.training.adapters import SCALING, added, plainly, save, write_adapter
@@ -318,31 +315,6 @@ def test_nothing_is_calibrated_for_a_merge_into_16_bit(base, tmp_path, monkeypat
     monkeypatch.setattr(merging, "fitted_codes", lambda *_: pytest.fail("codes are fitted"))
     merged = adapted(base("llama"), tmp_path / "out", as_="16-bit", samples=2)
     assert merged.rounding is None and merged.to_json()["rounding"] is None
-
-
-def result(*kl: float) -> ModelResult:
-    return ModelResult(StoredBytes(1, 1), [""] * len(kl), [KlSums(x, 1, 1) for x in kl], [])
-
-
-@pytest.mark.parametrize(
-    ("nearest", "codes", "sixteen", "kept"),
-    [
-        ((3, 3, 3), (1, 1, 1), (2, 2, 2), "4-bit, calibrated"),
-        ((1, 1, 1), (3, 3, 3), (2, 2, 2), "4-bit"),
-        ((3, 3, 3), (3, 3, 3), (4, 4, 4), "4-bit"),  # no better than nearest, so nothing to fit for
-        ((5, 5, 5), (4, 4, 4), (2, 2, 2), "16-bit"),
-        ((5, 5, 5), (1, 9, 2), (2, 6, 1), "4-bit, calibrated"),  # against 16-bit -1, 3, 1: no difference
-    ],
-)
-def test_the_better_rounding_is_kept_and_then_the_better_form(nearest, codes, sixteen, kept):
-    results = {
-        "16-bit": result(*sixteen), "4-bit": result(*nearest), "4-bit, calibrated": result(*codes),
-    }  # fmt: skip
-    found, why = chosen(results)
-    better = "calibrated" if sum(codes) < sum(nearest) else "nearest"
-    assert found == kept and why.endswith(f"Of both roundings to 4-bit, {better} has the lower KL.")
-    without, why = chosen({"16-bit": result(*sixteen), "4-bit": result(*nearest)})
-    assert without in ("16-bit", "4-bit") and "roundings" not in why
 
 
 def prompts(count: int) -> list[dict[str, str]]:

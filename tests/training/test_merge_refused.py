@@ -7,11 +7,13 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from qprobe.checkpoint.adapters.lora import read_adapter
 from qprobe.checkpoint.new_folder import alone_at
 from qprobe.errors import ManifestError, ModelError, QprobeError, RunError
+from qprobe.training.merging.forms import with_added
 from qprobe.training.merging.merge import merge
 from tests.training.adapters import save
 
@@ -94,6 +96,14 @@ def test_a_folder_that_cannot_be_written_or_is_being_written_is_told_before_a_we
         pytest.raises(ModelError, match=r"Another process is writing .*out\. Wait for it to end"),
     ):
         merge(root / "adapter", out=tmp_path / "out", **given)
+
+
+def test_sums_beyond_what_a_dtype_holds_are_refused_by_the_name_of_the_layer():
+    weight, added = torch.tensor([[60000.0, 1.0]], dtype=torch.float16), torch.tensor([[6016.0, 0.5]])
+    with pytest.raises(ModelError, match=r"weights of up are beyond what float16 holds \(65,504 at most\)"):
+        with_added("up", weight, added)
+    assert with_added("up", weight, -added).tolist() == [[53984.0, 0.5]]
+    assert with_added("up", weight.bfloat16(), added).isfinite().all()
 
 
 def test_an_adapter_beyond_linear_layers_is_refused(family, tmp_path):

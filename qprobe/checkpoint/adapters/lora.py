@@ -107,11 +107,26 @@ def check_adapter(folder: Path) -> None:
 def read_adapter(folder: Path) -> Adapter:
     """The adapter that peft or `qprobe finetune` wrote to `folder`.
 
-    Raises RunError if there is none, or it changes more than linear layers, or files and config disagree.
+    Raises RunError if there is none, or it changes more than linear layers, or files and config disagree, or
+    it holds NaN or infinity.
     """
     config = _config(folder)
     _refuse_beyond(folder, config)
-    return Adapter(folder, config, dict(_pairs(folder, config, _tensors(folder))), _learned(folder))
+    layers = dict(_pairs(folder, config, _tensors(folder)))
+    _refuse_nonfinite(folder, layers)
+    return Adapter(folder, config, layers, _learned(folder))
+
+
+def _refuse_nonfinite(folder: Path, layers: Mapping[str, Pair]) -> None:
+    broken = [
+        n for n, x in layers.items() if not all(bool(torch.isfinite(half).all()) for half in (x.a, x.b))
+    ]
+    if broken:
+        raise RunError(
+            f"The adapter in {folder} has NaN or infinity in {len(broken)} of "
+            f"{counted(len(layers), 'layer')}: {named(broken)}, as where a training diverged. Pass one from "
+            "before that, or train again with a lower learning rate."
+        )
 
 
 def _learned(folder: Path) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from qprobe.checkpoint.adapters.effect import Arrived, arrived, weight_of
@@ -19,7 +20,7 @@ from qprobe.checkpoint.matching import check_keys
 from qprobe.checkpoint.quantize import MAX_SHARD, refuse_rewritten, save_four_bit, save_processor
 from qprobe.checkpoint.ready import is_four_bit
 from qprobe.checkpoint.starts.attached import names_as_written, peft_library
-from qprobe.errors import VerificationError
+from qprobe.errors import ModelError, VerificationError
 from qprobe.exports.export import config_entries
 from qprobe.formats.codes_file import CodesReader, open_codes
 from qprobe.formats.nf4 import Nf4, StoredNf4
@@ -46,7 +47,7 @@ def fold(
     were calibrated, see `qprobe.training.merging.calibrated`.
     A layer in 4-bit is dequantized and added to; where `codes` holds the sum it is taken from there, else it
     is rounded to nearest in the format `spec`. Sums are taken in float32 and rounded once. Layers that the
-    adapter leaves as they are keep their codes to the bit.
+    adapter leaves as they are keep their codes to the bit. Raises ModelError as of `with_added`.
     """
     found = {}
     for name, pair in adapter.layers.items():
@@ -56,7 +57,7 @@ def fold(
         module: Any = model.get_submodule(name)
         added = pair.delta(module.weight.device)
         before = weight_of((beside or model).get_submodule(name))
-        sums = with_added(before, added)
+        sums = with_added(name, before, added)
         if is_four_bit(module):
             held = codes.stored(name, sums.device) if codes is not None and name in codes.layers else None
             put_stored(module, held or _rounded(spec)(sums))
@@ -66,9 +67,20 @@ def fold(
     return found
 
 
-def with_added(weight: Tensor, added: Tensor) -> Tensor:
-    """Their sum in the dtype of `weight`, rounded once."""
-    return (weight.float() + added).to(weight.dtype)
+def with_added(layer: str, weight: Tensor, added: Tensor) -> Tensor:
+    """`weight`, of `layer`, with `added` to it, in its own dtype, rounded once.
+
+    Raises ModelError for sums beyond that dtype, which would be infinite.
+    """
+    sums = (weight.float() + added).to(weight.dtype)
+    if not bool(torch.isfinite(sums).all()):
+        held = f"{weight.dtype}".removeprefix("torch.")
+        raise ModelError(
+            f"With the adapter added, weights of {layer} are beyond what {held} holds "
+            f"({torch.finfo(weight.dtype).max:,.0f} at most), or were so before. Nothing was kept; train on "
+            "a base in bfloat16, or serve the adapter beside its base."
+        )
+    return sums
 
 
 def _rounded(spec: FormatSpec) -> Callable[[Tensor], StoredNf4]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import fsum
+from math import fsum, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from qprobe import __version__
 from qprobe.checkpoint.card import auto_class, card_head, plain_usage, task_of
 from qprobe.checkpoint.comparing.course import ModelResult
 from qprobe.checkpoint.comparing.rows import Comparison, Row
+from qprobe.errors import ModelError
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.records import Manifest
 from qprobe.options import Form
@@ -79,16 +80,30 @@ class Merged:
 
 
 def chosen(results: Mapping[Candidate, ModelResult]) -> tuple[Candidate, str]:
-    """(the candidate to keep, why): of 4-bit the rounding with the lower KL, then a form by `chosen_form`."""
-    roundings: list[Candidate] = [x for x in ROUNDINGS if x in results]
-    forms: dict[Form, ModelResult] = {"16-bit": results["16-bit"]} if "16-bit" in results else {}
-    if not roundings:
-        return chosen_form(forms)
-    best = min(roundings, key=lambda x: fsum(one.kl for one in results[x].sums))
-    form, why = chosen_form({**forms, "4-bit": results[best]})
-    if len(roundings) > 1:
+    """(the candidate to keep, why): of 4-bit the rounding with the lower KL, then a form by `chosen_form`.
+
+    One whose KL is NaN or infinite is never kept. Raises ModelError where each one's is.
+    """
+    finite = {name: x for name, x in results.items() if isfinite(fsum(one.kl for one in x.sums))}
+    broken = " and ".join(name for name in results if name not in finite)
+    if not finite:
+        raise ModelError(
+            f"The KL of {broken} to base + adapter is NaN or infinite, so nothing tells what the merge "
+            "loses, and nothing was kept. Serve the adapter beside its base."
+        )
+    roundings: list[Candidate] = [x for x in ROUNDINGS if x in finite]
+    forms: dict[Form, ModelResult] = {"16-bit": finite["16-bit"]} if "16-bit" in finite else {}
+    best = min(roundings, key=lambda x: fsum(one.kl for one in finite[x].sums), default=None)
+    if best is not None:
+        forms["4-bit"] = finite[best]
+    form, why = chosen_form(forms)
+    if broken and len(forms) == 1:  # which need not be the one that was asked for
+        why = f"{form} was kept."
+    if broken:
+        why += f" The KL of {broken} is NaN or infinite."
+    if best is not None and len(roundings) > 1:
         why += f" Of both roundings to 4-bit, {ROUNDINGS[best]} has the lower KL."
-    return best if form == "4-bit" else form, why
+    return (best if best is not None and form == "4-bit" else form), why
 
 
 def chosen_form(results: Mapping[Form, ModelResult]) -> tuple[Form, str]:

@@ -104,7 +104,7 @@ def _own_weights(base: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Tenso
         pair = adapter.layers.get(name)
         if pair is not None and not pair.is_zero:
             before: Any = weight_of(module)
-            yield name, with_added(before, pair.delta(before.device))
+            yield name, with_added(name, before, pair.delta(before.device))
         elif is_four_bit(module):
             yield name, weight_of(module)
 
