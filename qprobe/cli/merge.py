@@ -60,9 +60,9 @@ def merge(as_json: bool, **asked: Any) -> None:
 
     An adapter is trained beside its base's weights, most of them in 4-bit. Added to the 16-bit weights it is
     another model, and a correction of 4-bit weights that it holds is left out; added to the dequantized ones
-    it has to go back to 4-bit, which rounds part of it away. Where the base has calibrated codes, they are
-    calibrated again as well, on samples that are not measured on: rows of --data or files of --images behind
-    those that are, else built-in ones.
+    it has to go back to 4-bit, which rounds part of it away. Where the scan calibrated codes, those of the
+    layers that the adapter changes are calibrated again as well, on samples that are not measured on: rows of
+    --data or files of --images behind those that are, else built-in ones.
     All are made, loaded with plain from_pretrained, and held against base + adapter on the samples: the one
     with the lower KL is kept, and 4-bit where no difference is found. Pass samples that the adapter was not
     trained on; answers that they bring are held against the greedy ones (--metric).

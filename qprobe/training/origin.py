@@ -10,7 +10,7 @@ from typing import Any
 from qprobe import __version__
 from qprobe.checkpoint.adapters.lora import Adapter, check_adapter
 from qprobe.checkpoint.adapters.record import Record, read_record
-from qprobe.checkpoint.load import check_model, with_dtype
+from qprobe.checkpoint.load import check_model, codes_of, with_dtype
 from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import ManifestError, RunError
 from qprobe.loading.log_filters import quiet_models
@@ -44,6 +44,13 @@ class Origin:
         written = replace(self.manifest, format=with_dtype(self.manifest.format, self.scanned_in))
         checked = check_model(written, self.model, trusts_code)
         return checked.in_dtype(self.manifest.format.compute_dtype)
+
+    def codes(self) -> Path | None:
+        """The file of calibrated weights that the manifest names; None if it names none.
+
+        Raises ManifestError if it is missing or changed.
+        """
+        return codes_of(self.manifest, self.path.parent)
 
     def refuse_other_weights(self) -> None:
         """Raises ManifestError where `finetune` saw other weights than `model` holds."""

@@ -22,7 +22,7 @@ from qprobe.calibration.planned.limit import GIB
 from qprobe.calibration.planned.memory import DeviceNeed
 from qprobe.checkpoint.auditing.audit import audit
 from qprobe.checkpoint.load import load_dynamic_4bit
-from qprobe.data.sampling import Wanted
+from qprobe.errors import ManifestError
 from qprobe.formats.codes_file import open_codes
 from qprobe.inputs.answers import Batching, answered
 from qprobe.inputs.processed import ProcessedSamples
@@ -32,7 +32,6 @@ from qprobe.manifest.read import read_manifest
 from qprobe.options import Base
 from qprobe.training.merging import calibrated, sixteen
 from qprobe.training.merging import merge as merging
-from qprobe.training.merging.calibrated import fitting_samples
 from qprobe.training.merging.forms import Job
 from qprobe.training.merging.merge import merge
 from qprobe.training.merging.merged import Merged
@@ -133,7 +132,10 @@ def test_calibrated_codes_are_kept_where_they_are_nearer_to_base_and_adapter(nam
     )  # fmt: skip
     card = (merged.out / "README.md").read_text()
     assert all(f"{kl[x]:.4g}" in card for x in ("4-bit", "4-bit, calibrated"))
-    assert "**4-bit, calibrated** (this model)" in card and "their codes were calibrated on samples" in card
+    assert (
+        "**4-bit, calibrated** (this model)" in card
+        and "Codes of what it changes were calibrated on samples" in card
+    )
     assert [x.name for x in merged.out.parent.iterdir()] == ["out"]
 
 
@@ -278,6 +280,48 @@ def test_an_adapter_of_the_16_bit_base_is_calibrated_alike_with_room_and_without
     assert all(torch.equal(weight, same[x]) for x, weight in weights.items())
 
 
+@pytest.mark.usefixtures("quick_rounding")
+@pytest.mark.parametrize("on", ["16-bit", "dynamic"])
+def test_layers_that_an_adapter_leaves_alone_have_the_codes_of_the_scan_in_each_rounding(
+    on, base, tmp_path, monkeypatch
+):
+    root, forms = base("llama"), {}
+
+    def kept(job: Job, folder: Path, codes: Path | None = None) -> Any:
+        written = real(job, folder, codes)
+        forms[codes is None] = plainly(folder)
+        return written
+
+    real = merging.write_4bit
+    monkeypatch.setattr(merging, "write_4bit", kept)
+    monkeypatch.setitem(merging.WRITERS, "4-bit", kept)
+    adapter = write_adapter(root / "model", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    merge(
+        adapter, out=tmp_path / "out", manifest=root / "run" / "skiplist.json", base=on, as_="4-bit",
+        model=str(root / "model"), batch_size=1, **FEW,
+    )  # fmt: skip
+    scanned, _ = load_dynamic_4bit(root / "run" / "skiplist.json", str(root / "model"), "cpu")
+    assert forms.keys() == {True, False}
+    for made in forms.values():
+        other = {
+            name
+            for name, module in scanned.named_modules()
+            if isinstance(module, Linear4bit)
+            and not torch.equal(module.weight.data, made.get_submodule(name).weight.data)
+        }
+        assert other and all(name.endswith(("q_proj", "v_proj")) for name in other)
+
+
+def test_without_the_codes_of_the_scan_a_merge_into_4_bit_is_refused_before_weights_are_loaded(
+    base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(merging, "_merged", lambda *_: pytest.fail("weights are loaded"))
+    manifest = copytree(base("llama") / "run", tmp_path / "run") / "skiplist.json"
+    (tmp_path / "run" / "nf4-calibrated.safetensors").unlink()
+    with pytest.raises(ManifestError, match=r"nf4-calibrated\.safetensors"):
+        adapted(base("llama"), tmp_path / "out", manifest=manifest, base="16-bit")
+
+
 def test_without_room_for_a_block_codes_are_rounded_to_nearest_before_memory_runs_out(
     base, tmp_path, monkeypatch
 ):
@@ -315,41 +359,3 @@ def test_nothing_is_calibrated_for_a_merge_into_16_bit(base, tmp_path, monkeypat
     monkeypatch.setattr(merging, "fitted_codes", lambda *_: pytest.fail("codes are fitted"))
     merged = adapted(base("llama"), tmp_path / "out", as_="16-bit", samples=2)
     assert merged.rounding is None and merged.to_json()["rounding"] is None
-
-
-def prompts(count: int) -> list[dict[str, str]]:
-    return [{"prompt": f"what is the number {i}?", "answer": f"it is {i}"} for i in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("rows", "wanted", "fitted"),
-    [
-        (20, 4, [4, 5, 6, 7]),  # the rows behind those that judge, as many
-        (6, 4, [4, 5]),
-        (4, 4, None),  # none left
-        (4, None, None),
-    ],
-)
-def test_codes_are_fitted_to_rows_behind_those_that_judge_else_to_built_in_samples(
-    rows, wanted, fitted, tiny_folder
-):
-    processor = load_processor(resolve(str(tiny_folder("llama"))))
-    processed, data = ProcessedSamples(processor, torch.bfloat16), prompts(rows)
-    asked = Wanted(data=data, count=wanted)
-    judges = calibrated.choose_samples("m", False, asked, "compare").samples
-    assert len(judges) == 4
-    found = [x.prompt for x in fitting_samples("m", processed, asked, judges)]
-    if fitted is None:
-        assert found and not set(found) & {x["prompt"] for x in data}
-        assert not set(found) & {x.prompt for x in judging("llama")}
-    else:
-        assert found == [data[i]["prompt"] for i in fitted]
-
-
-def test_a_row_that_judges_is_not_fitted_to_where_the_data_repeats_it(tiny_folder):
-    processor = load_processor(resolve(str(tiny_folder("llama"))))
-    data = prompts(2) + prompts(3)
-    asked = Wanted(data=data, count=3)
-    judges = calibrated.choose_samples("m", False, asked, "compare").samples
-    found = fitting_samples("m", ProcessedSamples(processor, torch.bfloat16), asked, judges)
-    assert [x.prompt for x in found] == ["what is the number 2?"]

@@ -132,9 +132,10 @@ def write_16bit(job: Job, folder: Path) -> Written:
 
 
 def write_4bit(job: Job, folder: Path, codes: Path | None = None) -> Written:
-    """The base's own weights with the adapter added, in 4-bit again, in `folder`.
+    """The base's own weights with the adapter added, in 4-bit, in `folder`.
 
     codes: a file of them, calibrated, for layers that the adapter changes; None to round those to nearest.
+    Layers that it leaves as they are have the base's codes, on the 16-bit base those of the scan.
     """
     refuse_rewritten(job.skeleton.model)
     manifest = as_merged(job.origin, job.skeleton)
@@ -142,7 +143,7 @@ def write_4bit(job: Job, folder: Path, codes: Path | None = None) -> Written:
     model, processor = job.base(job.origin.base)
     beside = model
     if job.origin.base == "16-bit":
-        model = dynamic_4bit(manifest, job.skeleton, job.device, None)
+        model = dynamic_4bit(manifest, job.skeleton, job.device, job.origin.codes())
     with nullcontext() if codes is None else open_codes(codes) as file:
         found = fold(model, job.adapter, manifest.format, beside, file)
     check_keys(job.skeleton.model, entries, manifest)

@@ -43,11 +43,11 @@ def merge(options: MergeOptions) -> Merged:
 
     Two are made: the 16-bit weights with what the adapter learned added (and not the correction of 4-bit
     weights that one of `finetune` may hold), and the base's own weights (dequantized where they are in 4-bit)
-    with the adapter added, back in 4-bit: rounded to nearest, and where the manifest's format is calibrated
-    with calibrated codes as well. An adapter learned to work beside the base's
-    weights, so either is another model. Each is loaded plainly and held against base + adapter on samples
-    that the adapter was not trained on; the one with the lower KL is kept, and 4-bit, the smaller, where they
-    cannot be told apart. No code is fitted to these samples: see `fitted_codes`.
+    with the adapter added, in 4-bit: what it changes rounded to nearest, and where the manifest's format is
+    calibrated with calibrated codes as well. An adapter learned to work beside the base's weights, so either
+    is another model. Each is loaded plainly and held against base + adapter on samples that the adapter was
+    not trained on; the one with the lower KL is kept, and 4-bit, the smaller, where they cannot be told
+    apart. No code is fitted to these samples: see `fitted_codes`.
 
     adapter: folder of `finetune`, or of peft. as_: the form to make, without a choice.
     manifest, base: of an adapter that `finetune` did not make; what it was trained on, see `load_base`.
@@ -86,6 +86,7 @@ def _checked(options: MergeOptions, found: Adapter, target: Path) -> tuple[Job, 
     origin.refuse_experts(forms)
     if "4-bit" in forms:  # refused before anything is loaded
         config_entries(as_merged(origin, skeleton), options.for_tool)
+        origin.codes()
     return Job(found, origin, skeleton, target, device, options.trust_remote_code, options.for_tool), forms
 
 

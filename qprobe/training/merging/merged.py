@@ -147,11 +147,12 @@ def lost(made: Merged) -> str:
     )
 
 
-_IN_4BIT = "The weights that the adapter was trained beside, with the adapter added, in 4-bit again"
+_IN_4BIT = "The weights that the adapter was trained beside, with the adapter added, in 4-bit"
 _WEIGHTS: dict[Candidate, str] = {
     "16-bit": "The 16-bit weights with what the adapter learned added.",
-    "4-bit": f"{_IN_4BIT}, rounded to nearest.",
-    CALIBRATED: f"{_IN_4BIT}; their codes were calibrated on samples, none of which is among those below.",
+    "4-bit": f"{_IN_4BIT}. What it changes is rounded to nearest.",
+    CALIBRATED: f"{_IN_4BIT}. Codes of what it changes were calibrated on samples, none of them among those "
+    "below.",
 }
 
 

@@ -1,0 +1,50 @@
+"""The samples that a merge fits codes to are none of those that judge it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qprobe.data.sampling import Wanted, choose_samples
+from qprobe.inputs.processed import ProcessedSamples
+from qprobe.loading.processor import load_processor
+from qprobe.loading.source import resolve
+from qprobe.training.merging.calibrated import fitting_samples
+
+
+def prompts(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"what is the number {i}?", "answer": f"it is {i}"} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "fitted"),
+    [
+        (20, 4, [4, 5, 6, 7]),  # the rows behind those that judge, as many
+        (6, 4, [4, 5]),
+        (4, 4, None),  # none left
+        (4, None, None),
+    ],
+)
+def test_codes_are_fitted_to_rows_behind_those_that_judge_else_to_built_in_samples(
+    rows, wanted, fitted, tiny_folder
+):
+    processor = load_processor(resolve(str(tiny_folder("llama"))))
+    processed, data = ProcessedSamples(processor, torch.bfloat16), prompts(rows)
+    asked = Wanted(data=data, count=wanted)
+    judges = choose_samples("m", False, asked, "compare").samples
+    assert len(judges) == 4
+    found = [x.prompt for x in fitting_samples("m", processed, asked, judges)]
+    if fitted is None:
+        assert found and not set(found) & {x["prompt"] for x in data}
+        assert not set(found) & {x.prompt for x in choose_samples("m", False, Wanted(), "compare").samples}
+    else:
+        assert found == [data[i]["prompt"] for i in fitted]
+
+
+def test_a_row_that_judges_is_not_fitted_to_where_the_data_repeats_it(tiny_folder):
+    processor = load_processor(resolve(str(tiny_folder("llama"))))
+    data = prompts(2) + prompts(3)
+    asked = Wanted(data=data, count=3)
+    judges = choose_samples("m", False, asked, "compare").samples
+    found = fitting_samples("m", ProcessedSamples(processor, torch.bfloat16), asked, judges)
+    assert [x.prompt for x in found] == ["what is the number 2?"]
