@@ -73,7 +73,8 @@ class References:
         size = sum(rows.nbytes for rows in found)
         if size <= self.room_bytes:
             self.room_bytes -= size
-            self._kept[id(batch)] = batch, found
+            # Copies: in float32 answers are views, which would hold the logits of all positions.
+            self._kept[id(batch)] = batch, [rows.clone() for rows in found]
         return found
 
 

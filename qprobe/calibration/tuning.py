@@ -36,7 +36,8 @@ UNIT_RATE = 2e-3  # of the units of codes
 CODE_BYTES = 26  # its unit, gradient and two averages in float32, and what a step takes of them on the way
 SLACK = 0.4  # of a unit: how near a boundary a code begins that is not the nearest one to its weight
 CHECKS = 8  # looks at the samples kept back
-REFERENCE_BYTES = 2**30  # of the 16-bit model's answers, which every epoch needs again
+REFERENCE_BYTES = 2**30  # of the 16-bit model's answers, which every epoch needs again, at most
+REFERENCE_SHARE = 8  # one part in so many of the memory that is free: a step needs the others
 _STEP = "tune"  # the kind of work that a step is
 
 
@@ -171,8 +172,8 @@ def tune(
     `done` is called after each. The result is never worse on what is kept back than `stored` is.
     Raises MachineError if a memory limit has no room for that.
     """
-    tuning = _Tuning(subject, stored, fmt)
     with walking(subject.path):
+        tuning = _Tuning(subject, stored, fmt)
         given = given.in_dtype(subject.path.dtype)
         before = tuning.damage(given.kept_back)
         first = 1 + round((codes_from if can_move_codes(subject) else 1.0) * steps)
@@ -239,9 +240,7 @@ class _Tuning:
     units: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        is_small = self.subject.path.dtype == torch.float32 and self.subject.limit is None
-        room = REFERENCE_BYTES if is_small else 0  # a large model's peak is that of a step
-        self.references = References(self.subject, room)
+        self.references = References(self.subject, _reference_room(self.subject))
         self.replace(self.stored)
 
     def replace(self, stored: Mapping[str, StoredNf4]) -> None:
@@ -320,6 +319,14 @@ class _Tuning:
         size = max((batch.elements for batch in batches), default=1)
         with self.subject.running("look at scales", size, like=_STEP):
             return mean_damage(self.subject, batches, self.forward, self.references.of)
+
+
+def _reference_room(subject: Subject) -> int:
+    """Bytes for answers of the 16-bit model; none of a large model, whose peak is that of a step."""
+    if subject.path.dtype != torch.float32 or subject.limit is not None:
+        return 0
+    free = min(free_memory(device) for device in subject.reference.devices)
+    return min(REFERENCE_BYTES, free // REFERENCE_SHARE)
 
 
 def _codes(units: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from qprobe.calibration import damage, tuning
 from qprobe.calibration.codes import unpacked_codes
 from qprobe.calibration.columns.grid import nf4_grid
-from qprobe.calibration.damage import split_samples
+from qprobe.calibration.damage import References, split_samples
 from qprobe.calibration.tuned_linear import TunedLinear, nearest_codes, units_of
 from qprobe.calibration.tuning import Given, tune
 from qprobe.errors import MachineError
@@ -22,6 +22,7 @@ from qprobe.formats.nf4 import Nf4, PackedNf4
 from qprobe.inputs.batch import Batch
 from qprobe.loading.reference import load_reference
 from qprobe.measure import memory
+from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject, limited_subject, subject_of
 from qprobe.records import FormatSpec, Sample, asked
 from tests import tiny
@@ -33,10 +34,10 @@ def subject_for(folder: Path) -> Subject:
     return subject_of(load_reference(str(folder), "cpu"), FormatSpec())
 
 
-def batches_of(subject: Subject, name: str, count: int) -> list:
+def batches_of(subject: Subject, name: str, count: int, at_once: int = 1) -> list:
     given = tiny.questions(name, count)
     samples = [replace(s, answer="the red bar, by two units" if i % 2 else "no") for i, s in enumerate(given)]
-    return [subject.encode(group) for group in subject.groups(tuple(samples), 1)]
+    return [subject.encode(group) for group in subject.groups(tuple(samples), at_once)]
 
 
 def nearest(subject: Subject) -> dict:
@@ -232,6 +233,36 @@ def test_the_16bit_model_answers_a_batch_once_where_there_is_room_and_scales_are
         assert torch.equal(one.packed().state.absmax, found[1].stored[name].packed().state.absmax)
 
 
+def test_answers_that_are_kept_hold_no_more_than_they_are_counted_as(tiny_folder: TinyFolder):
+    subject = subject_for(tiny_folder("llama"))
+    (batch,) = batches_of(subject, "llama", 2, at_once=2)
+    assert len({end for _, end in batch.answers}) == 2  # so that logits are held which are no answer's
+    references = References(subject, 2**20)
+    with walking(subject.path):
+        first = references.of(batch)
+        kept = references.of(batch)
+    assert all(torch.equal(x, y) for x, y in zip(first, kept, strict=True))
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    assert sum(held.values()) == 2**20 - references.room_bytes == sum(x.nbytes for x in kept) > 0
+
+
+def test_answers_that_are_kept_leave_most_of_the_free_memory_to_the_steps(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+):
+    subject, rooms = subject_for(tiny_folder("llama")), []
+
+    def noted(subject: Subject, room_bytes: int) -> References:
+        rooms.append(room_bytes)
+        return References(subject, room_bytes)
+
+    monkeypatch.setattr(tuning, "References", noted)
+    for free in (2**32, 2**40):
+        monkeypatch.setattr(tuning, "free_memory", lambda _, free=free: free)
+        tune(subject, nearest(subject), Given(*[batches_of(subject, "llama", 1)] * 2), 1, Nf4())
+    assert rooms == [2**29, tuning.REFERENCE_BYTES]
+
+
+@pytest.mark.slow
 def test_blocks_that_run_again_give_the_same_scales(tiny_folder: TinyFolder):
     subject = subject_for(tiny_folder("llama"))
     tight = replace(subject)
