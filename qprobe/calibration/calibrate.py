@@ -28,11 +28,12 @@ from qprobe.calibration.gram import Gathering, SharedInput, shared_inputs
 from qprobe.calibration.layers import rounded_layers
 from qprobe.calibration.room import gram_room, record_room, rounded_together, shares
 from qprobe.calibration.token_weights import TokenWeighing, TokenWeights
-from qprobe.calibration.tuning import Given, tune, tuned_together
+from qprobe.calibration.tuning import Given, Tuned, tune, tuned_together
 from qprobe.calibration.walk import Walk, can_walk, gathered_in_turn, planned
 from qprobe.calibration.work import ALONE, Work
 from qprobe.errors import MachineError, is_out_of_memory
 from qprobe.formats.codes_file import FILE_NAME, checked, join_codes, open_codes, sha256_of, write_codes
+from qprobe.formats.nf4 import StoredNf4
 from qprobe.measure.attribution import walking
 from qprobe.measure.subject import Subject
 from qprobe.options import Progress
@@ -45,6 +46,7 @@ from qprobe.runs.notes import Remarks, TokensCount
 from qprobe.runs.shards import waiting
 from qprobe.system.background import in_background
 from qprobe.system.processes import Shard
+from qprobe.system.wording import shortened
 
 UNWRITTEN = 8  # units whose files may still be written while the next are rounded
 
@@ -246,36 +248,51 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
     As it is where they are no better, or memory does not suffice: that is no reason to lose what was chosen.
     Leaves a sentence on what came of it in the run's notes.
     """
-    subject = work.subject
-    training, kept_back = ([subject.encode(x) for x in tuned_together(subject, part)] for part in work.split)
-    if not kept_back:
+    if not work.split[1]:
         told = f"Scales are not tuned: that takes {FEWEST} calibration samples."
         work.run.notes.put("tuning", Remarks((told,)))
         return codes
     path = work.run.path / codes.file
-    with open_codes(path) as file:
-        stored = {name: file.stored(name, subject.device_of(name)) for name in sorted(file.layers)}
-    experts = {name: one for name, one in stored.items() if subject.layers[name].experts}  # keep their scales
-    stored = {name: one for name, one in stored.items() if name not in experts}
-    step = _steps(work.progress, "tune", work.tune_steps)
-    drawn = [batch.to(subject.reference.device) for batch in work.drawn]
     try:
-        found = tune(subject, stored, Given(training, kept_back, drawn), work.tune_steps, work.format, step)
-    except (MachineError, RuntimeError, MemoryError) as error:
+        found, others = _tried(work, path)
+    except Exception as error:
         if not isinstance(error, MachineError) and not is_out_of_memory(error):
             raise
-        told = f"Scales are not tuned, for want of memory. {str(error).splitlines()[0]}"
-        work.run.notes.put("tuning", Remarks((told,)))
+        work.run.notes.put("tuning", Remarks((_no_room(error),)))
         return codes
     work.run.notes.put("tuning", Remarks((found.sentence,)))
     if not found.is_better:
         return codes
     try:
-        write_codes(path, {**found.stored, **experts})
+        write_codes(path, {**found.stored, **others})
         tuned = CodesFile(codes.file, sha256_of(path))
     except OSError as error:
         raise cannot_write(path, error) from error
     return tuned
+
+
+def _tried(work: Work, path: Path) -> tuple[Tuned, dict[str, StoredNf4]]:
+    """(what tuning gives, the weights whose scales stay: experts), of those in the file `path`."""
+    subject = work.subject
+    with open_codes(path) as file:
+        stored = {name: file.stored(name, subject.device_of(name)) for name in sorted(file.layers)}
+    experts = {name: one for name, one in stored.items() if subject.layers[name].experts}
+    stored = {name: one for name, one in stored.items() if name not in experts}
+    training, kept_back = ([subject.encode(x) for x in tuned_together(subject, part)] for part in work.split)
+    drawn = [batch.to(subject.reference.device) for batch in work.drawn]
+    step = _steps(work.progress, "tune", work.tune_steps)
+    given = Given(training, kept_back, drawn)
+    return tune(subject, stored, given, work.tune_steps, work.format, step), experts
+
+
+def _no_room(error: Exception) -> str:
+    """What a reader of the run is told where tuning ended with `error`, for want of memory."""
+    said = "".join(str(error).strip().splitlines()[:1])  # a MemoryError may say nothing
+    why = said if isinstance(error, MachineError) else shortened(said, 200)
+    told = f"Scales are not tuned, for want of memory{f': {why}' if why else '.'}"
+    return (
+        f"{told}{'' if told.endswith('.') else '.'} This run stays so: to tune them, scan with another --out."
+    )
 
 
 def _steps(progress: Progress, stage: str, total: int) -> Callable[[], None]:

@@ -66,20 +66,30 @@ def test_calibration_within_a_memory_limit_chooses_the_same_codes(tiny_folder: T
 
 
 @pytest.mark.usefixtures("quick_rounding")
-@pytest.mark.parametrize(
-    "error", [MachineError("--max-memory 9 B is too little."), torch.OutOfMemoryError("CUDA out of memory.")]
-)
 def test_where_tuning_has_no_room_the_codes_stay_as_they_are(
-    error: Exception, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     rows = [{"prompt": f"What comes after {i}?", "answer": f"the number {i + 1}"} for i in range(30)]
     asked = options(tiny_folder("llama"), tmp_path / "plain", format="nf4-calibrated", tune=0, samples=30)
     asked["data"] = write_lines(tmp_path / "rows.jsonl", *rows)
     plain = scan(**asked)
-    monkeypatch.setattr(calibration, "tune", raising(error))
-    found = scan(**{**asked, "out": tmp_path / "tuned", "tune": 4})
-    assert f"Scales are not tuned, for want of memory. {error}" in found.notes
-    assert RunFolder(found.run).scan.codes == RunFolder(plain.run).scan.codes is not None
+    lacks = (
+        ("tuned_together", MemoryError()),  # while batches are put on the device
+        ("tune", torch.OutOfMemoryError("CUDA out of memory.")),
+        ("tune", MachineError("--max-memory 9 B is too little.")),
+    )
+    for number, (place, error) in enumerate(lacks):
+        with monkeypatch.context() as patch:
+            patch.setattr(calibration, place, raising(error))
+            found = scan(**{**asked, "out": tmp_path / str(number), "tune": 4})
+        (told,) = (
+            note for note in found.notes if note.startswith("Scales are not tuned, for want of memory")
+        )
+        assert str(error) in told and told.endswith("to tune them, scan with another --out.")
+        assert RunFolder(found.run).scan.codes == RunFolder(plain.run).scan.codes is not None
+    # As the sentence says, the run stays so, also where there is room by now.
+    again = scan(**{**asked, "out": tmp_path / "2", "tune": 4})
+    assert told in again.notes and RunFolder(again.run).scan.codes == RunFolder(plain.run).scan.codes
     monkeypatch.setattr(calibration, "tune", raising(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         scan(**{**asked, "out": tmp_path / "wrong", "tune": 4})
