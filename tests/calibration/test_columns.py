@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from errno import ENOSPC
 from importlib.util import find_spec
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +64,33 @@ def test_columns_make_up_for_the_errors_of_those_before(shape):
     wanted = rounded_columns(base, own, scales, coupling)
     assert agree(round_columns(base.clone(), own, scales, coupling[None], shape[1:]), wanted)
     assert agree(one_by_one(base.clone(), own, scales, coupling, nf4_grid(base.device)), wanted)
+
+
+def test_a_target_at_a_threshold_gets_the_smaller_code_and_one_just_above_it_the_larger():
+    grid = nf4_grid(torch.device("cpu"))
+    above = torch.nextafter(grid.thresholds, torch.ones(15))
+    given = torch.stack([grid.thresholds, above])  # two columns that do not know of each other
+    asked = (given, torch.ones(1, 15), torch.zeros(1, 2, 2), (15,))
+    codes, _ = cpu.round_columns(given, *asked, grid)
+    assert codes.tolist() == [list(range(15)), list(range(1, 16))]
+    assert torch.equal(round_columns(given.clone(), *asked)[0], codes)
+
+
+# No folder to write to, a full disk, and a file that such a disk cut.
+@pytest.mark.parametrize("error", [RuntimeError(), OSError(ENOSPC, "no space"), UnpicklingError("truncated")])
+def test_where_numbas_cache_cannot_be_used_the_loop_is_compiled_all_the_same(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    def njit(*_: str, cache: bool = False, **__: Any) -> Any:
+        def compiler(function: Any) -> Any:
+            if cache:
+                raise error
+            return "compiled", function
+
+        return compiler
+
+    monkeypatch.setattr(cpu.numba, "njit", njit)
+    assert cpu._compiled("int64")(njit) == ("compiled", njit)
 
 
 def test_the_compiled_loop_rounds_the_same_by_any_number_of_threads():

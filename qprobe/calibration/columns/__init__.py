@@ -1,1 +1,1 @@
-"""Rounding a few columns of a weight to NF4: the grid, loops over columns, and fused kernels for a GPU."""
+"""Rounding a few columns of a weight to NF4: the grid, and loops over columns, compiled and fused as well."""

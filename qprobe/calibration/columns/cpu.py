@@ -1,8 +1,8 @@
 """The loop of `rounding.py` over columns for a CPU, compiled by Numba.
 
-PyTorch takes longer to start an operation than to do it where a column has a few hundred numbers, and a small
-model has two million columns. Rows do not know of each other: a thread has some of them, `TOGETHER` at a
-time, whose errors stay in the first-level cache while all columns are done.
+PyTorch takes longer to start an operation than to do it where a column has a few hundred numbers, and the
+sweeps over a model of 135M parameters round two million columns. Rows do not know of each other: a thread has
+some of them, `TOGETHER` at a time, whose errors stay in the first-level cache while all columns are done.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ _Compiled = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def _compiled(*types: str) -> _Compiled:
-    """Compiled when it is defined, or read from Numba's cache; it may run beside other Python threads."""
+    """Compiled when it is defined, or read from Numba's cache; it may run beside other Python threads.
+
+    types: of its arguments, as Numba writes them.
+    """
     signature = f"void({', '.join(types)})"
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         compiler: Any = partial(numba.njit, signature, nogil=True, error_model="numpy")
         try:
             return compiler(cache=True)(function)
-        except RuntimeError:  # no folder that a cache could be written to
+        except Exception:  # no folder or disk space for a cache, or its files are cut: errors of many kinds
             return compiler()(function)
 
     return decorate
