@@ -59,7 +59,8 @@ def audit(
     calibrated weights that it names.
 
     With --adapter, the checkpoint and the adapter's base are loaded, and for each layer of the adapter is
-    measured how much of what it adds is in the checkpoint's weight.
+    measured how much of what it adds is in the checkpoint's weight. Less than half is wrong, except where
+    rounding would take as much back in any merge, which a note says.
 
     Exit code 1 if config, files, manifest, adapter or loaded model disagree.
 

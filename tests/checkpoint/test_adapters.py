@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qprobe.checkpoint.adapters.effect import AdaptedLayer, Arrived, _effect, arrived, effect_problems
+from qprobe.checkpoint.adapters.effect import (
+    AdaptedLayer,
+    Arrived,
+    _can_hold,
+    _effect,
+    arrived,
+    effect_problems,
+    effect_remarks,
+)
 from qprobe.checkpoint.adapters.lora import Adapter, Fit, Pair, read_adapter, refuse_without_effect
 from qprobe.errors import RunError
 from qprobe.records import FormatSpec
@@ -203,16 +211,42 @@ def test_half_of_what_is_added_is_an_effect(share: float, state: str):
     assert _effect("gone", "not in the model", [pair], base, merged, FormatSpec(), None).arrived is None
 
 
+@pytest.mark.parametrize(("step", "state"), [(2.0**-9, "rounded away"), (2.0**-7, "no effect")])
+def test_only_what_rounding_takes_back_is_no_fault_of_a_checkpoint(step: float, state: str):
+    """Between 1 and 2 bfloat16 has steps of 2^-7, so that 1 + 2^-9 is 1 again, and 1 + 2^-7 is not."""
+    base, pair = Small().bfloat16(), Pair(torch.ones(1, 3), torch.ones(4, 1), step)
+    with torch.no_grad():
+        base.up.weight.fill_(1.0)
+    found = _effect("up", "fits", [pair], base, base, FormatSpec(), None)
+    assert (found.state, found.arrived) == (state, 0.0)
+
+
+def test_a_share_that_rounding_errors_could_make_is_held_by_none():
+    # Errors of 1, and 0.1 added, in 4 weights: 2 / (0.2 * sqrt(4)) = 5 is what they may move the share by.
+    before, added, across = torch.zeros(1, 4), torch.full((1, 4), 0.1), torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    assert arrived(before, added + across, added).share == pytest.approx(1)
+    assert not _can_hold(before, added + across, added) and _can_hold(before, added + across / 100, added)
+
+
 def test_each_kind_of_lost_effect_is_told_in_one_sentence():
-    states = ("took effect", "no effect", "no effect", "not in the model", "another shape", "tied", "zero")
+    states = (
+        "took effect", "no effect", "no effect", "not in the model", "another shape", "tied", "zero",
+        "rounded away",
+    )  # fmt: skip
     found = [AdaptedLayer(f"l{i}", state) for i, state in enumerate(states)]
     assert list(effect_problems(found)) == [
-        "2 of 7 layers of the adapter hold less than half of what it adds: l1, l2.",
-        "1 of 7 layers of the adapter are not in the checkpoint: l3.",
-        "1 of 7 layers of the adapter have another shape in the checkpoint: l4.",
-        "1 of 7 layers of the adapter are tied to the embedding: l5.",
+        "2 of 8 layers of the adapter hold less than half of what it adds: l1, l2.",
+        "1 of 8 layers of the adapter are not in the checkpoint: l3.",
+        "1 of 8 layers of the adapter have another shape in the checkpoint: l4.",
+        "1 of 8 layers of the adapter are tied to the embedding: l5.",
     ]
-    assert list(effect_problems(found[:1])) == list(effect_problems([])) == []
-    assert list(effect_problems(found[-1:])) == [
+    assert list(effect_remarks(found)) == [
+        "1 of 8 layers of the adapter hold less than half of what it adds, since it is smaller than the "
+        "steps between the numbers that are stored, as in any merge into this form: l7."
+    ]
+    for harmless in (found[:1], found[-1:], []):
+        assert list(effect_problems(harmless)) == []
+    assert list(effect_remarks(found[:-1])) == []
+    assert list(effect_problems(found[6:7])) == [
         "The adapter adds nothing: lora_B is zero in all of its layers."
     ]

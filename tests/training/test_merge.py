@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from qprobe.checkpoint.adapters.effect import TOO_SMALL
 from qprobe.checkpoint.adapters.lora import read_adapter
 from qprobe.checkpoint.adapters.record import Record, write_record
 from qprobe.checkpoint.auditing.audit import audit
@@ -28,8 +30,9 @@ from qprobe.loading.source import resolve
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import Compared, OtherKinds, Quality
 from qprobe.manifest.write import write_manifest
+from qprobe.records import FormatSpec
 from qprobe.system.devices import AskedDevice
-from qprobe.training.merging.forms import WRITERS, Job
+from qprobe.training.merging.forms import WRITERS, Job, fold
 from qprobe.training.merging.merge import merge
 from qprobe.training.merging.merged import lost
 from qprobe.training.origin import Origin, as_merged, origin_of
@@ -128,9 +131,39 @@ def test_layers_of_which_rounding_leaves_less_than_half_are_named_as_audit_names
         model=str(root / "model"), device="cpu", samples=1, max_new_tokens=2,
     )  # fmt: skip
     assert made.rounded_away == (layer,) and made.arrived == pytest.approx(1, abs=0.01)
-    assert f" in the stored weights, less than half of it in 1 of {made.layers} layers." in lost(made)
+    assert f" in the stored weights, less than half of it in 1 of {made.layers} layers, since" in lost(made)
     found = audit(made.out, adapter=adapter, model=str(root / "model"))
-    assert [x.layer for x in found.adapter if x.state == "no effect"] == [layer]
+    assert [x.layer for x in found.adapter if x.state == "rounded away"] == [layer]
+    assert found.ok and any(x.endswith(f"as in any merge into this form: {layer}.") for x in found.remarks)
+
+
+@pytest.mark.parametrize("base", ["dynamic", "16-bit"])
+def test_of_a_hardly_trained_adapter_merge_and_audit_say_the_same_and_why(base, family, tmp_path):
+    root = family("llama")
+    adapter = copytree(root / "adapter", tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save(adapter, {n: t * 1e-6 if "lora_B" in n else t for n, t in tensors.items()})
+    made = merge(
+        adapter, out=tmp_path / "out", as_="4-bit", base=base, manifest=root / "skiplist.json",
+        model=str(root / "model"), device="cpu", samples=1, max_new_tokens=2,
+    )  # fmt: skip
+    found = audit(made.out, adapter=adapter, model=str(root / "model"))
+    states = {x.layer: x.state for x in found.adapter}
+    assert {x for x in states if states[x] == "rounded away"} == set(made.rounded_away)
+    assert {x for x in states if states[x] == "took effect"} == states.keys() - set(made.rounded_away)
+    assert found.ok and len(made.rounded_away) > 15
+    (said,) = [x for x in found.remarks if "of the adapter hold" in x]
+    assert TOO_SMALL in said and TOO_SMALL in lost(made) and TOO_SMALL in (made.out / "README.md").read_text()
+
+
+def test_what_arrived_in_4_bit_is_of_what_the_adapter_changes_and_not_of_what_rounding_does(family):
+    root = family("llama")
+    adapter = read_adapter(root / "adapter")
+    tiny = replace(adapter, layers={n: replace(x, scaling=1e-9) for n, x in adapter.layers.items()})
+    four, _ = load_dynamic_4bit(root / "skiplist.json", str(root / "model"), "cpu")
+    found = fold(four, tiny, FormatSpec(), beside=plainly(root / "model"))
+    in_4bit = [x for name, x in found.items() if isinstance(four.get_submodule(name), Linear4bit)]
+    assert len(in_4bit) == 14 and {x.share for x in in_4bit} == {0.0}
 
 
 def test_a_correction_that_an_adapter_holds_is_not_added_to_16bit_weights(family, tmp_path):

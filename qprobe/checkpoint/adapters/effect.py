@@ -36,7 +36,8 @@ HALF = 0.5  # of what is added: less than this came back from rounding as it was
 class AdaptedLayer:
     """One layer of an adapter, and what the checkpoint holds of it.
 
-    state: "took effect", "no effect", or why it can have none, see `qprobe.checkpoint.adapters.lora.Fit`.
+    state: "took effect", "no effect", "rounded away" where weights of this form hold no more of it, or why it
+    can have none, see `qprobe.checkpoint.adapters.lora.Fit`.
     arrived: the share of what the adapter adds that the checkpoint's weight holds; None where none can.
     """
 
@@ -155,7 +156,36 @@ def _effect(
     if not added.any():
         return AdaptedLayer(name, "zero")
     share = arrived(nearest, stored, added).share
-    return AdaptedLayer(name, "took effect" if share >= HALF else "no effect", share)
+    if share >= HALF:
+        return AdaptedLayer(name, "took effect", share)
+    rounded = (nearest.float() + added).to(stored.dtype)
+    if is_four_bit(module):
+        rounded = Nf4(spec.blocksize, spec.double_quant).stored(rounded).packed().unpack()
+    return AdaptedLayer(name, "no effect" if _can_hold(nearest, rounded, added) else "rounded away", share)
+
+
+def _can_hold(before: Tensor, rounded: Tensor, added: Tensor) -> bool:
+    """Whether `rounded`, of `before` + `added`, all of one shape, holds half of `added` for certain.
+
+    Rounding errors e, independent of what is added, move the share by about |e| / (|added| sqrt(n)).
+    """
+    errors = rounded.float() - before.float() - added
+    error, size = (float(torch.linalg.vector_norm(x.double())) for x in (errors, added))
+    moved = error / (size * added.numel() ** 0.5)
+    return arrived(before, rounded, added).share >= HALF and 2 * moved <= HALF
+
+
+TOO_SMALL = "it is smaller than the steps between the numbers that are stored"
+
+
+def effect_remarks(found: Sequence[AdaptedLayer]) -> Iterator[str]:
+    """A sentence on the layers in which rounding takes back what an adapter adds, if there are any."""
+    names = [x.layer for x in found if x.state == "rounded away"]
+    if names:
+        yield (
+            f"{len(names)} of {counted(len(found), 'layer')} of the adapter hold less than half of what it "
+            f"adds, since {TOO_SMALL}, as in any merge into this form: {named(names)}."
+        )
 
 
 def effect_problems(found: Sequence[AdaptedLayer]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qprobe.checkpoint.adapters.effect import adapter_effect, effect_problems
+from qprobe.checkpoint.adapters.effect import adapter_effect, effect_problems, effect_remarks
 from qprobe.checkpoint.auditing.config import entries_of, format_of, quantization_of
 from qprobe.checkpoint.auditing.found import Audit, AuditedLayer, ReadEntry, State
 from qprobe.checkpoint.auditing.loaded import loaded_problems
@@ -78,7 +78,12 @@ def audit(
     found = audit_files(where, skeleton, written, Path(manifest_folder or beside))
     if adapter is not None:
         layers = adapter_effect(where, Path(adapter), model, place, trust_remote_code, spec)
-        found = replace(found, adapter=layers, problems=(*found.problems, *effect_problems(layers)))
+        found = replace(
+            found,
+            adapter=layers,
+            problems=(*found.problems, *effect_problems(layers)),
+            remarks=(*found.remarks, *effect_remarks(layers)),
+        )
     if not load:
         return found
     more = loaded_problems(skeleton, found.layers, written, place)

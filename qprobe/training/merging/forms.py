@@ -41,7 +41,7 @@ def fold(
     beside: nn.Module | None = None,
     codes: CodesReader | None = None,
 ) -> dict[str, Arrived]:
-    """Adds `adapter` to the weights of `model`; how much of it arrived, by layer.
+    """Adds `adapter` to the weights of `model`; how much of it arrived, by layer, in the form that they have.
 
     beside: the model whose weights are added to, and put into `model`; None for its own. codes: of sums that
     were calibrated, see `qprobe.training.merging.calibrated`.
@@ -56,14 +56,15 @@ def fold(
             continue
         module: Any = model.get_submodule(name)
         added = pair.delta(module.weight.device)
-        before = weight_of((beside or model).get_submodule(name))
+        without = weight_of(module)
+        before = without if beside is None else weight_of(beside.get_submodule(name))
         sums = with_added(name, before, added)
         if is_four_bit(module):
             held = codes.stored(name, sums.device) if codes is not None and name in codes.layers else None
             put_stored(module, held or _rounded(spec)(sums))
         else:
             module.weight.data.copy_(sums)
-        found[name] = arrived(before, weight_of(module), added)
+        found[name] = arrived(without, weight_of(module), added)
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qprobe import __version__
+from qprobe.checkpoint.adapters.effect import TOO_SMALL
 from qprobe.checkpoint.card import auto_class, card_head, plain_usage, task_of
 from qprobe.checkpoint.comparing.course import ModelResult
 from qprobe.checkpoint.comparing.rows import Comparison, Row
@@ -140,10 +141,10 @@ def lost(made: Merged) -> str:
         mine, theirs = (_mean(metric.means[x.name].value, metric.is_share) for x in (row, reference))
         told.append(f"{metric.name} {mine} against {theirs}")
     away = len(made.rounded_away)
-    fewer = f", less than half of it in {away} of {counted(made.layers, 'layer')}" if away else ""
+    fewer = f", less than half of it in {away} of {counted(made.layers, 'layer')}, since {TOO_SMALL}"
     return (
         f"Against base + adapter: {', '.join(told)}. "
-        f"{made.arrived:.1%} of what the adapter adds is in the stored weights{fewer}."
+        f"{made.arrived:.1%} of what the adapter adds is in the stored weights{fewer if away else ''}."
     )
 
 
