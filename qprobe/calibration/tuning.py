@@ -38,7 +38,8 @@ SLACK = 0.4  # of a unit: how near a boundary a code begins that is not the near
 CHECKS = 8  # looks at the samples kept back
 REFERENCE_BYTES = 2**30  # of the 16-bit model's answers, which every epoch needs again, at most
 REFERENCE_SHARE = 8  # one part in so many of the memory that is free: a step needs the others
-_STEP = "tune"  # the kind of work that a step is
+# Kinds of work for a memory limit: from the second step on the optimizer's averages and gradients are held.
+_BEFORE, _FIRST, _STEP, _LOOK = "look before tuning", "first step", "tune", "look at scales"
 
 
 STEPS = {"small": 200, "large": 32}  # on CUDA; large: above `FLOAT32_UP_TO` parameters
@@ -175,7 +176,7 @@ def tune(
     with walking(subject.path):
         tuning = _Tuning(subject, stored, fmt)
         given = given.in_dtype(subject.path.dtype)
-        before = tuning.damage(given.kept_back)
+        before = tuning.damage(given.kept_back, _BEFORE)
         first = 1 + round((codes_from if can_move_codes(subject) else 1.0) * steps)
         step, lowest = _descend(tuning, given, Schedule(steps, first), before, done)
         found = tuning.finished()
@@ -209,7 +210,7 @@ def _descend(
             group["lr"] = rate * (1 - (step - 1) / steps)
         optimizer.zero_grad(set_to_none=True)
         batch = next(batches)
-        with tuning.subject.running(_STEP, batch.elements):
+        with tuning.subject.running(_FIRST if step == 1 else _STEP, batch.elements):
             is_finite = isfinite(tuning.descend(batch))
             if is_finite:
                 optimizer.step()
@@ -314,10 +315,10 @@ class _Tuning:
                 (damage / weight).backward()
         return found
 
-    def damage(self, batches: Sequence[Batch]) -> float:
-        """Damage of `batches` together, see `mean_damage`."""
+    def damage(self, batches: Sequence[Batch], kind: str = _LOOK) -> float:
+        """Damage of `batches` together, see `mean_damage`. kind: of work."""
         size = max((batch.elements for batch in batches), default=1)
-        with self.subject.running("look at scales", size, like=_STEP):
+        with self.subject.running(kind, size, like=_STEP):
             return mean_damage(self.subject, batches, self.forward, self.references.of)
 
 

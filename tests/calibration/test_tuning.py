@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -286,6 +289,28 @@ def test_tuning_that_a_memory_limit_has_no_room_for_is_refused_with_the_least_th
     with subject.streaming(), pytest.raises(MachineError, match=r"a batch took .* Pass --max-memory \d+MiB"):
         tune(subject, given, Given(batches, batches), 2, Nf4())
     assert not any(peaks)
+
+
+def test_work_beside_what_the_optimizer_holds_is_no_kind_of_work_from_before(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+):
+    # By what a kind took at first a memory limit lets weights stay; averages and gradients came on top.
+    made, held, adam = [], defaultdict(set), torch.optim.Adam
+
+    def optimizer(*given: Any, **options: Any) -> torch.optim.Adam:
+        made.append(adam(*given, **options))
+        return made[-1]
+
+    def running(_: Subject, kind: str, *__: Any, **___: Any) -> AbstractContextManager[None]:
+        held[kind].add(any(one.state for one in made))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.optim, "Adam", optimizer)
+    monkeypatch.setattr(Subject, "running", running)
+    subject = subject_for(tiny_folder("llama"))
+    batches = batches_of(subject, "llama", 2)
+    tune(subject, nearest(subject), Given(batches, batches), 8, Nf4())
+    assert sorted(map(sorted, held.values())) == [[False], [False], [True], [True]]
 
 
 @pytest.mark.parametrize(("count", "kept"), [(15, []), (16, [7, 15]), (30, [7, 15, 23])])
