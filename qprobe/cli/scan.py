@@ -83,7 +83,7 @@ TOP = 10  # layers of the ranking that are shown
     type=click.IntRange(min=1, max=64),
     metavar="RANK",
     help="Also keep what nf4-calibrated leaves of every weight, as factors of this rank at most, in "
-    "RUN/correction.safetensors.",
+    "RUN/correction.safetensors; one of another rank there is not replaced.",
 )
 @option(
     ScanOptions,

@@ -8,6 +8,7 @@ from tempfile import TemporaryFile
 
 from torch import nn
 
+from qprobe.calibration.correction import FILE_NAME
 from qprobe.data.sampling import check_wanted
 from qprobe.errors import ModelError, RunError
 from qprobe.inputs.drawing import refuse_undrawable
@@ -19,6 +20,7 @@ from qprobe.measure.ablation import Ablated, check_ablated
 from qprobe.measure.kl import readout_of, refuse_unread
 from qprobe.records import FormatSpec, Inventory, ModelIdentity
 from qprobe.runs.folder import RunFolder
+from qprobe.runs.notes import CorrectionFile
 from qprobe.runs.shards import entered
 from qprobe.scanning.asked.request import ScanRequest
 from qprobe.scanning.process import Process
@@ -32,7 +34,7 @@ def check_model(asked: ScanRequest, process: Process) -> Skeleton:
     """The skeleton of the model, after what depends on it was checked.
 
     Raises QprobeError for a model that cannot be had or lacks a tensor, for samples, limits or layers that it
-    does not have, and for a folder that cannot be its run folder.
+    does not have, and for a folder that cannot be its run folder, or keeps what would be replaced.
     """
     source, run, fmt = asked.source, process.run, asked.format
     check_wanted(source.id, asked.samples)
@@ -50,6 +52,7 @@ def check_model(asked: ScanRequest, process: Process) -> Skeleton:
     if skeleton.is_buildable and run.is_there:
         identity = ModelIdentity(source.id, None, skeleton.architecture, skeleton.fingerprint)
         _check_same(run, identity, fmt)
+        _refuse_to_replace(run, asked.keep_correction)
     if asked.loaded is None:
         check_files(skeleton)
     return skeleton
@@ -107,3 +110,21 @@ def _check_same(run: RunFolder, model: ModelIdentity, fmt: FormatSpec) -> None:
     """Raises RunError if `run` holds a scan of another model or format."""
     identity = replace(model, revision=run.key.model.revision)  # the hub's is known once the model is loaded
     run.check_same(replace(run.key, model=identity, format=fmt))
+
+
+def _refuse_to_replace(run: RunFolder, rank: int | None) -> None:
+    """Raises RunError if `run` keeps a correction of its codes of another rank than `rank`, if one is asked for.
+
+    Adapters may have begun at it, and their trainings go on with no other.
+    """
+    noted: CorrectionFile | None = run.notes.get("correction")
+    path = run.path / FILE_NAME
+    if rank is None or noted is None or noted.rank == rank or not path.exists():
+        return
+    if run.codes is None or noted.codes != run.codes.sha256:
+        return
+    raise RunError(
+        f"{path} is a correction of rank {noted.rank}, at which adapters may have begun, and "
+        f"--keep-correction {rank} would replace it. Pass --keep-correction {noted.rank}, or move that file "
+        "away first."
+    )

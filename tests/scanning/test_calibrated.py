@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from qprobe.errors import QprobeError
+from qprobe.errors import QprobeError, RunError
 from qprobe.manifest.read import read_manifest
 from qprobe.runs.folder import RunFolder
 from tests.scanning.asked import TinyFolder, options, scan, write_lines
@@ -81,6 +82,13 @@ def test_what_calibration_leaves_is_kept_where_that_is_asked_for(tiny_folder: Ti
     written = path.stat().st_mtime_ns
     scan(**asked)
     assert path.stat().st_mtime_ns == written  # it is there for these codes
+    with pytest.raises(RunError, match=r"correction of rank 4, .* --keep-correction 2 would replace it"):
+        scan(**{**asked, "keep_correction": 2})
+    assert path.stat().st_mtime_ns == written and run.notes.get("correction") == noted
+    path.rename(tmp_path / "before")
+    scan(**{**asked, "keep_correction": 2})
+    ranks = {len(x) for name, x in load_file(path).items() if name.endswith(".right")}
+    assert (ranks, RunFolder(found.run).notes.get("correction").rank) == ({2}, 2)
     for wrong, format in ((65, "nf4-calibrated"), (4, "nf4")):
         with pytest.raises(QprobeError, match="--keep-correction"):
             scan(**{**asked, "keep_correction": wrong, "format": format})
