@@ -113,7 +113,7 @@ def _check_same(run: RunFolder, model: ModelIdentity, fmt: FormatSpec) -> None:
 
 
 def _refuse_to_replace(run: RunFolder, rank: int | None) -> None:
-    """Raises RunError if `run` keeps a correction of its codes of another rank than `rank`, if one is asked for.
+    """Raises RunError if `run` keeps a correction of its codes of another rank than `rank`, None for any.
 
     Adapters may have begun at it, and their trainings go on with no other.
     """
