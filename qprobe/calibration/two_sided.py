@@ -26,16 +26,16 @@ MIX = 0.5  # share of the gradients' matrix, the rest is the identity: few gradi
 MOST_OUTPUTS = 2048  # rows of a weight; beyond, H would take more memory than the codes of a large model
 
 
-def mixed(outputs: Tensor) -> Tensor | None:
-    """`outputs` (rows, rows) with a mean diagonal of one, mixed with the identity; float32.
+def mixed(outputs: Tensor, mix: float = MIX) -> Tensor | None:
+    """`outputs` (rows, rows) with a mean diagonal of one, a share `mix` of it with the identity; float32.
 
     None where nothing reached it, or it is not finite.
     """
     mean = outputs.diagonal().double().mean()
     if not bool(torch.isfinite(outputs).all()) or not bool(mean > 0):
         return None
-    found = outputs.float() * float(MIX / mean)
-    found.diagonal().add_(1 - MIX)
+    found = outputs.float() * float(mix / mean)
+    found.diagonal().add_(1 - mix)
     return found
 
 

@@ -16,13 +16,15 @@ from qprobe.calibration import correction
 from qprobe.calibration.calibrate import Turns, calibrate_model, gathering_turns
 from qprobe.calibration.correction import (
     FILE_NAME,
+    MIX,
     best_correction,
     damage_with,
     keep_correction,
     largest_directions,
 )
-from qprobe.calibration.gptq import Metric, metric_of, output_error
+from qprobe.calibration.gptq import Metric, metric_of, output_error, shrunk
 from qprobe.calibration.gram import gathered, shared_inputs
+from qprobe.calibration.token_weights import token_weights
 from qprobe.calibration.work import Work
 from qprobe.formats.codes_file import sha256_of
 from qprobe.measure.attribution import walking
@@ -50,6 +52,40 @@ def test_the_error_left_is_that_of_the_smallest_singular_values_under_the_metric
     for rank in (1, 5, 20):
         assert left_by(error, metric, rank) == pytest.approx(float(values[rank:].sum()), rel=1e-3)
     assert left_by(error, metric, 64) < 1e-5 * float(values.sum())
+
+
+@pytest.mark.parametrize("rank", [1, 5, 20])
+def test_the_error_left_under_both_metrics_is_that_of_the_smallest_singular_values(rank: int):
+    x, g = inputs(300, 40), inputs(60, 24, seed=5)
+    metric, outputs = metric_of(x.T @ x), g.T @ g
+    assert metric is not None
+    error = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+    of_inputs = (metric.gram + metric.ridge * torch.eye(40)).double()
+    mean = outputs.diagonal().mean()
+    of_outputs = (MIX * outputs / mean + (1 - MIX) * torch.eye(24)).double()
+
+    def cost(of: torch.Tensor) -> float:
+        return float(((of.double() @ of_inputs @ of.double().T) * of_outputs).sum())
+
+    roots = torch.linalg.cholesky(of_outputs).T @ error.double() @ torch.linalg.cholesky(of_inputs)
+    left, right = best_correction(error, metric, rank, outputs)
+    assert (left.shape, right.shape) == ((24, rank), (rank, 40))
+    least = cost(error - left @ right)
+    assert least == pytest.approx(float(torch.linalg.svdvals(roots)[rank:].square().sum()), rel=1e-3)
+    one_sided = torch.matmul(*best_correction(error, metric, rank))
+    assert least < 0.99 * cost(error - one_sided)
+
+
+@pytest.mark.parametrize("outputs", [torch.zeros(24, 24), torch.full((24, 24), torch.inf)])
+def test_outputs_that_say_nothing_count_alike(outputs: torch.Tensor):
+    x = inputs(300, 40)
+    metric = metric_of(x.T @ x)
+    assert metric is not None
+    error = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(
+        best_correction(error, metric, 3, outputs), best_correction(error, metric, 3), strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_the_search_for_the_largest_directions_finds_them(monkeypatch: pytest.MonkeyPatch):
@@ -103,7 +139,9 @@ def test_a_correction_is_kept_where_it_is_better_on_samples_it_was_not_fitted_to
 
 
 @pytest.mark.slow
-def test_no_gradients_are_summed_for_a_correction(enough: Work, monkeypatch: pytest.MonkeyPatch):
+def test_a_correction_of_a_run_counts_outputs_by_how_much_the_answers_depend_on_them(
+    enough: Work, monkeypatch: pytest.MonkeyPatch
+):
     turns: list[Turns] = []
 
     def noting(*given: Any, **more: Any) -> Turns:
@@ -112,15 +150,30 @@ def test_no_gradients_are_summed_for_a_correction(enough: Work, monkeypatch: pyt
 
     monkeypatch.setattr(correction, "gathering_turns", noting)
     keep_correction(enough, 4)
-    assert [x.outputs for x in turns] == [{}]  # tokens are weighed, and nothing reads the sums
+    (outputs,) = (x.outputs for x in turns)
+    assert outputs
+    kept, subject = load_file(enough.run.path / FILE_NAME), enough.subject
+    fitting = replace(enough, samples=tuple(enough.split[0]))
+    with walking(subject.path):
+        names = shared_inputs(subject, fitting.batches)
+        weights = token_weights(subject, names, fitting.widened)
+        grams = gathered(subject, names, fitting.widened, weights=weights.of).grams
+    for one in names:
+        metric = metric_of(shrunk(grams[one.leader].total, grams[one.leader].tokens))
+        assert metric is not None
+        for name in one.names:
+            error = subject.dequantized.own(name).float() - subject.dequantized.weight(name).float()
+            left, right = best_correction(error, metric, 4, weights.outputs[name])
+            found = kept[f"{name}.left"].float() @ kept[f"{name}.right"].float()
+            torch.testing.assert_close(found, left @ right, rtol=0.02, atol=0.02 * float(error.abs().max()))
 
 
 @pytest.mark.slow
 def test_a_correction_that_does_harm_on_samples_kept_back_is_not_kept_and_said(
     enough: Work, monkeypatch: pytest.MonkeyPatch
 ):
-    def wrong_way(error: torch.Tensor, metric: Metric, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        left, right = best_correction(error, metric, rank)
+    def wrong_way(error: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = best_correction(error, *more)
         return -2 * left, right
 
     monkeypatch.setattr(correction, "best_correction", wrong_way)

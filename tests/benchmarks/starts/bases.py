@@ -187,6 +187,6 @@ def corrections(residuals: Mapping[str, Tensor], given: Prepared) -> Adapter:
         metric = metric_of(shrunk(gram.total, gram.tokens)) if name in residuals else None
         if metric is not None:
             with torch.no_grad():
-                left, right = best_correction(residuals[name], metric, RANK)
+                left, right = best_correction(residuals[name], metric, RANK, given.outputs.get(name))
             found[name] = (right, left)
     return found
