@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,16 +62,6 @@ class Origin:
                 "was trained on."
             )
 
-    def refuse_experts(self, forms: Sequence[str]) -> None:
-        """Raises ManifestError for a merged checkpoint with stacked experts in 4-bit, which none can hold."""
-        packed = [x.name for x in self.manifest.layers if x.is_experts and x.is_four_bit]
-        if packed and (self.base != "16-bit" or "4-bit" in forms):
-            raise ManifestError(
-                f"The experts {named(packed)} {is_or_are(len(packed))} in 4-bit, and plain transformers "
-                "loads no checkpoint that holds such. Train on the 16-bit base and merge with --as 16-bit, "
-                "or serve the adapter beside its base."
-            )
-
 
 def origin_of(
     adapter: Adapter, manifest: Path | None, base: Base | None, model: str | None, dtype: str | None
@@ -125,6 +114,16 @@ def _as_told(
     written = read_manifest(manifest)
     given = replace(written, format=with_dtype(written.format, dtype))
     return Origin(manifest, given, base, model, dtype, None, written.format.compute_dtype)
+
+
+def refuse_experts(merged: Manifest) -> None:
+    """Raises ManifestError if `merged` has fused experts in 4-bit, which plain transformers cannot load."""
+    packed = [x.name for x in merged.layers if x.is_experts and x.is_four_bit]
+    if packed:
+        raise ManifestError(
+            f"The experts {named(packed)} {is_or_are(len(packed))} in 4-bit, and plain transformers loads no "
+            "checkpoint that holds such. Merge with --as 16-bit, or serve the adapter beside its base."
+        )
 
 
 def as_merged(origin: Origin, skeleton: Skeleton) -> Manifest:

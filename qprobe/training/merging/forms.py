@@ -17,7 +17,7 @@ from qprobe.checkpoint.auditing.audit import audit_files
 from qprobe.checkpoint.codes import put_stored
 from qprobe.checkpoint.load import dynamic_4bit
 from qprobe.checkpoint.matching import check_keys
-from qprobe.checkpoint.quantize import MAX_SHARD, refuse_rewritten, save_four_bit, save_processor
+from qprobe.checkpoint.quantize import MAX_SHARD, save_four_bit, save_processor
 from qprobe.checkpoint.ready import is_four_bit
 from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import ModelError, VerificationError
@@ -138,7 +138,6 @@ def write_4bit(job: Job, folder: Path, codes: Path | None = None) -> Written:
     codes: a file of them, calibrated, for layers that the adapter changes; None to round those to nearest.
     Layers that it leaves as they are have the base's codes, on the 16-bit base those of the scan.
     """
-    refuse_rewritten(job.skeleton.model)
     manifest = as_merged(job.origin, job.skeleton)
     entries = config_entries(manifest, job.for_tool)
     model, processor = job.base(job.origin.base)

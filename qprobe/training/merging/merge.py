@@ -16,6 +16,7 @@ from qprobe.checkpoint.comparing.course import AskedCourse, asked_course, run_co
 from qprobe.checkpoint.comparing.rows import compared
 from qprobe.checkpoint.new_folder import alone_at, refuse_to_overwrite, scratch_folder
 from qprobe.checkpoint.plain import load_plainly
+from qprobe.checkpoint.quantize import refuse_rewritten
 from qprobe.checkpoint.starts.attached import peft_library
 from qprobe.errors import QprobeError
 from qprobe.exports.export import config_entries
@@ -31,7 +32,7 @@ from qprobe.system.devices import AskedDevice, parse_device
 from qprobe.training.merging.calibrated import fitted_codes
 from qprobe.training.merging.forms import CALIBRATED, WRITERS, Candidate, Job, Writer, write_4bit
 from qprobe.training.merging.merged import Merged, card, chosen
-from qprobe.training.origin import as_merged, origin_of
+from qprobe.training.origin import as_merged, origin_of, refuse_experts
 
 REFERENCE = "base + adapter"
 
@@ -83,9 +84,11 @@ def _checked(options: MergeOptions, found: Adapter, target: Path) -> tuple[Job, 
     refuse_without_effect(found, fits, origin.manifest.model.id)
     origin.refuse_other_weights()
     forms = tuple(WRITERS) if options.as_ is None else (options.as_,)
-    origin.refuse_experts(forms)
-    if "4-bit" in forms:  # refused before anything is loaded
-        config_entries(as_merged(origin, skeleton), options.for_tool)
+    if "4-bit" in forms:
+        manifest = as_merged(origin, skeleton)
+        refuse_experts(manifest)
+        refuse_rewritten(skeleton.model)
+        config_entries(manifest, options.for_tool)
         origin.codes()
     return Job(found, origin, skeleton, target, device, options.trust_remote_code, options.for_tool), forms
 
