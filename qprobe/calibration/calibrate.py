@@ -259,6 +259,8 @@ def _tuned(work: Work, codes: CodesFile) -> CodesFile:
         if not isinstance(error, MachineError) and not is_out_of_memory(error):
             raise
         work.run.notes.put("tuning", Remarks((_no_room(error),)))
+        if work.subject.limit is not None:
+            work.subject.limit.give_up()
         return codes
     work.run.notes.put("tuning", Remarks((found.sentence,)))
     if not found.is_better:

@@ -89,7 +89,7 @@ class MemoryLimit:
     """The most memory that a scan may hold on `device`: allocated on CUDA, of the whole process on the CPU.
 
     On the CPU no weight stays, since a copy costs little beside a product there. Its peak cannot begin
-    again, so there a batch is refused for what an earlier one took as well.
+    again, so there a batch is refused for what an earlier one took as well, but for work that was given up.
     base_bytes: held before any batch ran, no streamed weight among them.
     is_found: that it is what the device has free, and not what a user asked for.
     """
@@ -100,6 +100,7 @@ class MemoryLimit:
     base_bytes: int = 0
     is_found: bool = False
     _needed: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (bytes, size of the batch)
+    _given_up: int = 0  # peak of the process by then
 
     def check(self, working_bytes: int, what: str) -> None:
         """Raises MachineError if what is held now and `working_bytes` are beyond the limit; what: a name."""
@@ -115,6 +116,11 @@ class MemoryLimit:
     def later_bytes(self) -> int:
         """What the process will hold later beside any batch."""
         return LIBRARIES_BYTES if self.device.type == "cpu" else 0
+
+    def give_up(self) -> None:
+        """Let what work took that ended for want of memory count no more; what it held must be free by now."""
+        if self.device.type == "cpu":
+            self._given_up = peak_bytes(self.device)
 
     def note(self, peak: int) -> tuple[str, ...]:
         """A sentence if the scan held more than the limit after all; peak: the most that it held."""
@@ -152,6 +158,8 @@ class MemoryLimit:
         restart_peak(self.device)
         yield
         peak = peak_bytes(self.device, since_restart=True)
+        if peak <= self._given_up:  # of this batch no more is known than what it leaves
+            peak = held_bytes(self.device)
         if needed is None and peak + self.later_bytes > self.limit_bytes:
             least = int(peak * (1 + SPARE)) + self.later_bytes
             later = f", and {self.later_bytes:,} B are for what is loaded later" if self.later_bytes else ""

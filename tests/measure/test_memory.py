@@ -118,3 +118,20 @@ def test_the_least_that_is_named_for_work_would_do():
 def test_a_limit_that_was_found_says_of_which_device():
     (said,) = limit_of(1000, is_found=True).note(1001)
     assert said == ("--max-memory 1,000 B (what cuda has free) was exceeded: the scan held up to 1,001 B.")
+
+
+def test_a_cpu_forgets_what_work_took_that_was_given_up_and_nothing_more(monkeypatch: pytest.MonkeyPatch):
+    peak = [3000 * MIB]
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_, **__: peak[0])
+    monkeypatch.setattr(memory, "held_bytes", lambda _device: 500 * MIB)
+    limit = limit_of(1000 * MIB, CPU)
+    with pytest.raises(MachineError), limit.running("too large", 1):
+        pass
+    with pytest.raises(MachineError), limit.running("small", 1):
+        pass
+    limit.give_up()
+    with limit.running("small", 1):
+        pass
+    assert limit.needed_by("small") == 500 * MIB
+    with pytest.raises(MachineError), limit.running("larger", 1):
+        peak[0] += MIB

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 import torch
 
 from qprobe.calibration import calibrate as calibration
 from qprobe.errors import BudgetError, MachineError
+from qprobe.measure import memory
 from qprobe.runs.folder import RunFolder
 from tests import tiny
 from tests.scanning.asked import Scanned, TinyFolder, options, scan, write_lines
@@ -117,3 +119,24 @@ def test_scales_are_tuned_within_a_memory_limit_to_the_same_codes(tiny_folder: T
     assert told == [same] and limited.streamed_bytes
     assert RunFolder(limited.run).scan.codes == RunFolder(plain.run).scan.codes is not None
     assert (limited.run / "layers.csv").read_text() == (plain.run / "layers.csv").read_text()
+
+
+@pytest.mark.usefixtures("quick_rounding")
+def test_a_scan_within_a_limit_on_a_cpu_goes_on_after_tuning_took_more(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # The peak of a process stays, so that all later work seems to take as much.
+    peaks, tune = [2**30], calibration.tune
+
+    def too_much(*given: Any) -> Any:
+        peaks.append(2**41)
+        return tune(*given)
+
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_, **__: peaks[-1])
+    monkeypatch.setattr(calibration, "tune", too_much)
+    rows = [{"prompt": f"What comes after {i}?", "answer": f"the number {i + 1}"} for i in range(30)]
+    asked = options(tiny_folder("llama"), tmp_path / "run", format="nf4-calibrated", tune=4, samples=30)
+    found = scan(**asked, data=write_lines(tmp_path / "rows.jsonl", *rows), max_memory="1TiB")
+    assert len(peaks) == 2 and found.skiplist is not None
+    (told,) = (note for note in found.notes if note.startswith("Scales are not tuned, for want of memory"))
+    assert "a batch took 2,199,023,255,552 B" in told
