@@ -118,7 +118,7 @@ class MemoryLimit:
         return LIBRARIES_BYTES if self.device.type == "cpu" else 0
 
     def give_up(self) -> None:
-        """Let what work took that ended for want of memory count no more; what it held must be free by now."""
+        """Let what work took that ended for want of memory count no more; it must hold none by now."""
         if self.device.type == "cpu":
             self._given_up = peak_bytes(self.device)
 
