@@ -19,8 +19,9 @@ def prompts(count: int) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("rows", "wanted", "fitted"),
     [
-        (20, 4, [4, 5, 6, 7]),  # the rows behind those that judge, as many
+        (50, 4, range(4, 36)),  # the rows behind those that judge, as many as a scan takes by itself
         (6, 4, [4, 5]),
+        (80, 40, range(40, 80)),  # as many as judge
         (4, 4, None),  # none left
         (4, None, None),
     ],
@@ -32,7 +33,7 @@ def test_codes_are_fitted_to_rows_behind_those_that_judge_else_to_built_in_sampl
     processed, data = ProcessedSamples(processor, torch.bfloat16), prompts(rows)
     asked = Wanted(data=data, count=wanted)
     judges = choose_samples("m", False, asked, "compare").samples
-    assert len(judges) == 4
+    assert len(judges) == (wanted or 4)
     found = [x.prompt for x in fitting_samples("m", processed, asked, judges)]
     if fitted is None:
         assert found and not set(found) & {x["prompt"] for x in data}
@@ -48,3 +49,14 @@ def test_a_row_that_judges_is_not_fitted_to_where_the_data_repeats_it(tiny_folde
     judges = choose_samples("m", False, asked, "compare").samples
     found = fitting_samples("m", ProcessedSamples(processor, torch.bfloat16), asked, judges)
     assert [x.prompt for x in found] == ["what is the number 2?"]
+
+
+def test_beyond_what_a_scan_takes_by_itself_only_rows_with_answers_are_fitted_to(tiny_folder):
+    processor = load_processor(resolve(str(tiny_folder("llama"))))
+    processed, data = ProcessedSamples(processor, torch.bfloat16), prompts(48)
+    for row in data[::2]:
+        del row["answer"]
+    asked = Wanted(data=data, count=2)
+    judges = choose_samples("m", False, asked, "compare").samples
+    found = [x.prompt for x in fitting_samples("m", processed, asked, judges, fit_to=40)]
+    assert found == [data[i]["prompt"] for i in (*range(2, 34), 35, 37, 39, 41)]

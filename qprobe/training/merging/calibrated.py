@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qprobe.calibration.calibrate import calibrate_model, calibration_notes
-from qprobe.calibration.settings import settings
+from qprobe.calibration.settings import samples_wanted, settings
 from qprobe.calibration.tuning import tune_steps
 from qprobe.calibration.work import Groups, Work
 from qprobe.checkpoint.comparing.course import AskedCourse
@@ -18,7 +18,7 @@ from qprobe.inputs.batch import reads_images
 from qprobe.inputs.decoder import layout_of
 from qprobe.inputs.halving import free_memory
 from qprobe.inputs.processed import ProcessedSamples
-from qprobe.loading.device import DTYPES
+from qprobe.loading.device import DTYPES, pick_device
 from qprobe.loading.processor import load_processor
 from qprobe.measure.subject import Subject, processed_samples
 from qprobe.options import Progress
@@ -49,7 +49,8 @@ def fitted_codes(
         return None, ("No codes were calibrated again, since the adapter changes no layer in 4-bit.",)
     processor = load_processor(job.skeleton.source)
     processed = processed_samples(processor, layout_of(job.skeleton.model), DTYPES[job.skeleton.dtype])
-    samples = fitting_samples(job.origin.manifest.model.id, processed, asked.samples, tuple(judges))
+    fit_to = samples_wanted(job.skeleton.model, pick_device(job.device), None)
+    samples = fitting_samples(job.origin.manifest.model.id, processed, asked.samples, tuple(judges), fit_to)
     free_memory()
     try:
         if samples:
@@ -71,16 +72,20 @@ def _changed_4bit(job: Job) -> frozenset[str]:
 
 
 def fitting_samples(
-    model_id: str, processed: ProcessedSamples, wanted: Wanted, judges: tuple[Sample, ...]
+    model_id: str, processed: ProcessedSamples, wanted: Wanted, judges: tuple[Sample, ...], fit_to: int = 0
 ) -> tuple[Sample, ...]:
-    """At most as many samples as a scan takes that are none of `judges`; see `fitted_codes`."""
-    count, sees = scan_count(model_id, wanted), reads_images(processed.processor)
-    more = replace(wanted, count=len(judges) + count, bad_data="skip")
-    builtin = Wanted(seed=wanted.seed, count=count, bad_data="skip")
+    """Samples that are none of `judges`, see `fitted_codes`: as many as a scan takes by itself, so that few
+    judges make no worse codes, or as judge if those are more; up to `fit_to` of those that bring answers.
+    """
+    asked, by_itself = (scan_count(model_id, x) for x in (wanted, replace(wanted, count=None)))
+    count, sees = max(asked, by_itself), reads_images(processed.processor)
+    most = max(count, fit_to)
+    more = replace(wanted, count=len(judges) + most, bad_data="skip")
+    builtin = Wanted(seed=wanted.seed, count=most, bad_data="skip")
     for one in (more, builtin):
         found = choose_samples(model_id, sees, one, "scan", processed.refusal).samples
-        if left := independent_of(found, judges)[:count]:
-            return left
+        if left := independent_of(found, judges)[:most]:
+            return (*left[:count], *(x for x in left[count:] if x.answer is not None))
     return ()
 
 
