@@ -8,7 +8,7 @@ from typing import Any
 
 from qprobe import __version__
 from qprobe.checkpoint.adapters.lora import Adapter, check_adapter
-from qprobe.checkpoint.adapters.record import Record, read_record
+from qprobe.checkpoint.adapters.record import RECORD, Record, read_record
 from qprobe.checkpoint.load import check_model, codes_of, with_dtype
 from qprobe.checkpoint.starts.attached import names_as_written, peft_library
 from qprobe.errors import ManifestError, RunError
@@ -16,7 +16,7 @@ from qprobe.loading.log_filters import quiet_models
 from qprobe.loading.skeleton import Skeleton
 from qprobe.manifest.read import read_manifest
 from qprobe.manifest.records import MadeBy, Manifest, ManifestBudget, unmeasured
-from qprobe.options import Base
+from qprobe.options import Base, words_of
 from qprobe.registry.precisions import SIXTEEN_BIT
 from qprobe.system.wording import is_or_are, named
 from qprobe.training.bases import BASE_WEIGHTS, MANIFEST_FILE, base_digest, load_base
@@ -96,11 +96,13 @@ def _as_recorded(folder: Path, record: Record, model: str | None) -> Origin:
             f"{record.fingerprint[:16]}, but its manifest is of one with "
             f"{written.model.fingerprint[:16]}. Put the two together that belong together."
         )
-    known = record.spec["dtype"]
+    base, known = record.spec.get("base"), record.spec.get("dtype")
+    if base not in words_of(Base):
+        raise RunError(f"{folder / RECORD} says base {base!r}. Remove the folder and train again.")
     spec = with_dtype(written.format, known)
     there = record.model if record.model is not None and Path(record.model).is_dir() else None
     given, scanned_in = replace(written, format=spec), written.format.compute_dtype
-    return Origin(path, given, record.spec["base"], model or there, known, record, scanned_in)
+    return Origin(path, given, base, model or there, known, record, scanned_in)
 
 
 def _as_told(

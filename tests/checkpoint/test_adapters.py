@@ -65,6 +65,11 @@ def test_the_scaling_is_that_of_peft(config: dict[str, Any], scaling: float, tmp
     assert adapter.config["peft_type"] == "LORA" and adapter.folder == tmp_path
 
 
+@pytest.mark.parametrize("begun", [True, False, "gaussian", "eva", "orthogonal", "mica", None])
+def test_an_adapter_that_left_its_base_alone_is_read_however_it_began(begun: Any, tmp_path: Path):
+    assert list(read_adapter(written(tmp_path, init_lora_weights=begun)).layers) == ["x.up"]
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -78,6 +83,8 @@ def test_the_scaling_is_that_of_peft(config: dict[str, Any], scaling: float, tmp
         ({"r": 0}, "says r 0, which is no number above 0"),
         ({"lora_alpha": "6"}, "says lora_alpha '6', which is no number"),
         ({"lora_alpha": -1}, "says lora_alpha -1, which is no number"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"began as pissa_niter_4 \(init_lora_weights\)"),
+        ({"init_lora_weights": "OLoRA"}, "began as olora"),
         ({"megatron_config": {"a": 1}, "megatron_core": "mine"}, "names the Python module 'mine'"),
     ],
 )

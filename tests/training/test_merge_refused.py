@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from shutil import copytree
+from shutil import copyfile, copytree
 from typing import Any
 
 import pytest
@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from qprobe.checkpoint.adapters.lora import read_adapter
+from qprobe.checkpoint.adapters.record import Record, write_record
 from qprobe.checkpoint.new_folder import alone_at
 from qprobe.errors import ManifestError, ModelError, QprobeError, RunError
+from qprobe.manifest.read import read_manifest
 from qprobe.training.merging.forms import with_added
 from qprobe.training.merging.merge import merge
 from tests.training.adapters import save
@@ -104,6 +106,17 @@ def test_sums_beyond_what_a_dtype_holds_are_refused_by_the_name_of_the_layer():
         with_added("up", weight, added)
     assert with_added("up", weight, -added).tolist() == [[53984.0, 0.5]]
     assert with_added("up", weight.bfloat16(), added).isfinite().all()
+
+
+def test_an_adapter_whose_record_names_no_base_is_refused(family, tmp_path):
+    root = family("llama")
+    adapter = copytree(root / "adapter", tmp_path / "adapter")
+    copyfile(root / "skiplist.json", adapter / "skiplist.json")
+    fingerprint = read_manifest(root / "skiplist.json").model.fingerprint
+    for spec in ({"dtype": "bfloat16"}, {"base": "int8", "dtype": "bfloat16"}):
+        write_record(adapter, Record("finished", fingerprint, spec))
+        with pytest.raises(RunError, match=r"finetune\.json says base (None|'int8')"):
+            merge(adapter, out=tmp_path / "out", model=str(root / "model"))
 
 
 def test_an_adapter_beyond_linear_layers_is_refused(family, tmp_path):

@@ -31,6 +31,7 @@ _BEYOND = {  # peft 0.21, tuners/lora/config.py: what changes more than linear l
     "trainable_token_indices": "token embeddings (trainable_token_indices)",
     "layer_replication": "repeated layers (layer_replication)",
 }
+_MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # how they begin: the base loses what they hold
 
 Fit = Literal["fits", "zero", "not in the model", "another shape", "tied"]
 
@@ -107,8 +108,8 @@ def check_adapter(folder: Path) -> None:
 def read_adapter(folder: Path) -> Adapter:
     """The adapter that peft or `qprobe finetune` wrote to `folder`.
 
-    Raises RunError if there is none, or it changes more than linear layers, or files and config disagree, or
-    it holds NaN or infinity.
+    Raises RunError if there is none, or it changes more than linear layers, or its base too, or files and
+    config disagree, or it holds NaN or infinity.
     """
     config = _config(folder)
     _refuse_beyond(folder, config)
@@ -175,6 +176,14 @@ def _refuse_beyond(folder: Path, config: Mapping[str, Any]) -> None:
         raise RunError(
             f"The adapter in {folder} changes more than linear layers: {', '.join(beyond)}. Merge it with "
             "peft (merge_and_unload), or train without."
+        )
+    begun = str(config.get("init_lora_weights")).lower()
+    if begun.startswith(_MOVES_BASE):
+        raise RunError(
+            f"The adapter in {folder} began as {begun} (init_lora_weights), which takes from the base's "
+            "weights what it gives to the adapter, so it belongs to other weights than its base's. Save it "
+            "with peft's save_pretrained(path_initial_model_for_weight_conversion=...), or merge it with "
+            "merge_and_unload."
         )
 
 
