@@ -24,12 +24,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 64 * 2**20  # a target_modules of every layer has about 60 bytes per layer
 _MEGATRON = "megatron.core"  # what peft takes for the module that it imports
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
-_BEYOND = {  # peft 0.21, tuners/lora/config.py: what changes more than linear layers by B A
+_BEYOND = {  # peft 0.21, tuners/lora/config.py: what is more than a product B A for each linear layer
     "use_dora": "DoRA",
     "modules_to_save": "whole modules (modules_to_save)",
     "target_parameters": "parameters that are no linear layer, such as stacked experts (target_parameters)",
     "trainable_token_indices": "token embeddings (trainable_token_indices)",
     "layer_replication": "repeated layers (layer_replication)",
+    "alora_invocation_tokens": "some tokens alone (alora_invocation_tokens)",
+    "arrow_config": "a choice among adapters (arrow_config)",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
 }
 _MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # how they begin: the base loses what they hold
 
@@ -108,8 +114,8 @@ def check_adapter(folder: Path) -> None:
 def read_adapter(folder: Path) -> Adapter:
     """The adapter that peft or `qprobe finetune` wrote to `folder`.
 
-    Raises RunError if there is none, or it changes more than linear layers, or its base too, or files and
-    config disagree, or it holds NaN or infinity.
+    Raises RunError if there is none, or it is more than B A for each linear layer, or moved its base too, or
+    files and config disagree, or it holds NaN or infinity.
     """
     config = _config(folder)
     _refuse_beyond(folder, config)
@@ -174,8 +180,8 @@ def _refuse_beyond(folder: Path, config: Mapping[str, Any]) -> None:
         beyond.append("biases (bias)")
     if beyond:
         raise RunError(
-            f"The adapter in {folder} changes more than linear layers: {', '.join(beyond)}. Merge it with "
-            "peft (merge_and_unload), or train without."
+            f"The adapter in {folder} is more than a product for each linear layer: {', '.join(beyond)}. "
+            "Merge it with peft (merge_and_unload), or train without."
         )
     begun = str(config.get("init_lora_weights")).lower()
     if begun.startswith(_MOVES_BASE):
