@@ -10,6 +10,7 @@ from qprobe.inputs.processed import ProcessedSamples
 from qprobe.loading.processor import load_processor
 from qprobe.loading.source import resolve
 from qprobe.training.merging.calibrated import fitting_samples
+from tests import tiny
 
 
 def prompts(count: int) -> list[dict[str, str]]:
@@ -60,3 +61,14 @@ def test_beyond_what_a_scan_takes_by_itself_only_rows_with_answers_are_fitted_to
     judges = choose_samples("m", False, asked, "compare").samples
     found = [x.prompt for x in fitting_samples("m", processed, asked, judges, fit_to=40)]
     assert found == [data[i]["prompt"] for i in (*range(2, 34), 35, 37, 39, 41)]
+
+
+def test_an_image_that_judges_is_not_fitted_to_under_another_name(tiny_folder, tmp_path):
+    processor = load_processor(resolve(str(tiny_folder("qwen2_vl"))))
+    for name, number in (("a", 0), ("b", 1), ("c", 0), ("d", 2)):
+        (tmp_path / f"{name}.png").write_bytes(tiny.picture(number))
+    asked = Wanted(images=tmp_path, count=2)
+    judges = choose_samples("m", True, asked, "compare").samples
+    assert [x.id for x in judges] == ["a.png", "b.png"]
+    found = fitting_samples("m", ProcessedSamples(processor, torch.bfloat16), asked, judges)
+    assert [x.id for x in found] == ["d.png"]
