@@ -66,7 +66,8 @@ def gram_room(subject: Subject, inputs: Sequence[SharedInput]) -> int:
     if subject.limit is None:
         free = min(free_memory(place) for place in subject.reference.devices) - kept
         return min(max(0, free) // 4, MOST_MEMORY, max(0, free - rounding))
-    # Samples run while matrices are summed, weights are rounded afterwards. A quarter more for float32.
+    # Samples run while matrices are summed, weights are rounded afterwards. A quarter more than the survey,
+    # which makes no copies of what layers read.
     beside = max(subject.limit.needed_by("survey") * 5 // 4, rounding) + kept
     largest = max((gram_bytes(one.in_features, device) for one in inputs), default=0)
     subject.limit.check_room(beside + largest, "calibration")
