@@ -38,7 +38,7 @@ MOST_RANK = 64
 EXACT_UP_TO = 512  # rows or columns: a whole decomposition is quick
 SPARE = 16  # directions more than asked for, and sweeps, of the search for the largest ones
 SWEEPS = 4
-MIX = 0.75  # share of the gradients' matrix: on MiniLM 0.5 to 0.97 are level, with 32 texts as with 8
+MIX = 0.75  # share of the gradients' matrix: on MiniLM 0.75 to 0.97 are level, with 32 texts as with 8
 _UNTRIED = (
     "A correction of the 4-bit weights is kept, for adapters to start at. Whether it helps was not tried: "
     f"that takes {FEWEST} calibration samples."
