@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qprobe.checkpoint.adapters.effect import (
+    HALF,
     AdaptedLayer,
     Arrived,
     _can_hold,
@@ -230,6 +231,21 @@ def test_only_what_rounding_takes_back_is_no_fault_of_a_checkpoint(step: float, 
         base.up.weight.fill_(1.0)
     found = _effect("up", "fits", [pair], base, base, FormatSpec(), None)
     assert (found.state, found.arrived) == (state, 0.0)
+
+
+@pytest.mark.parametrize(("rows", "state"), [(3, "rounded away"), (1, "no effect")])
+def test_codes_that_hold_nearly_what_nearest_ones_would_are_no_fault_of_a_checkpoint(rows: int, state: str):
+    """In steps of 2, of 1, 2.9 and 1 nearest holds 0, 2 and 0, calibrated codes that in some rows."""
+    base, merged = Small().bfloat16(), Small().bfloat16()
+    pair = Pair(torch.tensor([[1.0, 2.9, 1.0]]), torch.ones(4, 1), 2.0**-8)
+    with torch.no_grad():
+        base.up.weight.fill_(1.0)
+        merged.up.weight.fill_(1.0)
+        merged.up.weight[:rows, 1] += 2.0**-7
+    found = _effect("up", "fits", [pair], base, merged, FormatSpec(), None)
+    could = 2.9 * 2 / (1 + 2.9**2 + 1)
+    assert could > HALF > could * 3 / 4
+    assert (found.state, found.arrived) == (state, pytest.approx(could * rows / 4, rel=1e-3))
 
 
 def test_a_share_that_rounding_errors_could_make_is_held_by_none():

@@ -36,8 +36,8 @@ HALF = 0.5  # of what is added: less than this came back from rounding as it was
 class AdaptedLayer:
     """One layer of an adapter, and what the checkpoint holds of it.
 
-    state: "took effect", "no effect", "rounded away" where weights of this form hold no more of it, or why it
-    can have none, see `qprobe.checkpoint.adapters.lora.Fit`.
+    state: "took effect", "no effect", "rounded away" where weights of this form hold little more of it, or
+    why it can have none, see `qprobe.checkpoint.adapters.lora.Fit`.
     arrived: the share of what the adapter adds that the checkpoint's weight holds; None where none can.
     """
 
@@ -161,7 +161,9 @@ def _effect(
     rounded = (nearest.float() + added).to(stored.dtype)
     if is_four_bit(module):
         rounded = Nf4(spec.blocksize, spec.double_quant).stored(rounded).packed().unpack()
-    return AdaptedLayer(name, "no effect" if _can_hold(nearest, rounded, added) else "rounded away", share)
+    # Calibrated codes may hold less than nearest ones: they are chosen for what the layer puts out.
+    is_lost = _can_hold(nearest, rounded, added) and share < HALF * arrived(nearest, rounded, added).share
+    return AdaptedLayer(name, "no effect" if is_lost else "rounded away", share)
 
 
 def _can_hold(before: Tensor, rounded: Tensor, added: Tensor) -> bool:
